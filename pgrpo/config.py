@@ -1,0 +1,206 @@
+"""The schema. Every key of a pgrpo YAML is a field here, with its meaning below it; ``load_config`` is the only way in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING
+    """Model hub name, or a folder that ``from_pretrained`` loads."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub. None takes the default branch."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """What matrix products compute in. Weights and optimizer state are always float32."""
+    attention: Literal["grouped", "repeated"] = "grouped"
+    """`grouped` computes each prompt once; `repeated` once a completion (the same result, for comparison)."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """`full` keeps only the input of each layer and computes the layer again in the backward."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+
+@dataclass
+class DataConfig:
+    path: str = MISSING
+    """Data set: a .jsonl, .parquet or .csv file (relative to the recipe, then to the current folder), a hub name,
+    or a Python function that returns rows (`file.py:function` or `module:function`)."""
+    name: str | None = None
+    """Configuration of a hub data set (gsm8k has `main`)."""
+    split: str = "train"
+    """Split of a hub data set, or the argument of a Python function."""
+    eval_path: str | None = None
+    """Held-out data set. None takes `data.path`."""
+    eval_split: str | None = None
+    """Held-out split. Needed for evaluation unless `data.eval_path` names another file."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    shuffle: bool = True
+    """A new seeded order in each epoch. False keeps the order of the rows."""
+    max_prompt_tokens: int = 1024
+    """The longest prompt."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What to do with a longer prompt: stop, leave it out, or keep its last `max_prompt_tokens` tokens. Counted."""
+
+
+@dataclass
+class MessageConfig:
+    role: str = MISSING
+    """`system`, `user` or `assistant`."""
+    content: str = MISSING
+    """Text with `{column}` placeholders. `{{` is a literal brace."""
+
+
+@dataclass
+class PromptConfig:
+    template: str | None = None
+    """Raw prompt with `{column}` placeholders. Give this or `messages`."""
+    messages: list[MessageConfig] = field(default_factory=list)
+    """Chat prompt, rendered with the model's chat template."""
+    messages_column: str | None = None
+    """Column that already holds a list of chat messages."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Extra arguments of the chat template (`enable_thinking: false`)."""
+
+
+@dataclass
+class RolloutConfig:
+    engine: Literal["auto", "embedded"] = "auto"
+    """`embedded` samples with the policy's own transformers model. `auto` takes the fastest engine that is installed."""
+    prompts_per_step: int = 32
+    """Prompts in one step, over all ranks."""
+    group_size: int = 8
+    """Completions of each prompt."""
+    max_completion_tokens: int = 256
+    """The longest completion."""
+    temperature: float = 1.0
+    """Sampling temperature; the policy's log-probs use it too."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this probability. 1 is off."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens. 0 is off."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a completion. Not part of the text that rewards read."""
+    max_concurrent: int = 256
+    """Completions that the embedded engine decodes at once; bounds its memory."""
+
+
+@dataclass
+class RewardConfig:
+    function: str = MISSING
+    """Built-in name (`exact_match`, ...), `module:function` or `path/to/file.py:function` (relative to the recipe, then to the current folder)."""
+    weight: float = 1.0
+    """Factor in the total reward."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for the function."""
+
+
+@dataclass
+class RewardsConfig:
+    functions: list[RewardConfig] = field(default_factory=list)
+    """What scores a completion; the total is the weighted sum."""
+    on_error: Literal["raise", "mask"] = "raise"
+    """A reward that fails: stop and show the sample, or leave the sample out, counted."""
+
+
+@dataclass
+class LossConfig:
+    clip_low: float = 0.2
+    """The ratio's lower clip is 1 - clip_low."""
+    clip_high: float = 0.2
+    """The ratio's upper clip is 1 + clip_high."""
+    aggregate: Literal["token", "sample", "constant"] = "token"
+    """`token`: all tokens equal (DAPO). `sample`: mean in each sample first (GRPO). `constant`: sum over `max_completion_tokens` (Dr. GRPO)."""
+    scale_advantages: Literal["group", "none"] = "group"
+    """Divide advantages by the group's standard deviation, or not (Dr. GRPO)."""
+    kl_coef: float = 0.0
+    """Weight of the k3 KL to the initial model. 0 loads no reference model."""
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 1e-6
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up: stay, or go to 0 at the last step."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down. 0 is off."""
+
+
+@dataclass
+class TrainConfig:
+    steps: int = MISSING
+    """Steps: rollout, reward, update."""
+    updates_per_step: int = 1
+    """Optimizer steps in a step; each takes an equal share of the step's prompts."""
+    token_budget: int = 16384
+    """The most packed tokens in one micro-batch on one rank."""
+
+
+@dataclass
+class EvalConfig:
+    every: int = 0
+    """Steps between evaluations on the held-out split; also before the first and after the last. 0 is off."""
+    rows: int = 128
+    """Held-out prompts."""
+    samples: int = 1
+    """Completions of each, sampled as in training unless `temperature` is set."""
+    temperature: float | None = None
+    """Temperature of evaluation. None takes the rollout's; 0 is greedy."""
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 0
+    """Steps between checkpoints. 0 saves only at the end (and on Ctrl-C)."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+
+
+@dataclass
+class TrackConfig:
+    console: bool = True
+    """Live metrics and a table of completions on the terminal."""
+    completions: int = 4
+    """Completions logged each step, on the console (every `console_every` steps) and in completions.jsonl."""
+    console_every: int = 10
+    """Steps between console reports."""
+    wandb: bool = False
+    """Log to Weights & Biases as well."""
+    wandb_project: str = "pgrpo"
+    """Its project."""
+    tensorboard: bool = False
+    """Log to tensorboard as well, in the run folder."""
+
+
+@dataclass
+class Config:
+    recipe: str | None = None
+    """Task YAML, by path or by name: its keys go under this file's."""
+    run_dir: str = MISSING
+    """Where the run keeps its files. `~` and `${now:%Y%m%d}` work."""
+    seed: int = 0
+    """All randomness derives from it."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
