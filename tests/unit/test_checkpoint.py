@@ -1,0 +1,335 @@
+"""Faults are injected for real: processes are killed, bytes flipped, a small disk filled."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from pgrpo import checkpoint
+from pgrpo.checkpoint import CheckpointError, latest, list_steps, load, open_run_dir, prune, save, set_aside_after
+from pgrpo.config import ConfigError
+
+
+def small(step: int) -> dict[str, dict[str, torch.Tensor]]:
+    return {"model": {"w": torch.full((4, 3), float(step))}, "optimizer": {"w.exp_avg": torch.full((4, 3), step / 7)}}
+
+
+def flip_bit(file: Path, position: int = -1) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
+def python(code: str, *args: object, **kwargs) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs
+    )
+
+
+def test_round_trip_is_bit_equal(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(6, 8, generator=generator)
+    tensors = {
+        "model": {
+            "bf16": base.bfloat16(),
+            "transposed": base.t(),
+            "strided": torch.randn(10, generator=generator)[::3],
+        },
+        "state": {
+            "scalar": torch.tensor(3, dtype=torch.int64),
+            "rng": generator.get_state(),
+            "empty": torch.zeros(0, 5),
+            "double": torch.tensor(torch.pi, dtype=torch.float64),
+            "flag": torch.tensor([True, False]),
+            "nan": torch.tensor([float("nan"), float("-inf")]),
+        },
+    }
+    scalars = {"step": 12, "lr": 0.1 + 0.2, "order": {"epoch": 3, "position": [1, 2]}, "name": "é\u2028", "none": None}
+    path = save(tmp_path, 12, tensors, scalars)
+    got, got_scalars = load(path)
+    assert path == tmp_path / "step_12" and got_scalars == scalars
+    assert {name: set(named) for name, named in got.items()} == {name: set(named) for name, named in tensors.items()}
+    for name, named in tensors.items():
+        for key, tensor in named.items():
+            assert got[name][key].dtype == tensor.dtype and got[name][key].shape == tensor.shape
+            as_bytes = [t.contiguous().reshape(-1).view(torch.uint8) for t in (got[name][key], tensor)]
+            assert torch.equal(*as_bytes), key
+
+
+def test_only_safetensors_and_json(tmp_path):
+    path = save(tmp_path, 1, small(1), {"a": 1})
+    assert sorted(file.name for file in path.iterdir()) == [
+        "manifest.json",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "scalars.json",
+    ]
+    source = Path(checkpoint.__file__).read_text()
+    assert not re.search(r"import pickle|torch\.load|torch\.save", source)
+    # A file that the manifest does not list is never opened.
+    (path / "extra.pkl").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "pwned").encode() + b"'\ntR.")
+    assert set(load(path)[0]) == {"model", "optimizer"} and not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "scalars.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damage_is_refused_and_latest_falls_back(tmp_path, caplog, file, damage):
+    for step in (1, 2):
+        save(tmp_path, step, small(step), {"step": step})
+    bad = tmp_path / "step_2" / file
+    if damage == "flip":
+        flip_bit(bad)
+    elif damage == "truncate":
+        bad.write_bytes(bad.read_bytes()[:-1])
+    else:
+        bad.unlink()
+    wrong = {
+        "flip": "sha256 differs",
+        "truncate": f"{bad.stat().st_size if bad.exists() else 0} bytes",
+        "remove": "missing",
+    }[damage]
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(bad))}: .*{wrong}"):
+        load(tmp_path / "step_2")
+    with caplog.at_level(logging.WARNING):
+        assert latest(tmp_path) == tmp_path / "step_1"
+    assert "step_2 is broken and skipped" in caplog.text and file in caplog.text and wrong in caplog.text
+    assert load(tmp_path / "step_1")[1] == {"step": 1}
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"step": 2}', '{"step": 2, "files": {}}', '{"step": 3, "files": {}}']
+)
+def test_broken_manifest(tmp_path, content):
+    path = save(tmp_path, 2, small(2), {})
+    (path / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"step_2/manifest\.json"):
+        load(path)
+    assert latest(tmp_path) is None
+
+
+def test_manifest_cannot_point_elsewhere(tmp_path):
+    path = save(tmp_path, 2, small(2), {})
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "model.safetensors").rename(tmp_path / "model.safetensors")
+    manifest["files"]["../model.safetensors"] = manifest["files"].pop("model.safetensors")
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="missing"):
+        load(path)
+
+
+def test_missing_step_lists_those_that_exist(tmp_path):
+    with pytest.raises(ConfigError, match="none"):
+        load(tmp_path / "step_1")
+    for step in (10, 9):
+        save(tmp_path, step, small(step), {})
+    with pytest.raises(ConfigError, match=r"no checkpoint at .*step_11; .*: 9, 10$"):
+        load(tmp_path / "step_11")
+    assert latest(tmp_path / "nowhere") is None
+
+
+def test_steps_are_numbers_not_names(tmp_path):
+    for step in (9, 10, 100):
+        save(tmp_path, step, small(step), {})
+    (tmp_path / "step_notes").mkdir()
+    assert list_steps(tmp_path) == [9, 10, 100] and latest(tmp_path) == tmp_path / "step_100"
+    prune(tmp_path, 2)
+    assert list_steps(tmp_path) == [10, 100]
+
+
+def test_prune_never_removes_the_last_good_one(tmp_path):
+    for step in range(1, 6):
+        save(tmp_path, step, small(step), {})
+    for step in (3, 4, 5):
+        flip_bit(tmp_path / f"step_{step}" / "model.safetensors")
+    prune(tmp_path, 2)
+    assert list_steps(tmp_path) == [2, 4, 5] and latest(tmp_path) == tmp_path / "step_2"
+    with pytest.raises(ConfigError, match="checkpoint.keep=0"):
+        prune(tmp_path, 0)
+
+
+def test_same_step_is_replaced(tmp_path):
+    save(tmp_path, 4, small(4), {"run": 1})
+    path = save(tmp_path, 4, small(5), {"run": 2})
+    tensors, scalars = load(path)
+    assert scalars == {"run": 2} and torch.equal(tensors["model"]["w"], small(5)["model"]["w"])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step_4"]
+    # Killed between the two renames: the old one comes back.
+    path.rename(tmp_path / ".replaced-step_4")
+    checkpoint.tidy(tmp_path)
+    assert load(path)[1] == {"run": 2}
+
+
+def test_going_on_from_an_older_step_sets_newer_ones_aside(tmp_path, caplog):
+    for step in (5, 10, 15):
+        save(tmp_path, step, small(step), {})
+    set_aside_after(tmp_path, 5)
+    assert latest(tmp_path) == tmp_path / "step_5" and "abandoned_step_15" in caplog.text
+    save(tmp_path, 7, small(7), {})
+    prune(tmp_path, 1)
+    assert sorted(e.name for e in tmp_path.iterdir()) == ["abandoned_step_10", "abandoned_step_15", "step_7"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_weights_are_not_saved(tmp_path, bad):
+    save(tmp_path, 1, small(1), {})
+    tensors = small(2)
+    tensors["model"]["w"][1, 1] = bad
+    with pytest.raises(CheckpointError, match="model weight w holds NaN or inf"):
+        save(tmp_path, 2, tensors, {})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step_1"]
+
+
+def test_tied_tensors_are_refused(tmp_path):
+    weight = torch.ones(3, 3)
+    with pytest.raises(CheckpointError, match=r"embed and head share memory"):
+        save(tmp_path, 1, {"model": {"embed": weight, "head": weight}}, {})
+
+
+@pytest.mark.parametrize("value", [(1, 2), {1: "a"}, float("nan"), [(1,)]])
+def test_scalars_that_json_would_change_are_refused(tmp_path, value):
+    with pytest.raises(CheckpointError, match="'state'.*do not survive JSON"):
+        save(tmp_path, 1, small(1), {"fine": [1], "state": value})
+    assert list_steps(tmp_path) == []
+
+
+ENDLESS_SAVES = """
+    import sys, torch
+    from pathlib import Path
+    from pgrpo.checkpoint import save, prune
+    tensors = {"model": {str(i): torch.full((500_000,), float(i)) for i in range(8)}}
+    for step in range(2, 10_000):
+        print(step, flush=True)
+        save(Path(sys.argv[1]), step, tensors, {"step": step})
+        prune(Path(sys.argv[1]), 2)
+"""
+
+
+def test_sigkill_during_a_write_leaves_the_previous_one(tmp_path):
+    """Killed at several points of the save: whatever is named step_N verifies, and the leftovers go."""
+    save(tmp_path, 1, small(1), {"step": 1})
+    caught_writing = 0
+    for attempt in range(4):
+        process = python(ENDLESS_SAVES, tmp_path)
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline()
+            deadline = time.monotonic() + 20
+            if attempt % 2 == 0:
+                while not list(tmp_path.glob(".writing-step_*/*")) and time.monotonic() < deadline:
+                    time.sleep(0.0005)
+            time.sleep(0.005 * attempt)
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
+        caught_writing += bool(list(tmp_path.glob(".writing-*")))
+        for step in list_steps(tmp_path):
+            checkpoint.verify(tmp_path / f"step_{step}")
+        newest = latest(tmp_path)
+        assert newest is not None and load(newest)[1] == {"step": int(newest.name.removeprefix("step_"))}
+    assert caught_writing, "no attempt was killed inside a write"
+    save(tmp_path, 50_000, small(1), {})
+    assert not list(tmp_path.glob(".*")) and latest(tmp_path) == tmp_path / "step_50000"
+
+
+FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("error", [FULL, OSError(errno.ENOSPC, "No space left on device")])
+def test_disk_full(tmp_path, monkeypatch, error):
+    save(tmp_path, 1, small(1), {"step": 1})
+
+    def write_some(tensors, file):
+        file.write_bytes(b"some")
+        raise error
+
+    monkeypatch.setattr(checkpoint, "save_file", write_some)
+    with pytest.raises(CheckpointError, match=r"step_2: no space left .* needs 98 bytes .*checkpoint\.keep"):
+        save(tmp_path, 2, small(2), {})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step_1"]
+    assert latest(tmp_path) == tmp_path / "step_1"
+
+
+def test_disk_really_full(tmp_path):
+    """On a 1 MiB tmpfs, where the system lets this test mount one."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    mount = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mount.returncode:
+        pytest.skip(f"cannot mount a tmpfs: {mount.stderr.strip()}")
+    try:
+        save(tmp_path, 1, small(1), {"step": 1})
+        with pytest.raises(CheckpointError, match=r"step_2: no space left .* needs 4000002 bytes"):
+            save(tmp_path, 2, {"model": {"w": torch.zeros(1_000_000)}}, {})
+        assert load(tmp_path / "step_1")[1] == {"step": 1} and [entry.name for entry in tmp_path.iterdir()] == [
+            "step_1"
+        ]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
+    def interrupted(tensors, file):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 2, small(2), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+HOLD_LOCK = """
+    import sys
+    from pathlib import Path
+    from pgrpo.checkpoint import open_run_dir
+    lock = open_run_dir(Path(sys.argv[1]), resume=False)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_second_run_in_one_folder_is_refused(tmp_path):
+    run_dir = tmp_path / "run"
+    process = python(HOLD_LOCK, run_dir, stdin=subprocess.PIPE)
+    assert process.stdout is not None and process.stdin is not None
+    try:
+        assert process.stdout.readline() == "held\n"
+        for resume in (True, False):
+            with pytest.raises(
+                ConfigError, match=rf"run_dir=.*run: another run \(process {process.pid} on .*\) is using it"
+            ):
+                open_run_dir(run_dir, resume=resume)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stdin.close()
+    open_run_dir(run_dir, resume=False).close()
+
+
+def test_run_dir_with_files_needs_resume(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"not empty.*--resume auto"):
+        open_run_dir(tmp_path, resume=False)
+    assert not (tmp_path / ".lock").exists()
+    leftover = tmp_path / "checkpoints" / ".writing-step_3"
+    leftover.mkdir(parents=True)
+    open_run_dir(tmp_path, resume=True).close()
+    assert not leftover.exists()
+    with pytest.raises(ConfigError, match=r"not empty"):
+        open_run_dir(tmp_path, resume=False)
+    with pytest.raises(ConfigError, match=r"run_dir=.*metrics\.jsonl: cannot be used"):
+        open_run_dir(tmp_path / "metrics.jsonl", resume=False)
