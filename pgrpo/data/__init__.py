@@ -1,0 +1,81 @@
+"""Data set -> prompts, and the order in which training takes them.
+
+``load_prompts`` reads the rows, fills in the template, applies the chat template and tokenizes: everything that can be
+wrong with a user's data is found here, before any model weight is loaded. ``PromptStream`` deals the prompts out, epoch
+after epoch, and can be resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pgrpo.config import ConfigError, DataConfig, PromptConfig
+from pgrpo.data.render import render_prompts
+from pgrpo.data.sources import check_rows, read_rows
+from pgrpo.data.stream import PromptStream
+from pgrpo.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["LoadedPrompts", "PromptStream", "load_prompts"]
+
+
+@dataclass(slots=True)
+class LoadedPrompts:
+    """``prompts`` in the order of the rows, and how many rows ``data.overlong`` left out or cut."""
+
+    prompts: list[Prompt]
+    dropped: int
+    truncated: int
+
+
+def load_prompts(
+    data: DataConfig,
+    prompt: PromptConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    held_out: bool = False,
+    dataset: Iterable[Mapping[str, Any]] | None = None,
+) -> LoadedPrompts:
+    """Read, render and tokenize a data set.
+
+    Args:
+        data: where the rows are, and the length limit.
+        prompt: how a row becomes text.
+        tokenizer: of the model that will be trained.
+        held_out: read ``data.eval_path`` / ``data.eval_split`` instead of the training rows.
+        dataset: rows in memory (a ``datasets.Dataset`` or a list of dicts), instead of ``data.path``.
+
+    Raises:
+        ConfigError: the rows cannot be read, there are none, the template names a column that they lack, a prompt is
+            empty, or longer than ``data.max_prompt_tokens`` under ``overlong: error``.
+    """
+    rows, source = read_rows(data, held_out) if dataset is None else (check_rows(dataset, "dataset"), "dataset")
+    if not rows:
+        raise ConfigError(f"{source} has no rows")
+    rendered = render_prompts(rows, prompt, tokenizer)
+    prompts: list[Prompt] = []
+    dropped = truncated = 0
+    for index, (row, (text, messages, ids)) in enumerate(zip(rows, rendered, strict=True)):
+        if len(ids) > data.max_prompt_tokens:
+            if data.overlong == "error":
+                raise ConfigError(
+                    f"row {index} of {source}: the prompt has {len(ids)} tokens, data.max_prompt_tokens is "
+                    f"{data.max_prompt_tokens}; raise it, or set data.overlong to drop or truncate"
+                )
+            if data.overlong == "drop":
+                dropped += 1
+                continue
+            truncated += 1
+            ids = ids[-data.max_prompt_tokens :]
+            text = str(tokenizer.decode(ids))
+        prompts.append(Prompt(index=index, text=text, token_ids=ids, columns=row, messages=messages))
+    if not prompts:
+        raise ConfigError(
+            f"every prompt of {source} ({dropped} rows) is longer than data.max_prompt_tokens="
+            f"{data.max_prompt_tokens}, and data.overlong=drop left none"
+        )
+    return LoadedPrompts(prompts, dropped, truncated)

@@ -1,0 +1,142 @@
+"""Rows of a data set -> prompt texts and token ids. The template is strict: a column that is not there is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from string import Formatter
+from typing import TYPE_CHECKING, Any
+
+from pgrpo.config import ConfigError, PromptConfig
+from pgrpo.types import Messages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+Rendered = tuple[str, Messages | None, list[int]]
+
+_OURS = {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors", "padding"}
+
+
+def render_prompts(rows: Sequence[Row], prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> list[Rendered]:
+    """``(text, messages or None, token_ids)`` of every row. ``ConfigError`` on anything that makes no prompt."""
+    given = [name for name in ("template", "messages", "messages_column") if getattr(prompt, name)]
+    if len(given) != 1:
+        raise ConfigError(
+            f"give exactly one of prompt.template, prompt.messages, prompt.messages_column, not {given or 'none'}"
+        )
+    columns = list(rows[0])
+    if prompt.template is not None and given == ["template"]:
+        fill = compile_template(prompt.template, columns, "prompt.template")
+        texts = [fill(row, index) for index, row in enumerate(rows)]
+        return _checked(texts, [None] * len(rows), _tokenize_raw(texts, tokenizer), "prompt.template")
+    if prompt.messages_column is not None and given == ["messages_column"]:
+        if prompt.messages_column not in columns:
+            raise ConfigError(_no_column("prompt.messages_column", prompt.messages_column, columns))
+        key, prefill = "prompt.messages_column", False
+        chats = [_check_chat(row[prompt.messages_column], prompt.messages_column, i) for i, row in enumerate(rows)]
+    else:
+        fills = []
+        for number, message in enumerate(prompt.messages):
+            fills.append((message.role, compile_template(message.content, columns, f"prompt.messages[{number}]")))
+        key, prefill = "prompt.messages", prompt.messages[-1].role == "assistant"
+        chats = [[{"role": role, "content": fill(row, i)} for role, fill in fills] for i, row in enumerate(rows)]
+    texts = _apply_chat_template(chats, prompt.chat_template_kwargs, tokenizer, key, prefill)
+    # The template writes bos and the like itself: the tokenizer must not add them again.
+    return _checked(texts, chats, _tokenize(texts, tokenizer, add_special_tokens=False), key)
+
+
+def _checked(texts: list[str], chats: Sequence[Messages | None], ids: list[list[int]], key: str) -> list[Rendered]:
+    for index, (text, row_ids) in enumerate(zip(texts, ids, strict=True)):
+        if not text.strip() or not row_ids:
+            raise ConfigError(f"{key}: the prompt of row {index} is empty")
+    return list(zip(texts, chats, ids, strict=True))
+
+
+def compile_template(text: str, columns: Sequence[str], key: str) -> Callable[[Row, int], str]:
+    """A function ``(row, row number) -> text`` for ``text`` with ``{column}`` and ``{column:format}`` placeholders."""
+    try:
+        parts = list(Formatter().parse(text))
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error} in {text!r}; write {{{{ and }}}} for literal braces") from error
+    for _, column, _, conversion in parts:
+        if column is not None and (column not in columns or conversion):
+            written = column + (f"!{conversion}" if conversion else "")
+            raise ConfigError(_no_column(key, f"{{{written}}}", columns) + "; write {{ and }} for literal braces")
+
+    def fill(row: Row, index: int) -> str:
+        out = []
+        for literal, column, spec, _ in parts:
+            out.append(literal)
+            if column is None:
+                continue
+            if row[column] is None:
+                raise ConfigError(f"{key}: column `{column}` is empty (null) in row {index}")
+            try:
+                out.append(format(row[column], spec or ""))
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"{key}: row {index}: {{{column}:{spec}}}: {error}") from error
+        return "".join(out)
+
+    return fill
+
+
+def _no_column(key: str, column: str, columns: Sequence[str]) -> str:
+    return f"{key}: the data has no column `{column}`; it has {', '.join(columns)}"
+
+
+def _check_chat(chat: Any, column: str, index: int) -> Messages:
+    where = f"prompt.messages_column: row {index}, column `{column}`"
+    if not isinstance(chat, list) or not chat:
+        raise ConfigError(f"{where}: must be a list of messages, not {chat!r:.80}")
+    messages: Messages = []
+    for message in chat:
+        # Columnar files give every message the same keys: the ones that it does not have are null.
+        fields = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
+        if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), str):
+            raise ConfigError(f"{where}: a message is a dict with `role` and `content` texts, not {message!r:.80}")
+        messages.append(fields)
+    if messages[-1]["role"] == "assistant":
+        raise ConfigError(f"{where}: ends with an assistant message; a prompt must end before the model's turn")
+    return messages
+
+
+def _apply_chat_template(
+    chats: list[Messages], kwargs: dict[str, Any], tokenizer: PreTrainedTokenizerBase, key: str, prefill: bool
+) -> list[str]:
+    """``prefill``: the last message is the beginning of the model's own turn, which the completion goes on with."""
+    from jinja2 import TemplateError
+
+    try:
+        template = tokenizer.get_chat_template(kwargs.get("chat_template"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{key}: the tokenizer has no chat template; give a raw prompt with prompt.template instead"
+        ) from error
+    for name in kwargs:
+        if name in _OURS or (name != "chat_template" and name not in template):
+            reason = "is set by pgrpo" if name in _OURS else "is not used by the model's chat template"
+            raise ConfigError(f"prompt.chat_template_kwargs: `{name}` {reason}")
+    turn = {"continue_final_message": True} if prefill else {"add_generation_prompt": True}
+    try:
+        texts = tokenizer.apply_chat_template(chats, tokenize=False, **turn, **kwargs)  # pyright: ignore[reportArgumentType]
+    except (TemplateError, ValueError, TypeError) as error:
+        raise ConfigError(f"{key}: the model's chat template refuses the messages: {error}") from error
+    return [str(text) for text in texts]
+
+
+def _tokenize_raw(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokenizer's own rule for special tokens, but never a second bos."""
+    bos = tokenizer.bos_token
+    has_bos = [bos is not None and text.startswith(str(bos)) for text in texts]
+    with_bos = iter(_tokenize([t for t, has in zip(texts, has_bos, strict=True) if has], tokenizer, False))
+    without = iter(_tokenize([t for t, has in zip(texts, has_bos, strict=True) if not has], tokenizer, True))
+    return [next(with_bos if has else without) for has in has_bos]
+
+
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    batch = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
+    ids: Any = batch["input_ids"]
+    return ids

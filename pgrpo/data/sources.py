@@ -1,0 +1,122 @@
+"""Where rows come from: files, the hub, a Python function. A row is a dict from column names to values."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pgrpo.config import ConfigError, DataConfig
+from pgrpo.functions import is_function, load_function
+
+Row = dict[str, Any]
+
+
+def read_rows(data: DataConfig, held_out: bool) -> tuple[list[Row], str]:
+    """The rows and what to call their source in errors."""
+    path, split, key = data.path, data.split, "data.path"
+    if held_out:
+        if data.eval_path is None and data.eval_split is None:
+            raise ConfigError("evaluation needs held-out rows: set data.eval_path or data.eval_split")
+        split = data.eval_split or data.split
+        if data.eval_path is not None:
+            path, key = data.eval_path, "data.eval_path"
+    suffix = Path(path).suffix.lower()
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    if is_function(path):
+        return _call(path, split, key), f"{key}={path} (split {split})"
+    if suffix in readers:
+        if held_out and data.eval_path is None:
+            raise ConfigError(f"data.eval_split={split} means nothing for the file {path}: set data.eval_path")
+        if not Path(path).expanduser().is_file():
+            raise ConfigError(f"{key}: no file {path}")
+        return check_rows(readers[suffix](Path(path).expanduser()), f"{key}={path}"), f"{key}={path}"
+    same = path == data.path
+    rows = _read_hub(path, data.name if same else None, split, data.revision if same else None, key)
+    return rows, f"{key}={path} (split {split})"
+
+
+def _read_jsonl(path: Path) -> Iterator[Any]:
+    """Read with ``json``, not Arrow, which turns strings that look like dates into dates and refuses mixed types."""
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ConfigError(f"{path}, line {number}: not JSON: {error.msg} (column {error.colno})") from error
+            if not isinstance(row, dict):
+                raise ConfigError(f"{path}, line {number}: a row must be a JSON object, not {type(row).__name__}")
+            yield row
+
+
+def _read_json(path: Path) -> list[Any]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        hint = "; one object a line is .jsonl" if error.msg == "Extra data" else ""
+        raise ConfigError(f"{path}, line {error.lineno}: not JSON: {error.msg}{hint}") from error
+    if not isinstance(rows, list):
+        raise ConfigError(f"{path}: must be a JSON list of objects, not {type(rows).__name__}")
+    return rows
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    """Every value is a string, as it stands in the file: type guessing would turn an answer ``007`` into 7."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    columns = len(reader.fieldnames or ())
+                    raise ConfigError(f"{path}, line {reader.line_num}: not {columns} fields as in the header")
+                yield row
+        except csv.Error as error:
+            raise ConfigError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+
+
+def _read_parquet(path: Path) -> list[Any]:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_table
+
+    try:
+        return read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise ConfigError(f"{path}: not Parquet: {error}") from error
+
+
+def _read_hub(path: str, name: str | None, split: str, revision: str | None, key: str) -> list[Row]:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        dataset = load_dataset(path, name, split=split, revision=revision)
+    except (DatasetsError, ValueError, OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{key}={path} (name {name}, split {split}): cannot be loaded: {reason}") from error
+    return check_rows(dataset, f"{key}={path}")
+
+
+def _call(name: str, split: str, key: str) -> list[Row]:
+    function = load_function(name, key)
+    try:
+        rows = function(split)
+    except Exception as error:
+        raise ConfigError(f"{key}={name} raised {type(error).__name__}: {error} (called with '{split}')") from error
+    return check_rows(rows, f"{key}={name}")
+
+
+def check_rows(rows: Any, source: str) -> list[Row]:
+    """Rows as dicts with the same columns; a column that a row lacks is None in it."""
+    if isinstance(rows, Mapping | str) or not isinstance(rows, Iterable):
+        raise ConfigError(f"{source}: must be a sequence of rows (dicts), not {type(rows).__name__}")
+    rows = list(rows)
+    columns: dict[str, None] = {}
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping) or not all(isinstance(name, str) for name in row):
+            raise ConfigError(f"{source}: row {index} must be a dict with column names as keys, not {row!r:.80}")
+        columns.update(dict.fromkeys(row))
+    return [{name: row.get(name) for name in columns} for row in rows]
