@@ -1,4 +1,4 @@
-"""The schema. Every key of a pgrpo YAML is a field here, with its meaning below it; ``load_config`` is the only way in."""
+"""The schema. Every key of a pgrpo YAML is a field here, with its meaning below it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from omegaconf import MISSING
+
+
+class ConfigError(Exception):
+    """The user's input is wrong. The message is one line that names the key, the value and the fix (exit code 2)."""
 
 
 @dataclass
@@ -70,7 +74,7 @@ class PromptConfig:
 @dataclass
 class RolloutConfig:
     engine: Literal["auto", "embedded"] = "auto"
-    """`embedded` samples with the policy's own transformers model. `auto` takes the fastest engine that is installed."""
+    """`embedded` samples with the policy's own transformers model. `auto` takes the fastest that is installed."""
     prompts_per_step: int = 32
     """Prompts in one step, over all ranks."""
     group_size: int = 8
@@ -92,7 +96,8 @@ class RolloutConfig:
 @dataclass
 class RewardConfig:
     function: str = MISSING
-    """Built-in name (`exact_match`, ...), `module:function` or `path/to/file.py:function` (relative to the recipe, then to the current folder)."""
+    """Built-in name (`exact_match`, ...), `module:function` or `path/to/file.py:function` (relative to the recipe, then
+    to the current folder)."""
     weight: float = 1.0
     """Factor in the total reward."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -114,7 +119,8 @@ class LossConfig:
     clip_high: float = 0.2
     """The ratio's upper clip is 1 + clip_high."""
     aggregate: Literal["token", "sample", "constant"] = "token"
-    """`token`: all tokens equal (DAPO). `sample`: mean in each sample first (GRPO). `constant`: sum over `max_completion_tokens` (Dr. GRPO)."""
+    """`token`: all tokens equal (DAPO). `sample`: mean in each sample first (GRPO). `constant`: sum over
+    `max_completion_tokens` (Dr. GRPO)."""
     scale_advantages: Literal["group", "none"] = "group"
     """Divide advantages by the group's standard deviation, or not (Dr. GRPO)."""
     kl_coef: float = 0.0
@@ -204,3 +210,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    secret_keys: frozenset[str] = field(
+        default=frozenset(), repr=False, compare=False, metadata={"omegaconf_ignore": True}
+    )
+    """Not a key: dotted names of the values that came from `${oc.env:...}`, which `to_yaml` redacts."""

@@ -1,0 +1,43 @@
+"""The schema, and the only way into it: ``load_config``. Imports neither torch nor transformers."""
+
+from pgrpo.config.load import check_world_size, find_file, load_config, packaged, to_yaml
+from pgrpo.config.schema import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    MessageConfig,
+    ModelConfig,
+    OptimConfig,
+    PromptConfig,
+    RewardConfig,
+    RewardsConfig,
+    RolloutConfig,
+    TrackConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvalConfig",
+    "LossConfig",
+    "MessageConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PromptConfig",
+    "RewardConfig",
+    "RewardsConfig",
+    "RolloutConfig",
+    "TrackConfig",
+    "TrainConfig",
+    "check_world_size",
+    "find_file",
+    "load_config",
+    "packaged",
+    "to_yaml",
+]

@@ -1,0 +1,192 @@
+"""``load_config``: schema defaults < recipe < config file < ``key=value`` overrides, merged, resolved and checked."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pgrpo.config.rules import REDACTED, check_values, check_world_size, leaves
+from pgrpo.config.schema import Config, ConfigError
+from pgrpo.config.source import Source, one_line, read_file, read_mapping, read_override
+
+__all__ = ["check_world_size", "find_file", "load_config", "packaged", "to_yaml"]
+
+RECIPE_SECTIONS = ("data", "prompt", "rollout", "rewards")
+RECIPE_ROLLOUT = ("max_completion_tokens", "temperature", "top_p", "top_k", "stop")
+PYTHON = "(python)"  # data.path when rows are handed over from Python
+SECRET = re.compile(r"(^|_)(api_?key|access_?key|secret|token|password|passwd|credentials?)$", re.IGNORECASE)
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    rewards_from_python: bool = False,
+    data_from_python: bool = False,
+) -> Config:
+    """Read, merge, resolve and check a configuration.
+
+    Args:
+        source: a file, the name of one (see ``find_file``), or its contents as a mapping.
+        overrides: ``key=value``, value in YAML; ``rewards.functions[0].weight=2`` reaches into lists.
+        rewards_from_python: reward functions are handed over by the caller; the config may have none.
+        data_from_python: so are the rows; ``data.path`` may be missing.
+
+    Raises:
+        ConfigError: one line with the key, its value and the fix.
+    """
+    main = read_mapping(source) if isinstance(source, Mapping) else read_file(find_file("configs", source))
+    changes = [read_override(override) for override in overrides]
+    recipe = dict(changes).get("recipe", main.values.get("recipe"))
+    sources = [main] if recipe is None else [_read_recipe(recipe, main.folder), main]
+    OmegaConf.register_resolver("now", lambda pattern: datetime.now().strftime(pattern), use_cache=True, replace=True)
+    try:
+        merged = OmegaConf.structured(Config)
+        for item in sources:
+            merged = OmegaConf.merge(merged, _anchored(item))
+        for key, value in changes:
+            OmegaConf.update(merged, key, value, merge=True)
+        assert isinstance(merged, DictConfig)
+        if data_from_python and OmegaConf.is_missing(merged.data, "path"):
+            merged.data.path = PYTHON
+        _refuse_missing(merged, main)
+        config = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, OverflowError) as error:
+        key = f"{full_key}: " if (full_key := getattr(error, "full_key", None)) else ""
+        raise ConfigError(f"{key}{one_line(error)}; correct it, or write \\${{ for a literal ${{") from error
+    assert isinstance(config, Config)
+    config.secret_keys = _secret_keys(_raw(merged), config)
+    _finish_paths(config)
+    check_values(config, rewards_from_python=rewards_from_python)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML that ``load_config`` reads again; secrets are replaced by '(redacted)'.
+
+    The recipe is merged in, so its name is a comment: loading again must not need the recipe.
+    """
+    values = asdict(config)
+    del values["secret_keys"]
+    values["recipe"] = None
+
+    def clean(value: Any, key: str, name: str) -> Any:
+        if key in config.secret_keys or (SECRET.search(name) and isinstance(value, str)):
+            return REDACTED
+        if isinstance(value, dict):
+            return {k: clean(v, f"{key}.{k}" if key else k, k) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return [clean(v, f"{key}[{i}]", name) for i, v in enumerate(value)]
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+    header = f"# Resolved; the recipe {config.recipe} is merged in.\n" if config.recipe else "# Resolved.\n"
+    return header + OmegaConf.to_yaml(OmegaConf.create(clean(values, "", "")))
+
+
+def packaged(kind: Literal["configs", "recipes"]) -> Path:
+    """The folder of configs or recipes that came with pgrpo: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    return package / kind if (package / kind).is_dir() else package.parent / kind
+
+
+def find_file(kind: Literal["configs", "recipes"], name: str | Path, beside: Path | None = None) -> Path:
+    """A YAML file by path, else by name (with or without '.yaml') in ./KIND, ``beside`` and the packaged folder."""
+    folders = [Path.cwd() / kind, *([beside] if beside else []), packaged(kind)]
+    given = Path(name).expanduser()
+    names = [given] if given.suffix in (".yaml", ".yml") else [given, given.with_name(f"{given.name}.yaml")]
+    for path in [*names, *(folder / one for folder in folders for one in names)]:
+        if path.is_file():
+            return path
+    known = sorted({path.stem for folder in folders if folder.is_dir() for path in folder.glob("*.y*ml")})
+    near = difflib.get_close_matches(given.stem, known, n=1)
+    fix = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(
+        f"{kind[:-1]} '{name}': no such file; {fix}give a path, or one of: {', '.join(known) or 'none here'}"
+    )
+
+
+def _read_recipe(name: Any, beside: Path) -> Source:
+    if not isinstance(name, str):
+        raise ConfigError(f"recipe: {name!r} is not text; give a path or a name")
+    recipe = read_file(find_file("recipes", name, beside))
+    for section, values in recipe.values.items():
+        if section not in RECIPE_SECTIONS:
+            raise ConfigError(
+                f"{recipe.where(section)}{section}: a recipe may set only {', '.join(RECIPE_SECTIONS)}; "
+                "move this to the config"
+            )
+        for key in values if section == "rollout" else ():
+            if key not in RECIPE_ROLLOUT:
+                raise ConfigError(
+                    f"{recipe.where(f'rollout.{key}')}rollout.{key}: a recipe may set only {', '.join(RECIPE_ROLLOUT)} "
+                    "of rollout; move this to the config"
+                )
+    return recipe
+
+
+def _anchored(source: Source) -> dict[str, Any]:
+    """The values, with data files and Python files that lie beside the source as absolute paths."""
+    values = dict(source.values)
+    if data := values.get("data"):
+        values["data"] = {k: _anchor(v, source.folder) if k in ("path", "eval_path") else v for k, v in data.items()}
+    if functions := (values.get("rewards") or {}).get("functions"):
+        anchored = [{k: _anchor(v, source.folder) if k == "function" else v for k, v in f.items()} for f in functions]
+        values["rewards"] = {**values["rewards"], "functions": anchored}
+    return values
+
+
+def _anchor(value: Any, folder: Path) -> Any:
+    """An existing file, or ``file.py:function`` with an existing file, as an absolute path; anything else unchanged."""
+    if not isinstance(value, str):
+        return value
+    stem, python, function = value.partition(".py:")
+    path = folder / Path(f"{stem}.py" if python else value).expanduser()
+    return f"{path.resolve()}{':' + function if python else ''}" if path.is_file() else value
+
+
+def _finish_paths(config: Config) -> None:
+    """Make existing files that are still relative absolute; ConfigError for a Python file that is missing."""
+    config.run_dir = str(Path(config.run_dir).expanduser())
+    if config.model.path.startswith("~"):
+        config.model.path = str(Path(config.model.path).expanduser())
+    targets = [(config.data, "path", "data.path"), (config.data, "eval_path", "data.eval_path")]
+    targets += [(f, "function", f"rewards.functions[{i}].function") for i, f in enumerate(config.rewards.functions)]
+    for owner, name, key in targets:
+        value = _anchor(getattr(owner, name), Path.cwd())
+        setattr(owner, name, value)
+        file, python, _ = (value or "").partition(".py:")
+        if python and not Path(f"{file}.py").is_file():
+            raise ConfigError(
+                f"{key}: {value}: no {file}.py beside the YAML that names it or in the current folder; correct the path"
+            )
+
+
+def _refuse_missing(merged: DictConfig, main: Source) -> None:
+    if missing := sorted(OmegaConf.missing_keys(merged)):
+        place = f"in {main.name} or as" if main.name else "in the mapping or as"
+        raise ConfigError(f"{', '.join(missing)}: no value; set it {place} an override, such as {missing[0]}=VALUE")
+
+
+def _raw(merged: Any) -> dict[str, Any]:
+    values = OmegaConf.to_container(merged, resolve=False)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def _secret_keys(raw: dict[str, Any], config: Config) -> frozenset[str]:
+    """Keys whose value came from the environment, straight or through another key."""
+    resolved = dict(leaves(config))
+    interpolations = {key: text for key, text in leaves(raw) if isinstance(text, str) and "${" in text}
+    secret = {key for key, text in interpolations.items() if "oc.env" in text}
+    values = [str(resolved[key]) for key in secret if resolved.get(key)]
+    return frozenset(
+        secret | {key for key in interpolations if any(value in str(resolved.get(key)) for value in values)}
+    )

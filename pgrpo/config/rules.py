@@ -1,0 +1,147 @@
+"""What a value must be beyond its type: ranges, and keys that must agree with each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from pgrpo.config.schema import Config, ConfigError
+
+AT_LEAST = {
+    "seed": 0,
+    "data.max_prompt_tokens": 1,
+    "rollout.prompts_per_step": 1,
+    "rollout.group_size": 2,
+    "rollout.max_completion_tokens": 1,
+    "rollout.top_k": 0,
+    "rollout.max_concurrent": 1,
+    "loss.kl_coef": 0,
+    "optim.lr": 0,
+    "optim.warmup_steps": 0,
+    "optim.weight_decay": 0,
+    "optim.max_grad_norm": 0,
+    "train.steps": 1,
+    "train.updates_per_step": 1,
+    "train.token_budget": 1,
+    "eval.every": 0,
+    "eval.rows": 1,
+    "eval.samples": 1,
+    "eval.temperature": 0,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "track.completions": 0,
+    "track.console_every": 1,
+}
+ABOVE_ZERO = ("rollout.temperature", "rollout.top_p", "loss.clip_low", "loss.clip_high", "optim.eps")
+AT_MOST = {"rollout.top_p": 1}
+REDACTED = "(redacted)"
+ROLES = ("system", "user", "assistant")
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in a config that is not a container (``rewards.functions[0].weight``, 1.0)."""
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value) if field.name != "secret_keys"}
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from leaves(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from leaves(item, f"{key}[{i}]")
+    else:
+        yield key, value
+
+
+def check_values(config: Config, *, rewards_from_python: bool) -> None:
+    """Raise ConfigError for the first value out of range or at odds with another."""
+    values = dict(leaves(config))
+    for key, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key}: {value} is not a finite number; give a finite one")
+        if value == "":
+            raise ConfigError(f"{key}: '' is empty; give a value, or leave the key out")
+        if value == REDACTED:
+            raise ConfigError(f"{key}: {value!r} was redacted when this file was written; add {key}=VALUE")
+    for key, least in AT_LEAST.items():
+        if values[key] is not None and values[key] < least:
+            raise ConfigError(f"{key}: {values[key]} is too small; it must be at least {least}")
+    for key in ABOVE_ZERO:
+        if values[key] <= 0:
+            why = " (greedy sampling has nothing to learn from)" if key == "rollout.temperature" else ""
+            raise ConfigError(f"{key}: {values[key]} is too small; it must be above 0{why}")
+    for key, most in AT_MOST.items():
+        if values[key] > most:
+            raise ConfigError(f"{key}: {values[key]} is too large; it must be at most {most}")
+    for i, beta in enumerate(config.optim.betas):
+        if not 0 <= beta < 1:
+            raise ConfigError(f"optim.betas[{i}]: {beta} is out of range; it must be at least 0 and below 1")
+    _check_sizes(config)
+    _check_prompt(config)
+    if not config.rewards.functions and not rewards_from_python:
+        raise ConfigError("rewards.functions: [] scores nothing; name at least one, such as [{function: exact_match}]")
+    if config.eval.every and not (config.data.eval_path or config.data.eval_split):
+        raise ConfigError(
+            f"eval.every: {config.eval.every} needs held-out rows; set data.eval_path or data.eval_split, or every to 0"
+        )
+
+
+def _check_sizes(config: Config) -> None:
+    prompts, updates = config.rollout.prompts_per_step, config.train.updates_per_step
+    if prompts % updates:
+        divisors = ", ".join(str(n) for n in range(1, prompts + 1) if prompts % n == 0)
+        raise ConfigError(
+            f"train.updates_per_step: {updates} does not divide rollout.prompts_per_step, {prompts} prompts; "
+            f"it may be {divisors}, or set rollout.prompts_per_step to {_multiples(prompts, updates)}"
+        )
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    if longest > config.train.token_budget:
+        raise ConfigError(
+            f"train.token_budget: {config.train.token_budget} tokens do not hold the longest sample, {longest} "
+            f"(data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_completion_tokens "
+            f"{config.rollout.max_completion_tokens}); set train.token_budget to at least {longest}, or lower those"
+        )
+    optim, steps = config.optim, config.train.steps
+    if optim.schedule != "constant" and optim.warmup_steps >= steps:
+        raise ConfigError(
+            f"optim.warmup_steps: {optim.warmup_steps} leaves no step of {steps} for the {optim.schedule} decay; "
+            f"it must be at most {steps - 1}, or set optim.schedule=constant"
+        )
+
+
+def _check_prompt(config: Config) -> None:
+    prompt = config.prompt
+    forms = {"template": prompt.template, "messages": prompt.messages, "messages_column": prompt.messages_column}
+    given = [f"prompt.{name}" for name, value in forms.items() if value]
+    if len(given) != 1:
+        raise ConfigError(
+            f"prompt: {' and '.join(given) or 'nothing'} is set; give exactly one of "
+            "prompt.template, prompt.messages, prompt.messages_column"
+        )
+    if prompt.template and prompt.chat_template_kwargs:
+        raise ConfigError(
+            f"prompt.chat_template_kwargs: {prompt.chat_template_kwargs} has no effect on prompt.template; "
+            "remove it, or give prompt.messages instead"
+        )
+    for i, message in enumerate(prompt.messages):
+        if message.role not in ROLES:
+            raise ConfigError(
+                f"prompt.messages[{i}].role: {message.role!r} is not a role; it may be {', '.join(ROLES)}"
+            )
+
+
+def check_world_size(config: Config, world_size: int) -> None:
+    """Raise ConfigError unless every one of ``world_size`` ranks gets the same number of prompts."""
+    prompts = config.rollout.prompts_per_step
+    if prompts % world_size:
+        raise ConfigError(
+            f"rollout.prompts_per_step: {prompts} prompts do not divide over {world_size} ranks; "
+            f"valid numbers of prompts: {_multiples(prompts, world_size)}"
+        )
+
+
+def _multiples(near: int, divisor: int) -> str:
+    """The four multiples of ``divisor`` around ``near``: '24, 32, 40, 48'."""
+    first = max(1, near // divisor - 1)
+    return ", ".join(str(divisor * n) for n in range(first, first + 4))

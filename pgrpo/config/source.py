@@ -1,0 +1,268 @@
+"""One YAML file, mapping or ``key=value`` override, read strictly: types, unknown and duplicate keys, YAML's traps.
+
+OmegaConf converts where it can (``010`` in a text field becomes '8'), so whatever is checked here is checked before it.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pgrpo.config.names import suggest
+from pgrpo.config.schema import Config, ConfigError
+
+KINDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "a mapping",
+    list: "a list",
+}
+Marks = dict[str, tuple[int, str | None]]
+
+
+@dataclass
+class Source:
+    """Raw values, and where each came from.
+
+    Attributes:
+        values: the mapping as written; interpolations are not resolved.
+        name: what to call it in an error: a file name, or an override in quotes. Empty for a Python mapping.
+        folder: relative paths in ``values`` are relative to it.
+        marks: dotted key -> its line, and the text of its scalar (None for a mapping or list).
+    """
+
+    values: dict[str, Any]
+    name: str
+    folder: Path
+    marks: Marks = field(default_factory=dict)
+
+    def where(self, key: str) -> str:
+        """'FILE:LINE: ' of a key, or as much of it as is known."""
+        if not self.name:
+            return ""
+        return f"{_at(self.name, self.marks[key][0]) if key in self.marks else self.name}: "
+
+    def text(self, key: str, value: Any) -> str:
+        """The scalar as it was written."""
+        text = self.marks.get(key, (0, None))[1]
+        return repr(value) if text is None else text
+
+
+def read_file(path: Path) -> Source:
+    """Read and check a YAML file. ConfigError if it is not a mapping of known keys with values of the right type."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read as UTF-8 text ({error}); save it again or name another file"
+        ) from error
+    marks, values = parse(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: the file holds {_kind(values)}, not a mapping; write lines of `key: value`")
+    source = Source(values, str(path), path.resolve().parent, marks)
+    check_types(values, Config, "", source)
+    return source
+
+
+def read_mapping(mapping: Mapping[str, Any]) -> Source:
+    """Check a Python mapping, as ``read_file`` does."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(dict(mapping)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"config: {one_line(error)}; use plain Python values") from error
+    assert isinstance(values, dict)
+    source = Source({str(name): value for name, value in values.items()}, "", Path.cwd())
+    check_types(source.values, Config, "", source)
+    return source
+
+
+def read_override(override: str) -> tuple[str, Any]:
+    """Key and checked value of ``key=value``."""
+    key, equals, text = override.partition("=")
+    if not equals or not text or not re.fullmatch(r"\w+((\.\w+)|(\[\d+\]))*", key):
+        raise ConfigError(f"override {override!r}: write key=value (key=null for none), such as rollout.group_size=8")
+    name = f"override {override!r}"
+    marks, value = parse(text, name, key)
+    hint: Any = Config
+    for part in re.findall(r"\w+", key):
+        hint = _without_none(hint)
+        if is_dataclass(hint) and part in hints(hint):
+            hint = hints(hint)[part]
+        elif get_origin(hint) is list and part.isdigit():
+            hint = get_args(hint)[0]
+        elif get_origin(hint) is dict or hint is Any:
+            hint = Any
+        else:
+            raise ConfigError(f"{name}: no such key; {suggest(key, valid_keys())}")
+    check_types(value, hint, key, Source({}, name, Path.cwd(), marks))
+    return key, value
+
+
+def parse(text: str, name: str, key: str = "") -> tuple[Marks, Any]:
+    """YAML text -> (marks, value), without duplicate keys, tags, anchors or second documents."""
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            place = _at(name, event.start_mark.line + 1 if event.start_mark else 1)
+            if anchor := getattr(event, "anchor", None):
+                raise ConfigError(
+                    f"{place}: anchor {anchor!r} is not supported; write ${{other.key}} to refer to a key"
+                )
+            if tag := getattr(event, "tag", None):
+                tag = tag.replace("tag:yaml.org,2002:", "!!")
+                raise ConfigError(f"{place}: tag {tag!r} is not supported; remove it")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        marks = dict(_marks(root, root.start_mark.line + 1, key, name)) if root else {}
+        # OmegaConf's own reader, for which 1e-6 is a number, through an override, which takes any YAML.
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = _at(name, mark.line + 1) if mark else name
+        raise ConfigError(
+            f"{place}: not YAML: {getattr(error, 'problem', None) or one_line(error)}; quote text"
+        ) from error
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"{name}: {one_line(error)}; write \\${{ for a literal ${{") from error
+    except RecursionError as error:
+        raise ConfigError(f"{name}: nested too deeply; remove some brackets") from error
+    return marks, value
+
+
+def _marks(node: yaml.Node, line: int, key: str, name: str) -> Iterator[tuple[str, tuple[int, str | None]]]:
+    yield key, (line, node.value if isinstance(node, yaml.ScalarNode) else None)
+    if isinstance(node, yaml.SequenceNode):
+        for i, item in enumerate(node.value):
+            yield from _marks(item, item.start_mark.line + 1, f"{key}[{i}]", name)
+    elif isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key_node, item in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ConfigError(f"{_at(name, line)}: a key is {key_node.id}, not text; put the key in quotes")
+            inner = f"{key}.{key_node.value}" if key else key_node.value
+            if inner in first:
+                place = _at(name, line)
+                raise ConfigError(f"{place}: {inner}: duplicate key, first on line {first[inner]}; remove one of them")
+            first[inner] = line
+            yield from _marks(item, line, inner, name)
+
+
+def _at(name: str, line: int) -> str:
+    return name if name.startswith("override") else f"{name}:{line}"
+
+
+def check_types(value: Any, hint: Any, key: str, source: Source) -> None:
+    """Raise ConfigError unless ``value`` is what the schema's ``hint`` says; nothing is converted but int to float."""
+    if value is None and hint is not _without_none(hint):
+        return
+    hint = _without_none(hint)
+    origin, where = get_origin(hint), source.where(key)
+    if hint is Any or origin is dict:
+        if origin is dict and not isinstance(value, dict):
+            raise ConfigError(_wrong(value, dict, key, source))
+        _check_keys(value, key, source)
+    elif is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(_wrong(value, dict, key, source))
+        for name, item in value.items():
+            inner = f"{key}.{name}" if key else str(name)
+            if name not in hints(hint):
+                raise ConfigError(f"{source.where(inner)}{inner}: no such key; {suggest(inner, valid_keys())}")
+            check_types(item, hints(hint)[name], inner, source)
+    elif origin in (list, tuple):
+        if not isinstance(value, list | tuple):
+            raise ConfigError(_wrong(value, list, key, source))
+        items = get_args(hint) if origin is tuple else get_args(hint) * len(value)
+        if len(items) != len(value):
+            raise ConfigError(f"{where}{key}: {list(value)} has {len(value)} items; give {len(items)}")
+        for i, item in enumerate(value):
+            check_types(item, items[i], f"{key}[{i}]", source)
+    elif isinstance(value, str) and ("${" in value or value == MISSING):
+        return  # checked when everything is merged
+    elif origin is Literal:
+        if value not in get_args(hint) or isinstance(value, bool):
+            raise ConfigError(
+                f"{where}{key}: {source.text(key, value)} is not a choice; it may be {', '.join(get_args(hint))}"
+            )
+    elif type(value) is not hint and not (hint is float and _fits_float(value)):
+        raise ConfigError(_wrong(value, hint, key, source))
+    elif hint is int:
+        text = source.text(key, value)
+        if text.lstrip("+").replace("_", "") != str(value):
+            raise ConfigError(
+                f"{where}{key}: {text} reads as the number {value}; write {key}: {value} if that is meant"
+            )
+
+
+def _check_keys(value: Any, key: str, source: Source) -> None:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        if isinstance(value, dict) and not isinstance(name, str):
+            raise ConfigError(
+                f"{source.where(key)}{key}: its key {name!r} is {_kind(name)}, not text; put the key in quotes"
+            )
+        _check_keys(item, f"{key}.{name}", source)
+
+
+def _wrong(value: Any, expected: type, key: str, source: Source) -> str:
+    text, where = source.text(key, value), source.where(key)
+    if value is None:
+        return f"{where}{key}: null is not a value here; give {KINDS[expected]}, or leave the key out"
+    if expected is str and isinstance(value, int | float):
+        quoted = f"'{key}=\"{text}\"'" if source.name.startswith("override") else f'{key.rpartition(".")[2]}: "{text}"'
+        return f"{where}{key}: {text} reads as {value!r}, {_kind(value)}, not text; quote it: {quoted}"
+    fix = f"write {KINDS[expected]}" if expected is not str else "put the text in quotes"
+    if expected in (int, float) and isinstance(value, str) and re.fullmatch(r"[-+\d.eE]+", value):
+        fix = f"write it without quotes: {value}"
+    return f"{where}{key}: {text} is {_kind(value)}, not {KINDS[expected]}; {fix}"
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _fits_float(value: Any) -> bool:
+    return type(value) is int and abs(value) < 1 << 1000
+
+
+def _without_none(hint: Any) -> Any:
+    if get_origin(hint) in (types.UnionType, Union):
+        return next(option for option in get_args(hint) if option is not type(None))
+    return hint
+
+
+@cache
+def hints(schema: Any) -> dict[str, Any]:
+    """Key -> type of a section."""
+    return {name: hint for name, hint in get_type_hints(schema).items() if name != "secret_keys"}
+
+
+@cache
+def valid_keys() -> tuple[str, ...]:
+    """Every dotted key of the schema (``rewards.functions[i].weight``)."""
+
+    def walk(schema: Any, prefix: str) -> Iterator[str]:
+        for name, hint in hints(schema).items():
+            yield prefix + name
+            inner = _without_none(hint)
+            if get_origin(inner) is list:
+                inner, name = get_args(inner)[0], f"{name}[i]"
+            if is_dataclass(inner):
+                yield from walk(inner, f"{prefix}{name}.")
+
+    return tuple(walk(Config, ""))
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
