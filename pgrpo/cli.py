@@ -1,0 +1,133 @@
+"""The command line: what can be typed, and what a process exits with. ``pgrpo.train`` and ``pgrpo.commands`` do the work.
+
+Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 after Ctrl-C, 143 after SIGTERM.
+Nothing heavy is imported here: ``pgrpo --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pgrpo.config import Config, ConfigError, load_config
+
+app = typer.Typer(
+    help="GRPO that computes each prompt once.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+ConfigOption = Annotated[
+    str, typer.Option("--config", "-c", help="YAML file, or the name of one that comes with pgrpo.")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys that replace the file's.")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's folder (run_dir in its config).")]
+
+
+def _load(config: str, overrides: list[str] | None) -> Config:
+    return load_config(config, overrides or [])
+
+
+@app.command()
+def train(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str | None, typer.Option(help="A checkpoint folder, or `auto`: the newest of this run, if there is one.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved config and the plan, and stop.")
+    ] = False,
+) -> None:
+    """Train. On several GPUs: torchrun --nproc-per-node 8 -m pgrpo train --config ..."""
+    resolved = _load(config, overrides)
+    if dry_run:
+        from pgrpo.commands.plan import plan
+
+        plan(resolved)
+    else:
+        from pgrpo.train import train
+
+        train(resolved, resume=resume)
+
+
+@app.command()
+def check(config: ConfigOption, overrides: Overrides = None) -> None:
+    """Try config, data, template and rewards on a few samples; prove grouped == repeated on this model."""
+    from pgrpo.commands.check import check
+
+    check(_load(config, overrides))
+
+
+@app.command("eval")
+def evaluate(config: ConfigOption, overrides: Overrides = None) -> None:
+    """Pass@1, pass@k and mean reward on the held-out split."""
+    from pgrpo.commands.evaluate import evaluate
+
+    evaluate(_load(config, overrides))
+
+
+@app.command()
+def bench(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Time grouped against repeated prompts on this machine."""
+    from pgrpo.commands.bench import bench
+
+    bench(_load(config, overrides), as_json=as_json)
+
+
+@app.command()
+def plot(run_dir: RunDir) -> None:
+    """Draw a run: one PNG and one HTML page in its folder."""
+    from pgrpo.commands.plot import plot
+
+    plot(run_dir)
+
+
+@app.command()
+def export(run_dir: RunDir, out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]) -> None:
+    """Write the newest checkpoint as a Hugging Face folder."""
+    from pgrpo.commands.export import export
+
+    export(run_dir, out)
+
+
+@app.command()
+def init(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a config, such as quickstart.")]) -> None:
+    """Copy a config, its recipe and what that uses to the current folder, to edit."""
+    from pgrpo.commands.init import init
+
+    init(name)
+
+
+def main() -> None:
+    """Run the command line. The one place that decides what a process exits with."""
+    # As an exception, so that whatever is open is closed; training puts its own handler on top, which saves first.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        app()
+    except ConfigError as error:
+        _fail(2, str(error))
+    except KeyboardInterrupt:
+        _fail(128 + signal.SIGINT, "stopped by Ctrl-C")
+    except Exception as error:
+        kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
+        _fail(1, f"{kind}{error}")
+
+
+def _fail(code: int, message: str) -> None:
+    if os.environ.get("PGRPO_DEBUG") == "1":
+        traceback.print_exc()
+    hint = " (PGRPO_DEBUG=1 shows where)" if code == 1 else ""
+    print(f"pgrpo: {message}{hint}", file=sys.stderr)
+    sys.exit(code)
