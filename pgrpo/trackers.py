@@ -1,0 +1,306 @@
+"""Where a run's numbers go: metrics.jsonl and completions.jsonl always; terminal, wandb and tensorboard when asked for.
+
+Only rank 0 builds ``Trackers``. The JSONL files are the record of the run, and failing to write them fails the run; any
+other tracker that fails while training is dropped with one warning, and training goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import OmegaConf
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from pgrpo.config import Config, ConfigError, to_yaml
+from pgrpo.types import Group
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+HEADLINES = (
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "entropy",
+    "kl",
+    "loss",
+    "grad_norm",
+    "lr",
+    "sampling/sampling_logp_difference/mean",
+    "perf/tokens_per_s",
+    "perf/peak_memory_gib",
+    "time/step",
+)
+"""What the terminal shows of a step (and every ``eval/`` number); the files have everything."""
+
+WIDEST = 600
+"""Characters of a prompt (its end) and of a completion (its start) that the terminal shows."""
+
+
+class Trackers:
+    """Everything a run logs.
+
+    Args:
+        config: the run's configuration; ``track`` says which trackers there are.
+        run_dir: the run folder, which exists. Files: metrics.jsonl, completions.jsonl, log.txt, tensorboard/, wandb/.
+        resume: ``state_dict()`` of the checkpoint that the run goes on from: rows of later steps are dropped from the
+            files, and the wandb run is the same one. None starts both JSONL files anew.
+
+    Raises:
+        ConfigError: a tracker that is asked for is not installed, or wandb has no login.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, *, resume: dict[str, Any] | None = None):
+        self._track, self._steps = config.track, config.train.steps
+        self._state: dict[str, Any] = {"step": -1, "wandb_id": None, **(resume or {})}
+        self._console = Console(markup=False, highlight=False, emoji=False) if config.track.console else None
+        self._log_file = _open(run_dir / "log.txt")
+        self._handler = _WarningHandler(self)
+        logging.getLogger("pgrpo").addHandler(self._handler)
+        self._metrics_file = _reopen(run_dir / "metrics.jsonl", self._state["step"])
+        self._completions_file = _reopen(run_dir / "completions.jsonl", self._state["step"])
+        self._sinks: dict[str, tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]] = {}
+        try:
+            if config.track.tensorboard:
+                self._sinks["tensorboard"] = _start_tensorboard(run_dir, self._state["step"])
+            if config.track.wandb:
+                self._start_wandb(config, run_dir)
+        except ConfigError:
+            self.close()
+            raise
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record one step; call it once a step. A number that is not finite is null in metrics.jsonl."""
+        metrics = {name: float(value) for name, value in metrics.items()}
+        row = {name: _finite(value) for name, value in metrics.items()}
+        _write_row(self._metrics_file, {"step": step, **row})
+        self._state["step"] = step
+        for name, (send, _) in list(self._sinks.items()):
+            self._guard(name, lambda send=send: send(step, metrics))
+        if self._reports(step):
+            shown = {name: metrics[name] for name in HEADLINES if name in metrics}
+            shown |= {name: value for name, value in metrics.items() if name.startswith("eval/")}
+            numbers = {name: f"{value:.4g}" for name, value in shown.items()}
+            line = f"step {step}/{self._steps}  " + "  ".join(f"{name} {value}" for name, value in numbers.items())
+            self._write_log(line)
+            if self._console:
+                self._print(_panel(f"step {step}/{self._steps}", numbers) if self._console.is_terminal else line)
+
+    def completions(self, step: int, groups: Sequence[Group]) -> None:
+        """Record ``track.completions`` samples of a step, spread evenly over its groups."""
+        rows = [{"step": step, **row} for row in _pick(groups, self._track.completions)]
+        for row in rows:
+            _write_row(self._completions_file, row)
+        if rows and self._console and self._reports(step):
+            if self._console.is_terminal:
+                self._print(_table(rows, self._console.encoding))
+            else:
+                for row in rows:
+                    self._print(_plain(row, self._console.encoding))
+
+    def message(self, text: str) -> None:
+        """A line for people: to log.txt, and to the terminal if there is one."""
+        self._write_log(text)
+        if self._console:
+            self._print(printable(text, self._console.encoding))
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON: the last logged step and the wandb run id. A checkpoint of step N takes it after ``log(N, ...)``."""
+        return dict(self._state)
+
+    def close(self) -> None:
+        """Flush and close everything. Calling it again does nothing."""
+        for name, (_, finish) in list(self._sinks.items()):
+            self._guard(name, finish)
+        self._sinks.clear()
+        logging.getLogger("pgrpo").removeHandler(self._handler)
+        for file in (self._metrics_file, self._completions_file, self._log_file):
+            file.close()
+
+    def _reports(self, step: int) -> bool:
+        return step % self._track.console_every == 0 or step in (1, self._steps)
+
+    def _print(self, renderable: Any) -> None:
+        assert self._console
+        # soft_wrap leaves the lines of a log whole; tables and panels fit themselves to the terminal.
+        self._console.print(renderable, soft_wrap=isinstance(renderable, str))
+
+    def _write_log(self, text: str) -> None:
+        self._log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {printable(text)}\n")
+
+    def _guard(self, name: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # a tracker may raise anything, and none of it is worth a run
+            self._sinks.pop(name, None)
+            log.warning("%s failed (%s: %s): the run goes on without it", name, type(error).__name__, error)
+
+    def _start_wandb(self, config: Config, run_dir: Path) -> None:
+        try:
+            import wandb
+            from wandb.errors import CommError, UsageError
+        except ImportError:
+            raise ConfigError("track.wandb=true: wandb is not installed; pip install 'pgrpo[wandb]'") from None
+        try:
+            run = wandb.init(
+                project=config.track.wandb_project,
+                name=run_dir.resolve().name,
+                dir=run_dir,
+                id=self._state["wandb_id"],
+                resume="allow",
+                config=OmegaConf.to_container(OmegaConf.create(to_yaml(config))),  # type: ignore[arg-type]
+                allow_val_change=True,
+                settings=wandb.Settings(console="off"),
+            )
+        except CommError as error:
+            log.warning("wandb cannot be reached (%s): the run goes on without it", error)
+            return
+        except UsageError as error:
+            raise ConfigError(f"track.wandb=true: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
+        # Our own step axis: wandb's internal one drops rows that a resumed run logs again.
+        run.define_metric("*", step_metric="step")
+        self._state["wandb_id"] = run.id
+        self._sinks["wandb"] = (lambda step, metrics: run.log({"step": step, **metrics}), run.finish)
+
+
+class _WarningHandler(logging.Handler):
+    """Brings warnings of any pgrpo file into log.txt and to the terminal."""
+
+    def __init__(self, trackers: Trackers):
+        super().__init__(logging.WARNING)
+        self.trackers = trackers
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"{record.levelname.lower()}: {record.getMessage()}"
+        self.trackers.message(text)
+        if not self.trackers._console:
+            print(text, file=sys.stderr)
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    """``text`` with all but printable characters and newlines escaped, so that a model cannot steer the terminal."""
+    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _pick(groups: Sequence[Group], count: int) -> Iterator[Row]:
+    samples = [(group, i) for group in groups for i in range(len(group.completions))]
+    count = min(count, len(samples))
+    for group, i in (samples[k * len(samples) // count] for k in range(count)):
+        completion = group.completions[i]
+        yield {
+            "prompt": group.prompt.text,
+            "completion": completion.text,
+            "reward": _finite(group.rewards[i]) if group.rewards else None,
+            "parts": {name: _finite(values[i]) for name, values in group.reward_parts.items()},
+            "advantage": _finite(group.advantages[i]) if group.advantages else None,
+            "finish_reason": completion.finish_reason,
+        }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _panel(title: str, numbers: dict[str, str]) -> Panel:
+    columns = 3
+    grid = Table.grid(padding=(0, 2), expand=True)
+    cells = [Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in numbers.items()]
+    for start in range(0, len(cells), columns):
+        grid.add_row(*cells[start : start + columns])
+    return Panel(grid, title=title, title_align="left", border_style="cyan")
+
+
+def _table(rows: list[Row], encoding: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, expand=True, show_lines=True)
+    table.add_column("prompt", ratio=2, overflow="fold", style="dim")
+    table.add_column("completion", ratio=3, overflow="fold")
+    for name in ("reward", "advantage"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("finish", no_wrap=True)
+    for row in rows:
+        # Text and not str: model text is never read as markup.
+        table.add_row(
+            Text(printable(_end(row["prompt"]), encoding)),
+            Text(printable(_start(row["completion"]), encoding)),
+            _number(row["reward"]),
+            _number(row["advantage"]),
+            row["finish_reason"],
+        )
+    return table
+
+
+def _plain(row: Row, encoding: str) -> str:
+    prompt, completion = (repr(text) for text in (_end(row["prompt"]), _start(row["completion"])))
+    numbers = f"reward {_number(row['reward'])}  advantage {_number(row['advantage'])}  {row['finish_reason']}"
+    return printable(f"  {prompt} -> {completion}  {numbers}", encoding)
+
+
+def _start(text: str) -> str:
+    return text if len(text) <= WIDEST else text[:WIDEST] + "..."
+
+
+def _end(text: str) -> str:
+    return text if len(text) <= WIDEST else "..." + text[-WIDEST:]
+
+
+def _start_tensorboard(run_dir: Path, step: int) -> tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError("track.tensorboard=true: tensorboard is not installed; pip install tensorboard") from None
+    # Tensorboard hides what an earlier, longer run logged from this step on.
+    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step >= 0 else None)
+
+    def send(step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return send, writer.close
+
+
+def _open(path: Path, mode: str = "a") -> IO[str]:
+    # Line buffered: a row is in the file when its step is over. A lone surrogate becomes its JSON escape.
+    return path.open(mode, encoding="utf-8", errors="backslashreplace", buffering=1)
+
+
+def _reopen(path: Path, step: int) -> IO[str]:
+    """Open a JSONL file to append, without rows after ``step`` and without a last line that a kill cut short."""
+    if not path.exists():
+        return _open(path)
+    kept = path.with_suffix(".tmp")
+    with path.open(encoding="utf-8", newline="\n") as rows, _open(kept, "w") as out:
+        for line in rows:
+            try:
+                keep = line.endswith("\n") and json.loads(line)["step"] <= step
+            except (ValueError, KeyError, TypeError):
+                log.warning("%s: dropped a line that is not a row of it: %.80r", path, line)
+                continue
+            if keep:
+                out.write(line)
+    os.replace(kept, path)
+    return _open(path)
+
+
+def _write_row(file: IO[str], row: Row) -> None:
+    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pgrpo import trackers
+from pgrpo.config import Config, ConfigError
+from pgrpo.trackers import Trackers, printable
+from pgrpo.types import Completion, Group, Prompt
+
+HOSTILE = "[bold red]5[/bold red] \x1b[2J\x07 \u202e :smile: é\nnext"
+
+
+def make_config(**track) -> Config:
+    config = Config()
+    config.run_dir, config.model.path, config.data.path, config.train.steps = "runs/x", "m", "d", 20
+    config.track.console = False
+    for key, value in track.items():
+        setattr(config.track, key, value)
+    return config
+
+
+def make_groups(count: int = 3, size: int = 2) -> list[Group]:
+    return [
+        Group(
+            prompt=Prompt(index=g, text=f"prompt {g}", token_ids=[1]),
+            completions=[
+                Completion([2], [-0.5], [True], "stop" if i else "length", f"{HOSTILE} {g}.{i}") for i in range(size)
+            ],
+            rewards=[None if i else 0.5 for i in range(size)],
+            reward_parts={"exact_match": [1.0] * size, "length": [None] * size},
+            advantages=[0.25 * i for i in range(size)],
+        )
+        for g in range(count)
+    ]
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def with_console(monkeypatch, terminal: bool) -> io.StringIO:
+    out = io.StringIO()
+    real = {"file": out, "force_terminal": terminal, "width": 120, "color_system": None}
+    monkeypatch.setattr(trackers, "Console", lambda **given: Console(**real, **given))
+    return out
+
+
+def test_metrics_rows_are_on_disk_when_the_step_is_over(tmp_path):
+    track = Trackers(make_config(), tmp_path)
+    track.log(1, {"reward": 0.5, "time/step": 2})
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "reward": 0.5, "time/step": 2.0}]
+    track.log(2, {"loss": float("nan"), "kl": float("inf"), "lr": 1e-6})
+    assert rows(tmp_path / "metrics.jsonl")[1] == {"step": 2, "loss": None, "kl": None, "lr": 1e-6}
+    track.close()
+    track.close()
+
+
+def test_completions_rows(tmp_path):
+    track = Trackers(make_config(completions=3), tmp_path)
+    groups = make_groups(3, 2)
+    groups[1].completions[0].text = "lone \udc80"
+    track.completions(4, groups)
+    track.completions(5, [])
+    track.close()
+    got = rows(tmp_path / "completions.jsonl")
+    assert [row["prompt"] for row in got] == ["prompt 0", "prompt 1", "prompt 2"]
+    assert got[0] == {
+        "step": 4,
+        "prompt": "prompt 0",
+        "completion": f"{HOSTILE} 0.0",
+        "reward": 0.5,
+        "parts": {"exact_match": 1.0, "length": None},
+        "advantage": 0.0,
+        "finish_reason": "length",
+    }
+    assert got[1]["completion"] == "lone \udc80"
+    assert '"é' not in (text := (tmp_path / "completions.jsonl").read_text("utf-8")) and " é" in text
+
+
+@pytest.mark.parametrize(("count", "expected"), [(0, 0), (1, 1), (6, 6), (100, 6)])
+def test_number_of_completions(tmp_path, count, expected):
+    track = Trackers(make_config(completions=count), tmp_path)
+    track.completions(1, make_groups(3, 2))
+    track.close()
+    assert len(rows(tmp_path / "completions.jsonl")) == expected
+
+
+def test_resume_has_each_step_once(tmp_path):
+    track = Trackers(make_config(), tmp_path)
+    for step in range(1, 6):
+        track.log(step, {"reward": step})
+        track.completions(step, make_groups())
+        if step == 3:
+            state = json.loads(json.dumps(track.state_dict()))
+    track.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "rew')  # killed while writing
+    track = Trackers(make_config(), tmp_path, resume=state)
+    for step in range(4, 8):
+        track.log(step, {"reward": 10 * step})
+        track.completions(step, make_groups())
+    track.close()
+    assert [(row["step"], row["reward"]) for row in rows(tmp_path / "metrics.jsonl")] == [
+        *((s, s) for s in (1, 2, 3)),
+        *((s, 10 * s) for s in (4, 5, 6, 7)),
+    ]
+    assert [row["step"] for row in rows(tmp_path / "completions.jsonl")] == [s for s in range(1, 8) for _ in range(4)]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["completions.jsonl", "log.txt", "metrics.jsonl"]
+
+
+def test_resume_drops_what_is_no_row_and_says_so(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnoise\n[]\n{"loss": 1}\n{"step": 2}\n')
+    Trackers(make_config(), tmp_path, resume={"step": 9}).close()
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
+    assert caplog.text.count("dropped a line that is not a row") == 3
+
+
+def test_without_state_the_files_start_anew(tmp_path):
+    for _ in range(2):
+        track = Trackers(make_config(), tmp_path)
+        track.log(1, {"reward": 1})
+        track.close()
+    assert len(rows(tmp_path / "metrics.jsonl")) == 1
+    assert (tmp_path / "log.txt").read_text().count("step 1/20  reward 1\n") == 2  # log.txt keeps what happened
+
+
+def test_terminal_shows_escaped_text(tmp_path, monkeypatch):
+    out = with_console(monkeypatch, terminal=True)
+    track = Trackers(make_config(console=True, console_every=10), tmp_path)
+    for step in range(2, 11):
+        track.log(step, {"reward": 0.123456, "eval/pass@1": 0.75, "tokens/rho": 3.0})
+        track.completions(step, make_groups())
+        if step < 10:
+            assert out.getvalue() == ""
+    track.message(f"saved {HOSTILE}")
+    track.close()
+    text = out.getvalue()
+    assert "step 10/20" in text and "reward 0.1235" in text and "eval/pass@1 0.75" in text and "tokens/rho" not in text
+    assert r"[bold red]5[/bold red] \x1b[2J\x07 \u202e :smile: é" in text
+    assert "\x1b[2J" not in text and "\x07" not in text and "\u202e" not in text
+    assert text.count("prompt 0") == 2 and "0.5" in text and "saved [bold red]" in text
+
+
+def test_plain_lines_without_a_terminal(tmp_path, monkeypatch):
+    out = with_console(monkeypatch, terminal=False)
+    track = Trackers(make_config(console=True, console_every=1, completions=2), tmp_path)
+    track.log(1, {f"eval/{i}": i for i in range(40)} | {"reward": 1.0})
+    track.completions(1, make_groups(1, 2))
+    track.close()
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 3 and lines[0].startswith("step 1/20  reward 1  eval/0 0") and len(lines[0]) > 300
+    assert lines[1].startswith("  'prompt 0' -> '[bold red]5[/bold red] \\x1b[2J")
+    assert lines[1].endswith("advantage 0  length")
+    assert lines[2].endswith(r"é\nnext 0.1'  reward -  advantage 0.25  stop")
+
+
+def test_printable():
+    assert printable("a\tb\r\x9b\n日本") == "a\\tb\\r\\x9b\n日本"
+    assert printable("é日", "ascii") == r"\xe9\u65e5"
+
+
+def test_warnings_reach_the_log_and_the_terminal(tmp_path, monkeypatch, capsys):
+    track = Trackers(make_config(), tmp_path)
+    logging.getLogger("pgrpo.checkpoint").warning("step_%d is broken", 3)
+    track.message("plain message")
+    track.close()
+    logging.getLogger("pgrpo.checkpoint").warning("after the end")
+    text = (tmp_path / "log.txt").read_text()
+    assert "warning: step_3 is broken\n" in text and "plain message\n" in text and "after the end" not in text
+    captured = capsys.readouterr()
+    assert captured.err == "warning: step_3 is broken\n" and captured.out == ""
+
+
+def test_tensorboard_numbers_and_resume(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    track = Trackers(make_config(tensorboard=True), tmp_path)
+    for step in range(1, 6):
+        track.log(step, {"reward": step / 8, "time/step": 2.0})
+        if step == 3:
+            state = track.state_dict()
+    track.close()
+    track = Trackers(make_config(tensorboard=True), tmp_path, resume=state)
+    track.log(4, {"reward": 40.0})
+    track.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward")] == [(1, 0.125), (2, 0.25), (3, 0.375), (4, 40.0)]
+    assert [e.value for e in events.Scalars("time/step")] == [2.0] * 3
+
+
+def test_wandb_offline_run_is_written_and_resumed(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    track = Trackers(make_config(wandb=True, wandb_project="numbers"), tmp_path)
+    track.log(1, {"reward": 0.625})
+    state = json.loads(json.dumps(track.state_dict()))
+    track.close()
+    assert state["step"] == 1 and state["wandb_id"]
+    track = Trackers(make_config(wandb=True), tmp_path, resume=state)
+    assert track.state_dict()["wandb_id"] == state["wandb_id"]
+    track.close()
+    files = list(tmp_path.glob(f"wandb/offline-run-*/run-{state['wandb_id']}.wandb"))
+    assert files
+    content = b"".join(file.read_bytes() for file in files)
+    assert b"reward" in content and b"0.625" in content and b"prompts_per_step" in content and b"numbers" in content
+
+
+@pytest.mark.parametrize(
+    ("key", "module", "fix"),
+    [
+        ("wandb", "wandb", r"pip install 'pgrpo\[wandb\]'"),
+        ("tensorboard", "torch.utils.tensorboard", "pip install tensorboard"),
+    ],
+)
+def test_missing_package(tmp_path, monkeypatch, key, module, fix):
+    real = builtins.__import__
+
+    def fake(name, *args, **kwargs):
+        if name == module:
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", fake)
+    with pytest.raises(ConfigError, match=rf"track\.{key}=true: {key} is not installed; {fix}"):
+        Trackers(make_config(**{key: True}), tmp_path)
+    assert not logging.getLogger("pgrpo").handlers
+
+
+def test_wandb_is_not_imported_unless_asked(tmp_path):
+    import subprocess
+    import sys
+
+    code = "import sys, pgrpo.trackers; assert not {'wandb', 'torch', 'tensorboard'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_failing_tracker_warns_once_and_training_goes_on(tmp_path, caplog):
+    track = Trackers(make_config(tensorboard=True), tmp_path)
+
+    def fail(step, metrics):
+        raise ConnectionError("gone")
+
+    track._sinks["tensorboard"] = (fail, track._sinks["tensorboard"][1])
+    for step in range(1, 4):
+        track.log(step, {"reward": 1.0})
+    track.close()
+    assert caplog.text.count("tensorboard failed (ConnectionError: gone): the run goes on without it") == 1
+    assert len(rows(tmp_path / "metrics.jsonl")) == 3
