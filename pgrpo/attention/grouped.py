@@ -1,0 +1,119 @@
+"""Grouped attention: each prompt's keys and values are stored once and read by all of its completions.
+
+Two flash calls on slices of the packed rows, without a copy of any K or V, merged by their log-sum-exps:
+
+1. causal self-attention over every segment, prefixes and suffixes alike;
+2. all suffix rows of a group against the group's prefix, not causal.
+
+With out, lse of call 1 and out_p, lse_p of call 2, a softmax over both sets of keys is
+``lse* = logaddexp(lse, lse_p)``, ``out* = exp(lse - lse*) out + exp(lse_p - lse*) out_p``.
+
+The backward is exact with the same two calls. A flash backward computes ``P = exp(s - lse)`` and
+``delta = rowsum(dout * out)`` (FlashAttention-2, arXiv 2307.08691, algorithm 2); given the merged ``lse*`` and ``out*``, each
+call's P is its own part of the joint softmax, so that each returns its own share of dq, dk and dv.
+
+T packed rows, Np of them prefix rows; H query heads, K key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pgrpo.attention.kernels import Segments, varlen_backward, varlen_forward
+from pgrpo.attention.layout import PackedLayout
+
+
+def grouped_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+    """Attention over a packed batch, differentiable in q, k and v.
+
+    Args:
+        q_THD: [T, H, D] queries, prefix rows first.
+        k_TKD: [T, K, D] keys; H must be a multiple of K.
+        v_TKD: [T, K, D] values.
+        layout: who attends to whom.
+        scale: factor of the scores, usually D ** -0.5.
+
+    Returns:
+        [T, H, D], equal to ``reference_attention(...)[0]`` up to rounding.
+    """
+    out_THD, _ = _grouped_attention(
+        q_THD, k_TKD, v_TKD,
+        layout.cu_seqlens, layout.cu_seqlens_prefix, layout.cu_seqlens_group,
+        layout.num_prefix_rows, layout.max_seqlen, layout.max_prefix, layout.max_group, scale,
+    )  # fmt: skip
+    return out_THD
+
+
+# Two custom ops (forward, backward) of tensors and numbers only: torch.compile and selective checkpointing see one node each.
+
+
+@torch.library.custom_op("pgrpo::grouped_attention", mutates_args=())
+def _grouped_attention(
+    q: Tensor, k: Tensor, v: Tensor,
+    cu_seqlens: Tensor, cu_prefix: Tensor, cu_group: Tensor,
+    num_prefix_rows: int, max_seqlen: int, max_prefix: int, max_group: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out_THD, lse_HT = varlen_forward(q, k, v, Segments(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), True, scale)
+    if 0 < num_prefix_rows < len(q):
+        np = num_prefix_rows
+        across = Segments(cu_group, cu_prefix, max_group, max_prefix)
+        out_p, lse_p = varlen_forward(q[np:], k[:np], v[:np], across, False, scale)
+        merge_(out_THD[np:], lse_HT[:, np:], out_p, lse_p)
+    return out_THD, lse_HT
+
+
+@torch.library.custom_op("pgrpo::grouped_attention_backward", mutates_args=())
+def _grouped_attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens: Tensor, cu_prefix: Tensor, cu_group: Tensor,
+    num_prefix_rows: int, max_seqlen: int, max_prefix: int, max_group: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    within = Segments(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    dq, dk, dv = varlen_backward(dout, q, k, v, out, lse, within, True, scale)
+    if 0 < num_prefix_rows < len(q):
+        np = num_prefix_rows
+        across = Segments(cu_group, cu_prefix, max_group, max_prefix)
+        dq_p, dk_p, dv_p = varlen_backward(
+            dout[np:], q[np:], k[:np], v[:np], out[np:], lse[:, np:], across, False, scale
+        )
+        dq[np:] += dq_p
+        dk[:np] += dk_p
+        dv[:np] += dv_p
+    return dq, dk, dv
+
+
+def merge_(out_QHD: Tensor, lse_HQ: Tensor, out_p_QHD: Tensor, lse_p_HQ: Tensor) -> None:
+    """Merge attention over a second set of keys into ``out`` and ``lse``, in place. Weights are taken in the LSE's precision."""
+    merged_HQ = torch.logaddexp(lse_HQ, lse_p_HQ)
+    weight = torch.exp(lse_HQ - merged_HQ).T.unsqueeze(-1)
+    weight_p = torch.exp(lse_p_HQ - merged_HQ).T.unsqueeze(-1)
+    out_QHD.copy_(out_QHD * weight + out_p_QHD * weight_p)
+    lse_HQ.copy_(merged_HQ)
+
+
+@_grouped_attention.register_fake
+def _(q, k, v, cu_seqlens, cu_prefix, cu_group, num_prefix_rows, max_seqlen, max_prefix, max_group, scale):
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
+        (q.shape[1], q.shape[0]), dtype=lse_dtype
+    )
+
+
+@_grouped_attention_backward.register_fake
+def _(dout, q, k, v, out, lse, *geometry):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    q, k, v, cu_seqlens, cu_prefix, cu_group, *ctx.numbers = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_prefix, cu_group)
+
+
+def _backward(ctx, dout: Tensor, dlse: Tensor):
+    q, k, v, out, lse, *cu_seqlens = ctx.saved_tensors
+    dq, dk, dv = _grouped_attention_backward(dout, q, k, v, out, lse, *cu_seqlens, *ctx.numbers)
+    return dq, dk, dv, *[None] * 8
+
+
+_grouped_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,69 @@
+"""The attention function that transformers models call. It needs a layout, and refuses all that it cannot compute exactly."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+ATTENTION_NAME = "pgrpo"
+
+
+class AttentionPlan(Protocol):
+    """Who attends to whom: a packed batch (``PackedLayout``) or a rollout in progress (``rollout.cache.DecodeCache``)."""
+
+    max_sample: int
+
+    def attend(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float, layer: int) -> Tensor: ...
+
+
+class UnsupportedAttentionError(RuntimeError):
+    """The model asks for something that grouped attention would get wrong."""
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    attention_plan: AttentionPlan | None = None,
+    **other: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [1, H, T, D], key and value [1, K, T, D] -> ([1, T, H, D], None).
+
+    Raises:
+        UnsupportedAttentionError: no plan was passed, the batch is padded or not packed, or the layer wants dropout, a window
+            shorter than a sample, soft-capping or sinks.
+    """
+    if attention_plan is None:
+        raise UnsupportedAttentionError(
+            "grouped attention was called without its layout: call the policy, not the bare model "
+            "(for ordinary generation load the model with attn_implementation='sdpa')"
+        )
+    if attention_mask is not None:
+        raise UnsupportedAttentionError("grouped attention got a padding mask: packed batches have no padding")
+    if query.shape[0] != 1:
+        raise UnsupportedAttentionError(f"grouped attention wants one packed row, got a batch of {query.shape[0]}")
+    if dropout:
+        raise UnsupportedAttentionError(
+            f"attention dropout {dropout} is not supported: set it to 0 in the model's config"
+        )
+    if sliding_window is not None and attention_plan.max_sample > sliding_window:
+        raise UnsupportedAttentionError(
+            f"a sample of {attention_plan.max_sample} tokens is longer than the model's sliding window of {sliding_window}"
+        )
+    for name in ("softcap", "s_aux", "alibi"):
+        if other.get(name) is not None:
+            raise UnsupportedAttentionError(f"attention with {name!r} is not supported")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    layer: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
+    out_THD = attention_plan.attend(_rows(query), _rows(key), _rows(value), scale, layer)
+    return out_THD.unsqueeze(0), None
+
+
+def _rows(x_1HTD: Tensor) -> Tensor:
+    return x_1HTD.squeeze(0).transpose(0, 1)

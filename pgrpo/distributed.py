@@ -1,0 +1,170 @@
+"""Process group, sharding, and how a step's groups are shared out among ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from pgrpo.batch import fill_micro_batches, packed_tokens, split_to_budget
+from pgrpo.types import Group
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's contiguous part of items that every rank holds; sizes must divide."""
+        count = len(items) // self.size
+        return items[self.rank * count : (self.rank + 1) * count]
+
+    def gather(self, items: list[T]) -> list[T]:
+        """Every rank's items on every rank, in rank order."""
+        if self.size == 1:
+            return items
+        parts: list[list[T]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def max(self, values: Tensor) -> Tensor:
+        """Largest over ranks."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is true on any rank."""
+        return bool(self.max(torch.tensor([float(flag)], device=self.device)).item()) if self.size > 1 else flag
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+def start() -> World:
+    """Join the process group that ``torchrun`` set up (NCCL on GPUs, gloo on CPUs), or be the only process."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(rank, size, device)
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def place(
+    module: nn.Module, layers: Iterable[nn.Module], world: World, dtype: torch.dtype, methods: Sequence[str] = ()
+):
+    """Put a module on this rank's device: sharded by FSDP2, layer by layer, where there are several ranks or the compute
+    dtype is not float32 (FSDP2 keeps float32 masters and casts what it gathers); as it is otherwise.
+
+    Args:
+        module: the root. Gradients of a sharded root are *averaged* over ranks: scale the loss by ``world.size``.
+        layers: submodules that are gathered one at a time.
+        dtype: what the forward and backward compute in. Gradients are reduced in float32.
+        methods: names of methods beside ``forward`` that use the root's weights.
+    """
+    if world.size == 1 and dtype == torch.float32:
+        module.to(world.device)
+        return
+    if not dist.is_initialized():
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(module, mesh=mesh, mp_policy=precision)
+    for name in methods:
+        register_fsdp_forward_method(module, name)
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor on the CPU, on every rank (a collective call when it is sharded)."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def copy_full(target: Tensor, full: Tensor) -> None:
+    """Write a whole tensor, present on every rank, into a tensor that may be sharded."""
+    with torch.no_grad():
+        if isinstance(target, DTensor):
+            full = full.to(target.device, target.dtype)
+            target.copy_(distribute_tensor(full, target.device_mesh, target.placements))
+        else:
+            target.copy_(full)
+
+
+def share_out(
+    groups: Sequence[Group],
+    world_size: int,
+    token_budget: int,
+    cost: Callable[[Group], float],
+    *,
+    share_prompts: bool = True,
+) -> list[list[list[Group]]]:
+    """Micro-batches of every rank: ``plan[rank][i]`` is a list of groups of at most ``token_budget`` packed tokens.
+
+    Every rank computes the same plan from the same groups, so nothing is communicated. The costliest group goes to the rank
+    that has least so far (longest-processing-time rule). All ranks get the same number of micro-batches: a rank that is
+    short of some runs fillers, which cost as little as can be and weigh nothing in the loss.
+    """
+    pieces = [piece for group in groups for piece in split_to_budget(group, token_budget, share_prompts)]
+    costs = [cost(piece) for piece in pieces]
+    loads = [0.0] * world_size
+    owned: list[list[Group]] = [[] for _ in range(world_size)]
+    for i in sorted(range(len(pieces)), key=lambda i: -costs[i]):
+        rank = loads.index(min(loads))
+        owned[rank].append(pieces[i])
+        loads[rank] += costs[i]
+    plan = [fill_micro_batches(own, token_budget, lambda g: packed_tokens(g, share_prompts)) for own in owned]
+    rounds = max(len(batches) for batches in plan)
+    if rounds:
+        filler = weightless(min(pieces, key=packed_tokens))
+        for batches in plan:
+            batches.extend([filler] for _ in range(rounds - len(batches)))
+    return plan
+
+
+def weightless(group: Group) -> Group:
+    """One sample of the group that takes no part in the loss."""
+    shortest = min(group.completions, key=lambda c: len(c.token_ids))
+    return replace(
+        group,
+        completions=[replace(shortest, mask=[False] * len(shortest.mask))],
+        rewards=[None],
+        reward_parts={},
+        advantages=[0.0],
+    )

@@ -1,0 +1,34 @@
+"""What the training loop asks of an engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+from pgrpo.types import Group, Prompt, SamplingParams
+
+
+class RolloutEngine(Protocol):
+    """Samples completions with the policy's weights."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[Sequence[int]]
+    ) -> list[Group]:
+        """One group a prompt, in order; ``seeds[n][g]`` alone decides the random numbers of sample g of prompt n.
+
+        Every rank calls this with the same number of prompts.
+        """
+        ...
+
+
+def sample_seeds(*path: int | str, group_size: int) -> list[int]:
+    """One 63-bit seed for each sample of a prompt, from (seed, step, prompt) and the sample's number.
+
+    A hash, not a running generator: a resumed run, or one on another number of ranks, samples what this one would have.
+    """
+    seeds = []
+    for sample in range(group_size):
+        key = "/".join(map(str, (*path, sample))).encode()
+        seeds.append(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
+    return seeds

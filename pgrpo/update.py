@@ -1,0 +1,151 @@
+"""One step's updates: groups in, optimizer steps out. The gradient does not depend on how the work was cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pgrpo.advantages import has_spread
+from pgrpo.batch import GroupedBatch, build_batch
+from pgrpo.config import Config
+from pgrpo.distributed import World, share_out
+from pgrpo.loss import Counts, grpo_loss
+from pgrpo.optim import clip_gradients
+from pgrpo.policy import Policy
+from pgrpo.types import Group
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient norm is nan or inf; the weights were not changed by it."""
+
+
+@dataclass
+class Updater:
+    """Turns groups with advantages into optimizer steps.
+
+    Attributes:
+        policy: what is trained.
+        reference: the frozen initial policy, or None without a KL term.
+        optimizer: steps ``policy``'s parameters.
+        cost: relative cost of a group, for sharing groups out among ranks.
+    """
+
+    config: Config
+    world: World
+    policy: Policy
+    reference: Policy | None
+    optimizer: torch.optim.Optimizer
+    cost: Callable[[Group], float]
+
+    def step(self, groups: Sequence[Group]) -> dict[str, float]:
+        """All of a step's updates, each on an equal share of the groups (which every rank holds, with advantages).
+
+        Returns:
+            Metrics, averaged over the updates.
+
+        Raises:
+            NonFiniteError: before the optimizer step that would have spread it.
+        """
+        size = len(groups) // self.config.train.updates_per_step
+        shares = [groups[i : i + size] for i in range(0, len(groups), size)]
+        batches = [self.micro_batches(share) for share in shares]
+        for later in batches[1:]:  # the first update's old log-probs are the current ones
+            self._record_old_logprobs(later)
+        metrics = [self._update(*pair) for pair in zip(batches, map(count, shares), strict=True)]
+        return {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+
+    def micro_batches(self, groups: Sequence[Group]) -> list[GroupedBatch]:
+        """This rank's micro-batches. A group without spread has no gradient when there is no KL term, and is left out."""
+        config = self.config
+        if not config.loss.kl_coef:
+            groups = [g for g in groups if has_spread(g.rewards)]
+        share_prompts = config.model.attention == "grouped"
+        plan = share_out(groups, self.world.size, config.train.token_budget, self.cost, share_prompts=share_prompts)[
+            self.world.rank
+        ]
+        return [build_batch(b, share_prompts=share_prompts, device=self.world.device) for b in plan]
+
+    def backward(self, batch: GroupedBatch, counts: Counts) -> tuple[Tensor, Tensor]:
+        """Add one micro-batch's gradient. Returns [8] sums over its tokens and a [1] maximum (``_summarise``)."""
+        config = self.config.loss
+        flat_logprobs, flat_entropy = self.policy(batch, entropy=True)
+        logprobs = batch.unpack(flat_logprobs)
+        old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+        ref_logprobs = None
+        if self.reference is not None:
+            with torch.no_grad():
+                ref_logprobs = batch.unpack(self.reference(batch).logprobs)
+        output = grpo_loss(
+            logprobs,
+            old_logprobs,
+            batch.advantages,
+            batch.mask,
+            counts,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            aggregate=config.aggregate,
+            max_completion_tokens=self.config.rollout.max_completion_tokens,
+            ref_logprobs_BR=ref_logprobs,
+            kl_coef=config.kl_coef,
+        )
+        (output.loss * self.world.size).backward()  # sharded gradients are averaged over ranks
+        with torch.no_grad():
+            difference = torch.where(batch.mask, old_logprobs - batch.rollout_logprobs, 0.0)
+            importance = torch.where(batch.mask, difference.exp(), 0.0)
+            sums = [
+                output.loss, batch.mask.sum(), output.clipped_low, output.clipped_high, output.kl,
+                torch.where(batch.mask, batch.unpack(flat_entropy), 0.0).sum(), difference.abs().sum(), importance.sum(),
+            ]  # fmt: skip
+            largest = difference.abs().amax() if difference.numel() else difference.new_zeros(())
+            return torch.stack([s.detach().double() for s in sums]), largest.double().view(1)
+
+    def _update(self, batches: Sequence[GroupedBatch], counts: Counts) -> dict[str, float]:
+        """One optimizer step, or none when no group has spread."""
+        sums = torch.zeros(8, dtype=torch.float64, device=self.world.device)
+        largest = torch.zeros(1, dtype=torch.float64, device=self.world.device)
+        for batch in batches:
+            batch_sums, batch_largest = self.backward(batch, counts)
+            sums += batch_sums
+            largest = torch.maximum(largest, batch_largest)
+        grad_norm = clip_gradients(self.policy, self.config.optim.max_grad_norm) if batches else 0.0
+        metrics = _summarise(self.world.sum(sums), self.world.max(largest)) | {"grad_norm": grad_norm}
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
+            self.optimizer.zero_grad()
+            raise NonFiniteError(
+                f"loss={metrics['loss']}, grad_norm={grad_norm}: the weights were left as they were. "
+                "Lower optim.lr or optim.max_grad_norm, or look at the last rows of completions.jsonl"
+            )
+        if batches:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return metrics
+
+    @torch.no_grad()
+    def _record_old_logprobs(self, batches: Sequence[GroupedBatch]) -> None:
+        for batch in batches:
+            batch.old_logprobs = batch.unpack(self.policy(batch).logprobs)
+
+
+def count(groups: Sequence[Group]) -> Counts:
+    """What the loss is divided by: all samples and their masked-in tokens, those of skipped groups too."""
+    tokens = sum(sum(c.mask) for g in groups for c in g.completions)
+    return Counts(tokens=tokens, samples=sum(len(g.completions) for g in groups))
+
+
+def _summarise(sums: Tensor, largest: Tensor) -> dict[str, float]:
+    loss, tokens, clipped_low, clipped_high, kl, entropy, difference, importance = sums.tolist()
+    tokens = max(tokens, 1.0)
+    return {
+        "loss": loss,
+        "clip_ratio/low_mean": clipped_low / tokens,
+        "clip_ratio/high_mean": clipped_high / tokens,
+        "kl": kl / tokens,
+        "entropy": entropy / tokens,
+        "sampling/sampling_logp_difference/mean": difference / tokens,
+        "sampling/sampling_logp_difference/max": largest.item(),
+        "sampling/importance_sampling_ratio/mean": importance / tokens,
+    }
