@@ -102,6 +102,8 @@ class RewardConfig:
     """Factor in the total reward."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for the function."""
+    timeout_s: float = 600.0
+    """Seconds that one call of an own function may take; then its process is killed. `math` has `args.timeout_s`."""
 
 
 @dataclass

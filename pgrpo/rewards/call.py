@@ -1,0 +1,165 @@
+"""From a name in the config to a function that can be called: signature checks, async functions, the worker's side."""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import inspect
+import traceback
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pgrpo.config import ConfigError, RewardConfig
+from pgrpo.functions import is_function, load_function
+
+BUILT_IN = {
+    "exact_match": "pgrpo.rewards.answers:exact_match",
+    "contains_answer": "pgrpo.rewards.answers:contains_answer",
+    "format_regex": "pgrpo.rewards.format:format_regex",
+    "math": "pgrpo.rewards.math:Math",
+}
+# What every function may ask for beside the data set's columns.
+GIVEN = ("prompts", "completions", "completion_ids", "finish_reasons", "messages")
+
+
+@dataclass(slots=True)
+class Reward:
+    """One reward function, checked.
+
+    Attributes:
+        name: in metrics; unique.
+        key: where the config names it, for errors.
+        function: what to call.
+        worker: the name under which a worker process loads the function; None calls it in this process.
+        parameters: what it can be called with; None is anything (``**columns``).
+        columns: what rows must have for it: data set columns, ``messages``.
+    """
+
+    name: str
+    key: str
+    function: Callable[..., Any]
+    worker: str | None
+    weight: float
+    args: dict[str, Any]
+    timeout_s: float
+    parameters: set[str] | None
+    columns: list[str]
+
+    def arguments(self, table: dict[str, list[Any]]) -> dict[str, Any]:
+        """The keyword arguments of a call: the columns of ``table`` that the signature takes, and ``args``."""
+        wanted = table if self.parameters is None else self.parameters & table.keys()
+        return {name: table[name] for name in wanted} | self.args
+
+
+def from_config(config: RewardConfig, key: str) -> Reward:
+    """Load and check the function that the config names at ``key``. ``ConfigError`` if it or its ``args`` are wrong."""
+    name = config.function
+    if not is_function(name) and name not in BUILT_IN:
+        near = difflib.get_close_matches(name, BUILT_IN, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(BUILT_IN)}."
+        raise ConfigError(
+            f"{key}.function: no built-in reward `{name}`; {hint} Own: module:function or file.py:function"
+        )
+    function = _load(BUILT_IN.get(name, name), f"{key}.function")
+    reward = _checked(function, key, dict(config.args), config.weight, config.timeout_s)
+    if name not in BUILT_IN:
+        reward.worker = name
+        return reward
+    # Without completions a built-in only looks at its arguments: a bad pattern is found now, before the first rollout.
+    column = config.args.get("column", "answer")
+    try:
+        function(**reward.arguments({name: [] for name in (*GIVEN, column)}))
+    except Exception as error:
+        raise ConfigError(f"{key}.args of {name}: {error}") from error
+    return reward
+
+
+def from_callable(function: Callable[..., Any], key: str) -> Reward:
+    """A function given from Python: called in this process, without a deadline, because nothing could end it."""
+    if not callable(function):
+        raise ConfigError(f"{key}: a reward is a function, not {function!r:.80}")
+    return _checked(function, key, {}, 1.0, 0.0)
+
+
+def _checked(function: Callable[..., Any], key: str, args: dict[str, Any], weight: float, timeout_s: float) -> Reward:
+    name = getattr(function, "__name__", type(function).__name__)
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError as error:
+        raise ConfigError(f"{key}: `{name}` has no signature that Python can read; wrap it in a function") from error
+    named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    for argument in args:
+        if argument not in named or argument in GIVEN:
+            options = [n for n in named if n not in GIVEN]
+            raise ConfigError(
+                f"{key}.args: `{name}` has no argument `{argument}`; it has {', '.join(options) or 'none'}"
+            )
+    always = {*GIVEN, *args} - {"messages"}
+    columns = [n for n, p in named.items() if p.default is p.empty and n not in always]
+    if "column" in named and isinstance(column := args.get("column", named["column"].default), str):
+        columns.append(column)
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return Reward(name, key, function, None, weight, args, timeout_s, None if takes_all else set(named), columns)
+
+
+class Caller:
+    """Calls sync and async functions. Async ones share one event loop for life, as their HTTP clients expect."""
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._loop = asyncio.Runner()
+
+    def __call__(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+        """The function's result, with arrays and tensors as plain lists and numbers."""
+        result = function(**arguments)
+        if inspect.isawaitable(result):
+            # A thread of its own: the caller may have an event loop already, as a notebook does.
+            self._thread = self._thread or ThreadPoolExecutor(1, "pgrpo-rewards")
+            result = self._thread.submit(self._loop.run, _wait(result)).result()
+        if hasattr(result, "tolist"):
+            return result.tolist()
+        if isinstance(result, Iterable) and not isinstance(result, str | bytes | dict | set):
+            return [value.item() if hasattr(value, "item") else value for value in result]
+        return result
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.submit(self._loop.close).result()
+            self._thread.shutdown()
+            self._thread = None
+
+
+async def _wait(result: Awaitable[Any]) -> Any:
+    return await result
+
+
+@cache
+def _caller() -> Caller:
+    return Caller()
+
+
+def work(name: str, key: str, arguments: dict[str, Any]) -> tuple[Any, str | None]:
+    """In a worker process: call the function ``name``. (result, None), or (None, what it raised)."""
+    try:
+        return _caller()(_load_once(name, key), arguments), None
+    except (Exception, SystemExit) as error:
+        return None, describe(error)
+
+
+def _load(name: str, key: str) -> Callable[..., Any]:
+    """The function; of a class, an object made without arguments, which can keep state between calls."""
+    function: Any = load_function(name, key)
+    return function() if isinstance(function, type) else function
+
+
+_load_once = cache(_load)
+
+
+def describe(error: BaseException) -> str:
+    """``ValueError: text (file.py, line 3)``: the line of the innermost frame."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"

@@ -1,0 +1,227 @@
+"""Runs the reward functions over a step's completions. No failure becomes a zero: it stops the run, or it is counted.
+
+Functions that a config names run in a worker process, so that one that hangs can be killed; built-in ones and those
+given from Python run in this process.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import TimeoutError
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal, Self
+
+from pebble import ProcessExpired, ProcessPool
+
+from pgrpo.config import ConfigError, RewardConfig
+from pgrpo.rewards.call import Caller, Reward, describe, from_callable, from_config, work
+from pgrpo.rewards.math import GUARD_HINT, Math
+from pgrpo.types import Completion, Group, Prompt
+
+Sample = tuple[Prompt, Completion]
+
+
+class RewardError(RuntimeError):
+    """A reward function failed. The message shows the function, the sample and the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardReport:
+    """``errors``: samples left out because a reward failed on them. ``first_error``: the first reason, to be shown."""
+
+    errors: int = 0
+    first_error: str | None = None
+
+
+class RewardRunner:
+    """The reward functions of a run.
+
+    Args:
+        functions: from the config; every name is resolved now (``ConfigError``).
+        on_error: `raise` stops with a ``RewardError`` at the first failure; `mask` leaves the failed samples out.
+        extra: functions given from Python, each with weight 1.
+
+    Attributes:
+        names: of the functions, in order, unique; keys of ``Group.reward_parts``.
+    """
+
+    def __init__(
+        self, functions: Sequence[RewardConfig], *, on_error: Literal["raise", "mask"], extra: Sequence[Callable] = ()
+    ) -> None:
+        self._rewards = [from_config(c, f"rewards.functions[{i}]") for i, c in enumerate(functions)]
+        self._rewards += [from_callable(f, f"rewards[{i}]") for i, f in enumerate(extra)]
+        if not self._rewards:
+            raise ConfigError("rewards.functions is empty: name at least one reward")
+        self.names: list[str] = []
+        for reward in self._rewards:
+            base, number = reward.name, 1
+            while reward.name in self.names:
+                number += 1
+                reward.name = f"{base}_{number}"
+            self.names.append(reward.name)
+        self._on_error = on_error
+        self._caller = Caller()
+        self._pool: ProcessPool | None = None
+
+    def check(self, prompt: Prompt) -> None:
+        """``ConfigError`` when a function needs what the data set's rows, such as ``prompt``, do not have."""
+        for reward in self._rewards:
+            # A chat prompt's messages are there whatever the columns are called.
+            there = prompt.columns.keys() | ({"messages"} if prompt.messages is not None else set())
+            missing = [column for column in reward.columns if column not in there]
+            if missing:
+                raise ConfigError(
+                    f"{reward.key}: reward `{reward.name}` needs the column {', '.join(f'`{c}`' for c in missing)}; "
+                    f"the data has {', '.join(prompt.columns) or 'no columns'}"
+                )
+
+    def score(self, groups: Sequence[Group]) -> RewardReport:
+        """Set ``rewards`` and ``reward_parts`` of every group."""
+        samples = [(group.prompt, completion) for group in groups for completion in group.completions]
+        if not samples:
+            return RewardReport()
+        self.check(samples[0][0])
+        failed: dict[int, str] = {}
+        parts: dict[str, list[float | None]] = {}
+        for reward in self._rewards:
+            parts[reward.name], faults = self._evaluate(reward, samples)
+            failed = {i: _show(reward, samples[i], reason) for i, reason in faults.items()} | failed
+            if failed and self._on_error == "raise":
+                raise RewardError(f"{failed[min(failed)]}\nset rewards.on_error=mask to leave such samples out")
+        start = 0
+        for group in groups:
+            rows = range(start, start := start + len(group.completions))
+            group.reward_parts = {name: [values[i] for i in rows] for name, values in parts.items()}
+            group.rewards = [None if i in failed else self._total(parts, i) for i in rows]
+        return RewardReport(len(failed), failed[min(failed)] if failed else None)
+
+    def _total(self, parts: dict[str, list[float | None]], row: int) -> float | None:
+        """The weighted sum of what applies to a sample, None where nothing does."""
+        terms = [r.weight * value for r in self._rewards if (value := parts[r.name][row]) is not None]
+        return sum(terms) if terms else None
+
+    def _evaluate(self, reward: Reward, samples: Sequence[Sample]) -> tuple[list[float | None], dict[int, str]]:
+        """One value a sample, and why some have none because of a fault: position -> reason."""
+        nothing: list[float | None] = [None] * len(samples)
+        try:
+            result = self._call(reward, samples)
+        except TimeoutError as error:
+            return nothing, dict.fromkeys(range(len(samples)), str(error))
+        except _CallError as error:
+            if len(samples) == 1:
+                return nothing, {0: str(error)}
+            return self._one_by_one(reward, samples, str(error))
+        values, faults = nothing, {}
+        for i, value in enumerate(result):
+            if value is None:
+                continue
+            if isinstance(value, Real) and math.isfinite(value):
+                values[i] = float(value)
+            else:
+                faults[i] = f"it returned {value!r:.80}, not a finite number or None"
+        return values, faults
+
+    def _one_by_one(
+        self, reward: Reward, samples: Sequence[Sample], reason: str
+    ) -> tuple[list[float | None], dict[int, str]]:
+        """A call failed as a whole: call again, a completion at a time, to find the ones at fault."""
+        values: list[float | None] = [None] * len(samples)
+        faults: dict[int, str] = {}
+        for i, sample in enumerate(samples):
+            value, fault = self._evaluate(reward, [sample])
+            values[i] = value[0]
+            if fault:
+                faults[i] = fault[0]
+                if self._on_error == "raise":
+                    break
+        if faults:
+            return values, faults
+        together = f"{reason}; it fails on {len(samples)} completions together, on none of them alone"
+        return [None] * len(samples), dict.fromkeys(range(len(samples)), together)
+
+    def _call(self, reward: Reward, samples: Sequence[Sample]) -> list[Any]:
+        """The function's list, of the right length. ``_CallError``; ``TimeoutError`` past the deadline."""
+        arguments = reward.arguments(_table(samples))
+        if reward.worker is not None:
+            result = self._call_worker(reward, arguments)
+        else:
+            try:
+                result = self._caller(reward.function, arguments)
+            except (Exception, SystemExit) as error:
+                raise _CallError(f"it raised {describe(error)}") from error
+        if not isinstance(result, list):
+            raise _CallError(f"it returned {result!r:.80}, not a list with one entry a completion ({len(samples)})")
+        if len(result) != len(samples):
+            raise _CallError(f"it returned {len(result)} values for {len(samples)} completions")
+        return result
+
+    def _call_worker(self, reward: Reward, arguments: dict[str, Any]) -> Any:
+        if self._pool is None:
+            # Not fork: this process runs torch threads, which a forked child would find dead and their locks held.
+            self._pool = ProcessPool(1, context=multiprocessing.get_context("spawn"))
+        future = self._pool.schedule(work, (reward.worker, reward.key, arguments), timeout=reward.timeout_s)
+        try:
+            result, raised = future.result()
+        except TimeoutError as error:
+            reason = f"it took longer than timeout_s={reward.timeout_s:g} and was killed ({reward.key}.timeout_s)"
+            raise TimeoutError(reason) from error
+        except ProcessExpired as error:
+            raise _CallError(f"its process died with exit code {error.exitcode}") from error
+        except BrokenProcessPool as error:
+            raise RewardError(f"reward `{reward.name}`: no worker process can start: {error}; {GUARD_HINT}") from error
+        except Exception as error:
+            raise _CallError(f"its arguments or result cannot cross a process: {describe(error)}") from error
+        if raised is not None:
+            raise _CallError(f"it raised {raised}")
+        return result
+
+    def close(self) -> None:
+        """End worker processes and threads. Another call does nothing."""
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
+        self._caller.close()
+        for reward in self._rewards:
+            if isinstance(reward.function, Math):
+                reward.function.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _CallError(Exception):
+    """A call that gave no usable list."""
+
+
+def _table(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """Everything that a function may ask for, one entry a sample. Our names win over columns of the same name."""
+    first = samples[0][0]
+    table: dict[str, list[Any]] = {name: [prompt.columns.get(name) for prompt, _ in samples] for name in first.columns}
+    table["prompts"] = [prompt.text for prompt, _ in samples]
+    table["completions"] = [completion.text for _, completion in samples]
+    table["completion_ids"] = [completion.token_ids for _, completion in samples]
+    table["finish_reasons"] = [completion.finish_reason for _, completion in samples]
+    if first.messages is not None:
+        table["messages"] = [prompt.messages for prompt, _ in samples]
+    return table
+
+
+def _show(reward: Reward, sample: Sample, reason: str) -> str:
+    prompt, completion = sample
+    return (
+        f"reward `{reward.name}` failed on a completion of row {prompt.index}: {reason}\n"
+        f"  prompt: {_shorten(prompt.text)}\n  completion: {_shorten(completion.text)}"
+    )
+
+
+def _shorten(text: str, limit: int = 400) -> str:
+    half = limit // 2
+    return repr(text if len(text) <= limit else f"{text[:half]} [...] {text[-half:]}")
