@@ -1,4 +1,4 @@
-"""Two-digit addition: every pair from 10 to 99, `train` and `eval` disjoint for good (a hash of the problem decides)."""
+"""Two-digit addition: every pair from 10 to 99, split into `train` and `eval` by a hash of the problem."""
 
 from __future__ import annotations
 
