@@ -1,4 +1,4 @@
-"""The command line: what can be typed, and what a process exits with. ``pgrpo.train`` and ``pgrpo.commands`` do the work.
+"""The command line: what can be typed, and what a process exits with. The work is in ``train`` and ``commands``.
 
 Exit codes: 0 done, 1 the run failed, 2 the input is wrong, 130 after Ctrl-C, 143 after SIGTERM.
 Nothing heavy is imported here: ``pgrpo --help`` answers at once.

@@ -137,7 +137,7 @@ def suggest(key: str, valid: Iterable[str]) -> str:
         return f"here it is {' or '.join(same)}"
     if last in FOREIGN:
         return f"here it is {FOREIGN[last]}"
-    if near := difflib.get_close_matches(key, valid, n=1, cutoff=0.75):
+    if near := difflib.get_close_matches(key, [n for n in valid if n.count(".") == key.count(".")], n=1, cutoff=0.75):
         return f"did you mean {near[0]}?"
     tails = {name.rpartition(".")[2]: name for name in valid}
     if near := difflib.get_close_matches(last, tails, n=1, cutoff=0.6):

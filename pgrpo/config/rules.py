@@ -74,6 +74,9 @@ def check_values(config: Config, *, rewards_from_python: bool) -> None:
     for key, most in AT_MOST.items():
         if values[key] > most:
             raise ConfigError(f"{key}: {values[key]} is too large; it must be at most {most}")
+    for i, reward in enumerate(config.rewards.functions):
+        if reward.timeout_s <= 0:
+            raise ConfigError(f"rewards.functions[{i}].timeout_s: {reward.timeout_s} is too small; it must be above 0")
     for i, beta in enumerate(config.optim.betas):
         if not 0 <= beta < 1:
             raise ConfigError(f"optim.betas[{i}]: {beta} is out of range; it must be at least 0 and below 1")

@@ -11,6 +11,9 @@ from omegaconf import MISSING
 class ConfigError(Exception):
     """The user's input is wrong. The message is one line that names the key, the value and the fix (exit code 2)."""
 
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+
 
 @dataclass
 class ModelConfig:

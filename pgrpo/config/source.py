@@ -80,7 +80,7 @@ def read_mapping(mapping: Mapping[str, Any]) -> Source:
     try:
         values = OmegaConf.to_container(OmegaConf.create(dict(mapping)))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"config: {one_line(error)}; use plain Python values") from error
+        raise ConfigError(f"config: {one_line(error)}; use plain values, and \\${{ for a literal ${{") from error
     assert isinstance(values, dict)
     source = Source({str(name): value for name, value in values.items()}, "", Path.cwd())
     check_types(source.values, Config, "", source)

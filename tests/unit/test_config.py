@@ -1,0 +1,484 @@
+"""load_config: what it merges, and everything that it refuses, with the message a user would read."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from pgrpo.config import Config, ConfigError, check_world_size, find_file, load_config, packaged, to_yaml
+from pgrpo.config.names import FOREIGN
+from pgrpo.config.rules import ABOVE_ZERO, AT_LEAST, REDACTED, leaves
+from pgrpo.config.source import valid_keys
+
+BASE: dict[str, Any] = {
+    "run_dir": "runs/x",
+    "model": {"path": "m"},
+    "data": {"path": "d"},
+    "prompt": {"template": "{q}"},
+    "rewards": {"functions": [{"function": "exact_match"}]},
+    "train": {"steps": 10},
+}
+YAML = """\
+run_dir: runs/x
+model: {path: m}
+data: {path: d}
+prompt: {template: "{q}"}
+rewards: {functions: [{function: exact_match}]}
+train: {steps: 10}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def refused(source: Any, *overrides: str, **options: bool) -> str:
+    with pytest.raises(ConfigError) as info:
+        load_config(source, overrides, **options)
+    return one_line(info.value)
+
+
+def one_line(error: ConfigError) -> str:
+    assert len(str(error).splitlines()) == 1
+    return str(error)
+
+
+# --- merging
+
+
+def test_each_source_goes_over_the_one_before(folder: Path) -> None:
+    write(folder / "recipes/task.yaml", "data: {path: d, split: a, max_prompt_tokens: 9}\nrollout: {stop: [x, y]}\n")
+    config = write(folder / "c.yaml", "recipe: task\n" + YAML.replace("{path: d}", "{split: b}"))
+    loaded = load_config(config, ["data.max_prompt_tokens=7", "optim.lr=1e-6", "rewards.functions[0].weight=2"])
+    assert (loaded.data.path, loaded.data.split, loaded.data.max_prompt_tokens) == ("d", "b", 7)
+    assert loaded.rollout.stop == ["x", "y"]
+    assert loaded.optim.lr == 1e-6
+    assert loaded.rewards.functions[0].weight == 2.0
+    assert loaded.optim.betas == (0.9, 0.999)  # a tuple, as the schema says
+    assert loaded.rollout.group_size == 8  # the schema's default
+    assert load_config(config, ["rollout={group_size: 4}"]).rollout.stop == ["x", "y"]  # a section is merged
+
+
+def test_recipe_can_be_overridden(folder: Path) -> None:
+    write(folder / "recipes/one.yaml", "data: {split: one}\n")
+    write(folder / "recipes/two.yaml", "data: {split: two}\n")
+    config = write(folder / "c.yaml", "recipe: one\n" + YAML)
+    assert load_config(config).data.split == "one"
+    assert load_config(config, ["recipe=two"]).data.split == "two"
+
+
+def test_names_are_found_by_path_then_here_then_beside_then_packaged(folder: Path) -> None:
+    assert find_file("configs", "quickstart") == packaged("configs") / "quickstart.yaml"
+    here = write(folder / "configs/quickstart.yaml", YAML)
+    assert find_file("configs", "quickstart.yaml").resolve() == here
+    path = write(folder / "quickstart.yaml", YAML)
+    assert find_file("configs", "quickstart").resolve() == path
+    beside = write(folder / "elsewhere/task.yaml", "")
+    assert find_file("recipes", "task", beside.parent) == beside
+    recipe = write(folder / "recipes/task.yaml", "")
+    assert find_file("recipes", "task", beside.parent) == recipe
+
+
+def test_every_packaged_config_loads() -> None:
+    for path in packaged("configs").glob("*.yaml"):
+        assert load_config(path).train.steps > 0
+
+
+def test_files_are_relative_to_the_yaml_that_names_them_then_to_the_current_folder(folder: Path) -> None:
+    write(folder / "task/rows.py", "")
+    write(folder / "task/score.py", "")
+    held_out = write(folder / "held_out.jsonl", "")
+    recipe = "data: {path: 'rows.py:rows', eval_path: held_out.jsonl}\n"
+    recipe += "rewards: {functions: [{function: 'score.py:f'}, {function: 'module:f'}, {function: exact_match}]}\n"
+    write(folder / "task/task.yaml", recipe)
+    mapping = {**BASE, "recipe": "task/task.yaml", "data": {}, "rewards": {}}
+    loaded = load_config(mapping)
+    assert loaded.data.path == f"{folder}/task/rows.py:rows"
+    assert loaded.data.eval_path == str(held_out)
+    assert [f.function for f in loaded.rewards.functions] == [f"{folder}/task/score.py:f", "module:f", "exact_match"]
+    message = refused({**mapping, "data": {"path": "none.py:rows"}})
+    assert message.startswith("data.path: none.py:rows: no none.py beside")
+
+
+def test_interpolation_and_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPS", "12")
+    monkeypatch.setenv("HOME", "/home/me")
+    source = {**BASE, "run_dir": "~/runs/${now:%Y}-${seed}", "seed": 3, "train": {"steps": "${oc.env:STEPS}"}}
+    loaded = load_config(source)
+    assert re.fullmatch(r"/home/me/runs/20\d\d-3", loaded.run_dir)
+    assert loaded.train.steps == 12
+    assert "UNSET" in refused({**BASE, "model": {"path": "${oc.env:UNSET}"}})
+    assert refused({**BASE, "model": {"path": "${nope}"}}).startswith("model.path: Interpolation key 'nope' not found")
+    monkeypatch.setenv("STEPS", "many")
+    assert re.match(r"train.steps: .*Value 'many' of type 'str' could not be converted to Integer", refused(source))
+    monkeypatch.setenv("STEPS", "nan")
+    assert "finite" in refused({**BASE, "optim": {"lr": "${oc.env:STEPS}"}})
+
+
+def test_a_literal_dollar_brace() -> None:
+    template = r"cost: \${q}"
+    loaded = load_config({**BASE, "prompt": {"template": template}})
+    assert loaded.prompt.template == "cost: ${q}"
+    assert "literal ${" in refused({**BASE, "prompt": {"template": "cost: ${q}"}})
+    assert "literal ${" in refused({**BASE, "prompt": {"template": "cost: ${"}})
+
+
+# --- to_yaml
+
+
+def test_to_yaml_reads_back_without_its_recipe(folder: Path) -> None:
+    write(folder / "recipes/task.yaml", "data: {split: '010'}\n")
+    loaded = load_config({**BASE, "recipe": "task", "prompt": {"template": r"a \${q} {b}"}}, ["optim.lr=1e-6"])
+    (folder / "recipes/task.yaml").unlink()
+    again = load_config(write(folder / "resolved.yaml", to_yaml(loaded)))
+    assert again == replace(loaded, recipe=None)
+    assert again.data.split == "010"
+
+
+@given(st.text(alphabet="${}\\ab:'\"\n#é", min_size=1))
+@settings(max_examples=100, deadline=None)
+def test_to_yaml_keeps_any_text(text: str) -> None:
+    loaded = load_config(BASE)
+    loaded.prompt.template = text
+    resolved = OmegaConf.create(to_yaml(loaded))
+    assert OmegaConf.to_container(resolved, resolve=True)["prompt"]["template"] == text  # type: ignore[index]
+
+
+def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setenv("WHERE", "s3cret")
+    functions = [{"function": "f", "args": {"url": "https://${oc.env:WHERE}@host", "api_key": "abc", "stop_tokens": 4}}]
+    source = {**BASE, "rewards": {"functions": functions}, "model": {"path": "${data.path}"}}
+    source["data"] = {"path": "${oc.env:WHERE}/x"}
+    loaded = load_config(source)
+    assert loaded.rewards.functions[0].args["url"] == "https://s3cret@host"
+    assert loaded.model.path == "s3cret/x"
+    text = to_yaml(loaded)
+    assert "s3cret" not in text
+    assert "abc" not in text
+    assert text.count(REDACTED) == 4
+    assert "stop_tokens: 4" in text
+    assert "s3cret" not in to_yaml(copy.deepcopy(loaded))
+    assert "s3cret" not in to_yaml(replace(loaded, seed=1))
+    assert f"model.path: '{REDACTED}' was redacted" in refused(write(folder / "c.yaml", text), "data.path=d")
+
+
+# --- refusals: keys
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("rollout.group_sise", "did you mean rollout.group_size?"),
+        ("group_size", "here it is rollout.group_size"),
+        ("optim.grp_size", "did you mean rollout.group_size?"),
+        ("num_generations", "here it is rollout.group_size"),
+        ("actor_rollout_ref.rollout.n", "here it is rollout.group_size"),
+        ("max_completion_length", "here it is rollout.max_completion_tokens"),
+        ("beta", "here it is loss.kl_coef"),
+        ("learning_rate", "here it is optim.lr"),
+        ("epsilon", "here it is loss.clip_low"),
+        ("epsilon_high", "here it is loss.clip_high"),
+        ("num_iterations", "here it is train.updates_per_step (each update"),
+        ("train.per_device_train_batch_size", "here it is train.token_budget (micro"),
+        ("model.name", "here it is model.path"),
+        ("checkpoint.qqqq", "valid keys: checkpoint.every, checkpoint.keep"),
+        ("rewards.functions[0].wieght", "did you mean rewards.functions[i].weight?"),
+        ("secret_keys", "valid keys: "),
+    ],
+)
+def test_unknown_key(key: str, hint: str, folder: Path) -> None:
+    message = refused(BASE, f"{key}=1")
+    assert message.startswith(f"override '{key}=1': no such key; {hint}")
+    if "[" not in key:
+        nested: Any = 1
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        message = refused({**BASE, **nested})
+        assert "no such key; " in message
+
+
+def test_unknown_key_has_a_line(folder: Path) -> None:
+    config = write(folder / "c.yaml", YAML + "rollout:\n  # sizes\n  group_sise: 8\n")
+    assert refused(config) == f"{config}:9: rollout.group_sise: no such key; did you mean rollout.group_size?"
+
+
+def test_names_of_other_trainers_lead_to_keys_that_exist() -> None:
+    for ours in FOREIGN.values():
+        for key in re.findall(r"[a-z_]+(?:\.[a-z_]+)+|run_dir", ours.partition(" (")[0]):
+            assert key in valid_keys()
+    assert not {key for key in FOREIGN if key in valid_keys()}
+
+
+def test_duplicate_key(folder: Path) -> None:
+    config = write(folder / "c.yaml", YAML + "loss:\n  clip_low: 0.1\n  clip_high: 0.2\n  clip_low: 0.3\n")
+    assert refused(config) == f"{config}:10: loss.clip_low: duplicate key, first on line 8; remove one of them"
+    assert "loss.clip_low: duplicate key" in refused(BASE, "loss={clip_low: 1, clip_low: 2}")
+
+
+def test_missing_values() -> None:
+    message = refused({})
+    assert message.startswith("data.path, model.path, run_dir, train.steps: no value;")
+    assert message.endswith("such as data.path=VALUE")
+    assert refused({**BASE, "model": {"path": "???"}}).startswith("model.path: no value;")
+    without = {key: value for key, value in BASE.items() if key not in ("data", "rewards")}
+    assert refused(without, rewards_from_python=True).startswith("data.path: no value")
+    assert refused(without, data_from_python=True).startswith("rewards.functions: []")
+    assert load_config(without, rewards_from_python=True, data_from_python=True).rewards.functions == []
+
+
+# --- refusals: values
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.group_size=eight", "eight is text, not a whole number; write a whole number"),
+        ("rollout.group_size='8'", "8 is text, not a whole number; write it without quotes: 8"),
+        ("rollout.group_size=8.5", "8.5 is a number, not a whole number"),
+        ("rollout.group_size=true", "true is true or false, not a whole number"),
+        ("rollout.group_size=null", "null is not a value here; give a whole number"),
+        ("rollout.group_size=010", "010 reads as the number 8; write rollout.group_size: 8 if that is meant"),
+        ("rollout.group_size=[8]", "[8] is a list, not a whole number"),
+        ("optim.lr=true", "true is true or false, not a number"),
+        ("optim.lr=abc", "abc is text, not a number"),
+        ("data.shuffle=1", "1 is a whole number, not true or false"),
+        ("optim.betas=[0.9]", "[0.9] has 1 items; give 2"),
+        ("optim.betas=0.9", "0.9 is a number, not a list"),
+        ("rollout.stop=abc", "abc is text, not a list"),
+        ("loss=1", "1 is a whole number, not a mapping"),
+        ("prompt.template={q}", "{'q': None} is a mapping, not text; put the text in quotes"),
+        ("loss.aggregate=tokens", "tokens is not a choice; it may be token, sample, constant"),
+        ("data.overlong=no", "no is not a choice; it may be error, drop, truncate"),
+        ("data.revision=010", """010 reads as 8, a whole number, not text; quote it: 'data.revision="010"'"""),
+        ("data.revision=0123456", "0123456 reads as 42798, a whole number, not text"),
+        ("data.split=no", """no reads as False, true or false, not text; quote it: 'data.split="no"'"""),
+        ("data.split=1e3", "1e3 reads as 1000.0, a number, not text"),
+        ("rollout.stop=[a, 010]", "010 reads as 8, a whole number, not text"),
+        ("rewards.functions[0].args={1: 2}", "its key 1 is a whole number, not text; put the key in quotes"),
+        ("rewards.functions[4].weight=1.0", ""),
+    ],
+)
+def test_wrong_type(override: str, message: str) -> None:
+    error = refused(BASE, override)
+    assert message in error
+    assert override.partition("=")[0].partition("[")[0] in error
+
+
+def test_scalar_trap_in_a_file(folder: Path) -> None:
+    config = write(folder / "c.yaml", YAML + "loss:\n  kl_coef: 0.1\n" + "recipe: 0123456\n")
+    expected = f'{config}:9: recipe: 0123456 reads as 42798, a whole number, not text; quote it: recipe: "0123456"'
+    assert refused(config) == expected
+    assert load_config(write(folder / "d.yaml", YAML), ["data.revision='010'"]).data.revision == "010"
+
+
+@pytest.mark.parametrize("number", [".nan", ".inf", "-.inf"])
+@pytest.mark.parametrize("key", ["optim.lr", "rewards.functions[0].weight", "prompt.chat_template_kwargs.x"])
+def test_non_finite_number(key: str, number: str) -> None:
+    base = {**BASE, "prompt": {"messages": [{"role": "user", "content": "{q}"}]}}
+    message = refused(base, f"{key}={number}")
+    assert message.startswith(f"{key}: ")
+    assert "not a finite number" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n", "the file holds a list, not a mapping"),
+        ("", "the file holds nothing, not a mapping"),
+        ("just text", "the file holds text, not a mapping"),
+        (
+            "a: !!python/object/apply:os.system [echo]\n",
+            "c.yaml:1: tag '!!python/object/apply:os.system' is not supported",
+        ),
+        ("a: !!python/name:os.system\n", "tag '!!python/name:os.system'"),
+        ("a: &x 1\nb: *x\n", "c.yaml:1: anchor 'x' is not supported"),
+        ("a: 1\n---\nb: 2\n", "c.yaml:2: not YAML: but found another document"),
+        ("a: [1\n", "c.yaml:2: not YAML"),
+        ("a: b: c\n", "c.yaml:1: not YAML: mapping values are not allowed here"),
+        ("[a]: 1\n", "c.yaml:1: a key is sequence, not text"),
+        ("on: 1\n", "True: no such key"),
+        ("[" * 3000 + "]" * 3000, "nested too deeply"),
+    ],
+)
+def test_bad_yaml(text: str, message: str, folder: Path) -> None:
+    assert message in refused(write(folder / "c.yaml", text))
+
+
+def test_unreadable_file(folder: Path) -> None:
+    (folder / "c.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read as UTF-8 text" in refused(folder / "c.yaml")
+
+
+def test_file_that_does_not_exist(folder: Path) -> None:
+    write(folder / "configs/mine.yaml", YAML)
+    message = refused("quickstrat.yaml")
+    assert message.startswith(
+        "config 'quickstrat.yaml': no such file; did you mean quickstart? give a path, or one of: "
+    )
+    assert "mine" in message
+    assert "quickstart" in message
+    assert refused({**BASE, "recipe": "nope"}).startswith("recipe 'nope': no such file; give a path, or one of: ")
+
+
+@pytest.mark.parametrize(
+    "override", ["seed", "seed 1", "=1", "seed=", "+seed=1", "~seed", "a..b=1", ".seed=1", "a b=1"]
+)
+def test_bad_override(override: str) -> None:
+    assert refused(BASE, override).startswith(f"override {override!r}: write key=value")
+
+
+def test_recipe_sections(folder: Path) -> None:
+    recipe = write(folder / "r.yaml", "data: {split: x}\noptim:\n  lr: 1.0\n")
+    source = {**BASE, "recipe": "r.yaml"}
+    assert refused(source).startswith("r.yaml:2: optim: a recipe may set only data, prompt, rollout, rewards")
+    recipe.write_text("rollout:\n  top_k: 5\n  group_size: 4\n")
+    assert refused(source).startswith("r.yaml:3: rollout.group_size: a recipe may set only max_completion_tokens")
+    recipe.write_text("rollout:\n  top_k: 5\n")
+    assert load_config(source).rollout.top_k == 5
+
+
+# --- refusals: ranges and combinations
+
+
+def test_every_number_of_the_schema_has_a_range() -> None:
+    numbers = {key for key, value in leaves(load_config(BASE)) if type(value) in (int, float)} | {"eval.temperature"}
+    free = {
+        "rewards.functions[0].weight",
+        "rewards.functions[0].timeout_s",
+        "optim.betas[0]",
+        "optim.betas[1]",
+    }  # any finite number; a check of its own
+    assert numbers - free == {*AT_LEAST, *ABOVE_ZERO}
+
+
+@pytest.mark.parametrize("key", AT_LEAST)
+def test_at_least(key: str) -> None:
+    least = AT_LEAST[key]
+    assert refused(BASE, f"{key}={least - 1}").startswith(f"{key}: {least - 1}")
+    assert f"must be at least {least}" in refused(BASE, f"{key}={least - 1}")
+
+
+@pytest.mark.parametrize("key", ABOVE_ZERO)
+def test_above_zero(key: str) -> None:
+    assert "it must be above 0" in refused(BASE, f"{key}=0")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.top_p=1.5"], "rollout.top_p: 1.5 is too large; it must be at most 1"),
+        (["optim.betas=[0.9, 1.0]"], "optim.betas[1]: 1.0 is out of range"),
+        (["optim.betas=[0.9, .nan]"], "optim.betas[1]: nan is not a finite number"),
+        (["rewards.functions[0].timeout_s=0"], "rewards.functions[0].timeout_s: 0.0 is too small"),
+        (["optim.betas=[-0.1, 0.9]"], "optim.betas[0]: -0.1 is out of range"),
+        (["model.path=''"], "model.path: '' is empty"),
+        (["rollout.stop=['']"], "rollout.stop[0]: '' is empty"),
+        (
+            ["train.updates_per_step=3"],
+            "train.updates_per_step: 3 does not divide rollout.prompts_per_step, 32 prompts; "
+            "it may be 1, 2, 4, 8, 16, 32, or set rollout.prompts_per_step to 27, 30, 33, 36",
+        ),
+        (
+            ["train.token_budget=1279"],
+            "train.token_budget: 1279 tokens do not hold the longest sample, 1280 (data.max_prompt_tokens 1024 +"
+            " rollout.max_completion_tokens 256); set train.token_budget to at least 1280",
+        ),
+        (
+            ["optim.schedule=cosine", "optim.warmup_steps=10"],
+            "optim.warmup_steps: 10 leaves no step of 10 for the cosine",
+        ),
+        (["prompt.template=null"], "prompt: nothing is set; give exactly one of prompt.template, prompt.messages"),
+        (["prompt.messages_column=m"], "prompt: prompt.template and prompt.messages_column is set; give exactly one"),
+        (["prompt.chat_template_kwargs={a: 1}"], "prompt.chat_template_kwargs: {'a': 1} has no effect"),
+        (
+            ["prompt.template=null", "prompt.messages=[{role: bot, content: x}]"],
+            "prompt.messages[0].role: 'bot' is not a role; it may be system, user, assistant",
+        ),
+        (["rewards.functions=[]"], "rewards.functions: [] scores nothing; name at least one"),
+        (["eval.every=5"], "eval.every: 5 needs held-out rows; set data.eval_path or data.eval_split"),
+    ],
+)
+def test_combinations(overrides: list[str], message: str) -> None:
+    assert refused(BASE, *overrides).startswith(message)
+
+
+def test_limits_themselves_are_allowed() -> None:
+    overrides = [
+        "train.token_budget=1280",
+        "rollout.top_p=1",
+        "eval.every=5",
+        "data.eval_split=test",
+        "eval.temperature=0",
+    ]
+    loaded = load_config(BASE, [*overrides, "optim.betas=[0, 0.999]", "optim.lr=0", "train.updates_per_step=32"])
+    assert (loaded.train.token_budget, loaded.optim.betas) == (1280, (0.0, 0.999))
+
+
+def test_world_size() -> None:
+    loaded = load_config(BASE, ["rollout.prompts_per_step=32"])
+    check_world_size(loaded, 8)
+    with pytest.raises(
+        ConfigError, match=r"32 prompts do not divide over 6 ranks; valid numbers of prompts: 24, 30, 36, 42"
+    ):
+        check_world_size(loaded, 6)
+
+
+# --- fuzz
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(st.sampled_from([key for key in valid_keys() if "[" not in key]), values)
+@settings(max_examples=300, deadline=None)
+def test_any_value_is_refused_in_one_line_or_fits_the_schema(key: str, value: Any) -> None:
+    source = copy.deepcopy(BASE)
+    *sections, last = key.split(".")
+    target = source
+    for section in sections:
+        target = target.setdefault(section, {})
+    target[last] = value
+    try:
+        loaded: Any = load_config(source)
+    except ConfigError as error:
+        one_line(error)
+        return
+    hints = get_type_hints(Config)
+    for section in sections:
+        loaded, hints = getattr(loaded, section), get_type_hints(hints[section])
+    result = getattr(loaded, last)
+    if isinstance(result, float):
+        assert math.isfinite(result)
+        assert result == value
+    elif hints[last] in (int, str, bool):
+        assert type(result) is hints[last]
+
+
+@given(st.text(alphabet="ab.=[]{}:,'\"!&*#%0 1-\n${}é", max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_any_text_is_a_config_or_a_config_error(text: str) -> None:
+    for attempt in (f"run_dir={text}", text):
+        try:
+            load_config(BASE, [attempt])
+        except ConfigError as error:
+            one_line(error)
