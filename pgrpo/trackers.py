@@ -267,7 +267,9 @@ def _start_tensorboard(run_dir: Path, step: int) -> tuple[Callable[[int, dict[st
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ConfigError("track.tensorboard=true: tensorboard is not installed; pip install tensorboard") from None
+        raise ConfigError(
+            "track.tensorboard=true: tensorboard is not installed; pip install 'pgrpo[tensorboard]'"
+        ) from None
     # Tensorboard hides what an earlier, longer run logged from this step on.
     writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step >= 0 else None)
 

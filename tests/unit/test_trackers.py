@@ -218,7 +218,7 @@ def test_wandb_offline_run_is_written_and_resumed(tmp_path, monkeypatch):
     ("key", "module", "fix"),
     [
         ("wandb", "wandb", r"pip install 'pgrpo\[wandb\]'"),
-        ("tensorboard", "torch.utils.tensorboard", "pip install tensorboard"),
+        ("tensorboard", "torch.utils.tensorboard", r"pip install 'pgrpo\[tensorboard\]'"),
     ],
 )
 def test_missing_package(tmp_path, monkeypatch, key, module, fix):

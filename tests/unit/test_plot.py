@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pgrpo.commands.plot import draw, plot, read_metrics, smooth
+from pgrpo.config import ConfigError
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def write_run(folder: Path, rows: list[dict], completions: list[dict] | None = None) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if completions is not None:
+        (folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in completions))
+    (folder / "config.yaml").write_text("model:\n  path: <b>model</b>\n")
+    return folder
+
+
+def step_row(step: int) -> dict:
+    return {
+        "step": step,
+        "reward": step / 10,
+        "rewards/exact_match/mean": step / 20,
+        "completions/mean_length": 30.0,
+        "entropy": None if step == 2 else 1.0,
+        "time/rollout": 2.0,
+        "time/update": 1.0,
+        "time/step": 3.5,
+        "kl": None,
+    }
+
+
+def axes_of(figure) -> list[Any]:
+    return figure.axes
+
+
+def titles(figure) -> list[str]:
+    return [axes.get_title(loc="left") for axes in figure.axes]
+
+
+def test_panels_are_those_with_data(tmp_path):
+    run = write_run(tmp_path / "run", [{"step": 0, "eval/reward": 0.1}, *map(step_row, range(1, 6))])
+    figure = draw({"run": read_metrics(run)})
+    assert titles(figure) == ["Reward", "Held-out split", "Completion length", "Entropy", "Time of a step"]
+    reward, held_out, _, entropy, time = axes_of(figure)
+    assert [line.get_label() for line in reward.lines] == ["reward", "rewards/exact_match/mean"]
+    np.testing.assert_allclose(reward.lines[0].get_xydata(), [[s, s / 10] for s in range(1, 6)])
+    np.testing.assert_allclose(held_out.lines[0].get_xydata(), [[0, 0.1]])
+    assert list(entropy.lines[0].get_xdata()) == [1, 3, 4, 5]
+    assert [text.get_text() for text in time.get_legend().get_texts()] == ["rollout", "update", "step"]
+    stacked_top = max(path.vertices[:, 1].max() for path in time.collections[-1].get_paths())
+    assert stacked_top == pytest.approx(3.0)
+    assert len({axes.get_xlim() for axes in figure.axes}) == 1
+
+
+def test_smooth_against_a_plain_loop():
+    values = np.random.default_rng(0).normal(size=200)
+    values[[0, 17, 199]] = np.nan
+    expected = [np.nanmean(values[max(0, i - 5) : i + 6]) for i in range(200)]
+    np.testing.assert_allclose(smooth(values), expected, rtol=1e-12)
+    np.testing.assert_array_equal(smooth(np.array([1.0, np.nan, 3.0])), [1.0, np.nan, 3.0])
+
+
+def test_long_runs_have_a_light_raw_line_and_a_smooth_one(tmp_path):
+    run = write_run(tmp_path / "run", [{"step": s, "entropy": float(s % 2)} for s in range(400)])
+    raw, smoothed = axes_of(draw({"run": read_metrics(run)}))[0].lines
+    assert raw.get_alpha() == 0.25 and list(raw.get_ydata()[:3]) == [0, 1, 0]
+    assert np.ptp(np.asarray(smoothed.get_ydata(), dtype=float)[20:-20]) < 0.06
+
+
+def test_several_runs_in_one_png(tmp_path):
+    runs = [write_run(tmp_path / name, [step_row(s) for s in range(1, 4)]) for name in ("a", "b", "x/a")]
+    assert plot(runs, out=tmp_path / "out") == [tmp_path / "out" / "plot.png"]
+    assert (tmp_path / "out" / "plot.png").read_bytes().startswith(PNG)
+    figure = draw({"a": read_metrics(runs[0]), "b": read_metrics(runs[1])})
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    assert [len(axes.lines) for axes in figure.axes[1:]] == [2] * 3
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_page_is_self_contained_and_escaped(tmp_path):
+    hostile = "</td><script>alert(1)</script>&lt;\x1b[2J\u202e<img src=http://x.y/z>"
+    sample = {"step": 3, "prompt": hostile, "completion": hostile, "reward": None, "advantage": 0.5}
+    sample |= {"parts": {"'onmouseover='x": 1.0, "none": None}, "finish_reason": "stop"}
+    run = write_run(
+        tmp_path / "<i>run", [step_row(s) for s in range(1, 4)], [{**sample, "step": s} for s in range(1, 60)]
+    )
+    png, report = plot(run)
+    assert (png, report) == (run / "plot.png", run / "report.html")
+    page = Page()
+    page.feed(report.read_text(encoding="utf-8"))
+    names = {tag for tag, _ in page.tags}
+    assert not names & {"script", "link", "iframe", "b", "i"}
+    images = [attrs for tag, attrs in page.tags if tag == "img"]
+    assert (
+        len(images) == 1
+        and base64.b64decode(images[0]["src"].removeprefix("data:image/png;base64,")) == png.read_bytes()
+    )
+    assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on") or a == "href"]
+    assert not re.search(r"url\(|@import", report.read_text(encoding="utf-8"))
+    assert page.text.count("<script>alert(1)</script>&lt;\\x1b[2J\\u202e<img src=http://x.y/z>") == 2 * 40
+    assert "path: <b>model</b>" in page.text and "<i>run" in page.text
+    assert page.text.index("59") < page.text.index("58") and "reward0.3" in page.text
+
+
+def test_a_row_that_is_still_being_written_is_left_out_and_steps_are_merged(tmp_path):
+    run = write_run(
+        tmp_path / "run", [{"step": 2, "reward": 1.0}, {"step": 1, "reward": 0.5}, {"step": 2, "eval/reward": 2.0}]
+    )
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "re')
+    assert read_metrics(run) == [{"step": 1, "reward": 0.5}, {"step": 2, "reward": 1.0, "eval/reward": 2.0}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "not a run folder, it has no metrics.jsonl"),
+        ("", "no step has been logged yet"),
+        ('{"step": 1}\n', "no step has been logged yet"),
+        ('{"step": 1, "x": 2}\nnoise\n', r"metrics\.jsonl, line 2: not a row of a run"),
+        ('{"step": 1, "x": 2}\n', "none of the metrics that plot draws"),
+    ],
+)
+def test_clear_errors(tmp_path, content, message):
+    with pytest.raises(ConfigError, match="nowhere: no such run folder"):
+        plot(tmp_path / "nowhere")
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        plot(tmp_path)
+    assert not (tmp_path / "plot.png").exists()
