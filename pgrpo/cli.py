@@ -115,11 +115,9 @@ def main() -> None:
     # As an exception, so that whatever is open is closed; training puts its own handler on top, which saves first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        app()
+        app()  # exits by itself with 0, with 2 on a wrong command line, with 130 on Ctrl-C
     except ConfigError as error:
         _fail(2, str(error))
-    except KeyboardInterrupt:
-        _fail(128 + signal.SIGINT, "stopped by Ctrl-C")
     except Exception as error:
         kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
         _fail(1, f"{kind}{error}")

@@ -1,0 +1,117 @@
+"""The command line as a user meets it: what it imports, what it exits with, what it says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIG = """\
+run_dir: runs/x
+model: {path: m}
+data: {path: d}
+prompt: {template: "{q}"}
+rewards: {functions: [{function: exact_match}]}
+train: {steps: 10}
+"""
+# Runs the real main() with `pgrpo.train` replaced, so that exit codes can be told apart from training.
+FAKE_TRAIN = """\
+import os, signal, sys, time, types
+module = types.ModuleType("pgrpo.train")
+def train(config, resume=None):
+    {body}
+module.train = train
+sys.modules["pgrpo.train"] = module
+from pgrpo.cli import main
+main()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def run(folder: Path, *arguments: str, code: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    start = ["-c", code] if code else ["-m", "pgrpo"]
+    command = [sys.executable, *start, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, env={**os.environ, **env})
+
+
+def train(folder: Path, body: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return run(folder, "train", "--config", "c.yaml", *arguments, code=FAKE_TRAIN.format(body=body), **env)
+
+
+def test_help_imports_nothing_heavy(folder: Path) -> None:
+    code = "import sys, pgrpo.cli; print(*sys.modules)"
+    assert not {"torch", "transformers", "datasets", "matplotlib", "numpy"} & {*run(folder, code=code).stdout.split()}
+    assert "pgrpo.config" in run(folder, code=code).stdout
+
+
+def test_help_names_every_command(folder: Path) -> None:
+    result = run(folder, "--help")
+    assert result.returncode == 0
+    for command in ("train", "check", "eval", "bench", "plot", "export", "init"):
+        assert f"\n  {command} " in result.stdout
+        assert run(folder, command, "--help").returncode == 0
+
+
+def test_arguments_reach_training(folder: Path) -> None:
+    body = "print(config.train.steps, config.rollout.stop, resume)"
+    result = train(folder, body, "train.steps=3", "rollout.stop=[a, b]", "--resume", "auto")
+    assert (result.returncode, result.stdout) == (0, "3 ['a', 'b'] auto\n"), result.stderr
+
+
+def test_wrong_input_is_2(folder: Path) -> None:
+    result = run(folder, "train", "--config", "c.yaml", "rollout.group_sise=8")
+    message = "pgrpo: override 'rollout.group_sise=8': no such key; did you mean rollout.group_size?\n"
+    assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
+    assert run(folder, "train").returncode == 2
+    assert run(folder, "train", "--config", "c.yaml", "--no-such-option").returncode == 2
+    assert run(folder, "no-such-command").returncode == 2
+    assert run(folder, "plot").returncode == 2
+    assert run(folder, "train", "--config", "nope").stderr.startswith("pgrpo: config 'nope': no such file;")
+
+
+def test_a_failed_run_is_1_with_one_line_unless_debugging(folder: Path) -> None:
+    result = train(folder, "raise RuntimeError('out of memory; lower train.token_budget')")
+    message = "pgrpo: out of memory; lower train.token_budget (PGRPO_DEBUG=1 shows where)\n"
+    assert (result.returncode, result.stderr) == (1, message)
+    assert train(folder, "raise OSError('disk')").stderr == "pgrpo: OSError: disk (PGRPO_DEBUG=1 shows where)\n"
+    result = train(folder, "raise OSError('disk')", PGRPO_DEBUG="1")
+    assert result.returncode == 1
+    assert result.stderr.startswith("Traceback (most recent call last):")
+
+
+def test_signals(folder: Path) -> None:
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        body = f"""
+    try:
+        os.kill(os.getpid(), {int(number)}); time.sleep(30)
+    finally:
+        print("closed")
+"""
+        result = train(folder, body)
+        assert (result.returncode, result.stdout) == (code, "closed\n")
+        assert train(folder, f"sys.exit({code})").returncode == code  # what training does after its save
+
+
+def test_init_copies_what_a_run_needs_and_overwrites_nothing(folder: Path) -> None:
+    result = run(folder, "init", "quickstart")
+    assert result.returncode == 0, result.stderr
+    names = {"quickstart.yaml", "addition.yaml", "addition.py"}
+    assert {path.name for path in folder.iterdir()} == {"c.yaml", *names}
+    assert result.stdout.endswith("then: pgrpo train --config quickstart.yaml\n")
+    code = "from pgrpo.config import load_config; print(load_config('quickstart.yaml').data.path)"
+    assert run(folder, code=code).stdout == f"{folder}/addition.py:rows\n"  # the copies are what runs
+    (folder / "addition.yaml").write_text("mine")
+    result = run(folder, "init", "quickstart")
+    assert result.returncode == 2
+    assert "addition.yaml" in result.stderr
+    assert (folder / "addition.yaml").read_text() == "mine"
+    assert "no such file" in run(folder, "init", "quickstrat").stderr
