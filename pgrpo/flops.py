@@ -1,0 +1,227 @@
+"""What a step costs: matrix-product FLOPs, counted exactly, and GPU memory, estimated. Integers only, no tensors.
+
+P prompt tokens, R tokens of one completion, G completions of a prompt. *Grouped* (``shared``) computes the prompt once,
+*repeated* once a completion. Only useful work counts: no padding, nothing that checkpointing computes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+GIB = 2**30
+UPDATE_OVER_FORWARD = 3
+"""A backward is two products for each one of the forward. Attention too is counted so: that a flash backward computes
+the scores again, which others count as 2.5 times the forward, is recomputation."""
+
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
+    "L40S": 362, "L4": 121, "A10G": 70, "A10": 125, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
+"""Dense bfloat16 rate of data sheets, in TFLOP/s, by a part of the device's name; the first match counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDims:
+    """Sizes of a decoder with gated MLPs. ``biases``: their parameters in one layer; ``head_norms``: of q and k (Qwen3)."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    tied: bool
+    biases: int = 0
+    head_norms: bool = False
+
+    @classmethod
+    def from_config(cls, config: Any) -> ModelDims:
+        """From a Hugging Face config, as an object or as the mapping in config.json.
+
+        Raises:
+            ValueError: the config lacks a size.
+        """
+        values = config if isinstance(config, Mapping) else config.to_dict()
+
+        def size(name: str) -> int:
+            if not isinstance(values.get(name), int):
+                raise ValueError(f"the model's config has no {name}: it is not a decoder that pgrpo knows")
+            return values[name]
+
+        hidden, heads, intermediate = size("hidden_size"), size("num_attention_heads"), size("intermediate_size")
+        kv_heads = values.get("num_key_value_heads") or heads
+        head_dim = values.get("head_dim") or hidden // heads
+        qkv_rows = (heads + 2 * kv_heads) * head_dim
+        biases = 0
+        if values.get("model_type") == "qwen2":  # always biased, without a key that says so
+            biases += qkv_rows
+        if values.get("attention_bias"):
+            biases += qkv_rows + hidden
+        if values.get("mlp_bias"):
+            biases += 2 * intermediate + hidden
+        layers, vocab, tied = size("num_hidden_layers"), size("vocab_size"), bool(values.get("tie_word_embeddings"))
+        head_norms = values.get("model_type") == "qwen3"
+        return cls(layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, tied, biases, head_norms)
+
+    @property
+    def layer_matrix(self) -> int:
+        """Elements of one layer's matrices: q, k, v, o, gate, up, down."""
+        attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim * self.hidden
+        return attention + 3 * self.hidden * self.intermediate
+
+
+def parameter_count(dims: ModelDims) -> int:
+    """All parameters; a head tied to the embedding counts once."""
+    layer = dims.layer_matrix + 2 * dims.hidden + dims.biases + (2 * dims.head_dim if dims.head_norms else 0)
+    return dims.layers * layer + dims.hidden + dims.vocab * dims.hidden * (1 if dims.tied else 2)
+
+
+def computed_tokens(prompt: int, completions: Sequence[int], *, shared: bool = True) -> int:
+    """Tokens that run through the layers for one prompt and completions of the given lengths."""
+    return prompt * (1 if shared else len(completions)) + sum(completions)
+
+
+def attention_pairs(prompt: int, completions: Sequence[int], *, shared: bool = True) -> int:
+    """Pairs (query, key) of attention: causal in the prompt and in each completion, all of the prompt from each of those."""
+    causal = prompt * (prompt + 1) // 2
+    suffixes = sum(n * prompt + n * (n + 1) // 2 for n in completions)
+    return causal * (1 if shared else len(completions)) + suffixes
+
+
+def forward_flops(dims: ModelDims, prompt: int, completions: Sequence[int], *, shared: bool = True) -> int:
+    """FLOPs (a multiplication and an addition are two) of one group's log-probs.
+
+    Linear layers on each computed token; attention on each pair; the head on completion tokens only.
+    """
+    linear = 2 * dims.layers * dims.layer_matrix * computed_tokens(prompt, completions, shared=shared)
+    pair = 4 * dims.layers * dims.heads * dims.head_dim  # scores and weighted values
+    head = 2 * dims.vocab * dims.hidden * sum(completions)
+    return linear + pair * attention_pairs(prompt, completions, shared=shared) + head
+
+
+def update_flops(dims: ModelDims, prompt: int, completions: Sequence[int], *, shared: bool = True) -> int:
+    """FLOPs of one group's forward and backward: ``UPDATE_OVER_FORWARD`` times the forward's."""
+    return UPDATE_OVER_FORWARD * forward_flops(dims, prompt, completions, shared=shared)
+
+
+def rho(prompt: int, completions: Sequence[int]) -> float:
+    """Tokens that a repeated-prompt trainer computes over tokens that pgrpo computes."""
+    return computed_tokens(prompt, completions, shared=False) / computed_tokens(prompt, completions)
+
+
+def flop_ratio(dims: ModelDims, prompt: int, completions: Sequence[int]) -> float:
+    """FLOPs repeated over FLOPs grouped: the ceiling of the speed-up."""
+    return forward_flops(dims, prompt, completions, shared=False) / forward_flops(dims, prompt, completions)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a GPU by the name that CUDA gives it; None when it is not in ``PEAK_TFLOPS``."""
+    return next((tera * 1e12 for part, tera in PEAK_TFLOPS.items() if part in device_name), None)
+
+
+def mfu(flops: float, seconds: float, peak: float) -> float:
+    """Model FLOPs utilisation: useful FLOP/s of one device over its peak FLOP/s."""
+    return flops / seconds / peak
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Estimated GiB on one device. Not in it: the CUDA context (about 0.5), fragmentation, what else runs there.
+
+    Attributes:
+        weights, gradients, moments: float32, this rank's share; moments are Adam's two.
+        reference: weights of the frozen initial model, 0 without a KL term.
+        gathered: copies of weights in the compute dtype, and their gradients, while in use.
+        activations: what the backward needs of a full micro-batch.
+        logprobs: chunks of logits, and the head's float32 gradient.
+        adam_scratch: temporaries of the optimizer step, as large as the weights.
+        kv_cache: of the embedded sampler, with all completions at full length.
+    """
+
+    weights: float
+    gradients: float
+    moments: float
+    reference: float
+    gathered: float
+    activations: float
+    logprobs: float
+    adam_scratch: float
+    kv_cache: float
+
+    @property
+    def rollout(self) -> float:
+        return self.weights + self.moments + self.reference + self.gathered + self.kv_cache
+
+    @property
+    def update(self) -> float:
+        held = self.weights + self.gradients + self.moments + self.reference
+        return held + self.gathered + self.activations + self.logprobs
+
+    @property
+    def optimizer_step(self) -> float:
+        return self.weights + self.gradients + self.moments + self.reference + self.adam_scratch
+
+    @property
+    def peak(self) -> float:
+        return max(self.rollout, self.update, self.optimizer_step)
+
+
+def memory_plan(
+    dims: ModelDims,
+    *,
+    token_budget: int,
+    checkpointing: Literal["none", "full"],
+    dtype_bytes: int,
+    ranks: int = 1,
+    reference: bool = False,
+    concurrent: int = 0,
+    group_size: int = 1,
+    prompt_tokens: int = 0,
+    completion_tokens: int = 0,
+    logits_per_chunk: int = 2**25,
+) -> MemoryPlan:
+    """Estimate the memory of a run.
+
+    Args:
+        token_budget: packed tokens in one micro-batch.
+        dtype_bytes: of the compute dtype: 2 (bfloat16) or 4 (float32).
+        ranks: devices that weights, gradients and moments are split over.
+        reference: whether a frozen initial model is held as well (a KL term).
+        concurrent, group_size, prompt_tokens, completion_tokens: of the embedded sampler; 0 for another one.
+        logits_per_chunk: logits that the log-prob head holds at once.
+    """
+    weights = 4 * parameter_count(dims) / ranks
+    embedding = dims.vocab * dims.hidden
+    # The root's embedding and head stay gathered; of the layers, one is in use while the next arrives.
+    gathered = 0 if ranks == 1 and dtype_bytes == 4 else (embedding * (1 if dims.tied else 2) + 2 * dims.layer_matrix)
+    layer = _layer_activations(dims, dtype_bytes)
+    kept = layer * dims.layers if checkpointing == "none" else layer + dims.hidden * dtype_bytes * dims.layers
+    kv_row = 2 * dims.layers * dims.kv_heads * dims.head_dim * dtype_bytes
+    kv_rows = concurrent * completion_tokens + -(-concurrent // group_size) * prompt_tokens
+    chunk = logits_per_chunk * (12 + dtype_bytes)  # logits, and temporaries of the entropy or the gradient
+    parts = MemoryPlan(
+        weights=weights,
+        gradients=weights,
+        moments=2 * weights,
+        reference=weights if reference else 0,
+        gathered=2 * gathered * dtype_bytes,
+        activations=kept * token_budget,
+        logprobs=chunk + embedding * (4 + dtype_bytes),
+        adam_scratch=weights,
+        kv_cache=kv_row * kv_rows,
+    )
+    return MemoryPlan(*(getattr(parts, name) / GIB for name in MemoryPlan.__slots__))
+
+
+def _layer_activations(dims: ModelDims, dtype_bytes: int) -> int:
+    """Bytes a token that the backward of one layer needs, from counting what autograd keeps of transformers' layers."""
+    q, kv = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+    norms = 2 * dims.hidden * (4 + 2 * dtype_bytes)  # the float32 input, the normalised and the scaled output
+    attention = (2 * q + 2 * kv) * dtype_bytes
+    if dims.head_norms:
+        attention += (q + kv) * (4 + dtype_bytes)
+    mlp = 4 * dims.intermediate * dtype_bytes  # gate, its silu, up, their product
+    return norms + attention + mlp
