@@ -1,0 +1,334 @@
+"""RewardRunner: what functions get, how values add up, and that no failure becomes a silent zero."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pgrpo.config import ConfigError, RewardConfig
+from pgrpo.rewards import RewardError, RewardRunner
+from pgrpo.types import Completion, Group, Prompt
+
+MODULE = """
+import asyncio, os, time
+calls = 0
+def length(completions): return [len(c) for c in completions]
+def count(completions):
+    global calls
+    calls += 1
+    return [calls] * len(completions)
+def hang(completions): time.sleep(60)
+def die(completions): os._exit(3)
+def leave(completions): raise SystemExit
+def divide(completions): return [1 / len(c) for c in completions]
+async def slow(completions):
+    await asyncio.sleep(0.01)
+    return [2.0 for _ in completions]
+class Keeps:
+    total = 0
+    def __call__(self, completions):
+        self.total += len(completions)
+        return [self.total] * len(completions)
+"""
+
+
+def groups(*texts: list[str], messages: Any = None, **columns: Any) -> list[Group]:
+    """One group a list of completion texts; row numbers from 10."""
+    out = []
+    for i, completions in enumerate(texts):
+        prompt = Prompt(10 + i, f"prompt {i}", [1], {"answer": f"{i}"} | columns, messages)
+        out.append(Group(prompt, [Completion([7, 8], [-1.0, -1.0], [True, True], "stop", t) for t in completions]))
+    return out
+
+
+def runner(*functions: Callable | RewardConfig, on_error: Any = "raise") -> RewardRunner:
+    configs = [f for f in functions if isinstance(f, RewardConfig)]
+    return RewardRunner(configs, on_error=on_error, extra=[f for f in functions if not isinstance(f, RewardConfig)])
+
+
+def score(function: Callable | RewardConfig, *texts: list[str], on_error: Any = "raise") -> list[Any]:
+    with runner(function, on_error=on_error) as rewards:
+        scored = groups(*texts)
+        rewards.score(scored)
+    return [group.rewards for group in scored]
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> Callable[..., RewardConfig]:
+    path = tmp_path / "mine.py"
+    path.write_text(MODULE)
+    return lambda name, **keys: RewardConfig(f"{path}:{name}", **keys)
+
+
+# What a function gets
+
+
+def test_arguments_follow_the_signature():
+    seen: dict[str, Any] = {}
+
+    def named(completions, prompts, answer, finish_reasons, messages=None):
+        seen["named"] = (completions, prompts, answer, finish_reasons, messages)
+        return [0.0] * 3
+
+    def everything(**columns):
+        seen["everything"] = columns
+        return [0.0] * 3
+
+    chat = [{"role": "user", "content": "hi"}]
+    with runner(named, everything) as rewards:
+        rewards.score(groups(["a", "b"], ["c"], messages=chat, difficulty=3))
+    texts = (["a", "b", "c"], ["prompt 0", "prompt 0", "prompt 1"], ["0", "0", "1"], ["stop"] * 3)
+    assert seen["named"] == (*texts, [chat] * 3)
+    assert seen["everything"] == {
+        "completions": texts[0],
+        "prompts": texts[1],
+        "answer": texts[2],
+        "finish_reasons": texts[3],
+        "completion_ids": [[7, 8]] * 3,
+        "messages": [chat] * 3,
+        "difficulty": [3] * 3,
+    }
+
+
+def test_results_of_every_kind_are_numbers():
+    for result in ([True, 2], (1, 2), np.array([1, 2]), torch.tensor([1.0, 2.0]), [np.float32(1), torch.tensor(2)]):
+        assert score(lambda completions, result=result: result, ["a", "b"]) == [[1.0, 2.0]]
+    assert score(lambda completions: (float(len(c)) for c in completions), ["a", "bcd"]) == [[1.0, 3.0]]
+
+
+def test_async_functions_share_a_loop():
+    import asyncio
+
+    loops = []
+
+    async def reward(completions):
+        loops.append(asyncio.get_running_loop())
+        await asyncio.sleep(0)
+        return [1.0] * len(completions)
+
+    async def inside_a_loop(rewards):
+        rewards.score(groups(["a"]))
+
+    with runner(reward) as rewards:
+        rewards.score(groups(["a"]))
+        asyncio.run(inside_a_loop(rewards))
+    assert len(loops) == 2
+    assert loops[0] is loops[1]
+
+
+# How values add up
+
+
+def test_weights_none_and_names(module: Callable[..., RewardConfig]):
+    def some(completions):
+        return [None if c == "none" else 1.0 for c in completions]
+
+    with runner(
+        RewardConfig("exact_match", weight=2.0),
+        RewardConfig("exact_match", args={"column": "other"}),
+        module("length", weight=0.1),
+        some,
+    ) as rewards:
+        assert rewards.names == ["exact_match", "exact_match_2", "length", "some"]
+        scored = groups(["0", "none"], ["none"], other="none")
+        report = rewards.score(scored)
+    assert (report.errors, report.first_error) == (0, None)
+    assert scored[0].reward_parts == {
+        "exact_match": [1.0, 0.0],
+        "exact_match_2": [0.0, 1.0],
+        "length": [1.0, 4.0],
+        "some": [1.0, None],
+    }
+    assert scored[0].rewards == pytest.approx([2 + 0.1 + 1, 1 + 0.4], abs=1e-12)
+    assert scored[1].rewards == pytest.approx([1.4], abs=1e-12)
+
+
+def test_a_sample_is_none_only_where_every_reward_is():
+    def a(completions):
+        return [None, None, 0.0]
+
+    def b(completions):
+        return [None, 1.0, None]
+
+    with runner(a, b) as rewards:
+        scored = groups(["x", "y", "z"])
+        assert rewards.score(scored).errors == 0
+    assert scored[0].rewards == [None, 1.0, 0.0]
+
+
+def test_no_completions():
+    with runner(lambda completions: []) as rewards:
+        assert rewards.score([]).errors == 0
+
+
+# Worker processes
+
+
+@pytest.mark.timeout(60)
+def test_configured_functions_keep_their_state(module: Callable[..., RewardConfig]):
+    with runner(module("count"), module("slow"), module("Keeps")) as rewards:
+        assert rewards.names == ["count", "slow", "Keeps"]
+        for step in (1, 2):
+            scored = groups(["a"], ["b"])
+            rewards.score(scored)
+            assert scored[1].reward_parts == {"count": [step], "slow": [2.0], "Keeps": [2 * step]}
+
+
+@pytest.mark.timeout(60)
+def test_a_function_that_hangs_is_killed(module: Callable[..., RewardConfig]):
+    with pytest.raises(RewardError, match=r"`hang` failed .* timeout_s=0\.5 and was killed \(rewards\.functions\[0\]"):
+        score(module("hang", timeout_s=0.5), ["a"])
+    with runner(module("hang", timeout_s=0.5), module("length"), on_error="mask") as rewards:
+        scored = groups(["a"], ["b"])
+        assert rewards.score(scored).errors == 2
+    assert [g.rewards for g in scored] == [[None], [None]]
+    assert scored[0].reward_parts == {"hang": [None], "length": [1.0]}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("die", r"its process died with exit code 3"),
+        ("leave", r"it raised SystemExit"),
+        ("divide", r"ZeroDivisionError: division by zero \(.*mine\.py, line 12\)"),
+    ],
+)
+def test_a_function_that_fails_in_its_process(module: Callable[..., RewardConfig], name: str, message: str):
+    with pytest.raises(RewardError, match=rf"reward `{name}` failed on a completion of row 10: .*{message}"):
+        score(module(name), [""])
+
+
+# Failures
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda c: [math.nan if t == "bad" else 1.0 for t in c], "returned nan, not a finite number or None"),
+        (lambda c: [math.inf if t == "bad" else 1.0 for t in c], "returned inf, not a finite number or None"),
+        (lambda c: ["1.0" if t == "bad" else 1.0 for t in c], "returned '1.0', not a finite number or None"),
+        (lambda c: [1.0 for t in c if t != "bad"], "returned 0 values for 1 completions"),
+        (lambda c: [1.0 / (t != "bad") for t in c], r"ZeroDivisionError: .*test_reward_runner\.py, line \d+"),
+    ],
+)
+def test_one_bad_completion(result: Callable, message: str):
+    def mine(completions):
+        return result(completions)
+
+    text = rf"`mine` failed on a completion of row 11: .*{message}.*\n  prompt: 'prompt 1'\n  completion: 'bad'\n.*mask"
+    with pytest.raises(RewardError, match=text):
+        score(mine, ["a", "b"], ["c", "bad"])
+    with runner(mine, on_error="mask") as rewards:
+        scored = groups(["a", "b"], ["c", "bad"])
+        report = rewards.score(scored)
+    assert [g.rewards for g in scored] == [[1.0, 1.0], [1.0, None]]
+    assert report.errors == 1
+    assert report.first_error is not None
+    assert "completion: 'bad'" in report.first_error
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (1.0, "returned 1.0, not a list"),
+        (None, "returned None, not a list"),
+        ("ab", "returned 'ab', not a list"),
+        ({"a": 1.0}, "returned {'a': 1.0}, not a list"),
+        (np.float64(1.0), "returned 1.0, not a list"),
+        ([[1.0], [1.0]], "not a list|returned 2 values for 1 completions"),
+    ],
+)
+def test_results_that_are_no_list(result: Any, message: str):
+    with pytest.raises(RewardError, match=message):
+        score(lambda completions: result, ["a", "b", "c"])
+
+
+def test_a_failed_part_masks_the_sample_and_not_the_others():
+    def fails(completions):
+        return [math.nan, 1.0]
+
+    with runner(fails, lambda completions: [5.0, 5.0], on_error="mask") as rewards:
+        scored = groups(["a", "b"])
+        assert rewards.score(scored).errors == 1
+    assert scored[0].rewards == [None, 6.0]  # not 5: a sample that lost a part has no comparable total
+
+
+def test_a_function_that_fails_on_the_batch_alone():
+    def together(completions):
+        if len(completions) > 1:
+            raise ValueError("too many")
+        return [1.0]
+
+    with pytest.raises(RewardError, match=r"too many.*fails on 2 completions together, on none of them alone"):
+        score(together, ["a", "b"])
+    assert score(together, ["a", "b"], on_error="mask") == [[None, None]]
+
+
+def test_long_samples_are_shortened():
+    with pytest.raises(RewardError) as caught:
+        score(lambda completions: [math.nan], ["x" * 5000 + "end"])
+    assert len(str(caught.value)) < 1000
+    assert "xend'" in str(caught.value)
+
+
+@pytest.mark.timeout(60)
+def test_an_unreadable_answer_names_its_row():
+    with runner(RewardConfig("math")) as rewards:
+        scored = groups(["0"], ["1"])
+        scored[1].prompt.columns["answer"] = "???"
+        with pytest.raises(
+            RewardError, match=r"`math` failed on a completion of row 11: .*'\?\?\?' in column `answer`"
+        ):
+            rewards.score(scored)
+
+
+# Mistakes that are found before anything is loaded
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (RewardConfig("exact_mach"), r"rewards\.functions\[0\]\.function: no built-in .*did you mean `exact_match`\?"),
+        (RewardConfig("zzz"), r"no built-in reward `zzz`; there are exact_match, contains_answer, format_regex, math"),
+        (RewardConfig("no_such_thing:f"), r"cannot import module `no_such_thing`"),
+        (RewardConfig("/nowhere/f.py:f"), r"rewards\.functions\[0\]\.function: no file /nowhere/f\.py"),
+        (RewardConfig("exact_match", args={"colum": "a"}), r"no argument `colum`; it has column"),
+        (RewardConfig("exact_match", args={"completions": "a"}), r"no argument `completions`"),
+        (RewardConfig("format_regex"), r"args of format_regex: .*missing 1 required .*'pattern'"),
+        (RewardConfig("format_regex", args={"pattern": "("}), r"args of format_regex: missing \)"),
+        (RewardConfig("format_regex", args={"pattern": "a", "match": "al"}), r"match must be full or search, not 'al'"),
+    ],
+)
+def test_config_errors(config: RewardConfig, message: str):
+    with pytest.raises(ConfigError, match=message):
+        runner(config)
+
+
+def test_no_rewards():
+    with pytest.raises(ConfigError, match=r"rewards\.functions is empty"):
+        runner()
+
+
+@pytest.mark.parametrize(
+    ("function", "column"),
+    [
+        (RewardConfig("exact_match", args={"column": "gold"}), "gold"),
+        (RewardConfig("math", args={"column": "gold"}), "gold"),
+        (lambda completions, level: [0.0], "level"),
+        (lambda completions, messages: [0.0], "messages"),
+    ],
+)
+def test_missing_columns(function: Any, column: str):
+    with (
+        runner(function) as rewards,
+        pytest.raises(ConfigError, match=rf"needs the column `{column}`; .* has answer, id"),
+    ):
+        rewards.check(groups(["a"], id=1)[0].prompt)
+    if column != "messages":
+        with runner(function) as rewards:
+            rewards.check(groups(["a"], **{column: 1})[0].prompt)
