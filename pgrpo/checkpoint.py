@@ -22,7 +22,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -82,8 +82,12 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sca
     return final
 
 
-def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def load(path: Path, only: Container[str] | None = None) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Read ``(tensors, scalars)`` as they were given to ``save``; the tensors are on the CPU, bit-equal.
+
+    Args:
+        path: a ``step_N`` folder. All of it is verified.
+        only: the tensor sets to read. None reads all.
 
     Raises:
         ConfigError: there is no such folder; lists the steps that exist beside it.
@@ -94,7 +98,8 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         steps = ", ".join(map(str, list_steps(path.parent))) or "none"
         raise ConfigError(f"no checkpoint at {path}; steps that exist in {path.parent}: {steps}")
     files = verify(path)
-    tensors = {Path(name).stem: load_file(path / name) for name in files if name.endswith(".safetensors")}
+    sets = [name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors")]
+    tensors = {name: load_file(path / f"{name}.safetensors") for name in sets if only is None or name in only}
     return tensors, json.loads((path / SCALARS).read_text())
 
 

@@ -33,8 +33,8 @@ class Panel:
 
 PANELS = (
     Panel("Reward", "", ("reward", "rewards/*/mean")),
-    Panel("Held-out split", "", ("eval/reward", "eval/*")),
-    Panel("Completion length", "tokens", ("completions/mean_length",)),
+    Panel("Held-out split", "", ("eval/reward", "eval/pass@*", "eval/rewards/*/mean")),
+    Panel("Completion length", "tokens", ("completions/mean_length", "eval/completions/mean_length")),
     Panel("Completions cut at the limit", "fraction", ("completions/clipped_ratio",)),
     Panel("Entropy", "nats per token", ("entropy",)),
     Panel("KL to the initial model", "nats per token", ("kl",)),

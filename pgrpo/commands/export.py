@@ -1,0 +1,101 @@
+"""``pgrpo export``: the model of a checkpoint as a Hugging Face folder, which ``from_pretrained`` and vLLM load."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from pgrpo.checkpoint import PREFIX, CheckpointError, latest, load
+from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.policy import load_hf_config
+
+
+def export(
+    run_dir: Path, out: Path, step: int | None = None, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> Path:
+    """Write weights, config, generation config and tokenizer to ``out``, whole or not at all, and return it.
+
+    Args:
+        run_dir: the run; its config.yaml names the model that training started from, which gives all but the weights.
+        out: a folder that does not exist, or is empty.
+        step: which checkpoint. None takes the newest that verifies.
+        dtype: of the written weights. float32 is what checkpoints hold; bfloat16 rounds them and halves the size.
+
+    Raises:
+        ConfigError: not a run folder, no such checkpoint, or ``out`` is in use.
+        CheckpointError: the checkpoint is broken, or is of another model.
+    """
+    run_dir, out = Path(run_dir), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: exists and is not an empty folder; give another one")
+    source = _model_config(run_dir)
+    root = run_dir / "checkpoints"
+    path = latest(root) if step is None else root / f"{PREFIX}{step}"
+    if path is None:
+        raise ConfigError(f"{root}: no checkpoint that can be read")
+    weights = load(path, only=("model",))[0].get("model")
+    if weights is None:
+        raise CheckpointError(f"{path}: holds no tensor set named model")
+    model = build_model(source, weights, path).to(getattr(torch, dtype))
+    tokenizer = AutoTokenizer.from_pretrained(
+        source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
+    )
+    writing = out.absolute().parent / f".writing-{out.name}"
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        model.save_pretrained(writing)
+        tokenizer.save_pretrained(writing)
+        writing.rename(out)
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+    return out
+
+
+def build_model(source: ModelConfig, weights: Mapping[str, Tensor], path: Path) -> PreTrainedModel:
+    """The model that ``source`` names, with ``weights`` as its own; tied weights are given under any one name."""
+    config = load_hf_config(source)
+    with torch.device("meta"):  # nothing is allocated or initialised only to be replaced
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=source.trust_remote_code, dtype=torch.float32
+        )
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+    state = dict(weights)
+    for names in names_of.values():
+        if given := [name for name in names if name in weights]:
+            state |= dict.fromkeys(names, weights[given[0]])
+    try:
+        model.load_state_dict(state, strict=True, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: is not of the model {source.path}: {reason}") from error
+    model.tie_weights()
+    if model.can_generate() and (generation := _generation_config(source)):
+        model.generation_config = generation
+    return model
+
+
+def _model_config(run_dir: Path) -> ModelConfig:
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{run_dir}: not a run folder, it has no config.yaml")
+    # Only the model: secrets of other sections are redacted in this file, which load_config refuses.
+    section = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(file).model)
+    return OmegaConf.to_object(section)  # type: ignore[return-value]
+
+
+def _generation_config(source: ModelConfig) -> GenerationConfig | None:
+    try:
+        return GenerationConfig.from_pretrained(
+            source.path, revision=source.revision or "main", trust_remote_code=source.trust_remote_code
+        )
+    except OSError:  # the model has no generation_config.json: transformers derives one from config.json
+        return None

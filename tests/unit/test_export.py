@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pgrpo import checkpoint
+from pgrpo.checkpoint import CheckpointError
+from pgrpo.commands.export import export
+from pgrpo.config import ConfigError
+
+VOCAB = {"<eos>": 0, "<pad>": 1, "a": 2, "b": 3, "c": 4}
+
+
+def write_model(folder: Path, tied: bool, generation: bool = True) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    model = LlamaForCausalLM(config).float()
+    if generation:
+        model.generation_config.max_new_tokens = 77  # pyright: ignore[reportOptionalMemberAccess]
+    model.save_pretrained(folder)
+    if not generation:
+        (folder / "generation_config.json").unlink()
+    core = Tokenizer(models.WordLevel(VOCAB, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def write_run(tmp_path: Path, tied: bool = True, generation: bool = True) -> tuple[Path, dict[int, LlamaForCausalLM]]:
+    """A run with checkpoints of steps 1 and 2, and the models they hold."""
+    run, trained = tmp_path / "run", {}
+    for step in (1, 2):
+        model = write_model(tmp_path / "initial", tied, generation)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.05 * step * torch.randn_like(parameter)
+        trained[step] = model.eval()
+        tensors = {"model": dict(model.named_parameters()), "optimizer": {"m": torch.zeros(2)}}
+        checkpoint.save(run / "checkpoints", step, tensors, {"step": step})
+    (run / "config.yaml").write_text(
+        f"model:\n  path: {tmp_path / 'initial'}\n  revision: null\n"
+        "rewards:\n  functions:\n  - args: {key: (redacted)}\n"
+    )
+    return run, trained
+
+
+def logits(model) -> torch.Tensor:
+    return model.eval()(torch.arange(8).view(1, 8)).logits
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_from_pretrained_gives_equal_logits(tmp_path, tied):
+    run, trained = write_run(tmp_path, tied)
+    out = export(run, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.dtype == torch.float32 and torch.equal(logits(loaded), logits(trained[2]))
+    assert not torch.equal(logits(loaded), logits(LlamaForCausalLM.from_pretrained(tmp_path / "initial")))
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert {name: p.shape for name, p in loaded.named_parameters()} == {
+        name: p.shape for name, p in trained[2].named_parameters()
+    }
+    assert loaded.generation_config.max_new_tokens == 77
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer("a c").input_ids == [2, 4] and tokenizer.eos_token == "<eos>"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "b"}], tokenize=False) == "b"
+    assert list(tmp_path.glob(".writing*")) == []
+
+
+@torch.no_grad()
+def test_step_and_dtype(tmp_path):
+    run, trained = write_run(tmp_path)
+    (tmp_path / "out").mkdir()
+    out = export(run, tmp_path / "out", step=1, dtype="bfloat16")
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert torch.equal(logits(loaded), logits(trained[1].bfloat16()))
+
+
+@torch.no_grad()
+def test_tied_weight_under_its_other_name(tmp_path):
+    run, trained = write_run(tmp_path)
+    tensors, scalars = checkpoint.load(run / "checkpoints" / "step_2")
+    tensors["model"]["lm_head.weight"] = tensors["model"].pop("model.embed_tokens.weight")
+    checkpoint.save(run / "checkpoints", 3, tensors, scalars)
+    loaded = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / "out"))
+    assert torch.equal(logits(loaded), logits(trained[2]))
+
+
+def test_without_generation_config(tmp_path):
+    run, _ = write_run(tmp_path, generation=False)
+    loaded = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / "out"))
+    assert loaded.generation_config.eos_token_id == 0
+
+
+def test_a_broken_checkpoint_falls_back(tmp_path, caplog):
+    run, trained = write_run(tmp_path)
+    file = run / "checkpoints" / "step_2" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    loaded = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / "out"))
+    assert torch.equal(logits(loaded), logits(trained[1])) and "step_2 is broken" in caplog.text
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        export(run, tmp_path / "other", step=2)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: model.pop("model.norm.weight"), r"Missing key.*model\.norm\.weight"),
+        (lambda model: model.update(extra=torch.ones(2)), r"Unexpected key.*extra"),
+        (lambda model: model.update({"model.norm.weight": torch.ones(3)}), r"size mismatch.*model\.norm\.weight"),
+    ],
+)
+def test_weights_of_another_model_are_refused(tmp_path, change, message):
+    run, _ = write_run(tmp_path)
+    tensors, scalars = checkpoint.load(run / "checkpoints" / "step_2")
+    change(tensors["model"])
+    checkpoint.save(run / "checkpoints", 3, tensors, scalars)
+    with pytest.raises(CheckpointError, match=rf"step_3: is not of the model .*initial: .*{message}"):
+        export(run, tmp_path / "out")
+
+
+def test_clear_errors(tmp_path):
+    run, _ = write_run(tmp_path)
+    with pytest.raises(ConfigError, match=r"step_7; .*: 1, 2$"):
+        export(run, tmp_path / "out", step=7)
+    with pytest.raises(ConfigError, match=r"nowhere: not a run folder"):
+        export(tmp_path / "nowhere", tmp_path / "out")
+    for used in (run, run / "config.yaml"):
+        with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+            export(run, used)
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "empty" / "config.yaml").write_text((run / "config.yaml").read_text())
+    with pytest.raises(ConfigError, match="no checkpoint that can be read"):
+        export(tmp_path / "empty", tmp_path / "out")
+    (run / "config.yaml").write_text("model:\n  path: /no/such/model\n")
+    with pytest.raises(ConfigError, match=r"model\.path=/no/such/model: cannot load"):
+        export(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
