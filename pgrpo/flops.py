@@ -24,7 +24,7 @@ PEAK_TFLOPS = {
 
 @dataclass(frozen=True, slots=True)
 class ModelDims:
-    """Sizes of a decoder with gated MLPs. ``biases``: their parameters in one layer; ``head_norms``: of q and k (Qwen3)."""
+    """Sizes of a decoder with gated MLPs. ``biases``: how many in one layer; ``head_norms``: of q and k (Qwen3)."""
 
     layers: int
     hidden: int
@@ -85,7 +85,7 @@ def computed_tokens(prompt: int, completions: Sequence[int], *, shared: bool = T
 
 
 def attention_pairs(prompt: int, completions: Sequence[int], *, shared: bool = True) -> int:
-    """Pairs (query, key) of attention: causal in the prompt and in each completion, all of the prompt from each of those."""
+    """Pairs (query, key): causal in the prompt and in each completion; a completion also sees all of the prompt."""
     causal = prompt * (prompt + 1) // 2
     suffixes = sum(n * prompt + n * (n + 1) // 2 for n in completions)
     return causal * (1 if shared else len(completions)) + suffixes

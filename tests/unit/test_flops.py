@@ -1,0 +1,156 @@
+"""FLOPs against torch's own counter, pairs against a loop, parameters and saved activations against transformers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pgrpo import flops
+from pgrpo.flops import ModelDims
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "pad_token_id": 0,
+}
+MODELS = {
+    "llama": {},
+    "llama tied, biased": {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32, "tie_word_embeddings": True},
+    "phi3": {},
+    "mistral": {"head_dim": 8},
+    "granite": {},
+    "smollm3": {},
+}
+
+
+def make(name: str):
+    config = AutoConfig.for_model(name.split()[0], **SIZES, **MODELS[name])
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameter_count_is_transformers_own(name: str) -> None:
+    model = make(name)
+    assert flops.parameter_count(ModelDims.from_config(model.config)) == model.num_parameters()
+    assert flops.parameter_count(ModelDims.from_config(model.config.to_dict())) == model.num_parameters()
+
+
+def test_published_sizes() -> None:
+    qwen3_4b = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
+    assert flops.parameter_count(qwen3_4b) == 4_022_468_096
+
+
+def test_missing_size_is_named() -> None:
+    with pytest.raises(ValueError, match="intermediate_size"):
+        ModelDims.from_config({key: value for key, value in SIZES.items() if key != "intermediate_size"})
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+def test_forward_flops_are_those_that_torch_counts(name: str) -> None:
+    """One sequence, all of whose logits are computed: eager attention computes the full square, not its causal half."""
+    length, model = 24, make(name)
+    dims = ModelDims.from_config(model.config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.zeros(1, length, dtype=torch.long))
+    per_pair = 4 * dims.layers * dims.heads * dims.head_dim
+    above_diagonal = length * (length - 1) // 2
+    ours = flops.forward_flops(dims, 0, [length]) + per_pair * above_diagonal
+    assert counter.get_total_flops() == ours
+
+
+@pytest.mark.parametrize(("prompt", "completions"), [(7, [3, 1, 5]), (1, [2]), (4, [0, 6])])
+@pytest.mark.parametrize("shared", [True, False])
+def test_attention_pairs_by_counting(prompt: int, completions: list[int], shared: bool) -> None:
+    seen = set()
+    for sample, length in enumerate(completions):
+        name = [("prompt", i) if shared else (sample, i) for i in range(prompt)]
+        name += [(sample, prompt + i) for i in range(length)]
+        seen |= {(name[i], name[j]) for i in range(len(name)) for j in range(i + 1)}
+    assert flops.attention_pairs(prompt, completions, shared=shared) == len(seen)
+    assert flops.computed_tokens(prompt, completions, shared=shared) == len({query for query, _ in seen})
+
+
+def test_head_counts_completion_tokens_only_and_update_is_three_forwards() -> None:
+    dims = ModelDims(2, 8, 2, 1, 4, 16, 50, tied=True)
+    wider = ModelDims(2, 8, 2, 1, 4, 16, 51, tied=True)
+    difference = flops.forward_flops(wider, 10, [3, 4]) - flops.forward_flops(dims, 10, [3, 4])
+    assert difference == 2 * 8 * (3 + 4)
+    assert flops.update_flops(dims, 10, [3, 4]) == 3 * flops.forward_flops(dims, 10, [3, 4])
+
+
+def test_ratios() -> None:
+    """Against rho and the ratio of FLOPs worked out for Qwen3-4B: prompt, completion, group -> both."""
+    dims = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True)
+    for prompt, completion, size, rho, ratio in [(8192, 1024, 4, 3.00, 2.78), (4096, 1024, 8, 3.33, 2.98)]:
+        assert flops.rho(prompt, [completion] * size) == pytest.approx(rho, abs=0.005)
+        assert flops.flop_ratio(dims, prompt, [completion] * size) == pytest.approx(ratio, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "tera"),
+    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L40S", 362), ("NVIDIA L4", 121)],
+)
+def test_peak_and_mfu(name: str, tera: float) -> None:
+    peak = flops.peak_flops(name)
+    assert peak is not None
+    assert peak == tera * 1e12
+    assert flops.mfu(tera * 1e12, 2.0, peak) == 0.5
+
+
+def test_unknown_device_has_no_peak() -> None:
+    assert flops.peak_flops("Some CPU") is None
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_what_autograd_keeps(name: str, dtype: torch.dtype) -> None:
+    """The plan's bytes a token of one layer, within 3% of the distinct tensors that a transformers layer saves."""
+    length, model = 64, make(name).to(dtype)
+    model.set_attn_implementation("sdpa")
+    dims = ModelDims.from_config(model.config)
+    hidden = torch.randn(1, length, dims.hidden, dtype=dtype, requires_grad=True)
+    rotary = model.model.rotary_emb(hidden, torch.arange(length)[None])
+    constant = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *rotary)}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model.layers[0](hidden, position_embeddings=rotary)
+    saved = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in constant)
+
+    def activations(layers: int) -> float:
+        return plan(replace(dims, layers=layers), checkpointing="none", dtype_bytes=dtype.itemsize).activations
+
+    assert (activations(2) - activations(1)) * flops.GIB == pytest.approx(saved / length, rel=0.03)
+
+
+def plan(dims: ModelDims, **changes) -> flops.MemoryPlan:
+    return flops.memory_plan(dims, **{"token_budget": 1, "checkpointing": "full", "dtype_bytes": 2} | changes)
+
+
+def test_memory_plan() -> None:
+    dims = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
+    one, eight = plan(dims, token_budget=8192), plan(dims, token_budget=8192, ranks=8)
+    assert one.weights == pytest.approx(4 * 4_022_468_096 / 2**30)
+    assert (one.gradients, one.moments, one.reference) == (one.weights, 2 * one.weights, 0)
+    assert eight.weights == one.weights / 8
+    assert eight.activations == one.activations
+    assert plan(dims, reference=True).reference == one.weights
+    assert plan(dims, token_budget=8192, checkpointing="none").activations > 10 * one.activations
+    sampled = plan(dims, concurrent=64, group_size=8, prompt_tokens=512, completion_tokens=1024)
+    assert sampled.kv_cache == (64 * 1024 + 8 * 512) * 2 * 36 * 8 * 128 * 2 / 2**30
+    assert one.peak == max(one.update, one.optimizer_step, one.rollout)
+    assert plan(dims, dtype_bytes=4).gathered == 0

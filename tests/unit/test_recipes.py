@@ -1,0 +1,117 @@
+"""Packaged configs and recipes load; their generators are deterministic and disjoint; their rewards score by hand."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pgrpo.config import load_config
+from pgrpo.functions import load_function
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+
+
+def of_recipe(file: str, name: str):
+    return load_function(f"{ROOT / 'recipes' / file}:{name}", "test")
+
+
+def test_all_are_here() -> None:
+    assert CONFIGS == ["quickstart", "qwen3_0.6b", "qwen3_4b", "smollm2_135m"]
+    assert RECIPES == ["addition", "arithmetic", "countdown", "gsm8k", "jsonl"]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_loads_by_name_and_can_evaluate(name: str) -> None:
+    config = load_config(name)
+    assert config.rewards.functions
+    assert config.eval.every > 0
+    assert config.data.eval_split or config.data.eval_path
+    assert config.run_dir == f"runs/{name}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_loads_and_is_short(name: str) -> None:
+    config = load_config("smollm2_135m", [f"recipe={name}", "train.token_budget=4096"])
+    own = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+    assert config.recipe == name
+    assert config.rollout.max_completion_tokens == own["rollout"]["max_completion_tokens"]
+    assert len((ROOT / "recipes" / f"{name}.yaml").read_text().splitlines()) < 40
+
+
+@pytest.mark.parametrize("file", ["addition.py", "countdown.py"])
+def test_generated_rows_are_deterministic_and_disjoint(file: str) -> None:
+    rows = of_recipe(file, "rows")
+    train, held_out = rows("train"), rows("eval")
+    assert train == rows("train")
+    problems = [{tuple(row.values()) for row in split} for split in (train, held_out)]
+    assert [len(split) for split in problems] == [len(train), len(held_out)]
+    assert not problems[0] & problems[1]
+    assert len(held_out) >= 400
+    with pytest.raises(ValueError, match="train and eval"):
+        rows("test")
+
+
+def test_addition_rows() -> None:
+    rows = of_recipe("addition.py", "rows")
+    both = rows("train") + rows("eval")
+    assert sorted((row["a"], row["b"]) for row in both) == [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    assert all(row["answer"] == str(row["a"] + row["b"]) for row in both)
+    assert {"a": 23, "b": 45, "answer": "68"} in rows("train")
+    assert {"a": 64, "b": 18, "answer": "82"} in rows("eval")  # the hash is the same everywhere
+
+
+def test_arithmetic_shots_are_right_and_not_held_out() -> None:
+    *shots, last = (load_config("smollm2_135m").prompt.template or "").splitlines()
+    train = {(row["a"], row["b"], row["answer"]) for row in of_recipe("addition.py", "rows")("train")}
+    assert len(shots) == 4
+    assert last == "{a} + {b} ="
+    for shot in shots:
+        problem, answer = shot.split(" = ")
+        a, b = map(int, problem.split(" + "))
+        assert (a, b, answer) in train
+
+
+def test_countdown_rows_have_four_numbers_and_a_target_in_range() -> None:
+    for row in of_recipe("countdown.py", "rows")("eval"):
+        numbers = [int(number) for number in row["numbers"].split(", ")]
+        assert len(numbers) == 4
+        assert all(1 <= number <= 99 for number in numbers)
+        assert 1 <= row["target"] <= 999
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("<answer>(25 - 5) * 3 + 7</answer>", 1.0),
+        ("No: <answer>1</answer>. So <answer> 7 + 3 * (25 - 5) </answer>.", 1.0),
+        ("<answer>5 * 7 + 25 + 3 + 4</answer>", 0.1),  # right value, a number too many
+        ("<answer>60 + 7</answer>", 0.1),  # right value, other numbers
+        ("<answer>25 + 5 + 3 + 7</answer>", 0.1),  # right numbers, another value
+        ("<answer>(25 - 5) * 3 + 7 = 67</answer>", 0.0),
+        ("<answer>25 / (5 - 5)</answer>", 0.0),
+        ("<answer></answer>", 0.0),
+        ("(25 - 5) * 3 + 7", 0.0),
+        ("", 0.0),
+        ("<answer>__import__('os').abort()</answer>", 0.0),
+        ("<answer>9**9**9</answer>", 0.0),
+        ("<answer>67 if True else 0</answer>", 0.0),
+        ("<answer>6.7e1</answer>", 0.0),
+        ("<answer>True</answer>", 0.0),
+        ("<answer>\0</answer>", 0.0),
+        (f"<answer>{'(' * 5000}</answer>", 0.0),
+        (f"<answer>{'9*' * 5000}9</answer>", 0.0),
+    ],
+)
+def test_countdown_reward(answer: str, score: float) -> None:
+    assert of_recipe("countdown.py", "reward")([answer], ["3, 5, 7, 25"], [67]) == [score]
+
+
+def test_countdown_arithmetic_is_exact() -> None:
+    value, numbers = of_recipe("countdown.py", "evaluate")("1 / 3 + 1 / 3 + 1 / 3")
+    assert value == Fraction(1)
+    assert numbers == {1: 3, 3: 3}
