@@ -10,7 +10,6 @@ import logging
 import multiprocessing
 import os
 from concurrent.futures import TimeoutError
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
@@ -50,8 +49,6 @@ class Math:
             except TimeoutError:
                 scores[pair], late = 0.0, late + 1
                 continue
-            except BrokenProcessPool as error:
-                raise RuntimeError(f"math: worker processes cannot start ({error}); {GUARD_HINT}") from error
             except ProcessExpired as error:
                 raise RuntimeError(f"math: comparing with {pair[0]!r} killed its process: {error}") from error
             if equal is None:
@@ -75,9 +72,6 @@ class Math:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPool(max(1, min(4, cores)), initializer=_warm_up, context=context)
         return self._pool
-
-
-GUARD_HINT = "a script that trains needs its call under `if __name__ == '__main__':`"
 
 
 def _warm_up() -> None:

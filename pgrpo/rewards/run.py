@@ -19,7 +19,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from pgrpo.config import ConfigError, RewardConfig
 from pgrpo.rewards.call import Caller, Reward, describe, from_callable, from_config, work
-from pgrpo.rewards.math import GUARD_HINT, Math
+from pgrpo.rewards.math import Math
 from pgrpo.types import Completion, Group, Prompt
 
 Sample = tuple[Prompt, Completion]
@@ -67,6 +67,11 @@ class RewardRunner:
         self._caller = Caller()
         self._pool: ProcessPool | None = None
 
+    @property
+    def full_score(self) -> float:
+        """The total of a sample to which every reward gives 1 and every penalty (negative weight) 0."""
+        return sum(max(reward.weight, 0.0) for reward in self._rewards)
+
     def check(self, prompt: Prompt) -> None:
         """``ConfigError`` when a function needs what the data set's rows, such as ``prompt``, do not have."""
         for reward in self._rewards:
@@ -109,6 +114,12 @@ class RewardRunner:
         nothing: list[float | None] = [None] * len(samples)
         try:
             result = self._call(reward, samples)
+        except BrokenProcessPool as error:
+            # Not the fault of any sample: it stops the run whatever on_error says.
+            raise RewardError(
+                f"reward `{reward.name}`: no worker process can start ({error}); "
+                "a script that trains needs its call under `if __name__ == '__main__':`"
+            ) from error
         except TimeoutError as error:
             return nothing, dict.fromkeys(range(len(samples)), str(error))
         except _CallError as error:
@@ -151,6 +162,8 @@ class RewardRunner:
         else:
             try:
                 result = self._caller(reward.function, arguments)
+            except BrokenProcessPool:
+                raise
             except (Exception, SystemExit) as error:
                 raise _CallError(f"it raised {describe(error)}") from error
         if not isinstance(result, list):
@@ -171,8 +184,8 @@ class RewardRunner:
             raise TimeoutError(reason) from error
         except ProcessExpired as error:
             raise _CallError(f"its process died with exit code {error.exitcode}") from error
-        except BrokenProcessPool as error:
-            raise RewardError(f"reward `{reward.name}`: no worker process can start: {error}; {GUARD_HINT}") from error
+        except BrokenProcessPool:
+            raise
         except Exception as error:
             raise _CallError(f"its arguments or result cannot cross a process: {describe(error)}") from error
         if raised is not None:

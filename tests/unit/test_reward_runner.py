@@ -1,6 +1,8 @@
 """RewardRunner: what functions get, how values add up, and that no failure becomes a silent zero."""
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from pgrpo.config import ConfigError, RewardConfig
 from pgrpo.rewards import RewardError, RewardRunner
 from pgrpo.types import Completion, Group, Prompt
 
+REPOSITORY = Path(__file__).parents[2]
 MODULE = """
 import asyncio, os, time
 calls = 0
@@ -201,6 +204,27 @@ def test_a_function_that_hangs_is_killed(module: Callable[..., RewardConfig]):
 def test_a_function_that_fails_in_its_process(module: Callable[..., RewardConfig], name: str, message: str):
     with pytest.raises(RewardError, match=rf"reward `{name}` failed on a completion of row 10: .*{message}"):
         score(module(name), [""])
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["math", "length"])
+def test_a_script_without_a_main_guard_stops_with_the_reason(
+    module: Callable[..., RewardConfig], tmp_path: Path, name: str
+):
+    function = name if name == "math" else module(name).function
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pgrpo.config import RewardConfig\nfrom pgrpo.rewards import RewardRunner\nfrom pgrpo.types import *\n"
+        f"runner = RewardRunner([RewardConfig({function!r})], on_error='raise')\n"
+        "completion = Completion([1], [0.0], [True], 'stop', '1')\n"
+        "runner.score([Group(Prompt(0, 'a', [1], {'answer': 1}), [completion])])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], cwd=REPOSITORY, env={"PYTHONPATH": "."}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert f"RewardError: reward `{name}`: no worker process can start" in done.stderr
+    assert "needs its call under `if __name__ == '__main__':`" in done.stderr
 
 
 # Failures
