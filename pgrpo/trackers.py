@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,8 +46,10 @@ HEADLINES = (
     "perf/tokens_per_s",
     "perf/peak_memory_gib",
     "time/step",
+    "eval/reward",
+    "eval/pass@*",
 )
-"""What the terminal shows of a step (and every ``eval/`` number); the files have everything."""
+"""Patterns of what the terminal shows of a step; the files have everything."""
 
 WIDEST = 600
 """Characters of a prompt (its end) and of a completion (its start) that the terminal shows."""
@@ -93,9 +96,8 @@ class Trackers:
         for name, (send, _) in list(self._sinks.items()):
             self._guard(name, lambda send=send: send(step, metrics))
         if self._reports(step):
-            shown = {name: metrics[name] for name in HEADLINES if name in metrics}
-            shown |= {name: value for name, value in metrics.items() if name.startswith("eval/")}
-            numbers = {name: f"{value:.4g}" for name, value in shown.items()}
+            shown = [name for pattern in HEADLINES for name in metrics if fnmatchcase(name, pattern)]
+            numbers = {name: f"{metrics[name]:.4g}" for name in shown}
             line = f"step {step}/{self._steps}  " + "  ".join(f"{name} {value}" for name, value in numbers.items())
             self._write_log(line)
             if self._console:

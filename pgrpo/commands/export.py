@@ -52,6 +52,9 @@ def export(
     try:
         model.save_pretrained(writing)
         tokenizer.save_pretrained(writing)
+        # safetensors makes files that only their owner can read; a server may run as somebody else.
+        for file in writing.glob("*.safetensors"):
+            file.chmod((writing / "config.json").stat().st_mode)
         writing.rename(out)
     finally:
         shutil.rmtree(writing, ignore_errors=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -82,6 +83,7 @@ def test_from_pretrained_gives_equal_logits(tmp_path, tied):
     assert tokenizer("a c").input_ids == [2, 4] and tokenizer.eos_token == "<eos>"
     assert tokenizer.apply_chat_template([{"role": "user", "content": "b"}], tokenize=False) == "b"
     assert list(tmp_path.glob(".writing*")) == []
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1
 
 
 @torch.no_grad()
@@ -92,6 +94,8 @@ def test_step_and_dtype(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     assert torch.equal(logits(loaded), logits(trained[1].bfloat16()))
+    # A tied weight is written once.
+    assert set(load_file(out / "model.safetensors")) == {name for name, _ in trained[1].named_parameters()}
 
 
 @torch.no_grad()

@@ -135,14 +135,14 @@ def test_terminal_shows_escaped_text(tmp_path, monkeypatch):
     out = with_console(monkeypatch, terminal=True)
     track = Trackers(make_config(console=True, console_every=10), tmp_path)
     for step in range(2, 11):
-        track.log(step, {"reward": 0.123456, "eval/pass@1": 0.75, "tokens/rho": 3.0})
+        track.log(step, {"reward": 0.123456, "eval/pass@1": 0.75, "eval/completions/mean_length": 9.0})
         track.completions(step, make_groups())
         if step < 10:
             assert out.getvalue() == ""
     track.message(f"saved {HOSTILE}")
     track.close()
     text = out.getvalue()
-    assert "step 10/20" in text and "reward 0.1235" in text and "eval/pass@1 0.75" in text and "tokens/rho" not in text
+    assert "step 10/20" in text and "reward 0.1235" in text and "eval/pass@1 0.75" in text and "mean_length" not in text
     assert r"[bold red]5[/bold red] \x1b[2J\x07 \u202e :smile: é" in text
     assert "\x1b[2J" not in text and "\x07" not in text and "\u202e" not in text
     assert text.count("prompt 0") == 2 and "0.5" in text and "saved [bold red]" in text
@@ -151,11 +151,11 @@ def test_terminal_shows_escaped_text(tmp_path, monkeypatch):
 def test_plain_lines_without_a_terminal(tmp_path, monkeypatch):
     out = with_console(monkeypatch, terminal=False)
     track = Trackers(make_config(console=True, console_every=1, completions=2), tmp_path)
-    track.log(1, {f"eval/{i}": i for i in range(40)} | {"reward": 1.0})
+    track.log(1, {f"eval/pass@{i}": i for i in range(40)} | {"reward": 1.0})
     track.completions(1, make_groups(1, 2))
     track.close()
     lines = out.getvalue().splitlines()
-    assert len(lines) == 3 and lines[0].startswith("step 1/20  reward 1  eval/0 0") and len(lines[0]) > 300
+    assert len(lines) == 3 and lines[0].startswith("step 1/20  reward 1  eval/pass@0 0") and len(lines[0]) > 300
     assert lines[1].startswith("  'prompt 0' -> '[bold red]5[/bold red] \\x1b[2J")
     assert lines[1].endswith("advantage 0  length")
     assert lines[2].endswith(r"é\nnext 0.1'  reward -  advantage 0.25  stop")
