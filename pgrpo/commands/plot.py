@@ -128,8 +128,13 @@ def draw(runs: dict[str, Rows]) -> Figure:
         elif panel.stacked and len(names) > 1:
             _stack(axes, next(iter(runs.values())), names)
         else:
-            for name, color in zip(names, _colors(len(names)), strict=True):
-                _line(axes, next(iter(runs.values())), name, color, name if len(names) > 1 else None)
+            rows = next(iter(runs.values()))
+            # Equal series (a reward that is the only one) are one line under all of their names: none hides another.
+            same: dict[tuple, list[str]] = {}
+            for name in names:
+                same.setdefault(tuple((row["step"], row.get(name)) for row in rows), []).append(name)
+            for equal, color in zip(same.values(), _colors(len(same)), strict=True):
+                _line(axes, rows, equal[0], color, ",\n".join(equal) if len(names) > 1 else None)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=7.5, labelcolor=INK, handlelength=1.2, framealpha=0.8, edgecolor="none")
         if not panel.stacked:

@@ -62,6 +62,12 @@ def test_panels_are_those_with_data(tmp_path):
     assert len({axes.get_xlim() for axes in figure.axes}) == 1
 
 
+def test_equal_series_are_one_line_under_all_names(tmp_path):
+    rows = [{"step": s, "reward": s / 3, "rewards/a/mean": s / 3, "rewards/b/mean": 1.0} for s in range(5)]
+    (reward,) = axes_of(draw({"run": rows}))
+    assert [line.get_label() for line in reward.lines] == ["reward,\nrewards/a/mean", "rewards/b/mean"]
+
+
 def test_smooth_against_a_plain_loop():
     values = np.random.default_rng(0).normal(size=200)
     values[[0, 17, 199]] = np.nan
