@@ -1,0 +1,40 @@
+"""pgrpo: GRPO that computes each prompt once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pgrpo.config import Config, ConfigError, load_config
+
+__all__ = ["Config", "ConfigError", "load_config", "train"]
+
+
+def train(
+    config: Config | str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    rewards: Sequence[Callable[..., Any]] = (),
+    dataset: Iterable[Mapping[str, Any]] | None = None,
+    resume: str | Path | None = None,
+) -> Path:
+    """Run a training, the same one as ``pgrpo train``, and return its run folder.
+
+    Args:
+        config: a YAML file, the name of one that comes with pgrpo, its contents as a mapping, or a ``Config``.
+        overrides: ``key=value`` strings.
+        rewards: functions ``f(prompts, completions, **columns) -> list[float | None]``, beside those of the config.
+        dataset: rows (a ``datasets.Dataset`` or a list of dicts), instead of ``data.path``.
+        resume: a checkpoint folder, or ``auto``.
+
+    Raises:
+        ConfigError: the input is wrong; nothing was trained.
+    """
+    from pgrpo.train import train as run
+
+    if not isinstance(config, Config):
+        config = load_config(config, overrides, rewards_from_python=bool(rewards), data_from_python=dataset is not None)
+    elif overrides:
+        raise ConfigError("overrides go with a YAML file or a mapping; change the Config itself instead")
+    return run(config, rewards=rewards, dataset=dataset, resume=resume)

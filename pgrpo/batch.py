@@ -42,6 +42,7 @@ class GroupedBatch:
         mask: [B, R] bool, True on tokens that take part in the loss.
         advantages: [B] float32.
         rollout_logprobs: [B, R] float32, 0 where there is no token.
+        repeated_tokens: packed tokens if every sample had its own copy of the prompt.
         old_logprobs: [B, R] float32 once they have been computed; None means "those of the current weights".
     """
 
@@ -54,6 +55,7 @@ class GroupedBatch:
     mask: Tensor
     advantages: Tensor
     rollout_logprobs: Tensor
+    repeated_tokens: int
     old_logprobs: Tensor | None = None
 
     def unpack(self, flat_L: Tensor) -> Tensor:
@@ -117,6 +119,7 @@ def build_batch(
         mask=flat_mask.new_zeros(size).index_copy(0, unpack, flat_mask).view(shape),
         advantages=torch.tensor([a for g in groups for a in g.advantages], dtype=torch.float32, device=device),
         rollout_logprobs=flat_rollout.new_zeros(size).index_copy(0, unpack, flat_rollout).view(shape),
+        repeated_tokens=sum(packed_tokens(g, share_prompts=False) for g in groups),
     )
 
 

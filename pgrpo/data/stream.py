@@ -28,6 +28,11 @@ class PromptStream:
         """Prompts in one epoch."""
         return len(self._prompts)
 
+    @property
+    def epoch(self) -> float:
+        """Epochs taken so far."""
+        return self._epoch + self._offset / len(self._order)
+
     def take(self, n: int) -> list[Prompt]:
         """The next ``n`` prompts."""
         taken: list[Prompt] = []

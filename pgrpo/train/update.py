@@ -56,7 +56,8 @@ class Updater:
         for later in batches[1:]:  # the first update's old log-probs are the current ones
             self._record_old_logprobs(later)
         metrics = [self._update(*pair) for pair in zip(batches, map(count, shares), strict=True)]
-        return {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+        means = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+        return means | self._token_counts([b for share in batches for b in share])
 
     def micro_batches(self, groups: Sequence[Group]) -> list[GroupedBatch]:
         """This rank's micro-batches. A group without spread has no gradient when there is no KL term, and is left out."""
@@ -123,6 +124,14 @@ class Updater:
             self.optimizer.step()
             self.optimizer.zero_grad()
         return metrics
+
+    def _token_counts(self, batches: Sequence[GroupedBatch]) -> dict[str, float]:
+        packed = sum(len(b.input_ids) for b in batches)
+        repeated = sum(b.repeated_tokens for b in batches)
+        counts = torch.tensor([packed, repeated], dtype=torch.float64, device=self.world.device)
+        packed, repeated = self.world.sum(counts).tolist()
+        rho = repeated / packed if packed else 1.0
+        return {"tokens/packed": packed, "tokens/repeated": repeated, "tokens/rho": rho}
 
     @torch.no_grad()
     def _record_old_logprobs(self, batches: Sequence[GroupedBatch]) -> None:

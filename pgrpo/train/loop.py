@@ -1,0 +1,206 @@
+"""The training loop: sample completions, score them, compare within groups, update, and again."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgrpo import distributed
+from pgrpo.advantages import group_advantages
+from pgrpo.checkpoint import open_run_dir
+from pgrpo.config import Config, check_world_size, to_yaml
+from pgrpo.distributed import World
+from pgrpo.evaluate import evaluate
+from pgrpo.metrics import group_metrics
+from pgrpo.optim import learning_rate, set_learning_rate
+from pgrpo.rollout.base import sample_seeds
+from pgrpo.trackers import Trackers
+from pgrpo.train.run import Run, build_run, group_cost, run_folder
+from pgrpo.types import Group, SamplingParams
+
+log = logging.getLogger(__name__)
+GIB = 2**30
+
+
+def train(
+    config: Config,
+    *,
+    rewards: Sequence[Callable[..., Any]] = (),
+    dataset: Iterable[Mapping[str, Any]] | None = None,
+    resume: str | Path | None = None,
+) -> Path:
+    """Run a training to its end and return its folder.
+
+    Args:
+        config: from ``load_config``.
+        rewards: reward functions beside those that the config names, each of weight 1.
+        dataset: rows, instead of ``data.path``.
+        resume: a checkpoint folder, or ``auto`` for the newest of ``run_dir`` (none there: start from the beginning).
+
+    Raises:
+        ConfigError: the input is wrong; nothing was trained.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, once a checkpoint was saved.
+    """
+    world = distributed.start()
+    check_world_size(config, world.size)
+    with _run_folder(config, world, resume is not None), _stop_signals() as stop_signal:
+        run = build_run(config, world, rewards, dataset)
+        with run.rewards:
+            tracker_state = run.restore(resume)
+            trackers = Trackers(config, run.run_dir, resume=tracker_state) if world.is_main else None
+            try:
+                _loop(run, trackers, stop_signal)
+            finally:
+                if trackers:
+                    trackers.close()
+    distributed.stop()
+    return run_folder(config)
+
+
+def _loop(run: Run, trackers: Trackers | None, stop_signal: Callable[[], int]) -> None:
+    config, world, total = run.config, run.world, run.config.train.steps
+    if trackers:
+        trackers.message(_summary(run))
+    if run.step == 0 and config.eval.every and trackers:
+        trackers.log(0, _evaluate(run))
+    elif run.step == 0 and config.eval.every:
+        _evaluate(run)
+    while run.step < total:
+        groups, metrics = _step(run)
+        run.step += 1
+        if config.eval.every and (run.step % config.eval.every == 0 or run.step == total):
+            metrics |= _evaluate(run)
+        if trackers:
+            trackers.completions(run.step, groups)
+            trackers.log(run.step, metrics)
+        signum = int(world.max(torch.tensor([stop_signal()], device=world.device)).item())
+        due = config.checkpoint.every and run.step % config.checkpoint.every == 0
+        if signum or due or run.step == total:
+            run.save(trackers.state_dict() if trackers else {})
+        if signum and run.step < total:
+            log.warning("stopped after step %d of %d, saved; go on with --resume auto", run.step, total)
+            raise SystemExit(128 + signum)
+
+
+def _step(run: Run) -> tuple[list[Group], dict[str, float]]:
+    """One step: every rank samples and scores its share of the prompts, then all ranks hold all groups."""
+    config, world = run.config, run.world
+    started = time.perf_counter()
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    prompts = run.stream.take(config.rollout.prompts_per_step)
+    size = config.rollout.group_size
+    seeds = [sample_seeds(config.seed, run.step, i, group_size=size) for i in range(len(prompts))]
+    groups = run.engine.generate(world.share(prompts), sampling_params(config), world.share(seeds))
+    sampled = time.perf_counter()
+
+    report = run.rewards.score(groups)
+    groups = world.gather(groups)
+    for group in groups:
+        group.advantages = group_advantages(group.rewards, config.loss.scale_advantages)
+    scored = time.perf_counter()
+
+    lr = learning_rate(config.optim, run.step, config.train.steps)
+    set_learning_rate(run.updater.optimizer, lr)
+    metrics = group_metrics(groups) | run.updater.step(groups)
+    done = time.perf_counter()
+    errors = world.sum(torch.tensor([report.errors], dtype=torch.float64, device=world.device)).item()
+    metrics |= {
+        "rewards/errors": errors,
+        "lr": lr,
+        "epoch": run.stream.epoch,
+        "perf/tokens_per_s": metrics["tokens/packed"] / (done - started),
+        "perf/tflops": sum(group_cost(run.dims, g, config) for g in groups) / (done - scored) / world.size / 1e12,
+        "perf/peak_memory_gib": _peak_memory(world),
+        "time/rollout": sampled - started,
+        "time/reward": scored - sampled,
+        "time/update": done - scored,
+        "time/step": done - started,
+    }
+    return groups, metrics
+
+
+def _evaluate(run: Run) -> dict[str, float]:
+    """Numbers on the held-out split; the same prompts and random numbers each time."""
+    config = run.config
+    temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
+    metrics, _ = evaluate(
+        run.engine.generate,
+        run.held_out,
+        sampling_params(config, temperature),
+        [sample_seeds(config.seed, "eval", i, group_size=config.eval.samples) for i in range(len(run.held_out))],
+        run.rewards,
+        run.world,
+        full_score=run.rewards.full_score,
+    )
+    return metrics
+
+
+def sampling_params(config: Config, temperature: float | None = None) -> SamplingParams:
+    """How the config says to sample."""
+    rollout = config.rollout
+    return SamplingParams(
+        max_completion_tokens=rollout.max_completion_tokens,
+        temperature=rollout.temperature if temperature is None else temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop=tuple(rollout.stop),
+    )
+
+
+def _summary(run: Run) -> str:
+    parameters = sum(p.numel() for p in run.policy.parameters())
+    rollout = run.config.rollout
+    return (
+        f"{run.config.model.path}: {parameters / 1e6:.1f}M parameters, {run.config.model.attention} attention, "
+        f"{rollout.prompts_per_step} prompts x {rollout.group_size} completions a step, "
+        f"{run.world.size} x {run.world.device.type}, {len(run.stream)} prompts, run folder {run.run_dir}"
+    )
+
+
+def _peak_memory(world: World) -> float:
+    """GiB: the step's peak on a GPU, the process's peak on a CPU; of this rank."""
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+
+
+@contextmanager
+def _run_folder(config: Config, world: World, resume: bool) -> Iterator[None]:
+    """Rank 0 holds the run folder's lock and keeps the resolved config in it."""
+    if not world.is_main:
+        yield
+        return
+    run_dir = run_folder(config)
+    with open_run_dir(run_dir, resume):
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+        yield
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], int]]:
+    """Note SIGINT and SIGTERM instead of dying of them: the loop saves and stops after the step. A second one kills at once.
+
+    Yields a function that returns the signal's number, 0 while there was none.
+    """
+    received: list[int] = []
+
+    def note(signum: int, _: object) -> None:
+        received.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+        log.warning("%s: saving after this step; once more to stop at once", signal.Signals(signum).name)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received[-1] if received else 0
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

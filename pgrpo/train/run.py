@@ -1,0 +1,208 @@
+"""What a run is made of, how it is built from a config, and how it is saved and restored."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pgrpo import checkpoint, distributed
+from pgrpo.config import Config, ConfigError, to_yaml
+from pgrpo.data import PromptStream, load_prompts
+from pgrpo.distributed import World
+from pgrpo.flops import ModelDims, update_flops
+from pgrpo.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from pgrpo.policy import Policy, load_hf_config, load_model
+from pgrpo.rewards.run import RewardRunner
+from pgrpo.rng import rng_state, seed_all, set_rng_state
+from pgrpo.rollout.base import RolloutEngine
+from pgrpo.rollout.embedded import EmbeddedEngine
+from pgrpo.train.update import Updater
+from pgrpo.types import Group, Prompt
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """The pieces of a run. ``step`` counts the steps that are done."""
+
+    config: Config
+    world: World
+    dims: ModelDims
+    stream: PromptStream
+    held_out: list[Prompt]
+    rewards: RewardRunner
+    policy: Policy
+    engine: RolloutEngine
+    updater: Updater
+    step: int = 0
+
+    @property
+    def run_dir(self) -> Path:
+        return run_folder(self.config)
+
+    def save(self, tracker_state: Mapping[str, Any]) -> None:
+        """Write ``checkpoints/step_N``, then remove the oldest. A collective call; rank 0 writes."""
+        policy, optimizer = self.policy, self.updater.optimizer
+        model = {name: distributed.full_tensor(p) for name, p in policy.model.named_parameters()}
+        moments = optimizer_tensors(optimizer, policy.model)
+        generators = self.world.gather([rng_state()])
+        if self.world.is_main:
+            tensors = {"model": model, "optimizer": moments}
+            tensors |= {f"rng_{rank}": state for rank, state in enumerate(generators)}
+            scalars = {
+                "step": self.step,
+                "stream": self.stream.state_dict(),
+                "trackers": dict(tracker_state),
+                "config": to_yaml(self.config),
+                "world_size": self.world.size,
+            }
+            root = self.run_dir / "checkpoints"
+            checkpoint.save(root, self.step, tensors, scalars)
+            checkpoint.prune(root, self.config.checkpoint.keep)
+        self.world.barrier()
+
+    def restore(self, resume: str | Path | None) -> dict[str, Any] | None:
+        """Go on from a checkpoint (``auto``: this run's newest). Returns the trackers' state; None at a fresh start."""
+        root = self.run_dir / "checkpoints"
+        path = checkpoint.latest(root) if resume == "auto" else resume and Path(resume)
+        if not path:
+            return None
+        tensors, scalars = checkpoint.load(Path(path))
+        _load_parameters(self.policy, tensors["model"])
+        load_optimizer_tensors(self.updater.optimizer, self.policy.model, tensors["optimizer"])
+        self.stream.load_state_dict(scalars["stream"])
+        self.step = scalars["step"]
+        if scalars["world_size"] == self.world.size:
+            set_rng_state(tensors[f"rng_{self.world.rank}"])
+        if self.world.is_main:
+            self._report(Path(path), scalars)
+            checkpoint.set_aside_after(root, self.step)
+        self.world.barrier()
+        return scalars["trackers"]
+
+    def _report(self, path: Path, scalars: Mapping[str, Any]) -> None:
+        log.warning("going on from %s: %d of %d steps done", path, self.step, self.config.train.steps)
+        if scalars["world_size"] != self.world.size:
+            log.warning("saved on %d ranks, going on with %d", scalars["world_size"], self.world.size)
+        before, now = scalars["config"].splitlines(), to_yaml(self.config).splitlines()
+        for line in sorted(set(now) - set(before)):
+            log.warning("config differs from the checkpoint's: now %s", line.strip())
+
+
+def run_folder(config: Config) -> Path:
+    return Path(config.run_dir).expanduser()
+
+
+def build_run(
+    config: Config,
+    world: World,
+    rewards: Sequence[Callable[..., Any]] = (),
+    dataset: Iterable[Mapping[str, Any]] | None = None,
+) -> Run:
+    """Read the data, find the rewards, and only then load the model.
+
+    Raises:
+        ConfigError: something is wrong with the input; what is cheap to check is checked first.
+    """
+    tokenizer = load_tokenizer(config)
+    hf_config = load_hf_config(config.model)
+    check_vocabulary(tokenizer, hf_config.vocab_size, config)
+    prompts = training_prompts(config, tokenizer, dataset)
+    stream = PromptStream(prompts, seed=config.seed, shuffle=config.data.shuffle)
+    held_out = held_out_prompts(config, tokenizer) if config.eval.every else []
+    runner = RewardRunner(config.rewards.functions, on_error=config.rewards.on_error, extra=rewards)
+    for prompt in (*prompts[:1], *held_out[:1]):
+        runner.check(prompt)
+    seed_all(config.seed + world.rank)
+    policy, eos_token_ids = place_policy(config, world)
+    policy_only = config.loss.kl_coef == 0
+    reference = None if policy_only else place_policy(config, world)[0].requires_grad_(False)
+    dims = ModelDims.from_config(hf_config)
+    optimizer = build_optimizer(policy, config.optim)
+    engine = EmbeddedEngine(
+        policy,
+        tokenizer,
+        sorted({*eos_token_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}),
+        max_concurrent=config.rollout.max_concurrent,
+        any_rank=world.any,
+    )
+    updater = Updater(config, world, policy, reference, optimizer, cost=lambda group: group_cost(dims, group, config))
+    return Run(config, world, dims, stream, held_out, runner, policy, engine, updater)
+
+
+def place_policy(config: Config, world: World) -> tuple[Policy, list[int]]:
+    """The policy on this rank's device, sharded where needed, and the token ids that end a completion."""
+    max_sample = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    model = load_model(config.model, max_sample)
+    policy = Policy(model, temperature=config.rollout.temperature)
+    dtype = getattr(torch, config.model.dtype)
+    distributed.place(policy, model.base_model.layers, world, dtype, methods=("next_logits",))
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    return policy, [] if eos is None else eos if isinstance(eos, list) else [eos]
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ConfigError: there is none at ``model.path``.
+    """
+    model = config.model
+    try:
+        return AutoTokenizer.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.path={model.path}: cannot load a tokenizer: {reason}") from error
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, config: Config) -> None:
+    """Refuse a tokenizer that can produce ids that the model has no embedding for."""
+    if len(tokenizer) > vocab_size:
+        raise ConfigError(
+            f"model.path={config.model.path}: its tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}: "
+            "resize the model's embeddings, or use the tokenizer that it was trained with"
+        )
+
+
+def training_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, dataset: Iterable[Mapping[str, Any]] | None
+) -> list[Prompt]:
+    """All training prompts; at least one step's worth."""
+    loaded = load_prompts(config.data, config.prompt, tokenizer, dataset=dataset)
+    if loaded.dropped or loaded.truncated:
+        limit = config.data.max_prompt_tokens
+        log.warning("prompts over %d tokens: %d dropped, %d truncated", limit, loaded.dropped, loaded.truncated)
+    if len(loaded.prompts) < config.rollout.prompts_per_step:
+        raise ConfigError(
+            f"rollout.prompts_per_step={config.rollout.prompts_per_step}: the data set has only {len(loaded.prompts)} "
+            f"prompts: set rollout.prompts_per_step to at most that, or add rows"
+        )
+    return loaded.prompts
+
+
+def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The first ``eval.rows`` held-out prompts."""
+    return load_prompts(config.data, config.prompt, tokenizer, held_out=True).prompts[: config.eval.rows]
+
+
+def group_cost(dims: ModelDims, group: Group, config: Config) -> float:
+    """FLOPs of the group's forward and backward."""
+    lengths = [len(c.token_ids) for c in group.completions]
+    return update_flops(dims, len(group.prompt.token_ids), lengths, shared=config.model.attention == "grouped")
+
+
+def _load_parameters(policy: Policy, tensors: Mapping[str, torch.Tensor]) -> None:
+    parameters = dict(policy.model.named_parameters())
+    if differing := sorted(parameters.keys() ^ tensors.keys()):
+        raise checkpoint.CheckpointError(f"the checkpoint is of another model: {differing[:3]} are not in both")
+    for name, parameter in parameters.items():
+        distributed.copy_full(parameter, tensors[name])
