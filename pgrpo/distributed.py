@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -86,7 +87,7 @@ def stop() -> None:
 
 def place(
     module: nn.Module, layers: Iterable[nn.Module], world: World, dtype: torch.dtype, methods: Sequence[str] = ()
-):
+) -> None:
     """Put a module on this rank's device: sharded by FSDP2, layer by layer, where there are several ranks or the compute
     dtype is not float32 (FSDP2 keeps float32 masters and casts what it gathers); as it is otherwise.
 
@@ -101,7 +102,7 @@ def place(
         return
     if not dist.is_initialized():
         backend = "nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(world.device.type, (world.size,))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in layers:

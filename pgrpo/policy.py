@@ -62,7 +62,7 @@ class Policy(nn.Module):
         return output.last_hidden_state.squeeze(0)
 
     def _head_weight(self) -> Tensor:
-        return self.model.get_output_embeddings().weight  # pyright: ignore[reportReturnType]
+        return self.model.lm_head.weight  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
 
 
 def load_model(config: ModelConfig, max_sample: int) -> PreTrainedModel:
@@ -83,7 +83,7 @@ def load_model(config: ModelConfig, max_sample: int) -> PreTrainedModel:
         dtype=torch.float32,
         attn_implementation=ATTENTION_NAME,
     )
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+    if model.lm_head.bias is not None:
         raise ConfigError(f"model.path={config.path}: a language-model head with a bias is not supported")
     if config.activation_checkpointing == "full":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -19,12 +19,13 @@ def seed_all(seed: int) -> None:
 def rng_state() -> dict[str, Tensor]:
     """Everything that ``set_rng_state`` needs."""
     version, words, gauss = random.getstate()
-    _, keys, position, has_gauss, cached = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
+    mt19937 = numpy["state"]
     state = {
         "python": torch.tensor([version, *words], dtype=torch.int64),
         "python_gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
-        "numpy": torch.tensor([*keys.tolist(), position, has_gauss], dtype=torch.int64),
-        "numpy_gauss": torch.tensor(cached, dtype=torch.float64),
+        "numpy": torch.tensor([*mt19937["key"].tolist(), mt19937["pos"], numpy["has_gauss"]], dtype=torch.int64),
+        "numpy_gauss": torch.tensor(numpy["gauss"], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():

@@ -12,7 +12,8 @@ ATTENTION_NAME = "pgrpo"
 class AttentionPlan(Protocol):
     """Who attends to whom: a packed batch (``PackedLayout``) or a rollout in progress (``rollout.cache.DecodeCache``)."""
 
-    max_sample: int
+    @property
+    def max_sample(self) -> int: ...
 
     def attend(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float, layer: int) -> Tensor: ...
 

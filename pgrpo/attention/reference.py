@@ -5,6 +5,8 @@ T packed rows, H query heads, K key/value heads, D head dim.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ def attention_mask(layout: PackedLayout) -> Tensor:
     groups = layout.cu_seqlens_group.tolist()
     total, first_suffix_row = starts[-1], layout.num_prefix_rows
     mask_TT = torch.zeros(total, total, dtype=torch.bool)
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts):
         mask_TT[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
     for n in range(len(prefixes) - 1):
         rows = slice(first_suffix_row + groups[n], first_suffix_row + groups[n + 1])

@@ -23,7 +23,8 @@ LEAVE_FRACTION = 0.25
 class DecodingPolicy(Protocol):
     """The part of ``policy.Policy`` that sampling needs."""
 
-    device: torch.device
+    @property
+    def device(self) -> torch.device: ...
 
     def next_logits(self, input_ids_T: Tensor, position_ids_T: Tensor, plan: DecodeCache, rows_B: Tensor) -> Tensor: ...
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pgrpo import checkpoint, distributed
@@ -121,15 +122,14 @@ def build_run(
     for prompt in (*prompts[:1], *held_out[:1]):
         runner.check(prompt)
     seed_all(config.seed + world.rank)
-    policy, eos_token_ids = place_policy(config, world)
-    policy_only = config.loss.kl_coef == 0
-    reference = None if policy_only else place_policy(config, world)[0].requires_grad_(False)
+    policy = place_policy(config, world)
+    reference = place_policy(config, world).requires_grad_(False) if config.loss.kl_coef else None
     dims = ModelDims.from_config(hf_config)
     optimizer = build_optimizer(policy, config.optim)
     engine = EmbeddedEngine(
         policy,
         tokenizer,
-        sorted({*eos_token_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}),
+        end_token_ids(policy, tokenizer),
         max_concurrent=config.rollout.max_concurrent,
         any_rank=world.any,
     )
@@ -137,15 +137,29 @@ def build_run(
     return Run(config, world, dims, stream, held_out, runner, policy, engine, updater)
 
 
-def place_policy(config: Config, world: World) -> tuple[Policy, list[int]]:
-    """The policy on this rank's device, sharded where needed, and the token ids that end a completion."""
+def place_policy(config: Config, world: World) -> Policy:
+    """The model on this rank's device, sharded where needed."""
     max_sample = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
     model = load_model(config.model, max_sample)
     policy = Policy(model, temperature=config.rollout.temperature)
     dtype = getattr(torch, config.model.dtype)
-    distributed.place(policy, model.base_model.layers, world, dtype, methods=("next_logits",))
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    return policy, [] if eos is None else eos if isinstance(eos, list) else [eos]
+    layers: Iterable[nn.Module] = model.base_model.layers  # pyright: ignore[reportAssignmentType]
+    distributed.place(policy, layers, world, dtype, methods=("next_logits",))
+    return policy
+
+
+def end_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a completion: the tokenizer's, and those that the model's generation config adds.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    ids: set[int] = set()
+    for eos in (tokenizer.eos_token_id, getattr(policy.model.generation_config, "eos_token_id", None)):
+        ids |= {eos} if isinstance(eos, int) else set(eos or ())  # pyright: ignore[reportAssignmentType]
+    if not ids:
+        raise ConfigError("model.path: neither the tokenizer nor generation_config.json has an eos token: add one")
+    return sorted(ids)
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:

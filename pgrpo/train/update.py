@@ -114,6 +114,8 @@ class Updater:
             largest = torch.maximum(largest, batch_largest)
         grad_norm = clip_gradients(self.policy, self.config.optim.max_grad_norm) if batches else 0.0
         metrics = _summarise(self.world.sum(sums), self.world.max(largest)) | {"grad_norm": grad_norm}
+        if self.reference is None:
+            del metrics["kl"]  # not measured
         if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad()
             raise NonFiniteError(
