@@ -30,8 +30,10 @@ def varlen_forward(
     """Attention of each query segment to its own key segment: output [Q, H, D] and LSE [H, Q]."""
     if q_QHD.device.type == "cpu":
         return _cpu_varlen_forward(q_QHD, k_SKD, v_SKD, seg, causal, scale)
+    # A longest query of 1 sends the kernel down a path of its own, which reshapes as if no segment were empty.
+    max_q = max(seg.max_q, 2)
     out_QHD, lse_HQ, *_ = aten._flash_attention_forward(
-        q_QHD, k_SKD, v_SKD, seg.cu_q, seg.cu_k, seg.max_q, seg.max_k, 0.0, causal, False, scale=scale
+        q_QHD, k_SKD, v_SKD, seg.cu_q, seg.cu_k, max_q, seg.max_k, 0.0, causal, False, scale=scale
     )
     return out_QHD, lse_HQ
 
