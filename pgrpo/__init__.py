@@ -31,7 +31,7 @@ def train(
     Raises:
         ConfigError: the input is wrong; nothing was trained.
     """
-    from pgrpo.train import train as run
+    from pgrpo.training import train as run
 
     if not isinstance(config, Config):
         config = load_config(config, overrides, rewards_from_python=bool(rewards), data_from_python=dataset is not None)

@@ -53,7 +53,7 @@ def train(
 
         plan(resolved)
     else:
-        from pgrpo.train import train
+        from pgrpo.training import train
 
         train(resolved, resume=resume)
 

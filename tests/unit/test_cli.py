@@ -18,14 +18,14 @@ prompt: {template: "{q}"}
 rewards: {functions: [{function: exact_match}]}
 train: {steps: 10}
 """
-# Runs the real main() with `pgrpo.train` replaced, so that exit codes can be told apart from training.
+# Runs the real main() with `pgrpo.training` replaced, so that exit codes can be told apart from training.
 FAKE_TRAIN = """\
 import os, signal, sys, time, types
-module = types.ModuleType("pgrpo.train")
+module = types.ModuleType("pgrpo.training")
 def train(config, resume=None):
     {body}
 module.train = train
-sys.modules["pgrpo.train"] = module
+sys.modules["pgrpo.training"] = module
 from pgrpo.cli import main
 main()
 """

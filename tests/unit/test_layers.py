@@ -14,7 +14,7 @@ LAYERS = {
     1: {"attention", "advantages", "batch", "flops", "functions", "logprobs", "loss", "rng"},
     2: {"data", "distributed", "metrics", "rewards", "trackers"},
     3: {"checkpoint", "evaluate", "optim", "policy", "rollout"},
-    4: {"train"},
+    4: {"training"},
     5: {"commands", ""},  # "" is pgrpo/__init__.py, the Python face
     6: {"cli"},
     7: {"__main__"},

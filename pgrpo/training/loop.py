@@ -23,7 +23,7 @@ from pgrpo.metrics import group_metrics
 from pgrpo.optim import learning_rate, set_learning_rate
 from pgrpo.rollout.base import sample_seeds
 from pgrpo.trackers import Trackers
-from pgrpo.train.run import Run, build_run, group_cost, run_folder
+from pgrpo.training.run import Run, build_run, group_cost, run_folder
 from pgrpo.types import Group, SamplingParams
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from pgrpo.rewards.run import RewardRunner
 from pgrpo.rng import rng_state, seed_all, set_rng_state
 from pgrpo.rollout.base import RolloutEngine
 from pgrpo.rollout.embedded import EmbeddedEngine
-from pgrpo.train.update import Updater
+from pgrpo.training.update import Updater
 from pgrpo.types import Group, Prompt
 
 log = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ def build_run(
     Raises:
         ConfigError: something is wrong with the input; what is cheap to check is checked first.
     """
+    check_device(config, world)
     tokenizer = load_tokenizer(config)
     hf_config = load_hf_config(config.model)
     check_vocabulary(tokenizer, hf_config.vocab_size, config)
@@ -135,6 +136,14 @@ def build_run(
     )
     updater = Updater(config, world, policy, reference, optimizer, cost=lambda group: group_cost(dims, group, config))
     return Run(config, world, dims, stream, held_out, runner, policy, engine, updater)
+
+
+def check_device(config: Config, world: World) -> None:
+    """Refuse a compute dtype that flash attention does not have on this device."""
+    if world.device.type == "cuda" and config.model.dtype == "float32":
+        raise ConfigError(
+            "model.dtype=float32: flash attention on a GPU computes in bfloat16: set model.dtype=bfloat16"
+        )
 
 
 def place_policy(config: Config, world: World) -> Policy:
