@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -67,8 +68,9 @@ class World:
             dist.barrier()
 
 
-def start() -> World:
-    """Join the process group that ``torchrun`` set up (NCCL on GPUs, gloo on CPUs), or be the only process."""
+@contextmanager
+def start() -> Iterator[World]:
+    """Join the process group that ``torchrun`` set up (NCCL on GPUs, gloo on CPUs), or be the only process; leave at the end."""
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -76,13 +78,11 @@ def start() -> World:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(rank, size, device)
-
-
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    try:
+        yield World(rank, size, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def place(

@@ -7,7 +7,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +49,17 @@ def train(
         ConfigError: the input is wrong; nothing was trained.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, once a checkpoint was saved.
     """
-    world = distributed.start()
-    check_world_size(config, world.size)
-    with _run_folder(config, world, resume is not None), _stop_signals() as stop_signal:
-        run = build_run(config, world, rewards, dataset)
-        with run.rewards:
-            tracker_state = run.restore(resume)
-            trackers = Trackers(config, run.run_dir, resume=tracker_state) if world.is_main else None
-            try:
-                _loop(run, trackers, stop_signal)
-            finally:
-                if trackers:
-                    trackers.close()
-    distributed.stop()
+    with (
+        distributed.start() as world,
+        _run_folder(config, world, resume is not None),
+        _stop_signals() as stop_signal,
+        build_run(config, world, rewards, dataset) as run,
+    ):
+        tracker_state = run.restore(resume)
+        with (
+            closing(Trackers(config, run.run_dir, resume=tracker_state)) if world.is_main else nullcontext() as trackers
+        ):
+            _loop(run, trackers, stop_signal)
     return run_folder(config)
 
 
@@ -69,10 +67,10 @@ def _loop(run: Run, trackers: Trackers | None, stop_signal: Callable[[], int]) -
     config, world, total = run.config, run.world, run.config.train.steps
     if trackers:
         trackers.message(_summary(run))
-    if run.step == 0 and config.eval.every and trackers:
-        trackers.log(0, _evaluate(run))
-    elif run.step == 0 and config.eval.every:
-        _evaluate(run)
+    if run.step == 0 and config.eval.every:
+        metrics = _evaluate(run)
+        if trackers:
+            trackers.log(0, metrics)
     while run.step < total:
         groups, metrics = _step(run)
         run.step += 1
@@ -112,13 +110,14 @@ def _step(run: Run) -> tuple[list[Group], dict[str, float]]:
     set_learning_rate(run.updater.optimizer, lr)
     metrics = group_metrics(groups) | run.updater.step(groups)
     done = time.perf_counter()
+    trained_flops = sum(group_cost(run.dims, g, config) for g in groups if run.updater.trains_on(g))
     errors = world.sum(torch.tensor([report.errors], dtype=torch.float64, device=world.device)).item()
     metrics |= {
         "rewards/errors": errors,
         "lr": lr,
         "epoch": run.stream.epoch,
         "perf/tokens_per_s": metrics["tokens/packed"] / (done - started),
-        "perf/tflops": sum(group_cost(run.dims, g, config) for g in groups) / (done - scored) / world.size / 1e12,
+        "perf/tflops": trained_flops / (done - scored) / world.size / 1e12,
         "perf/peak_memory_gib": _peak_memory(world),
         "time/rollout": sampled - started,
         "time/reward": scored - sampled,
@@ -176,6 +175,7 @@ def _peak_memory(world: World) -> float:
 @contextmanager
 def _run_folder(config: Config, world: World, resume: bool) -> Iterator[None]:
     """Rank 0 holds the run folder's lock and keeps the resolved config in it."""
+    check_world_size(config, world.size)
     if not world.is_main:
         yield
         return

@@ -60,15 +60,18 @@ class Updater:
         return means | self._token_counts([b for share in batches for b in share])
 
     def micro_batches(self, groups: Sequence[Group]) -> list[GroupedBatch]:
-        """This rank's micro-batches. A group without spread has no gradient when there is no KL term, and is left out."""
+        """This rank's micro-batches. A group without a gradient is left out; it stays in every count."""
         config = self.config
-        if not config.loss.kl_coef:
-            groups = [g for g in groups if has_spread(g.rewards)]
+        groups = [g for g in groups if self.trains_on(g)]
         share_prompts = config.model.attention == "grouped"
         plan = share_out(groups, self.world.size, config.train.token_budget, self.cost, share_prompts=share_prompts)[
             self.world.rank
         ]
         return [build_batch(b, share_prompts=share_prompts, device=self.world.device) for b in plan]
+
+    def trains_on(self, group: Group) -> bool:
+        """Whether the group has a gradient: its rewards differ, or there is a KL term."""
+        return bool(self.config.loss.kl_coef) or has_spread(group.rewards)
 
     def backward(self, batch: GroupedBatch, counts: Counts) -> tuple[Tensor, Tensor]:
         """Add one micro-batch's gradient. Returns [8] sums over its tokens and a [1] maximum (``_summarise``)."""
