@@ -1,0 +1,134 @@
+"""Grouped log-probs and gradients against the untouched transformers model, one unpadded sample a call."""
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from pgrpo.attention.interface import ATTENTION_NAME, UnsupportedAttentionError
+from pgrpo.batch import build_batch
+from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.exactness import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_groups
+from pgrpo.policy import SUPPORTED, Policy, check_supported, load_model
+
+SMALL = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "initializer_range": 0.3,
+}  # fmt: skip
+OWN = {
+    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.4},
+    "qwen3": {"head_dim": 16},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+}
+
+
+def make_model(model_type, path, **changes):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **(SMALL | OWN.get(model_type, {}) | changes))
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return str(path)
+
+
+def groups():
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(n):
+        return torch.randint(3, 61, (n,), generator=generator).tolist()
+
+    return tokens_as_groups(
+        [ids(9), ids(1), ids(4)],
+        [[ids(3), ids(5), ids(0), ids(1)], [ids(2), ids(2)], [ids(7), ids(1), ids(4)]],
+    )
+
+
+def pair(path, dtype):
+    policy = Policy(load_model(ModelConfig(path=path), max_sample=64).to(dtype))
+    untouched = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
+    return policy, untouched
+
+
+def wanted(untouched, temperature=1.0):
+    logprobs = reference_logprobs(untouched, groups(), temperature)
+    return logprobs, gradients(logprobs, untouched)
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_float64_equals_the_untouched_model(model_type, tied, share_prompts, tmp_path):
+    policy, untouched = pair(make_model(model_type, tmp_path, tie_word_embeddings=tied), torch.float64)
+    got = difference(policy, build_batch(groups(), share_prompts=share_prompts), *wanted(untouched))
+    assert got.logprob <= 1e-6
+    assert got.gradient <= 1e-5
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_float32_error_is_at_most_one_and_a_half_times_the_untouched_models_own(model_type, tmp_path):
+    path = make_model(model_type, tmp_path)
+    truth, true_gradients = wanted(pair(path, torch.float64)[1])
+    policy, untouched = pair(path, torch.float32)
+    own_logprobs, own_gradients = wanted(untouched)
+    own = (own_logprobs.double() - truth).norm()
+    ours = (policy(build_batch(groups())).logprobs.double() - truth).norm()
+    assert ours <= 1.5 * own
+    assert difference(policy, build_batch(groups()), truth, true_gradients).gradient <= 1e-5
+    assert all(g.isfinite().all() for g in own_gradients)
+
+
+@pytest.mark.parametrize("bug", SEEDED_BUGS)
+def test_a_seeded_bug_is_noticed(bug, tmp_path):
+    policy, untouched = pair(make_model("qwen3", tmp_path), torch.float64)
+    got = difference(policy, SEEDED_BUGS[bug](build_batch(groups())), *wanted(untouched))
+    assert got.logprob > 1e-2
+    assert got.gradient > 1e-2
+
+
+def test_temperature_and_checkpointing_change_nothing_but_what_they_should(tmp_path):
+    path = make_model("llama", tmp_path)
+    model = load_model(ModelConfig(path=path, activation_checkpointing="full"), max_sample=64).double()
+    assert model.is_gradient_checkpointing
+    _, untouched = pair(path, torch.float64)
+    got = difference(Policy(model, temperature=0.7), build_batch(groups()), *wanted(untouched, temperature=0.7))
+    assert got.logprob <= 1e-6
+    assert got.gradient <= 1e-5
+
+
+def test_entropy_is_that_of_the_untouched_models_distribution(tmp_path):
+    policy, untouched = pair(make_model("granite", tmp_path), torch.float64)
+    group = tokens_as_groups([[5, 6, 7]], [[[8, 9]]])
+    entropy = policy(build_batch(group), entropy=True).entropy
+    logits = untouched(input_ids=torch.tensor([[5, 6, 7, 8, 9]])).logits[0, 2:4]
+    assert (entropy - torch.distributions.Categorical(logits=logits).entropy()).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "named"),
+    [
+        ("gpt2", {}, "gpt2"),
+        ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ("mistral", {"sliding_window": 32}, "sliding window of 32"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
+    ],
+)
+def test_what_would_be_wrong_is_refused_by_name(model_type, changes, named):
+    config = transformers.AutoConfig.for_model(model_type, **changes)
+    with pytest.raises(ConfigError, match=named):
+        check_supported(config, max_sample=64)
+
+
+def test_a_window_as_long_as_the_longest_sample_is_fine():
+    check_supported(transformers.AutoConfig.for_model("mistral", sliding_window=64), max_sample=64)
+
+
+def test_the_bare_model_and_padded_batches_are_refused(tmp_path):
+    path = make_model("llama", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=ATTENTION_NAME)
+    with pytest.raises(UnsupportedAttentionError, match="without its layout"):
+        model(input_ids=torch.tensor([[3, 4]]))
+    plan = build_batch(tokens_as_groups([[3, 4]], [[[5]]])).layout
+    ids = torch.tensor([[3, 4, 5]])
+    with pytest.raises(UnsupportedAttentionError, match="packed row"):
+        model(input_ids=ids.repeat(2, 1), attention_plan=plan)
+    with pytest.raises(UnsupportedAttentionError, match="padding mask"):
+        model(input_ids=ids, attention_mask=torch.zeros(1, 1, 3, 3), attention_plan=plan)
