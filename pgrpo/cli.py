@@ -11,7 +11,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -67,39 +67,62 @@ def check(config: ConfigOption, overrides: Overrides = None) -> None:
 
 
 @app.command("eval")
-def evaluate(config: ConfigOption, overrides: Overrides = None) -> None:
+def evaluate(
+    config: ConfigOption,
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="A checkpoint folder, or `auto`: the newest of run_dir. Without: the model itself."),
+    ] = None,
+) -> None:
     """Pass@1, pass@k and mean reward on the held-out split."""
     from pgrpo.commands.evaluate import evaluate
 
-    evaluate(_load(config, overrides))
+    evaluate(_load(config, overrides), checkpoint)
 
 
 @app.command()
 def bench(
     config: ConfigOption,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
+    completion: Annotated[int, typer.Option(min=1, help="Tokens of a completion.")] = 32,
+    group_size: Annotated[int, typer.Option(min=1, help="Completions of a prompt.")] = 8,
+    groups: Annotated[int, typer.Option(min=1, help="Prompts.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 5,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the rows there as well.")
+    ] = None,
 ) -> None:
     """Time grouped against repeated prompts on this machine."""
-    from pgrpo.commands.bench import bench
+    from pgrpo.commands.bench import Shape, bench
 
-    bench(_load(config, overrides), as_json=as_json)
+    shape = Shape(prompt, completion, group_size, groups)
+    bench(_load(config, overrides), shape, repeats=repeats, json_file=json_file)
 
 
 @app.command()
-def plot(run_dir: RunDir) -> None:
-    """Draw a run: one PNG and one HTML page in its folder."""
+def plot(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of runs.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write to.")] = None,
+) -> None:
+    """Draw a run: one PNG and one HTML page in its folder. Several runs: one PNG, in this folder."""
     from pgrpo.commands.plot import plot
 
-    plot(run_dir)
+    plot(run_dirs, out)
 
 
 @app.command()
-def export(run_dir: RunDir, out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")]) -> None:
-    """Write the newest checkpoint as a Hugging Face folder."""
+def export(
+    run_dir: RunDir,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    step: Annotated[int | None, typer.Option(help="Which checkpoint. Without: the newest.")] = None,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
+) -> None:
+    """Write a checkpoint as a Hugging Face folder."""
     from pgrpo.commands.export import export
 
-    export(run_dir, out)
+    export(run_dir, out, step, dtype)
 
 
 @app.command()

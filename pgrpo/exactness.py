@@ -52,7 +52,9 @@ def gradients(logprobs: Tensor, module: nn.Module) -> list[Tensor]:
     return list(torch.autograd.grad((weights * logprobs).sum(), list(module.parameters())))
 
 
-def difference(policy: nn.Module, batch: GroupedBatch, wanted: Tensor, wanted_gradients: Sequence[Tensor]) -> Difference:
+def difference(
+    policy: nn.Module, batch: GroupedBatch, wanted: Tensor, wanted_gradients: Sequence[Tensor]
+) -> Difference:
     """Of the policy's log-probs and gradients on a batch from those that are wanted."""
     logprobs: Tensor = policy(batch).logprobs
     got = gradients(logprobs, policy)
@@ -101,5 +103,3 @@ def tokens_as_groups(prompts: Sequence[list[int]], completions: Sequence[Sequenc
         centre = (len(made) - 1) / 2
         groups.append(Group(Prompt(index, "", prompt), made, rewards, {}, [i - centre for i in range(len(made))]))
     return groups
-
-

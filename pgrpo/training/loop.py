@@ -15,7 +15,7 @@ import torch
 
 from pgrpo import distributed
 from pgrpo.advantages import group_advantages
-from pgrpo.checkpoint import open_run_dir
+from pgrpo.checkpoint import open_run_dir, set_aside_after
 from pgrpo.config import Config, check_world_size, to_yaml
 from pgrpo.distributed import World
 from pgrpo.evaluate import evaluate
@@ -56,6 +56,8 @@ def train(
         build_run(config, world, rewards, dataset) as run,
     ):
         tracker_state = run.restore(resume)
+        if resume and world.is_main:
+            set_aside_after(run.run_dir / "checkpoints", run.step)
         with (
             closing(Trackers(config, run.run_dir, resume=tracker_state)) if world.is_main else nullcontext() as trackers
         ):
@@ -68,14 +70,14 @@ def _loop(run: Run, trackers: Trackers | None, stop_signal: Callable[[], int]) -
     if trackers:
         trackers.message(_summary(run))
     if run.step == 0 and config.eval.every:
-        metrics = _evaluate(run)
+        metrics = evaluate_run(run)
         if trackers:
             trackers.log(0, metrics)
     while run.step < total:
         groups, metrics = _step(run)
         run.step += 1
         if config.eval.every and (run.step % config.eval.every == 0 or run.step == total):
-            metrics |= _evaluate(run)
+            metrics |= evaluate_run(run)
         if trackers:
             trackers.completions(run.step, groups)
             trackers.log(run.step, metrics)
@@ -127,7 +129,7 @@ def _step(run: Run) -> tuple[list[Group], dict[str, float]]:
     return groups, metrics
 
 
-def _evaluate(run: Run) -> dict[str, float]:
+def evaluate_run(run: Run) -> dict[str, float]:
     """Numbers on the held-out split; the same prompts and random numbers each time."""
     config = run.config
     temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature

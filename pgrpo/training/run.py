@@ -90,7 +90,6 @@ class Run:
             set_rng_state(tensors[f"rng_{self.world.rank}"])
         if self.world.is_main:
             self._report(Path(path), scalars)
-            checkpoint.set_aside_after(root, self.step)
         self.world.barrier()
         return scalars["trackers"]
 

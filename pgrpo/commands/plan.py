@@ -1,0 +1,60 @@
+"""``pgrpo train --dry-run``: the resolved config and what a step of it costs. Reads the model's config.json, no weights."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from rich.console import Console
+
+from pgrpo.config import Config, check_world_size, to_yaml
+from pgrpo.flops import ModelDims, computed_tokens, memory_plan, parameter_count, rho, update_flops
+from pgrpo.policy import check_supported, load_hf_config
+
+
+def plan(config: Config) -> None:
+    """Print the resolved config and the plan."""
+    check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
+    console = Console(markup=False, highlight=False)
+    console.print(to_yaml(config))
+    print_plan(config, console)
+
+
+def print_plan(config: Config, console: Console) -> None:
+    """Print tokens, micro-batches and memory of a step whose prompts and completions are all as long as is allowed."""
+    rollout, budget = config.rollout, config.train.token_budget
+    prompt, completion = config.data.max_prompt_tokens, rollout.max_completion_tokens
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    hf_config = load_hf_config(config.model)
+    check_supported(hf_config, prompt + completion)
+    dims = ModelDims.from_config(hf_config)
+    completions = [completion] * rollout.group_size
+    shared = config.model.attention == "grouped"
+    packed = rollout.prompts_per_step * computed_tokens(prompt, completions, shared=shared)
+    repeated = rollout.prompts_per_step * computed_tokens(prompt, completions, shared=False)
+    memory = memory_plan(
+        dims,
+        token_budget=budget,
+        checkpointing=config.model.activation_checkpointing,
+        dtype_bytes=4 if config.model.dtype == "float32" else 2,
+        ranks=ranks,
+        reference=bool(config.loss.kl_coef),
+        concurrent=min(rollout.max_concurrent, rollout.prompts_per_step * rollout.group_size),
+        group_size=rollout.group_size,
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+    )
+    flops = rollout.prompts_per_step * update_flops(dims, prompt, completions, shared=shared)
+    console.print(
+        f"model         {config.model.path}: {parameter_count(dims):,} parameters, {config.model.dtype}\n"
+        f"a step        {rollout.prompts_per_step} prompts x {rollout.group_size} completions on {ranks} rank(s), "
+        f"{config.train.updates_per_step} update(s)\n"
+        f"at most       {packed:,} packed tokens a step; {repeated:,} if every completion had its own prompt "
+        f"(rho {rho(prompt, completions):.2f})\n"
+        f"micro-batches {math.ceil(packed / ranks / budget)} a step and rank, of at most {budget:,} tokens "
+        f"(train.token_budget), if every prompt and completion is as long as allowed\n"
+        f"work          {flops / 1e12:,.3g} TFLOP for a step's forward and backward\n"
+        f"memory        {memory.peak:.1f} GiB a rank (estimate): rollout {memory.rollout:.1f}, update {memory.update:.1f}, "
+        f"optimizer step {memory.optimizer_step:.1f}",
+        soft_wrap=True,
+    )
