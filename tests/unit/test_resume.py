@@ -1,0 +1,113 @@
+"""A run that was interrupted and resumed equals the uninterrupted one, bit for bit (one thread, on the CPU)."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import pgrpo
+from pgrpo import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+VOLATILE = ("time/", "perf/")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """The quick start's model without its warm start."""
+    script = runpy.run_path(str(ROOT / "scripts" / "make_tiny_model.py"))
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    script["make_model"]().save_pretrained(folder)
+    script["make_tokenizer"]().save_pretrained(folder)
+    return folder
+
+
+def digits(completions, **_):
+    """Spread in almost every group, so that there is something to learn."""
+    return [float(sum(c == "1" for c in text)) for text in completions]
+
+
+def overrides(model, run_dir, steps=6, **changes):
+    keys = {
+        "model.path": model, "run_dir": run_dir, "train.steps": steps, "rollout.prompts_per_step": 4,
+        "rollout.group_size": 4, "eval.every": 0, "track.console": "false", "checkpoint.every": 3, "checkpoint.keep": 9,
+        "optim.schedule": "cosine", **changes,
+    }  # fmt: skip
+    return [f"{key}={value}" for key, value in keys.items()]
+
+
+def train(model, run_dir, resume=None, **changes):
+    torch.set_num_threads(1)
+    return pgrpo.train("quickstart", overrides(model, run_dir, **changes), rewards=[digits], resume=resume)
+
+
+def metrics(run_dir):
+    rows = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(VOLATILE)} for row in rows]
+
+
+def assert_equal_checkpoints(one, other):
+    (tensors, scalars), (other_tensors, other_scalars) = checkpoint.load(one), checkpoint.load(other)
+    assert tensors.keys() == other_tensors.keys()
+    for name, named in tensors.items():
+        assert named.keys() == other_tensors[name].keys()
+        for key, tensor in named.items():
+            assert torch.equal(tensor, other_tensors[name][key]), (name, key)
+    for key in ("step", "stream", "world_size"):
+        assert scalars[key] == other_scalars[key]
+
+
+@pytest.mark.parametrize("changes", [{}, {"train.updates_per_step": 2, "loss.kl_coef": 0.1}])
+def test_resumed_in_the_middle_equals_uninterrupted(tiny_model, tmp_path, changes):
+    whole = train(tiny_model, tmp_path / "whole", **changes)
+    parts = tmp_path / "parts"
+    train(tiny_model, parts, **changes)
+    for later in (parts / "checkpoints" / "step_6", parts / "checkpoints" / "step_6.tmp"):
+        if later.exists():
+            later.rename(tmp_path / later.name)  # as if the run had stopped after step 3
+    torch.manual_seed(1234)  # whatever the state of the process is
+    train(tiny_model, parts, resume="auto", **changes)
+    assert_equal_checkpoints(whole / "checkpoints" / "step_6", parts / "checkpoints" / "step_6")
+    assert metrics(whole) == metrics(parts)
+    assert len(metrics(parts)) == 6
+    before, _ = checkpoint.load(whole / "checkpoints" / "step_3")
+    after, _ = checkpoint.load(whole / "checkpoints" / "step_6")
+    assert any(not torch.equal(before["model"][n], after["model"][n]) for n in before["model"])
+
+
+def test_two_runs_from_one_seed_are_bit_equal_and_another_seed_differs(tiny_model, tmp_path):
+    first, second = (train(tiny_model, tmp_path / name, steps=3) for name in ("first", "second"))
+    assert_equal_checkpoints(first / "checkpoints" / "step_3", second / "checkpoints" / "step_3")
+    other = train(tiny_model, tmp_path / "other", steps=3, seed=1)
+    assert metrics(first) == metrics(second) != metrics(other)
+
+
+def test_a_run_folder_in_use_is_refused_and_resume_auto_starts_an_empty_one(tiny_model, tmp_path):
+    train(tiny_model, tmp_path / "run", steps=1, resume="auto")
+    with pytest.raises(pgrpo.ConfigError, match="--resume auto"):
+        train(tiny_model, tmp_path / "run", steps=1)
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_stops(tiny_model, tmp_path, signum, code):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, "-m", "pgrpo", "train", "--config", "quickstart"]
+    command += overrides(tiny_model, run_dir, steps=100000, **{"checkpoint.every": 0})
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not (run_dir / "metrics.jsonl").exists() or not metrics(run_dir):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signum)
+    assert process.wait(timeout=30) == code
+    saved = checkpoint.latest(run_dir / "checkpoints")
+    assert saved is not None
+    assert saved.name == f"step_{metrics(run_dir)[-1]['step']}"
