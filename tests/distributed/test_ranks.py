@@ -1,0 +1,126 @@
+"""The loss and its gradient do not depend on ranks, micro-batches or order: 2 and 4 gloo processes against one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+WORKER = Path(__file__).with_name("worker.py")
+ROOT = WORKER.parents[2]
+
+
+def launch(arguments, ranks):
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, initializer_range=0.2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("model")
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compute(model, tmp_path_factory):
+    done = {}
+
+    def run(ranks=1, **changes):
+        key = json.dumps([ranks, changes])
+        if key not in done:
+            output = tmp_path_factory.mktemp("out") / "result.pt"
+            result = launch([str(WORKER), str(model), str(output), json.dumps(changes)], ranks)
+            assert result.returncode == 0, result.stderr
+            done[key] = torch.load(output, weights_only=True)
+        return done[key]
+
+    return run
+
+
+def gradient_error(got, want):
+    error = sum((got["gradients"][n] - g).double().square().sum() for n, g in want["gradients"].items())
+    return (error / sum(g.double().square().sum() for g in want["gradients"].values())).sqrt().item()
+
+
+def assert_same(got, want):
+    assert want["sums"][1] > 100  # tokens
+    assert got["sums"].allclose(want["sums"], rtol=1e-5, atol=1e-6)
+    assert gradient_error(got, want) < 2e-6
+    assert got["moved"]
+
+
+LOSSES = [{"aggregate": "token"}, {"aggregate": "sample", "kl_coef": 0.3}, {"aggregate": "constant"}]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks(compute, ranks, loss):
+    assert_same(compute(ranks, **loss), compute(**loss))
+
+
+@pytest.mark.parametrize(("token_budget", "micro_batches"), [(200, 1), (165, 2), (100, 3), (26, 11)])
+def test_micro_batches(compute, token_budget, micro_batches):
+    got = compute(token_budget=token_budget)
+    assert got["micro_batches"] == micro_batches
+    assert_same(got, compute(aggregate="token"))
+
+
+def test_order_and_repeated_prompts(compute):
+    assert_same(compute(reverse=True), compute(aggregate="token"))
+    assert_same(compute(attention="repeated"), compute(aggregate="token"))
+
+
+def test_two_ranks_with_small_micro_batches(compute):
+    assert_same(compute(2, token_budget=40), compute(aggregate="token"))
+
+
+def test_bfloat16_on_one_rank_keeps_float32_masters(compute):
+    got, want = compute(dtype="bfloat16"), compute(aggregate="token")
+    assert all(g.dtype == torch.float32 for g in got["gradients"].values())
+    assert 1e-4 < gradient_error(got, want) < 0.1
+
+
+def test_a_wrong_share_is_noticed(compute):
+    """The comparison can fail: the gradient of half of the tokens is not the same."""
+    want = compute(aggregate="token")
+    assert gradient_error(compute(aggregate="constant"), want) > 1e-2
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_whole_run_on_several_ranks_equals_that_on_one(ranks, tmp_path):
+    rows, texts = [], []
+    assert subprocess.run(
+        [sys.executable, ROOT / "scripts" / "make_tiny_model.py", "--out", tmp_path / "model"], check=True, cwd=ROOT
+    )
+    for n in (1, ranks):
+        run_dir = tmp_path / f"run{n}"
+        keys = [f"model.path={tmp_path / 'model'}", f"run_dir={run_dir}", "train.steps=3", "rollout.prompts_per_step=8"]
+        keys += ["eval.every=3", "eval.rows=9", "track.console=false", "checkpoint.every=0"]
+        result = launch(["-m", "pgrpo", "train", "--config", "quickstart", *keys], n)
+        assert result.returncode == 0, result.stderr
+        rows.append([json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()])
+        texts.append((run_dir / "completions.jsonl").read_text())
+    one, several = rows
+    assert [r["step"] for r in several] == [0, 1, 2, 3]
+    for a, b in zip(one, several, strict=True):
+        for name in a:
+            if not name.startswith(("time/", "perf/", "tokens/")):  # a rank short of work runs a filler
+                assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), name
+    prompts = [[json.loads(line)["completion"] for line in text.splitlines()] for text in texts]
+    assert prompts[0] == prompts[1]

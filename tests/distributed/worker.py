@@ -1,0 +1,74 @@
+"""Run by every rank: gradients of one update, before the optimizer step, to a file. Arguments: model, output, JSON of changes."""
+
+import json
+import sys
+
+import torch
+
+from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
+from pgrpo.distributed import full_tensor, start
+from pgrpo.exactness import tokens_as_groups
+from pgrpo.optim import build_optimizer
+from pgrpo.training.run import place_policy
+from pgrpo.training.update import Updater, count
+
+
+def long_tailed_groups():
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(longest):
+        n = int(torch.randint(1, longest + 1, (1,), generator=generator))
+        return torch.randint(3, 61, (n,), generator=generator).tolist()
+
+    prompts = [ids(12) for _ in range(7)]
+    completions = [[ids(14) if i % 3 else ids(3) for i in range(5)] for _ in prompts]
+    completions[2][1] = []
+    groups = tokens_as_groups(prompts, completions)
+    for c in groups[0].completions[:2]:
+        c.mask = [i % 2 == 0 for i in range(len(c.token_ids))]
+    groups[4].rewards, groups[4].advantages = [1.0] * 5, [0.0] * 5  # no spread: skipped, and counted
+    return groups
+
+
+def main():
+    model, output, changes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    torch.set_num_threads(1)
+    config = Config(
+        model=ModelConfig(path=model, dtype=changes.get("dtype", "float32")),
+        data=DataConfig(max_prompt_tokens=12),
+        rollout=RolloutConfig(max_completion_tokens=14),
+    )
+    config.loss.aggregate = changes.get("aggregate", "token")
+    config.loss.kl_coef = changes.get("kl_coef", 0.0)
+    config.train.token_budget = changes.get("token_budget", 10000)
+    config.model.attention = changes.get("attention", "grouped")
+    with start() as world:
+        policy = place_policy(config, world)
+        reference = None
+        if config.loss.kl_coef:
+            reference = place_policy(config, world)
+            with torch.no_grad():
+                for p in reference.parameters():
+                    p.mul_(1.02)
+        groups = long_tailed_groups()
+        if changes.get("reverse"):
+            groups = groups[::-1]
+        optimizer = build_optimizer(policy, config.optim)
+        updater = Updater(
+            config, world, policy, reference, optimizer, lambda g: sum(len(c.token_ids) for c in g.completions)
+        )
+        batches = updater.micro_batches(groups)
+        sums = sum(updater.backward(batch, count(groups))[0] for batch in batches)
+        sums = world.sum(sums)
+        result = {name: full_tensor(p.grad).clone() for name, p in policy.model.named_parameters()}
+        optimizer.zero_grad()
+        before = {name: full_tensor(p).clone() for name, p in policy.model.named_parameters()}
+        metrics = updater.step(groups)
+        after = {name: full_tensor(p) for name, p in policy.model.named_parameters()}
+        if world.is_main:
+            saved = {"sums": sums, "gradients": result, "micro_batches": len(batches), "metrics": metrics}
+            torch.save(saved | {"moved": any(not torch.equal(before[n], after[n]) for n in before)}, output)
+
+
+if __name__ == "__main__":
+    main()
