@@ -1,0 +1,138 @@
+"""Chunked log-probs against log_softmax of the full logits in float64."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from pgrpo import logprobs
+from pgrpo.logprobs import token_logprobs
+
+L, E, V = 23, 8, 37
+
+
+def inputs(dtype=torch.float64, rows=L, spread=1.0):
+    generator = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(rows, E, generator=generator, dtype=torch.float64) * spread).to(dtype)
+    weight = torch.randn(V, E, generator=generator, dtype=torch.float64).to(dtype)
+    targets = torch.randint(V, (rows,), generator=generator)
+    dlogprobs = torch.randn(rows, generator=generator, dtype=torch.float64)
+    return hidden.requires_grad_(), weight.requires_grad_(), targets, dlogprobs
+
+
+def reference(hidden, weight, targets, scale):
+    logp = (hidden @ weight.T * scale).log_softmax(-1)
+    return logp[torch.arange(len(targets)), targets], -(logp.exp() * logp).sum(-1)
+
+
+# 1 row a chunk (also where one row alone is more than the limit), 5 (does not divide 23), 22 (leaves one), 23, more.
+@pytest.mark.parametrize("logits_per_chunk", [1, 5 * V, 5 * V + V - 1, (L - 1) * V, L * V, 2**25])
+@pytest.mark.parametrize("scale", [1.0, 0.3, 2.5])
+def test_equals_log_softmax_of_full_logits(monkeypatch, logits_per_chunk, scale):
+    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", logits_per_chunk)
+    hidden, weight, targets, dlogprobs = inputs()
+    got = token_logprobs(hidden, weight, targets, scale, entropy=True)
+    wanted, entropy = reference(hidden, weight, targets, scale)
+    assert got.entropy is not None
+    assert got.logprobs.dtype == got.entropy.dtype == torch.float64
+    torch.testing.assert_close(got.logprobs, wanted, rtol=0, atol=1e-13)
+    torch.testing.assert_close(got.entropy, entropy, rtol=0, atol=1e-13)
+    got_grads = torch.autograd.grad((got.logprobs * dlogprobs).sum(), [hidden, weight])
+    wanted_grads = torch.autograd.grad((wanted * dlogprobs).sum(), [hidden, weight])
+    for got_grad, wanted_grad in zip(got_grads, wanted_grads, strict=True):
+        torch.testing.assert_close(got_grad, wanted_grad, rtol=0, atol=1e-12)
+
+
+def test_uniform_logits_by_hand():
+    got = token_logprobs(torch.zeros(2, E), torch.ones(V, E), torch.tensor([0, V - 1]), entropy=True)
+    assert got.entropy is not None
+    log_v = torch.tensor(float(V)).log().item()
+    assert got.logprobs.tolist() == pytest.approx([-log_v] * 2, abs=1e-6)
+    assert got.entropy.tolist() == pytest.approx([log_v] * 2, abs=1e-6)
+
+
+def test_entropy_is_optional_and_carries_no_gradient():
+    hidden, weight, targets, _ = inputs()
+    assert token_logprobs(hidden, weight, targets).entropy is None
+    entropy = token_logprobs(hidden, weight, targets, entropy=True).entropy
+    assert entropy is not None
+    assert not entropy.requires_grad
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_input_gets_no_gradient_and_the_other_the_same_one(frozen):
+    hidden, weight, targets, dlogprobs = inputs()
+    frozen_input, other = (hidden, weight) if frozen == "hidden" else (weight, hidden)
+    wanted = torch.autograd.grad((reference(hidden, weight, targets, 1.0)[0] * dlogprobs).sum(), other)[0]
+    frozen_input.requires_grad_(False)
+    (token_logprobs(hidden, weight, targets).logprobs * dlogprobs).sum().backward()
+    assert frozen_input.grad is None
+    torch.testing.assert_close(other.grad, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("logits_per_chunk", [5 * V, 2**25])
+def test_bfloat16_error_is_at_most_twice_that_of_a_plain_computation(monkeypatch, logits_per_chunk):
+    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", logits_per_chunk)
+    hidden, weight, targets, dlogprobs = inputs(torch.bfloat16, rows=400, spread=2.0)
+
+    def run(function, dtype):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+        values = function(*leaves, targets, 0.7)
+        values = values[0] if isinstance(values, tuple) else values
+        return [values.detach(), *torch.autograd.grad((values.double() * dlogprobs[: len(values)]).sum(), leaves)]
+
+    def error(got, exact):
+        return ((got.double() - exact).norm() / exact.norm()).item()
+
+    exact = run(reference, torch.float64)
+    plain = run(reference, torch.bfloat16)
+    got = run(token_logprobs, torch.bfloat16)
+    assert got[0].dtype == torch.float32
+    assert got[1].dtype == got[2].dtype == torch.bfloat16
+    for name, g, p, e in zip(["logprobs", "dhidden", "dweight"], got, plain, exact, strict=True):
+        assert error(g, e) <= 2 * error(p, e), name
+
+
+def test_large_logits_do_not_overflow():
+    hidden = torch.tensor([[1e4], [-1e4]], requires_grad=True)
+    got = token_logprobs(hidden, torch.tensor([[1.0], [0.0]]), torch.tensor([0, 0]), entropy=True)
+    got.logprobs.sum().backward()
+    assert got.entropy is not None
+    assert hidden.grad is not None
+    assert got.logprobs.tolist() == [0.0, -1e4]
+    assert got.entropy.tolist() == [0.0, 0.0]
+    assert hidden.grad.tolist() == [[0.0], [1.0]]
+
+
+def test_no_rows():
+    hidden, weight, targets, _ = inputs(rows=0)
+    got = token_logprobs(hidden, weight, targets, entropy=True)
+    assert got.entropy is not None
+    assert got.logprobs.shape == got.entropy.shape == (0,)
+    got.logprobs.sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert hidden.grad.shape == (0, E)
+    assert weight.grad.abs().sum() == 0
+
+
+def test_peak_memory_is_far_below_the_full_logits():
+    """151936 tokens of vocabulary, 2048 rows: full float32 logits are 1.2 GB (and a plain forward and backward hold several)."""
+    script = textwrap.dedent("""
+        import resource, torch
+        from pgrpo.logprobs import token_logprobs
+        torch.set_num_threads(1)
+        rows, hidden_size, vocabulary = 2048, 64, 151936
+        hidden = torch.randn(rows, hidden_size, requires_grad=True)
+        weight = torch.randn(vocabulary, hidden_size, requires_grad=True)
+        targets = torch.randint(vocabulary, (rows,))
+        token_logprobs(hidden[:1], weight, targets[:1]).logprobs.sum().backward()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        token_logprobs(hidden, weight, targets).logprobs.sum().backward()
+        growth = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        print(growth / (rows * vocabulary * 4))
+    """)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(result.stdout) < 1 / 3
