@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import platform
-import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,15 +17,16 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
+from pgrpo.attention.interface import ATTENTION_NAME
 from pgrpo.batch import build_batch
-from pgrpo.config import Config
+from pgrpo.config import Config, ConfigError
 from pgrpo.distributed import start
 from pgrpo.exactness import tokens_as_groups
 from pgrpo.flops import ModelDims, flop_ratio, forward_flops, mfu, rho, update_flops
 from pgrpo.logprobs import token_logprobs
-from pgrpo.policy import Policy, load_hf_config, load_model, logit_scale
+from pgrpo.policy import Policy, load_model, logit_scale
 from pgrpo.training.run import check_device
 from pgrpo.types import Group
 
@@ -70,34 +69,43 @@ def bench(config: Config, shape: Shape, *, repeats: int = 5, json_file: Path | N
     """Time all methods on random tokens, print a table, and write ``json_file`` if one is given.
 
     Uses only ``config.model``. ``old`` is the log-probs without gradient, ``update`` a forward and a backward; both are medians of
-    ``repeats`` rounds that go through all methods in turn. Peak memory is what PyTorch allocated on a GPU; on a CPU it is the
-    peak resident memory of a fresh process that loads the model and does one update in this way.
+    ``repeats`` rounds that go through all methods in turn. Peak memory, weights included, is what PyTorch allocated during an
+    update on a GPU; on a CPU it is the peak resident memory of one update in a fresh process, over what that process held
+    before it loaded the model.
+
+    Raises:
+        ConfigError: several ranks, or no folder for ``json_file``.
     """
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise ConfigError(f"--json {json_file}: there is no folder {json_file.parent}: create it first")
     with start() as world:
+        if world.size > 1:
+            raise ConfigError("pgrpo bench times one device: start it without torchrun")
         check_device(config, world)
         device = world.device
-        hf_config = load_hf_config(config.model)
-        dims = ModelDims.from_config(hf_config)
-        groups = _random_groups(shape, dims.vocab)
+        peak: dict[str, float] = {}
+        if (
+            device.type == "cpu"
+        ):  # before this process needs memory itself; one child at a time: resident memory only grows
+            for method in METHODS:
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                    peak[method] = pool.submit(_peak_resident_gib, config, method, shape).result()
         rate = _matmul_flops(device, config)
-        jobs = {method: _Job(config, method, groups, device) for method in METHODS}
+        policy, groups = _load(config, shape, device)
+        dims = ModelDims.from_config(policy.model.config)
+        jobs = {method: _Job(policy, method, groups) for method in METHODS}
         logprobs = {method: job.old() for method, job in jobs.items()}
         old: dict[str, list[float]] = {method: [] for method in METHODS}
         update: dict[str, list[float]] = {method: [] for method in METHODS}
-        peak: dict[str, float] = dict.fromkeys(METHODS, 0.0)
         for _ in range(repeats + 1):  # the first round warms up
             for method, job in jobs.items():
                 old[method].append(_milliseconds(job.old, device))
-                with _peak_gib(device) as measured:
-                    update[method].append(_milliseconds(job.update, device))
-                peak[method] = measured()
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                update[method].append(_milliseconds(job.update, device))
+                if device.type == "cuda":
+                    peak[method] = torch.cuda.max_memory_allocated() / GIB
         rate = max(rate, _matmul_flops(device, config))
-        del jobs
-    if device.type == "cpu":
-        # One at a time, each in a process of its own: resident memory only ever grows.
-        for method in METHODS:
-            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                peak[method] = pool.submit(_peak_resident_gib, config, method, shape).result()
     completions = [shape.completion] * shape.group_size
     useful_old = shape.groups * forward_flops(dims, shape.prompt, completions)
     useful_update = shape.groups * update_flops(dims, shape.prompt, completions)
@@ -125,58 +133,58 @@ def bench(config: Config, shape: Shape, *, repeats: int = 5, json_file: Path | N
 
 
 class _Job:
-    """One method, ready to run: its model and its packed or padded tokens."""
+    """One method, ready to run. All methods share one copy of the weights, so that each one's peak memory is its own."""
 
-    def __init__(self, config: Config, method: str, groups: list[Group], device: torch.device) -> None:
-        dtype = getattr(torch, config.model.dtype)
-        longest = max(len(g.prompt.token_ids) + len(c.token_ids) for g in groups for c in g.completions)
-        self.batch = build_batch(groups, share_prompts=method == "grouped", device=device)
+    def __init__(self, policy: Policy, method: str, groups: list[Group]) -> None:
+        self.model = policy.model
         if method == "repeated_padded":
-            model: nn.Module = _untouched(config).to(device, dtype)
-            self.forward: Callable[[], Tensor] = lambda: _padded_logprobs(model, groups, device)
+            self.attention = "sdpa"
+            padded = _Padded(groups, policy.device)
+            self.forward: Callable[[], Tensor] = lambda: padded.logprobs(policy.model)
         else:
-            policy = Policy(load_model(config.model, longest)).to(device, dtype)
-            model = policy
-            self.forward = lambda: policy(self.batch).logprobs
-        self.model = model
+            self.attention = ATTENTION_NAME
+            batch = build_batch(groups, share_prompts=method == "grouped", device=policy.device)
+            self.forward = lambda: policy(batch).logprobs
 
     def old(self) -> Tensor:
+        self.model.set_attn_implementation(self.attention)
         with torch.no_grad():
             return self.forward()
 
     def update(self) -> None:
+        self.model.set_attn_implementation(self.attention)
         self.forward().mean().backward()
         self.model.zero_grad(set_to_none=True)
 
 
-def _untouched(config: Config) -> nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(
-        config.model.path,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-        attn_implementation="sdpa",
-    )
-    if config.model.activation_checkpointing == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()
+class _Padded:
+    """What a padded trainer does: a right-padded batch, every completion behind a copy of its prompt, transformers' sdpa."""
+
+    def __init__(self, groups: list[Group], device: torch.device) -> None:
+        samples = [(g.prompt.token_ids, c.token_ids) for g in groups for c in g.completions]
+        width = max(len(p) + len(c) for p, c in samples)
+        ids = torch.zeros(len(samples), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        rows: list[int] = []
+        for i, (prompt, completion) in enumerate(samples):
+            length = len(prompt) + len(completion)
+            ids[i, :length], mask[i, :length] = torch.tensor(prompt + completion), 1
+            rows += range(i * width + len(prompt) - 1, i * width + length - 1)
+        self.ids, self.mask, self.rows = ids.to(device), mask.to(device), torch.tensor(rows, device=device)
+        self.targets = torch.tensor([t for _, completion in samples for t in completion], device=device)
+
+    def logprobs(self, model: PreTrainedModel) -> Tensor:
+        """[L] in the order of a packed batch."""
+        hidden = model.base_model(input_ids=self.ids, attention_mask=self.mask, use_cache=False).last_hidden_state
+        head: nn.Linear = model.lm_head  # pyright: ignore[reportAssignmentType]
+        hidden_LE = hidden.flatten(0, 1).index_select(0, self.rows)
+        return token_logprobs(hidden_LE, head.weight, self.targets, logit_scale(model.config)).logprobs
 
 
-def _padded_logprobs(model: nn.Module, groups: list[Group], device: torch.device) -> Tensor:
-    """[L] by the untouched model on a right-padded batch, every completion behind a copy of its prompt."""
-    samples = [(g.prompt.token_ids, c.token_ids) for g in groups for c in g.completions]
-    width = max(len(p) + len(c) for p, c in samples)
-    ids = torch.zeros(len(samples), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    rows, targets = [], []
-    for i, (prompt, completion) in enumerate(samples):
-        length = len(prompt) + len(completion)
-        ids[i, :length], mask[i, :length] = torch.tensor(prompt + completion), 1
-        rows += range(i * width + len(prompt) - 1, i * width + length - 1)
-        targets += completion
-    hidden = model.base_model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)  # pyright: ignore[reportCallIssue]
-    flat = hidden.last_hidden_state.flatten(0, 1).index_select(0, torch.tensor(rows, device=device))
-    head: nn.Linear = model.lm_head  # pyright: ignore[reportAssignmentType]
-    return token_logprobs(flat, head.weight, torch.tensor(targets, device=device), logit_scale(model.config)).logprobs  # pyright: ignore[reportArgumentType]
+def _load(config: Config, shape: Shape, device: torch.device) -> tuple[Policy, list[Group]]:
+    model = load_model(config.model, max_sample=shape.prompt + shape.completion)
+    policy = Policy(model).to(device, getattr(torch, config.model.dtype))
+    return policy, _random_groups(shape, model.config.vocab_size)
 
 
 def _random_groups(shape: Shape, vocabulary: int) -> list[Group]:
@@ -210,17 +218,21 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-@contextmanager
-def _peak_gib(device: torch.device) -> Iterator[Callable[[], float]]:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    yield lambda: torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0
-
-
 def _peak_resident_gib(config: Config, method: str, shape: Shape) -> float:
-    vocabulary = ModelDims.from_config(load_hf_config(config.model)).vocab
-    _Job(config, method, _random_groups(shape, vocabulary), torch.device("cpu")).update()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    """Of one update, over what this process held before it loaded the model."""
+    before = _resident_gib("VmRSS")
+    policy, groups = _load(config, shape, torch.device("cpu"))
+    job = _Job(policy, method, groups)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    job.update()
+    return _resident_gib("VmHWM") - before
+
+
+def _resident_gib(field: str) -> float:
+    """VmRSS (now) or VmHWM (peak). Not ``ru_maxrss``: in a spawned process that starts from its parent's peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kib = next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return kib * 1024 / GIB
 
 
 def _print(rows: list[Row], rate: float, config: Config) -> None:
