@@ -28,5 +28,5 @@ def evaluate(config: Config, checkpoint: str | None = None) -> dict[str, float]:
     table.add_column("value", justify="right")
     for name, value in metrics.items():
         table.add_row(name, f"{value:.4g}")
-    Console().print(table)
+    Console(quiet=not world.is_main).print(table)
     return metrics
