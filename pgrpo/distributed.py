@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pgrpo.batch import fill_micro_batches, packed_tokens, split_to_budget
@@ -110,6 +110,14 @@ def place(
     fully_shard(module, mesh=mesh, mp_policy=precision)
     for name in methods:
         register_fsdp_forward_method(module, name)
+
+
+def reshard(module: nn.Module) -> None:
+    """Make all parameters shards again, in float32. A forward without a backward (a rollout) leaves the root's gathered, in
+    the compute dtype: what ``parameters()`` then gives is not what the optimizer knows."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -57,6 +57,7 @@ class Run:
     def save(self, tracker_state: Mapping[str, Any]) -> None:
         """Write ``checkpoints/step_N``, then remove the oldest. A collective call; rank 0 writes."""
         policy, optimizer = self.policy, self.updater.optimizer
+        distributed.reshard(policy)  # the last forward may have been an evaluation's
         model = {name: distributed.full_tensor(p) for name, p in policy.model.named_parameters()}
         moments = optimizer_tensors(optimizer, policy.model)
         generators = self.world.gather([rng_state()])

@@ -1,0 +1,87 @@
+"""Checkpoints of sharded runs: whole, in float32, and good for any number of ranks."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgrpo import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    script = runpy.run_path(str(ROOT / "scripts" / "make_tiny_model.py"))
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    script["make_model"]().save_pretrained(folder)
+    script["make_tokenizer"]().save_pretrained(folder)
+    (folder / "reward.py").write_text(
+        "def ones(completions, **_):\n    return [float(c.count('1')) for c in completions]\n"
+    )
+    return folder
+
+
+def train(model, run_dir, *changes, ranks=1, resume=False):
+    """Four steps, evaluated and saved after each; returns what the run printed."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command += ["-m", "pgrpo", "train", "--config", "quickstart", f"model.path={model}", f"run_dir={run_dir}"]
+    command += [f"rewards.functions[0].function={model}/reward.py:ones", "train.steps=4", "rollout.prompts_per_step=4"]
+    command += ["rollout.group_size=4", "eval.every=1", "eval.rows=5", "checkpoint.every=1", "checkpoint.keep=9"]
+    command += ["track.console=false", *changes, *(["--resume", "auto"] if resume else [])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    train(model, run_dir)
+    return run_dir
+
+
+@pytest.mark.parametrize(("ranks", "dtype", "far"), [(2, "float32", 1e-5), (1, "bfloat16", 5e-3)])
+def test_a_sharded_checkpoint_after_an_evaluation_is_whole_and_float32(model, whole, tmp_path, ranks, dtype, far):
+    train(model, tmp_path / "run", f"model.dtype={dtype}", "train.steps=1", ranks=ranks)
+    got, _ = checkpoint.load(tmp_path / "run" / "checkpoints" / "step_1")
+    want, _ = checkpoint.load(whole / "checkpoints" / "step_1")
+    assert len(want["optimizer"]) == 3 * len(want["model"])
+    for name in ("model", "optimizer"):
+        assert got[name].keys() == want[name].keys()
+        assert {t.dtype for t in got[name].values()} == {torch.float32}
+    for name, weight in want["model"].items():
+        # Adam's first step moves every entry by the learning rate, 5e-4: what rounding turns around differs by two of them.
+        assert (got["model"][name] - weight).abs().max() <= 1.1e-3, name
+        assert (got["model"][name] - weight).abs().mean() <= far, name
+    assert [k for k in got if k.startswith("rng_")] == [f"rng_{r}" for r in range(ranks)]
+
+
+def test_one_ranks_checkpoint_goes_on_with_two(model, whole, tmp_path):
+    train(model, tmp_path / "run", "train.steps=2")
+    printed = train(model, tmp_path / "run", ranks=2, resume=True)
+    assert "saved on 1 ranks, going on with 2" in printed
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3, 4]
+    for got, want in zip(rows(tmp_path / "run"), rows(whole), strict=True):
+        for name in ("reward", "loss", "grad_norm", "epoch", "entropy", "eval/reward"):
+            if name in want:
+                assert got[name] == pytest.approx(want[name], rel=1e-3, abs=1e-5), (got["step"], name)
+    (got, scalars), (want, uninterrupted) = (
+        checkpoint.load(run / "checkpoints" / "step_4") for run in (tmp_path / "run", whole)
+    )
+    assert scalars["stream"] == uninterrupted["stream"]
+    for name, moment in want["optimizer"].items():
+        assert torch.allclose(got["optimizer"][name], moment, rtol=1e-2, atol=1e-5), name
