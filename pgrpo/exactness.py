@@ -91,7 +91,8 @@ SEEDED_BUGS: dict[str, Callable[[GroupedBatch], GroupedBatch]] = {
     "positions do not restart": positions_go_on,
     "wrong row for the first token": wrong_first_row,
 }
-"""What a comparison must notice, or it proves nothing. Each needs a first group with two completions and a prompt of two tokens."""
+"""What a comparison must notice, or it proves nothing. The first group needs a prompt of two tokens, a completion that is not
+empty and then one of two tokens: what a single token attends to predicts nothing."""
 
 
 def tokens_as_groups(prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]]) -> list[Group]:

@@ -38,13 +38,13 @@ def main() -> int:
     parser.add_argument("--model", required=True, help="folder or hub name")
     parser.add_argument("--group-size", type=int, default=8)
     args = parser.parse_args()
-    if args.group_size < 3:
-        parser.error("--group-size must be at least 3: one completion is empty and one a single token")
+    if args.group_size < 4:
+        parser.error("--group-size must be at least 4: one completion is empty, one a single token, two are longer")
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     prompts = [tokenizer(p).input_ids for p in PROMPTS]
     text = tokenizer(TEXT).input_ids
-    lengths = [6, 1, 0, *(3 + 3 * i for i in range(args.group_size - 3))]
+    lengths = [6, 4, 1, 0, *(3 + 3 * i for i in range(args.group_size - 4))]
     completions = [[text[i : i + n] for i, n in enumerate(lengths)] for _ in prompts]
     groups = tokens_as_groups(prompts, completions)
     print(f"prompts of {[len(p) for p in prompts]} tokens, completions of {lengths} tokens each")
