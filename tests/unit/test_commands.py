@@ -1,0 +1,210 @@
+"""check, bench and eval on the quick start's model with random weights."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from contextlib import nullcontext
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import pgrpo
+from pgrpo.commands import bench as bench_module
+from pgrpo.commands import check as check_module
+from pgrpo.commands.bench import METHODS, Row, Shape, bench
+from pgrpo.commands.check import check
+from pgrpo.commands.evaluate import evaluate
+from pgrpo.config import Config, ConfigError, load_config
+from pgrpo.distributed import World
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    script = runpy.run_path(str(ROOT / "scripts" / "make_tiny_model.py"))
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    script["make_model"]().save_pretrained(folder)
+    script["make_tokenizer"]().save_pretrained(folder)
+    return folder
+
+
+def config(model: Path, folder: Path, *overrides: str) -> Config:
+    return load_config("quickstart", [f"model.path={model}", f"run_dir={folder / 'run'}", *overrides])
+
+
+def broken(build_batch):
+    def build(groups, **kwargs):
+        batch = build_batch(groups, **kwargs)
+        return replace(batch, logit_index=(batch.logit_index - 1).clamp(min=0))
+
+    return build
+
+
+def test_check_passes_and_leaves_nothing(model, tmp_path, capsys):
+    check(config(model, tmp_path))
+    shown = capsys.readouterr().out
+    assert "prompts of 6 to 6 tokens, mean 6, 95% at most 6" in shown
+    assert shown.count("--- prompt (6 tokens)") == shown.count("--- completion (") == shown.count("--- reward ") == 4
+    assert shown.count("(exact_match ") == 4
+    assert "memory " in shown
+    assert "grouped against the untouched model" in shown
+    assert "repeated against the untouched model" in shown
+    assert shown.endswith("all is well\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_check_passes_when_every_completion_is_one_token(model, tmp_path):
+    check(config(model, tmp_path, "rollout.max_completion_tokens=1"))
+
+
+def test_check_notices_a_wrong_logit_index(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(check_module, "build_batch", broken(check_module.build_batch))
+    with pytest.raises(RuntimeError, match=r"grouped attention is not exact on .*: log-probs differ by \d"):
+        check(config(model, tmp_path))
+
+
+def test_check_notices_that_it_proves_nothing(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(check_module.SEEDED_BUGS, "wrong row for the first token", lambda batch: batch)
+    with pytest.raises(RuntimeError, match="did not notice a seeded bug: wrong row for the first token"):
+        check(config(model, tmp_path))
+
+
+def test_bench_rows(model, tmp_path):
+    held = torch.ones(2**28)  # one GiB that a measured process must not be charged with
+    shape = Shape(prompt=24, completion=4, group_size=8, groups=2)
+    rows = bench(config(model, tmp_path, "data.path=/nowhere"), shape, repeats=2, json_file=tmp_path / "b.json")
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert report.keys() == {"device", "versions", "rows"}
+    assert report["versions"].keys() == {"python", "torch", "transformers"}
+    assert [Row(**row) for row in report["rows"]] == rows
+    assert [row.method for row in rows] == list(METHODS)
+    # One layer: q and o 64 x 64, k and v 64 x 32, three matrices 64 x 256; two layers. The head: 64 x 14, 32 completion tokens.
+    matrices, head, pair = 2 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 256), 2 * 64 * 14 * 32, 4 * 2 * 64
+    pairs_once, pairs_behind = 24 * 25 // 2, 8 * (4 * 24 + 4 * 5 // 2)
+    grouped = matrices * (24 + 32) + pair * (pairs_once + pairs_behind) + head
+    repeated = matrices * (8 * 28) + pair * (8 * pairs_once + pairs_behind) + head
+    for row in rows:
+        assert (row.prompt, row.completion, row.group_size, row.groups) == (24, 4, 8, 2)
+        assert row.checkpointing == "none"
+        assert row.rho == 8 * 28 / (24 + 32)
+        assert row.flop_ratio == repeated / grouped
+        assert row.max_dlogprob <= 1e-5
+        assert row.old_ms > 0
+        assert row.update_ms > 0
+        # The rate, by which useful work was divided, is that of one matrix product for both.
+        rates = 2 * grouped / row.old_ms / row.mfu_old, 3 * 2 * grouped / row.update_ms / row.mfu_update
+        assert rates[0] == pytest.approx(rates[1])
+        assert 0 < row.peak_gib < 0.5
+    assert rows[0].max_dlogprob == 0
+    assert len({field.name for field in fields(Row)}) == len(report["rows"][0])
+    assert held.sum() > 0
+
+
+def test_bench_shows_a_difference(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_module, "ProcessPoolExecutor", _NoPool)
+    build = bench_module.build_batch
+    monkeypatch.setattr(
+        bench_module,
+        "build_batch",
+        lambda groups, share_prompts, device: (broken(build) if share_prompts else build)(
+            groups, share_prompts=share_prompts, device=device
+        ),
+    )
+    rows = bench(config(model, tmp_path), Shape(8, 3, 2, 1), repeats=1)
+    assert rows[0].max_dlogprob == 0
+    assert min(row.max_dlogprob for row in rows[1:]) > 1e-3
+
+
+class _NoPool:
+    """In place of the processes that measure memory."""
+
+    def __init__(self, *_, **__): ...
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_): ...
+    def submit(self, *_):
+        return self
+
+    def result(self):
+        return 0.0
+
+
+def test_bench_refuses_before_it_works(model, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="there is no folder"):
+        bench(config(model, tmp_path), Shape(8, 3, 2, 1), json_file=tmp_path / "none" / "b.json")
+    monkeypatch.setattr(bench_module, "start", lambda: nullcontext(World(0, 2, torch.device("cpu"))))
+    with pytest.raises(ConfigError, match="without torchrun"):
+        bench(config(model, tmp_path), Shape(8, 3, 2, 1))
+
+
+REWARD = """
+import json
+def score(prompts, completions, answer, **_):
+    with open({log!r}, "a") as file:
+        for row in zip(prompts, completions, answer):
+            file.write(json.dumps(row) + "\\n")
+    return [float(c[:1] == "1") for c in completions]
+"""
+
+
+def test_eval_numbers(model, tmp_path, capsys):
+    log = tmp_path / "scored.jsonl"
+    (tmp_path / "reward.py").write_text(REWARD.format(log=str(log)))
+    got = evaluate(
+        config(
+            model,
+            tmp_path,
+            "eval.every=0",
+            "eval.rows=6",
+            "eval.samples=4",
+            f"rewards.functions=[{{function: '{tmp_path}/reward.py:score'}}]",
+        )
+    )
+    scored = [json.loads(line) for line in log.read_text().splitlines()]
+    by_prompt: dict[str, list[bool]] = {}
+    for prompt, completion, _ in scored:
+        by_prompt.setdefault(prompt, []).append(completion[:1] == "1")
+    assert [len(flags) for flags in by_prompt.values()] == [4] * 6
+    right = [sum(flags) for flags in by_prompt.values()]
+    assert 0 < sum(right) < 24  # or this would test nothing
+    assert got["eval/reward"] == pytest.approx(sum(right) / 24)
+    assert got["eval/pass@1"] == pytest.approx(sum(right) / 24)
+    assert got["eval/pass@4"] == pytest.approx(sum(n > 0 for n in right) / 6)
+    shown = " ".join(capsys.readouterr().out.split())  # a narrow terminal wraps the title
+    assert "6 prompts x 4" in shown
+    assert "eval/pass@4" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def first_digit(completions, **_):
+    return [float(text[:1] == "1") for text in completions]
+
+
+def test_eval_of_a_checkpoint_is_what_training_logged(model, tmp_path):
+    keys = [
+        "train.steps=2", "rollout.prompts_per_step=4", "optim.lr=0.05", "eval.every=2", "eval.rows=16", "eval.samples=2",
+        "track.console=false", f"rewards.functions=[{{function: '{__file__}:first_digit'}}]",
+    ]  # fmt: skip
+    settings = config(model, tmp_path, *keys)
+    pgrpo.train("quickstart", [f"model.path={model}", f"run_dir={tmp_path / 'run'}", *keys])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, last = [{k: v for k, v in row.items() if k.startswith("eval/")} for row in (rows[0], rows[-1])]
+    assert first["eval/pass@1"] != last["eval/pass@1"]
+    assert evaluate(settings) == first
+    assert evaluate(settings, "auto") == last
+    assert evaluate(settings, str(tmp_path / "run" / "checkpoints" / "step_2")) == last
+
+
+def test_eval_refuses_what_is_not_there(model, tmp_path):
+    with pytest.raises(ConfigError, match="has no checkpoint"):
+        evaluate(config(model, tmp_path), "auto")
+    with pytest.raises(ConfigError, match="no checkpoint at"):
+        evaluate(config(model, tmp_path), str(tmp_path / "step_9"))
+    with pytest.raises(ConfigError, match="eval_split is not set"):
+        evaluate(config(model, tmp_path, "data.eval_split=null", "eval.every=0"))
