@@ -1,0 +1,44 @@
+"""Advantages by hand and against torch."""
+
+import pytest
+import torch
+
+from pgrpo.advantages import EPS, group_advantages, has_spread
+
+
+def test_by_hand():
+    # Mean 2, deviations -1 0 1, standard deviation with n - 1: 1.
+    assert group_advantages([1.0, 2.0, 3.0]) == pytest.approx([-1 / 1.0001, 0, 1 / 1.0001], rel=1e-15)
+    assert group_advantages([1.0, 2.0, 3.0], "none") == [-1, 0, 1]
+    # One of four is right: mean 1/4, variance (1/16 * 3 + 9/16) / 3 = 1/4.
+    assert group_advantages([0, 0, 1, 0]) == pytest.approx([-0.25 / 0.5001] * 2 + [0.75 / 0.5001, -0.25 / 0.5001])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_against_torch(seed):
+    rewards = torch.randn(8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 10**seed
+    wanted = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+    assert EPS == 1e-4
+    assert group_advantages(rewards.tolist()) == pytest.approx(wanted.tolist(), rel=1e-10)
+    assert group_advantages(rewards.tolist(), "none") == pytest.approx((rewards - rewards.mean()).tolist(), rel=1e-10)
+
+
+@pytest.mark.parametrize("scale", ["group", "none"])
+@pytest.mark.parametrize("value", [0.1, 1.1, -7.3, 1e300, 5e-324])
+@pytest.mark.parametrize("size", [1, 3, 7])
+def test_equal_rewards_give_exactly_zero(scale, value, size):
+    assert not has_spread([value] * size)
+    assert group_advantages([value] * size, scale) == [0.0] * size
+
+
+def test_a_sample_without_a_reward_takes_no_part():
+    assert group_advantages([1.0, None, 2.0, 3.0, None]) == pytest.approx([-1 / 1.0001, 0, 0, 1 / 1.0001, 0])
+    assert group_advantages([None, None]) == [0.0, 0.0]
+    assert group_advantages([None, 4.0]) == [0.0, 0.0]
+    assert group_advantages([2.0, None, 2.0]) == [0.0, 0.0, 0.0]
+    assert [has_spread(r) for r in ([], [None], [None, 1.0], [1.0, None, 2.0])] == [False, False, False, True]
+
+
+def test_nearly_equal_rewards_are_not_blown_up():
+    first, second = group_advantages([1.0, 1.0 + 1e-9])
+    assert -1e-5 < first < 0 < second < 1e-5
