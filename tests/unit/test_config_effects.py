@@ -1,0 +1,325 @@
+"""Every config key has an effect: changing it alone changes what a small run computes, writes, says or refuses."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import re
+import runpy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import pgrpo
+from pgrpo import checkpoint
+from pgrpo.commands.plan import plan
+from pgrpo.config import Config, ConfigError, load_config
+from pgrpo.rewards import RewardError
+
+ROOT = Path(__file__).resolve().parents[2]
+OWN = """
+import time
+def rows(split):
+    return [{"a": a, "b": 7, "answer": str(a + 7)} for a in range(10, 30)]
+def sleepy(completions):
+    time.sleep(3)
+    return [1.0] * len(completions)
+def picky(completions):
+    return [float("nan") if "1" in c else 1.0 for c in completions]
+"""
+BASE: dict[str, Any] = {
+    "recipe": "addition",
+    "run_dir": "{tmp}/run",
+    "model": {"path": "{tmp}/model", "dtype": "float32"},
+    "rollout": {"prompts_per_step": 4, "group_size": 4},
+    "rewards": {"functions": [{"function": "format_regex", "args": {"pattern": ".*1.*"}}]},
+    "optim": {"lr": 1e-3},
+    "train": {"steps": 2, "token_budget": 1000},
+    "track": {"console": False},
+}
+TEMPLATE = "{% for m in messages %}{{ '1' if m.role == 'user' else '2' }}{{ m.content }}{{ n }}{% endfor %}="
+CHAT = {
+    "prompt.template": None,
+    "prompt.messages": [{"role": "user", "content": "{a}+{b}"}],
+    "prompt.chat_template_kwargs": {"chat_template": TEMPLATE, "n": "3"},
+    "data.max_prompt_tokens": 20,
+}
+COLUMN = {
+    "data.path": "{tmp}/chats.jsonl",
+    "prompt.template": None,
+    "prompt.messages_column": "one",
+    "prompt.chat_template_kwargs": CHAT["prompt.chat_template_kwargs"],
+    "data.max_prompt_tokens": 20,
+}
+HUB = {"data.path": "someone/sums"}
+EVAL = {"eval.every": 1, "eval.rows": 4}
+TWO_UPDATES = {"train.updates_per_step": 2, "optim.lr": 2e-4}
+REWARD = "rewards.functions"
+MATCH = {f"{REWARD}[0]": {"function": "exact_match"}}
+SLEEPY = {f"{REWARD}[0]": {"function": "{tmp}/own.py:sleepy"}, "train.steps": 1}
+PICKY = {f"{REWARD}[0]": {"function": "{tmp}/own.py:picky"}, "rewards.on_error": "mask"}
+LONG = {"data.path": "{tmp}/long.jsonl", "data.overlong": "drop"}
+
+
+@dataclass
+class Effect:
+    """``changes`` on top of ``base`` must change each of ``seen`` (fields of ``observe``); ``base`` must be a good config."""
+
+    changes: Mapping[str, Any]
+    seen: tuple[str, ...] = ("metrics",)
+    base: Mapping[str, Any] = field(default_factory=dict)
+
+
+def effect(key: str, value: Any, *seen: str, base: Mapping[str, Any] | None = None) -> tuple[str, Effect]:
+    return key.replace("[0]", "[]"), Effect({key: value}, seen or ("metrics",), base or {})
+
+
+EFFECTS = dict(
+    [
+        effect("recipe", "{tmp}/recipe.yaml", "completions"),
+        effect("run_dir", "{tmp}/elsewhere", "run_dir"),
+        effect("seed", 1),
+        effect("model.path", "{tmp}/other"),
+        effect("model.revision", "v1", "loaded"),
+        effect("model.dtype", "bfloat16", "weights"),
+        effect("model.attention", "repeated", "tokens", "plan"),
+        effect("model.activation_checkpointing", "full", "attention_calls"),
+        effect("model.trust_remote_code", True, "loaded"),
+        effect("data.path", "{tmp}/own.py:rows", "completions"),
+        effect("data.name", "main", "datasets", base=HUB),
+        effect("data.split", "eval", "completions"),
+        effect("data.eval_path", "{tmp}/own.py:rows", base=EVAL),
+        effect("data.eval_split", "train", base=EVAL),
+        effect("data.revision", "v1", "datasets", base=HUB),
+        effect("data.shuffle", False, "completions"),
+        effect("data.max_prompt_tokens", 5, "error", "plan"),
+        effect("data.overlong", "truncate", "completions", "log", base=LONG),
+        effect("prompt.template", "{b}+{a}=", "completions"),
+        effect("prompt.messages", [{"role": "user", "content": "{b}"}], "completions", base=CHAT),
+        effect("prompt.messages[0].role", "system", "completions", base=CHAT),
+        effect("prompt.messages[0].content", "{b}+{a}", "completions", base=CHAT),
+        effect("prompt.messages_column", "two", "completions", base=COLUMN),
+        effect("prompt.chat_template_kwargs", {"chat_template": TEMPLATE, "n": "4"}, "completions", base=CHAT),
+        effect("rollout.prompts_per_step", 6, "metrics", "plan"),
+        effect("rollout.group_size", 6, "metrics", "plan"),
+        effect("rollout.max_completion_tokens", 3, "metrics", "plan"),
+        effect("rollout.temperature", 0.5, "metrics", "weights"),
+        effect("rollout.top_p", 0.5),
+        effect("rollout.top_k", 2),
+        effect("rollout.stop", ["1", "2", "3"]),
+        effect("rollout.max_concurrent", 4, "attention_calls"),
+        effect("rewards.functions", [{"function": "exact_match"}]),
+        effect("rewards.functions[0].function", "{tmp}/own.py:picky", "error", base=MATCH),
+        effect("rewards.functions[0].weight", 2.0),
+        effect("rewards.functions[0].args", {"pattern": ".*2.*"}),
+        effect("rewards.functions[0].timeout_s", 0.5, "error", base=SLEEPY),
+        effect("rewards.on_error", "raise", "error", base=PICKY),
+        effect("loss.clip_low", 1e-3, "clip_low", "weights", base=TWO_UPDATES),
+        effect("loss.clip_high", 1e-3, "clip_high", "weights", base=TWO_UPDATES),
+        effect("loss.aggregate", "sample", "weights"),
+        effect("loss.scale_advantages", "none", "weights"),
+        effect("loss.kl_coef", 0.1, "weights", "attention_calls"),
+        effect("optim.lr", 2e-3, "weights"),
+        effect("optim.schedule", "linear", "weights"),
+        effect("optim.warmup_steps", 2, "weights"),
+        effect("optim.betas", [0.5, 0.9], "weights"),
+        effect("optim.eps", 1e-2, "weights"),
+        effect("optim.weight_decay", 0.1, "weights"),
+        effect("optim.max_grad_norm", 1e-4, "weights"),
+        effect("train.steps", 3),
+        effect("train.updates_per_step", 2, "weights", "plan"),
+        effect("train.token_budget", 22, "attention_calls", "plan"),
+        effect("eval.every", 1, base={"eval.every": 2, "eval.rows": 4}),
+        effect("eval.rows", 8, base=EVAL),
+        effect("eval.samples", 3, base=EVAL),
+        effect("eval.temperature", 0.0, base=EVAL),
+        effect("checkpoint.every", 1, "files"),
+        effect("checkpoint.keep", 1, "files", base={"checkpoint.every": 1}),
+        effect("track.console", True, "stdout"),
+        effect("track.completions", 1, "completions"),
+        effect("track.console_every", 1, "log_file", base={"train.steps": 3}),
+        effect("track.wandb", True, "wandb"),
+        effect("track.wandb_project", "sums", "wandb", base={"track.wandb": True}),
+        effect("track.tensorboard", True, "files"),
+    ]
+)  # fmt: skip
+
+NO_SECOND_VALUE = {"rollout.engine": "vllm"}
+"""Keys with one engine behind them so far: a value that is not there must be refused, not ignored."""
+
+
+def schema_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
+    """'seed', 'model.path', 'rewards.functions', 'rewards.functions[].weight', ..."""
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        if f.metadata.get("omegaconf_ignore"):
+            continue
+        hint, key = hints[f.name], f"{prefix}{f.name}"
+        if is_dataclass(hint):
+            yield from schema_keys(hint, f"{key}.")  # pyright: ignore[reportArgumentType]
+            continue
+        yield key
+        if get_origin(hint) is list and is_dataclass(get_args(hint)[0]):
+            yield from schema_keys(get_args(hint)[0], f"{key}[].")
+
+
+def test_every_key_is_in_the_table():
+    keys = set(schema_keys())
+    assert len(keys) > 60
+    assert keys == EFFECTS.keys() | NO_SECOND_VALUE.keys()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two tiny models with the addition tokenizer, and data, rewards and a recipe to change to."""
+    script = runpy.run_path(str(ROOT / "scripts" / "make_tiny_model.py"))
+    tmp = tmp_path_factory.mktemp("effects")
+    for seed, name in enumerate(("model", "other")):
+        torch.manual_seed(seed)
+        script["make_model"]().save_pretrained(tmp / name)
+        script["make_tokenizer"]().save_pretrained(tmp / name)
+    (tmp / "own.py").write_text(OWN)
+    recipe = (ROOT / "recipes" / "addition.yaml").read_text().replace("addition.py", str(ROOT / "recipes/addition.py"))
+    (tmp / "recipe.yaml").write_text(recipe.replace("{a}+{b}=", "{b}+{a}+"))
+    sums = [{"a": a, "b": b, "answer": str(a + b)} for a in range(10, 14) for b in (1, 12, 123456)]
+    (tmp / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
+    chats = [{n: [{"role": "user", "content": f"{i}+{j}"}] for j, n in enumerate(("one", "two"))} for i in range(9)]
+    (tmp / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    return tmp
+
+
+def configure(tmp: Path, *changes: Mapping[str, Any]) -> Config:
+    values = copy.deepcopy(BASE)
+    for key, value in ((k, v) for change in changes for k, v in change.items()):
+        *parents, last = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
+        at: Any = values
+        for name in parents:
+            at = at[int(name)] if name.isdecimal() else at.setdefault(name, {})
+        at[int(last) if last.isdecimal() else last] = copy.deepcopy(value)
+    return load_config(json.loads(json.dumps(values).replace("{tmp}", str(tmp))))
+
+
+class FakeWandb:
+    """In the place of a wandb run: only what it was started with matters here."""
+
+    id = "fake"
+
+    def define_metric(self, *_: Any, **__: Any) -> None: ...
+    def log(self, *_: Any) -> None: ...
+    def finish(self) -> None: ...
+
+
+@pytest.fixture
+def observe(folder, tmp_path, monkeypatch, caplog, capsys):
+    """A function: config changes -> everything that a run of it shows."""
+    import datasets
+    import wandb
+
+    seen: dict[str, Any] = {}
+    sums = [{"a": a, "b": b, "answer": str(a + b)} for a in range(10, 20) for b in (11, 12)]
+
+    def record(name: str, call: Any) -> Any:
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            given = [v for v in (*args[1:], *kwargs.values()) if isinstance(v, str | bool | None)]
+            seen.setdefault(name, []).append(given)
+            return call(*args, **kwargs)
+
+        return recorded
+
+    for loader in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+        monkeypatch.setattr(loader, "from_pretrained", record("loaded", loader.from_pretrained))
+    monkeypatch.setattr(datasets, "load_dataset", record("datasets", lambda path, name, **_: sums))
+    monkeypatch.setattr(wandb, "init", record("wandb", lambda **_: FakeWandb()))
+
+    def count_attention(module: torch.nn.Module, _: Any) -> None:
+        seen["attention_calls"] = seen.get("attention_calls", 0) + type(module).__name__.endswith("Attention")
+
+    def run(number: int, *changes: Mapping[str, Any]) -> dict[str, Any]:
+        seen.clear()
+        capsys.readouterr()
+        caplog.clear()
+        torch.set_num_threads(1)
+        try:
+            config = configure(folder, *changes)
+            chosen = Path(config.run_dir)
+            config.run_dir = str(tmp_path / f"{number}_{chosen.name}")  # both runs of a test may want one folder
+            plan(config)
+            seen["plan"] = capsys.readouterr().out.partition("\nmodel  ")[2]
+            hook = torch.nn.modules.module.register_module_forward_pre_hook(count_attention)
+            try:
+                with caplog.at_level(logging.WARNING, logger="pgrpo"):
+                    written = pgrpo.train(config)
+            finally:
+                hook.remove()
+        except (ConfigError, RewardError) as error:
+            return {**seen, "error": str(error)}
+        rows = [json.loads(line) for line in (written / "metrics.jsonl").read_text().splitlines()]
+        saved, _ = checkpoint.load(checkpoint.latest(written / "checkpoints") or written)
+        return seen | {
+            "error": None,
+            "run_dir": written.name.partition("_")[2],
+            "metrics": [{k: v for k, v in r.items() if not k.startswith(("time/", "perf/"))} for r in rows],
+            "tokens": [row.get("tokens/packed") for row in rows],
+            "clip_low": [row.get("clip_ratio/low_mean") for row in rows],
+            "clip_high": [row.get("clip_ratio/high_mean") for row in rows],
+            "completions": (written / "completions.jsonl").read_text(),
+            "weights": {name: tensor.tolist() for name, tensor in saved["model"].items()},
+            "files": {re.sub(r"\d{6,}.*", "", str(f.relative_to(written))) for f in written.rglob("*")},
+            "log": [record.getMessage() for record in caplog.records],
+            "log_file": len((written / "log.txt").read_text().splitlines()),
+            "stdout": capsys.readouterr().out,
+        }
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, dict[str, Any]]:
+    """What is seen without the changes, of each base."""
+    return {}
+
+
+@pytest.mark.parametrize("key", EFFECTS)
+def test_key_has_an_effect(key, observe, known):
+    wanted = EFFECTS[key]
+    base = json.dumps(wanted.base)
+    if base not in known:
+        known[base] = observe(1, wanted.base)
+    before = known[base]
+    after = observe(2, wanted.base, wanted.changes)
+    if wanted.seen != ("error",):
+        assert before.get("error") is None
+    for name in wanted.seen:
+        assert before.get(name) != after.get(name), f"{key}: {name} does not change"
+    if "loaded" in wanted.seen:  # config, tokenizer and weights alike
+        assert all(old != new for old, new in zip(before["loaded"], after["loaded"], strict=True))
+
+
+@pytest.mark.parametrize("key", NO_SECOND_VALUE)
+def test_what_is_not_there_is_refused(key, folder):
+    with pytest.raises(ConfigError, match=key):
+        configure(folder, {key: NO_SECOND_VALUE[key]})
+
+
+def test_a_key_without_an_effect_would_be_noticed(observe):
+    """Two runs of one config show the same, so a difference is the key's."""
+    before, after = observe(1, {}), observe(2, {})
+    for name in (
+        "metrics",
+        "completions",
+        "weights",
+        "files",
+        "attention_calls",
+        "plan",
+        "log",
+        "loaded",
+        "error",
+        "log_file",
+    ):
+        assert before.get(name) == after.get(name), name
