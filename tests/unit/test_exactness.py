@@ -1,5 +1,7 @@
 """Grouped log-probs and gradients against the untouched transformers model, one unpadded sample a call."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -16,8 +18,17 @@ SMALL = {
     "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "initializer_range": 0.3,
 }  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
+    "short_factor": [1.0] * 48, "long_factor": [2.0] * 48,
+}  # fmt: skip
 OWN = {
-    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "residual_multiplier": 0.7, "attention_multiplier": 0.4},
+    "granite": {
+        "logits_scaling": 3.0,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.7,
+        "attention_multiplier": 0.4,
+    },
     "qwen3": {"head_dim": 16},
     "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
 }
@@ -58,9 +69,16 @@ def wanted(untouched, temperature=1.0):
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_float64_equals_the_untouched_model(model_type, tied, share_prompts, tmp_path):
     policy, untouched = pair(make_model(model_type, tmp_path, tie_word_embeddings=tied), torch.float64)
-    got = difference(policy, build_batch(groups(), share_prompts=share_prompts), *wanted(untouched))
+    logprobs, wanted_gradients = wanted(untouched)
+    batch = build_batch(groups(), share_prompts=share_prompts)
+    got = difference(policy, batch, logprobs, wanted_gradients)
     assert got.logprob <= 1e-6
     assert got.gradient <= 1e-5
+    for (name, _), grad, want in zip(
+        policy.named_parameters(), gradients(policy(batch).logprobs, policy), wanted_gradients, strict=True
+    ):
+        # Of each parameter by itself: a small one could hide in the norm of all. Keys' biases have a gradient of 0.
+        assert (grad - want).norm() <= 1e-5 * want.norm() + 1e-12, name
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
@@ -106,6 +124,8 @@ def test_entropy_is_that_of_the_untouched_models_distribution(tmp_path):
     ("model_type", "changes", "named"),
     [
         ("gpt2", {}, "gpt2"),
+        ("gemma2", {}, "gemma2"),
+        ("phi3", {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE}, "longrope"),
         ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
         ("mistral", {"sliding_window": 32}, "sliding window of 32"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
@@ -115,6 +135,17 @@ def test_what_would_be_wrong_is_refused_by_name(model_type, changes, named):
     config = transformers.AutoConfig.for_model(model_type, **changes)
     with pytest.raises(ConfigError, match=named):
         check_supported(config, max_sample=64)
+
+
+def test_a_head_with_a_bias_is_refused(tmp_path, monkeypatch):
+    path = make_model("llama", tmp_path)
+    monkeypatch.setattr(
+        AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *_, **__: SimpleNamespace(lm_head=torch.nn.Linear(2, 2, bias=True)),
+    )
+    with pytest.raises(ConfigError, match="head with a bias"):
+        load_model(ModelConfig(path=path), max_sample=64)
 
 
 def test_a_window_as_long_as_the_longest_sample_is_fine():
