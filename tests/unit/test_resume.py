@@ -70,9 +70,7 @@ def test_resumed_in_the_middle_equals_uninterrupted(tiny_model, tmp_path, change
     whole = train(tiny_model, tmp_path / "whole", **changes)
     parts = tmp_path / "parts"
     train(tiny_model, parts, **changes)
-    for later in (parts / "checkpoints" / "step_6", parts / "checkpoints" / "step_6.tmp"):
-        if later.exists():
-            later.rename(tmp_path / later.name)  # as if the run had stopped after step 3
+    (parts / "checkpoints" / "step_6").rename(tmp_path / "step_6")  # as if the run had stopped after step 3
     torch.manual_seed(1234)  # whatever the state of the process is
     train(tiny_model, parts, resume="auto", **changes)
     assert_equal_checkpoints(whole / "checkpoints" / "step_6", parts / "checkpoints" / "step_6")
@@ -94,6 +92,41 @@ def test_a_run_folder_in_use_is_refused_and_resume_auto_starts_an_empty_one(tiny
     train(tiny_model, tmp_path / "run", steps=1, resume="auto")
     with pytest.raises(pgrpo.ConfigError, match="--resume auto"):
         train(tiny_model, tmp_path / "run", steps=1)
+
+
+def test_a_folder_with_a_run_in_it_exits_with_2(tiny_model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    command = [sys.executable, "-m", "pgrpo", "train", "--config", "quickstart", *overrides(tiny_model, tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        f"pgrpo: run_dir={tmp_path}: not empty; go on with that run (--resume auto)"
+    )
+    assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_resumed_at_the_end_of_an_epoch_in_another_process(tiny_model, tmp_path):
+    """Four prompts an epoch, one epoch a step; the second half runs in a process that has never seen the first."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"a": a, "b": 11, "answer": str(a + 11)}) + "\n" for a in (10, 25, 31, 88)))
+    changes = {"data.path": rows, "rewards.functions[0].function": "format_regex"}
+    changes |= {"rewards.functions[0].args": "{pattern: '.*1.*'}", "checkpoint.every": 1}
+
+    def run(run_dir, steps, *more):
+        command = [sys.executable, "-m", "pgrpo", "train", "--config", "quickstart", *more]
+        command += overrides(tiny_model, run_dir, steps=steps, **{"optim.schedule": "constant"} | changes)
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+    run(tmp_path / "whole", 4)
+    run(tmp_path / "parts", 2)
+    run(tmp_path / "parts", 4, "--resume", "auto")
+    assert_equal_checkpoints(*(tmp_path / name / "checkpoints" / "step_4" for name in ("whole", "parts")))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert [row["epoch"] for row in metrics(tmp_path / "parts")] == [1, 2, 3, 4]
+    assert any(row["grad_norm"] > 0 for row in metrics(tmp_path / "parts")[2:])
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
