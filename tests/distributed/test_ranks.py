@@ -54,8 +54,8 @@ def compute(model, tmp_path_factory):
 
 
 def gradient_error(got, want):
-    error = sum((got["gradients"][n] - g).double().square().sum() for n, g in want["gradients"].items())
-    return (error / sum(g.double().square().sum() for g in want["gradients"].values())).sqrt().item()
+    error = sum((got["gradients"][n] - g).double().square().sum().item() for n, g in want["gradients"].items())
+    return (error / sum(g.double().square().sum().item() for g in want["gradients"].values())) ** 0.5
 
 
 def assert_same(got, want):
@@ -88,6 +88,15 @@ def test_order_and_repeated_prompts(compute):
 
 def test_two_ranks_with_small_micro_batches(compute):
     assert_same(compute(2, token_budget=40), compute(aggregate="token"))
+
+
+def test_two_updates_a_step(compute):
+    """The second update's old log-probs were recorded before the first: its ratios are not 1."""
+    changes = {"updates_per_step": 2, "lr": 1e-2, "kl_coef": 0.1}
+    got, want = (compute(ranks, **changes)["metrics"] for ranks in (2, 1))
+    assert want["clip_ratio/low_mean"] + want["clip_ratio/high_mean"] > 0
+    for name in ("loss", "grad_norm", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean"):
+        assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-6), name
 
 
 def test_bfloat16_on_one_rank_keeps_float32_masters(compute):

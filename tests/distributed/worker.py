@@ -50,7 +50,10 @@ def main():
             with torch.no_grad():
                 for p in reference.parameters():
                     p.mul_(1.02)
+        config.train.updates_per_step = changes.get("updates_per_step", 1)
+        config.optim.lr = changes.get("lr", 1e-6)
         groups = long_tailed_groups()
+        groups = groups[: len(groups) - len(groups) % config.train.updates_per_step]
         if changes.get("reverse"):
             groups = groups[::-1]
         optimizer = build_optimizer(policy, config.optim)
@@ -58,9 +61,10 @@ def main():
             config, world, policy, reference, optimizer, lambda g: sum(len(c.token_ids) for c in g.completions)
         )
         batches = updater.micro_batches(groups)
-        sums = sum(updater.backward(batch, count(groups))[0] for batch in batches)
-        sums = world.sum(sums)
-        result = {name: full_tensor(p.grad).clone() for name, p in policy.model.named_parameters()}
+        sums = world.sum(torch.stack([updater.backward(batch, count(groups))[0] for batch in batches]).sum(0))
+        result = {
+            name: full_tensor(p.grad).clone() for name, p in policy.model.named_parameters() if p.grad is not None
+        }
         optimizer.zero_grad()
         before = {name: full_tensor(p).clone() for name, p in policy.model.named_parameters()}
         metrics = updater.step(groups)
