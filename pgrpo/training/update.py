@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ class Updater:
         """All of a step's updates, each on an equal share of the groups (which every rank holds, with advantages).
 
         Returns:
-            Metrics, averaged over the updates.
+            Metrics, averaged over the updates, and ``time/old_logprobs``, the seconds of forwards without a gradient.
 
         Raises:
             NonFiniteError: before the optimizer step that would have spread it.
@@ -53,11 +54,14 @@ class Updater:
         size = len(groups) // self.config.train.updates_per_step
         shares = [groups[i : i + size] for i in range(0, len(groups), size)]
         batches = [self.micro_batches(share) for share in shares]
+        started = time.perf_counter()
         for later in batches[1:]:  # the first update's old log-probs are the current ones
             self._record_old_logprobs(later)
+        self.world.synchronize()
+        old_logprobs = {"time/old_logprobs": time.perf_counter() - started}
         metrics = [self._update(*pair) for pair in zip(batches, map(count, shares), strict=True)]
         means = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
-        return means | self._token_counts([b for share in batches for b in share])
+        return means | old_logprobs | self._token_counts([b for share in batches for b in share])
 
     def micro_batches(self, groups: Sequence[Group]) -> list[GroupedBatch]:
         """This rank's micro-batches. A group without a gradient is left out; it stays in every count."""
