@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pgrpo.attention.layout import PackedLayout
+from pgrpo.attention.plan import AttentionChoice
 from pgrpo.types import Group
 
 
@@ -65,16 +66,22 @@ class GroupedBatch:
 
 
 def build_batch(
-    groups: Sequence[Group], *, share_prompts: bool = True, device: torch.device | str = "cpu"
+    groups: Sequence[Group],
+    *,
+    share_prompts: bool = True,
+    device: torch.device | str = "cpu",
+    attention: AttentionChoice | None = None,
 ) -> GroupedBatch:
-    """Pack groups. ``share_prompts=False`` packs every sample as a sequence of its own: the same numbers, more tokens."""
+    """Pack groups. ``share_prompts=False`` packs every sample as a sequence of its own: the same numbers, more tokens.
+    ``attention`` is the policy's way of computing it (PyTorch's own kernel and two calls unless given)."""
     if share_prompts:
         prefixes = [g.prompt.token_ids for g in groups]
         suffixes = [[c.token_ids for c in g.completions] for g in groups]
     else:  # no prefix block; a suffix is a whole sample, the first `head` rows of which are its prompt
         prefixes = [[] for _ in groups]
         suffixes = [[g.prompt.token_ids + c.token_ids for c in g.completions] for g in groups]
-    layout = PackedLayout.from_lengths([len(p) for p in prefixes], [[len(s) for s in ss] for ss in suffixes], device)
+    lengths = [len(p) for p in prefixes], [[len(s) for s in ss] for ss in suffixes]
+    layout = PackedLayout.from_lengths(*lengths, device, attention)
     flat_suffixes = [s for ss in suffixes for s in ss]
     input_ids = [t for segment in [*prefixes, *flat_suffixes] for t in segment]
     position_ids = [i for p in prefixes for i in range(len(p))]
@@ -166,9 +173,41 @@ def select(group: Group, samples: Sequence[int]) -> Group:
 
 
 def fill_micro_batches(
-    groups: Sequence[Group], token_budget: int, size: Callable[[Group], int] = packed_tokens
+    groups: Sequence[Group],
+    token_budget: int,
+    size: Callable[[Group], int] = packed_tokens,
+    cost: Callable[[Group], float] | None = None,
 ) -> list[list[Group]]:
-    """Bins of at most ``token_budget`` tokens: first-fit decreasing, deterministic. Every group must fit on its own."""
+    """As few bins as first-fit decreasing finds, of at most ``token_budget`` tokens and about equal cost (``size`` unless given).
+
+    Sharded ranks wait for each other in every micro-batch, so equal costs count. Deterministic. Every group must fit on its own.
+    """
+    bins = _first_fit(groups, token_budget, size)
+    return _even_out(groups, token_budget, size, cost or size, len(bins)) or bins
+
+
+def _even_out(
+    groups: Sequence[Group],
+    token_budget: int,
+    size: Callable[[Group], int],
+    cost: Callable[[Group], float],
+    count: int,
+) -> list[list[Group]] | None:
+    """The costliest group goes to the cheapest bin that has room for it; None if one finds no room that way."""
+    bins: list[list[Group]] = [[] for _ in range(count)]
+    room, load = [token_budget] * count, [0.0] * count
+    for group in sorted(groups, key=cost, reverse=True):
+        tokens = size(group)
+        slot = min((i for i in range(count) if tokens <= room[i]), key=load.__getitem__, default=None)
+        if slot is None:
+            return None
+        bins[slot].append(group)
+        room[slot] -= tokens
+        load[slot] += cost(group)
+    return bins
+
+
+def _first_fit(groups: Sequence[Group], token_budget: int, size: Callable[[Group], int]) -> list[list[Group]]:
     bins: list[list[Group]] = []
     room: list[int] = []
     for group in sorted(groups, key=size, reverse=True):

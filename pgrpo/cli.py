@@ -85,20 +85,48 @@ def evaluate(
 def bench(
     config: ConfigOption,
     overrides: Overrides = None,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 512,
-    completion: Annotated[int, typer.Option(min=1, help="Tokens of a completion.")] = 32,
-    group_size: Annotated[int, typer.Option(min=1, help="Completions of a prompt.")] = 8,
-    groups: Annotated[int, typer.Option(min=1, help="Prompts.")] = 1,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="P,R,G[,N]", help="Prompt and completion tokens, group size, groups. May be repeated."),
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Comma-separated; without: all that can run here.")] = "",
+    checkpointing: Annotated[
+        str, typer.Option(help="What layers compute again in the backward: of none, attention, full; comma-separated.")
+    ] = "none",
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Make weights up from the model's config.json alone.")
+    ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 5,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the rows there as well.")
     ] = None,
+    profile_file: Annotated[
+        Path | None, typer.Option("--profile", metavar="FILE", help="Write the time of each kernel of an update there.")
+    ] = None,
 ) -> None:
     """Time grouped against repeated prompts on this machine."""
-    from pgrpo.commands.bench import Shape, bench
+    shapes = [_shape(text) for text in shape or ["512,32,8"]]
+    from pgrpo.commands.bench import METHODS, Shape, bench
 
-    shape = Shape(prompt, completion, group_size, groups)
-    bench(_load(config, overrides), shape, repeats=repeats, json_file=json_file)
+    bench(
+        _load(config, overrides),
+        [Shape(*numbers) for numbers in shapes],
+        methods=methods.split(",") if methods else METHODS,
+        checkpointing=checkpointing.split(","),
+        random_weights=random_weights,
+        repeats=repeats,
+        json_file=json_file,
+        profile_file=profile_file,
+    )
+
+
+def _shape(text: str) -> list[int]:
+    numbers = text.split(",")
+    if len(numbers) not in (3, 4) or not all(n.isdecimal() and int(n) > 0 for n in numbers):
+        raise ConfigError(
+            f"--shape {text}: give prompt tokens, completion tokens, group size and groups, as 512,32,8,1"
+        )
+    return [int(n) for n in numbers]
 
 
 @app.command()
@@ -131,6 +159,14 @@ def init(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a con
     from pgrpo.commands.init import init
 
     init(name)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, GPUs, and which attention kernels can run here, or why not."""
+    from pgrpo.commands.doctor import doctor
+
+    doctor()
 
 
 def main() -> None:

@@ -163,11 +163,12 @@ def share_out(
         rank = loads.index(min(loads))
         owned[rank].append(pieces[i])
         loads[rank] += costs[i]
-    plan = [fill_micro_batches(own, token_budget, lambda g: packed_tokens(g, share_prompts)) for own in owned]
+    plan = [fill_micro_batches(own, token_budget, lambda g: packed_tokens(g, share_prompts), cost) for own in owned]
     rounds = max(len(batches) for batches in plan)
     if rounds:
         filler = weightless(min(pieces, key=packed_tokens))
         for batches in plan:
+            batches.sort(key=lambda batch: sum(map(cost, batch)), reverse=True)  # ranks run alike ones side by side
             batches.extend([filler] for _ in range(rounds - len(batches)))
     return plan
 

@@ -70,8 +70,9 @@ def sees_its_neighbour(batch: GroupedBatch) -> GroupedBatch:
     cu_seqlens, layout = batch.layout.cu_seqlens, batch.layout
     boundary = len(layout.cu_seqlens_prefix)  # between the first two suffixes
     merged = torch.cat([cu_seqlens[:boundary], cu_seqlens[boundary + 1 :]])
-    longest = int(merged.diff().max())
-    return replace(batch, layout=replace(layout, cu_seqlens=merged, max_seqlen=longest))
+    numbers = layout.numbers.clone()
+    numbers[1] = merged.diff().max()
+    return replace(batch, layout=replace(layout, cu_seqlens=merged, numbers=numbers))
 
 
 def positions_go_on(batch: GroupedBatch) -> GroupedBatch:

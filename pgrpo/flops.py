@@ -15,6 +15,9 @@ UPDATE_OVER_FORWARD = 3
 """A backward is two products for each one of the forward. Attention too is counted so: that a flash backward computes
 the scores again, which others count as 2.5 times the forward, is recomputation."""
 
+OFFLOAD_SCRATCH = 3 * 2 * 4 * 2**26
+"""Bytes: three pieces of two float32 moments (``optim.PIECE``) are on the GPU at once."""
+
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
     "L40S": 362, "L4": 121, "A10G": 70, "A10": 125, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
@@ -137,7 +140,8 @@ class MemoryPlan:
         gathered: copies of weights in the compute dtype, and their gradients, while in use.
         activations: what the backward needs of a full micro-batch.
         logprobs: chunks of logits, and the head's float32 gradient.
-        adam_scratch: temporaries of the optimizer step, as large as the weights.
+        adam_scratch: temporaries of the optimizer step: none of the fused one (GPU), as large as the weights on a CPU; with
+            moments in host memory, the pieces of them that are on their way.
         kv_cache: of the embedded sampler, with all completions at full length.
     """
 
@@ -173,47 +177,67 @@ def memory_plan(
     dims: ModelDims,
     *,
     token_budget: int,
-    checkpointing: Literal["none", "full"],
+    checkpointing: Literal["none", "attention", "full"],
     dtype_bytes: int,
+    checkpointed_layers: int | None = None,
     ranks: int = 1,
     reference: bool = False,
+    offload: bool = False,
     concurrent: int = 0,
     group_size: int = 1,
     prompt_tokens: int = 0,
     completion_tokens: int = 0,
-    logits_per_chunk: int = 2**25,
+    logit_chunk_bytes: int = 2**30,
 ) -> MemoryPlan:
     """Estimate the memory of a run.
 
     Args:
         token_budget: packed tokens in one micro-batch.
+        checkpointing: what the layers keep: everything, attention and their inputs, their inputs.
+        checkpointed_layers: how many layers ``checkpointing`` holds for, the others keep everything; None: all.
         dtype_bytes: of the compute dtype: 2 (bfloat16) or 4 (float32).
         ranks: devices that weights, gradients and moments are split over.
         reference: whether a frozen initial model is held as well (a KL term).
+        offload: whether the moments live in host memory.
         concurrent, group_size, prompt_tokens, completion_tokens: of the embedded sampler; 0 for another one.
-        logits_per_chunk: logits that the log-prob head holds at once.
+        logit_chunk_bytes: logits (and temporaries of their size) that the log-prob head holds at once.
     """
     weights = 4 * parameter_count(dims) / ranks
     embedding = dims.vocab * dims.hidden
     # The root's embedding and head stay gathered; of the layers, one is in use while the next arrives.
     gathered = 0 if ranks == 1 and dtype_bytes == 4 else (embedding * (1 if dims.tied else 2) + 2 * dims.layer_matrix)
     layer = _layer_activations(dims, dtype_bytes)
-    kept = layer * dims.layers if checkpointing == "none" else layer + dims.hidden * dtype_bytes * dims.layers
+    kept = {"none": layer, "full": dims.hidden * dtype_bytes}
+    # Attention outputs with their float32 log-sum-exps, beside the layer's input.
+    kept["attention"] = kept["full"] + dims.heads * (dims.head_dim * dtype_bytes + 4)
+    cut = dims.layers if checkpointed_layers is None else checkpointed_layers
+    again = layer if cut and checkpointing != "none" else 0  # one layer at a time is whole again in the backward
     kv_row = 2 * dims.layers * dims.kv_heads * dims.head_dim * dtype_bytes
     kv_rows = concurrent * completion_tokens + -(-concurrent // group_size) * prompt_tokens
-    chunk = logits_per_chunk * (12 + dtype_bytes)  # logits, and temporaries of the entropy or the gradient
     parts = MemoryPlan(
         weights=weights,
         gradients=weights,
-        moments=2 * weights,
+        moments=0 if offload else 2 * weights,
         reference=weights if reference else 0,
         gathered=2 * gathered * dtype_bytes,
-        activations=kept * token_budget,
-        logprobs=chunk + embedding * (4 + dtype_bytes),
-        adam_scratch=weights,
+        activations=(kept[checkpointing] * cut + layer * (dims.layers - cut) + again) * token_budget,
+        logprobs=logit_chunk_bytes + embedding * (4 + dtype_bytes),
+        adam_scratch=OFFLOAD_SCRATCH if offload else weights if dtype_bytes == 4 else 0,
         kv_cache=kv_row * kv_rows,
     )
     return MemoryPlan(*(getattr(parts, name) / GIB for name in MemoryPlan.__slots__))
+
+
+def layers_to_checkpoint(
+    dims: ModelDims, capacity_gib: float, **sizes: Any
+) -> tuple[Literal["none", "attention", "full"], int]:
+    """What ``activation_checkpointing: auto`` does: ``attention`` in as few layers as make ``memory_plan(dims, **sizes)`` fit,
+    else ``full`` in all."""
+    for count in range(dims.layers + 1):
+        plan = memory_plan(dims, checkpointing="attention", checkpointed_layers=count, **sizes)
+        if plan.peak <= capacity_gib:
+            return ("attention", count) if count else ("none", 0)
+    return "full", dims.layers
 
 
 def _layer_activations(dims: ModelDims, dtype_bytes: int) -> int:

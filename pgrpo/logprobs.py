@@ -1,6 +1,6 @@
 """Log-probs and entropy of chosen tokens straight from hidden states, a chunk of rows at a time: full logits never exist.
 
-L completion tokens, E hidden size, V vocabulary.
+L completion tokens, C of them in a chunk, E hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,8 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LOGITS_PER_CHUNK = 2**25
-"""Logits held at once (128 MiB in float32)."""
+LOGITS_PER_CHUNK = {"cpu": 2**25, "cuda": 2**29}
+"""Logits held at once: 128 MiB of float32 on a CPU, 1 GiB of bfloat16 on a GPU, where the head's product wants many rows and its
+gradient is read and written once a chunk."""
+
+
+def chunk_bytes(device_type: str) -> int:
+    """Most memory that one chunk takes, with its temporaries."""
+    return LOGITS_PER_CHUNK[device_type] * {"cpu": 16, "cuda": 2}[device_type]
 
 
 class TokenLogprobs(NamedTuple):
@@ -26,14 +32,15 @@ def token_logprobs(
 ) -> TokenLogprobs:
     """Log-softmax of ``scale * hidden @ weight.T`` at the target ids.
 
-    The backward computes each chunk of logits again instead of keeping it. Softmax runs in float32 at least.
+    The backward computes each chunk of logits again instead of keeping it, and no product that is not asked for (a frozen head
+    has no gradient). Logits are products in the inputs' precision; softmax and sums run in float32 at least.
 
     Args:
         hidden_LE: [L, E] hidden states, one row for each token to score.
         weight_VE: [V, E] the language-model head.
         target_ids_L: [L] int64.
         scale: factor of the logits: the model's own logit scaling over the sampling temperature.
-        entropy: also return the entropy of each row's distribution; it carries no gradient.
+        entropy: also return the entropy of each row's distribution; it carries no gradient, and costs nothing when not wanted.
     """
     logprobs_L, entropy_L = _ChunkedLogprobs.apply(hidden_LE, weight_VE, target_ids_L, scale, entropy)
     return TokenLogprobs(logprobs_L, entropy_L if entropy else None)
@@ -47,13 +54,12 @@ class _ChunkedLogprobs(torch.autograd.Function):
         lse_L = torch.empty_like(logprobs_L)
         entropy_L = torch.empty_like(logprobs_L) if want_entropy else None
         for rows in _chunks(hidden_LE, weight_VE):
-            logits_CV = _scaled_logits(hidden_LE[rows], weight_VE, scale, dtype)
-            lse_L[rows] = lse_C = logits_CV.logsumexp(-1)
-            target_C = target_ids_L[rows].unsqueeze(-1)
-            logprobs_L[rows] = logits_CV.gather(-1, target_C).squeeze(-1) - lse_C
-            if entropy_L is not None:  # -sum p log p, with log p = logits - lse
-                logits_CV -= lse_C.unsqueeze(-1)
-                entropy_L[rows] = -(logits_CV.exp() * logits_CV).sum(-1)
+            logits_CV = hidden_LE[rows] @ weight_VE.T
+            logprobs_L[rows], lse_L[rows], entropy_C = row_statistics(
+                logits_CV, target_ids_L[rows], scale, want_entropy
+            )
+            if entropy_L is not None:
+                entropy_L[rows] = entropy_C
             del logits_CV  # before the next chunk's are made
         ctx.save_for_backward(hidden_LE, weight_VE, target_ids_L, lse_L)
         ctx.scale = scale
@@ -69,26 +75,68 @@ class _ChunkedLogprobs(torch.autograd.Function):
         # Many small contributions: summed in float32 whatever the weight's own precision is.
         dweight_VE = torch.zeros_like(weight_VE, dtype=lse_L.dtype) if needs_weight else None
         for rows in _chunks(hidden_LE, weight_VE):
-            logits_CV = _scaled_logits(hidden_LE[rows], weight_VE, ctx.scale, lse_L.dtype)
-            # d logprob / d logits = onehot - p
-            dlogits_CV = logits_CV.sub_(lse_L[rows].unsqueeze(-1)).exp_().neg_()
-            target_C = target_ids_L[rows].unsqueeze(-1)
-            dlogits_CV.scatter_add_(-1, target_C, torch.ones_like(target_C, dtype=dlogits_CV.dtype))
-            dlogits_CV *= (dlogprobs_L[rows] * ctx.scale).unsqueeze(-1)
-            dlogits_CV = dlogits_CV.to(hidden_LE.dtype)
+            logits_CV = hidden_LE[rows] @ weight_VE.T
+            dlogits_CV = to_logit_gradient_(logits_CV, target_ids_L[rows], lse_L[rows], dlogprobs_L[rows], ctx.scale)
             if dhidden_LE is not None:
-                dhidden_LE[rows] = dlogits_CV @ weight_VE
+                torch.mm(dlogits_CV, weight_VE, out=dhidden_LE[rows])
             if dweight_VE is not None:
-                dweight_VE += dlogits_CV.T @ hidden_LE[rows]
+                _add_product(dweight_VE, dlogits_CV.T, hidden_LE[rows])
             del logits_CV, dlogits_CV
         return dhidden_LE, None if dweight_VE is None else dweight_VE.to(weight_VE.dtype), None, None, None
 
 
-def _scaled_logits(hidden_CE: Tensor, weight_VE: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    logits_CV = (hidden_CE @ weight_VE.T).to(dtype)
+def row_statistics(
+    logits_CV: Tensor, target_ids_C: Tensor, scale: float, want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob of the target, log-sum-exp and entropy (anything unless wanted) of each row of ``scale * logits``: [C] each.
+
+    ``logits_CV`` is used up."""
+    if logits_CV.device.type == "cuda":
+        from pgrpo import logprobs_triton
+
+        return logprobs_triton.row_statistics(logits_CV, target_ids_C, scale, want_entropy)
+    logits_CV = _scaled(logits_CV, scale)
+    lse_C = logits_CV.logsumexp(-1)
+    logprobs_C = logits_CV.gather(-1, target_ids_C.unsqueeze(-1)).squeeze(-1) - lse_C
+    entropy_C = lse_C
+    if want_entropy:  # -sum p log p, with log p = logits - lse
+        logits_CV -= lse_C.unsqueeze(-1)
+        entropy_C = -(logits_CV.exp() * logits_CV).sum(-1)
+    return logprobs_C, lse_C, entropy_C
+
+
+def to_logit_gradient_(
+    logits_CV: Tensor, target_ids_C: Tensor, lse_C: Tensor, dlogprobs_C: Tensor, scale: float
+) -> Tensor:
+    """``d logprob / d logits = scale * (onehot - p)``, times ``dlogprobs``, in the logits' dtype. ``logits_CV`` is used up."""
+    if logits_CV.device.type == "cuda":
+        from pgrpo import logprobs_triton
+
+        return logprobs_triton.to_logit_gradient_(logits_CV, target_ids_C, lse_C, dlogprobs_C.contiguous(), scale)
+    dlogits_CV = _scaled(logits_CV, scale).sub_(lse_C.unsqueeze(-1)).exp_().neg_()
+    target_C1 = target_ids_C.unsqueeze(-1)
+    dlogits_CV.scatter_add_(-1, target_C1, torch.ones_like(target_C1, dtype=dlogits_CV.dtype))
+    dlogits_CV *= (dlogprobs_C * scale).unsqueeze(-1)
+    return dlogits_CV.to(logits_CV.dtype)
+
+
+def _scaled(logits_CV: Tensor, scale: float) -> Tensor:
+    logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
     return logits_CV if scale == 1.0 else logits_CV.mul_(scale)
 
 
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b`` in ``total``'s precision."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
 def _chunks(hidden_LE: Tensor, weight_VE: Tensor) -> list[slice]:
-    rows = max(1, LOGITS_PER_CHUNK // len(weight_VE))
-    return [slice(start, start + rows) for start in range(0, len(hidden_LE), rows)]
+    """Equal parts of the rows, so that no product is left with a few."""
+    tokens, limit = len(hidden_LE), max(1, LOGITS_PER_CHUNK[hidden_LE.device.type] // len(weight_VE))
+    rows = -(-tokens // max(1, -(-tokens // limit)))
+    return [slice(start, start + rows) for start in range(0, tokens, max(1, rows))]

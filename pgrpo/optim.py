@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from pgrpo.config import OptimConfig
 from pgrpo.distributed import copy_full, full_tensor
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+from pgrpo.offload import MOMENTS, OffloadedAdamW, as_sharded, local
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -22,7 +22,11 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, foreach=True)
+    settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.offload == "cpu":
+        return OffloadedAdamW(groups, **settings)
+    on_gpu = parameters[0].device.type == "cuda"
+    return torch.optim.AdamW(groups, **settings, fused=on_gpu, foreach=not on_gpu)
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
@@ -54,7 +58,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> di
     for name, parameter in module.named_parameters():
         state = optimizer.state.get(parameter)
         if state:
-            tensors |= {f"{name}.{moment}": full_tensor(state[moment]) for moment in MOMENTS}
+            tensors |= {
+                f"{name}.{moment}": full_tensor(as_sharded(state[moment], parameter)) for moment in (*MOMENTS, "step")
+            }
     return tensors
 
 
@@ -64,7 +70,14 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module, 
         if f"{name}.step" not in tensors:
             continue
         state = optimizer.state[parameter]
-        state["step"] = tensors[f"{name}.step"].clone()
-        for moment in MOMENTS[:2]:
-            state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            copy_full(state[moment], tensors[f"{name}.{moment}"])
+        if isinstance(optimizer, OffloadedAdamW):
+            optimizer.init_state(parameter)
+        on_gpu = parameter.device.type == "cuda"
+        state["step"] = tensors[f"{name}.step"].to(parameter.device if on_gpu else "cpu", copy=True)
+        for moment in MOMENTS:
+            whole = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            copy_full(whole, tensors[f"{name}.{moment}"])
+            if isinstance(optimizer, OffloadedAdamW):
+                state[moment].copy_(local(whole).view(-1))
+            else:
+                state[moment] = whole

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pgrpo.attention.interface import ATTENTION_NAME, AttentionPlan, attention_forward
+from pgrpo.attention.plan import AttentionChoice
 from pgrpo.batch import GroupedBatch
 from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.logprobs import TokenLogprobs, token_logprobs
@@ -26,12 +27,16 @@ class Policy(nn.Module):
     Args:
         model: loaded with ``attn_implementation="pgrpo"`` (``load_model``).
         temperature: log-probs are those of the distribution that is sampled from: logits are divided by it.
+        attention: how to compute it; batches are built for it (``build_batch(..., attention=policy.attention)``).
     """
 
-    def __init__(self, model: PreTrainedModel, temperature: float = 1.0) -> None:
+    def __init__(
+        self, model: PreTrainedModel, temperature: float = 1.0, attention: AttentionChoice | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
+        self.attention = attention or AttentionChoice()
         self.logit_scale = logit_scale(model.config)
 
     @property
@@ -85,9 +90,7 @@ def load_model(config: ModelConfig, max_sample: int) -> PreTrainedModel:
     )
     if model.lm_head.bias is not None:
         raise ConfigError(f"model.path={config.path}: a language-model head with a bias is not supported")
-    if config.activation_checkpointing == "full":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()  # no dropout (checked above); checkpointing asks for training mode
+    return model.train()  # no dropout (checked above)
 
 
 def load_hf_config(config: ModelConfig) -> PretrainedConfig:

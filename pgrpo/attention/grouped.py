@@ -12,6 +12,8 @@ The backward is exact with the same two calls. A flash backward computes ``P = e
 ``delta = rowsum(dout * out)`` (FlashAttention-2, arXiv 2307.08691, algorithm 2); given the merged ``lse*`` and ``out*``, each
 call's P is its own part of the joint softmax, so that each returns its own share of dq, dk and dv.
 
+Where prompts are short (``plan.py``), one call on copied keys is faster than two and a merge.
+
 T packed rows, Np of them prefix rows; H query heads, K key/value heads, D head dim.
 """
 
@@ -20,8 +22,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pgrpo.attention.kernels import Segments, varlen_backward, varlen_forward
+from pgrpo.attention.kernels import varlen_backward, varlen_forward
 from pgrpo.attention.layout import PackedLayout
+from pgrpo.attention.merge import merge_, sum_copies
+from pgrpo.attention.segments import Segments
 
 
 def grouped_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, scale: float) -> Tensor:
@@ -37,10 +41,12 @@ def grouped_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: Packe
     Returns:
         [T, H, D], equal to ``reference_attention(...)[0]`` up to rounding.
     """
+    copies = layout.copies
     out_THD, _ = _grouped_attention(
         q_THD, k_TKD, v_TKD,
         layout.cu_seqlens, layout.cu_seqlens_prefix, layout.cu_seqlens_group,
-        layout.num_prefix_rows, layout.max_seqlen, layout.max_prefix, layout.max_group, scale,
+        copies.source, copies.order, copies.offsets, copies.cu_seqlens,
+        layout.numbers, scale, layout.kernel,
     )  # fmt: skip
     return out_THD
 
@@ -52,13 +58,19 @@ def grouped_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: Packe
 def _grouped_attention(
     q: Tensor, k: Tensor, v: Tensor,
     cu_seqlens: Tensor, cu_prefix: Tensor, cu_group: Tensor,
-    num_prefix_rows: int, max_seqlen: int, max_prefix: int, max_group: int, scale: float,
+    source: Tensor, order: Tensor, offsets: Tensor, cu_copied: Tensor,
+    numbers: Tensor, scale: float, kernel: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out_THD, lse_HT = varlen_forward(q, k, v, Segments(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), True, scale)
-    if 0 < num_prefix_rows < len(q):
-        np = num_prefix_rows
+    prefix_rows, max_seqlen, max_prefix, max_group, max_copied = numbers.tolist()
+    if max_copied:
+        keys = Segments(cu_seqlens, cu_copied, max_seqlen, max_copied)
+        return varlen_forward(q, k.index_select(0, source), v.index_select(0, source), keys, True, scale, kernel)
+    within = Segments(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    out_THD, lse_HT = varlen_forward(q, k, v, within, True, scale, kernel)
+    if 0 < prefix_rows < len(q):
+        np = prefix_rows
         across = Segments(cu_group, cu_prefix, max_group, max_prefix)
-        out_p, lse_p = varlen_forward(q[np:], k[:np], v[:np], across, False, scale)
+        out_p, lse_p = varlen_forward(q[np:], k[:np], v[:np], across, False, scale, kernel)
         merge_(out_THD[np:], lse_HT[:, np:], out_p, lse_p)
     return out_THD, lse_HT
 
@@ -67,53 +79,49 @@ def _grouped_attention(
 def _grouped_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_seqlens: Tensor, cu_prefix: Tensor, cu_group: Tensor,
-    num_prefix_rows: int, max_seqlen: int, max_prefix: int, max_group: int, scale: float,
+    source: Tensor, order: Tensor, offsets: Tensor, cu_copied: Tensor,
+    numbers: Tensor, scale: float, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    prefix_rows, max_seqlen, max_prefix, max_group, max_copied = numbers.tolist()
+    if max_copied:
+        keys = Segments(cu_seqlens, cu_copied, max_seqlen, max_copied)
+        copied = k.index_select(0, source), v.index_select(0, source)
+        dq, dk_C, dv_C = varlen_backward(dout, q, *copied, out, lse, keys, True, scale, kernel)
+        return dq.contiguous(), sum_copies(dk_C, source, order, offsets), sum_copies(dv_C, source, order, offsets)
     within = Segments(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-    dq, dk, dv = varlen_backward(dout, q, k, v, out, lse, within, True, scale)
-    if 0 < num_prefix_rows < len(q):
-        np = num_prefix_rows
+    dq, dk, dv = varlen_backward(dout, q, k, v, out, lse, within, True, scale, kernel)
+    if 0 < prefix_rows < len(q):
+        np = prefix_rows
         across = Segments(cu_group, cu_prefix, max_group, max_prefix)
         dq_p, dk_p, dv_p = varlen_backward(
-            dout[np:], q[np:], k[:np], v[:np], out[np:], lse[:, np:], across, False, scale
+            dout[np:], q[np:], k[:np], v[:np], out[np:], lse[:, np:], across, False, scale, kernel
         )
         dq[np:] += dq_p
         dk[:np] += dk_p
         dv[:np] += dv_p
-    return dq, dk, dv
-
-
-def merge_(out_QHD: Tensor, lse_HQ: Tensor, out_p_QHD: Tensor, lse_p_HQ: Tensor) -> None:
-    """Merge attention over a second set of keys into ``out`` and ``lse``, in place. Weights are taken in the LSE's precision."""
-    merged_HQ = torch.logaddexp(lse_HQ, lse_p_HQ)
-    weight = torch.exp(lse_HQ - merged_HQ).T.unsqueeze(-1)
-    weight_p = torch.exp(lse_p_HQ - merged_HQ).T.unsqueeze(-1)
-    out_QHD.copy_(out_QHD * weight + out_p_QHD * weight_p)
-    lse_HQ.copy_(merged_HQ)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
 @_grouped_attention.register_fake
-def _(q, k, v, cu_seqlens, cu_prefix, cu_group, num_prefix_rows, max_seqlen, max_prefix, max_group, scale):
+def _(q, k, v, *geometry):
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(
-        (q.shape[1], q.shape[0]), dtype=lse_dtype
-    )
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
 
 
 @_grouped_attention_backward.register_fake
 def _(dout, q, k, v, out, lse, *geometry):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, cu_seqlens, cu_prefix, cu_group, *ctx.numbers = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_prefix, cu_group)
+    q, k, v, *geometry, ctx.scale, ctx.kernel = inputs
+    ctx.save_for_backward(q, k, v, *output, *geometry)
 
 
 def _backward(ctx, dout: Tensor, dlse: Tensor):
-    q, k, v, out, lse, *cu_seqlens = ctx.saved_tensors
-    dq, dk, dv = _grouped_attention_backward(dout, q, k, v, out, lse, *cu_seqlens, *ctx.numbers)
-    return dq, dk, dv, *[None] * 8
+    dq, dk, dv = _grouped_attention_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.kernel)
+    return dq, dk, dv, *[None] * 10
 
 
 _grouped_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -7,31 +7,30 @@ import multiprocessing
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import get_args
 
 import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pgrpo.attention.interface import ATTENTION_NAME
-from pgrpo.batch import build_batch
+from pgrpo.commands.bench_methods import METHODS, Job, why_not
 from pgrpo.config import Config, ConfigError
-from pgrpo.distributed import start
+from pgrpo.distributed import World, start
 from pgrpo.exactness import tokens_as_groups
-from pgrpo.flops import ModelDims, flop_ratio, forward_flops, mfu, rho, update_flops
-from pgrpo.logprobs import token_logprobs
-from pgrpo.policy import Policy, load_model, logit_scale
-from pgrpo.training.run import check_device
+from pgrpo.flops import GIB, ModelDims, flop_ratio, forward_flops, mfu, rho, update_flops
+from pgrpo.layers import Keep
+from pgrpo.policy import Policy, check_supported, load_hf_config, load_model
+from pgrpo.training.placement import check_device, compute_dtype, is_compiled, wrap
 from pgrpo.types import Group
 
-GIB = 2**30
-METHODS: tuple[str, ...] = ("grouped", "repeated_packed", "repeated_padded")
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 
 
@@ -42,7 +41,7 @@ class Shape:
     prompt: int
     completion: int
     group_size: int
-    groups: int
+    groups: int = 1
 
 
 @dataclass
@@ -65,129 +64,149 @@ class Row:
     max_dlogprob: float
 
 
-def bench(config: Config, shape: Shape, *, repeats: int = 5, json_file: Path | None = None) -> list[Row]:
-    """Time all methods on random tokens, print a table, and write ``json_file`` if one is given.
+def bench(
+    config: Config,
+    shapes: Sequence[Shape],
+    *,
+    methods: Sequence[str] = METHODS,
+    checkpointing: Sequence[str] = ("none",),
+    random_weights: bool = False,
+    repeats: int = 5,
+    json_file: Path | None = None,
+    profile_file: Path | None = None,
+) -> list[Row]:
+    """Time the methods on random tokens, print a table for each shape, and write ``json_file`` if one is given.
 
     Uses only ``config.model``. ``old`` is the log-probs without gradient, ``update`` a forward and a backward; both are medians of
-    ``repeats`` rounds that go through all methods in turn. Peak memory, weights included, is what PyTorch allocated during an
-    update on a GPU; on a CPU it is the peak resident memory of one update in a fresh process, over what that process held
-    before it loaded the model.
+    ``repeats`` rounds that go through all methods in turn. Weights and gradients are in the compute dtype; there is no optimizer.
+    Peak memory, weights included, is what PyTorch allocated during an update on a GPU; on a CPU it is the peak resident memory of
+    one update in a fresh process, over what that process held before it loaded the model. A method that does not fit is left out.
+
+    Args:
+        shapes: what to time, one after the other.
+        methods: of ``METHODS``; ``grouped``, which the others are compared with, is always among them.
+        checkpointing: what layers compute again in the backward; every shape is timed with each.
+        random_weights: make weights up from the model's config.json alone: speed does not depend on them.
+        profile_file: write the time of each kernel of one grouped update (last shape and checkpointing) there.
 
     Raises:
-        ConfigError: several ranks, or no folder for ``json_file``.
+        ConfigError: several ranks, no such method, or no folder for a file.
     """
-    if json_file and not json_file.absolute().parent.is_dir():
-        raise ConfigError(f"--json {json_file}: there is no folder {json_file.parent}: create it first")
+    for option, file in (("--json", json_file), ("--profile", profile_file)):
+        if file and not file.absolute().parent.is_dir():
+            raise ConfigError(f"{option} {file}: there is no folder {file.parent}: create it first")
+    if unknown := [m for m in methods if m not in METHODS]:
+        raise ConfigError(f"--methods: {unknown[0]!r} is not a method; there are {', '.join(METHODS)}")
+    methods = [m for m in METHODS if m in methods or m == "grouped"]
+    if unknown := [c for c in checkpointing if c not in get_args(Keep)]:
+        raise ConfigError(f"--checkpointing: {unknown[0]!r} is none of {', '.join(get_args(Keep))}")
+    keeps: list[Keep] = [keep for keep in get_args(Keep) if keep in checkpointing]
+    console = Console()
+    console.width = max(console.width, 110)  # a pipe or a narrow terminal must not cut the methods' names
     with start() as world:
         if world.size > 1:
             raise ConfigError("pgrpo bench times one device: start it without torchrun")
-        check_device(config, world)
-        device = world.device
-        peak: dict[str, float] = {}
-        if (
-            device.type == "cpu"
-        ):  # before this process needs memory itself; one child at a time: resident memory only grows
-            for method in METHODS:
-                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                    peak[method] = pool.submit(_peak_resident_gib, config, method, shape).result()
-        rate = _matmul_flops(device, config)
-        policy, groups = _load(config, shape, device)
-        dims = ModelDims.from_config(policy.model.config)
-        jobs = {method: _Job(policy, method, groups) for method in METHODS}
-        logprobs = {method: job.old() for method, job in jobs.items()}
-        old: dict[str, list[float]] = {method: [] for method in METHODS}
-        update: dict[str, list[float]] = {method: [] for method in METHODS}
-        for _ in range(repeats + 1):  # the first round warms up
-            for method, job in jobs.items():
-                old[method].append(_milliseconds(job.old, device))
-                if device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                update[method].append(_milliseconds(job.update, device))
-                if device.type == "cuda":
-                    peak[method] = torch.cuda.max_memory_allocated() / GIB
-        rate = max(rate, _matmul_flops(device, config))
-    completions = [shape.completion] * shape.group_size
-    useful_old = shape.groups * forward_flops(dims, shape.prompt, completions)
-    useful_update = shape.groups * update_flops(dims, shape.prompt, completions)
-    rows = []
-    for method in METHODS:
-        old_ms, update_ms = statistics.median(old[method][1:]), statistics.median(update[method][1:])
-        row = Row(
-            **asdict(shape),
-            method=method,
-            checkpointing=config.model.activation_checkpointing,
-            old_ms=old_ms,
-            update_ms=update_ms,
-            mfu_old=mfu(useful_old, old_ms / 1e3, rate),
-            mfu_update=mfu(useful_update, update_ms / 1e3, rate),
-            peak_gib=peak[method],
-            rho=rho(shape.prompt, completions),
-            flop_ratio=flop_ratio(dims, shape.prompt, completions),
-            max_dlogprob=(logprobs[method] - logprobs["grouped"]).abs().max().item(),
-        )
-        rows.append(row)
-    _print(rows, rate, config)
-    if json_file:
-        json_file.write_text(json.dumps(_report(rows, device), indent=1) + "\n")
+        check_device(config, world.device)
+        peaks: dict[tuple[Shape, Keep, str], float] = {}
+        if world.device.type == "cpu":  # first, as this process's own memory only grows
+            peaks = _resident_peaks(config, shapes, methods, keeps, random_weights)
+        policy = _load(config, max(s.prompt + s.completion for s in shapes), world, random_weights)
+        console.print(f"attention kernel {policy.attention.kernel}: {policy.attention.reason}")
+        rows: list[Row] = []
+        for shape in shapes:
+            rate = _matmul_flops(world.device, config)
+            for keep in keeps:
+                timed = _time(policy, shape, methods, keep, config, repeats, console)
+                rate = max(rate, _matmul_flops(world.device, config))
+                for row in timed:
+                    row.peak_gib = peaks.get((shape, keep, row.method), row.peak_gib)
+                    row.mfu_old, row.mfu_update = (x / rate for x in (row.mfu_old, row.mfu_update))
+                rows += timed
+                _print(timed, rate, config, console)
+        if profile_file:
+            _profile(policy, shapes[-1], keeps[-1], config, profile_file)
+        if json_file:
+            json_file.write_text(json.dumps(_report(rows, world.device), indent=1) + "\n")
     return rows
 
 
-class _Job:
-    """One method, ready to run. All methods share one copy of the weights, so that each one's peak memory is its own."""
+def _time(
+    policy: Policy, shape: Shape, methods: Sequence[str], keep: Keep, config: Config, repeats: int, console: Console
+) -> list[Row]:
+    """Rows of one shape; their MFUs are still FLOP/s."""
+    device, groups = policy.device, random_groups(shape, policy.model.config.vocab_size)
+    compiled = is_compiled(config, device)
+    jobs: dict[str, Job] = {}
+    logprobs: dict[str, torch.Tensor] = {}
+    for method in methods:
+        if why := why_not(method, device, groups):
+            console.print(f"{method} is left out: {why}")
+            continue
+        job = Job(policy, method, groups)
+        try:  # compiles and warms up
+            logprobs[method] = job.old()
+            for _ in range(2):
+                job.update(keep, compiled)
+            jobs[method] = job
+        except torch.OutOfMemoryError:
+            policy.zero_grad(set_to_none=True)
+            console.print(f"{method} is left out: {shape} does not fit this device's memory")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    old: dict[str, list[float]] = {method: [] for method in jobs}
+    update: dict[str, list[float]] = {method: [] for method in jobs}
+    peak = dict.fromkeys(jobs, float("nan"))
+    for _ in range(repeats):
+        for method, job in jobs.items():
+            old[method].append(_milliseconds(job.old, device))
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            update[method].append(_milliseconds(lambda job=job: job.update(keep, compiled), device))
+            if device.type == "cuda":
+                peak[method] = torch.cuda.max_memory_allocated() / GIB
+    dims, completions = ModelDims.from_config(policy.model.config), [shape.completion] * shape.group_size
+    forward = shape.groups * forward_flops(dims, shape.prompt, completions)
+    backward_too = shape.groups * update_flops(dims, shape.prompt, completions)
+    rows = []
+    for method in jobs:
+        old_ms, update_ms = statistics.median(old[method]), statistics.median(update[method])
+        rows.append(
+            Row(
+                **asdict(shape),
+                method=method,
+                checkpointing=keep,
+                old_ms=old_ms,
+                update_ms=update_ms,
+                mfu_old=mfu(forward, old_ms / 1e3, 1.0),
+                mfu_update=mfu(backward_too, update_ms / 1e3, 1.0),
+                peak_gib=peak[method],
+                rho=rho(shape.prompt, completions),
+                flop_ratio=flop_ratio(dims, shape.prompt, completions),
+                max_dlogprob=(logprobs[method] - logprobs["grouped"]).abs().max().item(),
+            )
+        )
+    return rows
 
-    def __init__(self, policy: Policy, method: str, groups: list[Group]) -> None:
-        self.model = policy.model
-        if method == "repeated_padded":
-            self.attention = "sdpa"
-            padded = _Padded(groups, policy.device)
-            self.forward: Callable[[], Tensor] = lambda: padded.logprobs(policy.model)
-        else:
-            self.attention = ATTENTION_NAME
-            batch = build_batch(groups, share_prompts=method == "grouped", device=policy.device)
-            self.forward = lambda: policy(batch).logprobs
 
-    def old(self) -> Tensor:
-        self.model.set_attn_implementation(self.attention)
-        with torch.no_grad():
-            return self.forward()
-
-    def update(self) -> None:
-        self.model.set_attn_implementation(self.attention)
-        self.forward().mean().backward()
-        self.model.zero_grad(set_to_none=True)
+def _load(config: Config, max_sample: int, world: World, random_weights: bool) -> Policy:
+    model = random_model(config, max_sample, world.device) if random_weights else load_model(config.model, max_sample)
+    policy = wrap(model, config, world)
+    return policy.to(world.device, compute_dtype(config))
 
 
-class _Padded:
-    """What a padded trainer does: a right-padded batch, every completion behind a copy of its prompt, transformers' sdpa."""
-
-    def __init__(self, groups: list[Group], device: torch.device) -> None:
-        samples = [(g.prompt.token_ids, c.token_ids) for g in groups for c in g.completions]
-        width = max(len(p) + len(c) for p, c in samples)
-        ids = torch.zeros(len(samples), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        rows: list[int] = []
-        for i, (prompt, completion) in enumerate(samples):
-            length = len(prompt) + len(completion)
-            ids[i, :length], mask[i, :length] = torch.tensor(prompt + completion), 1
-            rows += range(i * width + len(prompt) - 1, i * width + length - 1)
-        self.ids, self.mask, self.rows = ids.to(device), mask.to(device), torch.tensor(rows, device=device)
-        self.targets = torch.tensor([t for _, completion in samples for t in completion], device=device)
-
-    def logprobs(self, model: PreTrainedModel) -> Tensor:
-        """[L] in the order of a packed batch."""
-        hidden = model.base_model(input_ids=self.ids, attention_mask=self.mask, use_cache=False).last_hidden_state
-        head: nn.Linear = model.lm_head  # pyright: ignore[reportAssignmentType]
-        hidden_LE = hidden.flatten(0, 1).index_select(0, self.rows)
-        return token_logprobs(hidden_LE, head.weight, self.targets, logit_scale(model.config)).logprobs
+def random_model(config: Config, max_sample: int, device: torch.device) -> PreTrainedModel:
+    """A model of ``model.path``'s shape, made on the device in the compute dtype."""
+    hf_config = load_hf_config(config.model)
+    check_supported(hf_config, max_sample)
+    with device:
+        model = AutoModelForCausalLM.from_config(
+            hf_config, dtype=compute_dtype(config), attn_implementation=ATTENTION_NAME
+        )
+    return model.train()
 
 
-def _load(config: Config, shape: Shape, device: torch.device) -> tuple[Policy, list[Group]]:
-    model = load_model(config.model, max_sample=shape.prompt + shape.completion)
-    policy = Policy(model).to(device, getattr(torch, config.model.dtype))
-    return policy, _random_groups(shape, model.config.vocab_size)
-
-
-def _random_groups(shape: Shape, vocabulary: int) -> list[Group]:
+def random_groups(shape: Shape, vocabulary: int) -> list[Group]:
+    """Groups of random tokens, the same each time, with rewards that differ."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(n: int) -> list[int]:
@@ -208,7 +227,7 @@ def _milliseconds(function: Callable[[], object], device: torch.device) -> float
 def _matmul_flops(device: torch.device, config: Config) -> float:
     """FLOP/s of a large square matrix product in the compute dtype; the best of ten."""
     n = MATMUL_SIZE[device.type]
-    a, b = (torch.randn(n, n, device=device).to(getattr(torch, config.model.dtype)) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device).to(compute_dtype(config)) for _ in range(2))
     best = min(_milliseconds(lambda: a @ b, device) for _ in range(10))
     return 2 * n**3 / (best / 1e3)
 
@@ -218,13 +237,30 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _peak_resident_gib(config: Config, method: str, shape: Shape) -> float:
+def _resident_peaks(
+    config: Config, shapes: Sequence[Shape], methods: Sequence[str], checkpointing: Sequence[Keep], random_weights: bool
+) -> dict[tuple[Shape, Keep, str], float]:
+    """GiB of each update, one child process at a time."""
+    cpu = torch.device("cpu")
+    peaks = {}
+    for shape in shapes:
+        for keep in checkpointing:
+            for method in methods:
+                if why_not(method, cpu, []):
+                    continue
+                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                    future = pool.submit(_peak_resident_gib, config, method, shape, keep, random_weights)
+                    peaks[shape, keep, method] = future.result()
+    return peaks
+
+
+def _peak_resident_gib(config: Config, method: str, shape: Shape, keep: Keep, random_weights: bool) -> float:
     """Of one update, over what this process held before it loaded the model."""
-    before = _resident_gib("VmRSS")
-    policy, groups = _load(config, shape, torch.device("cpu"))
-    job = _Job(policy, method, groups)
+    before, world = _resident_gib("VmRSS"), World(0, 1, torch.device("cpu"))
+    policy = _load(config, shape.prompt + shape.completion, world, random_weights)
+    job = Job(policy, method, random_groups(shape, policy.model.config.vocab_size))
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
-    job.update()
+    job.update(keep, is_compiled(config, world.device))
     return _resident_gib("VmHWM") - before
 
 
@@ -235,11 +271,21 @@ def _resident_gib(field: str) -> float:
     return kib * 1024 / GIB
 
 
-def _print(rows: list[Row], rate: float, config: Config) -> None:
+def _profile(policy: Policy, shape: Shape, keep: Keep, config: Config, file: Path) -> None:
+    job = Job(policy, "grouped", random_groups(shape, policy.model.config.vocab_size))
+    job.update(keep, is_compiled(config, policy.device))
+    with torch.profiler.profile() as profile:
+        job.update(keep, is_compiled(config, policy.device))
+        _synchronize(policy.device)
+    order = f"self_{policy.device.type}_time_total"
+    file.write_text(profile.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=100))
+
+
+def _print(rows: list[Row], rate: float, config: Config, console: Console) -> None:
     first, by_method = rows[0], {row.method: row for row in rows}
     table = Table(
         title=f"{config.model.path}, {config.model.dtype}: P={first.prompt} R={first.completion} G={first.group_size} "
-        f"groups={first.groups}, rho {first.rho:.2f}, ratio of FLOPs {first.flop_ratio:.2f}"
+        f"groups={first.groups}, checkpointing {first.checkpointing}, rho {first.rho:.2f}, ratio of FLOPs {first.flop_ratio:.2f}"
     )
     for name in (
         "method",
@@ -249,17 +295,17 @@ def _print(rows: list[Row], rate: float, config: Config) -> None:
         "MFU update",
         "peak GiB",
         "max |d logprob|",
+        "old / grouped",
         "update / grouped",
     ):
         table.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:
-        ratio = row.update_ms / by_method["grouped"].update_ms
+        grouped = by_method["grouped"]
         table.add_row(
             row.method, f"{row.old_ms:.0f}", f"{row.update_ms:.0f}", f"{row.mfu_old:.2f}", f"{row.mfu_update:.2f}",
-            f"{row.peak_gib:.2f}", f"{row.max_dlogprob:.1e}", f"{ratio:.2f}",
+            f"{row.peak_gib:.2f}", f"{row.max_dlogprob:.1e}", f"{row.old_ms / grouped.old_ms:.2f}",
+            f"{row.update_ms / grouped.update_ms:.2f}",
         )  # fmt: skip
-    console = Console()
-    console.width = max(console.width, 110)  # a pipe or a narrow terminal must not cut the methods' names
     console.print(table)
     console.print(f"matrix product: {rate / 1e12:.3f} TFLOP/s")
 
@@ -271,4 +317,9 @@ def _report(rows: list[Row], device: torch.device) -> dict[str, object]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+    for package in ("flash-attn-4", "prefix-grouper"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
     return {"device": name, "versions": versions, "rows": [asdict(row) for row in rows]}

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 import os
 
+import torch
 from rich.console import Console
 
 from pgrpo.config import Config, check_world_size, to_yaml
+from pgrpo.distributed import World
 from pgrpo.flops import ModelDims, computed_tokens, memory_plan, parameter_count, rho, update_flops
+from pgrpo.layers import Keep
 from pgrpo.policy import check_supported, load_hf_config
+from pgrpo.training.placement import attention_choice, is_compiled, kept_by_layer, plan_sizes
 
 
 def plan(config: Config) -> None:
@@ -32,17 +36,13 @@ def print_plan(config: Config, console: Console) -> None:
     shared = config.model.attention == "grouped"
     packed = rollout.prompts_per_step * computed_tokens(prompt, completions, shared=shared)
     repeated = rollout.prompts_per_step * computed_tokens(prompt, completions, shared=False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    again, count, layers = _layers(config, dims, World(0, ranks, device))
     memory = memory_plan(
         dims,
-        token_budget=budget,
-        checkpointing=config.model.activation_checkpointing,
-        dtype_bytes=4 if config.model.dtype == "float32" else 2,
-        ranks=ranks,
-        reference=bool(config.loss.kl_coef),
-        concurrent=min(rollout.max_concurrent, rollout.prompts_per_step * rollout.group_size),
-        group_size=rollout.group_size,
-        prompt_tokens=prompt,
-        completion_tokens=completion,
+        checkpointing=again,
+        checkpointed_layers=count,
+        **plan_sizes(config, ranks, "cpu" if config.model.dtype == "float32" else "cuda"),
     )
     flops = rollout.prompts_per_step * update_flops(dims, prompt, completions, shared=shared)
     console.print(
@@ -53,8 +53,36 @@ def print_plan(config: Config, console: Console) -> None:
         f"(rho {rho(prompt, completions):.2f})\n"
         f"micro-batches {math.ceil(packed / ranks / budget)} a step and rank, of at most {budget:,} tokens "
         f"(train.token_budget), if every prompt and completion is as long as allowed\n"
+        f"layers        {layers}\n"
         f"work          {flops / 1e12:,.3g} TFLOP for a step's forward and backward\n"
         f"memory        {memory.peak:.1f} GiB a rank (estimate): rollout {memory.rollout:.1f}, update {memory.update:.1f}, "
         f"optimizer step {memory.optimizer_step:.1f}",
         soft_wrap=True,
+    )
+
+
+def _layers(config: Config, dims: ModelDims, world: World) -> tuple[Keep, int, str]:
+    """What layers compute again in the backward, in how many of them, and how they run in words."""
+    choice = attention_choice(config, dims, world.device)
+    kept = kept_by_layer(config, dims, world)
+    count = sum(mode != "none" for mode in kept)
+    again, note = (kept[0] if count else "none"), ""
+    if (
+        config.model.activation_checkpointing == "auto"
+        and world.device.type == "cpu"
+        and config.model.dtype != "float32"
+    ):
+        again, count, note = (
+            "attention",
+            dims.layers,
+            "; auto decides on the GPU, this is its most careful choice but one",
+        )
+    compiled = "compiled" if is_compiled(config, world.device) else "not compiled"
+    return (
+        again,
+        count,
+        (
+            f"{compiled} here, {choice.kernel} attention kernel ({choice.reason}), {count} of {dims.layers} with "
+            f"activation checkpointing ({again}){note}"
+        ),
     )

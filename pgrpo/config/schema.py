@@ -25,8 +25,14 @@ class ModelConfig:
     """What matrix products compute in. Weights and optimizer state are always float32."""
     attention: Literal["grouped", "repeated"] = "grouped"
     """`grouped` computes each prompt once; `repeated` once a completion (the same result, for comparison)."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """`full` keeps only the input of each layer and computes the layer again in the backward."""
+    attention_kernel: Literal["auto", "builtin", "flash4"] = "auto"
+    """`builtin` is PyTorch's own flash attention, `flash4` the package flash-attn-4 (Hopper, Blackwell). `auto` takes the
+    fastest that can run, and says why."""
+    compile: bool | None = None
+    """Compile the layers (torch.compile): a minute at the start, faster ever after. None: on a GPU only."""
+    activation_checkpointing: Literal["none", "attention", "full", "auto"] = "auto"
+    """What the backward computes again: nothing; all of a layer but attention; or all of it. `auto` (none on a CPU) computes
+    again, all but attention, in as few layers as the memory plan needs."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
@@ -148,6 +154,8 @@ class OptimConfig:
     """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
     max_grad_norm: float = 1.0
     """Gradient norm above which gradients are scaled down. 0 is off."""
+    offload: Literal["none", "cpu"] = "none"
+    """`cpu` keeps AdamW's moments in host memory; they visit the GPU once an update. Saves 8 bytes a parameter."""
 
 
 @dataclass

@@ -14,8 +14,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from pgrpo.attention.grouped import merge_
-from pgrpo.attention.kernels import Segments, dense_forward, varlen_forward
+from pgrpo.attention.kernels import dense_forward, varlen_forward
+from pgrpo.attention.merge import merge_
+from pgrpo.attention.segments import Segments
 
 
 class DecodeCache:

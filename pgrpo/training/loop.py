@@ -166,7 +166,8 @@ def _summary(run: Run) -> str:
     parameters = sum(p.numel() for p in run.policy.parameters())
     rollout = run.config.rollout
     return (
-        f"{run.config.model.path}: {parameters / 1e6:.1f}M parameters, {run.config.model.attention} attention, "
+        f"{run.config.model.path}: {parameters / 1e6:.1f}M parameters, {run.config.model.attention} attention on the "
+        f"{run.policy.attention.kernel} kernel ({run.policy.attention.reason}), "
         f"{rollout.prompts_per_step} prompts x {rollout.group_size} completions a step, "
         f"{run.world.size} x {run.world.device.type}, {len(run.stream)} prompts, run folder {run.run_dir}"
     )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pgrpo import checkpoint, distributed
@@ -18,11 +17,12 @@ from pgrpo.data import PromptStream, load_prompts
 from pgrpo.distributed import World
 from pgrpo.flops import ModelDims, update_flops
 from pgrpo.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
-from pgrpo.policy import Policy, load_hf_config, load_model
+from pgrpo.policy import Policy, load_hf_config
 from pgrpo.rewards.run import RewardRunner
 from pgrpo.rng import rng_state, seed_all, set_rng_state
 from pgrpo.rollout.base import RolloutEngine
 from pgrpo.rollout.embedded import EmbeddedEngine
+from pgrpo.training.placement import check_device, place_policy
 from pgrpo.training.update import Updater
 from pgrpo.types import Group, Prompt
 
@@ -118,7 +118,7 @@ def build_run(
     Raises:
         ConfigError: something is wrong with the input; what is cheap to check is checked first.
     """
-    check_device(config, world)
+    check_device(config, world.device)
     tokenizer = load_tokenizer(config)
     hf_config = load_hf_config(config.model)
     check_vocabulary(tokenizer, hf_config.vocab_size, config)
@@ -142,25 +142,6 @@ def build_run(
     )
     updater = Updater(config, world, policy, reference, optimizer, cost=lambda group: group_cost(dims, group, config))
     return Run(config, world, dims, stream, held_out, runner, policy, engine, updater)
-
-
-def check_device(config: Config, world: World) -> None:
-    """Refuse a compute dtype that flash attention does not have on this device."""
-    if world.device.type == "cuda" and config.model.dtype == "float32":
-        raise ConfigError(
-            "model.dtype=float32: flash attention on a GPU computes in bfloat16: set model.dtype=bfloat16"
-        )
-
-
-def place_policy(config: Config, world: World) -> Policy:
-    """The model on this rank's device, sharded where needed."""
-    max_sample = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
-    model = load_model(config.model, max_sample)
-    policy = Policy(model, temperature=config.rollout.temperature)
-    dtype = getattr(torch, config.model.dtype)
-    layers: Iterable[nn.Module] = model.base_model.layers  # pyright: ignore[reportAssignmentType]
-    distributed.place(policy, layers, world, dtype, methods=("next_logits",))
-    return policy
 
 
 def end_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:

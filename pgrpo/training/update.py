@@ -71,7 +71,10 @@ class Updater:
         plan = share_out(groups, self.world.size, config.train.token_budget, self.cost, share_prompts=share_prompts)[
             self.world.rank
         ]
-        return [build_batch(b, share_prompts=share_prompts, device=self.world.device) for b in plan]
+        attention = self.policy.attention
+        return [
+            build_batch(b, share_prompts=share_prompts, device=self.world.device, attention=attention) for b in plan
+        ]
 
     def trains_on(self, group: Group) -> bool:
         """Whether the group has a gradient: its rewards differ, or there is a KL term."""

@@ -9,7 +9,7 @@ from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed import full_tensor, start
 from pgrpo.exactness import tokens_as_groups
 from pgrpo.optim import build_optimizer
-from pgrpo.training.run import place_policy
+from pgrpo.training.placement import place_policy
 from pgrpo.training.update import Updater, count
 
 

@@ -52,8 +52,8 @@ def test_the_worked_example():
     assert batch.layout.cu_seqlens_prefix.tolist() == [0, 3, 5]
     assert batch.layout.cu_seqlens_group.tolist() == [0, 5, 8]
     assert batch.layout.cu_seqlens.dtype == torch.int32
-    assert (batch.layout.num_prefix_rows, batch.layout.max_seqlen) == (5, 3)
-    assert (batch.layout.max_prefix, batch.layout.max_group, batch.layout.max_sample) == (3, 5, 6)
+    assert batch.layout.numbers.tolist() == [5, 3, 3, 5, 0]  # prefix rows, longest segment, prefix and group; no copies
+    assert (batch.layout.num_prefix_rows, batch.layout.max_sample) == (5, 6)
     assert batch.logit_index.tolist() == [2, 5, 2, 7, 8, 4, 4, 11]
     assert batch.target_ids.tolist() == [21, 22, 31, 32, 33, 41, 51, 52]
     assert batch.unpack_index.tolist() == [0, 1, 3, 4, 5, 6, 9, 10]

@@ -56,7 +56,7 @@ def test_help_imports_nothing_heavy(folder: Path) -> None:
 def test_help_names_every_command(folder: Path) -> None:
     result = run(folder, "--help")
     assert result.returncode == 0
-    for command in ("train", "check", "eval", "bench", "plot", "export", "init"):
+    for command in ("train", "check", "eval", "bench", "plot", "export", "init", "doctor"):
         assert f"\n  {command} " in result.stdout
         assert run(folder, command, "--help").returncode == 0
 

@@ -13,8 +13,9 @@ import torch
 
 import pgrpo
 from pgrpo.commands import bench as bench_module
+from pgrpo.commands import bench_methods as methods_module
 from pgrpo.commands import check as check_module
-from pgrpo.commands.bench import METHODS, Row, Shape, bench
+from pgrpo.commands.bench import Row, Shape, bench
 from pgrpo.commands.check import check
 from pgrpo.commands.evaluate import evaluate
 from pgrpo.config import Config, ConfigError, load_config
@@ -77,12 +78,14 @@ def test_check_notices_that_it_proves_nothing(model, tmp_path, monkeypatch):
 def test_bench_rows(model, tmp_path):
     held = torch.ones(2**28)  # one GiB that a measured process must not be charged with
     shape = Shape(prompt=24, completion=4, group_size=8, groups=2)
-    rows = bench(config(model, tmp_path, "data.path=/nowhere"), shape, repeats=2, json_file=tmp_path / "b.json")
+    nowhere = config(model, tmp_path, "data.path=/nowhere")
+    rows = bench(nowhere, [shape], repeats=2, json_file=tmp_path / "b.json", profile_file=tmp_path / "profile.txt")
+    assert "pgrpo::grouped_attention_backward" in (tmp_path / "profile.txt").read_text()
     report = json.loads((tmp_path / "b.json").read_text())
     assert report.keys() == {"device", "versions", "rows"}
     assert report["versions"].keys() == {"python", "torch", "transformers"}
     assert [Row(**row) for row in report["rows"]] == rows
-    assert [row.method for row in rows] == list(METHODS)
+    assert [row.method for row in rows] == ["grouped", "repeated_packed", "repeated_padded", "concat"]
     # One layer: q and o 64 x 64, k and v 64 x 32, three matrices 64 x 256; two layers. The head: 64 x 14, 32 completion tokens.
     matrices, head, pair = 2 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 256), 2 * 64 * 14 * 32, 4 * 2 * 64
     pairs_once, pairs_behind = 24 * 25 // 2, 8 * (4 * 24 + 4 * 5 // 2)
@@ -107,17 +110,37 @@ def test_bench_rows(model, tmp_path):
 
 def test_bench_shows_a_difference(model, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_module, "ProcessPoolExecutor", _NoPool)
-    build = bench_module.build_batch
+    build = methods_module.build_batch
     monkeypatch.setattr(
-        bench_module,
+        methods_module,
         "build_batch",
-        lambda groups, share_prompts, device: (broken(build) if share_prompts else build)(
-            groups, share_prompts=share_prompts, device=device
+        lambda groups, share_prompts, **kwargs: (broken(build) if share_prompts else build)(
+            groups, share_prompts=share_prompts, **kwargs
         ),
     )
-    rows = bench(config(model, tmp_path), Shape(8, 3, 2, 1), repeats=1)
+    rows = bench(config(model, tmp_path), [Shape(8, 3, 2)], methods=["repeated_packed", "repeated_padded"], repeats=1)
     assert rows[0].max_dlogprob == 0
+    assert len(rows) == 3
     assert min(row.max_dlogprob for row in rows[1:]) > 1e-3
+
+
+def test_bench_random_weights_and_checkpointing(model, tmp_path, monkeypatch):
+    """Random weights need nothing but config.json; every shape is timed with each checkpointing."""
+    monkeypatch.setattr(bench_module, "ProcessPoolExecutor", _NoPool)
+    (tmp_path / "shape").mkdir()
+    (tmp_path / "shape" / "config.json").write_text((Path(model) / "config.json").read_text())
+    shapes = [Shape(8, 3, 2), Shape(5, 2, 3, 2)]
+    rows = bench(
+        config(tmp_path / "shape", tmp_path), shapes, methods=["grouped"], checkpointing=["attention", "none"],
+        random_weights=True, repeats=1,
+    )  # fmt: skip
+    got = [(row.prompt, row.checkpointing, row.method) for row in rows]
+    assert got == [
+        (8, "attention", "grouped"),
+        (8, "none", "grouped"),
+        (5, "attention", "grouped"),
+        (5, "none", "grouped"),
+    ]
 
 
 class _NoPool:
@@ -137,10 +160,14 @@ class _NoPool:
 
 def test_bench_refuses_before_it_works(model, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="there is no folder"):
-        bench(config(model, tmp_path), Shape(8, 3, 2, 1), json_file=tmp_path / "none" / "b.json")
+        bench(config(model, tmp_path), [Shape(8, 3, 2)], json_file=tmp_path / "none" / "b.json")
+    with pytest.raises(ConfigError, match="'fastest' is not a method"):
+        bench(config(model, tmp_path), [Shape(8, 3, 2)], methods=["fastest"])
+    with pytest.raises(ConfigError, match="'some' is none of none, attention, full"):
+        bench(config(model, tmp_path), [Shape(8, 3, 2)], checkpointing=["some"])
     monkeypatch.setattr(bench_module, "start", lambda: nullcontext(World(0, 2, torch.device("cpu"))))
     with pytest.raises(ConfigError, match="without torchrun"):
-        bench(config(model, tmp_path), Shape(8, 3, 2, 1))
+        bench(config(model, tmp_path), [Shape(8, 3, 2)])
 
 
 REWARD = """

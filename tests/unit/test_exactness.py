@@ -11,6 +11,7 @@ from pgrpo.attention.interface import ATTENTION_NAME, UnsupportedAttentionError
 from pgrpo.batch import build_batch
 from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.exactness import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_groups
+from pgrpo.layers import set_up_layers
 from pgrpo.policy import SUPPORTED, Policy, check_supported, load_model
 
 SMALL = {
@@ -102,10 +103,11 @@ def test_a_seeded_bug_is_noticed(bug, tmp_path):
     assert got.gradient > 1e-2
 
 
-def test_temperature_and_checkpointing_change_nothing_but_what_they_should(tmp_path):
+@pytest.mark.parametrize("keep", ["none", "attention", "full"])
+def test_temperature_and_checkpointing_change_nothing_but_what_they_should(tmp_path, keep):
     path = make_model("llama", tmp_path)
-    model = load_model(ModelConfig(path=path, activation_checkpointing="full"), max_sample=64).double()
-    assert model.is_gradient_checkpointing
+    model = load_model(ModelConfig(path=path), max_sample=64).double()
+    set_up_layers(model.model.layers, [keep] * len(model.model.layers), compiled=False)
     _, untouched = pair(path, torch.float64)
     got = difference(Policy(model, temperature=0.7), build_batch(groups()), *wanted(untouched, temperature=0.7))
     assert got.logprob <= 1e-6

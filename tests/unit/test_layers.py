@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     0: {"types", "config"},
-    1: {"attention", "advantages", "batch", "flops", "functions", "logprobs", "loss", "rng"},
-    2: {"data", "distributed", "exactness", "metrics", "rewards", "trackers"},
+    1: {"attention", "advantages", "batch", "flops", "functions", "logprobs", "logprobs_triton", "loss", "rng"},
+    2: {"data", "distributed", "exactness", "layers", "metrics", "offload", "rewards", "trackers"},
     3: {"checkpoint", "evaluate", "optim", "policy", "rollout"},
     4: {"training"},
     5: {"commands", ""},  # "" is pgrpo/__init__.py, the Python face

@@ -31,7 +31,7 @@ def reference(hidden, weight, targets, scale):
 @pytest.mark.parametrize("logits_per_chunk", [1, 5 * V, 5 * V + V - 1, (L - 1) * V, L * V, 2**25])
 @pytest.mark.parametrize("scale", [1.0, 0.3, 2.5])
 def test_equals_log_softmax_of_full_logits(monkeypatch, logits_per_chunk, scale):
-    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", logits_per_chunk)
+    monkeypatch.setitem(logprobs.LOGITS_PER_CHUNK, "cpu", logits_per_chunk)
     hidden, weight, targets, dlogprobs = inputs()
     got = token_logprobs(hidden, weight, targets, scale, entropy=True)
     wanted, entropy = reference(hidden, weight, targets, scale)
@@ -74,7 +74,7 @@ def test_a_frozen_input_gets_no_gradient_and_the_other_the_same_one(frozen):
 
 @pytest.mark.parametrize("logits_per_chunk", [5 * V, 2**25])
 def test_bfloat16_error_is_at_most_twice_that_of_a_plain_computation(monkeypatch, logits_per_chunk):
-    monkeypatch.setattr(logprobs, "LOGITS_PER_CHUNK", logits_per_chunk)
+    monkeypatch.setitem(logprobs.LOGITS_PER_CHUNK, "cpu", logits_per_chunk)
     hidden, weight, targets, dlogprobs = inputs(torch.bfloat16, rows=400, spread=2.0)
 
     def run(function, dtype):

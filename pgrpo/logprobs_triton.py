@@ -1,0 +1,77 @@
+"""Triton kernels of ``logprobs.py``: one read of a chunk of logits each. Imported on a GPU only."""
+
+from __future__ import annotations
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from torch import Tensor
+
+BLOCK = 4096
+WARPS = 8
+
+
+def row_statistics(
+    logits_CV: Tensor, target_ids_C: Tensor, scale: float, want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``logprobs.row_statistics``: the maximum, both sums and the target in one pass."""
+    rows, vocabulary = logits_CV.shape
+    logprobs, lse, entropy = torch.empty(3, rows, dtype=torch.float32, device=logits_CV.device)
+    _statistics_kernel[(rows,)](
+        logits_CV, target_ids_C, logprobs, lse, entropy, vocabulary, scale, ENTROPY=want_entropy, BLOCK=BLOCK,
+        num_warps=WARPS,
+    )  # fmt: skip
+    return logprobs, lse, entropy
+
+
+def to_logit_gradient_(
+    logits_CV: Tensor, target_ids_C: Tensor, lse_C: Tensor, dlogprobs_C: Tensor, scale: float
+) -> Tensor:
+    """See ``logprobs.to_logit_gradient_``."""
+    rows, vocabulary = logits_CV.shape
+    _gradient_kernel[(rows, triton.cdiv(vocabulary, BLOCK))](
+        logits_CV, target_ids_C, lse_C, dlogprobs_C, vocabulary, scale, BLOCK=BLOCK, num_warps=WARPS
+    )
+    return logits_CV
+
+
+@triton.jit
+def _statistics_kernel(
+    logits, target_ids, logprobs, lse, entropy, vocabulary, scale, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * vocabulary
+    # Every lane keeps a maximum and sums of its own; they are joined after the last block.
+    top = tl.full((BLOCK,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    weighted = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, vocabulary, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32) * scale
+        new_top = tl.maximum(top, x)
+        shrink, weight = tl.exp(top - new_top), tl.exp(x - new_top)
+        total = total * shrink + weight
+        if ENTROPY:
+            weighted = weighted * shrink + tl.where(column < vocabulary, x, 0.0) * weight
+        top = new_top
+    row_top = tl.max(top, 0)
+    shrink = tl.exp(top - row_top)
+    row_total = tl.sum(total * shrink, 0)
+    row_lse = row_top + tl.log(row_total)
+    target = tl.load(logits + tl.load(target_ids + row)).to(tl.float32) * scale
+    tl.store(lse + row, row_lse)
+    tl.store(logprobs + row, target - row_lse)
+    if ENTROPY:  # -sum p log p, with log p = x - lse
+        tl.store(entropy + row, row_lse - tl.sum(weighted * shrink, 0) / row_total)
+
+
+@triton.jit
+def _gradient_kernel(logits, target_ids, lse, dlogprobs, vocabulary, scale, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < vocabulary
+    at = logits + row * vocabulary + column
+    p = tl.exp(tl.load(at, mask=inside, other=0.0).to(tl.float32) * scale - tl.load(lse + row))
+    onehot = (column == tl.load(target_ids + row)).to(tl.float32)
+    gradient = (onehot - p) * (tl.load(dlogprobs + row) * scale)
+    tl.store(at, gradient.to(logits.dtype.element_ty), mask=inside)

@@ -1,0 +1,95 @@
+"""AdamW whose moments live in host memory and visit the GPU once an update, piece by piece, while other pieces are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+PIECE = 2**26
+"""Elements of a moment that travel at once: 256 MiB."""
+PIECES_ON_GPU = 3
+"""Arriving, in work, leaving."""
+
+
+class OffloadedAdamW(torch.optim.AdamW):
+    """The same update as ``torch.optim.AdamW(fused=True)``, which it calls on pieces of every parameter.
+
+    Each piece's two moments are copied in on one stream, updated on the main stream and copied out on a third, so that both
+    directions of the bus are busy while the arithmetic (which is little) hides behind them. Parameters and gradients stay on the
+    GPU. The moments are flat pinned tensors of this rank's shard.
+    """
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, **settings, fused=True)
+
+    def init_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Zero moments in host memory, unless the parameter has some."""
+        state = self.state[parameter]
+        if not state:
+            size, device = local(parameter).numel(), local(parameter).device
+            state["step"] = torch.zeros((), device=device)
+            for moment in MOMENTS:
+                state[moment] = torch.zeros(size, dtype=parameter.dtype, pin_memory=True)
+        return state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        main, copy_in, copy_out = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()
+        buffers = [torch.empty(len(MOMENTS), PIECE, device=main.device) for _ in range(PIECES_ON_GPU)]
+        copy_in.wait_stream(main)
+        emptied = [torch.cuda.Event() for _ in buffers]
+        for i, (group, parameter, gradient, rows) in enumerate(self._pieces()):
+            state, slot = self.init_state(parameter), i % PIECES_ON_GPU
+            values = local(parameter).view(-1)[rows]
+            moments = [row[: len(values)] for row in buffers[slot]]
+            with torch.cuda.stream(copy_in):
+                copy_in.wait_event(emptied[slot])
+                for name, moment in zip(MOMENTS, moments, strict=True):
+                    moment.copy_(state[name][rows], non_blocking=True)
+            main.wait_stream(copy_in)
+            # adamw counts the step once a piece; only a parameter's first piece may.
+            step = state["step"] if rows.start == 0 else state["step"] - 1
+            adamw(
+                [values], [local(gradient).view(-1)[rows]], [moments[0]], [moments[1]], [], [step], fused=True, foreach=False,
+                amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+                weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+            )  # fmt: skip
+            copy_out.wait_stream(main)
+            with torch.cuda.stream(copy_out):
+                for name, moment in zip(MOMENTS, moments, strict=True):
+                    state[name][rows].copy_(moment, non_blocking=True)
+                emptied[slot].record()
+        main.wait_stream(copy_out)
+        main.synchronize()  # the host may read the moments now
+
+    def _pieces(self) -> Iterator[tuple[dict[str, Any], Tensor, Tensor, slice]]:
+        """(parameter group, parameter, its gradient, rows of their flat shards) of everything that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is not None:
+                    for at in range(0, local(parameter).numel(), PIECE):
+                        yield group, parameter, gradient, slice(at, at + PIECE)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def as_sharded(state: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A flat moment in host memory as a tensor that is laid out like its parameter; anything else as it is."""
+    if state.device == parameter.device or state.ndim == 0:
+        return state
+    shard = state.to(parameter.device).view_as(local(parameter))
+    if not isinstance(parameter, DTensor):
+        return shard
+    return DTensor.from_local(
+        shard, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
+    )

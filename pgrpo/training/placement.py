@@ -1,0 +1,112 @@
+"""How a model is put on this rank's device: which attention kernel, compiled or not, what is computed again, how it is sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pgrpo import distributed
+from pgrpo.attention.kernels import choose_kernel
+from pgrpo.attention.plan import AttentionChoice
+from pgrpo.config import Config, ConfigError
+from pgrpo.distributed import World
+from pgrpo.flops import GIB, ModelDims, layers_to_checkpoint
+from pgrpo.layers import Keep, set_up_layers
+from pgrpo.logprobs import chunk_bytes
+from pgrpo.policy import Policy, load_model
+
+USABLE_SHARE = 0.92
+"""Of a GPU's memory: the rest is for the CUDA context, libraries and fragmentation."""
+
+
+def place_policy(config: Config, world: World) -> Policy:
+    """The model on this rank's device, sharded where needed.
+
+    Raises:
+        ConfigError: it cannot run as the config says, on this device.
+    """
+    check_device(config, world.device)
+    max_sample = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    model = load_model(config.model, max_sample)
+    policy = wrap(model, config, world)
+    distributed.place(policy, decoder_layers(model), world, compute_dtype(config), methods=("next_logits",))
+    return policy
+
+
+def wrap(model: PreTrainedModel, config: Config, world: World) -> Policy:
+    """A policy whose layers run as the config says; its weights stay where they are."""
+    dims = ModelDims.from_config(model.config)
+    policy = Policy(model, config.rollout.temperature, attention_choice(config, dims, world.device))
+    set_up_layers(decoder_layers(model), kept_by_layer(config, dims, world), compiled=is_compiled(config, world.device))
+    return policy
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """Refuse what this device cannot do, before a weight is loaded."""
+    if device.type == "cuda" and config.model.dtype == "float32":
+        raise ConfigError(
+            "model.dtype=float32: flash attention on a GPU computes in bfloat16: set model.dtype=bfloat16"
+        )
+    if device.type == "cpu" and config.optim.offload == "cpu":
+        raise ConfigError("optim.offload=cpu: there is no GPU to offload from: set optim.offload=none")
+
+
+def compute_dtype(config: Config) -> torch.dtype:
+    return getattr(torch, config.model.dtype)
+
+
+def is_compiled(config: Config, device: torch.device) -> bool:
+    """``model.compile``, which is for GPUs unless set."""
+    return device.type == "cuda" if config.model.compile is None else config.model.compile
+
+
+def attention_choice(config: Config, dims: ModelDims, device: torch.device) -> AttentionChoice:
+    """Kernel and plan of the policy's attention.
+
+    Raises:
+        ConfigError: ``model.attention_kernel`` cannot run here.
+    """
+    try:
+        kernel = choose_kernel(config.model.attention_kernel, device, compute_dtype(config), dims.head_dim)
+    except ValueError as error:
+        raise ConfigError(f"model.attention_kernel={config.model.attention_kernel}: {error}") from error
+    plan = "auto" if device.type == "cuda" else "two_calls"
+    return AttentionChoice(kernel.name, dims.heads, dims.kv_heads, dims.head_dim, plan, kernel.reason)
+
+
+def kept_by_layer(config: Config, dims: ModelDims, world: World) -> list[Keep]:
+    """What each layer keeps for the backward. Layers that compute again come first: what the last ones keep is needed first
+    in the backward, and gone before all gradients are there."""
+    mode, count = config.model.activation_checkpointing, dims.layers
+    if mode == "auto":
+        mode, count = "none", 0
+        if world.device.type == "cuda":
+            capacity = USABLE_SHARE * torch.cuda.get_device_properties(world.device).total_memory / GIB
+            mode, count = layers_to_checkpoint(dims, capacity, **plan_sizes(config, world.size, world.device.type))
+    kept: list[Keep] = [mode] * count
+    return kept + ["none"] * (dims.layers - count)
+
+
+def plan_sizes(config: Config, ranks: int, device_type: str) -> dict[str, Any]:
+    """What ``flops.memory_plan`` asks about a run, but for its checkpointing."""
+    rollout = config.rollout
+    return {
+        "token_budget": config.train.token_budget,
+        "dtype_bytes": compute_dtype(config).itemsize,
+        "ranks": ranks,
+        "reference": bool(config.loss.kl_coef),
+        "offload": config.optim.offload == "cpu",
+        "concurrent": min(rollout.max_concurrent, rollout.prompts_per_step * rollout.group_size),
+        "group_size": rollout.group_size,
+        "prompt_tokens": config.data.max_prompt_tokens,
+        "completion_tokens": rollout.max_completion_tokens,
+        "logit_chunk_bytes": chunk_bytes(device_type),
+    }
+
+
+def decoder_layers(model: PreTrainedModel) -> Iterable[nn.Module]:
+    return model.base_model.layers  # pyright: ignore[reportReturnType]

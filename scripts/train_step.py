@@ -1,0 +1,100 @@
+"""Seconds and memory of whole optimizer steps: float32 masters, AdamW, FSDP2 on one rank, random tokens and weights.
+
+    python scripts/train_step.py --config qwen3_4b.yaml --prompt 4096 --completion 1024 --group-size 8 --groups 8 \
+        [--offload none cpu] [--steps 3] [--json FILE] [key=value ...]
+
+Needs only the model's config.json. Times what a training step does after its rollout: batches, forward and backward of every
+micro-batch, gradient clipping, AdamW. The first step, which compiles, is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from pgrpo.commands.bench import Shape, random_groups, random_model
+from pgrpo.config import Config, load_config
+from pgrpo.distributed import World, place, start
+from pgrpo.flops import GIB, ModelDims, forward_flops
+from pgrpo.optim import build_optimizer
+from pgrpo.training.placement import compute_dtype, decoder_layers, wrap
+from pgrpo.training.run import group_cost
+from pgrpo.training.update import Updater
+
+
+def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str, float | str | int]:
+    """One row of the table."""
+    config.rollout.group_size, config.rollout.prompts_per_step = shape.group_size, shape.groups
+    config.rollout.max_completion_tokens, config.data.max_prompt_tokens = shape.completion, shape.prompt
+    config.train.token_budget = shape.prompt + shape.group_size * shape.completion
+    dtype, config.model.dtype = config.model.dtype, "float32"
+    model = random_model(config, shape.prompt + shape.completion, world.device)
+    config.model.dtype = dtype
+    policy = wrap(model, config, world)
+    place(policy, decoder_layers(model), world, compute_dtype(config))
+    dims = ModelDims.from_config(model.config)
+    optimizer = build_optimizer(policy, config.optim)
+    updater = Updater(config, world, policy, None, optimizer, lambda group: group_cost(dims, group, config))
+    groups = random_groups(shape, model.config.vocab_size)
+    seconds = []
+    for step in range(steps + 1):
+        if step == 1:
+            torch.cuda.reset_peak_memory_stats()
+        world.synchronize()
+        started = time.perf_counter()
+        metrics = updater.step(groups)
+        world.synchronize()
+        seconds.append(time.perf_counter() - started)
+    median = statistics.median(seconds[1:])
+    flops = 3 * shape.groups * forward_flops(dims, shape.prompt, [shape.completion] * shape.group_size)
+    return {
+        "offload": config.optim.offload,
+        "checkpointing": config.model.activation_checkpointing,
+        "seconds": median,
+        "tokens_per_s": metrics["tokens/packed"] / median,
+        "samples_per_s": shape.groups * shape.group_size / median,
+        "useful_tflops": flops / median / 1e12,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "grad_norm": metrics["grad_norm"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--prompt", type=int, default=4096)
+    parser.add_argument("--completion", type=int, default=1024)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--offload", nargs="+", choices=["none", "cpu"], default=["none", "cpu"])
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    shape = Shape(args.prompt, args.completion, args.group_size, args.groups)
+    rows = []
+    with start() as world:
+        for offload in args.offload:
+            config = load_config(args.config, [*args.overrides, f"optim.offload={offload}"])
+            rows.append(measure(config, shape, args.steps, world))
+            print(json.dumps(rows[-1]), flush=True)
+            gc.collect()
+            torch.cuda.empty_cache()
+    if args.json:
+        report = {
+            "device": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "shape": vars(shape),
+            "rows": rows,
+        }
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""On a GPU: every kernel and plan against fp64, at most twice as far off as a plain bfloat16 computation."""
+
+import pytest
+import torch
+
+from pgrpo.attention.grouped import grouped_attention
+from pgrpo.attention.kernels import FASTEST_FIRST, choose_kernel, why_not
+from pgrpo.attention.layout import PackedLayout
+from pgrpo.attention.merge import merge_, merge_plain_, sum_copies, sum_copies_plain
+from pgrpo.attention.plan import AttentionChoice
+from pgrpo.attention.reference import reference_attention
+from pgrpo.logprobs import token_logprobs
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda")
+LENGTHS = [
+    ([300, 1, 77], [[40, 0, 129], [1], [64, 300]]),
+    ([513], [[256] * 8]),
+    ([64, 64], [[700, 3], [512, 0, 1]]),
+    ([0, 0], [[500, 3], [4]]),
+    ([6, 2], [[], []]),
+]
+
+
+def run(function, tensors, dout):
+    leaves = [x.detach().clone().requires_grad_() for x in tensors]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("plan", ["two_calls", "concat"])
+@pytest.mark.parametrize("kernel", FASTEST_FIRST)
+@pytest.mark.parametrize(("prefix_lens", "suffix_lens"), LENGTHS)
+def test_attention(prefix_lens, suffix_lens, kernel, plan, head_dim):
+    if why := why_not(kernel, GPU, torch.bfloat16, head_dim):
+        pytest.skip(why)
+    torch.manual_seed(0)
+    layout = PackedLayout.from_lengths(prefix_lens, suffix_lens, GPU, AttentionChoice(kernel, plan=plan))
+    total = int(layout.cu_seqlens[-1])
+    q, k, v, dout = (torch.randn(total, h, head_dim, device=GPU).bfloat16() for h in (8, 2, 2, 8))
+    scale = head_dim**-0.5
+
+    def reference(q, k, v):
+        return reference_attention(q, k, v, layout, scale)[0]
+
+    exact = run(reference, [x.double() for x in (q, k, v)], dout.double())
+    plain = run(reference, (q, k, v), dout)
+    got = run(lambda q, k, v: grouped_attention(q, k, v, layout, scale), (q, k, v), dout)
+    for name, a, b, truth in zip(("out", "dq", "dk", "dv"), got, plain, exact, strict=True):
+        error, allowed = (a - truth).norm() / truth.norm(), 2 * (b - truth).norm() / truth.norm()
+        print(f"{kernel} {plan} {prefix_lens} {name}: {error:.1e}, plain bfloat16 {allowed / 2:.1e}")
+        assert error <= allowed, name
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_merge(dim):
+    out, out_p = (torch.randn(1000, 6, dim, device=GPU).bfloat16() for _ in range(2))
+    lse, lse_p = (4 * torch.randn(6, 1500, device=GPU) for _ in range(2))
+    lse, lse_p = lse[:, 500:], lse_p[:, :1000].contiguous()
+    wanted, wanted_lse = out.double(), lse.double()
+    merge_plain_(wanted, wanted_lse, out_p.double(), lse_p.double())
+    merge_(out, lse, out_p, lse_p)
+    assert (lse - wanted_lse).abs().max() < 1e-5
+    assert (out - wanted).abs().max() <= 2**-8 * wanted.abs().max()
+
+
+def test_sum_copies():
+    source = torch.randint(70, (400,), device=GPU)
+    source[:70] = torch.arange(70, device=GPU)
+    order = source.argsort(stable=True).int()
+    offsets = torch.zeros(71, dtype=torch.int32, device=GPU)
+    offsets[1:] = source.bincount(minlength=70).cumsum(0)
+    x = torch.randn(400, 3, 96, device=GPU).bfloat16()
+    wanted = sum_copies_plain(x.double(), source, 70)
+    got = sum_copies(x, source, order, offsets)
+    assert (got - wanted).abs().max() <= 2**-8 * wanted.abs().max()
+    assert torch.equal(got, sum_copies(x, source, order, offsets))
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+@pytest.mark.parametrize("vocabulary", [1000, 49152, 151936])
+def test_logprobs(vocabulary, scale, monkeypatch):
+    """Two and a half chunks; log-probs, entropy and gradients, and nothing for a frozen head."""
+    from pgrpo import logprobs
+
+    monkeypatch.setitem(logprobs.LOGITS_PER_CHUNK, "cuda", 100 * vocabulary)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(250, 64, device=GPU).bfloat16(), torch.randn(vocabulary, 64, device=GPU).bfloat16()
+    targets, dlogprobs = torch.randint(vocabulary, (250,), device=GPU), torch.randn(250, device=GPU)
+
+    def reference(hidden, weight):
+        logits = scale * (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+        return logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+
+    def ours(hidden, weight):
+        return token_logprobs(hidden, weight, targets, scale).logprobs
+
+    exact = run(reference, [hidden.double(), weight.double()], dlogprobs.double())
+    plain = run(reference, [hidden, weight], dlogprobs)
+    got = run(ours, [hidden, weight], dlogprobs)
+    for name, a, b, truth in zip(("logprobs", "dhidden", "dweight"), got, plain, exact, strict=True):
+        assert (a - truth).norm() <= 2 * (b - truth).norm(), name
+    probs = (scale * hidden.double() @ weight.double().T).softmax(-1)
+    entropy = token_logprobs(hidden, weight, targets, scale, entropy=True).entropy
+    assert entropy is not None
+    assert (entropy - torch.special.entr(probs).sum(-1)).abs().max() < 0.05
+    frozen = hidden.clone().requires_grad_()
+    token_logprobs(frozen, weight, targets, scale).logprobs.sum().backward()
+    assert frozen.grad is not None
+    assert weight.grad is None
+
+
+def test_auto_says_why():
+    choice = choose_kernel("auto", GPU, torch.bfloat16, 256)
+    assert choice.name == "builtin"
+    assert "not flash4: " in choice.reason
+    with pytest.raises(ValueError, match="float32"):
+        choose_kernel("builtin", GPU, torch.float32, 128)

@@ -1,0 +1,157 @@
+"""On a GPU: the whole policy in bfloat16, compiled, checkpointed, sharded and with offloaded moments."""
+
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+
+from pgrpo import layers, offload
+from pgrpo.attention.kernels import choose_kernel
+from pgrpo.attention.plan import AttentionChoice
+from pgrpo.batch import build_batch
+from pgrpo.distributed import World, place, start
+from pgrpo.exactness import reference_logprobs, tokens_as_groups
+from pgrpo.offload import OffloadedAdamW
+from pgrpo.optim import load_optimizer_tensors, optimizer_tensors
+from pgrpo.policy import ATTENTION_NAME, Policy
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda", 0)
+LAYERS = 4
+CONFIG = transformers.Qwen3Config(
+    vocab_size=5000, hidden_size=512, intermediate_size=1024, num_hidden_layers=LAYERS, num_attention_heads=8,
+    num_key_value_heads=2, head_dim=64, tie_word_embeddings=True,
+)  # fmt: skip
+
+
+def make_model(attention, dtype):
+    torch.manual_seed(0)
+    with GPU:
+        return transformers.AutoModelForCausalLM.from_config(CONFIG, attn_implementation=attention, dtype=dtype).train()
+
+
+def make_policy(keep="none", compiled=False, dtype=torch.bfloat16, plan="auto"):
+    model = make_model(ATTENTION_NAME, dtype)
+    layers.set_up_layers(model.model.layers, [keep] * LAYERS, compiled=compiled)
+    kernel = choose_kernel("auto", GPU, torch.bfloat16, 64)
+    return Policy(model, attention=AttentionChoice(kernel.name, 8, 2, 64, plan, kernel.reason))
+
+
+def groups(rnd):
+    def ids(least, most):
+        return [rnd.randrange(5000) for _ in range(rnd.randint(least, most))]
+
+    prompts = [ids(2, 400) for _ in range(rnd.randint(1, 3))]
+    return tokens_as_groups(prompts, [[ids(0, 200) for _ in range(rnd.randint(2, 6))] + [ids(9, 9)] for _ in prompts])
+
+
+def batch_for(policy, rnd, **kwargs):
+    return build_batch(groups(rnd), device=GPU, attention=policy.attention, **kwargs)
+
+
+def gradients(policy, batch):
+    logprobs = policy(batch).logprobs
+    return logprobs.detach(), torch.autograd.grad(logprobs.sum(), list(policy.parameters()))
+
+
+@pytest.mark.parametrize("plan", ["two_calls", "concat"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bfloat16_is_no_further_from_float32_than_the_untouched_model(compiled, plan):
+    samples = groups(random.Random(0))
+    truth = reference_logprobs(make_model("sdpa", torch.float32), samples).detach()
+    untouched = reference_logprobs(make_model("sdpa", torch.bfloat16), samples).detach()
+    policy = make_policy(compiled=compiled, plan=plan)
+    got = policy(build_batch(samples, device=GPU, attention=policy.attention)).logprobs.detach()
+    ours, theirs = (got - truth).norm().item(), (untouched - truth).norm().item()
+    print(f"compiled={compiled} {plan}: grouped {ours:.3e}, untouched {theirs:.3e}, ratio {ours / theirs:.2f}")
+    assert ours <= 1.1 * theirs
+
+
+@pytest.mark.parametrize("keep", ["none", "attention", "full"])
+def test_compiled_and_checkpointed_gradients_agree_and_nothing_compiles_after_warm_up(keep):
+    torch._dynamo.reset()
+    layers._runner.cache_clear()
+    plain, compiled, rnd = make_policy(), make_policy(keep, compiled=True), random.Random(1)
+
+    def compare(batch):
+        got, wanted = gradients(compiled, batch), gradients(plain, batch)
+        assert (got[0] - wanted[0]).norm() <= 0.02 * wanted[0].norm()
+        error = sum((a - b).float().square().sum() for a, b in zip(got[1], wanted[1], strict=True))
+        assert error <= 0.03**2 * sum(b.float().square().sum() for b in wanted[1])
+        with torch.no_grad():
+            assert (compiled(batch).logprobs - got[0]).norm() <= 0.02 * wanted[0].norm()
+
+    compare(batch_for(compiled, rnd))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for _ in range(20):
+        compare(batch_for(compiled, rnd))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+
+
+def test_checkpointing_attention_takes_less_memory_than_none_and_more_than_full():
+    peaks = []
+    for keep in ("none", "attention", "full"):
+        policy = make_policy(keep, compiled=True)
+        samples = tokens_as_groups([[7] * 4000], [[[8] * 2000] * 4])
+        batch = build_batch(samples, device=GPU, attention=policy.attention)
+        gradients(policy, batch)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        gradients(policy, batch)
+        peaks.append((torch.cuda.max_memory_allocated() - before) / 2**20)
+    print(f"MiB above the weights: none {peaks[0]:.0f}, attention {peaks[1]:.0f}, full {peaks[2]:.0f}")
+    assert peaks[0] > 1.3 * peaks[1]
+    assert peaks[1] > 1.05 * peaks[2]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_offloaded_adamw_is_bit_equal_to_fused_adamw(sharded, monkeypatch):
+    """Also in pieces, also after its state was saved and put back."""
+    monkeypatch.setattr(offload, "PIECE", 100_000)
+    with start() as world:
+        assert isinstance(world, World)
+        policies = [make_policy(dtype=torch.float32) for _ in range(2)]
+        if sharded:
+            for policy in policies:
+                place(policy, policy.model.model.layers, world, torch.bfloat16)
+        settings = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+        optimizers = [
+            torch.optim.AdamW(policies[0].parameters(), **settings, fused=True),
+            OffloadedAdamW([{"params": list(policies[1].parameters())}], **settings),
+        ]
+        for step in range(4):
+            torch.manual_seed(step)
+            noise = [torch.randn(p.shape, device=GPU) for p in policies[0].parameters()]
+            for policy, optimizer in zip(policies, optimizers, strict=True):
+                for p, g in zip(policy.parameters(), noise, strict=True):
+                    p.grad = torch.zeros_like(p)
+                    offload.local(p.grad).copy_(g)
+                optimizer.step()
+            for a, b in zip(*(policy.parameters() for policy in policies), strict=True):
+                assert torch.equal(offload.local(a), offload.local(b))
+            if step == 1:
+                saved = optimizer_tensors(optimizers[1], policies[1])
+                for name, tensor in optimizer_tensors(optimizers[0], policies[0]).items():
+                    assert torch.equal(tensor, saved[name]), name
+                optimizers[1] = OffloadedAdamW([{"params": list(policies[1].parameters())}], **settings)
+                load_optimizer_tensors(optimizers[1], policies[1], saved)
+        state = optimizers[1].state[next(policies[1].parameters())]
+        assert SimpleNamespace(**state).exp_avg.is_pinned()
+
+
+def test_sharded_compiled_policy_on_one_rank_equals_plain_bfloat16():
+    """float32 masters gathered in bfloat16 compute what a bfloat16 copy computes."""
+    with start() as world:
+        policy, plain = make_policy("attention", compiled=True, dtype=torch.float32), make_policy()
+        place(policy, policy.model.model.layers, world, torch.bfloat16)
+        batch = batch_for(policy, random.Random(3))
+        logprobs = policy(batch).logprobs
+        logprobs.sum().backward()
+        wanted_logprobs, wanted = gradients(plain, batch)
+        assert (logprobs - wanted_logprobs).norm() <= 0.02 * wanted_logprobs.norm()
+        grads = [offload.local(p.grad) for p in policy.parameters()]
+        assert all(g.dtype == torch.float32 for g in grads)
+        error = sum((a - b).float().square().sum() for a, b in zip(grads, wanted, strict=True))
+        assert error <= 0.03**2 * sum(b.float().square().sum() for b in wanted)

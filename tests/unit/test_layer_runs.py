@@ -1,0 +1,111 @@
+"""Compiled and checkpointed layers give the gradients of plain ones, and compute again only what they say."""
+
+import random
+
+import pytest
+import torch
+import transformers
+
+from pgrpo import layers
+from pgrpo.batch import build_batch
+from pgrpo.exactness import tokens_as_groups
+from pgrpo.policy import ATTENTION_NAME, Policy
+
+LAYERS = 3
+
+
+def make_policy(keep="none", compiled=False, dtype=torch.float64):
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, initializer_range=0.2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).to(dtype).train()
+    layers.set_up_layers(model.model.layers, [keep] * LAYERS, compiled=compiled)
+    return Policy(model)
+
+
+def random_batch(rnd):
+    def ids(most):
+        return [rnd.randrange(3, 61) for _ in range(rnd.randint(2, most))]
+
+    prompts = [ids(20) for _ in range(rnd.randint(1, 3))]
+    return build_batch(tokens_as_groups(prompts, [[ids(9) for _ in range(rnd.randint(2, 5))] for _ in prompts]))
+
+
+def update(policy, batch):
+    logprobs = policy(batch).logprobs
+    return logprobs.detach(), torch.autograd.grad(logprobs.square().sum(), list(policy.parameters()))
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """Forward and backward calls of the flash kernel, a layer's two forward calls being one."""
+    from pgrpo.attention import grouped
+
+    calls = {"varlen_forward": 0, "varlen_backward": 0}
+    for name in calls:
+
+        def counted(*args, name=name, call=getattr(grouped, name)):
+            calls[name] += 1
+            return call(*args)
+
+        monkeypatch.setattr(grouped, name, counted)
+    return calls
+
+
+@pytest.mark.parametrize(("keep", "forwards"), [("none", 1), ("attention", 1), ("full", 2)])
+def test_checkpointing_changes_no_bit_and_attention_is_computed_again_only_under_full(keep, forwards, kernel_calls):
+    batch = random_batch(random.Random(0))
+    logprobs, gradients = update(make_policy(keep), batch)
+    assert kernel_calls == {"varlen_forward": 2 * LAYERS * forwards, "varlen_backward": 2 * LAYERS}
+    wanted_logprobs, wanted = update(make_policy(), batch)
+    assert torch.equal(logprobs, wanted_logprobs)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
+
+
+@pytest.mark.parametrize("keep", ["none", "attention"])
+def test_checkpointing_keeps_less(keep):
+    """Bytes that autograd holds between forward and backward, the weights left out."""
+    policy, batch, held = make_policy(keep), random_batch(random.Random(0)), {}
+
+    def pack(tensor):
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        policy(batch)
+    total = sum(held.values()) - sum(held.get(p.untyped_storage().data_ptr(), 0) for p in policy.parameters())
+    tokens = len(batch.input_ids)
+    assert (total / tokens < 8 * LAYERS * 32 * 4) == (keep == "attention")
+
+
+def compilations():
+    """How many compiled versions there are of each function that runs a layer."""
+    entries = torch._dynamo.eval_frame._debug_get_cache_entry_list
+    counts = {run: len(entries(getattr(layers, run).__code__)) for run in ("_plain", "_keeping_attention")}
+    return {run: count for run, count in counts.items() if count}
+
+
+@pytest.mark.parametrize("keep", ["none", "attention"])
+def test_compiled_layers_are_exact_and_compiled_once_for_each_gradient_mode(keep):
+    torch._dynamo.reset()
+    layers._runner.cache_clear()
+    plain, compiled = make_policy(), make_policy(keep, compiled=True)
+    rnd = random.Random(1)
+
+    def compare(batch):
+        got, wanted = update(compiled, batch), update(plain, batch)
+        assert (got[0] - wanted[0]).abs().max() < 1e-5  # norms run in float32 in any model
+        for a, b in zip(got[1], wanted[1], strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm()
+        with torch.no_grad():
+            assert (compiled(batch).logprobs - wanted[0]).abs().max() < 1e-5
+
+    compare(random_batch(rnd))
+    # With a gradient and without; layers that keep attention run as plain ones where there is no gradient.
+    assert compilations() == {"none": {"_plain": 2}, "attention": {"_plain": 1, "_keeping_attention": 1}}[keep]
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for _ in range(20):
+        compare(random_batch(rnd))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
