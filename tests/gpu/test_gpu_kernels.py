@@ -101,10 +101,10 @@ def test_logprobs(vocabulary, scale, monkeypatch):
     got = run(ours, [hidden, weight], dlogprobs)
     for name, a, b, truth in zip(("logprobs", "dhidden", "dweight"), got, plain, exact, strict=True):
         assert (a - truth).norm() <= 2 * (b - truth).norm(), name
-    probs = (scale * hidden.double() @ weight.double().T).softmax(-1)
+    probs = (scale * (hidden @ weight.T).double()).softmax(-1)  # of logits in bfloat16, which are what ours are
     entropy = token_logprobs(hidden, weight, targets, scale, entropy=True).entropy
     assert entropy is not None
-    assert (entropy - torch.special.entr(probs).sum(-1)).abs().max() < 0.05
+    assert (entropy - torch.special.entr(probs).sum(-1)).abs().max() < 1e-3
     frozen = hidden.clone().requires_grad_()
     token_logprobs(frozen, weight, targets, scale).logprobs.sum().backward()
     assert frozen.grad is not None

@@ -14,7 +14,7 @@ from pgrpo.policy import ATTENTION_NAME, Policy
 LAYERS = 3
 
 
-def make_policy(keep="none", compiled=False, dtype=torch.float64):
+def make_policy(keep: layers.Keep = "none", compiled=False, dtype=torch.float64):
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
