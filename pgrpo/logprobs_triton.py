@@ -1,10 +1,12 @@
 """Triton kernels of ``logprobs.py``: one read of a chunk of logits each. Imported on a GPU only."""
 
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 import torch
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096

@@ -1,9 +1,11 @@
 """Triton versions of ``merge.py``. Imported on a GPU only; PyTorch's CUDA builds bring Triton along."""
 
+# pyright: reportMissingImports=false, reportIndexIssue=false
+
 from __future__ import annotations
 
-import triton  # pyright: ignore[reportMissingImports]
-import triton.language as tl  # pyright: ignore[reportMissingImports]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 PAIRS_PER_BLOCK = 32

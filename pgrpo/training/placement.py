@@ -87,8 +87,8 @@ def kept_by_layer(config: Config, dims: ModelDims, world: World) -> list[Keep]:
         if world.device.type == "cuda":
             capacity = USABLE_SHARE * torch.cuda.get_device_properties(world.device).total_memory / GIB
             mode, count = layers_to_checkpoint(dims, capacity, **plan_sizes(config, world.size, world.device.type))
-    kept: list[Keep] = [mode] * count
-    return kept + ["none"] * (dims.layers - count)
+    again: Keep = mode  # not "auto" any more
+    return [again if i < count else "none" for i in range(dims.layers)]
 
 
 def plan_sizes(config: Config, ranks: int, device_type: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -32,9 +33,9 @@ def make_model(attention, dtype):
         return transformers.AutoModelForCausalLM.from_config(CONFIG, attn_implementation=attention, dtype=dtype).train()
 
 
-def make_policy(keep: layers.Keep = "none", compiled=False, dtype=torch.bfloat16, plan="auto"):
+def make_policy(keep: layers.Keep = "none", compiled=False, dtype=torch.bfloat16, plan: Any = "auto"):
     model = make_model(ATTENTION_NAME, dtype)
-    layers.set_up_layers(model.model.layers, [keep] * LAYERS, compiled=compiled)
+    layers.set_up_layers(model.model.layers, [keep for _ in range(LAYERS)], compiled=compiled)
     kernel = choose_kernel("auto", GPU, torch.bfloat16, 64)
     return Policy(model, attention=AttentionChoice(kernel.name, 8, 2, 64, plan, kernel.reason))
 

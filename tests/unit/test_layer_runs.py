@@ -21,7 +21,7 @@ def make_policy(keep: layers.Keep = "none", compiled=False, dtype=torch.float64)
         num_key_value_heads=2, head_dim=16, initializer_range=0.2, tie_word_embeddings=True,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).to(dtype).train()
-    layers.set_up_layers(model.model.layers, [keep] * LAYERS, compiled=compiled)
+    layers.set_up_layers(model.model.layers, [keep for _ in range(LAYERS)], compiled=compiled)
     return Policy(model)
 
 
