@@ -43,14 +43,14 @@ def _forward(
 
 @cache
 def _runner(kept: Keep, compiled: bool) -> Callable[..., Tensor]:
-    run = {"none": _plain, "attention": _keeping_attention, "full": run_keeping_inputs}[kept]
+    run = {"none": _plain, "attention": _keeping_attention, "full": _keeping_inputs}[kept]
     if not compiled:
         return run
     compiled_run = torch.compile(run, dynamic=True, fullgraph=True)
 
     def run_compiled(*args: Any, **kwargs: Any) -> Tensor:
         # Two lengths that are equal in the first batch (of groups, of tokens) need not be in the next.
-        with torch.fx.experimental._config.patch(use_duck_shape=False):
+        with torch.fx.experimental._config.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
             return compiled_run(*args, **kwargs)
 
     return run_compiled
@@ -65,8 +65,7 @@ def _keeping_attention(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     return checkpoint(_plain, layer, *args, use_reentrant=False, context_fn=contexts, **kwargs)  # pyright: ignore[reportReturnType]
 
 
-def run_keeping_inputs(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    """A layer's forward that keeps its inputs alone: the backward computes the rest again."""
+def _keeping_inputs(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     return checkpoint(_plain, layer, *args, use_reentrant=False, **kwargs)  # pyright: ignore[reportReturnType]
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pgrpo.attention.kernels import varlen_backward, varlen_forward
 from pgrpo.attention.layout import PackedLayout
-from pgrpo.attention.merge import merge_, sum_copies
+from pgrpo.attention.merge import copy_rows, merge_, sum_copies
 from pgrpo.attention.segments import Segments
 
 
@@ -64,7 +64,7 @@ def _grouped_attention(
     prefix_rows, max_seqlen, max_prefix, max_group, max_copied = numbers.tolist()
     if max_copied:
         keys = Segments(cu_seqlens, cu_copied, max_seqlen, max_copied)
-        return varlen_forward(q, k.index_select(0, source), v.index_select(0, source), keys, True, scale, kernel)
+        return varlen_forward(q, *copy_rows(k, v, source), keys, True, scale, kernel)
     within = Segments(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     out_THD, lse_HT = varlen_forward(q, k, v, within, True, scale, kernel)
     if 0 < prefix_rows < len(q):
@@ -85,9 +85,8 @@ def _grouped_attention_backward(
     prefix_rows, max_seqlen, max_prefix, max_group, max_copied = numbers.tolist()
     if max_copied:
         keys = Segments(cu_seqlens, cu_copied, max_seqlen, max_copied)
-        copied = k.index_select(0, source), v.index_select(0, source)
-        dq, dk_C, dv_C = varlen_backward(dout, q, *copied, out, lse, keys, True, scale, kernel)
-        return dq.contiguous(), sum_copies(dk_C, source, order, offsets), sum_copies(dv_C, source, order, offsets)
+        dq, dk_C, dv_C = varlen_backward(dout, q, *copy_rows(k, v, source), out, lse, keys, True, scale, kernel)
+        return dq.contiguous(), *sum_copies(dk_C, dv_C, source, order, offsets)
     within = Segments(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     dq, dk, dv = varlen_backward(dout, q, k, v, out, lse, within, True, scale, kernel)
     if 0 < prefix_rows < len(q):

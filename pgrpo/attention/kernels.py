@@ -32,7 +32,7 @@ class KernelChoice(NamedTuple):
 
 
 def choose_kernel(
-    wanted: Literal["auto", "builtin", "flash4"], device: torch.device, dtype: torch.dtype, head_dim: int
+    wanted: KernelName | Literal["auto"], device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> KernelChoice:
     """The kernel of that name, or with ``auto`` the fastest that can run here.
 
@@ -43,12 +43,12 @@ def choose_kernel(
         if why := why_not(wanted, device, dtype, head_dim):
             raise ValueError(f"{wanted} cannot run here: {why}")
         return KernelChoice(wanted, "asked for")
-    obstacles = {name: why_not(name, device, dtype, head_dim) for name in FASTEST_FIRST}
-    chosen = next((name for name in FASTEST_FIRST if not obstacles[name]), None)
-    if chosen is None:
-        raise ValueError("; ".join(f"{name} cannot run here: {why}" for name, why in obstacles.items()))
-    passed_over = [f"not {name}: {why}" for name, why in obstacles.items() if why]
-    return KernelChoice(chosen, "; ".join(passed_over) or "the fastest that can run here")
+    obstacles: dict[KernelName, str | None] = {name: why_not(name, device, dtype, head_dim) for name in FASTEST_FIRST}
+    passed_over = "; ".join(f"not {name}: {why}" for name, why in obstacles.items() if why)
+    for name in FASTEST_FIRST:
+        if not obstacles[name]:
+            return KernelChoice(name, passed_over or "the fastest that can run here")
+    raise ValueError(f"no attention kernel can run here; {passed_over}")
 
 
 def why_not(name: KernelName, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Joining attention over two sets of keys by their log-sum-exps, and adding up the gradients of copied keys.
+"""Joining attention over two sets of keys by their log-sum-exps; copying keys, and adding up the copies' gradients.
 
 One memory pass each on a GPU (Triton); the plain versions beside them are the spec, and what a CPU runs.
 
@@ -30,25 +30,35 @@ def merge_plain_(out_QHD: Tensor, lse_HQ: Tensor, out_p_QHD: Tensor, lse_p_HQ: T
     lse_HQ.copy_(merged_HQ)
 
 
-def sum_copies(x_CKD: Tensor, source_C: Tensor, order_C: Tensor, offsets: Tensor) -> Tensor:
-    """Add up all copies of each row: [T, K, D], summed in float32 at least and in a fixed order.
+def copy_rows(k_TKD: Tensor, v_TKD: Tensor, source_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``source_C`` (int64) of keys and values: [C, K, D] each."""
+    if k_TKD.device.type == "cuda":
+        from pgrpo.attention import triton_kernels
+
+        return triton_kernels.copy_rows(k_TKD, v_TKD, source_C)
+    return k_TKD.index_select(0, source_C), v_TKD.index_select(0, source_C)
+
+
+def sum_copies(
+    dk_CKD: Tensor, dv_CKD: Tensor, source_C: Tensor, order_C: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The backward of ``copy_rows``: all copies of each row added up, [T, K, D] each, in float32 at least, in a fixed order.
 
     Args:
-        x_CKD: [C, K, D] values of the copies.
+        dk_CKD: [C, K, D]; dv_CKD alike.
         source_C: [C] int64, the row that each copy was made of.
         order_C: [C] int32, the copies sorted by their source.
         offsets: [T + 1] int32, where each row's copies begin in ``order_C``.
     """
-    if x_CKD.device.type == "cuda":
+    if dk_CKD.device.type == "cuda":
         from pgrpo.attention import triton_kernels
 
-        return triton_kernels.sum_copies(x_CKD, order_C, offsets)
-    return sum_copies_plain(x_CKD, source_C, len(offsets) - 1)
+        return triton_kernels.sum_copies(dk_CKD, dv_CKD, order_C, offsets)
+    rows = len(offsets) - 1
+    return _sum_copies_plain(dk_CKD, source_C, rows), _sum_copies_plain(dv_CKD, source_C, rows)
 
 
-def sum_copies_plain(x_CKD: Tensor, source_C: Tensor, rows: int) -> Tensor:
-    """``sum_copies`` as PyTorch operations."""
-    total = torch.zeros(
-        rows, *x_CKD.shape[1:], dtype=torch.promote_types(x_CKD.dtype, torch.float32), device=x_CKD.device
-    )
-    return total.index_add_(0, source_C, x_CKD.to(total.dtype)).to(x_CKD.dtype)
+def _sum_copies_plain(x_CKD: Tensor, source_C: Tensor, rows: int) -> Tensor:
+    dtype = torch.promote_types(x_CKD.dtype, torch.float32)
+    total = torch.zeros(rows, *x_CKD.shape[1:], dtype=dtype, device=x_CKD.device)
+    return total.index_add_(0, source_C, x_CKD.to(dtype)).to(x_CKD.dtype)

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 PAIRS_PER_BLOCK = 32
+ROWS_PER_BLOCK = 4
 
 
 def merge_(out_QHD: Tensor, lse_HQ: Tensor, out_p_QHD: Tensor, lse_p_HQ: Tensor) -> None:
@@ -25,15 +26,26 @@ def merge_(out_QHD: Tensor, lse_HQ: Tensor, out_p_QHD: Tensor, lse_p_HQ: Tensor)
     )  # fmt: skip
 
 
-def sum_copies(x_CKD: Tensor, order_C: Tensor, offsets: Tensor) -> Tensor:
+def copy_rows(k_TKD: Tensor, v_TKD: Tensor, source_C: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``merge.copy_rows``."""
+    k_TKD, v_TKD = k_TKD.contiguous(), v_TKD.contiguous()
+    width, copies = k_TKD[0].numel(), len(source_C)
+    k_CKD, v_CKD = (k_TKD.new_empty(copies, *k_TKD.shape[1:]) for _ in range(2))
+    _copy_rows_kernel[(triton.cdiv(copies, ROWS_PER_BLOCK),)](
+        k_TKD, v_TKD, k_CKD, v_CKD, source_C, copies, width, ROWS=ROWS_PER_BLOCK, BLOCK=triton.next_power_of_2(width)
+    )
+    return k_CKD, v_CKD
+
+
+def sum_copies(dk_CKD: Tensor, dv_CKD: Tensor, order_C: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """See ``merge.sum_copies``."""
-    rows, width = len(offsets) - 1, x_CKD.shape[1] * x_CKD.shape[2]
-    out = x_CKD.new_empty(rows, *x_CKD.shape[1:])
-    if rows:
-        _sum_copies_kernel[(rows,)](
-            x_CKD.contiguous(), out, order_C, offsets, width, BLOCK=triton.next_power_of_2(width)
-        )
-    return out
+    rows, width = len(offsets) - 1, dk_CKD[0].numel()
+    dk_TKD, dv_TKD = (dk_CKD.new_empty(rows, *dk_CKD.shape[1:]) for _ in range(2))
+    _sum_copies_kernel[(rows,)](
+        dk_CKD.contiguous(), dv_CKD.contiguous(), dk_TKD, dv_TKD, order_C, offsets, width,
+        BLOCK=triton.next_power_of_2(width),
+    )  # fmt: skip
+    return dk_TKD, dv_TKD
 
 
 @triton.jit
@@ -62,12 +74,26 @@ def _merge_kernel(
 
 
 @triton.jit
-def _sum_copies_kernel(x, out, order, offsets, width, BLOCK: tl.constexpr):
+def _copy_rows_kernel(k, v, k_out, v_out, source, copies, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    copy = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (copy < copies)[:, None] & (column < width)[None, :]
+    row = tl.load(source + copy, mask=copy < copies, other=0)
+    take, put = row[:, None] * width + column[None, :], copy[:, None] * width + column[None, :]
+    tl.store(k_out + put, tl.load(k + take, mask=inside), mask=inside)
+    tl.store(v_out + put, tl.load(v + take, mask=inside), mask=inside)
+
+
+@triton.jit
+def _sum_copies_kernel(dk, dv, dk_out, dv_out, order, offsets, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
-    total = tl.zeros((BLOCK,), tl.float32)
+    dk_sum = tl.zeros((BLOCK,), tl.float32)
+    dv_sum = tl.zeros((BLOCK,), tl.float32)
     for i in range(tl.load(offsets + row), tl.load(offsets + row + 1)):
-        copy = tl.load(order + i).to(tl.int64)
-        total += tl.load(x + copy * width + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + row * width + column, total.to(out.dtype.element_ty), mask=inside)
+        at = tl.load(order + i).to(tl.int64) * width + column
+        dk_sum += tl.load(dk + at, mask=inside, other=0.0).to(tl.float32)
+        dv_sum += tl.load(dv + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dk_out + row * width + column, dk_sum.to(dk_out.dtype.element_ty), mask=inside)
+    tl.store(dv_out + row * width + column, dv_sum.to(dv_out.dtype.element_ty), mask=inside)

@@ -6,7 +6,7 @@ import torch
 from pgrpo.attention.grouped import grouped_attention
 from pgrpo.attention.kernels import FASTEST_FIRST, choose_kernel, why_not
 from pgrpo.attention.layout import PackedLayout
-from pgrpo.attention.merge import merge_, merge_plain_, sum_copies, sum_copies_plain
+from pgrpo.attention.merge import copy_rows, merge_, merge_plain_, sum_copies
 from pgrpo.attention.plan import AttentionChoice
 from pgrpo.attention.reference import reference_attention
 from pgrpo.logprobs import token_logprobs
@@ -65,17 +65,19 @@ def test_merge(dim):
     assert (out - wanted).abs().max() <= 2**-8 * wanted.abs().max()
 
 
-def test_sum_copies():
+def test_copied_rows():
     source = torch.randint(70, (400,), device=GPU)
     source[:70] = torch.arange(70, device=GPU)
     order = source.argsort(stable=True).int()
     offsets = torch.zeros(71, dtype=torch.int32, device=GPU)
     offsets[1:] = source.bincount(minlength=70).cumsum(0)
-    x = torch.randn(400, 3, 96, device=GPU).bfloat16()
-    wanted = sum_copies_plain(x.double(), source, 70)
-    got = sum_copies(x, source, order, offsets)
-    assert (got - wanted).abs().max() <= 2**-8 * wanted.abs().max()
-    assert torch.equal(got, sum_copies(x, source, order, offsets))
+    k, v = (torch.randn(70, 3, 96, device=GPU).bfloat16() for _ in range(2))
+    assert all(torch.equal(a, b[source]) for a, b in zip(copy_rows(k, v, source), (k, v), strict=True))
+    dk, dv = (torch.randn(400, 3, 96, device=GPU).bfloat16() for _ in range(2))
+    for got, again, x in zip(*(sum_copies(dk, dv, source, order, offsets) for _ in range(2)), (dk, dv), strict=True):
+        wanted = torch.zeros(70, 3, 96, device=GPU, dtype=torch.float64).index_add_(0, source, x.double())
+        assert (got - wanted).abs().max() <= 2**-8 * wanted.abs().max()
+        assert torch.equal(got, again)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.7])
