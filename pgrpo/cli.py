@@ -106,7 +106,8 @@ def bench(
 ) -> None:
     """Time grouped against repeated prompts on this machine."""
     shapes = [_shape(text) for text in shape or ["512,32,8"]]
-    from pgrpo.commands.bench import METHODS, Shape, bench
+    from pgrpo.commands.bench import METHODS, bench
+    from pgrpo.commands.bench_report import Shape
 
     bench(
         _load(config, overrides),

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LOGITS_PER_CHUNK = {"cpu": 2**25, "cuda": 2**29}
-"""Logits held at once: 128 MiB of float32 on a CPU, 1 GiB of bfloat16 on a GPU, where the head's product wants many rows and its
+LOGITS_PER_CHUNK = {"cpu": 2**25, "cuda": 2**30}
+"""Logits held at once: 128 MiB of float32 on a CPU, 2 GiB of bfloat16 on a GPU, where the head's product wants many rows and its
 gradient is read and written once a chunk."""
 
 
@@ -72,15 +72,19 @@ class _ChunkedLogprobs(torch.autograd.Function):
         hidden_LE, weight_VE, target_ids_L, lse_L = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dhidden_LE = torch.empty_like(hidden_LE) if needs_hidden else None
-        # Many small contributions: summed in float32 whatever the weight's own precision is.
-        dweight_VE = torch.zeros_like(weight_VE, dtype=lse_L.dtype) if needs_weight else None
-        for rows in _chunks(hidden_LE, weight_VE):
+        chunks = _chunks(hidden_LE, weight_VE)
+        dweight_VE = None
+        if needs_weight and len(chunks) != 1:  # contributions are summed in float32 at least
+            dweight_VE = torch.zeros_like(weight_VE, dtype=lse_L.dtype)
+        for rows in chunks:
             logits_CV = hidden_LE[rows] @ weight_VE.T
             dlogits_CV = to_logit_gradient_(logits_CV, target_ids_L[rows], lse_L[rows], dlogprobs_L[rows], ctx.scale)
             if dhidden_LE is not None:
                 torch.mm(dlogits_CV, weight_VE, out=dhidden_LE[rows])
             if dweight_VE is not None:
                 _add_product(dweight_VE, dlogits_CV.T, hidden_LE[rows])
+            elif needs_weight:
+                dweight_VE = dlogits_CV.T @ hidden_LE
             del logits_CV, dlogits_CV
         return dhidden_LE, None if dweight_VE is None else dweight_VE.to(weight_VE.dtype), None, None, None
 

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from pgrpo.commands.bench import Shape, random_groups, random_model
+from pgrpo.commands.bench import random_groups, random_model
+from pgrpo.commands.bench_report import Shape
 from pgrpo.config import Config, load_config
 from pgrpo.distributed import World, place, start
 from pgrpo.flops import GIB, ModelDims, forward_flops

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
 import torch
-import transformers
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pgrpo.attention.interface import ATTENTION_NAME
 from pgrpo.commands.bench_methods import METHODS, Job, why_not
+from pgrpo.commands.bench_report import Row, Shape, make_report, print_rows, write_report
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed import World, start
 from pgrpo.exactness import tokens_as_groups
@@ -32,36 +28,8 @@ from pgrpo.training.placement import check_device, compute_dtype, is_compiled, w
 from pgrpo.types import Group
 
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """``groups`` groups of ``group_size`` completions; lengths in tokens."""
-
-    prompt: int
-    completion: int
-    group_size: int
-    groups: int = 1
-
-
-@dataclass
-class Row:
-    """One method. Milliseconds; MFU counts each prompt token once and no recomputation, against a measured matrix product."""
-
-    prompt: int
-    completion: int
-    group_size: int
-    groups: int
-    method: str
-    checkpointing: str
-    old_ms: float
-    update_ms: float
-    mfu_old: float
-    mfu_update: float
-    peak_gib: float
-    rho: float
-    flop_ratio: float
-    max_dlogprob: float
+HEAD_START = 8
+"""Large products, about 1.5 ms each."""
 
 
 def bench(
@@ -75,12 +43,14 @@ def bench(
     json_file: Path | None = None,
     profile_file: Path | None = None,
 ) -> list[Row]:
-    """Time the methods on random tokens, print a table for each shape, and write ``json_file`` if one is given.
+    """Time the methods on random tokens, print a table for each shape, and write ``json_file`` if one is given (rows that are
+    already there stay, unless they are measured again).
 
     Uses only ``config.model``. ``old`` is the log-probs without gradient, ``update`` a forward and a backward; both are medians of
-    ``repeats`` rounds that go through all methods in turn. Weights and gradients are in the compute dtype; there is no optimizer.
-    Peak memory, weights included, is what PyTorch allocated during an update on a GPU; on a CPU it is the peak resident memory of
-    one update in a fresh process, over what that process held before it loaded the model. A method that does not fit is left out.
+    ``repeats`` rounds that go through all methods in turn, on a GPU by device events. Weights and gradients are in the compute
+    dtype; there is no optimizer. Peak memory, weights included, is what PyTorch allocated during an update on a GPU; on a CPU it
+    is the peak resident memory of one update in a fresh process, over what that process held before it loaded the model. A method
+    that does not fit is left out.
 
     Args:
         shapes: what to time, one after the other.
@@ -90,7 +60,7 @@ def bench(
         profile_file: write the time of each kernel of one grouped update (last shape and checkpointing) there.
 
     Raises:
-        ConfigError: several ranks, no such method, or no folder for a file.
+        ConfigError: several ranks, no such method, no folder for a file, or a ``json_file`` of another device or other versions.
     """
     for option, file in (("--json", json_file), ("--profile", profile_file)):
         if file and not file.absolute().parent.is_dir():
@@ -122,11 +92,11 @@ def bench(
                     row.peak_gib = peaks.get((shape, keep, row.method), row.peak_gib)
                     row.mfu_old, row.mfu_update = (x / rate for x in (row.mfu_old, row.mfu_update))
                 rows += timed
-                _print(timed, rate, config, console)
+                print_rows(timed, rate, config, console)
         if profile_file:
             _profile(policy, shapes[-1], keeps[-1], config, profile_file)
         if json_file:
-            json_file.write_text(json.dumps(_report(rows, world.device), indent=1) + "\n")
+            write_report(make_report(rows, world.device), json_file)
     return rows
 
 
@@ -217,11 +187,20 @@ def random_groups(shape: Shape, vocabulary: int) -> list[Group]:
 
 
 def _milliseconds(function: Callable[[], object], device: torch.device) -> float:
-    _synchronize(device)
-    started = time.perf_counter()
+    if device.type == "cpu":
+        started = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - started)
+    # Products queued first let the host run ahead of the device, as it does between the micro-batches of a training step.
+    a = torch.randn(MATMUL_SIZE["cuda"], MATMUL_SIZE["cuda"], device=device, dtype=torch.bfloat16)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(HEAD_START):
+        a @ a
+    begin.record()
     function()
-    _synchronize(device)
-    return 1e3 * (time.perf_counter() - started)
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
 
 
 def _matmul_flops(device: torch.device, config: Config) -> float:
@@ -279,47 +258,3 @@ def _profile(policy: Policy, shape: Shape, keep: Keep, config: Config, file: Pat
         _synchronize(policy.device)
     order = f"self_{policy.device.type}_time_total"
     file.write_text(profile.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=100))
-
-
-def _print(rows: list[Row], rate: float, config: Config, console: Console) -> None:
-    first, by_method = rows[0], {row.method: row for row in rows}
-    table = Table(
-        title=f"{config.model.path}, {config.model.dtype}: P={first.prompt} R={first.completion} G={first.group_size} "
-        f"groups={first.groups}, checkpointing {first.checkpointing}, rho {first.rho:.2f}, ratio of FLOPs {first.flop_ratio:.2f}"
-    )
-    for name in (
-        "method",
-        "old ms",
-        "update ms",
-        "MFU old",
-        "MFU update",
-        "peak GiB",
-        "max |d logprob|",
-        "old / grouped",
-        "update / grouped",
-    ):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for row in rows:
-        grouped = by_method["grouped"]
-        table.add_row(
-            row.method, f"{row.old_ms:.0f}", f"{row.update_ms:.0f}", f"{row.mfu_old:.2f}", f"{row.mfu_update:.2f}",
-            f"{row.peak_gib:.2f}", f"{row.max_dlogprob:.1e}", f"{row.old_ms / grouped.old_ms:.2f}",
-            f"{row.update_ms / grouped.update_ms:.2f}",
-        )  # fmt: skip
-    console.print(table)
-    console.print(f"matrix product: {rate / 1e12:.3f} TFLOP/s")
-
-
-def _report(rows: list[Row], device: torch.device) -> dict[str, object]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    for package in ("flash-attn-4", "prefix-grouper"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {"device": name, "versions": versions, "rows": [asdict(row) for row in rows]}

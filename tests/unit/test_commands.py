@@ -15,7 +15,8 @@ import pgrpo
 from pgrpo.commands import bench as bench_module
 from pgrpo.commands import bench_methods as methods_module
 from pgrpo.commands import check as check_module
-from pgrpo.commands.bench import Row, Shape, bench
+from pgrpo.commands.bench import bench
+from pgrpo.commands.bench_report import Row, Shape
 from pgrpo.commands.check import check
 from pgrpo.commands.evaluate import evaluate
 from pgrpo.config import Config, ConfigError, load_config
@@ -106,6 +107,21 @@ def test_bench_rows(model, tmp_path):
     assert rows[0].max_dlogprob == 0
     assert len({field.name for field in fields(Row)}) == len(report["rows"][0])
     assert held.sum() > 0
+
+
+def test_bench_adds_to_a_file_of_the_same_machine_and_no_other(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_module, "ProcessPoolExecutor", _NoPool)
+    file = tmp_path / "b.json"
+
+    def shapes() -> list[int]:
+        return [row["prompt"] for row in json.loads(file.read_text())["rows"]]
+
+    for prompt, wanted in ((8, [8]), (9, [8, 9]), (8, [9, 8])):
+        bench(config(model, tmp_path), [Shape(prompt, 3, 2)], methods=["grouped"], repeats=1, json_file=file)
+        assert shapes() == wanted
+    file.write_text(file.read_text().replace('"device": "', '"device": "another '))
+    with pytest.raises(ConfigError, match="has rows of device another CPU"):
+        bench(config(model, tmp_path), [Shape(8, 3, 2)], methods=["grouped"], repeats=1, json_file=file)
 
 
 def test_bench_shows_a_difference(model, tmp_path, monkeypatch):
