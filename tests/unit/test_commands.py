@@ -151,12 +151,7 @@ def test_bench_random_weights_and_checkpointing(model, tmp_path, monkeypatch):
         random_weights=True, repeats=1,
     )  # fmt: skip
     got = [(row.prompt, row.checkpointing, row.method) for row in rows]
-    assert got == [
-        (8, "attention", "grouped"),
-        (8, "none", "grouped"),
-        (5, "attention", "grouped"),
-        (5, "none", "grouped"),
-    ]
+    assert got == [(p, keep, "grouped") for p in (8, 5) for keep in ("none", "attention")]
 
 
 class _NoPool:
