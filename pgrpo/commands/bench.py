@@ -43,8 +43,8 @@ def bench(
     json_file: Path | None = None,
     profile_file: Path | None = None,
 ) -> list[Row]:
-    """Time the methods on random tokens, print a table for each shape, and write ``json_file`` if one is given (rows that are
-    already there stay, unless they are measured again).
+    """Time the methods on random tokens; after each shape print a table and add its rows to ``json_file`` if one is given (rows
+    that are there stay, unless they are measured again).
 
     Uses only ``config.model``. ``old`` is the log-probs without gradient, ``update`` a forward and a backward; both are medians of
     ``repeats`` rounds that go through all methods in turn, on a GPU by device events. Weights and gradients are in the compute
@@ -93,10 +93,10 @@ def bench(
                     row.mfu_old, row.mfu_update = (x / rate for x in (row.mfu_old, row.mfu_update))
                 rows += timed
                 print_rows(timed, rate, config, console)
+                if json_file:
+                    write_report(make_report(timed, world.device), json_file)
         if profile_file:
             _profile(policy, shapes[-1], keeps[-1], config, profile_file)
-        if json_file:
-            write_report(make_report(rows, world.device), json_file)
     return rows
 
 
