@@ -92,6 +92,11 @@ def test_two_ranks_with_small_micro_batches(compute):
     assert_same(compute(2, token_budget=40), compute(aggregate="token"))
 
 
+@pytest.mark.parametrize("again", ["attention", "full"])
+def test_two_ranks_that_compute_activations_again(compute, again):
+    assert_same(compute(2, activation_checkpointing=again), compute(aggregate="token"))
+
+
 def test_two_updates_a_step(compute):
     """The second update's old log-probs were recorded before the first: its ratios are not 1."""
     changes = {"updates_per_step": 2, "lr": 1e-2, "kl_coef": 0.1}

@@ -34,7 +34,11 @@ def main():
     model, output, changes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     torch.set_num_threads(1)
     config = Config(
-        model=ModelConfig(path=model, dtype=changes.get("dtype", "float32")),
+        model=ModelConfig(
+            path=model,
+            dtype=changes.get("dtype", "float32"),
+            activation_checkpointing=changes.get("activation_checkpointing", "none"),
+        ),
         data=DataConfig(max_prompt_tokens=12),
         rollout=RolloutConfig(max_completion_tokens=14),
     )

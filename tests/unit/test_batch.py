@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgrpo.batch import build_batch, fill_micro_batches, packed_tokens, select, split_to_budget
+from pgrpo.batch import _first_fit, build_batch, fill_micro_batches, packed_tokens, select, split_to_budget
 from pgrpo.distributed import share_out
 from pgrpo.types import Completion, Group, Prompt
 
@@ -177,6 +177,21 @@ def test_fill_micro_batches_by_hand():
     with pytest.raises(ValueError, match="7 tokens does not fit a budget of 6"):
         fill_micro_batches(groups, 6)
     assert fill_micro_batches([], 6) == []
+
+
+def test_fill_micro_batches_evens_out_costs_not_tokens():
+    """Prompts of 8 cost 64, one-token prompts with 8 completion tokens cost 9: first fit alone would pair up the costly ones."""
+    groups = [sized(i, p, [n]) for i, (p, n) in enumerate([(8, 1), (8, 1), (1, 8), (1, 8)])]
+
+    def cost(g):
+        return len(g.prompt.token_ids) ** 2 + len(g.completions[0].token_ids)
+
+    bins = fill_micro_batches(groups, 18, packed_tokens, cost)
+    assert sorted(sum(map(cost, b)) for b in bins) == [74, 74]
+    assert sorted(sum(map(cost, b)) for b in _first_fit(groups, 18, packed_tokens)) == [18, 130]
+    # Where evening out finds no room, first fit stands: 6 + 4 and 5 + 5 fill two bins of 10, 6 + 5 would not fit.
+    tight = [sized(i, 1, [n - 1]) for i, n in enumerate([6, 5, 5, 4])]
+    assert [[packed_tokens(g) for g in b] for b in fill_micro_batches(tight, 10)] == [[6, 4], [5, 5]]
 
 
 @settings(max_examples=60, deadline=None)

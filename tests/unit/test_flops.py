@@ -154,3 +154,32 @@ def test_memory_plan() -> None:
     assert sampled.kv_cache == (64 * 1024 + 8 * 512) * 2 * 36 * 8 * 128 * 2 / 2**30
     assert one.peak == max(one.update, one.optimizer_step, one.rollout)
     assert plan(dims, dtype_bytes=4).gathered == 0
+
+
+def test_memory_plan_of_checkpointing_and_offload() -> None:
+    dims = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
+    attention = plan(dims, checkpointing="attention")
+    # A token of a layer: its input (2560 bfloat16), attention's output (32 x 128 bfloat16) and log-sum-exps (32 float32).
+    kept = 36 * (2 * 2560 + 32 * (2 * 128 + 4))
+    whole_layer = plan(dims, checkpointing="none").activations / 36
+    assert attention.activations == pytest.approx(kept / flops.GIB + whole_layer)
+    by_count = [plan(dims, checkpointing="attention", checkpointed_layers=n).activations for n in range(1, 37)]
+    assert by_count == sorted(by_count, reverse=True)
+    assert by_count[-1] == attention.activations
+    offloaded = plan(dims, offload=True)
+    assert (offloaded.moments, offloaded.weights, offloaded.gradients) == (0, attention.weights, attention.gradients)
+
+
+def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
+    dims = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
+    sizes = {"token_budget": 16384, "dtype_bytes": 2, "offload": True}
+    mode, count = flops.layers_to_checkpoint(dims, 73.0, **sizes)
+    assert mode == "attention"
+    assert 0 < count < 36
+
+    def peak(n: int) -> float:
+        return flops.memory_plan(dims, checkpointing="attention", checkpointed_layers=n, **sizes).peak
+
+    assert peak(count) <= 73.0 < peak(count - 1)
+    assert flops.layers_to_checkpoint(dims, 1000.0, **sizes) == ("none", 0)
+    assert flops.layers_to_checkpoint(dims, 10.0, **sizes) == ("full", 36)
