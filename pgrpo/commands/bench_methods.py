@@ -16,8 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
 from pgrpo.attention.interface import ATTENTION_NAME
-from pgrpo.attention.kernels import varlen_backward, varlen_forward
-from pgrpo.attention.segments import Segments
 from pgrpo.batch import build_batch
 from pgrpo.layers import Keep, set_up_layers
 from pgrpo.logprobs import token_logprobs
@@ -25,14 +23,13 @@ from pgrpo.policy import Policy, logit_scale
 from pgrpo.training.placement import decoder_layers
 from pgrpo.types import Group
 
-METHODS = ("grouped", "repeated_packed", "repeated_padded", "concat", "prefix_grouper", "prefix_grouper_ours")
-PEERS = ("prefix_grouper", "prefix_grouper_ours")
+METHODS = ("grouped", "repeated_packed", "repeated_padded", "concat", "prefix_grouper")
 PEER_ATTENTION = "pgrpo_bench_flash"
 
 
 def why_not(method: str, device: torch.device, groups: Sequence[Group]) -> str | None:
     """What keeps a method from running here; None if nothing does."""
-    if method in PEERS:
+    if method == "prefix_grouper":
         if device.type != "cuda":
             return "it is compared on a GPU"
         if importlib.util.find_spec("prefix_grouper") is None:
@@ -47,24 +44,20 @@ class Job:
 
     ``grouped``, ``repeated_packed`` and ``concat`` (every completion's own copy of its prompt's keys and values, the method of
     PrefixGrouper) run on our kernels, layers and log-probs. ``repeated_padded`` is a right-padded batch through transformers' own
-    sdpa; ``prefix_grouper`` the package as verl called it: eager layers, full logits; ``prefix_grouper_ours`` the package given our
-    flash kernel, compilation and chunked log-probs. These three checkpoint whole layers if at all.
+    sdpa; ``prefix_grouper`` the package as verl called it: eager layers, full logits; both checkpoint whole layers if at all.
     """
 
     def __init__(self, policy: Policy, method: str, groups: list[Group]) -> None:
-        self.policy, self.model, self.attention = policy, policy.model, ATTENTION_NAME
+        self.model, self.attention = policy.model, ATTENTION_NAME
         self.layers = list(decoder_layers(policy.model))
-        self.own_layers = method in ("repeated_padded", *PEERS)
-        self.run_layer: Callable[..., Tensor] | None = None
+        self.own_layers = method in ("repeated_padded", "prefix_grouper")
         self.forward: Callable[[], Tensor]
         if method == "repeated_padded":
             self.attention, padded = "sdpa", _Padded(groups, policy.device)
             self.forward = partial(padded.logprobs, self.model)
-        elif method in PEERS:
-            self.attention, ours = "prefix_grouper_attention", method == "prefix_grouper_ours"
-            peer = _PrefixGrouper(groups, policy.device, policy.attention.kernel if ours else None)
+        elif method == "prefix_grouper":
+            self.attention, peer = "prefix_grouper_attention", _PrefixGrouper(groups, policy.device)
             self.forward = partial(peer.logprobs, self.model)
-            self.run_layer = torch.compile(_run, dynamic=True) if ours else None
         else:
             choice = replace(policy.attention, plan="concat") if method == "concat" else policy.attention
             share = method != "repeated_packed"
@@ -88,7 +81,7 @@ class Job:
         self.model.set_attn_implementation(self.attention)
         before: list[Any] = [layer.forward for layer in self.layers]
         for layer in self.layers if self.own_layers else ():
-            run = partial(self.run_layer or _run, layer)
+            run = partial(type(layer).forward, layer)
             layer.forward = run if keep == "none" else partial(checkpoint, run, use_reentrant=False)
         try:
             yield
@@ -122,20 +115,16 @@ class _Padded:
 
 
 class _PrefixGrouper:
-    """The package prefix_grouper in its best case: groups alike, so no padding, and a flash kernel without unpadding.
+    """The package prefix_grouper in its best case: groups alike, so no padding, and PyTorch's flash kernel without unpadding."""
 
-    As verl called it: PyTorch's flash kernel and full logits. With ``kernel``: that flash kernel, and log-probs in chunks.
-    """
-
-    def __init__(self, groups: list[Group], device: torch.device, kernel: str | None) -> None:
+    def __init__(self, groups: list[Group], device: torch.device) -> None:
         from prefix_grouper import PrefixGrouper  # pyright: ignore[reportMissingImports]
         from prefix_grouper.utils.register_transformers import (  # pyright: ignore[reportMissingImports]
             register_attention,
         )
 
         register_attention()
-        AttentionInterface.register(PEER_ATTENTION, _flash_of_equal_lengths if kernel is None else _our_flash(kernel))
-        self.chunked = kernel is not None
+        AttentionInterface.register(PEER_ATTENTION, _flash_of_equal_lengths)
         lengths = [[len(g.prompt.token_ids), *(len(c.token_ids) for c in g.completions)] for g in groups]
         self.grouper = PrefixGrouper(lengths, device=device)
         ids = [g.prompt.token_ids + [t for c in g.completions for t in c.token_ids] for g in groups]
@@ -146,22 +135,13 @@ class _PrefixGrouper:
         self.targets = torch.tensor([c.token_ids for g in groups for c in g.completions], device=device)
 
     def logprobs(self, model: PreTrainedModel) -> Tensor:
-        """[L] in the order of a packed batch."""
+        """[L] in the order of a packed batch, from the full logits."""
         inputs: dict[str, Any] = {"input_ids": self.ids, "position_ids": self.positions, "use_cache": False}
         inputs |= {"prefix_grouper": self.grouper, "prefix_grouper_attn_func": PEER_ATTENTION}
-        if self.chunked:
-            hidden = model.base_model(**inputs).last_hidden_state
-            _, _, suffix, _ = self.grouper.split_output(hidden, include_prefix_last=1)
-            hidden_LE, head = suffix[:, :-1].flatten(0, 1), model.lm_head
-            return token_logprobs(hidden_LE, head.weight, self.targets.flatten(), logit_scale(model.config)).logprobs
         logits = model(**inputs).logits
         _, _, suffix, _ = self.grouper.split_output(logits, include_prefix_last=1)
         logits_BRV = suffix[:, :-1].float()
         return -functional.cross_entropy(logits_BRV.flatten(0, 1), self.targets.flatten(), reduction="none")
-
-
-def _run(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    return type(layer).forward(layer, *args, **kwargs)
 
 
 def _flash_of_equal_lengths(
@@ -175,36 +155,3 @@ def _flash_of_equal_lengths(
         q, k, v, None, None, q.shape[1], k.shape[1], dropout, causal, False, scale=scaling
     )
     return out, None
-
-
-def _our_flash(kernel: str) -> Callable[..., tuple[Tensor, None]]:
-    """The same on one of our kernels."""
-
-    @torch.compiler.disable
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *more: Any,
-        scaling: float | None = None, **other: Any,
-    ) -> tuple[Tensor, None]:  # fmt: skip
-        n, _, q_len, dim = query.shape
-        rows: list[Tensor] = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-        lengths = q_len, key.shape[2]
-        cu_q, cu_k = (torch.arange(0, n * m + 1, m, dtype=torch.int32, device=query.device) for m in lengths)
-        out: Tensor = _Flash.apply(*rows, Segments(cu_q, cu_k, *lengths), scaling or dim**-0.5, kernel)  # pyright: ignore[reportAssignmentType]
-        return out.unflatten(0, (n, q_len)), None
-
-    return attend  # pyright: ignore[reportReturnType]
-
-
-class _Flash(torch.autograd.Function):
-    """One variable-length call, causal (bottom-right)."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, segments, scale, kernel):
-        out, lse = varlen_forward(q, k, v, segments, True, scale, kernel)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.call = segments, True, scale, kernel
-        return out
-
-    @staticmethod
-    def backward(ctx, dout):
-        return *varlen_backward(dout, *ctx.saved_tensors, *ctx.call), None, None, None
