@@ -10,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pgrpo import flops
+from pgrpo.config import ModelConfig
 from pgrpo.flops import ModelDims
+from pgrpo.lora import add_adapters
 
 SIZES = {
     "hidden_size": 64,
@@ -66,6 +68,39 @@ def test_forward_flops_are_those_that_torch_counts(name: str) -> None:
     above_diagonal = length * (length - 1) // 2
     ours = flops.forward_flops(dims, 0, [length]) + per_pair * above_diagonal
     assert counter.get_total_flops() == ours
+
+
+def adapt(model, rank: int, targets: list[str]) -> int:
+    """Put adapters into a model and count what is trained."""
+    add_adapters(model, ModelConfig(path="-", lora_rank=rank, lora_targets=targets), seed=0)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("rank", [1, 7])
+@pytest.mark.parametrize("name", MODELS)
+def test_adapter_parameters_are_those_that_peft_makes(name: str, rank: int) -> None:
+    dims = ModelDims.from_config(make(name).config)
+    for targets in (list(dims.linear_layers), ["o_proj", "down_proj"]):
+        assert flops.lora_parameter_count(dims, rank, targets) == adapt(make(name), rank, targets)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
+def test_flops_of_a_lora_update_are_those_that_torch_counts(name: str) -> None:
+    """One sequence, as above. The first layer's inputs have no gradient, which torch knows and we do not: those products are
+    added to what it counts."""
+    length, rank, model = 24, 5, make(name)
+    dims = ModelDims.from_config(model.config)
+    adapters = adapt(model, rank, list(dims.linear_layers))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.zeros(1, length, dtype=torch.long)).logits.sum().backward()
+    first = [shape for name, shape in dims.linear_layers.items() if name in ("q_proj", "k_proj", "v_proj", "qkv_proj")]
+    no_gradient = sum(2 * length * (inputs * outputs + rank * inputs) for inputs, outputs in first)
+    above_diagonal = 4 * dims.layers * dims.heads * dims.head_dim * length * (length - 1) // 2
+    ours = flops.update_flops(dims, 0, [length], adapters=adapters) + 3 * above_diagonal
+    assert counter.get_total_flops() + no_gradient == ours
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.zeros(1, length, dtype=torch.long))
+    assert counter.get_total_flops() == flops.forward_flops(dims, 0, [length], adapters=adapters) + above_diagonal
 
 
 @pytest.mark.parametrize(("prompt", "completions"), [(7, [3, 1, 5]), (1, [2]), (4, [0, 6])])
@@ -154,3 +189,23 @@ def test_memory_plan() -> None:
     assert sampled.kv_cache == (64 * 1024 + 8 * 512) * 2 * 36 * 8 * 128 * 2 / 2**30
     assert one.peak == max(one.update, one.optimizer_step, one.rollout)
     assert plan(dims, dtype_bytes=4).gathered == 0
+
+
+def test_memory_plan_of_lora() -> None:
+    """Two bytes a frozen weight in bfloat16; gradients, moments and the head's gradient only of what is trained."""
+    dims = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
+    adapters = flops.lora_parameter_count(dims, 16, dims.linear_layers)
+    assert adapters == 36 * 16 * (2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728)) == 33_030_144
+    lora, all_weights = plan(dims, adapters=adapters, reference=True, ranks=2), plan(dims, ranks=2)
+    assert lora.weights == pytest.approx((2 * 4_022_468_096 + 4 * adapters) / 2 / 2**30)
+    assert (lora.gradients, lora.moments) == (4 * adapters / 2 / 2**30, 8 * adapters / 2 / 2**30)
+    assert lora.reference == 0
+    assert all_weights.logprobs - lora.logprobs == 151936 * 2560 * 6 / 2**30
+    layer = 2 * (dims.layer_matrix + 2 * adapters // 36)
+    assert lora.gathered == pytest.approx(2 * (151936 * 2560 + layer) / 2**30)
+    assert lora.activations == all_weights.activations
+    in_float32 = plan(dims, adapters=adapters, dtype_bytes=4)
+    assert (in_float32.gathered, in_float32.adam_scratch) == (0, in_float32.gradients)
+    assert in_float32.weights == pytest.approx(4 * (4_022_468_096 + adapters) / 2**30)
+    assert plan(dims, adapters=adapters, offload=True).moments == 0
+    assert plan(dims, adapters=adapters, token_budget=8192).peak < plan(dims, token_budget=8192).peak / 4
