@@ -246,7 +246,7 @@ def test_eval_of_a_checkpoint_is_what_training_logged(model, tmp_path, rank):
     pgrpo.train("quickstart", [f"model.path={model}", f"run_dir={tmp_path / 'run'}", *keys])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first, last = [{k: v for k, v in row.items() if k.startswith("eval/")} for row in (rows[0], rows[-1])]
-    assert first["eval/pass@1"] != last["eval/pass@1"]
+    assert first != last
     assert evaluate(settings) == first
     assert evaluate(settings, "auto") == last
     assert evaluate(settings, str(tmp_path / "run" / "checkpoints" / "step_2")) == last

@@ -18,6 +18,7 @@ from pgrpo.batch import build_batch
 from pgrpo.checkpoint import CheckpointError
 from pgrpo.commands.evaluate import evaluate
 from pgrpo.commands.export import export
+from pgrpo.commands.plan import plan
 from pgrpo.config import Config, ConfigError, ModelConfig, load_config
 from pgrpo.distributed import full_tensor, reshard, start
 from pgrpo.exactness import gradients, reference_logprobs, tokens_as_groups
@@ -174,6 +175,15 @@ def run_config(tiny: Path, run_dir: Path, **changes: Any) -> Config:
         "model.lora_rank": 4, "optim.lr": 1e-2, "eval.every": 0, "eval.rows": 8, "track.console": "false", **changes,
     }  # fmt: skip
     return load_config("quickstart", [f"{key}={value}" for key, value in keys.items()])
+
+
+def test_a_run_and_its_plan_refuse_a_wrong_layer_before_weights_are_read(tiny, tmp_path, monkeypatch):
+    config = run_config(tiny, tmp_path, **{"model.lora_targets": "[lm_head]"})
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with start() as world, pytest.raises(ConfigError, match="model.lora_targets: 'lm_head' is no linear layer"):
+        build_run(config, world)
+    with pytest.raises(ConfigError, match="model.lora_targets: 'lm_head' is no linear layer"):
+        plan(config)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
