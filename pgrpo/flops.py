@@ -182,7 +182,7 @@ class MemoryPlan:
             dtype, and gradients and moments those of the adapters.
         reference: weights of the frozen initial model, 0 without a KL term, and with LoRA, whose weights are that model.
         gathered: copies of weights in the compute dtype, and their gradients, while in use.
-        activations: what the backward needs of a full micro-batch.
+        activations: what the backward needs of a full micro-batch (with LoRA up to a fifth less, which is not counted).
         logprobs: chunks of logits, and the head's float32 gradient if it has one.
         adam_scratch: temporaries of the optimizer step: none of the fused one (GPU), as large as what is trained on a CPU; with
             moments in host memory, the pieces of them that are on their way.

@@ -146,13 +146,20 @@ def test_unknown_device_has_no_peak() -> None:
     assert flops.peak_flops("Some CPU") is None
 
 
+@pytest.mark.parametrize(("rank", "least", "most"), [(0, 0.97, 1.03), (4, 0.8, 1.0)])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_what_autograd_keeps(name: str, dtype: torch.dtype) -> None:
-    """The plan's bytes a token of one layer, within 3% of the distinct tensors that a transformers layer saves."""
+def test_activations_are_what_autograd_keeps(
+    name: str, dtype: torch.dtype, rank: int, least: float, most: float
+) -> None:
+    """The distinct tensors that a transformers layer saves, over the plan's bytes a token of one layer. Beside frozen norms and
+    with adapters beside all matrices it saves a little less."""
     length, model = 64, make(name).to(dtype)
     model.set_attn_implementation("sdpa")
     dims = ModelDims.from_config(model.config)
+    if rank:
+        adapt(model, rank, list(dims.linear_layers))
+        model.to(dtype)
     hidden = torch.randn(1, length, dims.hidden, dtype=dtype, requires_grad=True)
     rotary = model.model.rotary_emb(hidden, torch.arange(length)[None])
     constant = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *rotary)}
@@ -169,7 +176,8 @@ def test_activations_are_what_autograd_keeps(name: str, dtype: torch.dtype) -> N
     def activations(layers: int) -> float:
         return plan(replace(dims, layers=layers), checkpointing="none", dtype_bytes=dtype.itemsize).activations
 
-    assert (activations(2) - activations(1)) * flops.GIB == pytest.approx(saved / length, rel=0.03)
+    planned = (activations(2) - activations(1)) * flops.GIB
+    assert least <= saved / length / planned <= most
 
 
 def plan(dims: ModelDims, **changes) -> flops.MemoryPlan:
