@@ -180,9 +180,9 @@ def run_config(tiny: Path, run_dir: Path, **changes: Any) -> Config:
 def test_a_run_and_its_plan_refuse_a_wrong_layer_before_weights_are_read(tiny, tmp_path, monkeypatch):
     config = run_config(tiny, tmp_path, **{"model.lora_targets": "[lm_head]"})
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    with start() as world, pytest.raises(ConfigError, match="model.lora_targets: 'lm_head' is no linear layer"):
+    with start() as world, pytest.raises(ConfigError, match=r"model\.lora_targets: 'lm_head' is no linear layer"):
         build_run(config, world)
-    with pytest.raises(ConfigError, match="model.lora_targets: 'lm_head' is no linear layer"):
+    with pytest.raises(ConfigError, match=r"model\.lora_targets: 'lm_head' is no linear layer"):
         plan(config)
 
 
