@@ -46,10 +46,10 @@ def reference_logprobs(model: nn.Module, groups: Sequence[Group], temperature: f
 
 
 def gradients(logprobs: Tensor, module: nn.Module) -> list[Tensor]:
-    """Gradients of a fixed random combination of log-probs, one for each parameter; none is left in ``.grad``."""
+    """Gradients of a fixed random combination of log-probs, one for each trained parameter; none is left in ``.grad``."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(len(logprobs), generator=generator, dtype=torch.float64).to(logprobs)
-    return list(torch.autograd.grad((weights * logprobs).sum(), list(module.parameters())))
+    return list(torch.autograd.grad((weights * logprobs).sum(), [p for p in module.parameters() if p.requires_grad]))
 
 
 def difference(

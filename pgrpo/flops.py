@@ -6,7 +6,7 @@ P prompt tokens, R tokens of one completion, G completions of a prompt. *Grouped
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +27,8 @@ PEAK_TFLOPS = {
 
 @dataclass(frozen=True, slots=True)
 class ModelDims:
-    """Sizes of a decoder with gated MLPs. ``biases``: how many in one layer; ``head_norms``: of q and k (Qwen3)."""
+    """Sizes of a decoder with gated MLPs. ``biases``: how many in one layer; ``head_norms``: of q and k (Qwen3);
+    ``fused``: q, k and v are one matrix, and gate and up (Phi-3)."""
 
     layers: int
     hidden: int
@@ -39,6 +40,7 @@ class ModelDims:
     tied: bool
     biases: int = 0
     head_norms: bool = False
+    fused: bool = False
 
     @classmethod
     def from_config(cls, config: Any) -> ModelDims:
@@ -66,20 +68,45 @@ class ModelDims:
         if values.get("mlp_bias"):
             biases += 2 * intermediate + hidden
         layers, vocab, tied = size("num_hidden_layers"), size("vocab_size"), bool(values.get("tie_word_embeddings"))
-        head_norms = values.get("model_type") == "qwen3"
-        return cls(layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, tied, biases, head_norms)
+        head_norms, fused = values.get("model_type") == "qwen3", values.get("model_type") == "phi3"
+        return cls(layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, tied, biases, head_norms, fused)
+
+    @property
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of one layer's matrices, by the names that transformers gives them."""
+        hidden, q, kv = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        if self.fused:
+            return {
+                "qkv_proj": (hidden, q + 2 * kv),
+                "o_proj": (q, hidden),
+                "gate_up_proj": (hidden, 2 * self.intermediate),
+                "down_proj": (self.intermediate, hidden),
+            }
+        return {
+            "q_proj": (hidden, q),
+            "k_proj": (hidden, kv),
+            "v_proj": (hidden, kv),
+            "o_proj": (q, hidden),
+            "gate_proj": (hidden, self.intermediate),
+            "up_proj": (hidden, self.intermediate),
+            "down_proj": (self.intermediate, hidden),
+        }
 
     @property
     def layer_matrix(self) -> int:
-        """Elements of one layer's matrices: q, k, v, o, gate, up, down."""
-        attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim * self.hidden
-        return attention + 3 * self.hidden * self.intermediate
+        """Elements of one layer's matrices."""
+        return sum(inputs * outputs for inputs, outputs in self.linear_layers.values())
 
 
 def parameter_count(dims: ModelDims) -> int:
     """All parameters; a head tied to the embedding counts once."""
     layer = dims.layer_matrix + 2 * dims.hidden + dims.biases + (2 * dims.head_dim if dims.head_norms else 0)
     return dims.layers * layer + dims.hidden + dims.vocab * dims.hidden * (1 if dims.tied else 2)
+
+
+def lora_parameter_count(dims: ModelDims, rank: int, targets: Iterable[str]) -> int:
+    """Parameters of LoRA adapters beside the named linear layers: two matrices each, [rank, inputs] and [outputs, rank]."""
+    return dims.layers * sum(rank * sum(dims.linear_layers[name]) for name in set(targets))
 
 
 def computed_tokens(prompt: int, completions: Sequence[int], *, shared: bool = True) -> int:
@@ -94,20 +121,36 @@ def attention_pairs(prompt: int, completions: Sequence[int], *, shared: bool = T
     return causal * (1 if shared else len(completions)) + suffixes
 
 
-def forward_flops(dims: ModelDims, prompt: int, completions: Sequence[int], *, shared: bool = True) -> int:
+def forward_flops(
+    dims: ModelDims, prompt: int, completions: Sequence[int], *, shared: bool = True, adapters: int = 0
+) -> int:
     """FLOPs (a multiplication and an addition are two) of one group's log-probs.
 
-    Linear layers on each computed token; attention on each pair; the head on completion tokens only.
+    Linear layers, and ``adapters`` parameters of LoRA, on each computed token; attention on each pair; the head on completion
+    tokens only.
     """
-    linear = 2 * dims.layers * dims.layer_matrix * computed_tokens(prompt, completions, shared=shared)
-    pair = 4 * dims.layers * dims.heads * dims.head_dim  # scores and weighted values
+    matrices = dims.layers * dims.layer_matrix + adapters
+    linear = 2 * matrices * computed_tokens(prompt, completions, shared=shared)
     head = 2 * dims.vocab * dims.hidden * sum(completions)
-    return linear + pair * attention_pairs(prompt, completions, shared=shared) + head
+    return linear + _attention_flops(dims, prompt, completions, shared) + head
 
 
-def update_flops(dims: ModelDims, prompt: int, completions: Sequence[int], *, shared: bool = True) -> int:
-    """FLOPs of one group's forward and backward: ``UPDATE_OVER_FORWARD`` times the forward's."""
-    return UPDATE_OVER_FORWARD * forward_flops(dims, prompt, completions, shared=shared)
+def update_flops(
+    dims: ModelDims, prompt: int, completions: Sequence[int], *, shared: bool = True, adapters: int = 0
+) -> int:
+    """FLOPs of one group's forward and backward: ``UPDATE_OVER_FORWARD`` times the forward's. With LoRA (``adapters``: how many
+    parameters are trained) the frozen weights have no gradient: their backward is one product, as large as the forward's."""
+    forward = forward_flops(dims, prompt, completions, shared=shared, adapters=adapters)
+    if not adapters:
+        return UPDATE_OVER_FORWARD * forward
+    trained = 2 * adapters * computed_tokens(prompt, completions, shared=shared)
+    both_inputs = _attention_flops(dims, prompt, completions, shared) + trained
+    return UPDATE_OVER_FORWARD * both_inputs + (UPDATE_OVER_FORWARD - 1) * (forward - both_inputs)
+
+
+def _attention_flops(dims: ModelDims, prompt: int, completions: Sequence[int], shared: bool) -> int:
+    pair = 4 * dims.layers * dims.heads * dims.head_dim  # scores and weighted values
+    return pair * attention_pairs(prompt, completions, shared=shared)
 
 
 def rho(prompt: int, completions: Sequence[int]) -> float:
@@ -135,12 +178,13 @@ class MemoryPlan:
     """Estimated GiB on one device. Not in it: the CUDA context (about 0.5), fragmentation, what else runs there.
 
     Attributes:
-        weights, gradients, moments: float32, this rank's share; moments are Adam's two.
-        reference: weights of the frozen initial model, 0 without a KL term.
+        weights, gradients, moments: float32, this rank's share; moments are Adam's two. With LoRA the weights are in the compute
+            dtype, and gradients and moments those of the adapters.
+        reference: weights of the frozen initial model, 0 without a KL term, and with LoRA, whose weights are that model.
         gathered: copies of weights in the compute dtype, and their gradients, while in use.
-        activations: what the backward needs of a full micro-batch.
-        logprobs: chunks of logits, and the head's float32 gradient.
-        adam_scratch: temporaries of the optimizer step: none of the fused one (GPU), as large as the weights on a CPU; with
+        activations: what the backward needs of a full micro-batch (with LoRA up to a fifth less, which is not counted).
+        logprobs: chunks of logits, and the head's float32 gradient if it has one.
+        adam_scratch: temporaries of the optimizer step: none of the fused one (GPU), as large as what is trained on a CPU; with
             moments in host memory, the pieces of them that are on their way.
         kv_cache: of the embedded sampler, with all completions at full length.
     """
@@ -181,6 +225,7 @@ def memory_plan(
     dtype_bytes: int,
     checkpointed_layers: int | None = None,
     ranks: int = 1,
+    adapters: int = 0,
     reference: bool = False,
     offload: bool = False,
     concurrent: int = 0,
@@ -197,15 +242,21 @@ def memory_plan(
         checkpointed_layers: how many layers ``checkpointing`` holds for, the others keep everything; None: all.
         dtype_bytes: of the compute dtype: 2 (bfloat16) or 4 (float32).
         ranks: devices that weights, gradients and moments are split over.
-        reference: whether a frozen initial model is held as well (a KL term).
+        adapters: how many parameters are trained with LoRA; 0: all of the model's.
+        reference: whether there is a KL term to the initial model.
         offload: whether the moments live in host memory.
         concurrent, group_size, prompt_tokens, completion_tokens: of the embedded sampler; 0 for another one.
         logit_chunk_bytes: logits (and temporaries of their size) that the log-prob head holds at once.
     """
-    weights = 4 * parameter_count(dims) / ranks
+    weights = trained = 4 * parameter_count(dims) / ranks
     embedding = dims.vocab * dims.hidden
     # The root's embedding and head stay gathered; of the layers, one is in use while the next arrives.
     gathered = 0 if ranks == 1 and dtype_bytes == 4 else (embedding * (1 if dims.tied else 2) + 2 * dims.layer_matrix)
+    gathered_gradients, head_gradient = gathered, embedding * (4 + dtype_bytes)
+    if adapters:
+        weights, trained = (dtype_bytes * parameter_count(dims) + 4 * adapters) / ranks, 4 * adapters / ranks
+        head_gradient, gathered_gradients = 0, gathered and 2 * adapters // dims.layers
+        gathered += gathered_gradients
     layer = _layer_activations(dims, dtype_bytes)
     kept = {"none": layer, "full": dims.hidden * dtype_bytes}
     # Attention outputs with their float32 log-sum-exps, beside the layer's input.
@@ -216,13 +267,13 @@ def memory_plan(
     kv_rows = concurrent * completion_tokens + -(-concurrent // group_size) * prompt_tokens
     parts = MemoryPlan(
         weights=weights,
-        gradients=weights,
-        moments=0 if offload else 2 * weights,
-        reference=weights if reference else 0,
-        gathered=2 * gathered * dtype_bytes,
+        gradients=trained,
+        moments=0 if offload else 2 * trained,
+        reference=weights if reference and not adapters else 0,
+        gathered=(gathered + gathered_gradients) * dtype_bytes,
         activations=(kept[checkpointing] * cut + layer * (dims.layers - cut) + again) * token_budget,
-        logprobs=logit_chunk_bytes + embedding * (4 + dtype_bytes),
-        adam_scratch=OFFLOAD_SCRATCH if offload else weights if dtype_bytes == 4 else 0,
+        logprobs=logit_chunk_bytes + head_gradient,
+        adam_scratch=OFFLOAD_SCRATCH if offload else trained if dtype_bytes == 4 else 0,
         kv_cache=kv_row * kv_rows,
     )
     return MemoryPlan(*(getattr(parts, name) / GIB for name in MemoryPlan.__slots__))

@@ -70,12 +70,13 @@ class Policy(nn.Module):
         return self.model.lm_head.weight  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
 
 
-def load_model(config: ModelConfig, max_sample: int) -> PreTrainedModel:
-    """The model in float32 (master weights), on the CPU, ready for ``Policy``.
+def load_model(config: ModelConfig, max_sample: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model on the CPU, ready for ``Policy``.
 
     Args:
         config: which model.
         max_sample: the longest sample of the run, in tokens; a sliding window shorter than it is refused.
+        dtype: of its weights: float32 for those that are trained (master weights).
 
     Raises:
         ConfigError: the model cannot be loaded, or computes something that grouped attention does not (named).
@@ -85,7 +86,7 @@ def load_model(config: ModelConfig, max_sample: int) -> PreTrainedModel:
         config.path,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
-        dtype=torch.float32,
+        dtype=dtype,
         attn_implementation=ATTENTION_NAME,
     )
     if model.lm_head.bias is not None:

@@ -23,6 +23,7 @@ from pgrpo.distributed import World, start
 from pgrpo.exactness import tokens_as_groups
 from pgrpo.flops import GIB, ModelDims, flop_ratio, forward_flops, mfu, rho, update_flops
 from pgrpo.layers import Keep
+from pgrpo.lora import adapter_parameters, add_adapters, check_lora
 from pgrpo.policy import Policy, check_supported, load_hf_config, load_model
 from pgrpo.training.placement import check_device, compute_dtype, is_compiled, wrap
 from pgrpo.types import Group
@@ -77,6 +78,7 @@ def bench(
         if world.size > 1:
             raise ConfigError("pgrpo bench times one device: start it without torchrun")
         check_device(config, world.device)
+        check_lora(config.model, ModelDims.from_config(load_hf_config(config.model)))
         peaks: dict[tuple[Shape, Keep, str], float] = {}
         if world.device.type == "cpu":  # first, as this process's own memory only grows
             peaks = _resident_peaks(config, shapes, methods, keeps, random_weights)
@@ -135,8 +137,9 @@ def _time(
             if device.type == "cuda":
                 peak[method] = torch.cuda.max_memory_allocated() / GIB
     dims, completions = ModelDims.from_config(policy.model.config), [shape.completion] * shape.group_size
-    forward = shape.groups * forward_flops(dims, shape.prompt, completions)
-    backward_too = shape.groups * update_flops(dims, shape.prompt, completions)
+    adapters = adapter_parameters(config.model, dims)
+    forward = shape.groups * forward_flops(dims, shape.prompt, completions, adapters=adapters)
+    backward_too = shape.groups * update_flops(dims, shape.prompt, completions, adapters=adapters)
     rows = []
     for method in jobs:
         old_ms, update_ms = statistics.median(old[method]), statistics.median(update[method])
@@ -160,6 +163,8 @@ def _time(
 
 def _load(config: Config, max_sample: int, world: World, random_weights: bool) -> Policy:
     model = random_model(config, max_sample, world.device) if random_weights else load_model(config.model, max_sample)
+    if config.model.lora_rank:
+        add_adapters(model, config.model, config.seed)
     policy = wrap(model, config, world)
     return policy.to(world.device, compute_dtype(config))
 

@@ -76,7 +76,7 @@ def _show_samples(groups: list[Group], console: Console) -> None:
 
 
 def _prove(config: Config, groups: list[Group], console: Console) -> None:
-    """On the CPU, in float32, where rounding cannot hide a bug."""
+    """On the CPU, in float32, where rounding cannot hide a bug; without LoRA's adapters, which attention knows nothing of."""
     model = config.model
     untouched = AutoModelForCausalLM.from_pretrained(
         model.path,

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from pgrpo.checkpoint import PREFIX, CheckpointError, latest, load
 from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.lora import add_adapters, merge_adapters
 from pgrpo.policy import load_hf_config
 
 
@@ -23,7 +24,8 @@ def export(
     """Write weights, config, generation config and tokenizer to ``out``, whole or not at all, and return it.
 
     Args:
-        run_dir: the run; its config.yaml names the model that training started from, which gives all but the weights.
+        run_dir: the run; its config.yaml names the model that training started from, which gives all but the weights. With LoRA
+            it gives those too, and the checkpoint's adapters are added to them.
         out: a folder that does not exist, or is empty.
         step: which checkpoint. None takes the newest that verifies.
         dtype: of the written weights. float32 is what checkpoints hold; bfloat16 rounds them and halves the size.
@@ -43,7 +45,8 @@ def export(
     weights = load(path, only=("model",))[0].get("model")
     if weights is None:
         raise CheckpointError(f"{path}: holds no tensor set named model")
-    model = build_model(source, weights, path).to(getattr(torch, dtype))
+    build = build_merged_model if source.lora_rank else build_model
+    model = build(source, weights, path).to(getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(
         source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
     )
@@ -83,6 +86,28 @@ def build_model(source: ModelConfig, weights: Mapping[str, Tensor], path: Path) 
     model.tie_weights()
     if model.can_generate() and (generation := _generation_config(source)):
         model.generation_config = generation
+    return model
+
+
+def build_merged_model(source: ModelConfig, adapters: Mapping[str, Tensor], path: Path) -> PreTrainedModel:
+    """The model that ``source`` names, as LoRA trained it: its weights in the precision of the run, and the adapters on top."""
+    load_hf_config(source)
+    model = AutoModelForCausalLM.from_pretrained(
+        source.path,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+        dtype=getattr(torch, source.dtype),
+    ).float()
+    add_adapters(model, source, seed=0)
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if differing := sorted(wanted ^ adapters.keys()):
+        raise CheckpointError(f"{path}: is not of adapters of {source.path}: {differing[:3]} are not in both")
+    try:
+        model.load_state_dict(adapters, strict=False)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: is not of adapters of {source.path}: {reason}") from error
+    merge_adapters(model)
     return model
 
 

@@ -12,6 +12,7 @@ from pgrpo.config import Config, check_world_size, to_yaml
 from pgrpo.distributed import World
 from pgrpo.flops import ModelDims, computed_tokens, memory_plan, parameter_count, rho, update_flops
 from pgrpo.layers import Keep
+from pgrpo.lora import adapter_parameters, check_lora
 from pgrpo.policy import check_supported, load_hf_config
 from pgrpo.training.placement import attention_choice, is_compiled, kept_by_layer, plan_sizes
 
@@ -32,6 +33,7 @@ def print_plan(config: Config, console: Console) -> None:
     hf_config = load_hf_config(config.model)
     check_supported(hf_config, prompt + completion)
     dims = ModelDims.from_config(hf_config)
+    check_lora(config.model, dims)
     completions = [completion] * rollout.group_size
     shared = config.model.attention == "grouped"
     packed = rollout.prompts_per_step * computed_tokens(prompt, completions, shared=shared)
@@ -42,11 +44,13 @@ def print_plan(config: Config, console: Console) -> None:
         dims,
         checkpointing=again,
         checkpointed_layers=count,
-        **plan_sizes(config, ranks, "cpu" if config.model.dtype == "float32" else "cuda"),
+        **plan_sizes(config, dims, ranks, "cpu" if config.model.dtype == "float32" else "cuda"),
     )
-    flops = rollout.prompts_per_step * update_flops(dims, prompt, completions, shared=shared)
+    adapters = adapter_parameters(config.model, dims)
+    flops = rollout.prompts_per_step * update_flops(dims, prompt, completions, shared=shared, adapters=adapters)
+    trained = f", frozen; LoRA trains {adapters:,} beside them" if adapters else ""
     console.print(
-        f"model         {config.model.path}: {parameter_count(dims):,} parameters, {config.model.dtype}\n"
+        f"model         {config.model.path}: {parameter_count(dims):,} parameters, {config.model.dtype}{trained}\n"
         f"a step        {rollout.prompts_per_step} prompts x {rollout.group_size} completions on {ranks} rank(s), "
         f"{config.train.updates_per_step} update(s)\n"
         f"at most       {packed:,} packed tokens a step; {repeated:,} if every completion had its own prompt "

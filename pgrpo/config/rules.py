@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from pgrpo.config.schema import Config, ConfigError
+from pgrpo.config.schema import Config, ConfigError, ModelConfig
 
 AT_LEAST = {
     "seed": 0,
+    "model.lora_rank": 0,
     "data.max_prompt_tokens": 1,
     "rollout.prompts_per_step": 1,
     "rollout.group_size": 2,
@@ -34,7 +35,14 @@ AT_LEAST = {
     "track.completions": 0,
     "track.console_every": 1,
 }
-ABOVE_ZERO = ("rollout.temperature", "rollout.top_p", "loss.clip_low", "loss.clip_high", "optim.eps")
+ABOVE_ZERO = (
+    "model.lora_alpha",
+    "rollout.temperature",
+    "rollout.top_p",
+    "loss.clip_low",
+    "loss.clip_high",
+    "optim.eps",
+)
 AT_MOST = {"rollout.top_p": 1}
 REDACTED = "(redacted)"
 ROLES = ("system", "user", "assistant")
@@ -80,6 +88,7 @@ def check_values(config: Config, *, rewards_from_python: bool) -> None:
     for i, beta in enumerate(config.optim.betas):
         if not 0 <= beta < 1:
             raise ConfigError(f"optim.betas[{i}]: {beta} is out of range; it must be at least 0 and below 1")
+    _check_lora(config.model)
     _check_sizes(config)
     _check_prompt(config)
     if not config.rewards.functions and not rewards_from_python:
@@ -88,6 +97,14 @@ def check_values(config: Config, *, rewards_from_python: bool) -> None:
         raise ConfigError(
             f"eval.every: {config.eval.every} needs held-out rows; set data.eval_path or data.eval_split, or every to 0"
         )
+
+
+def _check_lora(model: ModelConfig) -> None:
+    for key in () if model.lora_rank else ("lora_alpha", "lora_targets"):
+        if (value := getattr(model, key)) != getattr(ModelConfig(), key):
+            raise ConfigError(
+                f"model.{key}: {value} has no effect while model.lora_rank is 0; set model.lora_rank, or leave it out"
+            )
 
 
 def _check_sizes(config: Config) -> None:

@@ -22,7 +22,7 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit on the hub. None takes the default branch."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """What matrix products compute in. Weights and optimizer state are always float32."""
+    """What matrix products compute in. What is trained, and its optimizer state, is always float32."""
     attention: Literal["grouped", "repeated"] = "grouped"
     """`grouped` computes each prompt once; `repeated` once a completion (the same result, for comparison)."""
     attention_kernel: Literal["auto", "builtin", "flash4"] = "auto"
@@ -33,6 +33,13 @@ class ModelConfig:
     activation_checkpointing: Literal["none", "attention", "full", "auto"] = "auto"
     """What the backward computes again: nothing; all of a layer but attention; or all of it. `auto` (none on a CPU) computes
     again, all but attention, in as few layers as the memory plan needs."""
+    lora_rank: int = 0
+    """LoRA: train adapters of this rank beside the linear layers, and leave the weights as they are, held in `dtype`. 0 trains all
+    weights."""
+    lora_alpha: float = 32.0
+    """An adapter's output is multiplied by `lora_alpha / lora_rank`."""
+    lora_targets: list[str] = field(default_factory=list)
+    """Names of the linear layers that get adapters, such as `q_proj`. Empty: all in the decoder layers."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 

@@ -163,10 +163,12 @@ def sampling_params(config: Config, temperature: float | None = None) -> Samplin
 
 
 def _summary(run: Run) -> str:
-    parameters = sum(p.numel() for p in run.policy.parameters())
+    total = sum(p.numel() for p in run.policy.parameters())
+    trained = sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
+    parameters = f"{total / 1e6:.1f}M parameters" + (f" ({trained / 1e6:.2f}M trained)" if trained < total else "")
     rollout = run.config.rollout
     return (
-        f"{run.config.model.path}: {parameters / 1e6:.1f}M parameters, {run.config.model.attention} attention on the "
+        f"{run.config.model.path}: {parameters}, {run.config.model.attention} attention on the "
         f"{run.policy.attention.kernel} kernel ({run.policy.attention.reason}), "
         f"{rollout.prompts_per_step} prompts x {rollout.group_size} completions a step, "
         f"{run.world.size} x {run.world.device.type}, {len(run.stream)} prompts, run folder {run.run_dir}"

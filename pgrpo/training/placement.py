@@ -17,6 +17,7 @@ from pgrpo.distributed import World
 from pgrpo.flops import GIB, ModelDims, layers_to_checkpoint
 from pgrpo.layers import Keep, set_up_layers
 from pgrpo.logprobs import chunk_bytes
+from pgrpo.lora import adapter_parameters, add_adapters
 from pgrpo.policy import Policy, load_model
 
 USABLE_SHARE = 0.92
@@ -24,14 +25,18 @@ USABLE_SHARE = 0.92
 
 
 def place_policy(config: Config, world: World) -> Policy:
-    """The model on this rank's device, sharded where needed.
+    """The model on this rank's device, sharded where needed; with LoRA frozen, in the compute dtype, and with new adapters.
 
     Raises:
         ConfigError: it cannot run as the config says, on this device.
     """
     check_device(config, world.device)
     max_sample = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
-    model = load_model(config.model, max_sample)
+    if config.model.lora_rank:
+        model = load_model(config.model, max_sample, compute_dtype(config))
+        add_adapters(model, config.model, config.seed)
+    else:
+        model = load_model(config.model, max_sample)
     policy = wrap(model, config, world)
     distributed.place(policy, decoder_layers(model), world, compute_dtype(config), methods=("next_logits",))
     return policy
@@ -86,18 +91,20 @@ def kept_by_layer(config: Config, dims: ModelDims, world: World) -> list[Keep]:
         mode, count = "none", 0
         if world.device.type == "cuda":
             capacity = USABLE_SHARE * torch.cuda.get_device_properties(world.device).total_memory / GIB
-            mode, count = layers_to_checkpoint(dims, capacity, **plan_sizes(config, world.size, world.device.type))
+            sizes = plan_sizes(config, dims, world.size, world.device.type)
+            mode, count = layers_to_checkpoint(dims, capacity, **sizes)
     again: Keep = mode  # not "auto" any more
     return [again if i < count else "none" for i in range(dims.layers)]
 
 
-def plan_sizes(config: Config, ranks: int, device_type: str) -> dict[str, Any]:
+def plan_sizes(config: Config, dims: ModelDims, ranks: int, device_type: str) -> dict[str, Any]:
     """What ``flops.memory_plan`` asks about a run, but for its checkpointing."""
     rollout = config.rollout
     return {
         "token_budget": config.train.token_budget,
         "dtype_bytes": compute_dtype(config).itemsize,
         "ranks": ranks,
+        "adapters": adapter_parameters(config.model, dims),
         "reference": bool(config.loss.kl_coef),
         "offload": config.optim.offload == "cpu",
         "concurrent": min(rollout.max_concurrent, rollout.prompts_per_step * rollout.group_size),

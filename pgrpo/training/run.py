@@ -12,10 +12,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pgrpo import checkpoint, distributed
+from pgrpo.batch import GroupedBatch
 from pgrpo.config import Config, ConfigError, to_yaml
 from pgrpo.data import PromptStream, load_prompts
 from pgrpo.distributed import World
 from pgrpo.flops import ModelDims, update_flops
+from pgrpo.logprobs import TokenLogprobs
+from pgrpo.lora import adapter_parameters, check_lora, without_adapters
 from pgrpo.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from pgrpo.policy import Policy, load_hf_config
 from pgrpo.rewards.run import RewardRunner
@@ -58,7 +61,7 @@ class Run:
         """Write ``checkpoints/step_N``, then remove the oldest. A collective call; rank 0 writes."""
         policy, optimizer = self.policy, self.updater.optimizer
         distributed.reshard(policy)  # the last forward may have been an evaluation's
-        model = {name: distributed.full_tensor(p) for name, p in policy.model.named_parameters()}
+        model = {name: distributed.full_tensor(p) for name, p in _trained(policy).items()}
         moments = optimizer_tensors(optimizer, policy.model)
         generators = self.world.gather([rng_state()])
         if self.world.is_main:
@@ -121,6 +124,8 @@ def build_run(
     check_device(config, world.device)
     tokenizer = load_tokenizer(config)
     hf_config = load_hf_config(config.model)
+    dims = ModelDims.from_config(hf_config)
+    check_lora(config.model, dims)
     check_vocabulary(tokenizer, hf_config.vocab_size, config)
     prompts = training_prompts(config, tokenizer, dataset)
     stream = PromptStream(prompts, seed=config.seed, shuffle=config.data.shuffle)
@@ -130,8 +135,7 @@ def build_run(
         runner.check(prompt)
     seed_all(config.seed + world.rank)
     policy = place_policy(config, world)
-    reference = place_policy(config, world).requires_grad_(False) if config.loss.kl_coef else None
-    dims = ModelDims.from_config(hf_config)
+    reference = initial_model(policy, config, world) if config.loss.kl_coef else None
     optimizer = build_optimizer(policy, config.optim)
     engine = EmbeddedEngine(
         policy,
@@ -142,6 +146,13 @@ def build_run(
     )
     updater = Updater(config, world, policy, reference, optimizer, cost=lambda group: group_cost(dims, group, config))
     return Run(config, world, dims, stream, held_out, runner, policy, engine, updater)
+
+
+def initial_model(policy: Policy, config: Config, world: World) -> Callable[[GroupedBatch], TokenLogprobs]:
+    """What the KL term compares with: the weights that LoRA leaves as they are, else a second copy of the model."""
+    if config.model.lora_rank:
+        return without_adapters(policy)
+    return place_policy(config, world).requires_grad_(False)
 
 
 def end_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -206,13 +217,26 @@ def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list
 
 def group_cost(dims: ModelDims, group: Group, config: Config) -> float:
     """FLOPs of the group's forward and backward."""
-    lengths = [len(c.token_ids) for c in group.completions]
-    return update_flops(dims, len(group.prompt.token_ids), lengths, shared=config.model.attention == "grouped")
+    lengths, shared = [len(c.token_ids) for c in group.completions], config.model.attention == "grouped"
+    adapters = adapter_parameters(config.model, dims)
+    return update_flops(dims, len(group.prompt.token_ids), lengths, shared=shared, adapters=adapters)
 
 
 def _load_parameters(policy: Policy, tensors: Mapping[str, torch.Tensor]) -> None:
-    parameters = dict(policy.model.named_parameters())
+    parameters = _trained(policy)
     if differing := sorted(parameters.keys() ^ tensors.keys()):
-        raise checkpoint.CheckpointError(f"the checkpoint is of another model: {differing[:3]} are not in both")
+        raise checkpoint.CheckpointError(
+            f"the checkpoint is of another model, or of other model.lora_* keys: {differing[:3]} are not in both"
+        )
     for name, parameter in parameters.items():
+        if tensors[name].shape != parameter.shape:
+            raise checkpoint.CheckpointError(
+                f"the checkpoint is of another model, or of another model.lora_rank: {name} is "
+                f"{list(tensors[name].shape)} there, {list(parameter.shape)} here"
+            )
         distributed.copy_full(parameter, tensors[name])
+
+
+def _trained(policy: Policy) -> dict[str, torch.nn.Parameter]:
+    """What a checkpoint holds: with LoRA the adapters only."""
+    return {name: parameter for name, parameter in policy.model.named_parameters() if parameter.requires_grad}

@@ -14,6 +14,7 @@ from pgrpo.advantages import has_spread
 from pgrpo.batch import GroupedBatch, build_batch
 from pgrpo.config import Config
 from pgrpo.distributed import World, share_out
+from pgrpo.logprobs import TokenLogprobs
 from pgrpo.loss import Counts, grpo_loss
 from pgrpo.optim import clip_gradients
 from pgrpo.policy import Policy
@@ -30,7 +31,7 @@ class Updater:
 
     Attributes:
         policy: what is trained.
-        reference: the frozen initial policy, or None without a KL term.
+        reference: the initial policy's log-probs, or None without a KL term.
         optimizer: steps ``policy``'s parameters.
         cost: relative cost of a group, for sharing groups out among ranks.
     """
@@ -38,7 +39,7 @@ class Updater:
     config: Config
     world: World
     policy: Policy
-    reference: Policy | None
+    reference: Callable[[GroupedBatch], TokenLogprobs] | None
     optimizer: torch.optim.Optimizer
     cost: Callable[[Group], float]
 
@@ -83,13 +84,14 @@ class Updater:
     def backward(self, batch: GroupedBatch, counts: Counts) -> tuple[Tensor, Tensor]:
         """Add one micro-batch's gradient. Returns [8] sums over its tokens and a [1] maximum (``_summarise``)."""
         config = self.config.loss
+        ref_logprobs = None
+        if self.reference is not None:
+            # First: with LoRA it is the policy itself, whose backward should find its last forward.
+            with torch.no_grad():
+                ref_logprobs = batch.unpack(self.reference(batch).logprobs)
         flat_logprobs, flat_entropy = self.policy(batch, entropy=True)
         logprobs = batch.unpack(flat_logprobs)
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        ref_logprobs = None
-        if self.reference is not None:
-            with torch.no_grad():
-                ref_logprobs = batch.unpack(self.reference(batch).logprobs)
         output = grpo_loss(
             logprobs,
             old_logprobs,

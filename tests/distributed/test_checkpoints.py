@@ -70,6 +70,22 @@ def test_a_sharded_checkpoint_after_an_evaluation_is_whole_and_float32(model, wh
     assert [k for k in got if k.startswith("rng_")] == [f"rng_{r}" for r in range(ranks)]
 
 
+def test_adapters_of_one_rank_go_on_with_two(model, tmp_path):
+    """Checkpoints hold whole float32 adapters, nothing else, and the two runs' weights stay together."""
+    lora = ["model.lora_rank=4", "optim.lr=1e-3", "optim.eps=1e-3", "eval.every=0"]
+    train(model, tmp_path / "whole", *lora, "train.steps=3")
+    train(model, tmp_path / "parts", *lora, "train.steps=1")
+    assert "going on with 2" in train(model, tmp_path / "parts", *lora, "train.steps=3", ranks=2, resume=True)
+    (got, _), (want, _) = (checkpoint.load(tmp_path / name / "checkpoints" / "step_3") for name in ("parts", "whole"))
+    first, _ = checkpoint.load(tmp_path / "parts" / "checkpoints" / "step_1")
+    assert got["model"].keys() == want["model"].keys()
+    assert len(want["optimizer"]) == 3 * len(want["model"])
+    for name, weight in want["model"].items():
+        assert ".lora_" in name
+        assert got["model"][name].dtype == torch.float32
+        assert (got["model"][name] - weight).norm() <= 1e-2 * (weight - first["model"][name]).norm(), name
+
+
 def test_one_ranks_checkpoint_goes_on_with_two(model, whole, tmp_path):
     train(model, tmp_path / "run", "train.steps=2")
     printed = train(model, tmp_path / "run", ranks=2, resume=True)

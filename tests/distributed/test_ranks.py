@@ -112,6 +112,31 @@ def test_bfloat16_on_one_rank_keeps_float32_masters(compute):
     assert 1e-4 < gradient_error(got, want) < 0.1
 
 
+def adapter_names(result):
+    return [name for name in result["names"] if ".lora_" in name]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_lora_on_several_ranks(compute, ranks):
+    """The reference is the policy's own frozen weights, and new adapters are the same on all ranks."""
+    changes = {"lora_rank": 3, "kl_coef": 0.3, "lr": 1e-3}
+    got, want = compute(ranks, **changes), compute(**changes)
+    assert_same(got, want)
+    assert want["metrics"]["kl"] > 1e-3
+    for result in (got, want):
+        assert len(adapter_names(result)) == 2 * 2 * 7
+        assert list(result["gradients"]) == result["moved"] == adapter_names(result)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_lora_beside_bfloat16_weights_trains_float32_adapters(compute, ranks):
+    changes = {"lora_rank": 3, "kl_coef": 0.3, "lr": 1e-3}
+    got, want = compute(ranks, dtype="bfloat16", **changes), compute(**changes)
+    assert all(g.dtype == torch.float32 for g in got["gradients"].values())
+    assert list(got["gradients"]) == got["moved"] == adapter_names(got)
+    assert 1e-4 < gradient_error(got, want) < 0.1
+
+
 def test_a_wrong_share_is_noticed(compute):
     """The comparison can fail: the gradient of half of the tokens is not the same."""
     want = compute(aggregate="token")

@@ -6,10 +6,12 @@ import sys
 import torch
 
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
-from pgrpo.distributed import full_tensor, start
+from pgrpo.distributed import copy_full, full_tensor, start
 from pgrpo.exactness import tokens_as_groups
 from pgrpo.optim import build_optimizer
+from pgrpo.policy import Policy
 from pgrpo.training.placement import place_policy
+from pgrpo.training.run import initial_model
 from pgrpo.training.update import Updater, count
 
 
@@ -46,11 +48,18 @@ def main():
     config.loss.kl_coef = changes.get("kl_coef", 0.0)
     config.train.token_budget = changes.get("token_budget", 10000)
     config.model.attention = changes.get("attention", "grouped")
+    config.model.lora_rank = changes.get("lora_rank", 0)
     with start() as world:
         policy = place_policy(config, world)
         reference = None
+        if config.model.lora_rank:  # new adapters change nothing; these do
+            generator = torch.Generator().manual_seed(1)
+            for p in policy.parameters():
+                if p.requires_grad:
+                    copy_full(p, full_tensor(p) + 0.2 * torch.randn(p.shape, generator=generator))
         if config.loss.kl_coef:
-            reference = place_policy(config, world)
+            reference = initial_model(policy, config, world)
+        if isinstance(reference, Policy):
             with torch.no_grad():
                 for p in reference.parameters():
                     p.mul_(1.02)
@@ -75,7 +84,8 @@ def main():
         after = {name: full_tensor(p) for name, p in policy.model.named_parameters()}
         if world.is_main:
             saved = {"sums": sums, "gradients": result, "micro_batches": len(batches), "metrics": metrics}
-            torch.save(saved | {"moved": any(not torch.equal(before[n], after[n]) for n in before)}, output)
+            moved = [name for name in before if not torch.equal(before[name], after[name])]
+            torch.save(saved | {"moved": moved, "names": list(before)}, output)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,13 @@ def test_check_passes_and_leaves_nothing(model, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_check_of_lora_says_what_is_trained(model, tmp_path, capsys):
+    check(config(model, tmp_path, "model.lora_rank=4", "model.lora_targets=[q_proj]"))
+    shown = capsys.readouterr().out
+    assert "124,160 parameters, float32, frozen; LoRA trains 1,024 beside them" in shown
+    assert shown.endswith("all is well\n")
+
+
 def test_check_passes_when_every_completion_is_one_token(model, tmp_path):
     check(config(model, tmp_path, "rollout.max_completion_tokens=1"))
 
@@ -138,6 +145,21 @@ def test_bench_shows_a_difference(model, tmp_path, monkeypatch):
     assert rows[0].max_dlogprob == 0
     assert len(rows) == 3
     assert min(row.max_dlogprob for row in rows[1:]) > 1e-3
+
+
+def test_bench_of_lora_counts_no_gradient_of_frozen_weights(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_module, "ProcessPoolExecutor", _NoPool)
+    lora = config(model, tmp_path, "model.lora_rank=4", "model.lora_targets=[q_proj]")
+    for row in bench(lora, [Shape(24, 4, 8)], methods=["repeated_padded"], repeats=1):
+        # As above, with one group; q is 64 x 64, so that its adapter has 4 x 128 parameters in each of two layers.
+        linear, adapter = 2 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 256) * (24 + 32), 2 * 2 * 4 * 128 * (24 + 32)
+        head, attention = 2 * 64 * 14 * 32, 4 * 2 * 64 * (24 * 25 // 2 + 8 * (4 * 24 + 4 * 5 // 2))
+        old = (linear + adapter + head + attention) / row.old_ms / row.mfu_old
+        update = (2 * (linear + head) + 3 * (adapter + attention)) / row.update_ms / row.mfu_update
+        assert old == pytest.approx(update)
+        assert row.max_dlogprob <= 1e-5
+    with pytest.raises(ConfigError, match="'q_pro' is no linear layer"):
+        bench(config(model, tmp_path, "model.lora_rank=4", "model.lora_targets=[q_pro]"), [Shape(8, 3, 2)])
 
 
 def test_bench_random_weights_and_checkpointing(model, tmp_path, monkeypatch):
@@ -224,8 +246,10 @@ def first_digit(completions, **_):
     return [float(text[:1] == "1") for text in completions]
 
 
-def test_eval_of_a_checkpoint_is_what_training_logged(model, tmp_path):
+@pytest.mark.parametrize("rank", [0, 4])
+def test_eval_of_a_checkpoint_is_what_training_logged(model, tmp_path, rank):
     keys = [
+        f"model.lora_rank={rank}",
         "train.steps=2", "rollout.prompts_per_step=4", "optim.lr=0.05", "eval.every=2", "eval.rows=16", "eval.samples=2",
         "track.console=false", f"rewards.functions=[{{function: '{__file__}:first_digit'}}]",
     ]  # fmt: skip
@@ -233,7 +257,7 @@ def test_eval_of_a_checkpoint_is_what_training_logged(model, tmp_path):
     pgrpo.train("quickstart", [f"model.path={model}", f"run_dir={tmp_path / 'run'}", *keys])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     first, last = [{k: v for k, v in row.items() if k.startswith("eval/")} for row in (rows[0], rows[-1])]
-    assert first["eval/pass@1"] != last["eval/pass@1"]
+    assert first != last
     assert evaluate(settings) == first
     assert evaluate(settings, "auto") == last
     assert evaluate(settings, str(tmp_path / "run" / "checkpoints" / "step_2")) == last

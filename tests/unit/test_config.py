@@ -412,6 +412,9 @@ def test_above_zero(key: str) -> None:
             "prompt.messages[0].role: 'bot' is not a role; it may be system, user, assistant",
         ),
         (["rewards.functions=[]"], "rewards.functions: [] scores nothing; name at least one"),
+        (["model.lora_alpha=8"], "model.lora_alpha: 8.0 has no effect while model.lora_rank is 0; set model.lora_rank"),
+        (["model.lora_targets=[q_proj]"], "model.lora_targets: ['q_proj'] has no effect while model.lora_rank is 0"),
+        (["model.lora_rank=8", "model.lora_targets=['']"], "model.lora_targets[0]: '' is empty"),
         (["eval.every=5"], "eval.every: 5 needs held-out rows; set data.eval_path or data.eval_split"),
     ],
 )

@@ -58,6 +58,7 @@ COLUMN = {
     "data.max_prompt_tokens": 20,
 }
 HUB = {"data.path": "someone/sums"}
+LORA = {"model.lora_rank": 2}
 EVAL = {"eval.every": 1, "eval.rows": 4}
 TWO_UPDATES = {"train.updates_per_step": 2, "optim.lr": 2e-4}
 REWARD = "rewards.functions"
@@ -92,6 +93,9 @@ EFFECTS = dict(
         effect("model.attention_kernel", "flash4", "error"),
         effect("model.compile", True, "plan"),
         effect("model.activation_checkpointing", "full", "attention_calls", "plan"),
+        effect("model.lora_rank", 4, "weights", "plan"),
+        effect("model.lora_alpha", 8.0, "weights", base=LORA),
+        effect("model.lora_targets", ["q_proj", "up_proj"], "weights", "plan", base=LORA),
         effect("model.trust_remote_code", True, "loaded"),
         effect("data.path", "{tmp}/own.py:rows", "completions"),
         effect("data.name", "main", "datasets", base=HUB),

@@ -8,19 +8,25 @@ import transformers
 
 from pgrpo import layers
 from pgrpo.batch import build_batch
+from pgrpo.config import ModelConfig
 from pgrpo.exactness import tokens_as_groups
+from pgrpo.lora import add_adapters, without_adapters
 from pgrpo.policy import ATTENTION_NAME, Policy
 
 LAYERS = 3
 
 
-def make_policy(keep: layers.Keep = "none", compiled=False, dtype=torch.float64):
+def make_policy(keep: layers.Keep = "none", compiled=False, dtype=torch.float64, lora=False):
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, initializer_range=0.2, tie_word_embeddings=True,
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).to(dtype).train()
+    if lora:
+        add_adapters(model, ModelConfig(path="-", lora_rank=4), seed=0)
+        for parameter in model.parameters():  # new adapters change nothing
+            parameter.data += 0.1 * parameter.requires_grad * torch.randn_like(parameter)
     layers.set_up_layers(model.model.layers, [keep for _ in range(LAYERS)], compiled=compiled)
     return Policy(model)
 
@@ -35,7 +41,8 @@ def random_batch(rnd):
 
 def update(policy, batch):
     logprobs = policy(batch).logprobs
-    return logprobs.detach(), torch.autograd.grad(logprobs.square().sum(), list(policy.parameters()))
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    return logprobs.detach(), torch.autograd.grad(logprobs.square().sum(), trained)
 
 
 @pytest.fixture
@@ -54,12 +61,15 @@ def kernel_calls(monkeypatch):
     return calls
 
 
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize(("keep", "forwards"), [("none", 1), ("attention", 1), ("full", 2)])
-def test_checkpointing_changes_no_bit_and_attention_is_computed_again_only_under_full(keep, forwards, kernel_calls):
+def test_checkpointing_changes_no_bit_and_attention_is_computed_again_only_under_full(
+    keep, forwards, lora, kernel_calls
+):
     batch = random_batch(random.Random(0))
-    logprobs, gradients = update(make_policy(keep), batch)
+    logprobs, gradients = update(make_policy(keep, lora=lora), batch)
     assert kernel_calls == {"varlen_forward": 2 * LAYERS * forwards, "varlen_backward": 2 * LAYERS}
-    wanted_logprobs, wanted = update(make_policy(), batch)
+    wanted_logprobs, wanted = update(make_policy(lora=lora), batch)
     assert torch.equal(logprobs, wanted_logprobs)
     assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
 
@@ -87,11 +97,12 @@ def compilations():
     return {run: count for run, count in counts.items() if count}
 
 
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("keep", ["none", "attention"])
-def test_compiled_layers_are_exact_and_compiled_once_for_each_gradient_mode(keep):
+def test_compiled_layers_are_exact_and_compiled_once_for_each_gradient_mode(keep, lora):
     torch._dynamo.reset()
     layers._runner.cache_clear()
-    plain, compiled = make_policy(), make_policy(keep, compiled=True)
+    plain, compiled = make_policy(lora=lora), make_policy(keep, compiled=True, lora=lora)
     rnd = random.Random(1)
 
     def compare(batch):
@@ -101,10 +112,15 @@ def test_compiled_layers_are_exact_and_compiled_once_for_each_gradient_mode(keep
             assert (a - b).norm() <= 1e-5 * b.norm()
         with torch.no_grad():
             assert (compiled(batch).logprobs - wanted[0]).abs().max() < 1e-5
+            if lora:
+                initial = without_adapters(compiled)(batch).logprobs
+                assert (initial - without_adapters(plain)(batch).logprobs).abs().max() < 1e-5
 
     compare(random_batch(rnd))
-    # With a gradient and without; layers that keep attention run as plain ones where there is no gradient.
-    assert compilations() == {"none": {"_plain": 2}, "attention": {"_plain": 1, "_keeping_attention": 1}}[keep]
+    # With a gradient and without; layers that keep attention run as plain ones where there is no gradient. With LoRA the first
+    # layer's input has no gradient, and the initial model is the same code with other numbers.
+    counts = {"none": {"_plain": 2 + lora}, "attention": {"_plain": 1, "_keeping_attention": 1 + lora}}
+    assert compilations() == counts[keep]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for _ in range(20):
         compare(random_batch(rnd))

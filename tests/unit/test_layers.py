@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     0: {"types", "config"},
     1: {"attention", "advantages", "batch", "flops", "functions", "logprobs", "logprobs_triton", "loss", "rng"},
-    2: {"data", "distributed", "exactness", "layers", "metrics", "offload", "rewards", "trackers"},
+    2: {"data", "distributed", "exactness", "layers", "lora", "metrics", "offload", "rewards", "trackers"},
     3: {"checkpoint", "evaluate", "optim", "policy", "rollout"},
     4: {"training"},
     5: {"commands", ""},  # "" is pgrpo/__init__.py, the Python face
@@ -26,6 +26,7 @@ ONLY_IN = {
     "wandb": {"trackers.py"},
     "matplotlib": {"commands/plot.py"},
     "datasets": {"data/*"},
+    "peft": {"lora.py"},
 }
 FILES = sorted((ROOT / "pgrpo").rglob("*.py"))
 

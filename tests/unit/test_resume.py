@@ -65,7 +65,14 @@ def assert_equal_checkpoints(one, other):
         assert scalars[key] == other_scalars[key]
 
 
-@pytest.mark.parametrize("changes", [{}, {"train.updates_per_step": 2, "loss.kl_coef": 0.1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train.updates_per_step": 2, "loss.kl_coef": 0.1},
+        {"model.lora_rank": 4, "optim.lr": 1e-2, "loss.kl_coef": 0.1},
+    ],
+)
 def test_resumed_in_the_middle_equals_uninterrupted(tiny_model, tmp_path, changes):
     whole = train(tiny_model, tmp_path / "whole", **changes)
     parts = tmp_path / "parts"

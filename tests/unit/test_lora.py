@@ -1,0 +1,259 @@
+"""LoRA against peft on the untouched transformers model, and what a run trains, keeps, saves and exports."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from pgrpo import checkpoint
+from pgrpo.batch import build_batch
+from pgrpo.checkpoint import CheckpointError
+from pgrpo.commands.evaluate import evaluate
+from pgrpo.commands.export import export
+from pgrpo.commands.plan import plan
+from pgrpo.config import Config, ConfigError, ModelConfig, load_config
+from pgrpo.distributed import full_tensor, reshard, start
+from pgrpo.exactness import gradients, reference_logprobs, tokens_as_groups
+from pgrpo.flops import ModelDims
+from pgrpo.lora import add_adapters, check_lora, merge_adapters, without_adapters
+from pgrpo.policy import SUPPORTED, Policy, load_model
+from pgrpo.training.loop import _step
+from pgrpo.training.placement import place_policy
+from pgrpo.training.run import build_run
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "initializer_range": 0.2, "tie_word_embeddings": True,
+}  # fmt: skip
+RANK, ALPHA = 3, 12.0
+
+
+def make_model(model_type: str, path: Path) -> str:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **SMALL)
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return str(path)
+
+
+def perturb(model: torch.nn.Module) -> None:
+    """New adapters change nothing; these do."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter)
+
+
+def adapted_policy(path: str, targets: list[str], dtype: torch.dtype = torch.float64) -> Policy:
+    config = ModelConfig(path=path, lora_rank=RANK, lora_alpha=ALPHA, lora_targets=targets)
+    model = load_model(config, max_sample=64, dtype=dtype)
+    add_adapters(model, config, seed=0)
+    perturb(model)
+    return Policy(model)
+
+
+def adapters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """By the names that they have in a model without a wrapper."""
+    named = {name.removeprefix("base_model.model."): p for name, p in model.named_parameters()}
+    return {name: p for name, p in named.items() if p.requires_grad}
+
+
+def untouched(path: str, policy: Policy, targets: list[str]) -> tuple[peft.PeftModel, torch.nn.Module]:
+    """peft's own wrapper on the model as transformers loads it, with the policy's adapters; and the model inside."""
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float64, attn_implementation="sdpa")
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets or "all-linear")  # pyright: ignore[reportArgumentType]
+    wrapped = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    own, given = adapters(wrapped), adapters(policy.model)
+    assert list(own) == list(given)
+    for name, parameter in own.items():
+        parameter.data.copy_(given[name].data)
+    return wrapped, base  # pyright: ignore[reportReturnType]
+
+
+def groups():
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(3, 61, (n,), generator=generator).tolist()
+
+    return tokens_as_groups([ids(9), ids(1)], [[ids(3), ids(5), ids(0), ids(1)], [ids(7), ids(2)]])
+
+
+@pytest.mark.parametrize("targets", [[], ["o_proj", "down_proj"]], ids=["all", "two"])
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_float64_equals_peft_on_the_untouched_model(model_type, targets, tmp_path):
+    path = make_model(model_type, tmp_path)
+    policy = adapted_policy(path, targets)
+    wrapped, base = untouched(path, policy, targets)
+    wanted = reference_logprobs(base, groups())
+    with wrapped.disable_adapter():
+        assert (reference_logprobs(base, groups()) - wanted).abs().max() > 0.1
+    got = policy(build_batch(groups())).logprobs
+    assert (got - wanted).abs().max() <= 1e-6
+    for name, grad, want in zip(adapters(base), gradients(got, policy), gradients(wanted, base), strict=True):
+        assert (grad - want).norm() <= 1e-5 * want.norm(), name
+        assert want.norm() > 0, name
+
+
+@pytest.mark.parametrize("targets", [[], ["qkv_proj"]], ids=["all", "one"])
+def test_merged_weights_give_the_adapted_log_probs(targets, tmp_path):
+    policy = adapted_policy(make_model("phi3", tmp_path), targets)
+    wanted = policy(build_batch(groups())).logprobs
+    merge_adapters(policy.model)
+    plain = AutoModelForCausalLM.from_config(policy.model.config, dtype=torch.float64, attn_implementation="sdpa")
+    plain.load_state_dict(policy.model.state_dict(), strict=True)
+    assert (reference_logprobs(plain, groups()) - wanted).abs().max() <= 1e-6
+
+
+def test_without_adapters_is_the_initial_model_bit_for_bit(tmp_path):
+    path = make_model("qwen3", tmp_path)
+    policy, batch = adapted_policy(path, []), build_batch(groups())
+    before = policy(batch).logprobs
+    initial = Policy(load_model(ModelConfig(path=path), max_sample=64, dtype=torch.float64))
+    assert torch.equal(without_adapters(policy)(batch).logprobs, initial(batch).logprobs)
+    assert torch.equal(policy(batch).logprobs, before)
+
+
+def test_new_adapters_change_nothing_and_come_from_the_seed_alone(tmp_path):
+    path = make_model("llama", tmp_path)
+    made: dict[str, dict[str, torch.Tensor]] = {}
+    for name, seed in (("one", 5), ("same", 5), ("other", 6)):
+        config = ModelConfig(path=path, lora_rank=RANK)
+        model = load_model(config, max_sample=64)
+        initial = Policy(model)(build_batch(groups())).logprobs
+        torch.rand(3)  # whatever was drawn before
+        state = torch.get_rng_state()
+        add_adapters(model, config, seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(Policy(model)(build_batch(groups())).logprobs, initial)
+        made[name] = {k: p.detach() for k, p in adapters(model).items()}
+    assert all(torch.equal(p, made["same"][k]) for k, p in made["one"].items())
+    assert not any(torch.equal(p, made["other"][k]) for k, p in made["one"].items() if "lora_A" in k)
+
+
+def test_a_layer_that_is_not_there_and_a_missing_peft_are_refused(monkeypatch):
+    dims = ModelDims.from_config(transformers.AutoConfig.for_model("phi3", **SMALL))
+    config = ModelConfig(path="some/phi3", lora_rank=4, lora_targets=["o_proj", "q_proj"])
+    wanted = (
+        r"^model.lora_targets: 'q_proj' is no linear layer of some/phi3; it may be qkv_proj, o_proj, gate_up_proj, "
+        "down_proj$"
+    )
+    with pytest.raises(ConfigError, match=wanted):
+        check_lora(config, dims)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^model.lora_rank=4: LoRA needs peft: pip install 'pgrpo\[lora\]'$"):
+        check_lora(config, dims)
+    check_lora(ModelConfig(path="some/phi3"), dims)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    script = runpy.run_path(str(ROOT / "scripts" / "make_tiny_model.py"))
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    script["make_model"]().save_pretrained(folder)
+    script["make_tokenizer"]().save_pretrained(folder)
+    return folder
+
+
+def digits(completions, **_):
+    return [float(sum(c == "1" for c in text)) for text in completions]
+
+
+def run_config(tiny: Path, run_dir: Path, **changes: Any) -> Config:
+    keys = {
+        "model.path": tiny, "run_dir": run_dir, "train.steps": 3, "rollout.prompts_per_step": 4, "rollout.group_size": 4,
+        "model.lora_rank": 4, "optim.lr": 1e-2, "eval.every": 0, "eval.rows": 8, "track.console": "false", **changes,
+    }  # fmt: skip
+    return load_config("quickstart", [f"{key}={value}" for key, value in keys.items()])
+
+
+def test_a_run_and_its_plan_refuse_a_wrong_layer_before_weights_are_read(tiny, tmp_path, monkeypatch):
+    config = run_config(tiny, tmp_path, **{"model.lora_targets": "[lm_head]"})
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with start() as world, pytest.raises(ConfigError, match=r"model\.lora_targets: 'lm_head' is no linear layer"):
+        build_run(config, world)
+    with pytest.raises(ConfigError, match=r"model\.lora_targets: 'lm_head' is no linear layer"):
+        plan(config)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_trains_saves_and_exports_adapters_on_frozen_weights(dtype, tiny, tmp_path):
+    torch.set_num_threads(1)
+    config = run_config(tiny, tmp_path, **{"model.dtype": dtype, "loss.kl_coef": 0.05})
+    held = getattr(torch, dtype)
+    initial = AutoModelForCausalLM.from_pretrained(tiny, dtype=held).state_dict()
+    (tmp_path / "config.yaml").write_text(f"model: {{path: {tiny}, dtype: {dtype}, lora_rank: 4}}\n")
+    with start() as world, build_run(config, world, rewards=[digits]) as run:
+        steps = [_step(run)[1] for _ in range(3)]
+        run.step = 3
+        run.save({})
+        reshard(run.policy)
+        frozen = {n: full_tensor(p) for n, p in run.policy.model.named_parameters() if not p.requires_grad}
+        assert frozen
+        for name, weight in frozen.items():
+            assert weight.dtype == held
+            assert torch.equal(weight, initial[name.replace(".base_layer", "")]), name
+        sample = tokens_as_groups([[4, 6, 12, 5]], [[[3, 4], [7, 7, 1]]])
+        adapted = run.policy(build_batch(sample)).logprobs.detach()
+        off = without_adapters(run.policy)(build_batch(sample)).logprobs.detach()
+    assert steps[0]["kl"] == 0 < steps[1]["kl"] < steps[2]["kl"]
+    # The engine samples with the adapters: its log-probs are the policy's after two updates.
+    assert steps[2]["sampling/sampling_logp_difference/max"] < {"float32": 1e-4, "bfloat16": 0.05}[dtype]
+    assert (adapted - off).abs().max() > 0.1
+    saved, _ = checkpoint.load(tmp_path / "checkpoints" / "step_3")
+    assert len(saved["model"]) == 2 * 2 * 7  # two matrices beside each of seven layers, twice
+    assert all(".lora_" in name and t.dtype == torch.float32 for name, t in saved["model"].items())
+    assert len(saved["optimizer"]) == 3 * len(saved["model"])
+
+    exported = AutoModelForCausalLM.from_pretrained(export(tmp_path, tmp_path / "out"), attn_implementation="sdpa")
+    for name, weight in exported.state_dict().items():
+        base = initial[name].float()
+        if (a := saved["model"].get(name.replace("weight", "lora_A.default.weight"))) is not None:
+            base += 32.0 / 4 * saved["model"][name.replace("weight", "lora_B.default.weight")] @ a
+        assert (weight - base).abs().max() <= 1e-6, name
+    got = reference_logprobs(exported, sample)
+    assert (got - adapted).abs().max() <= {"float32": 1e-5, "bfloat16": 0.05}[dtype]
+    assert not list(tmp_path.glob("out/adapter*"))
+
+
+def test_eval_reads_the_adapters_of_a_checkpoint_and_refuses_others(tiny, tmp_path):
+    torch.set_num_threads(1)
+    config = run_config(tiny, tmp_path)
+    with start() as world, build_run(config, world, rewards=[digits]) as run:
+        for parameter in run.policy.parameters():
+            parameter.data += 0.3 * parameter.requires_grad  # so that it says something else than the model
+        run.save({})
+    folder = str(tmp_path / "checkpoints" / "step_0")
+    plain, trained = evaluate(config), evaluate(config, folder)
+    assert plain["eval/completions/mean_length"] != trained["eval/completions/mean_length"]
+    for other, message in (
+        ({"model.lora_rank": 8}, r"lora_rank: .*lora_A.* is \[4, 64\] there, \[8, 64\] here"),
+        ({"model.lora_rank": 0}, r"of other model.lora_\* keys: .* are not in both"),
+        ({"model.lora_targets": "[q_proj]"}, r"of other model.lora_\* keys: .* are not in both"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            evaluate(run_config(tiny, tmp_path, **other), folder)
+    (tmp_path / "config.yaml").write_text(f"model: {{path: {tiny}, lora_rank: 8}}\n")
+    with pytest.raises(CheckpointError, match=r"is not of adapters of .*: .*size mismatch"):
+        export(tmp_path, tmp_path / "out")
+    (tmp_path / "config.yaml").write_text(f"model: {{path: {tiny}, lora_rank: 4, lora_targets: [q_proj]}}\n")
+    with pytest.raises(CheckpointError, match="are not in both"):
+        export(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_frozen_model_takes_two_bytes_a_weight_in_bfloat16(tiny, tmp_path):
+    with start() as world:
+        policy = place_policy(run_config(tiny, tmp_path, **{"model.dtype": "bfloat16"}), world)
+        sizes = [(p.requires_grad, p.element_size()) for p in policy.parameters()]
+    assert set(sizes) == {(False, 2), (True, 4)}
