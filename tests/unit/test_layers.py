@@ -20,7 +20,8 @@ LAYERS = {
     7: {"__main__"},
 }
 LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
-SAME_LAYER = {("batch", "attention")}  # the one exception: a batch carries the layout that attention reads
+# The exceptions: a batch carries the layout that attention reads; a file's GPU kernels lie beside it.
+SAME_LAYER = {("batch", "attention"), ("logprobs", "logprobs_triton")}
 ONLY_IN = {
     "vllm": {"rollout/vllm.py"},
     "wandb": {"trackers.py"},
