@@ -2,7 +2,7 @@
 
 import json
 import os
-import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,12 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    script = runpy.run_path(str(ROOT / "scripts" / "make_tiny_model.py"))
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    script["make_model"]().save_pretrained(folder)
-    script["make_tokenizer"]().save_pretrained(folder)
+def model(tiny_model, tmp_path_factory):
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("model") / "tiny")
     (folder / "reward.py").write_text(
         "def ones(completions, **_):\n    return [float(c.count('1')) for c in completions]\n"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -26,13 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    script = runpy.run_path(str(ROOT / "scripts" / "make_tiny_model.py"))
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    script["make_model"]().save_pretrained(folder)
-    script["make_tokenizer"]().save_pretrained(folder)
-    return folder
+def model(tiny_model) -> Path:
+    return tiny_model
 
 
 def config(model: Path, folder: Path, *overrides: str) -> Config:

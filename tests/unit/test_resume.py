@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -17,17 +16,6 @@ from pgrpo import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 VOLATILE = ("time/", "perf/")
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    """The quick start's model without its warm start."""
-    script = runpy.run_path(str(ROOT / "scripts" / "make_tiny_model.py"))
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    script["make_model"]().save_pretrained(folder)
-    script["make_tokenizer"]().save_pretrained(folder)
-    return folder
 
 
 def digits(completions, **_):
