@@ -134,7 +134,9 @@ def test_lora_beside_bfloat16_weights_trains_float32_adapters(compute, ranks):
     got, want = compute(ranks, dtype="bfloat16", **changes), compute(**changes)
     assert all(g.dtype == torch.float32 for g in got["gradients"].values())
     assert list(got["gradients"]) == got["moved"] == adapter_names(got)
-    assert 1e-4 < gradient_error(got, want) < 0.1
+    error = gradient_error(got, want)
+    print(f"relative gradient error {error:.1e}, kl {got['metrics']['kl']:.3g}")
+    assert 1e-4 < error < 0.1
 
 
 def test_a_wrong_share_is_noticed(compute):

@@ -56,7 +56,7 @@ def main():
             generator = torch.Generator().manual_seed(1)
             for p in policy.parameters():
                 if p.requires_grad:
-                    copy_full(p, full_tensor(p) + 0.2 * torch.randn(p.shape, generator=generator))
+                    copy_full(p, full_tensor(p) + 0.05 * torch.randn(p.shape, generator=generator))
         if config.loss.kl_coef:
             reference = initial_model(policy, config, world)
         if isinstance(reference, Policy):

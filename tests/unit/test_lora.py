@@ -20,7 +20,7 @@ from pgrpo.commands.evaluate import evaluate
 from pgrpo.commands.export import export
 from pgrpo.commands.plan import plan
 from pgrpo.config import Config, ConfigError, ModelConfig, load_config
-from pgrpo.distributed import full_tensor, reshard, start
+from pgrpo.distributed import full_tensor, place, reshard, start
 from pgrpo.exactness import gradients, reference_logprobs, tokens_as_groups
 from pgrpo.flops import ModelDims
 from pgrpo.lora import add_adapters, check_lora, merge_adapters, without_adapters
@@ -250,6 +250,26 @@ def test_eval_reads_the_adapters_of_a_checkpoint_and_refuses_others(tiny, tmp_pa
     with pytest.raises(CheckpointError, match="are not in both"):
         export(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sharded_bfloat16_policy_computes_what_a_plain_bfloat16_copy_computes(tmp_path):
+    path, batch = make_model("qwen3", tmp_path), build_batch(groups())
+    policy, plain = (adapted_policy(path, [], torch.bfloat16) for _ in range(2))
+    for parameter in plain.parameters():  # RoPE's frequencies stay float32, which .to() would not leave so
+        parameter.data = parameter.data.to(torch.bfloat16)
+    wanted = plain(batch).logprobs
+    with start() as world:
+        place(policy, policy.model.base_model.layers, world, torch.bfloat16)  # pyright: ignore[reportArgumentType]
+        logprobs = policy(batch).logprobs
+        logprobs.sum().backward()
+        got = {name: full_tensor(p.grad) for name, p in policy.named_parameters() if p.grad is not None}
+    assert torch.equal(logprobs, wanted)
+    wanted.sum().backward()
+    assert list(got) == [name for name, p in plain.named_parameters() if p.requires_grad]
+    for name, p in plain.named_parameters():
+        if p.grad is not None:
+            assert got[name].dtype == torch.float32
+            assert torch.equal(got[name], p.grad.float()), name
 
 
 def test_a_frozen_model_takes_two_bytes_a_weight_in_bfloat16(tiny, tmp_path):
