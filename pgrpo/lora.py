@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pgrpo.batch import GroupedBatch
 from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.flops import ModelDims, lora_parameter_count
+from pgrpo.logprobs import TokenLogprobs
 
-B, R = TypeVar("B"), TypeVar("R")
+LogprobsOf = Callable[[GroupedBatch], TokenLogprobs]
 
 
 def check_lora(config: ModelConfig, dims: ModelDims) -> None:
@@ -69,13 +70,13 @@ def merge_adapters(model: PreTrainedModel) -> None:
     del model.peft_config
 
 
-def without_adapters(policy: Callable[[B], R]) -> Callable[[B], R]:
+def without_adapters(policy: LogprobsOf) -> LogprobsOf:
     """The initial model, without a second copy of its weights: ``policy`` (a module) with its adapters' output times 0."""
     from peft.helpers import rescale_adapter_scale
 
     assert isinstance(policy, nn.Module)
 
-    def run(batch: B) -> R:
+    def run(batch: GroupedBatch) -> TokenLogprobs:
         with rescale_adapter_scale(policy, 0.0):
             return policy(batch)
 

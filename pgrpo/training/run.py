@@ -12,13 +12,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pgrpo import checkpoint, distributed
-from pgrpo.batch import GroupedBatch
 from pgrpo.config import Config, ConfigError, to_yaml
 from pgrpo.data import PromptStream, load_prompts
 from pgrpo.distributed import World
 from pgrpo.flops import ModelDims, update_flops
-from pgrpo.logprobs import TokenLogprobs
-from pgrpo.lora import adapter_parameters, check_lora, without_adapters
+from pgrpo.lora import LogprobsOf, adapter_parameters, check_lora, without_adapters
 from pgrpo.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
 from pgrpo.policy import Policy, load_hf_config
 from pgrpo.rewards.run import RewardRunner
@@ -148,7 +146,7 @@ def build_run(
     return Run(config, world, dims, stream, held_out, runner, policy, engine, updater)
 
 
-def initial_model(policy: Policy, config: Config, world: World) -> Callable[[GroupedBatch], TokenLogprobs]:
+def initial_model(policy: Policy, config: Config, world: World) -> LogprobsOf:
     """What the KL term compares with: the weights that LoRA leaves as they are, else a second copy of the model."""
     if config.model.lora_rank:
         return without_adapters(policy)

@@ -14,7 +14,7 @@ from pgrpo.advantages import has_spread
 from pgrpo.batch import GroupedBatch, build_batch
 from pgrpo.config import Config
 from pgrpo.distributed import World, share_out
-from pgrpo.logprobs import TokenLogprobs
+from pgrpo.lora import LogprobsOf
 from pgrpo.loss import Counts, grpo_loss
 from pgrpo.optim import clip_gradients
 from pgrpo.policy import Policy
@@ -39,7 +39,7 @@ class Updater:
     config: Config
     world: World
     policy: Policy
-    reference: Callable[[GroupedBatch], TokenLogprobs] | None
+    reference: LogprobsOf | None
     optimizer: torch.optim.Optimizer
     cost: Callable[[Group], float]
 
