@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -156,13 +155,8 @@ def test_a_layer_that_is_not_there_and_a_missing_peft_are_refused(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Path:
-    script = runpy.run_path(str(ROOT / "scripts" / "make_tiny_model.py"))
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    script["make_model"]().save_pretrained(folder)
-    script["make_tokenizer"]().save_pretrained(folder)
-    return folder
+def tiny(tiny_model) -> Path:
+    return tiny_model
 
 
 def digits(completions, **_):
