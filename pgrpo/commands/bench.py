@@ -165,8 +165,10 @@ def _load(config: Config, max_sample: int, world: World, random_weights: bool) -
     model = random_model(config, max_sample, world.device) if random_weights else load_model(config.model, max_sample)
     if config.model.lora_rank:
         add_adapters(model, config.model, config.seed)
-    policy = wrap(model, config, world)
-    return policy.to(world.device, compute_dtype(config))
+    policy = wrap(model, config, world).to(world.device)
+    for parameter in policy.parameters():  # not the buffers: RoPE's frequencies stay float32, as in a run
+        parameter.data = parameter.data.to(compute_dtype(config))
+    return policy
 
 
 def random_model(config: Config, max_sample: int, device: torch.device) -> PreTrainedModel:

@@ -97,6 +97,7 @@ def compilations():
     return {run: count for run, count in counts.items() if count}
 
 
+@pytest.mark.timeout(900)  # compiles C++ four times
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("keep", ["none", "attention"])
 def test_compiled_layers_are_exact_and_compiled_once_for_each_gradient_mode(keep, lora):
