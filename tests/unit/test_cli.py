@@ -21,6 +21,7 @@ train: {steps: 10}
 # Runs the real main() with `pgrpo.training` replaced, so that exit codes can be told apart from training.
 FAKE_TRAIN = """\
 import os, signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 module = types.ModuleType("pgrpo.training")
 def train(config, resume=None):
     {body}
