@@ -218,11 +218,6 @@ def _matmul_flops(device: torch.device, config: Config) -> float:
     return 2 * n**3 / (best / 1e3)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def _resident_peaks(
     config: Config, shapes: Sequence[Shape], methods: Sequence[str], checkpointing: Sequence[Keep], random_weights: bool
 ) -> dict[tuple[Shape, Keep, str], float]:
@@ -262,6 +257,6 @@ def _profile(policy: Policy, shape: Shape, keep: Keep, config: Config, file: Pat
     job.update(keep, is_compiled(config, policy.device))
     with torch.profiler.profile() as profile:
         job.update(keep, is_compiled(config, policy.device))
-        _synchronize(policy.device)
+        World(0, 1, policy.device).synchronize()
     order = f"self_{policy.device.type}_time_total"
     file.write_text(profile.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=100))

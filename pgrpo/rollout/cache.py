@@ -9,12 +9,12 @@ N prompts, B rows in the batch (completions still running), K key/value heads, D
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from pgrpo.attention.kernels import dense_forward, varlen_forward
+from pgrpo.attention.layout import cumulative
 from pgrpo.attention.merge import merge_
 from pgrpo.attention.segments import Segments
 
@@ -33,7 +33,7 @@ class DecodeCache:
         self.length = 0  # completion tokens in the cache, the same for every row
         self.max_sample = max(prompt_lens) + capacity
         self._device = device
-        self._cu_prefix = self._cumulative(prompt_lens)
+        self._cu_prefix = cumulative(prompt_lens, device)
         self._max_prefix = max(prompt_lens)
         self._group_of_row = torch.arange(len(prompt_lens)).repeat_interleave(group_size)
         self._prefixes: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> K, V [prompt rows, K, D]
@@ -77,7 +77,4 @@ class DecodeCache:
 
     def _suffix_segments(self) -> Segments:
         rows = self._group_of_row.bincount(minlength=len(self._cu_prefix) - 1).tolist()
-        return Segments(self._cumulative(rows), self._cu_prefix, max(rows), self._max_prefix)
-
-    def _cumulative(self, lengths: Sequence[int]) -> Tensor:
-        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=self._device)
+        return Segments(cumulative(rows, self._device), self._cu_prefix, max(rows), self._max_prefix)

@@ -30,7 +30,6 @@ def place_policy(config: Config, world: World) -> Policy:
     Raises:
         ConfigError: it cannot run as the config says, on this device.
     """
-    check_device(config, world.device)
     max_sample = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
     if config.model.lora_rank:
         model = load_model(config.model, max_sample, compute_dtype(config))

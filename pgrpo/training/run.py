@@ -23,7 +23,7 @@ from pgrpo.rewards.run import RewardRunner
 from pgrpo.rng import rng_state, seed_all, set_rng_state
 from pgrpo.rollout.base import RolloutEngine
 from pgrpo.rollout.embedded import EmbeddedEngine
-from pgrpo.training.placement import check_device, place_policy
+from pgrpo.training.placement import attention_choice, check_device, place_policy
 from pgrpo.training.update import Updater
 from pgrpo.types import Group, Prompt
 
@@ -124,6 +124,7 @@ def build_run(
     hf_config = load_hf_config(config.model)
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)
+    attention_choice(config, dims, world.device)  # refuses a kernel that cannot run, long before weights are read
     check_vocabulary(tokenizer, hf_config.vocab_size, config)
     prompts = training_prompts(config, tokenizer, dataset)
     stream = PromptStream(prompts, seed=config.seed, shuffle=config.data.shuffle)
