@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
 from pgrpo.attention.interface import ATTENTION_NAME
+from pgrpo.attention.kernels import varlen_backward, varlen_forward
+from pgrpo.attention.segments import Segments
 from pgrpo.batch import build_batch
 from pgrpo.layers import Keep, set_up_layers
 from pgrpo.logprobs import token_logprobs
@@ -23,13 +25,15 @@ from pgrpo.policy import Policy, logit_scale
 from pgrpo.training.placement import decoder_layers
 from pgrpo.types import Group
 
-METHODS = ("grouped", "repeated_packed", "repeated_padded", "concat", "prefix_grouper")
-PEER_ATTENTION = "pgrpo_bench_flash"
+METHODS = ("grouped", "repeated_packed", "repeated_padded", "concat", "prefix_grouper", "prefix_grouper_ours")
+PEERS = ("prefix_grouper", "prefix_grouper_ours")
+PEER_ATTENTION = "prefix_grouper_attention"
+PEER_KERNEL = "pgrpo_bench_flash"
 
 
 def why_not(method: str, device: torch.device, groups: Sequence[Group]) -> str | None:
     """What keeps a method from running here; None if nothing does."""
-    if method == "prefix_grouper":
+    if method in PEERS:
         if device.type != "cuda":
             return "it is compared on a GPU"
         if importlib.util.find_spec("prefix_grouper") is None:
@@ -44,20 +48,26 @@ class Job:
 
     ``grouped``, ``repeated_packed`` and ``concat`` (every completion's own copy of its prompt's keys and values, the method of
     PrefixGrouper) run on our kernels, layers and log-probs. ``repeated_padded`` is a right-padded batch through transformers' own
-    sdpa; ``prefix_grouper`` the package as verl called it: eager layers, full logits; both checkpoint whole layers if at all.
+    sdpa; ``prefix_grouper`` the package as verl called it: eager layers, full logits; ``prefix_grouper_ours`` the package given our
+    kernel, compiled layers and chunked log-probs. These three checkpoint whole layers if at all.
     """
 
     def __init__(self, policy: Policy, method: str, groups: list[Group]) -> None:
         self.model, self.attention = policy.model, ATTENTION_NAME
         self.layers = list(decoder_layers(policy.model))
-        self.own_layers = method in ("repeated_padded", "prefix_grouper")
+        self.own_layers = method in ("repeated_padded", *PEERS)
+        self.run_layer: Callable[..., Any] = _run
         self.forward: Callable[[], Tensor]
         if method == "repeated_padded":
             self.attention, padded = "sdpa", _Padded(groups, policy.device)
             self.forward = partial(padded.logprobs, self.model)
         elif method == "prefix_grouper":
-            self.attention, peer = "prefix_grouper_attention", _PrefixGrouper(groups, policy.device)
+            self.attention, peer = PEER_ATTENTION, _PrefixGrouper(groups, policy.device)
             self.forward = partial(peer.logprobs, self.model)
+        elif method == "prefix_grouper_ours":
+            self.attention, peer = PEER_ATTENTION, _PrefixGrouper(groups, policy.device)
+            self.forward = partial(peer.chunked_logprobs, self.model, policy.attention.kernel)
+            self.run_layer = torch.compile(_run, dynamic=False)
         else:
             choice = replace(policy.attention, plan="concat") if method == "concat" else policy.attention
             share = method != "repeated_packed"
@@ -81,13 +91,17 @@ class Job:
         self.model.set_attn_implementation(self.attention)
         before: list[Any] = [layer.forward for layer in self.layers]
         for layer in self.layers if self.own_layers else ():
-            run = partial(type(layer).forward, layer)
+            run = partial(self.run_layer, layer)
             layer.forward = run if keep == "none" else partial(checkpoint, run, use_reentrant=False)
         try:
             yield
         finally:
             for layer, forward in zip(self.layers, before, strict=True):
                 layer.forward = forward
+
+
+def _run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)
 
 
 class _Padded:
@@ -115,36 +129,49 @@ class _Padded:
 
 
 class _PrefixGrouper:
-    """The package prefix_grouper in its best case: groups alike, so no padding, and PyTorch's flash kernel without unpadding."""
+    """The package prefix_grouper in its best case: groups alike, so no padding, and flash kernels without unpadding."""
 
     def __init__(self, groups: list[Group], device: torch.device) -> None:
         from prefix_grouper import PrefixGrouper  # pyright: ignore[reportMissingImports]
-        from prefix_grouper.utils.register_transformers import (  # pyright: ignore[reportMissingImports]
-            register_attention,
-        )
+        from prefix_grouper.utils import register_transformers  # pyright: ignore[reportMissingImports]
 
-        register_attention()
-        AttentionInterface.register(PEER_ATTENTION, _flash_of_equal_lengths)
+        # Not traced: its indexing by masks breaks graphs in a dozen places, this way once.
+        attend = torch.compiler.disable(register_transformers._prefix_grouper_attention_forward)
+        AttentionInterface.register(PEER_ATTENTION, attend)
         lengths = [[len(g.prompt.token_ids), *(len(c.token_ids) for c in g.completions)] for g in groups]
         self.grouper = PrefixGrouper(lengths, device=device)
         ids = [g.prompt.token_ids + [t for c in g.completions for t in c.token_ids] for g in groups]
-        self.ids = torch.tensor(ids, device=device)
         prompt, *completions = lengths[0]
         position = [*range(prompt), *(prompt + i for n in completions for i in range(n))]
-        self.positions = torch.tensor([position] * len(groups), device=device)
-        self.targets = torch.tensor([c.token_ids for g in groups for c in g.completions], device=device)
+        self.inputs: dict[str, Any] = {
+            "input_ids": torch.tensor(ids, device=device),
+            "position_ids": torch.tensor([position] * len(groups), device=device),
+            "use_cache": False,
+            "prefix_grouper": self.grouper,
+            "prefix_grouper_attn_func": PEER_KERNEL,
+        }
+        self.targets = torch.tensor([t for g in groups for c in g.completions for t in c.token_ids], device=device)
 
     def logprobs(self, model: PreTrainedModel) -> Tensor:
-        """[L] in the order of a packed batch, from the full logits."""
-        inputs: dict[str, Any] = {"input_ids": self.ids, "position_ids": self.positions, "use_cache": False}
-        inputs |= {"prefix_grouper": self.grouper, "prefix_grouper_attn_func": PEER_ATTENTION}
-        logits = model(**inputs).logits
-        _, _, suffix, _ = self.grouper.split_output(logits, include_prefix_last=1)
-        logits_BRV = suffix[:, :-1].float()
-        return -functional.cross_entropy(logits_BRV.flatten(0, 1), self.targets.flatten(), reduction="none")
+        """[L] in the order of a packed batch, from the full logits, on PyTorch's FlashAttention-2."""
+        AttentionInterface.register(PEER_KERNEL, _builtin_flash)
+        logits_LV = self._suffix(model(**self.inputs).logits).float()
+        return -functional.cross_entropy(logits_LV, self.targets, reduction="none")
+
+    def chunked_logprobs(self, model: PreTrainedModel, kernel: str) -> Tensor:
+        """The same on our kernel, without the full logits."""
+        AttentionInterface.register(PEER_KERNEL, partial(_our_flash, kernel))
+        hidden_LE = self._suffix(model.base_model(**self.inputs).last_hidden_state)
+        head: nn.Linear = model.lm_head  # pyright: ignore[reportAssignmentType]
+        return token_logprobs(hidden_LE, head.weight, self.targets, logit_scale(model.config)).logprobs
+
+    def _suffix(self, output: Tensor) -> Tensor:
+        """The rows that predict the completions."""
+        _, _, suffix_BRE, _ = self.grouper.split_output(output, include_prefix_last=1)
+        return suffix_BRE[:, :-1].flatten(0, 1)
 
 
-def _flash_of_equal_lengths(
+def _builtin_flash(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *more: Any,
     scaling: float | None = None, **other: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
@@ -155,3 +182,31 @@ def _flash_of_equal_lengths(
         q, k, v, None, None, q.shape[1], k.shape[1], dropout, causal, False, scale=scaling
     )
     return out, None
+
+
+def _our_flash(
+    kernel: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *more: Any,
+    scaling: float | None = None, **other: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The same on one of our kernels."""
+    samples, _, q_len, dim = query.shape
+    k_len = key.shape[2]
+    cu_q, cu_k = (torch.arange(samples + 1, dtype=torch.int32, device=query.device) * n for n in (q_len, k_len))
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    out: Tensor = _Flash.apply(q, k, v, Segments(cu_q, cu_k, q_len, k_len), scaling or dim**-0.5, kernel)  # pyright: ignore[reportAssignmentType]
+    return out.unflatten(0, (samples, q_len)), None
+
+
+class _Flash(torch.autograd.Function):
+    """One variable-length call, causal (bottom-right)."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, segments, scale, kernel):
+        out, lse = varlen_forward(q, k, v, segments, True, scale, kernel)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.call = segments, True, scale, kernel
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        return *varlen_backward(dout, *ctx.saved_tensors, *ctx.call), None, None, None
