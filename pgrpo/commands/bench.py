@@ -86,13 +86,10 @@ def bench(
         console.print(f"attention kernel {policy.attention.kernel}: {policy.attention.reason}")
         rows: list[Row] = []
         for shape in shapes:
-            rate = _matmul_flops(world.device, config)
             for keep in keeps:
-                timed = _time(policy, shape, methods, keep, config, repeats, console)
-                rate = max(rate, _matmul_flops(world.device, config))
+                timed, rate = _time(policy, shape, methods, keep, config, repeats, console)
                 for row in timed:
                     row.peak_gib = peaks.get((shape, keep, row.method), row.peak_gib)
-                    row.mfu_old, row.mfu_update = (x / rate for x in (row.mfu_old, row.mfu_update))
                 rows += timed
                 print_rows(timed, rate, config, console)
                 if json_file:
@@ -104,8 +101,9 @@ def bench(
 
 def _time(
     policy: Policy, shape: Shape, methods: Sequence[str], keep: Keep, config: Config, repeats: int, console: Console
-) -> list[Row]:
-    """Rows of one shape; their MFUs are still FLOP/s."""
+) -> tuple[list[Row], float]:
+    """Rows of one shape, and FLOP/s of a matrix product: the higher of two timings, before the methods and after, both on a
+    device that the warm-up has brought to its working temperature (a cold one clocks higher than it can keep up)."""
     device, groups = policy.device, random_groups(shape, policy.model.config.vocab_size)
     compiled = is_compiled(config, device)
     jobs: dict[str, Job] = {}
@@ -125,6 +123,7 @@ def _time(
             console.print(f"{method} is left out: {shape} does not fit this device's memory")
         if device.type == "cuda":
             torch.cuda.empty_cache()
+    rate = _matmul_flops(device, config)
     old: dict[str, list[float]] = {method: [] for method in jobs}
     update: dict[str, list[float]] = {method: [] for method in jobs}
     peak = dict.fromkeys(jobs, float("nan"))
@@ -136,6 +135,7 @@ def _time(
             update[method].append(_milliseconds(lambda job=job: job.update(keep, compiled), device))
             if device.type == "cuda":
                 peak[method] = torch.cuda.max_memory_allocated() / GIB
+    rate = max(rate, _matmul_flops(device, config))
     dims, completions = ModelDims.from_config(policy.model.config), [shape.completion] * shape.group_size
     adapters = adapter_parameters(config.model, dims)
     forward = shape.groups * forward_flops(dims, shape.prompt, completions, adapters=adapters)
@@ -150,15 +150,15 @@ def _time(
                 checkpointing=keep,
                 old_ms=old_ms,
                 update_ms=update_ms,
-                mfu_old=mfu(forward, old_ms / 1e3, 1.0),
-                mfu_update=mfu(backward_too, update_ms / 1e3, 1.0),
+                mfu_old=mfu(forward, old_ms / 1e3, rate),
+                mfu_update=mfu(backward_too, update_ms / 1e3, rate),
                 peak_gib=peak[method],
                 rho=rho(shape.prompt, completions),
                 flop_ratio=flop_ratio(dims, shape.prompt, completions),
                 max_dlogprob=(logprobs[method] - logprobs["grouped"]).abs().max().item(),
             )
         )
-    return rows
+    return rows, rate
 
 
 def _load(config: Config, max_sample: int, world: World, random_weights: bool) -> Policy:
