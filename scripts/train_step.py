@@ -1,10 +1,12 @@
-"""Seconds and memory of whole optimizer steps: float32 masters, AdamW, FSDP2 on one rank, random tokens and weights.
+"""Seconds and memory of whole optimizer steps: float32 masters, AdamW, FSDP2, random tokens and weights.
 
     python scripts/train_step.py --config qwen3_4b.yaml --prompt 4096 --completion 1024 --group-size 8 --groups 8 \
         [--offload none cpu] [--steps 3] [--json FILE] [key=value ...]
+    torchrun --nproc-per-node 2 scripts/train_step.py ... --offload none
 
-Needs only the model's config.json. Times what a training step does after its rollout: batches, forward and backward of every
-micro-batch, gradient clipping, AdamW. The first step, which compiles, is left out.
+Every rank has ``--groups`` groups, so that tokens a second over those of one rank are the scaling. Needs only the model's
+config.json. Times what a training step does after its rollout: batches, forward and backward of every micro-batch, gradient
+clipping, AdamW. The first step, which compiles, is left out.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from pgrpo.training.update import Updater
 
 def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str, float | str | int]:
     """One row of the table."""
+    torch.manual_seed(0)  # the same weights on every rank
     config.rollout.group_size, config.rollout.prompts_per_step = shape.group_size, shape.groups
     config.rollout.max_completion_tokens, config.data.max_prompt_tokens = shape.completion, shape.prompt
     config.train.token_budget = shape.prompt + shape.group_size * shape.completion
@@ -55,12 +58,13 @@ def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str,
     median = statistics.median(seconds[1:])
     flops = 3 * shape.groups * forward_flops(dims, shape.prompt, [shape.completion] * shape.group_size)
     return {
+        "ranks": world.size,
         "offload": config.optim.offload,
         "checkpointing": config.model.activation_checkpointing,
         "seconds": median,
         "tokens_per_s": metrics["tokens/packed"] / median,
         "samples_per_s": shape.groups * shape.group_size / median,
-        "useful_tflops": flops / median / 1e12,
+        "useful_tflops_a_rank": flops / median / 1e12 / world.size,
         "peak_gib": torch.cuda.max_memory_allocated() / GIB,
         "grad_norm": metrics["grad_norm"],
     }
@@ -78,16 +82,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
-    shape = Shape(args.prompt, args.completion, args.group_size, args.groups)
     rows = []
     with start() as world:
+        shape = Shape(args.prompt, args.completion, args.group_size, args.groups * world.size)
         for offload in args.offload:
             config = load_config(args.config, [*args.overrides, f"optim.offload={offload}"])
             rows.append(measure(config, shape, args.steps, world))
-            print(json.dumps(rows[-1]), flush=True)
+            if world.is_main:
+                print(json.dumps(rows[-1]), flush=True)
             gc.collect()
             torch.cuda.empty_cache()
-    if args.json:
+    if args.json and world.is_main:
         report = {
             "device": torch.cuda.get_device_name(),
             "torch": torch.__version__,

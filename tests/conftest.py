@@ -1,6 +1,10 @@
 """Fixtures that several test files share."""
 
+import json
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,3 +22,38 @@ def tiny_model(tmp_path_factory) -> Path:
     script["make_model"]().save_pretrained(folder)
     script["make_tokenizer"]().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """``launch(arguments, ranks)``: run Python with these arguments, under torchrun if there are several ranks."""
+
+    def run(arguments, ranks):
+        command = [sys.executable]
+        if ranks > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+        return subprocess.run(
+            [*command, *map(str, arguments)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def on_ranks(launch, tmp_path_factory):
+    """``on_ranks(model, ranks, **changes)``: what tests/distributed/worker.py finds; each run is made once."""
+    done = {}
+
+    def run(model, ranks=1, **changes):
+        key = json.dumps([str(model), ranks, changes])
+        if key not in done:
+            output = tmp_path_factory.mktemp("out") / "result.pt"
+            worker = ROOT / "tests" / "distributed" / "worker.py"
+            result = launch([worker, model, output, json.dumps(changes)], ranks)
+            assert result.returncode == 0, result.stderr
+            done[key] = torch.load(output, map_location="cpu", weights_only=True)
+        return done[key]
+
+    return run

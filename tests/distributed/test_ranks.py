@@ -1,27 +1,16 @@
 """The loss and its gradient do not depend on ranks, micro-batches or order: 2 and 4 gloo processes against one."""
 
 import json
-import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
-WORKER = Path(__file__).with_name("worker.py")
-ROOT = WORKER.parents[2]
-
-
-def launch(arguments, ranks):
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=240
-    )
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +27,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def compute(model, tmp_path_factory):
-    done = {}
-
-    def run(ranks=1, **changes):
-        key = json.dumps([ranks, changes])
-        if key not in done:
-            output = tmp_path_factory.mktemp("out") / "result.pt"
-            result = launch([str(WORKER), str(model), str(output), json.dumps(changes)], ranks)
-            assert result.returncode == 0, result.stderr
-            done[key] = torch.load(output, weights_only=True)
-        return done[key]
-
-    return run
+def compute(model, on_ranks):
+    return partial(on_ranks, model)
 
 
 def gradient_error(got, want):
@@ -146,7 +124,7 @@ def test_a_wrong_share_is_noticed(compute):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_whole_run_on_several_ranks_equals_that_on_one(ranks, tmp_path):
+def test_a_whole_run_on_several_ranks_equals_that_on_one(ranks, tmp_path, launch):
     rows, texts = [], []
     assert subprocess.run(
         [sys.executable, ROOT / "scripts" / "make_tiny_model.py", "--out", tmp_path / "model"], check=True, cwd=ROOT

@@ -40,6 +40,7 @@ def main():
             path=model,
             dtype=changes.get("dtype", "float32"),
             activation_checkpointing=changes.get("activation_checkpointing", "none"),
+            compile=changes.get("compile"),
         ),
         data=DataConfig(max_prompt_tokens=12),
         rollout=RolloutConfig(max_completion_tokens=14),
