@@ -89,8 +89,9 @@ class PromptConfig:
 
 @dataclass
 class RolloutConfig:
-    engine: Literal["auto", "embedded"] = "auto"
-    """`embedded` samples with the policy's own transformers model. `auto` takes the fastest that is installed."""
+    engine: Literal["auto", "vllm", "embedded"] = "auto"
+    """`vllm` runs vLLM in the trainer's processes, `embedded` samples with the policy's own transformers model. `auto` takes
+    vLLM where it is installed and there is a GPU."""
     prompts_per_step: int = 32
     """Prompts in one step, over all ranks."""
     group_size: int = 8
@@ -106,7 +107,19 @@ class RolloutConfig:
     stop: list[str] = field(default_factory=list)
     """Strings that end a completion. Not part of the text that rewards read."""
     max_concurrent: int = 256
-    """Completions that the embedded engine decodes at once; bounds its memory."""
+    """Completions that are decoded at once; bounds the memory of keys and values."""
+    tensor_parallel_size: int = 1
+    """GPUs, of neighbouring ranks, that share one vLLM engine. 1: an engine on every GPU."""
+    gpu_memory_utilization: float | None = None
+    """Share of a GPU's memory for vLLM while it is awake. None: all that the policy, asleep, leaves by the memory plan."""
+    enforce_eager: bool = False
+    """Start vLLM without compilation and CUDA graphs: sooner, and slower ever after."""
+    canary_every: int = 10
+    """Steps between checks, by log-probs, that vLLM has the policy's new weights. 0 is off."""
+    vllm_deadline_s: float = 1800.0
+    """Seconds that one vLLM call (start, push, rollout, sleep) may take; then the run ends, with a message."""
+    allow_untested_vllm: bool = False
+    """Run on a vLLM version that pgrpo was not tested on."""
 
 
 @dataclass

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pgrpo.rollout.cache import DecodeCache
 from pgrpo.rollout.sampling import draw, uniforms
-from pgrpo.types import Completion, FinishReason, Group, Prompt, SamplingParams
+from pgrpo.rollout.text import Tokenizer, make_completions
+from pgrpo.types import Completion, Group, Prompt, SamplingParams
 
 LEAVE_FRACTION = 0.25
 """Finished completions leave the batch when they are this share of it: leaving copies the cache of those that stay."""
@@ -27,10 +28,6 @@ class DecodingPolicy(Protocol):
     def device(self) -> torch.device: ...
 
     def next_logits(self, input_ids_T: Tensor, position_ids_T: Tensor, plan: DecodeCache, rows_B: Tensor) -> Tensor: ...
-
-
-class Tokenizer(Protocol):
-    def batch_decode(self, sequences: list[list[int]], *, skip_special_tokens: bool) -> list[str]: ...
 
 
 class EmbeddedEngine:
@@ -110,7 +107,10 @@ class EmbeddedEngine:
             logits = self.policy.next_logits(drawn, positions[rows] + t, cache, torch.arange(len(rows), device=device))
             cache.advance()
 
-        flat = self._completions(tokens.tolist(), logprobs.tolist(), lengths.tolist(), stopped.tolist(), params.stop)
+        ids, sampled_at = (
+            [x[:n] for x, n in zip(t.tolist(), lengths.tolist(), strict=True)] for t in (tokens, logprobs)
+        )
+        flat = make_completions(self.tokenizer, ids, sampled_at, stopped.tolist(), params.stop)
         return [flat[i : i + group_size] for i in range(0, total, group_size)]
 
     def _prefill(self, prompts: Sequence[Prompt], prompt_lens: list[int], cache: DecodeCache) -> Tensor:
@@ -129,28 +129,3 @@ class EmbeddedEngine:
         window = max(len(s.encode()) for s in stop) + 4
         texts = self.tokenizer.batch_decode(tokens_BT[:, -window:].tolist(), skip_special_tokens=True)
         return torch.tensor([any(s in text for s in stop) for text in texts], device=tokens_BT.device)
-
-    def _completions(
-        self,
-        tokens: list[list[int]],
-        logprobs: list[list[float]],
-        lengths: list[int],
-        stopped: list[bool],
-        stop: Sequence[str],
-    ) -> list[Completion]:
-        ids = [row[:n] for row, n in zip(tokens, lengths, strict=True)]
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        completions = []
-        for i, token_ids in enumerate(ids):
-            ends = [at for s in stop if (at := texts[i].find(s)) >= 0]
-            reason: FinishReason = "stop" if stopped[i] else "length"
-            completions.append(
-                Completion(
-                    token_ids=token_ids,
-                    rollout_logprobs=logprobs[i][: len(token_ids)],
-                    mask=[True] * len(token_ids),
-                    finish_reason=reason,
-                    text=texts[i][: min(ends, default=None)],
-                )
-            )
-        return completions

@@ -1,0 +1,84 @@
+"""Does the engine have the new weights? Single log-probs cannot tell: bfloat16 noise between engine and policy, about 0.04, is
+larger than what one step changes. Many together can.
+
+For tokens of the last batch, let ``old`` and ``new`` be the policy's log-probs before and after the update, and ``engine`` the
+engine's. The least-squares slope of (engine - new) on (old - new) is about 0 when the engine has the new weights, and about 1
+when it still has the old ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from pgrpo.types import Group
+
+SAMPLES, TOKENS = 16, 64
+"""How many samples are scored, and how many of each one's tokens: a thousand log-probs see a change of a tenth of the noise."""
+LARGEST_ERROR = 0.2
+"""A slope whose standard error is above this says nothing: the update changed too little."""
+LARGEST_NOISE = 0.3
+"""Mean |engine - new| in nats above which the engine computes something else altogether."""
+
+
+class CanaryError(RuntimeError):
+    """The engine does not sample from the policy's weights."""
+
+
+class Slope(NamedTuple):
+    """The regression of (engine - new) on (old - new), through the origin.
+
+    Attributes:
+        slope: about 0 with the new weights, about 1 with the old ones; nan if nothing changed.
+        error: its standard error; inf if nothing changed.
+        noise: mean |engine - new|, nats.
+    """
+
+    slope: float
+    error: float
+    noise: float
+
+
+def regress(old: Sequence[float], new: Sequence[float], engine: Sequence[float]) -> Slope:
+    """The slope, of log-probs of the same tokens (natural logarithm)."""
+    x = [a - b for a, b in zip(old, new, strict=True)]
+    y = [a - b for a, b in zip(engine, new, strict=True)]
+    noise = sum(map(abs, y)) / max(len(y), 1)
+    sum_xx = sum(a * a for a in x)
+    if sum_xx == 0.0 or len(x) < 2:
+        return Slope(math.nan, math.inf, noise)
+    slope = sum(a * b for a, b in zip(x, y, strict=True)) / sum_xx
+    residual = sum((b - slope * a) ** 2 for a, b in zip(x, y, strict=True))
+    return Slope(slope, math.sqrt(residual / (len(x) - 1) / sum_xx), noise)
+
+
+def check(slope: Slope) -> None:
+    """Raises CanaryError if the engine has other weights than the policy."""
+    if slope.error < LARGEST_ERROR and slope.slope > 0.5:
+        raise CanaryError(
+            f"canary: the slope of (engine - new) on (old - new) log-probs is {slope.slope:.2f} +- {slope.error:.2f}, about 0 was "
+            "expected: the engine still samples with the weights of before the last update"
+        )
+    if not slope.noise <= LARGEST_NOISE:  # nan too
+        raise CanaryError(
+            f"canary: the engine's log-probs are {slope.noise:.3g} nats from the policy's on average (allowed: "
+            f"{LARGEST_NOISE}): it computes something else. Is vLLM's version one that pgrpo supports? "
+            "rollout.engine=embedded samples with the policy itself"
+        )
+
+
+def pick(groups: Sequence[Group], most_tokens: int = TOKENS) -> list[Group]:
+    """The samples to score: of the shortest prompts, one completion each, its first tokens."""
+    picked = []
+    for group in sorted(groups, key=lambda g: len(g.prompt.token_ids))[:SAMPLES]:
+        first = max(group.completions, key=lambda c: min(len(c.token_ids), most_tokens))
+        short = replace(
+            first,
+            token_ids=first.token_ids[:most_tokens],
+            rollout_logprobs=first.rollout_logprobs[:most_tokens],
+            mask=[True] * len(first.token_ids[:most_tokens]),
+        )
+        picked.append(Group(group.prompt, [short], rewards=[0.0], advantages=[0.0]))
+    return picked

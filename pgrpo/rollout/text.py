@@ -1,0 +1,36 @@
+"""From sampled token ids to completions, the same for every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from pgrpo.types import Completion, FinishReason
+
+
+class Tokenizer(Protocol):
+    def batch_decode(self, sequences: list[list[int]], *, skip_special_tokens: bool) -> list[str]: ...
+
+
+def make_completions(
+    tokenizer: Tokenizer,
+    token_ids: Sequence[list[int]],
+    logprobs: Sequence[list[float]],
+    stopped: Sequence[bool],
+    stop: Sequence[str],
+) -> list[Completion]:
+    """Completions with their text, which ends before the first stop string.
+
+    Args:
+        token_ids: of each completion, the final eos or the tokens of the stop string among them.
+        logprobs: one for each token, as it was sampled from.
+        stopped: whether eos or a stop string ended it.
+        stop: the stop strings.
+    """
+    texts = tokenizer.batch_decode(list(token_ids), skip_special_tokens=True)
+    completions = []
+    for ids, sampled_at, text, done in zip(token_ids, logprobs, texts, stopped, strict=True):
+        ends = [at for s in stop if (at := text.find(s)) >= 0]
+        reason: FinishReason = "stop" if done else "length"
+        completions.append(Completion(ids, sampled_at, [True] * len(ids), reason, text[: min(ends, default=None)]))
+    return completions

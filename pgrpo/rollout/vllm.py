@@ -1,0 +1,372 @@
+"""Sampling with vLLM in the trainer's own processes: one engine a rank, or one over ``tensor_parallel_size`` neighbouring ranks.
+
+The engine sleeps while the policy trains. It has no weights of its own: each time it wakes, all of the policy's are pushed.
+
+What this file knows of vLLM's insides, on the versions in ``SUPPORTED``:
+- ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` runs the engine in this process, and ``distributed_executor_backend="external_launcher"`` on
+  the process group that exists, with tensor-parallel groups of neighbouring ranks and the rank from the environment.
+- Without a seed of its own a request draws from this process's generators (PyTorch, NumPy, Python).
+- ``LLM.enqueue``, ``llm_engine.step`` and ``abort_request`` are what ``LLM.generate`` is made of; requests are counted up, and
+  ``enqueue`` returns them under internal names. The eos that ended a completion is one of its tokens.
+- The engine destroys the process group when it is shut down, and shuts itself down at exit if nobody did.
+- ``logprobs_mode="processed_logprobs"`` gives log-probs after temperature, top-k and top-p; prompt log-probs are before them.
+- Sleep level 2 gives up weights and keys and values, and ``wake_up`` takes them back by tag; a CPU has no sleep.
+- The worker's ``reload_weights`` calls the model's ``load_weights`` once, with Hugging Face names, which returns the names of its
+  own parameters that it wrote; one that it did not write is only warned of. ``packed_modules_mapping`` says which are fused.
+- On a CPU a linear layer's weight is packed away after loading, and cannot be read back; a head that is tied to the embedding
+  is packed once, and a reload leaves that copy as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
+
+from pgrpo.config import Config, ConfigError
+from pgrpo.deadline import deadline
+from pgrpo.distributed import World
+from pgrpo.rng import rng_state, seed_all, set_rng_state
+from pgrpo.rollout.text import Tokenizer, make_completions
+from pgrpo.types import Group, Prompt, SamplingParams
+
+log = logging.getLogger(__name__)
+
+SUPPORTED = ("0.26", "0.32")
+"""vLLM versions that the tests ran on: 0.26 on a GPU, 0.32 on a CPU."""
+DEADLINE = "rollout.vllm_deadline_s"
+
+
+class EngineError(RuntimeError):
+    """vLLM did not do what was asked of it."""
+
+
+def is_installed() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
+def check_version(config: Config) -> None:
+    """Refuse a vLLM that nobody tried.
+
+    Raises:
+        ConfigError: with the versions that are supported and the key to override.
+    """
+    import vllm
+
+    if not vllm.__version__.startswith(tuple(f"{v}." for v in SUPPORTED)) and not config.rollout.allow_untested_vllm:
+        raise ConfigError(
+            f"rollout.engine=vllm: vLLM {vllm.__version__} is not one of the tested versions ({', '.join(SUPPORTED)}): install one "
+            "of those, or set rollout.allow_untested_vllm=true, or rollout.engine=embedded"
+        )
+
+
+class VLLMEngine:
+    """A ``RolloutEngine`` on vLLM, asleep after construction. Every rank constructs it and calls its methods alike.
+
+    Args:
+        config: of the run.
+        world: this process among the ranks.
+        tokenizer: turns ids into text for rewards.
+        eos_token_ids: tokens that end a completion.
+        weights: yields (Hugging Face name, whole tensor in the compute dtype) of the policy now; a collective call.
+        weight_names: all names that ``weights`` must yield.
+        memory_share: of the GPU's memory, for weights, keys and values (vLLM's ``gpu_memory_utilization``).
+        check_stop: called between decoding steps; what it raises ends the rollout.
+
+    Raises:
+        ConfigError: vLLM is of an untested version, or cannot be started as configured.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        tokenizer: Tokenizer,
+        eos_token_ids: Sequence[int],
+        weights: Callable[[], Iterator[tuple[str, Tensor]]],
+        weight_names: set[str],
+        *,
+        memory_share: float,
+        check_stop: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.world, self.tokenizer, self.eos_token_ids = world, tokenizer, sorted(eos_token_ids)
+        self.weights, self.weight_names = weights, weight_names
+        self.seconds, self.check_stop = config.rollout.vllm_deadline_s, check_stop
+        self.sleeps = world.device.type == "cuda"
+        self.max_model_len = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+        self.is_awake = False
+        self.time_awake = {"time/weight_sync": 0.0, "time/sleep": 0.0}
+        """Seconds of the last waking, push included, and of the last falling asleep."""
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        for name, value in (("RANK", world.rank), ("LOCAL_RANK", world.device.index or 0), ("WORLD_SIZE", world.size)):
+            os.environ.setdefault(name, str(value))
+        check_version(config)
+        from vllm import LLM
+
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if self.sleeps else "gloo", store=HashStore(), rank=0, world_size=1)
+        self.tp_size, self.tp_group = config.rollout.tensor_parallel_size, None
+        for first in range(0, world.size if self.tp_size > 1 else 0, self.tp_size):
+            ranks = list(range(first, first + self.tp_size))
+            group = dist.new_group(ranks)  # every rank takes part in making every group
+            if world.rank in ranks:
+                self.tp_group = group
+        state = rng_state()
+        with deadline(self.seconds, "starting vLLM", DEADLINE), _errors("start"):
+            self.llm = LLM(
+                model=config.model.path,
+                revision=config.model.revision,
+                trust_remote_code=config.model.trust_remote_code,
+                dtype=config.model.dtype,
+                load_format="dummy",  # the first push brings them
+                seed=config.seed,
+                distributed_executor_backend="external_launcher",
+                tensor_parallel_size=self.tp_size,
+                max_model_len=self.max_model_len,
+                max_num_seqs=config.rollout.max_concurrent,
+                gpu_memory_utilization=memory_share,
+                enforce_eager=config.rollout.enforce_eager,
+                enable_prefix_caching=True,
+                enable_sleep_mode=self.sleeps,
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",  # no sampling defaults from the model's folder
+            )
+        set_rng_state(state)  # vLLM seeds this process's generators
+        self._fall_asleep()
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Inside, ``generate`` and ``score`` run on the policy's weights of the moment of entering."""
+        started = time.perf_counter()
+        if self.sleeps:
+            torch.cuda.empty_cache()  # what the trainer's allocator keeps without need gives way
+            self._call("wake_up", lambda: self.llm.wake_up(tags=["weights"]))
+        self.push()
+        if self.sleeps:
+            self._call("wake_up", lambda: self.llm.wake_up(tags=["kv_cache"]))
+        self.world.synchronize()
+        self.time_awake["time/weight_sync"] = time.perf_counter() - started
+        self.is_awake = True
+        try:
+            yield
+        finally:
+            self.is_awake = False
+            started = time.perf_counter()
+            self._fall_asleep()
+            self.time_awake["time/sleep"] = time.perf_counter() - started
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[Sequence[int]]
+    ) -> list[Group]:
+        """One group a prompt, in order, from one request each. The seeds of all prompts together decide the random numbers: the
+        same call on the same weights samples the same, a part of it need not.
+
+        Raises:
+            EngineError: vLLM failed, or ended a request early.
+        """
+        from vllm import SamplingParams as VLLMParams
+        from vllm.sampling_params import RequestOutputKind
+
+        ours = slice(0, len(prompts))
+        if self.tp_group is not None:  # neighbours run one engine: each takes all of their prompts, and keeps its own
+            shares: list[Any] = [None] * self.tp_size
+            dist.all_gather_object(shares, (list(prompts), [list(s) for s in seeds]), group=self.tp_group)
+            place = self.world.rank % self.tp_size * len(prompts)
+            ours = slice(place, place + len(prompts))
+            prompts, seeds = ([x for share in shares for x in share[i]] for i in (0, 1))
+        for prompt in prompts:
+            if len(prompt.token_ids) + params.max_completion_tokens > self.max_model_len:
+                raise EngineError(
+                    f"a prompt of {len(prompt.token_ids)} tokens and {params.max_completion_tokens} of its completion do not fit "
+                    f"the engine's {self.max_model_len} (data.max_prompt_tokens + rollout.max_completion_tokens)"
+                )
+        greedy, group_size = params.temperature == 0.0, len(seeds[0])
+        request = VLLMParams(
+            n=1 if greedy else group_size,  # vLLM refuses several greedy samples: they are one, several times
+            max_tokens=params.max_completion_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            stop=list(params.stop),
+            stop_token_ids=self.eos_token_ids,
+            detokenize=bool(params.stop),  # text is decoded once, when all is sampled
+            logprobs=0,  # of the sampled token alone
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        outputs = self._run([p.token_ids for p in prompts], request, seed=_joint_seed(seeds))
+        groups = []
+        for prompt, output in zip(prompts[ours], outputs[ours], strict=True):
+            samples = sorted(output.outputs, key=lambda sample: sample.index)
+            if early := [s.finish_reason for s in samples if s.finish_reason not in ("stop", "length")]:
+                raise EngineError(f"vLLM ended a completion of prompt {prompt.index} early: {early[0]}")
+            ids = [list(s.token_ids) for s in samples]
+            logprobs = [list(s.logprobs.logprobs) for s in samples]
+            if [len(i) for i in ids] != [len(p) for p in logprobs]:
+                raise EngineError(f"vLLM gave other numbers of tokens and of log-probs for prompt {prompt.index}")
+            stopped = [s.finish_reason == "stop" for s in samples]
+            completions = make_completions(self.tokenizer, ids, logprobs, stopped, params.stop)
+            groups.append(Group(prompt, completions * group_size if greedy else completions))
+        return groups
+
+    def score(self, groups: Sequence[Group]) -> list[float]:
+        """Log-probs at temperature 1 of all completion tokens, in order: of groups that this rank's engine shares."""
+        from vllm import SamplingParams as VLLMParams
+
+        samples = [(g.prompt.token_ids, c.token_ids) for g in groups for c in g.completions]
+        request = VLLMParams(max_tokens=1, prompt_logprobs=0, top_p=1.0, temperature=1.0, detokenize=False)
+        outputs = self._run([p + c for p, c in samples], request, seed=0)
+        return [
+            output.prompt_logprobs[at][output.prompt_token_ids[at]].logprob
+            for output, (prompt, completion) in zip(outputs, samples, strict=True)
+            for at in range(len(prompt), len(prompt) + len(completion))
+        ]
+
+    def close(self) -> None:
+        """Shut the engine down, and with it the process group: the last thing that a rank does."""
+        self._call("shutdown", self.llm.llm_engine.engine_core.shutdown)
+
+    def push(self) -> None:
+        """Give the engine the policy's weights, and check that each of them arrived.
+
+        Raises:
+            EngineError: a name is missing, unknown or was not written, or the engine's bits are not those that were sent.
+        """
+        sent: dict[str, Tensor] = {}
+        sizes: dict[str, int] = {}
+        written: set[str] = set()
+        model = self._model()
+        load_weights = model.load_weights
+
+        def recorded() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in self.weights():
+                sent[name], sizes[name] = bit_sum(tensor), tensor.numel()
+                yield name, tensor
+
+        def load_and_note(weights: Iterator[tuple[str, Tensor]]) -> set[str]:
+            names = load_weights(weights)
+            written.update(names)
+            return names
+
+        model.load_weights = load_and_note
+        try:
+            self._call(
+                "weight push",
+                lambda: self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": recorded()}),
+            )
+        finally:
+            del model.load_weights
+        if not self.sleeps and model.lm_head.weight is model.model.embed_tokens.weight:
+            model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+        if differing := sorted(self.weight_names ^ sent.keys()):
+            raise EngineError(
+                f"weight push: {differing[:3]} of {len(differing)} names were not sent, or are not the policy's"
+            )
+        parameters = dict(model.named_parameters())
+        if missing := sorted(parameters.keys() - written):
+            raise EngineError(f"weight push: vLLM did not load {missing[:3]} ({len(missing)} in all)")
+        if wrong := self._differing(model, parameters, sent, sizes):
+            raise EngineError(
+                f"weight push: checksums of {wrong[:3]} are not those of the policy ({len(wrong)} in all)"
+            )
+        self.llm.reset_prefix_cache()
+
+    def _differing(
+        self, model: Any, parameters: dict[str, nn.Parameter], sent: dict[str, Tensor], sizes: dict[str, int]
+    ) -> list[str]:
+        """Parameters of the engine whose bits, over the ranks that share it, do not add up to those of what was sent."""
+        fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
+        names, wanted, found = [], [], []
+        for name, parameter in parameters.items():
+            if not parameter.numel():  # packed away (CPU)
+                continue
+            sources = [name] if name in sent else sources_of(name, fused)
+            if any(source not in sent for source in sources):
+                raise EngineError(f"weight push: vLLM's {name} is made of {sources}, which the policy does not have")
+            # A parameter that every rank of a tensor-parallel engine holds whole is counted that many times.
+            copies = max(1, round(parameter.numel() * self.tp_size / sum(sizes[source] for source in sources)))
+            names.append(name)
+            wanted.append(copies * torch.stack([sent[source] for source in sources]).sum())
+            found.append(bit_sum(parameter.data))
+        total = torch.stack(found)
+        if self.tp_group is not None:
+            dist.all_reduce(total, group=self.tp_group)
+        unequal = (total != torch.stack(wanted)).tolist()
+        return [name for name, differs in zip(names, unequal, strict=True) if differs]
+
+    def _run(self, prompts: list[list[int]], request: Any, seed: int) -> list[Any]:
+        """Finished outputs of the prompts, in order."""
+        if not self.is_awake:
+            raise EngineError("the engine sleeps: generate and score belong inside awake()")
+        state = rng_state()
+        seed_all(seed)
+        finished: list[Any] = []
+        with deadline(self.seconds, "a vLLM rollout", DEADLINE), _errors("rollout"):
+            ids = self.llm.enqueue([{"prompt_token_ids": p} for p in prompts], request, use_tqdm=False)
+            engine = self.llm.llm_engine
+            try:
+                while engine.has_unfinished_requests():
+                    self.check_stop()
+                    finished += [output for output in engine.step() if output.finished]
+            except BaseException:
+                engine.abort_request(ids, internal=True)
+                raise
+            finally:
+                set_rng_state(state)
+        if len(finished) != len(ids):
+            raise EngineError(f"vLLM finished {len(finished)} of {len(ids)} requests")
+        return sorted(finished, key=lambda output: int(output.request_id))
+
+    def _model(self) -> Any:
+        return self.llm.apply_model(lambda model: model)[0]
+
+    def _fall_asleep(self) -> None:
+        if self.sleeps:
+            self._call("sleep", lambda: self.llm.sleep(level=2))
+
+    def _call(self, what: str, function: Callable[[], Any]) -> Any:
+        with deadline(self.seconds, f"vLLM's {what}", DEADLINE), _errors(what):
+            return function()
+
+
+def _joint_seed(seeds: Sequence[Sequence[int]]) -> int:
+    """One 63-bit seed that depends on all of them."""
+    key = repr([list(group) for group in seeds]).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+
+def bit_sum(tensor: Tensor) -> Tensor:
+    """Sum of the elements' bit patterns as integers, a 0-d int64 tensor: the same in any order and any cut; zeros add nothing."""
+    integer = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    return tensor.contiguous().view(integer).sum(dtype=torch.int64)
+
+
+def sources_of(name: str, fused: dict[str, list[str]]) -> list[str]:
+    """Checkpoint names of what vLLM fuses into a parameter: ``...qkv_proj.weight`` is made of q, k and v."""
+    for whole, parts in fused.items():
+        if f".{whole}." in name:
+            return [name.replace(f".{whole}.", f".{part}.") for part in parts]
+    return [name]
+
+
+@contextmanager
+def _errors(what: str) -> Iterator[None]:
+    """What vLLM raises, as one error that says where."""
+    try:
+        yield
+    except (ConfigError, EngineError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EngineError(f"vLLM failed in {what}: {type(error).__name__}: {reason}") from error

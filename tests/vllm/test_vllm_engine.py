@@ -1,0 +1,265 @@
+"""The contract of the vLLM engine, against the real thing: a small Llama on the CPU, or on a GPU in bfloat16."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+import transformers
+
+from pgrpo.batch import build_batch
+from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
+from pgrpo.distributed import start
+from pgrpo.exactness import tokens_as_groups
+from pgrpo.policy import Policy, load_model
+from pgrpo.rollout import canary
+from pgrpo.rollout.base import sample_seeds
+from pgrpo.rollout.vllm import EngineError, VLLMEngine
+from pgrpo.types import Group, Prompt, SamplingParams
+from pgrpo.weights import full_weights, weight_names
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz+=.,;: "
+EOS = 1
+PARAMS = SamplingParams(max_completion_tokens=16)
+
+
+def prompts(*texts: str) -> list[Prompt]:
+    return [Prompt(i, t, [2 + LETTERS.index(c) for c in t]) for i, t in enumerate(texts)]
+
+
+def seeds(count, group_size, step=0):
+    return [sample_seeds(0, step, i, group_size=group_size) for i in range(count)]
+
+
+def make_tokenizer(folder):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {"<pad>": 0, "</s>": EOS} | {c: i + 2 for i, c in enumerate(LETTERS)}
+    core = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture(scope="module", params=["llama tied", "qwen3 untied"])
+def engine(request, tmp_path_factory) -> Iterator[tuple[VLLMEngine, Policy]]:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": len(LETTERS) + 2, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.1,
+        "eos_token_id": EOS, "pad_token_id": 0, "bos_token_id": None,
+    }  # fmt: skip
+    make = transformers.LlamaConfig if request.param == "llama tied" else transformers.Qwen3Config
+    hf_config = make(**sizes, tie_word_embeddings=request.param == "llama tied")
+    transformers.AutoModelForCausalLM.from_config(hf_config).save_pretrained(folder)
+    tokenizer = make_tokenizer(folder)
+    with start() as world:
+        gpu = world.device.type == "cuda"
+        config = Config(
+            model=ModelConfig(path=str(folder), dtype="bfloat16" if gpu else "float32"),
+            data=DataConfig(max_prompt_tokens=32),
+            rollout=RolloutConfig(max_completion_tokens=16, enforce_eager=True, max_concurrent=32),
+        )
+        dtype = torch.bfloat16 if gpu else torch.float32
+        policy = Policy(load_model(config.model, 48).to(world.device, dtype))
+        weights = partial(full_weights, policy.model, dtype)
+        names = weight_names(policy.model)
+        engine = VLLMEngine(config, world, tokenizer, [EOS], weights, names, memory_share=0.2)
+        yield engine, policy
+        engine.close()
+
+
+@pytest.fixture
+def awake(engine):
+    vllm, policy = engine
+    with vllm.awake():
+        yield vllm, policy
+
+
+def logprobs(policy: Policy, groups: list[Group], temperature=1.0) -> list[float]:
+    policy.temperature = temperature
+    with torch.no_grad():
+        return policy(build_batch(groups, device=policy.device, attention=policy.attention)).logprobs.tolist()
+
+
+def tolerance(policy):
+    return 1e-3 if policy.model.dtype == torch.float32 else 0.1
+
+
+def perturb(policy, by=0.02):
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(by * torch.randn_like(p))
+
+
+def test_n_samples_and_their_logprobs(awake):
+    engine, policy = awake
+    params = SamplingParams(max_completion_tokens=16, temperature=0.7)
+    groups = engine.generate(prompts("1+1=", "some words"), params, seeds(2, 4))
+    assert [len(g.completions) for g in groups] == [4, 4]
+    assert [g.prompt.text for g in groups] == ["1+1=", "some words"]
+    assert len({tuple(c.token_ids) for g in groups for c in g.completions}) == 8
+    reported = [x for g in groups for c in g.completions for x in c.rollout_logprobs]
+    ours = logprobs(policy, groups, temperature=0.7)
+    print(f"max |rollout - policy| log-prob: {max(abs(a - b) for a, b in zip(reported, ours, strict=True)):.1e}")
+    assert reported == pytest.approx(ours, abs=tolerance(policy))
+    assert reported != pytest.approx(logprobs(policy, groups), abs=tolerance(policy)), "the temperature counts"
+
+
+def test_top_k_and_top_p_count_in_the_logprobs(awake):
+    engine, _ = awake
+    (group,) = engine.generate(prompts("a"), SamplingParams(max_completion_tokens=8, top_k=1), seeds(1, 2))
+    assert all(c.rollout_logprobs == pytest.approx([0.0] * len(c.token_ids)) for c in group.completions)
+    (group,) = engine.generate(prompts("a"), SamplingParams(max_completion_tokens=8, top_p=1e-4), seeds(1, 2))
+    assert all(c.rollout_logprobs == pytest.approx([0.0] * len(c.token_ids)) for c in group.completions)
+
+
+def test_the_same_seed_samples_the_same(awake):
+    engine, _ = awake
+    state = torch.get_rng_state()
+
+    def sample(step):
+        groups = engine.generate(prompts("abc", "def"), PARAMS, seeds(2, 3, step))
+        return [c.token_ids for g in groups for c in g.completions]
+
+    assert sample(0) == sample(0) != sample(1)
+    assert torch.equal(state, torch.get_rng_state()), "the trainer's generators are left alone"
+
+
+def test_greedy(awake):
+    engine, policy = awake
+    (group,) = engine.generate(prompts("abc"), SamplingParams(max_completion_tokens=4, temperature=0.0), seeds(1, 2))
+    first, second = group.completions
+    assert first.token_ids == second.token_ids
+    with torch.no_grad():
+        ids = torch.tensor([group.prompt.token_ids], device=policy.device)
+        reference = policy.model
+        reference.set_attn_implementation("sdpa")
+        assert reference(ids).logits[0, -1].argmax().item() == first.token_ids[0]
+        reference.set_attn_implementation("pgrpo")
+
+
+def test_what_check_stop_raises_ends_the_rollout_and_the_engine_goes_on(awake, monkeypatch):
+    engine, _ = awake
+
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "check_stop", stop)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(prompts("abc", "def"), PARAMS, seeds(2, 3))
+    monkeypatch.undo()
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    assert len(engine.generate(prompts("abc"), PARAMS, seeds(1, 3))[0].completions) == 3
+
+
+def test_eos_ends_a_completion_and_is_its_last_token(awake):
+    engine, _ = awake
+    groups = engine.generate(prompts(*"abcdefgh"), PARAMS, seeds(8, 8))
+    completions = [c for g in groups for c in g.completions]
+    stopped = [c for c in completions if c.finish_reason == "stop"]
+    assert 0 < len(stopped) < len(completions)
+    assert all(c.token_ids[-1] == EOS and EOS not in c.token_ids[:-1] for c in stopped)
+    assert all(len(c.token_ids) == 16 and EOS not in c.token_ids for c in completions if c.finish_reason == "length")
+    empty = [c for c in stopped if c.token_ids == [EOS]]
+    assert empty and all(c.text == "" and len(c.rollout_logprobs) == 1 for c in empty)
+    assert all(c.text == "".join(LETTERS[t - 2] for t in c.token_ids if t > 1) for c in completions)
+
+
+def test_stop_strings(awake):
+    engine, _ = awake
+    params = SamplingParams(max_completion_tokens=16, stop=("e", "7"))
+    groups = engine.generate(prompts(*"abcdefgh"), params, seeds(8, 8))
+    cut = [
+        c for g in groups for c in g.completions if c.token_ids[-1] in (2 + LETTERS.index("e"), 2 + LETTERS.index("7"))
+    ]
+    assert cut
+    for c in cut:
+        assert c.finish_reason == "stop" and len(c.text) == len([t for t in c.token_ids if t > 1]) - 1
+        assert "e" not in c.text and "7" not in c.text
+
+
+def test_an_overlong_prompt_is_refused(awake):
+    engine, _ = awake
+    with pytest.raises(EngineError, match="a prompt of 33 tokens and 16 of its completion do not fit the engine's 48"):
+        engine.generate(prompts("a" * 33), PARAMS, seeds(1, 2))
+    assert engine.generate(prompts("a" * 32), PARAMS, seeds(1, 2))
+
+
+def test_scores_are_the_policys_logprobs(awake):
+    engine, policy = awake
+    groups = tokens_as_groups([[3, 4, 5], [6]], [[[7, 8, 9], [10]], [[11, 12], []]])
+    assert engine.score(groups) == pytest.approx(logprobs(policy, groups), abs=tolerance(policy))
+
+
+def slope(engine, policy, groups, push=True):
+    old = logprobs(policy, groups)
+    perturb(policy, 0.01)
+    if push:
+        engine.push()
+    return canary.regress(old, logprobs(policy, groups), engine.score(groups))
+
+
+def test_the_canary_sees_a_push_and_a_push_that_is_left_out(awake):
+    engine, policy = awake
+    groups = canary.pick(engine.generate(prompts(*"abcdefgh"), PARAMS, seeds(8, 2)), 15)
+    pushed = slope(engine, policy, groups)
+    print(f"slope after a push: {pushed}")
+    canary.check(pushed)
+    assert abs(pushed.slope) < 0.2
+    stale = slope(engine, policy, groups, push=False)
+    print(f"slope without one: {stale}")
+    assert stale.slope == pytest.approx(1.0, abs=0.2)
+    with pytest.raises(canary.CanaryError, match="still samples with the weights of before"):
+        canary.check(stale)
+
+
+def test_waking_pushes(engine):
+    vllm, policy = engine
+    perturb(policy, 0.05)
+    groups = tokens_as_groups([[3, 4, 5]], [[[7, 8, 9], [10, 11]]])
+    with vllm.awake():
+        assert vllm.score(groups) == pytest.approx(logprobs(policy, groups), abs=tolerance(policy))
+    with pytest.raises(EngineError, match="the engine sleeps"):
+        vllm.score(groups)
+    assert vllm.time_awake["time/weight_sync"] > 0
+
+
+def every_name(policy):
+    """One of every kind: names of layer 1, and those outside of layers."""
+    return [n for n in weight_names(policy.model) if ".layers.0." not in n]
+
+
+def test_each_dropped_tensor_is_noticed(engine, monkeypatch):
+    vllm, policy = engine
+    whole = vllm.weights
+    with vllm.awake():
+        for dropped in every_name(policy):
+            monkeypatch.setattr(vllm, "weights", lambda d=dropped: ((n, t) for n, t in whole() if n != d))
+            with pytest.raises(EngineError, match="weight push"):
+                vllm.push()
+        monkeypatch.setattr(
+            vllm, "weights", lambda: ((n + "s" if n.endswith("norm.weight") else n, t) for n, t in whole())
+        )
+        with pytest.raises(EngineError, match="weight push"):
+            vllm.push()
+        monkeypatch.setattr(vllm, "weights", whole)
+        vllm.push()
+
+
+def test_a_tensor_that_the_engine_does_not_write_is_noticed(engine, monkeypatch):
+    vllm, _ = engine
+    with vllm.awake():
+        model = type(vllm._model())
+        load = model.load_weights
+
+        def lossy(self, weights):
+            return load(self, ((n, t * 0 if n == "model.norm.weight" else t) for n, t in weights))
+
+        monkeypatch.setattr(model, "load_weights", lossy)
+        with pytest.raises(EngineError, match=r"checksums of \['model.norm.weight'\]"):
+            vllm.push()
