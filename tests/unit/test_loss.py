@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from pgrpo.loss import Aggregate, Counts, grpo_loss, token_weights
+from pgrpo.loss import Aggregate, Counts, policy_loss, token_weights
 
 AGGREGATES: list[Aggregate] = ["token", "sample", "constant"]
 LENGTH = 11
@@ -59,7 +59,7 @@ def test_equals_the_papers(aggregate, low, high, beta):
         raw = case(seed)
         logp, old, ref, mask, advantages = tensors(*raw)
         tokens, samples = int(mask.sum()) + seed, 4 + seed % 3  # counts are the caller's, not this micro-batch's
-        got = grpo_loss(
+        got = policy_loss(
             logp, old, advantages, mask, Counts(tokens, samples), clip_low=low, clip_high=high, aggregate=aggregate,
             max_completion_tokens=LENGTH, ref_logprobs_BR=ref if beta else None, kl_coef=beta,
         )  # fmt: skip
@@ -76,7 +76,7 @@ def test_gradient_by_finite_differences(aggregate, beta):
         logp, old, ref, mask, advantages = tensors(*case(seed))
 
         def loss(x, old=old, ref=ref, mask=mask, advantages=advantages):
-            return grpo_loss(
+            return policy_loss(
                 x, old, advantages, mask, Counts(17, 4), clip_low=0.2, clip_high=0.28, aggregate=aggregate,
                 max_completion_tokens=LENGTH, ref_logprobs_BR=ref if beta else None, kl_coef=beta,
             ).loss  # fmt: skip
@@ -99,7 +99,7 @@ def test_gradient_on_policy_is_that_of_plain_policy_gradient():
     logp, _, _, mask, advantages = tensors(*case(3))
     leaf = logp.clone().requires_grad_()
     tokens = int(mask.sum())
-    grpo_loss(leaf, logp, advantages, mask, Counts(tokens, 4)).loss.backward()
+    policy_loss(leaf, logp, advantages, mask, Counts(tokens, 4)).loss.backward()
     torch.testing.assert_close(leaf.grad, mask * -advantages.unsqueeze(-1) / tokens, rtol=1e-12, atol=1e-15)
 
 
@@ -111,7 +111,7 @@ def test_what_lies_under_the_mask_is_never_seen(bad, where, aggregate):
 
     def run(logp, old, ref):
         leaf = logp.clone().requires_grad_()
-        out = grpo_loss(
+        out = policy_loss(
             leaf, old, advantages, mask, Counts(9, 4), aggregate=aggregate, max_completion_tokens=LENGTH,
             ref_logprobs_BR=ref, kl_coef=0.1,
         )  # fmt: skip
@@ -132,7 +132,7 @@ def test_shares_of_micro_batches_add_up(aggregate):
 
     def run(rows, width):
         leaf = logp.clone().requires_grad_()
-        out = grpo_loss(
+        out = policy_loss(
             leaf[rows, :width], old[rows, :width], advantages[rows], mask[rows, :width], counts, aggregate=aggregate,
             max_completion_tokens=LENGTH, ref_logprobs_BR=ref[rows, :width], kl_coef=0.1,
         )  # fmt: skip
@@ -151,7 +151,7 @@ def test_clipped_tokens_and_kl_by_hand():
     mask = torch.tensor([[True] * 4, [True, True, False, True], [True] * 4])
     advantages = torch.tensor([-1.0, 1.0, 0.0])
     old = torch.full_like(ratio, -1.0)
-    out = grpo_loss(
+    out = policy_loss(
         old + ratio.log(), old, advantages, mask, Counts(11, 3), ref_logprobs_BR=old + ratio.log() + math.log(2.0),
         kl_coef=1.0,
     )  # fmt: skip
@@ -175,7 +175,7 @@ def test_token_weights_by_hand():
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_an_empty_batch_has_no_loss_and_no_gradient(shape, aggregate):
     logp = torch.zeros(shape, requires_grad=True)
-    out = grpo_loss(
+    out = policy_loss(
         logp, torch.zeros(shape), torch.ones(shape[0]), torch.zeros(shape, dtype=torch.bool), Counts(0, 0),
         aggregate=aggregate,
     )  # fmt: skip
@@ -188,4 +188,4 @@ def test_an_empty_batch_has_no_loss_and_no_gradient(shape, aggregate):
 def test_kl_needs_the_reference():
     x = torch.zeros(1, 1)
     with pytest.raises(ValueError, match=r"kl_coef=0.1 needs ref_logprobs"):
-        grpo_loss(x, x, torch.ones(1), x == 0, Counts(1, 1), kl_coef=0.1)
+        policy_loss(x, x, torch.ones(1), x == 0, Counts(1, 1), kl_coef=0.1)
