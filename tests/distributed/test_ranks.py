@@ -72,14 +72,16 @@ LOSSES = [
     {"aggregate": "sample", "kl_coef": 0.3},
     {"aggregate": "constant"},
     {"ratio": "sequence", "aggregate": "sample", "clip_low": 0.05, "clip_high": 0.05, "off_policy": True},
-    {"objective": "cispo", "mask_overlong": True, "rollout_correction": "token_mask", "off_policy": True},
+    {"objective": "cispo", "mask_overlong": True, "rollout_correction": "token_mask",
+     "rollout_correction_cap": 1.2, "off_policy": True},
     {"kl_coef": 0.3, "kl_estimator": "k1", "entropy_coef": 0.1, "rollout_correction": "sequence_truncate",
      "rollout_correction_cap": 1.2, "off_policy": True},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=str)
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("ranks", "loss"), [*((2, loss) for loss in LOSSES), *((4, loss) for loss in LOSSES[:3])], ids=str
+)
 def test_ranks(compute, ranks, loss):
     assert_same(compute(ranks, **loss), compute(**loss))
 

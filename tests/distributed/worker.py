@@ -27,6 +27,8 @@ def long_tailed_groups():
     completions[2][1] = []
     groups = tokens_as_groups(prompts, completions)
     groups[3].completions[2].finish_reason = "length"
+    for c in (c for g in groups for c in g.completions):
+        c.rollout_logprobs = [-4.1] * len(c.token_ids)  # as a model that knows nothing would say
     for c in groups[0].completions[:2]:
         c.mask = [i % 2 == 0 for i in range(len(c.token_ids))]
     groups[4].rewards, groups[4].advantages = [1.0] * 5, [0.0] * 5  # no spread: skipped, and counted
