@@ -159,7 +159,7 @@ class LossConfig:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Its estimate of a token: `k1` log-ratio, `k2` half its square, `k3` never negative and unbiased (GRPO)."""
     ref_refresh_every: int = 0
-    """Steps after which the reference becomes the current policy. 0: never."""
+    """Steps after which the reference becomes the current policy (checkpoints then hold both). 0: never."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus."""
     rollout_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from pgrpo.config.presets import PRESETS
 from pgrpo.loss import (
     Aggregate,
+    Correction,
     Counts,
     importance_ratio,
     kl_estimate,
@@ -19,7 +21,7 @@ from pgrpo.loss import (
 )
 
 AGGREGATES: list[Aggregate] = ["token", "sample", "constant"]
-CORRECTIONS = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+CORRECTIONS: list[Correction] = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 LENGTH = 11
 COMPOSITIONS = [
     *({"aggregate": a, "clip_low": low, "clip_high": high, "kl_coef": beta}
@@ -253,13 +255,14 @@ def test_rollout_correction_by_hand():
     ratio = torch.tensor([[2.0, 0.5, 1.5, 9.0], [1.0, 1.2, 0.1, 1.0]], dtype=torch.float64)
     mask = torch.tensor([[True, True, True, False], [True, True, False, True]])  # products: 1.5 and 1.2
     old = torch.full_like(ratio, -1.0).requires_grad_()
-    for correction, cap, weights, changed in [
+    expected: list[tuple[Correction, float, list[list[float]], int]] = [
         ("token_truncate", 1.3, [[1.3, 0.5, 1.3], [1, 1.2, 1]], 2),
         ("token_mask", 1.3, [[0, 0, 0], [1, 1.2, 1]], 3),
         ("token_mask", 2.0, [[2, 0.5, 1.5], [1, 1.2, 1]], 0),
         ("sequence_truncate", 1.3, [[1.3] * 3, [1.2] * 3], 3),
         ("sequence_mask", 1.3, [[0] * 3, [1.2] * 3], 3),
-    ]:
+    ]
+    for correction, cap, weights, changed in expected:
         got, flags = rollout_correction(old, old.detach() - ratio.log(), mask, correction, cap)
         assert got[mask].tolist() == pytest.approx([w for row in weights for w in row]), correction
         assert flags.sum().item() == changed
@@ -298,5 +301,6 @@ def test_an_empty_batch_has_no_loss_and_no_gradient(shape, keys):
 @pytest.mark.parametrize(("key", "needed"), [("kl_coef", "ref_logprobs"), ("entropy_coef", "entropy")])
 def test_what_a_term_needs_must_be_there(key, needed):
     x = torch.zeros(1, 1)
+    keys: dict[str, Any] = {key: 0.1}
     with pytest.raises(ValueError, match=f"{key}=0.1 needs {needed}"):
-        policy_loss(x, x, torch.ones(1), x == 0, Counts(1, 1), **{key: 0.1})
+        policy_loss(x, x, torch.ones(1), x == 0, Counts(1, 1), **keys)
