@@ -7,16 +7,33 @@ from collections.abc import Sequence
 from typing import Literal
 
 EPS = 1e-4
-"""Added to the standard deviation, so that a group of nearly equal rewards is not blown up."""
+"""Added to a standard deviation, so that nearly equal rewards are not blown up."""
+
+Scale = Literal["group", "batch", "none"]
+Baseline = Literal["group_mean", "leave_one_out"]
+Rewards = Sequence[float | None]
 
 
-def group_advantages(rewards: Sequence[float | None], scale: Literal["group", "none"] = "group") -> list[float]:
-    """Advantage of each sample over its group's mean.
+def step_advantages(
+    rewards: Sequence[Rewards], scale: Scale = "group", baseline: Baseline = "group_mean"
+) -> list[list[float]]:
+    """``group_advantages`` of each group of a step; ``batch`` divides by the standard deviation of all rewards of the step."""
+    together = standard_deviation([r for group in rewards for r in group if r is not None])
+    return [group_advantages(group, scale, baseline, batch_std=together) for group in rewards]
+
+
+def group_advantages(
+    rewards: Rewards, scale: Scale = "group", baseline: Baseline = "group_mean", *, batch_std: float = 0.0
+) -> list[float]:
+    """Advantage of each sample over the baseline of its group.
 
     Args:
         rewards: one total a sample; None marks a sample that takes no part (its advantage is 0).
-        scale: ``group`` divides by the group's standard deviation (n - 1 in the denominator) plus 1e-4;
-            ``none`` does not (Dr. GRPO, arXiv 2503.20783, section 3.1).
+        scale: ``group`` divides by the group's standard deviation (n - 1 in the denominator) plus 1e-4; ``batch`` by
+            ``batch_std`` plus 1e-4 (arXiv 2508.08221); ``none`` does not divide (Dr. GRPO, arXiv 2503.20783, section 3.2).
+        baseline: ``group_mean``, or ``leave_one_out``: the mean of the group's other samples (RLOO, arXiv 2402.14740), which
+            is n / (n - 1) times as far away.
+        batch_std: of the rewards of all of the step's samples, on all ranks.
 
     Returns:
         One number a sample: exactly 0 in a group whose rewards are all equal (max == min: a computed mean need not be
@@ -25,14 +42,23 @@ def group_advantages(rewards: Sequence[float | None], scale: Literal["group", "n
     present = [r for r in rewards if r is not None]
     if not has_spread(rewards):
         return [0.0] * len(rewards)
-    mean = math.fsum(present) / len(present)
-    divisor = 1.0
-    if scale == "group":
-        divisor = math.sqrt(math.fsum((r - mean) ** 2 for r in present) / (len(present) - 1)) + EPS
+    mean, divisor = math.fsum(present) / len(present), 1.0
+    if scale != "none":
+        divisor = (standard_deviation(present) if scale == "group" else batch_std) + EPS
+    if baseline == "leave_one_out":
+        divisor *= (len(present) - 1) / len(present)
     return [0.0 if r is None else (r - mean) / divisor for r in rewards]
 
 
-def has_spread(rewards: Sequence[float | None]) -> bool:
+def standard_deviation(values: Sequence[float]) -> float:
+    """With n - 1 in the denominator; 0 for fewer than two values."""
+    if len(values) < 2:
+        return 0.0
+    mean = math.fsum(values) / len(values)
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+
+def has_spread(rewards: Rewards) -> bool:
     """Whether the rewards differ; without spread a group has no policy gradient."""
     present = [r for r in rewards if r is not None]
     return bool(present) and max(present) != min(present)

@@ -40,7 +40,8 @@ def token_logprobs(
         weight_VE: [V, E] the language-model head.
         target_ids_L: [L] int64.
         scale: factor of the logits: the model's own logit scaling over the sampling temperature.
-        entropy: also return the entropy of each row's distribution; it carries no gradient, and costs nothing when not wanted.
+        entropy: also return the entropy of each row's distribution. Its gradient shares the backward's pass over the logits, and
+            costs nothing when nobody asks for it.
     """
     logprobs_L, entropy_L = _ChunkedLogprobs.apply(hidden_LE, weight_VE, target_ids_L, scale, entropy)
     return TokenLogprobs(logprobs_L, entropy_L if entropy else None)
@@ -61,15 +62,15 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if entropy_L is not None:
                 entropy_L[rows] = entropy_C
             del logits_CV  # before the next chunk's are made
-        ctx.save_for_backward(hidden_LE, weight_VE, target_ids_L, lse_L)
+        ctx.save_for_backward(hidden_LE, weight_VE, target_ids_L, lse_L, entropy_L)
         ctx.scale = scale
-        if entropy_L is not None:
-            ctx.mark_non_differentiable(entropy_L)
+        ctx.set_materialize_grads(False)  # None tells that the loss has no entropy in it
         return logprobs_L, entropy_L
 
     @staticmethod
-    def backward(ctx, dlogprobs_L, _):
-        hidden_LE, weight_VE, target_ids_L, lse_L = ctx.saved_tensors
+    def backward(ctx, dlogprobs_L, dentropy_L):
+        hidden_LE, weight_VE, target_ids_L, lse_L, entropy_L = ctx.saved_tensors
+        dlogprobs_L = torch.zeros_like(lse_L) if dlogprobs_L is None else dlogprobs_L
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         dhidden_LE = torch.empty_like(hidden_LE) if needs_hidden else None
         chunks = _chunks(hidden_LE, weight_VE)
@@ -78,7 +79,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
             dweight_VE = torch.zeros_like(weight_VE, dtype=lse_L.dtype)
         for rows in chunks:
             logits_CV = hidden_LE[rows] @ weight_VE.T
-            dlogits_CV = to_logit_gradient_(logits_CV, target_ids_L[rows], lse_L[rows], dlogprobs_L[rows], ctx.scale)
+            entropies = None if dentropy_L is None else (entropy_L[rows], dentropy_L[rows])
+            dlogits_CV = to_logit_gradient_(
+                logits_CV, target_ids_L[rows], lse_L[rows], dlogprobs_L[rows], ctx.scale, entropies
+            )
             if dhidden_LE is not None:
                 torch.mm(dlogits_CV, weight_VE, out=dhidden_LE[rows])
             if dweight_VE is not None:
@@ -110,18 +114,29 @@ def row_statistics(
 
 
 def to_logit_gradient_(
-    logits_CV: Tensor, target_ids_C: Tensor, lse_C: Tensor, dlogprobs_C: Tensor, scale: float
+    logits_CV: Tensor,
+    target_ids_C: Tensor,
+    lse_C: Tensor,
+    dlogprobs_C: Tensor,
+    scale: float,
+    entropies: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """``d logprob / d logits = scale * (onehot - p)``, times ``dlogprobs``, in the logits' dtype. ``logits_CV`` is used up."""
+    """``d logprob / d logits = scale * (onehot - p)``, times ``dlogprobs``, in the logits' dtype. ``logits_CV`` is used up.
+
+    ``entropies``, the entropy and the gradient on it, [C] each, adds ``d entropy / d logits = -scale * p * (log p + entropy)``."""
     if logits_CV.device.type == "cuda":
         from pgrpo import logprobs_triton
 
-        return logprobs_triton.to_logit_gradient_(logits_CV, target_ids_C, lse_C, dlogprobs_C.contiguous(), scale)
-    dlogits_CV = _scaled(logits_CV, scale).sub_(lse_C.unsqueeze(-1)).exp_().neg_()
-    target_C1 = target_ids_C.unsqueeze(-1)
-    dlogits_CV.scatter_add_(-1, target_C1, torch.ones_like(target_C1, dtype=dlogits_CV.dtype))
-    dlogits_CV *= (dlogprobs_C * scale).unsqueeze(-1)
-    return dlogits_CV.to(logits_CV.dtype)
+        return logprobs_triton.to_logit_gradient_(logits_CV, target_ids_C, lse_C, dlogprobs_C, scale, entropies)
+    logp_CV = _scaled(logits_CV, scale).sub_(lse_C.unsqueeze(-1))
+    if entropies is None:
+        dlogits_CV = logp_CV.exp_().mul_(-dlogprobs_C.unsqueeze(-1))
+    else:
+        entropy_C1, dentropy_C1 = (x.unsqueeze(-1) for x in entropies)
+        p_CV = logp_CV.exp()
+        dlogits_CV = logp_CV.add_(entropy_C1).mul_(dentropy_C1).add_(dlogprobs_C.unsqueeze(-1)).mul_(p_CV).neg_()
+    dlogits_CV.scatter_add_(-1, target_ids_C.unsqueeze(-1), dlogprobs_C.unsqueeze(-1).to(dlogits_CV.dtype))
+    return dlogits_CV.mul_(scale).to(logits_CV.dtype)
 
 
 def _scaled(logits_CV: Tensor, scale: float) -> Tensor:

@@ -27,13 +27,21 @@ def row_statistics(
 
 
 def to_logit_gradient_(
-    logits_CV: Tensor, target_ids_C: Tensor, lse_C: Tensor, dlogprobs_C: Tensor, scale: float
+    logits_CV: Tensor,
+    target_ids_C: Tensor,
+    lse_C: Tensor,
+    dlogprobs_C: Tensor,
+    scale: float,
+    entropies: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """See ``logprobs.to_logit_gradient_``."""
     rows, vocabulary = logits_CV.shape
+    dlogprobs_C = dlogprobs_C.contiguous()  # an expanded one has stride 0
+    entropy_C, dentropy_C = (lse_C, lse_C) if entropies is None else (x.contiguous() for x in entropies)
     _gradient_kernel[(rows, triton.cdiv(vocabulary, BLOCK))](
-        logits_CV, target_ids_C, lse_C, dlogprobs_C, vocabulary, scale, BLOCK=BLOCK, num_warps=WARPS
-    )
+        logits_CV, target_ids_C, lse_C, dlogprobs_C, entropy_C, dentropy_C, vocabulary, scale,
+        ENTROPY=entropies is not None, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
     return logits_CV
 
 
@@ -68,12 +76,17 @@ def _statistics_kernel(
 
 
 @triton.jit
-def _gradient_kernel(logits, target_ids, lse, dlogprobs, vocabulary, scale, BLOCK: tl.constexpr):
+def _gradient_kernel(
+    logits, target_ids, lse, dlogprobs, entropy, dentropy, vocabulary, scale, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < vocabulary
     at = logits + row * vocabulary + column
-    p = tl.exp(tl.load(at, mask=inside, other=0.0).to(tl.float32) * scale - tl.load(lse + row))
+    logp = tl.load(at, mask=inside, other=0.0).to(tl.float32) * scale - tl.load(lse + row)
+    p = tl.exp(logp)
     onehot = (column == tl.load(target_ids + row)).to(tl.float32)
-    gradient = (onehot - p) * (tl.load(dlogprobs + row) * scale)
-    tl.store(at, gradient.to(logits.dtype.element_ty), mask=inside)
+    gradient = (onehot - p) * tl.load(dlogprobs + row)
+    if ENTROPY:
+        gradient -= p * (logp + tl.load(entropy + row)) * tl.load(dentropy + row)
+    tl.store(at, (gradient * scale).to(logits.dtype.element_ty), mask=inside)

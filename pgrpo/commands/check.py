@@ -15,8 +15,8 @@ from pgrpo.distributed import start
 from pgrpo.exactness import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_groups
 from pgrpo.policy import Policy, load_model
 from pgrpo.rollout.base import sample_seeds
-from pgrpo.training.loop import sampling_params
 from pgrpo.training.run import Run, build_run
+from pgrpo.training.sample import sampling_params
 from pgrpo.types import Group
 
 SAMPLES = 4

@@ -47,12 +47,14 @@ def print_plan(config: Config, console: Console) -> None:
         **plan_sizes(config, dims, ranks, "cpu" if config.model.dtype == "float32" else "cuda"),
     )
     adapters = adapter_parameters(config.model, dims)
-    flops = rollout.prompts_per_step * update_flops(dims, prompt, completions, shared=shared, adapters=adapters)
+    epochs = config.train.epochs_per_step
+    group_flops = update_flops(dims, prompt, completions, shared=shared, adapters=adapters)
+    flops = epochs * rollout.prompts_per_step * group_flops
     trained = f", frozen; LoRA trains {adapters:,} beside them" if adapters else ""
     console.print(
         f"model         {config.model.path}: {parameter_count(dims):,} parameters, {config.model.dtype}{trained}\n"
         f"a step        {rollout.prompts_per_step} prompts x {rollout.group_size} completions on {ranks} rank(s), "
-        f"{config.train.updates_per_step} update(s)\n"
+        f"{config.train.updates_per_step * epochs} update(s)\n"
         f"at most       {packed:,} packed tokens a step; {repeated:,} if every completion had its own prompt "
         f"(rho {rho(prompt, completions):.2f})\n"
         f"micro-batches {math.ceil(packed / ranks / budget)} a step and rank, of at most {budget:,} tokens "

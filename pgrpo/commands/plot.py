@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ PANELS = (
     Panel("Completion length", "tokens", ("completions/mean_length", "eval/completions/mean_length")),
     Panel("Completions cut at the limit", "fraction", ("completions/clipped_ratio",)),
     Panel("Entropy", "nats per token", ("entropy",)),
-    Panel("KL to the initial model", "nats per token", ("kl",)),
+    Panel("KL to the reference model", "nats per token", ("kl",)),
     Panel("Sampler against policy", "mean |difference of log-probs|", ("sampling/sampling_logp_difference/mean",)),
     Panel("Gradient norm", "", ("grad_norm",)),
     Panel("Throughput", "tokens/s", ("perf/tokens_per_s",)),
@@ -109,6 +110,8 @@ def draw(runs: dict[str, Rows]) -> Figure:
     found = [(panel, names) for panel in PANELS if (names := _names(panel, runs))]
     if not found:
         raise ConfigError(f"{', '.join(runs)}: metrics.jsonl has none of the metrics that plot draws")
+    labels = _legend(list(runs))
+    colors = dict(zip(dict.fromkeys(labels.values()), _colors(len(runs)), strict=False))
     columns = min(3, len(found))
     lines = -(-len(found) // columns)
     steps = [row["step"] for rows in runs.values() for row in rows]
@@ -123,8 +126,8 @@ def draw(runs: dict[str, Rows]) -> Figure:
         axes = figure.add_subplot(lines, columns, i + 1)
         _style(axes, panel, last=i + columns >= len(found))
         if len(runs) > 1:
-            for rows, color in zip(runs.values(), _colors(len(runs)), strict=True):
-                _line(axes, rows, names[0], color, None)
+            for label, rows in runs.items():
+                _line(axes, rows, names[0], colors[labels[label]], None)
         elif panel.stacked and len(names) > 1:
             _stack(axes, next(iter(runs.values())), names)
         else:
@@ -141,9 +144,9 @@ def draw(runs: dict[str, Rows]) -> Figure:
             axes.margins(y=0.12)
         axes.set_xlim(first - margin, final + margin)
     if len(runs) > 1:
-        handles = [figure.axes[0].plot([], [], color=color, lw=2)[0] for color in _colors(len(runs))]
+        handles = [figure.axes[0].plot([], [], color=color, lw=2)[0] for color in colors.values()]
         figure.legend(
-            handles, list(runs), loc="outside upper left", ncols=min(len(runs), 4), frameon=False, fontsize=10
+            handles, list(colors), loc="outside upper left", ncols=min(len(colors), 5), frameon=False, fontsize=10
         )
     return figure
 
@@ -187,6 +190,14 @@ def _read_rows(path: Path) -> Rows:
 def _label(folder: Path, folders: list[Path]) -> str:
     name = folder.resolve().name
     return name if [other.resolve().name for other in folders].count(name) == 1 else str(folder)
+
+
+def _legend(labels: list[str]) -> dict[str, str]:
+    """Name in the legend of each run. Where there are more runs than colors, those whose names differ in a last number only
+    (the seed, say) are one: ``grpo_0`` and ``grpo_1`` are ``grpo_*``."""
+    if len(labels) <= len(COLORS):
+        return {label: label for label in labels}
+    return {label: re.sub(r"\d+$", "*", label) for label in labels}
 
 
 def _names(panel: Panel, runs: dict[str, Rows]) -> list[str]:

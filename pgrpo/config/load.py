@@ -1,4 +1,4 @@
-"""``load_config``: schema defaults < recipe < config file < ``key=value`` overrides, merged, resolved and checked."""
+"""``load_config``: schema defaults < preset < recipe < config file < ``key=value`` overrides, merged, resolved and checked."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pgrpo.config.presets import PRESETS
 from pgrpo.config.rules import REDACTED, check_values, check_world_size, leaves
 from pgrpo.config.schema import Config, ConfigError
 from pgrpo.config.source import Source, one_line, read_file, read_mapping, read_override
@@ -49,12 +50,11 @@ def load_config(
     sources = [main] if recipe is None else [_read_recipe(recipe, main.folder), main]
     OmegaConf.register_resolver("now", lambda pattern: datetime.now().strftime(pattern), use_cache=True, replace=True)
     try:
-        merged = OmegaConf.structured(Config)
-        for item in sources:
-            merged = OmegaConf.merge(merged, _anchored(item))
-        for key, value in changes:
-            OmegaConf.update(merged, key, value, merge=True)
-        assert isinstance(merged, DictConfig)
+        layers = [_anchored(item) for item in sources]
+        merged = _merge(layers, changes)
+        if preset := merged.loss.preset:
+            _refuse_idle_preset(preset, main, changes)
+            merged = _merge([{"loss": PRESETS[preset]}, *layers], changes)
         if data_from_python and OmegaConf.is_missing(merged.data, "path"):
             merged.data.path = PYTHON
         _refuse_missing(merged, main)
@@ -67,6 +67,14 @@ def load_config(
     _finish_paths(config)
     check_values(config, rewards_from_python=rewards_from_python)
     return config
+
+
+def _merge(layers: Sequence[Mapping[str, Any]], changes: Sequence[tuple[str, Any]]) -> DictConfig:
+    merged = OmegaConf.merge(OmegaConf.structured(Config), *layers)
+    for key, value in changes:
+        OmegaConf.update(merged, key, value, merge=True)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def to_yaml(config: Config) -> str:
@@ -173,6 +181,17 @@ def _refuse_missing(merged: DictConfig, main: Source) -> None:
     if missing := sorted(OmegaConf.missing_keys(merged)):
         place = f"in {main.name} or as" if main.name else "in the mapping or as"
         raise ConfigError(f"{', '.join(missing)}: no value; set it {place} an override, such as {missing[0]}=VALUE")
+
+
+def _refuse_idle_preset(preset: str, main: Source, changes: Sequence[tuple[str, Any]]) -> None:
+    """A preset given as an override of a file that sets all of its keys, such as a run's own config.yaml, changes nothing."""
+    explicit = main.values.get("loss") or {}
+    overridden = [key for key, value in changes if key == "loss.preset" and value != explicit.get("preset")]
+    if overridden and PRESETS[preset].keys() <= explicit.keys():
+        raise ConfigError(
+            f"loss.preset: {preset} changes nothing, {main.name or 'the mapping'} sets all of its keys; "
+            f"remove {', '.join(PRESETS[preset])} from its section loss"
+        )
 
 
 def _raw(merged: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from pgrpo.config.schema import Config, ConfigError, ModelConfig
+from pgrpo.config.schema import Config, ConfigError
 
 AT_LEAST = {
     "seed": 0,
@@ -17,14 +17,19 @@ AT_LEAST = {
     "rollout.group_size": 2,
     "rollout.max_completion_tokens": 1,
     "rollout.top_k": 0,
+    "rollout.resample_limit": 0,
     "rollout.max_concurrent": 1,
     "loss.kl_coef": 0,
+    "loss.ref_refresh_every": 0,
+    "loss.entropy_coef": 0,
+    "loss.rollout_correction_cap": 1,
     "optim.lr": 0,
     "optim.warmup_steps": 0,
     "optim.weight_decay": 0,
     "optim.max_grad_norm": 0,
     "train.steps": 1,
     "train.updates_per_step": 1,
+    "train.epochs_per_step": 1,
     "train.token_budget": 1,
     "eval.every": 0,
     "eval.rows": 1,
@@ -44,6 +49,14 @@ ABOVE_ZERO = (
     "optim.eps",
 )
 AT_MOST = {"rollout.top_p": 1}
+NEEDS = {
+    "model.lora_alpha": ("model.lora_rank", 0),
+    "model.lora_targets": ("model.lora_rank", 0),
+    "loss.kl_estimator": ("loss.kl_coef", 0),
+    "loss.ref_refresh_every": ("loss.kl_coef", 0),
+    "loss.rollout_correction_cap": ("loss.rollout_correction", "none"),
+}
+"""A key that has no effect while another has this value."""
 REDACTED = "(redacted)"
 ROLES = ("system", "user", "assistant")
 
@@ -88,7 +101,7 @@ def check_values(config: Config, *, rewards_from_python: bool) -> None:
     for i, beta in enumerate(config.optim.betas):
         if not 0 <= beta < 1:
             raise ConfigError(f"optim.betas[{i}]: {beta} is out of range; it must be at least 0 and below 1")
-    _check_lora(config.model)
+    _check_needs(config)
     _check_sizes(config)
     _check_prompt(config)
     if not config.rewards.functions and not rewards_from_python:
@@ -99,12 +112,22 @@ def check_values(config: Config, *, rewards_from_python: bool) -> None:
         )
 
 
-def _check_lora(model: ModelConfig) -> None:
-    for key in () if model.lora_rank else ("lora_alpha", "lora_targets"):
-        if (value := getattr(model, key)) != getattr(ModelConfig(), key):
-            raise ConfigError(
-                f"model.{key}: {value} has no effect while model.lora_rank is 0; set model.lora_rank, or leave it out"
-            )
+def _check_needs(config: Config) -> None:
+    default = Config()
+    for key, (needed, off) in NEEDS.items():
+        value = _value(config, key)
+        if value != _value(default, key) and _value(config, needed) == off:
+            raise ConfigError(f"{key}: {value} has no effect while {needed} is {off}; set {needed}, or leave it out")
+    if config.loss.ref_refresh_every and config.model.lora_rank:
+        raise ConfigError(
+            f"loss.ref_refresh_every: {config.loss.ref_refresh_every} with model.lora_rank {config.model.lora_rank}: the "
+            "reference is the model without its adapters, which stays as it is; leave it out"
+        )
+
+
+def _value(config: Config, key: str) -> Any:
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
 
 
 def _check_sizes(config: Config) -> None:

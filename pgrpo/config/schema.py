@@ -106,6 +106,9 @@ class RolloutConfig:
     """Sample from the k likeliest tokens. 0 is off."""
     stop: list[str] = field(default_factory=list)
     """Strings that end a completion. Not part of the text that rewards read."""
+    resample_limit: int = 0
+    """Rounds of fresh prompts in the place of groups whose rewards are all equal (dynamic sampling, DAPO). What is still
+    equal then is kept. 0 is off."""
     max_concurrent: int = 256
     """Completions that are decoded at once; bounds the memory of keys and values."""
     tensor_parallel_size: int = 1
@@ -145,6 +148,12 @@ class RewardsConfig:
 
 @dataclass
 class LossConfig:
+    preset: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] | None = None
+    """A paper's settings, in the place of the defaults below; a key that you set wins. See presets.py."""
+    ratio: Literal["token", "sequence"] = "token"
+    """What is clipped: each token's ratio of probabilities, or their geometric mean over the sample (GSPO)."""
+    objective: Literal["clip", "cispo"] = "clip"
+    """`clip`: a clipped token has no gradient (PPO, GRPO). `cispo`: the clipped ratio weighs every token's gradient."""
     clip_low: float = 0.2
     """The ratio's lower clip is 1 - clip_low."""
     clip_high: float = 0.2
@@ -152,10 +161,25 @@ class LossConfig:
     aggregate: Literal["token", "sample", "constant"] = "token"
     """`token`: all tokens equal (DAPO). `sample`: mean in each sample first (GRPO). `constant`: sum over
     `max_completion_tokens` (Dr. GRPO)."""
-    scale_advantages: Literal["group", "none"] = "group"
-    """Divide advantages by the group's standard deviation, or not (Dr. GRPO)."""
+    advantage_baseline: Literal["group_mean", "leave_one_out"] = "group_mean"
+    """What a reward is compared with: its group's mean, or that of the group's others (RLOO)."""
+    scale_advantages: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the standard deviation of the group's rewards, of all of the step's, or not (Dr. GRPO)."""
+    mask_overlong: bool = False
+    """Leave completions that were cut at `max_completion_tokens` out of the loss; they stay in every count (DAPO)."""
     kl_coef: float = 0.0
-    """Weight of the k3 KL to the initial model. 0 loads no reference model."""
+    """Weight of the KL to the reference model, at first the initial one. 0 loads no reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Its estimate of a token: `k1` log-ratio, `k2` half its square, `k3` never negative and unbiased (GRPO)."""
+    ref_refresh_every: int = 0
+    """Steps after which the reference becomes the current policy (checkpoints then hold both). 0: never."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus."""
+    rollout_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
+    """Weigh tokens by the trainer's probability over the sampler's, of the token or its whole sample: `truncate` takes at most
+    `rollout_correction_cap` (TIS), `mask` drops what is not within [1/cap, cap] (MIS). The difference is logged in any case."""
+    rollout_correction_cap: float = 2.0
+    """The largest weight."""
 
 
 @dataclass
@@ -183,9 +207,13 @@ class TrainConfig:
     steps: int = MISSING
     """Steps: rollout, reward, update."""
     updates_per_step: int = 1
-    """Optimizer steps in a step; each takes an equal share of the step's prompts."""
+    """Optimizer steps in an epoch of a step; each takes an equal share of the step's prompts."""
+    epochs_per_step: int = 1
+    """Passes over a step's completions."""
     token_budget: int = 16384
     """The most packed tokens in one micro-batch on one rank."""
+    target_reward: float | None = None
+    """Save and stop early once the mean reward of the last 10 steps is at least this."""
 
 
 @dataclass

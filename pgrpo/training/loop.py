@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pgrpo import distributed
-from pgrpo.advantages import group_advantages
+from pgrpo.advantages import step_advantages
 from pgrpo.checkpoint import open_run_dir, set_aside_after
 from pgrpo.config import Config, check_world_size, to_yaml
 from pgrpo.distributed import World
@@ -25,10 +25,13 @@ from pgrpo.optim import learning_rate, set_learning_rate
 from pgrpo.rollout.base import sample_seeds
 from pgrpo.trackers import Trackers
 from pgrpo.training.run import Run, build_run, group_cost, run_folder
-from pgrpo.types import Group, SamplingParams
+from pgrpo.training.sample import sample_step, sampling_params
+from pgrpo.types import Group
 
 log = logging.getLogger(__name__)
 GIB = 2**30
+WINDOW = 10
+"""Steps whose mean reward is compared with ``train.target_reward``."""
 
 
 def train(
@@ -74,60 +77,67 @@ def _loop(run: Run, trackers: Trackers | None, stop_signal: Callable[[], int]) -
         metrics = evaluate_run(run)
         if trackers:
             trackers.log(0, metrics)
-    while run.step < total:
+    while not _is_done(run):
         groups, metrics = _step(run)
         run.step += 1
-        if config.eval.every and (run.step % config.eval.every == 0 or run.step == total):
+        run.recent_rewards = [*run.recent_rewards, metrics["reward"]][-WINDOW:]
+        done = _is_done(run)
+        if config.eval.every and (run.step % config.eval.every == 0 or done):
             metrics |= evaluate_run(run)
         if trackers:
             trackers.completions(run.step, groups)
             trackers.log(run.step, metrics)
         signum = int(world.max(torch.tensor([stop_signal()], device=world.device)).item())
         due = config.checkpoint.every and run.step % config.checkpoint.every == 0
-        if signum or due or run.step == total:
+        if signum or due or done:
             run.save(trackers.state_dict() if trackers else {})
-        if signum and run.step < total:
+        if signum and not done:
             log.warning("stopped after step %d of %d, saved; go on with --resume auto", run.step, total)
             raise SystemExit(128 + signum)
+    if run.step < total:
+        text = "train.target_reward=%s reached: mean reward of the last %d steps %.4g; done after step %d of %d, saved"
+        mean = sum(run.recent_rewards) / WINDOW
+        log.warning(text, config.train.target_reward, WINDOW, mean, run.step, total)
+
+
+def _is_done(run: Run) -> bool:
+    """After the last step, or when rewards are good enough. All ranks see the same rewards."""
+    target, recent = run.config.train.target_reward, run.recent_rewards
+    reached = target is not None and len(recent) == WINDOW and sum(recent) / WINDOW >= target
+    return reached or run.step >= run.config.train.steps
 
 
 def _step(run: Run) -> tuple[list[Group], dict[str, float]]:
-    """One step: every rank samples and scores its share of the prompts, then all ranks hold all groups."""
+    """One step: groups of scored completions, the updates they give, and what to log."""
     config, world = run.config, run.world
     started = time.perf_counter()
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    prompts = run.stream.take(config.rollout.prompts_per_step)
-    size = config.rollout.group_size
-    seeds = [sample_seeds(config.seed, run.step, i, group_size=size) for i in range(len(prompts))]
-    groups = run.engine.generate(world.share(prompts), sampling_params(config), world.share(seeds))
-    sampled = time.perf_counter()
-
-    report = run.rewards.score(groups)
-    groups = world.gather(groups)
-    for group in groups:
-        group.advantages = group_advantages(group.rewards, config.loss.scale_advantages)
+    if config.loss.ref_refresh_every and run.step and run.step % config.loss.ref_refresh_every == 0:
+        run.updater.refresh_reference()
+    sampled, loss = sample_step(run), config.loss
+    groups = sampled.groups
+    advantages = step_advantages([g.rewards for g in groups], loss.scale_advantages, loss.advantage_baseline)
+    for group, values in zip(groups, advantages, strict=True):
+        group.advantages = values
     scored = time.perf_counter()
 
     lr = learning_rate(config.optim, run.step, config.train.steps)
     set_learning_rate(run.updater.optimizer, lr)
-    metrics = group_metrics(groups) | run.updater.step(groups)
+    metrics = group_metrics(sampled.all_groups) | run.updater.step(groups)
     world.synchronize()
     done = time.perf_counter()
     trained_flops = sum(group_cost(run.dims, g, config) for g in groups if run.updater.trains_on(g))
-    flops_per_s = trained_flops / (done - scored) / world.size
+    flops_per_s = config.train.epochs_per_step * trained_flops / (done - scored) / world.size
     if world.device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name(world.device))):
         metrics["perf/mfu"] = flops_per_s / peak
-    errors = world.sum(torch.tensor([report.errors], dtype=torch.float64, device=world.device)).item()
+    metrics |= sampled.metrics
     metrics |= {
-        "rewards/errors": errors,
         "lr": lr,
         "epoch": run.stream.epoch,
         "perf/tokens_per_s": metrics["tokens/packed"] / (done - started),
         "perf/tflops": flops_per_s / 1e12,
         "perf/peak_memory_gib": _peak_memory(world),
-        "time/rollout": sampled - started,
-        "time/reward": scored - sampled,
         "time/update": done - scored - metrics["time/old_logprobs"],
         "time/step": done - started,
     }
@@ -148,18 +158,6 @@ def evaluate_run(run: Run) -> dict[str, float]:
         full_score=run.rewards.full_score,
     )
     return metrics
-
-
-def sampling_params(config: Config, temperature: float | None = None) -> SamplingParams:
-    """How the config says to sample."""
-    rollout = config.rollout
-    return SamplingParams(
-        max_completion_tokens=rollout.max_completion_tokens,
-        temperature=rollout.temperature if temperature is None else temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        stop=tuple(rollout.stop),
-    )
 
 
 def _summary(run: Run) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """The pieces of a run. ``step`` counts the steps that are done."""
+    """The pieces of a run. ``step`` counts the steps that are done; ``recent_rewards`` are the mean rewards of the last of them."""
 
     config: Config
     world: World
@@ -44,6 +44,7 @@ class Run:
     engine: RolloutEngine
     updater: Updater
     step: int = 0
+    recent_rewards: list[float] = field(default_factory=list)
 
     def __enter__(self) -> Self:
         return self
@@ -62,11 +63,14 @@ class Run:
         model = {name: distributed.full_tensor(p) for name, p in _trained(policy).items()}
         moments = optimizer_tensors(optimizer, policy.model)
         generators = self.world.gather([rng_state()])
+        reference = self._refreshed_reference()
         if self.world.is_main:
             tensors = {"model": model, "optimizer": moments}
             tensors |= {f"rng_{rank}": state for rank, state in enumerate(generators)}
+            tensors |= reference
             scalars = {
                 "step": self.step,
+                "recent_rewards": self.recent_rewards,
                 "stream": self.stream.state_dict(),
                 "trackers": dict(tracker_state),
                 "config": to_yaml(self.config),
@@ -87,13 +91,24 @@ class Run:
         _load_parameters(self.policy, tensors["model"])
         load_optimizer_tensors(self.updater.optimizer, self.policy.model, tensors["optimizer"])
         self.stream.load_state_dict(scalars["stream"])
-        self.step = scalars["step"]
+        self.step, self.recent_rewards = scalars["step"], list(scalars.get("recent_rewards", []))
+        if "reference" in tensors and isinstance(self.updater.reference, Policy):
+            for name, parameter in self.updater.reference.model.named_parameters():
+                distributed.copy_full(parameter, tensors["reference"][name])
         if scalars["world_size"] == self.world.size:
             set_rng_state(tensors[f"rng_{self.world.rank}"])
         if self.world.is_main:
             self._report(Path(path), scalars)
         self.world.barrier()
         return scalars["trackers"]
+
+    def _refreshed_reference(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The reference's weights where they are no longer the initial ones. A collective call."""
+        reference = self.updater.reference
+        if not self.config.loss.ref_refresh_every or not isinstance(reference, Policy):
+            return {}
+        distributed.reshard(reference)
+        return {"reference": {n: distributed.full_tensor(p) for n, p in reference.model.named_parameters()}}
 
     def _report(self, path: Path, scalars: Mapping[str, Any]) -> None:
         log.warning("going on from %s: %d of %d steps done", path, self.step, self.config.train.steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from torch import Tensor
 from pgrpo.advantages import has_spread
 from pgrpo.batch import GroupedBatch, build_batch
 from pgrpo.config import Config
-from pgrpo.distributed import World, share_out
+from pgrpo.distributed import World, reshard, share_out
 from pgrpo.lora import LogprobsOf
-from pgrpo.loss import Counts, grpo_loss
+from pgrpo.loss import Counts, policy_loss, rollout_correction
 from pgrpo.optim import clip_gradients
 from pgrpo.policy import Policy
 from pgrpo.types import Group
@@ -31,7 +31,7 @@ class Updater:
 
     Attributes:
         policy: what is trained.
-        reference: the initial policy's log-probs, or None without a KL term.
+        reference: log-probs of the model that the KL term compares with, or None without one.
         optimizer: steps ``policy``'s parameters.
         cost: relative cost of a group, for sharing groups out among ranks.
     """
@@ -44,7 +44,8 @@ class Updater:
     cost: Callable[[Group], float]
 
     def step(self, groups: Sequence[Group]) -> dict[str, float]:
-        """All of a step's updates, each on an equal share of the groups (which every rank holds, with advantages).
+        """All of a step's updates, each on an equal share of the groups (which every rank holds, with advantages); in each epoch
+        every share is used once.
 
         Returns:
             Metrics, averaged over the updates, and ``time/old_logprobs``, the seconds of forwards without a gradient.
@@ -56,18 +57,28 @@ class Updater:
         shares = [groups[i : i + size] for i in range(0, len(groups), size)]
         batches = [self.micro_batches(share) for share in shares]
         started = time.perf_counter()
-        for later in batches[1:]:  # the first update's old log-probs are the current ones
+        for later in batches[1:]:  # those of the first update are the current ones, and kept for its next epochs
             self._record_old_logprobs(later)
         self.world.synchronize()
         old_logprobs = {"time/old_logprobs": time.perf_counter() - started}
-        metrics = [self._update(*pair) for pair in zip(batches, map(count, shares), strict=True)]
+        updates = list(zip(batches, map(count, shares), strict=True)) * self.config.train.epochs_per_step
+        metrics = [self._update(*update) for update in updates]
         means = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
-        return means | old_logprobs | self._token_counts([b for share in batches for b in share])
+        return means | old_logprobs | self._token_counts([b for batch, _ in updates for b in batch])
+
+    def refresh_reference(self) -> None:
+        """The reference becomes a copy of the policy as it is now."""
+        assert isinstance(self.reference, Policy)
+        for module in (self.policy, self.reference):
+            reshard(module)  # the last forward may have left the root's parameters gathered
+        with torch.no_grad():
+            for ours, new in zip(self.reference.parameters(), self.policy.parameters(), strict=True):
+                ours.copy_(new)
 
     def micro_batches(self, groups: Sequence[Group]) -> list[GroupedBatch]:
         """This rank's micro-batches. A group without a gradient is left out; it stays in every count."""
         config = self.config
-        groups = [g for g in groups if self.trains_on(g)]
+        groups = [self._in_the_loss(g) for g in groups if self.trains_on(g)]
         share_prompts = config.model.attention == "grouped"
         plan = share_out(groups, self.world.size, config.train.token_budget, self.cost, share_prompts=share_prompts)[
             self.world.rank
@@ -78,11 +89,23 @@ class Updater:
         ]
 
     def trains_on(self, group: Group) -> bool:
-        """Whether the group has a gradient: its rewards differ, or there is a KL term."""
-        return bool(self.config.loss.kl_coef) or has_spread(group.rewards)
+        """Whether the group has a gradient: a token in the loss, and rewards that differ or a KL or entropy term."""
+        loss = self.config.loss
+        if loss.mask_overlong and all(c.finish_reason == "length" for c in group.completions):
+            return False
+        return bool(loss.kl_coef or loss.entropy_coef) or has_spread(group.rewards)
+
+    def _in_the_loss(self, group: Group) -> Group:
+        """The group with truncated completions masked, if the config says so. It is counted as it was."""
+        if not self.config.loss.mask_overlong:
+            return group
+        masked = [
+            replace(c, mask=[False] * len(c.mask)) if c.finish_reason == "length" else c for c in group.completions
+        ]
+        return replace(group, completions=masked)
 
     def backward(self, batch: GroupedBatch, counts: Counts) -> tuple[Tensor, Tensor]:
-        """Add one micro-batch's gradient. Returns [8] sums over its tokens and a [1] maximum (``_summarise``)."""
+        """Add one micro-batch's gradient. Returns [9] sums over its tokens and a [1] maximum (``_summarise``)."""
         config = self.config.loss
         ref_logprobs = None
         if self.reference is not None:
@@ -90,35 +113,48 @@ class Updater:
             with torch.no_grad():
                 ref_logprobs = batch.unpack(self.reference(batch).logprobs)
         flat_logprobs, flat_entropy = self.policy(batch, entropy=True)
-        logprobs = batch.unpack(flat_logprobs)
-        old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        output = grpo_loss(
+        logprobs, entropy = batch.unpack(flat_logprobs), batch.unpack(flat_entropy)
+        if batch.old_logprobs is None:
+            batch.old_logprobs = logprobs.detach()
+        old_logprobs, rollout_logprobs = batch.old_logprobs, batch.rollout_logprobs
+        correction, corrected = None, torch.zeros_like(batch.mask)
+        if config.rollout_correction != "none":
+            correction, corrected = rollout_correction(
+                old_logprobs, rollout_logprobs, batch.mask, config.rollout_correction, config.rollout_correction_cap
+            )
+        output = policy_loss(
             logprobs,
             old_logprobs,
             batch.advantages,
             batch.mask,
             counts,
+            ratio=config.ratio,
+            objective=config.objective,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             aggregate=config.aggregate,
             max_completion_tokens=self.config.rollout.max_completion_tokens,
             ref_logprobs_BR=ref_logprobs,
             kl_coef=config.kl_coef,
+            kl_estimator=config.kl_estimator,
+            entropy_BR=entropy,
+            entropy_coef=config.entropy_coef,
+            correction_BR=correction,
         )
         (output.loss * self.world.size).backward()  # sharded gradients are averaged over ranks
         with torch.no_grad():
-            difference = torch.where(batch.mask, old_logprobs - batch.rollout_logprobs, 0.0)
+            difference = torch.where(batch.mask, old_logprobs - rollout_logprobs, 0.0)
             importance = torch.where(batch.mask, difference.exp(), 0.0)
             sums = [
                 output.loss, batch.mask.sum(), output.clipped_low, output.clipped_high, output.kl,
-                torch.where(batch.mask, batch.unpack(flat_entropy), 0.0).sum(), difference.abs().sum(), importance.sum(),
+                torch.where(batch.mask, entropy, 0.0).sum(), difference.abs().sum(), importance.sum(), corrected.sum(),
             ]  # fmt: skip
             largest = difference.abs().amax() if difference.numel() else difference.new_zeros(())
             return torch.stack([s.detach().double() for s in sums]), largest.double().view(1)
 
     def _update(self, batches: Sequence[GroupedBatch], counts: Counts) -> dict[str, float]:
         """One optimizer step, or none when no group has spread."""
-        sums = torch.zeros(8, dtype=torch.float64, device=self.world.device)
+        sums = torch.zeros(9, dtype=torch.float64, device=self.world.device)
         largest = torch.zeros(1, dtype=torch.float64, device=self.world.device)
         for batch in batches:
             batch_sums, batch_largest = self.backward(batch, counts)
@@ -128,6 +164,10 @@ class Updater:
         metrics = _summarise(self.world.sum(sums), self.world.max(largest)) | {"grad_norm": grad_norm}
         if self.reference is None:
             del metrics["kl"]  # not measured
+        corrected = metrics.pop("corrected")
+        if self.config.loss.rollout_correction != "none":
+            masks = self.config.loss.rollout_correction in ("token_mask", "sequence_mask")
+            metrics[f"sampling/frac_{'masked' if masks else 'truncated'}"] = corrected
         if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
             self.optimizer.zero_grad()
             raise NonFiniteError(
@@ -160,7 +200,7 @@ def count(groups: Sequence[Group]) -> Counts:
 
 
 def _summarise(sums: Tensor, largest: Tensor) -> dict[str, float]:
-    loss, tokens, clipped_low, clipped_high, kl, entropy, difference, importance = sums.tolist()
+    loss, tokens, clipped_low, clipped_high, kl, entropy, difference, importance, corrected = sums.tolist()
     tokens = max(tokens, 1.0)
     return {
         "loss": loss,
@@ -171,4 +211,5 @@ def _summarise(sums: Tensor, largest: Tensor) -> dict[str, float]:
         "sampling/sampling_logp_difference/mean": difference / tokens,
         "sampling/sampling_logp_difference/max": largest.item(),
         "sampling/importance_sampling_ratio/mean": importance / tokens,
+        "corrected": corrected / tokens,
     }

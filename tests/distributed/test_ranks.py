@@ -45,11 +45,21 @@ def assert_same(got, want):
     assert got["moved"]
 
 
-LOSSES = [{"aggregate": "token"}, {"aggregate": "sample", "kl_coef": 0.3}, {"aggregate": "constant"}]
+LOSSES = [
+    {"aggregate": "token"},
+    {"aggregate": "sample", "kl_coef": 0.3},
+    {"aggregate": "constant"},
+    {"ratio": "sequence", "aggregate": "sample", "clip_low": 0.05, "clip_high": 0.05, "off_policy": True},
+    {"objective": "cispo", "mask_overlong": True, "rollout_correction": "token_mask",
+     "rollout_correction_cap": 1.2, "off_policy": True},
+    {"kl_coef": 0.3, "kl_estimator": "k1", "entropy_coef": 0.1, "rollout_correction": "sequence_truncate",
+     "rollout_correction_cap": 1.2, "off_policy": True},
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=str)
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("ranks", "loss"), [*((2, loss) for loss in LOSSES), *((4, loss) for loss in LOSSES[:3])], ids=str
+)
 def test_ranks(compute, ranks, loss):
     assert_same(compute(ranks, **loss), compute(**loss))
 
@@ -59,6 +69,16 @@ def test_micro_batches(compute, token_budget, micro_batches):
     got = compute(token_budget=token_budget)
     assert got["micro_batches"] == micro_batches
     assert_same(got, compute(aggregate="token"))
+
+
+@pytest.mark.parametrize("loss", LOSSES[3:], ids=str)
+def test_micro_batches_of_other_losses(compute, loss):
+    got, want = compute(token_budget=40, **loss), compute(**loss)
+    assert got["micro_batches"] > want["micro_batches"] == 1
+    assert_same(got, want)
+    assert gradient_error(want, compute(aggregate="token")) > 1e-2
+    if "rollout_correction" in loss:
+        assert 0 < want["sums"][-1] < want["sums"][1]  # some were truncated or masked
 
 
 def test_order_and_repeated_prompts(compute):
@@ -75,9 +95,13 @@ def test_two_ranks_that_compute_activations_again(compute, again):
     assert_same(compute(2, activation_checkpointing=again), compute(aggregate="token"))
 
 
-def test_two_updates_a_step(compute):
-    """The second update's old log-probs were recorded before the first: its ratios are not 1."""
-    changes = {"updates_per_step": 2, "lr": 1e-2, "kl_coef": 0.1}
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize(
+    "more", [{"updates_per_step": 2}, {"epochs_per_step": 2}, {"updates_per_step": 2, "epochs_per_step": 2}]
+)
+def test_several_updates_a_step(compute, more, ratio):
+    """The later updates' old log-probs were recorded before the first: their ratios are not 1."""
+    changes = {"lr": 1e-2, "kl_coef": 0.1, "ratio": ratio, **more}
     got, want = (compute(ranks, **changes)["metrics"] for ranks in (2, 1))
     assert want["clip_ratio/low_mean"] + want["clip_ratio/high_mean"] > 0
     for name in ("loss", "grad_norm", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean"):
@@ -123,8 +147,15 @@ def test_a_wrong_share_is_noticed(compute):
     assert gradient_error(compute(aggregate="constant"), want) > 1e-2
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_whole_run_on_several_ranks_equals_that_on_one(ranks, tmp_path, launch):
+EVERYTHING = [
+    "loss.preset=gspo", "loss.scale_advantages=batch", "loss.kl_coef=0.05", "loss.ref_refresh_every=2",
+    "loss.mask_overlong=true", "loss.entropy_coef=0.01", "loss.rollout_correction=token_mask", "rollout.resample_limit=2",
+    "rollout.group_size=4", "train.updates_per_step=2", "train.epochs_per_step=2", "optim.eps=1e-3",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ranks", "changes"), [(2, []), (4, []), (2, EVERYTHING)])
+def test_a_whole_run_on_several_ranks_equals_that_on_one(ranks, changes, tmp_path, launch):
     rows, texts = [], []
     assert subprocess.run(
         [sys.executable, ROOT / "scripts" / "make_tiny_model.py", "--out", tmp_path / "model"], check=True, cwd=ROOT
@@ -132,7 +163,7 @@ def test_a_whole_run_on_several_ranks_equals_that_on_one(ranks, tmp_path, launch
     for n in (1, ranks):
         run_dir = tmp_path / f"run{n}"
         keys = [f"model.path={tmp_path / 'model'}", f"run_dir={run_dir}", "train.steps=3", "rollout.prompts_per_step=8"]
-        keys += ["eval.every=3", "eval.rows=9", "track.console=false", "checkpoint.every=0"]
+        keys += ["eval.every=3", "eval.rows=9", "track.console=false", "checkpoint.every=0", *changes]
         result = launch(["-m", "pgrpo", "train", "--config", "quickstart", *keys], n)
         assert result.returncode == 0, result.stderr
         rows.append([json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()])
@@ -143,5 +174,8 @@ def test_a_whole_run_on_several_ranks_equals_that_on_one(ranks, tmp_path, launch
         for name in a:
             if not name.startswith(("time/", "perf/", "tokens/")):  # a rank short of work runs a filler
                 assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), name
+    if changes:
+        assert sum(r["resampling/groups"] for r in one[1:]) > 0
+        assert one[2]["kl"] > one[3]["kl"] > 0  # the reference was refreshed in between
     prompts = [[json.loads(line)["completion"] for line in text.splitlines()] for text in texts]
     assert prompts[0] == prompts[1]

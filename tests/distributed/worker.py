@@ -26,10 +26,22 @@ def long_tailed_groups():
     completions = [[ids(14) if i % 3 else ids(3) for i in range(5)] for _ in prompts]
     completions[2][1] = []
     groups = tokens_as_groups(prompts, completions)
+    groups[3].completions[2].finish_reason = "length"
+    for c in (c for g in groups for c in g.completions):
+        c.rollout_logprobs = [-4.1] * len(c.token_ids)  # as a model that knows nothing would say
     for c in groups[0].completions[:2]:
         c.mask = [i % 2 == 0 for i in range(len(c.token_ids))]
     groups[4].rewards, groups[4].advantages = [1.0] * 5, [0.0] * 5  # no spread: skipped, and counted
     return groups
+
+
+@torch.no_grad()
+def go_off_policy(policy, batches):
+    """Old and rollout log-probs that are not the current ones; how far away they are depends on the token alone."""
+    for batch in batches:
+        logprobs, shift = policy(batch).logprobs, 0.3 * torch.sin(batch.target_ids.float())
+        batch.old_logprobs = batch.unpack(logprobs + shift)
+        batch.rollout_logprobs = batch.unpack(logprobs + shift - 5 * shift.square())
 
 
 def main():
@@ -45,8 +57,8 @@ def main():
         data=DataConfig(max_prompt_tokens=12),
         rollout=RolloutConfig(max_completion_tokens=14),
     )
-    config.loss.aggregate = changes.get("aggregate", "token")
-    config.loss.kl_coef = changes.get("kl_coef", 0.0)
+    for key in vars(config.loss).keys() & changes.keys():
+        setattr(config.loss, key, changes[key])
     config.train.token_budget = changes.get("token_budget", 10000)
     config.model.attention = changes.get("attention", "grouped")
     config.model.lora_rank = changes.get("lora_rank", 0)
@@ -65,6 +77,7 @@ def main():
                 for p in reference.parameters():
                     p.mul_(1.02)
         config.train.updates_per_step = changes.get("updates_per_step", 1)
+        config.train.epochs_per_step = changes.get("epochs_per_step", 1)
         config.optim.lr = changes.get("lr", 1e-6)
         groups = long_tailed_groups()
         groups = groups[: len(groups) - len(groups) % config.train.updates_per_step]
@@ -75,6 +88,8 @@ def main():
             config, world, policy, reference, optimizer, lambda g: sum(len(c.token_ids) for c in g.completions)
         )
         batches = updater.micro_batches(groups)
+        if changes.get("off_policy"):
+            go_off_policy(policy, batches)
         sums = world.sum(torch.stack([updater.backward(batch, count(groups))[0] for batch in batches]).sum(0))
         result = {
             name: full_tensor(p.grad).clone() for name, p in policy.model.named_parameters() if p.grad is not None

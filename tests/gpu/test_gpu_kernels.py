@@ -107,6 +107,18 @@ def test_logprobs(vocabulary, scale, monkeypatch):
     entropy = token_logprobs(hidden, weight, targets, scale, entropy=True).entropy
     assert entropy is not None
     assert (entropy - torch.special.entr(probs).sum(-1)).abs().max() < 1e-3
+
+    def entropy_of(hidden, weight):
+        logits = scale * (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+        return torch.special.entr(logits.softmax(-1)).sum(-1)
+
+    def our_entropy(hidden, weight):
+        return token_logprobs(hidden, weight, targets, scale, entropy=True).entropy
+
+    exact = run(entropy_of, [hidden.double(), weight.double()], dlogprobs.double())
+    plain, got = (run(f, [hidden, weight], dlogprobs) for f in (entropy_of, our_entropy))
+    for name, a, b, truth in zip(("entropy", "dhidden", "dweight"), got, plain, exact, strict=True):
+        assert (a - truth).norm() <= 2 * (b - truth).norm(), name
     frozen = hidden.clone().requires_grad_()
     token_logprobs(frozen, weight, targets, scale).logprobs.sum().backward()
     assert frozen.grad is not None

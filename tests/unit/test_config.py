@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from pgrpo.config import Config, ConfigError, check_world_size, find_file, load_config, packaged, to_yaml
+from pgrpo.config import Config, ConfigError, LossConfig, check_world_size, find_file, load_config, packaged, to_yaml
 from pgrpo.config.names import FOREIGN
+from pgrpo.config.presets import PRESETS
 from pgrpo.config.rules import ABOVE_ZERO, AT_LEAST, REDACTED, leaves
 from pgrpo.config.source import valid_keys
 
@@ -74,6 +75,54 @@ def test_each_source_goes_over_the_one_before(folder: Path) -> None:
     assert loaded.optim.betas == (0.9, 0.999)  # a tuple, as the schema says
     assert loaded.rollout.group_size == 8  # the schema's default
     assert load_config(config, ["rollout={group_size: 4}"]).rollout.stop == ["x", "y"]  # a section is merged
+
+
+def test_a_preset_stands_below_every_key_that_is_set(folder: Path) -> None:
+    config = write(folder / "c.yaml", YAML + "loss: {preset: gspo, clip_high: 0.1}\n")
+    loss = load_config(config).loss
+    assert (loss.ratio, loss.aggregate, loss.clip_low, loss.clip_high) == ("sequence", "sample", 3e-4, 0.1)
+    loss = load_config(config, ["loss.preset=cispo", "loss.aggregate=constant"]).loss
+    assert (loss.ratio, loss.objective, loss.aggregate, loss.clip_low, loss.clip_high) == (
+        "token", "cispo", "constant", 1.0, 0.1,
+    )  # fmt: skip
+    assert load_config(config, ["loss.preset=null"]).loss == LossConfig(clip_high=0.1)
+    assert load_config(config, ["loss={preset: dapo}"]).loss.mask_overlong
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_printed_resolved_and_reads_back_the_same(preset: str, folder: Path) -> None:
+    loaded = load_config(BASE, [f"loss.preset={preset}", "loss.clip_low=0.11"])
+    assert PRESETS[preset].keys() == PRESETS["grpo"].keys() <= vars(LossConfig()).keys()
+    for key, value in PRESETS[preset].items():
+        assert getattr(loaded.loss, key) == (0.11 if key == "clip_low" else value)
+    written = write(folder / "config.yaml", to_yaml(loaded))
+    assert f"  aggregate: {PRESETS[preset]['aggregate']}\n" in written.read_text()
+    assert load_config(written).loss == loaded.loss
+    other = "dapo" if preset != "dapo" else "grpo"
+    message = refused(written, f"loss.preset={other}")
+    assert message.startswith(f"loss.preset: {other} changes nothing, {written} sets all of its keys; remove ratio, ")
+    assert load_config(written, [f"loss.preset={preset}"]).loss == loaded.loss
+
+
+@pytest.mark.parametrize(
+    ("override", "needed"),
+    [
+        ("loss.kl_estimator=k2", "loss.kl_coef is 0"),
+        ("loss.ref_refresh_every=5", "loss.kl_coef is 0"),
+        ("loss.rollout_correction_cap=3", "loss.rollout_correction is none"),
+        ("model.lora_alpha=3", "model.lora_rank is 0"),
+    ],
+)
+def test_a_key_that_would_have_no_effect_is_refused(override: str, needed: str) -> None:
+    key, _, value = override.partition("=")
+    message = refused(BASE, override)
+    assert message.startswith(f"{key}: {value}")
+    assert f"has no effect while {needed}; set {needed.split()[0]}, or leave it out" in message
+
+
+def test_the_reference_of_lora_cannot_be_refreshed() -> None:
+    message = refused(BASE, "loss.kl_coef=0.1", "loss.ref_refresh_every=5", "model.lora_rank=2")
+    assert message.startswith("loss.ref_refresh_every: 5 with model.lora_rank 2: the reference is the model without")
 
 
 def test_recipe_can_be_overridden(folder: Path) -> None:
@@ -195,7 +244,10 @@ def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch, folder: Path) -> 
         ("learning_rate", "here it is optim.lr"),
         ("epsilon", "here it is loss.clip_low"),
         ("epsilon_high", "here it is loss.clip_high"),
-        ("num_iterations", "here it is train.updates_per_step (each update"),
+        ("num_iterations", "here it is train.epochs_per_step"),
+        ("loss_type", "here it is loss.preset"),
+        ("vllm_importance_sampling_cap", "here it is loss.rollout_correction_cap"),
+        ("algorithm.filter_groups.enable", "here it is rollout.resample_limit"),
         ("train.per_device_train_batch_size", "here it is train.token_budget (micro"),
         ("model.name", "here it is model.path"),
         ("checkpoint.qqqq", "valid keys: checkpoint.every, checkpoint.keep"),

@@ -61,6 +61,11 @@ HUB = {"data.path": "someone/sums"}
 LORA = {"model.lora_rank": 2}
 EVAL = {"eval.every": 1, "eval.rows": 4}
 TWO_UPDATES = {"train.updates_per_step": 2, "optim.lr": 2e-4}
+WITH_KL = {"loss.kl_coef": 1.0, "train.steps": 3}
+TOP_K = {"rollout.top_k": 5}  # the sampler's log-probs are those of a narrower distribution than the policy's
+MASKED = TOP_K | {"loss.rollout_correction": "token_mask"}
+SOME_STOP = {"rollout.stop": ["1"], "rewards.functions[0].args": {"pattern": ".*2.*"}}
+REACHED = {"train.steps": 12, "train.target_reward": 2.0}
 REWARD = "rewards.functions"
 MATCH = {f"{REWARD}[0]": {"function": "exact_match"}}
 SLEEPY = {f"{REWARD}[0]": {"function": "{tmp}/own.py:sleepy"}, "train.steps": 1}
@@ -126,6 +131,17 @@ EFFECTS = dict(
         effect("rewards.functions[0].args", {"pattern": ".*2.*"}),
         effect("rewards.functions[0].timeout_s", 0.5, "error", base=SLEEPY),
         effect("rewards.on_error", "raise", "error", base=PICKY),
+        effect("rollout.resample_limit", 2),
+        effect("loss.preset", "dr_grpo", "weights"),
+        effect("loss.ratio", "sequence", "weights", base=TWO_UPDATES),
+        effect("loss.objective", "cispo", "weights", base=TWO_UPDATES | {"loss.clip_high": 1e-3}),
+        effect("loss.advantage_baseline", "leave_one_out", "metrics"),
+        effect("loss.mask_overlong", True, "weights", "tokens", base=SOME_STOP),
+        effect("loss.kl_estimator", "k2", "weights", base=WITH_KL),
+        effect("loss.ref_refresh_every", 1, "weights", base=WITH_KL),
+        effect("loss.entropy_coef", 0.1, "weights"),
+        effect("loss.rollout_correction", "token_truncate", "metrics", "weights", base=TOP_K),
+        effect("loss.rollout_correction_cap", 1.01, "metrics", "weights", base=MASKED),
         effect("loss.clip_low", 1e-3, "clip_low", "weights", base=TWO_UPDATES),
         effect("loss.clip_high", 1e-3, "clip_high", "weights", base=TWO_UPDATES),
         effect("loss.aggregate", "sample", "weights"),
@@ -141,6 +157,8 @@ EFFECTS = dict(
         effect("optim.offload", "cpu", "error"),
         effect("train.steps", 3),
         effect("train.updates_per_step", 2, "weights", "plan"),
+        effect("train.epochs_per_step", 2, "weights", "tokens", "plan"),
+        effect("train.target_reward", 0.0, "metrics", "log", base=REACHED),
         effect("train.token_budget", 22, "attention_calls", "plan"),
         effect("eval.every", 1, base={"eval.every": 2, "eval.rows": 4}),
         effect("eval.rows", 8, base=EVAL),

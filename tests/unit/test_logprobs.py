@@ -39,10 +39,33 @@ def test_equals_log_softmax_of_full_logits(monkeypatch, logits_per_chunk, scale)
     assert got.logprobs.dtype == got.entropy.dtype == torch.float64
     torch.testing.assert_close(got.logprobs, wanted, rtol=0, atol=1e-13)
     torch.testing.assert_close(got.entropy, entropy, rtol=0, atol=1e-13)
-    got_grads = torch.autograd.grad((got.logprobs * dlogprobs).sum(), [hidden, weight])
-    wanted_grads = torch.autograd.grad((wanted * dlogprobs).sum(), [hidden, weight])
-    for got_grad, wanted_grad in zip(got_grads, wanted_grads, strict=True):
-        torch.testing.assert_close(got_grad, wanted_grad, rtol=0, atol=1e-12)
+    dentropy = dlogprobs.flip(0)
+    for weight_of_logprobs, weight_of_entropy in ((1, 0), (0, 1), (1, 0.7)):
+        got_grads, wanted_grads = (
+            torch.autograd.grad(
+                (weight_of_logprobs * a * dlogprobs + weight_of_entropy * b * dentropy).sum(),
+                [hidden, weight],
+                retain_graph=True,
+            )
+            for a, b in (got, (wanted, entropy))
+        )
+        for got_grad, wanted_grad in zip(got_grads, wanted_grads, strict=True):
+            torch.testing.assert_close(got_grad, wanted_grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_gradient_of_the_entropy_alone_by_finite_differences(scale):
+    hidden, weight, targets, dlogprobs = inputs(rows=3)
+
+    def entropy(hidden):
+        return (token_logprobs(hidden, weight.detach(), targets, scale, entropy=True).entropy * dlogprobs).sum()
+
+    gradient = torch.autograd.grad(entropy(hidden), hidden)[0]
+    for i in range(hidden.numel()):
+        step = torch.zeros(hidden.numel(), dtype=torch.float64)
+        step[i] = 1e-5
+        up, down = (entropy(hidden.detach() + sign * step.view(hidden.shape)).item() for sign in (1, -1))
+        assert gradient.flatten()[i].item() == pytest.approx((up - down) / 2e-5, abs=1e-8)
 
 
 def test_uniform_logits_by_hand():
@@ -53,12 +76,9 @@ def test_uniform_logits_by_hand():
     assert got.entropy.tolist() == pytest.approx([log_v] * 2, abs=1e-6)
 
 
-def test_entropy_is_optional_and_carries_no_gradient():
+def test_entropy_is_optional():
     hidden, weight, targets, _ = inputs()
     assert token_logprobs(hidden, weight, targets).entropy is None
-    entropy = token_logprobs(hidden, weight, targets, entropy=True).entropy
-    assert entropy is not None
-    assert not entropy.requires_grad
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])

@@ -1,32 +1,83 @@
-"""The loss against a scalar implementation written from the papers, and its gradient against finite differences."""
+"""The losses against scalar implementations written from the papers, and their gradients against finite differences."""
 
 import itertools
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
 
-from pgrpo.loss import Aggregate, Counts, grpo_loss, token_weights
+from pgrpo.config.presets import PRESETS
+from pgrpo.loss import (
+    Aggregate,
+    Correction,
+    Counts,
+    importance_ratio,
+    kl_estimate,
+    policy_loss,
+    rollout_correction,
+    token_weights,
+)
 
 AGGREGATES: list[Aggregate] = ["token", "sample", "constant"]
+CORRECTIONS: list[Correction] = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 LENGTH = 11
+COMPOSITIONS = [
+    *({"aggregate": a, "clip_low": low, "clip_high": high, "kl_coef": beta}
+      for a in AGGREGATES
+      for low, high in [(0.2, 0.2), (0.2, 0.28), (0.05, 0.6), (3e-4, 4e-4)]
+      for beta in (0.0, 0.04, 1.5)),
+    *({"ratio": r, "objective": o, "aggregate": a, "clip_low": 0.1, "clip_high": 0.15}
+      for r, o, a in itertools.product(["token", "sequence"], ["clip", "cispo"], AGGREGATES)),
+    *({"kl_coef": 0.3, "kl_estimator": k, "aggregate": "sample"} for k in ("k1", "k2", "k3")),
+    *({"entropy_coef": 0.3, "aggregate": a} for a in AGGREGATES),
+    *({"correction": c, "cap": 1.3, "objective": o} for c in CORRECTIONS for o in ("clip", "cispo")),
+    {"ratio": "sequence", "clip_low": 0.05, "clip_high": 0.02, "aggregate": "sample", "kl_coef": 0.1, "kl_estimator": "k1",
+         "entropy_coef": 0.01, "correction": "sequence_mask", "cap": 1.5},
+    *({k: v for k, v in preset.items() if k not in ("scale_advantages", "mask_overlong")} for preset in PRESETS.values()),
+]  # fmt: skip
 
 
-def paper_loss(logp, old, advantages, mask, tokens, samples, aggregate, low, high, ref=None, beta=0.0):
-    """One token at a time, plain Python. DeepSeekMath equations 3 and 4; DAPO equations 10 to 12; Dr. GRPO section 3.1."""
+def clip(x, low, high):
+    return min(max(x, low), high)
+
+
+def paper_loss(
+    rows, tokens, samples, aggregate="token", clip_low=0.2, clip_high=0.2, ratio="token", objective="clip", kl_coef=0.0,
+    kl_estimator="k3", entropy_coef=0.0, correction=None, cap=2.0, at=None,
+):  # fmt: skip
+    """One token at a time, plain Python.
+
+    PPO equation 7; DeepSeekMath equations 3 and 4; DAPO equations 10 to 12; Dr. GRPO section 3.2; GSPO equations 5 and 7;
+    MiniMax-M1 equations 4 and 5; TIS and MIS; k1 as a penalty of the reward. ``at``: the log-probs at which gradients are
+    stopped (``rows`` may be moved away from them).
+    """
+    logp, old, ref, mask, advantages, entropy, rollout = rows
+    at = at or logp
     per_sample = []
     for i in range(len(logp)):
+        present = [t for t in range(len(logp[i])) if mask[i][t]]
         terms = []
-        for t in range(len(logp[i])):
-            if not mask[i][t]:
-                continue
-            r = math.exp(logp[i][t] - old[i][t])
-            term = min(r * advantages[i], min(max(r, 1 - low), 1 + high) * advantages[i])
-            if ref is not None:
-                x = math.exp(ref[i][t]) / math.exp(logp[i][t])
-                term -= beta * (x - math.log(x) - 1)
-            terms.append(term)
+        for t in present:
+            r, fixed_r = math.exp(logp[i][t] - old[i][t]), math.exp(at[i][t] - old[i][t])
+            if ratio == "sequence":  # (pi(y) / pi_old(y)) ** (1 / |y|)
+                r = math.prod(math.exp(logp[i][s] - old[i][s]) for s in present) ** (1 / len(present))
+                fixed_r = math.prod(math.exp(at[i][s] - old[i][s]) for s in present) ** (1 / len(present))
+            if objective == "cispo":
+                term = clip(fixed_r, 1 - clip_low, 1 + clip_high) * advantages[i] * logp[i][t]
+            else:
+                term = min(r * advantages[i], clip(r, 1 - clip_low, 1 + clip_high) * advantages[i])
+            if correction:
+                mine = [t] if correction.startswith("token") else present
+                c = math.prod(math.exp(old[i][s]) / math.exp(rollout[i][s]) for s in mine)
+                term *= min(c, cap) if "truncate" in correction else c if 1 / cap <= c <= cap else 0
+            x, fixed_x = math.exp(ref[i][t]) / math.exp(logp[i][t]), math.exp(ref[i][t]) / math.exp(at[i][t])
+            if kl_estimator == "k1":  # a constant of the reward, times the score
+                term -= kl_coef * (-math.log(fixed_x) - math.log(fixed_x) * (logp[i][t] - at[i][t]))
+            else:
+                term -= kl_coef * {"k2": math.log(x) ** 2 / 2, "k3": x - math.log(x) - 1}[kl_estimator]
+            terms.append(term + entropy_coef * entropy[i][t])
         per_sample.append(terms)
     if aggregate == "token":
         return -sum(map(sum, per_sample)) / tokens
@@ -36,111 +87,145 @@ def paper_loss(logp, old, advantages, mask, tokens, samples, aggregate, low, hig
 
 
 def case(seed, samples=4, width=6, spread=0.4):
+    """Log-probs now, old, of the reference; mask, advantages, entropy, log-probs of the sampler."""
     rng = random.Random(seed)
     old = [[rng.uniform(-3, -0.1) for _ in range(width)] for _ in range(samples)]
-    logp = [[o + rng.gauss(0, spread) for o in row] for row in old]
-    ref = [[o + rng.gauss(0, spread) for o in row] for row in old]
+    logp, ref = ([[o + rng.gauss(0, spread) for o in row] for row in old] for _ in range(2))
     mask = [[rng.random() < 0.7 for _ in range(width)] for _ in range(samples)]
     mask[rng.randrange(samples)] = [False] * width
     advantages = [rng.choice([-1.3, -0.2, 0.0, 0.7, 2.0]) for _ in range(samples)]
-    return logp, old, ref, mask, advantages
+    entropy = [[rng.uniform(0, 3) for _ in row] for row in old]
+    rollout = [[o + rng.gauss(0, spread / 2) for o in row] for row in old]
+    return logp, old, ref, mask, advantages, entropy, rollout
 
 
-def tensors(logp, old, ref, mask, advantages):
-    values = [torch.tensor(x, dtype=torch.float64) for x in (logp, old, ref)]
-    return [*values, torch.tensor(mask), torch.tensor(advantages, dtype=torch.float64)]
+def tensors(rows):
+    return [torch.tensor(x, dtype=torch.bool if x is rows[3] else torch.float64) for x in rows]
 
 
-@pytest.mark.parametrize("aggregate", AGGREGATES)
-@pytest.mark.parametrize(("low", "high"), [(0.2, 0.2), (0.2, 0.28), (0.05, 0.6), (3e-4, 4e-4)])
-@pytest.mark.parametrize("beta", [0.0, 0.04, 1.5])
-def test_equals_the_papers(aggregate, low, high, beta):
+def run(values, counts, correction=None, cap=2.0, **keys):
+    """``policy_loss`` as the trainer calls it."""
+    logp, old, ref, mask, advantages, entropy, rollout = values
+    weights = rollout_correction(old, rollout, mask, correction, cap)[0] if correction else None
+    return policy_loss(
+        logp, old, advantages, mask, counts, max_completion_tokens=LENGTH, ref_logprobs_BR=ref, entropy_BR=entropy,
+        correction_BR=weights, **keys,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", COMPOSITIONS, ids=str)
+def test_equals_the_papers(keys):
     for seed in range(20):
-        raw = case(seed)
-        logp, old, ref, mask, advantages = tensors(*raw)
-        tokens, samples = int(mask.sum()) + seed, 4 + seed % 3  # counts are the caller's, not this micro-batch's
-        got = grpo_loss(
-            logp, old, advantages, mask, Counts(tokens, samples), clip_low=low, clip_high=high, aggregate=aggregate,
-            max_completion_tokens=LENGTH, ref_logprobs_BR=ref if beta else None, kl_coef=beta,
-        )  # fmt: skip
-        wanted = paper_loss(
-            raw[0], raw[1], raw[4], raw[3], tokens, samples, aggregate, low, high, raw[2] if beta else None, beta
-        )
-        assert got.loss.item() == pytest.approx(wanted, rel=1e-12, abs=1e-14)
+        rows = case(seed)
+        values = tensors(rows)
+        tokens, samples = int(values[3].sum()) + seed, 4 + seed % 3  # counts are the caller's, not this micro-batch's
+        got = run(values, Counts(tokens, samples), **keys)
+        assert got.loss.item() == pytest.approx(paper_loss(rows, tokens, samples, **keys), rel=1e-12, abs=1e-14)
 
 
-@pytest.mark.parametrize("aggregate", AGGREGATES)
-@pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_gradient_by_finite_differences(aggregate, beta):
-    for seed in range(5):
-        logp, old, ref, mask, advantages = tensors(*case(seed))
-
-        def loss(x, old=old, ref=ref, mask=mask, advantages=advantages):
-            return grpo_loss(
-                x, old, advantages, mask, Counts(17, 4), clip_low=0.2, clip_high=0.28, aggregate=aggregate,
-                max_completion_tokens=LENGTH, ref_logprobs_BR=ref if beta else None, kl_coef=beta,
-            ).loss  # fmt: skip
-
-        ratio = (logp - old).exp()
-        assert ((ratio - 0.8).abs() > 1e-4).all(), "a ratio lies on the kink"
-        assert ((ratio - 1.28).abs() > 1e-4).all(), "a ratio lies on the kink"
-        assert ((ratio < 0.8) & mask).any()
-        assert ((ratio > 1.28) & mask).any()
-        gradient = torch.autograd.grad(loss(leaf := logp.clone().requires_grad_()), leaf)[0]
-        for i, t in itertools.product(range(logp.shape[0]), range(logp.shape[1])):
-            step = torch.zeros_like(logp)
-            step[i, t] = 1e-5
-            slope = (loss(logp + step) - loss(logp - step)).item() / 2e-5
-            assert gradient[i, t].item() == pytest.approx(slope, abs=1e-9)
+@pytest.mark.parametrize("keys", COMPOSITIONS, ids=str)
+def test_gradient_by_finite_differences_of_the_papers(keys):
+    for seed in range(3):
+        rows = case(seed)
+        values = tensors(rows)
+        low, high = 1 - keys.get("clip_low", 0.2), 1 + keys.get("clip_high", 0.2)
+        log_ratio = torch.where(values[3], values[0] - values[1], 0.0)
+        ratios = importance_ratio(log_ratio, values[3], keys.get("ratio", "token"))
+        assert min((ratios - low).abs().min(), (ratios - high).abs().min()) > 1e-5, "a ratio lies on the kink"
+        values[0].requires_grad_()
+        values[5].requires_grad_()
+        out = run(values, Counts(17, 4), **keys)
+        gradient, d_entropy = torch.autograd.grad(out.loss, [values[0], values[5]], allow_unused=True)
+        for i, t in itertools.product(range(4), range(6)):
+            ends = []
+            for step in (1e-6, -1e-6):
+                moved = [list(row) for row in rows[0]]
+                moved[i][t] += step
+                ends.append(paper_loss((moved, *rows[1:]), 17, 4, at=rows[0], **keys))
+            assert gradient[i, t].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, abs=1e-8)
+        mask = values[3]
         assert (gradient[~mask] == 0).all()
+        if keys.get("entropy_coef"):
+            aggregate = keys.get("aggregate", "token")
+            assert d_entropy.allclose(-keys["entropy_coef"] * token_weights(mask, Counts(17, 4), aggregate, LENGTH))
 
 
-def test_gradient_on_policy_is_that_of_plain_policy_gradient():
-    logp, _, _, mask, advantages = tensors(*case(3))
+def test_clipping_stops_a_tokens_gradient_and_cispo_does_not():
+    old = torch.zeros(1, 3, dtype=torch.float64)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    gradients = {}
+    for objective in ("clip", "cispo"):
+        logp = torch.tensor([[2.0, 1.0, 0.9]], dtype=torch.float64).log().requires_grad_()
+        policy_loss(logp, old, torch.ones(1), mask, Counts(1, 1), objective=objective, clip_high=0.5).loss.backward()
+        gradients[objective] = logp.grad
+    assert gradients["clip"][0].tolist() == pytest.approx([0, -1, -0.9])
+    assert gradients["cispo"][0].tolist() == pytest.approx([-1.5, -1, -0.9])
+
+
+@pytest.mark.parametrize("objective", ["clip", "cispo"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_gradient_on_policy_is_that_of_plain_policy_gradient(ratio, objective):
+    logp, _, _, mask, advantages, *_ = tensors(case(3))
     leaf = logp.clone().requires_grad_()
     tokens = int(mask.sum())
-    grpo_loss(leaf, logp, advantages, mask, Counts(tokens, 4)).loss.backward()
+    policy_loss(leaf, logp, advantages, mask, Counts(tokens, 4), ratio=ratio, objective=objective).loss.backward()
     torch.testing.assert_close(leaf.grad, mask * -advantages.unsqueeze(-1) / tokens, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("bad", [1e4, -1e4, math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("where", ["logprobs", "old", "ref"])
-@pytest.mark.parametrize("aggregate", AGGREGATES)
-def test_what_lies_under_the_mask_is_never_seen(bad, where, aggregate):
-    logp, old, ref, mask, advantages = (x.float() if x.is_floating_point() else x for x in tensors(*case(1)))
+def test_kl_estimates_estimate_the_kl():
+    """Averaged over a distribution: k1 and k3 are the KL, and on that average the gradients of k1 and k2 are the KL's."""
+    generator = torch.Generator().manual_seed(0)
+    logits, ref_logits = torch.randn(2, 9, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    logp, ref = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    kl = (logp.exp() * (logp - ref)).sum()
+    wanted = torch.autograd.grad(kl, logits, retain_graph=True)[0]
+    for name in ("k1", "k2", "k3"):
+        estimates = kl_estimate(ref - logp, name)
+        mean = (logp.exp().detach() * estimates).sum()
+        if name != "k2":
+            assert mean.item() == pytest.approx(kl.item(), rel=1e-12)
+        if name != "k3":  # k3's is the gradient of the other KL
+            torch.testing.assert_close(torch.autograd.grad(mean, logits, retain_graph=True)[0], wanted)
 
-    def run(logp, old, ref):
-        leaf = logp.clone().requires_grad_()
-        out = grpo_loss(
-            leaf, old, advantages, mask, Counts(9, 4), aggregate=aggregate, max_completion_tokens=LENGTH,
-            ref_logprobs_BR=ref, kl_coef=0.1,
-        )  # fmt: skip
+
+EVERYTHING = {"kl_coef": 0.1, "entropy_coef": 0.1, "correction": "sequence_truncate", "ratio": "sequence"}
+
+
+@pytest.mark.parametrize("bad", [1e4, -1e4, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("where", [0, 1, 2, 5, 6])
+@pytest.mark.parametrize(
+    "keys", [*({"aggregate": a} | EVERYTHING for a in AGGREGATES), {"objective": "cispo"}], ids=str
+)
+def test_what_lies_under_the_mask_is_never_seen(bad, where, keys):
+    values = [x.float() if x.is_floating_point() else x for x in tensors(case(1))]
+    spoiled = list(values)
+    spoiled[where] = torch.where(values[3], values[where], bad)
+
+    def everything(values):
+        leaf = values[0].clone().requires_grad_()
+        out = run([leaf, *values[1:]], Counts(9, 4), **keys)
         out.loss.backward()
         return [*(x.detach() for x in out), leaf.grad]
 
-    inputs = {"logprobs": logp, "old": old, "ref": ref}
-    spoiled = inputs | {where: torch.where(mask, inputs[where], bad)}
-    for clean, got in zip(run(*inputs.values()), run(*spoiled.values()), strict=True):
+    for clean, got in zip(everything(values), everything(spoiled), strict=True):
         assert got.isfinite().all()
         assert torch.equal(clean, got)
 
 
-@pytest.mark.parametrize("aggregate", AGGREGATES)
-def test_shares_of_micro_batches_add_up(aggregate):
-    logp, old, ref, mask, advantages = tensors(*case(7, samples=9))
-    counts = Counts(int(mask.sum()), 9)
+@pytest.mark.parametrize("keys", [*({"aggregate": a, "kl_coef": 0.1} for a in AGGREGATES), EVERYTHING], ids=str)
+def test_shares_of_micro_batches_add_up(keys):
+    values = tensors(case(7, samples=9))
+    counts = Counts(int(values[3].sum()), 9)
+    leaf = values[0].clone().requires_grad_()
 
-    def run(rows, width):
-        leaf = logp.clone().requires_grad_()
-        out = grpo_loss(
-            leaf[rows, :width], old[rows, :width], advantages[rows], mask[rows, :width], counts, aggregate=aggregate,
-            max_completion_tokens=LENGTH, ref_logprobs_BR=ref[rows, :width], kl_coef=0.1,
-        )  # fmt: skip
+    def part(rows):
+        out = run([x[rows] for x in (leaf, *values[1:])], counts, **keys)
         return torch.stack([x.detach().double() for x in out]), torch.autograd.grad(out.loss, leaf)[0]
 
-    whole, whole_grad = run(slice(None), 6)
+    whole, whole_grad = part(slice(None))
     for cuts in ([0, 4, 9], [0, 1, 2, 8, 9], range(10)):
-        parts = [run(slice(a, b), 6) for a, b in itertools.pairwise(cuts)]
+        parts = [part(slice(a, b)) for a, b in itertools.pairwise(cuts)]
         outs, grads = (torch.stack(values).sum(0) for values in zip(*parts, strict=True))
         torch.testing.assert_close(outs, whole, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(grads, whole_grad, rtol=1e-12, atol=1e-14)
@@ -151,16 +236,46 @@ def test_clipped_tokens_and_kl_by_hand():
     mask = torch.tensor([[True] * 4, [True, True, False, True], [True] * 4])
     advantages = torch.tensor([-1.0, 1.0, 0.0])
     old = torch.full_like(ratio, -1.0)
-    out = grpo_loss(
-        old + ratio.log(), old, advantages, mask, Counts(11, 3), ref_logprobs_BR=old + ratio.log() + math.log(2.0),
-        kl_coef=1.0,
-    )  # fmt: skip
+    inputs = (old + ratio.log(), old, advantages, mask, Counts(11, 3))
+    out = policy_loss(*inputs, ref_logprobs_BR=old + ratio.log() + math.log(2.0), kl_coef=1.0)
     assert out.clipped_low.item() == 2  # low ratios of the negative sample
     assert out.clipped_high.item() == 1  # the masked one is not counted, nor those of the sample without an advantage
     assert out.kl.item() == pytest.approx(11 * (2 - math.log(2) - 1))
     # Negative sample: 0.8 + 0.8 + 1.5 + 1.1, against it 0.5 + 1.2 + 0.9.
     assert out.loss.item() == pytest.approx((0.8 + 0.8 + 1.5 + 1.1 - 0.5 - 1.2 - 0.9) / 11 + (2 - math.log(2) - 1))
     assert not any(x.requires_grad for x in out[1:])
+    out = policy_loss(*inputs, objective="cispo")  # the weight is clipped on either side
+    assert (out.clipped_low.item(), out.clipped_high.item()) == (3, 2)
+    # Geometric means of the three samples: 0.80 (4 tokens), 0.88 (3 tokens), 0.93.
+    out = policy_loss(*inputs, ratio="sequence", clip_low=0.15, clip_high=0.15)
+    assert (out.clipped_low.item(), out.clipped_high.item()) == (4, 0)
+
+
+def test_rollout_correction_by_hand():
+    ratio = torch.tensor([[2.0, 0.5, 1.5, 9.0], [1.0, 1.2, 0.1, 1.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, True, False], [True, True, False, True]])  # products: 1.5 and 1.2
+    old = torch.full_like(ratio, -1.0).requires_grad_()
+    expected: list[tuple[Correction, float, list[list[float]], int]] = [
+        ("token_truncate", 1.3, [[1.3, 0.5, 1.3], [1, 1.2, 1]], 2),
+        ("token_mask", 1.3, [[0, 0, 0], [1, 1.2, 1]], 3),
+        ("token_mask", 2.0, [[2, 0.5, 1.5], [1, 1.2, 1]], 0),
+        ("sequence_truncate", 1.3, [[1.3] * 3, [1.2] * 3], 3),
+        ("sequence_mask", 1.3, [[0] * 3, [1.2] * 3], 3),
+    ]
+    for correction, cap, weights, changed in expected:
+        got, flags = rollout_correction(old, old.detach() - ratio.log(), mask, correction, cap)
+        assert got[mask].tolist() == pytest.approx([w for row in weights for w in row]), correction
+        assert flags.sum().item() == changed
+        assert not flags[~mask].any()
+        assert not got.requires_grad
+
+
+def test_a_hopeless_mismatch_is_truncated_or_masked_without_nan():
+    zeros, mask = torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool)
+    for correction, weight in zip(CORRECTIONS, (2.0, 0.0, 2.0, 0.0), strict=True):
+        got, flags = rollout_correction(zeros, zeros - 500, mask, correction, 2.0)
+        assert got.tolist() == [[weight] * 4]
+        assert flags.all()
 
 
 def test_token_weights_by_hand():
@@ -172,20 +287,20 @@ def test_token_weights_by_hand():
 
 
 @pytest.mark.parametrize("shape", [(0, 0), (3, 0), (3, 2)])
-@pytest.mark.parametrize("aggregate", AGGREGATES)
-def test_an_empty_batch_has_no_loss_and_no_gradient(shape, aggregate):
-    logp = torch.zeros(shape, requires_grad=True)
-    out = grpo_loss(
-        logp, torch.zeros(shape), torch.ones(shape[0]), torch.zeros(shape, dtype=torch.bool), Counts(0, 0),
-        aggregate=aggregate,
-    )  # fmt: skip
+@pytest.mark.parametrize("keys", [*({"aggregate": a} for a in AGGREGATES), EVERYTHING], ids=str)
+def test_an_empty_batch_has_no_loss_and_no_gradient(shape, keys):
+    logp, zeros = torch.zeros(shape, requires_grad=True), torch.zeros(shape)
+    mask = torch.zeros(shape, dtype=torch.bool)
+    out = run((logp, zeros, zeros, mask, torch.ones(shape[0]), zeros, zeros), Counts(0, 0), **keys)
     out.loss.backward()
     assert [x.item() for x in out] == [0, 0, 0, 0]
     assert logp.grad is not None
     assert logp.grad.abs().sum() == 0
 
 
-def test_kl_needs_the_reference():
+@pytest.mark.parametrize(("key", "needed"), [("kl_coef", "ref_logprobs"), ("entropy_coef", "entropy")])
+def test_what_a_term_needs_must_be_there(key, needed):
     x = torch.zeros(1, 1)
-    with pytest.raises(ValueError, match=r"kl_coef=0.1 needs ref_logprobs"):
-        grpo_loss(x, x, torch.ones(1), x == 0, Counts(1, 1), kl_coef=0.1)
+    keys: dict[str, Any] = {key: 0.1}
+    with pytest.raises(ValueError, match=f"{key}=0.1 needs {needed}"):
+        policy_loss(x, x, torch.ones(1), x == 0, Counts(1, 1), **keys)

@@ -92,6 +92,15 @@ def test_several_runs_in_one_png(tmp_path):
     assert [len(axes.lines) for axes in figure.axes[1:]] == [2] * 3
 
 
+def test_more_runs_than_colors_are_told_apart_by_name_and_not_by_seed(tmp_path):
+    rows = read_metrics(write_run(tmp_path / "run", [step_row(s) for s in range(1, 4)]))
+    figure = draw({f"{name}_{seed}": rows for seed in range(3) for name in ("a", "b_2", "c")})
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a_*", "b_2_*", "c_*"]
+    colors = [line.get_color() for line in figure.axes[1].lines]
+    assert colors == colors[:3] * 3
+    assert len(set(colors)) == 3
+
+
 class Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__()

@@ -59,6 +59,7 @@ def assert_equal_checkpoints(one, other):
         {},
         {"train.updates_per_step": 2, "loss.kl_coef": 0.1},
         {"model.lora_rank": 4, "optim.lr": 1e-2, "loss.kl_coef": 0.1},
+        {"loss.kl_coef": 0.1, "loss.ref_refresh_every": 2, "train.epochs_per_step": 2, "rollout.resample_limit": 2},
     ],
 )
 def test_resumed_in_the_middle_equals_uninterrupted(tiny_model, tmp_path, changes):
@@ -74,6 +75,38 @@ def test_resumed_in_the_middle_equals_uninterrupted(tiny_model, tmp_path, change
     before, _ = checkpoint.load(whole / "checkpoints" / "step_3")
     after, _ = checkpoint.load(whole / "checkpoints" / "step_6")
     assert any(not torch.equal(before["model"][n], after["model"][n]) for n in before["model"])
+
+
+def test_the_refreshed_reference_and_the_position_in_the_data_are_restored(tiny_model, tmp_path):
+    """The test above can fail: both matter in this run."""
+    changes = {"loss.kl_coef": 0.1, "loss.ref_refresh_every": 2, "rollout.resample_limit": 2}
+    train(tiny_model, tmp_path / "run", **changes)
+    rows = metrics(tmp_path / "run")
+    assert [row["kl"] == 0 for row in rows] == [True, False] * 3  # the policy is compared with itself
+    assert sum(row["resampling/groups"] for row in rows) > 0
+    tensors, scalars = checkpoint.load(tmp_path / "run" / "checkpoints" / "step_3")
+    initial, now = tensors["reference"], tensors["model"]
+    assert any(not torch.equal(initial[name], now[name]) for name in now)
+    offset = sum(4 + row["resampling/groups"] for row in rows[:3])
+    assert scalars["stream"]["offset"] == offset > 12
+
+
+def test_a_run_stops_at_its_target_reward(tiny_model, tmp_path, caplog):
+    """After ten steps, also when the first five of them were another run's; then there is nothing to go on with."""
+
+    def ones(completions, **_):
+        return [1.0] * len(completions)
+
+    changes = {"train.target_reward": 1.0, "rewards.functions": [], "optim.schedule": "constant"}
+    pgrpo.train("quickstart", overrides(tiny_model, tmp_path / "run", steps=5, **changes), rewards=[ones])
+    keys = overrides(tiny_model, tmp_path / "run", steps=30, **changes | {"eval.every": 100, "eval.rows": 2})
+    for _ in range(2):
+        caplog.clear()
+        run_dir = pgrpo.train("quickstart", keys, rewards=[ones], resume="auto")
+        assert metrics(run_dir)[-1]["step"] == 10
+        assert (run_dir / "checkpoints" / "step_10").is_dir()
+        assert "train.target_reward=1.0 reached: mean reward of the last 10 steps 1; done after step 10" in caplog.text
+    assert "eval/reward" in metrics(run_dir)[-1]
 
 
 def test_two_runs_from_one_seed_are_bit_equal_and_another_seed_differs(tiny_model, tmp_path):

@@ -1,0 +1,218 @@
+"""What a step of updates does to the weights, against the same done the long way on the untouched model."""
+
+import copy
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pgrpo.advantages import has_spread, step_advantages
+from pgrpo.batch import build_batch
+from pgrpo.config import load_config
+from pgrpo.distributed import World
+from pgrpo.exactness import reference_logprobs, tokens_as_groups
+from pgrpo.loss import policy_loss
+from pgrpo.policy import Policy
+from pgrpo.training.run import build_run
+from pgrpo.training.sample import sample_step
+from pgrpo.training.update import count
+
+FLAT = [1.0, 1.0, 1.0, 1.0]
+
+
+def ones(completions, **_):
+    return [float("1" in text) for text in completions]
+
+
+@pytest.fixture
+def build(tiny_model, tmp_path):
+    """A function: overrides -> a run that has not begun."""
+    torch.set_num_threads(1)
+    with ExitStack() as runs:
+
+        def make(*overrides, rewards=(ones,)):
+            keys = [f"model.path={tiny_model}", f"run_dir={tmp_path / 'run'}", "rewards.functions=[]", "eval.every=0"]
+            keys += ["rollout.prompts_per_step=4", "rollout.group_size=4", "optim.lr=1e-2", "optim.eps=1e-3"]
+            config = load_config("quickstart", [*keys, *overrides], rewards_from_python=True)
+            return runs.enter_context(build_run(config, World(0, 1, torch.device("cpu")), rewards=list(rewards)))
+
+        yield make
+
+
+def make_groups(number=4):
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(most):
+        length = int(torch.randint(1, most + 1, (1,), generator=generator))
+        return torch.randint(3, 14, (length,), generator=generator).tolist()
+
+    groups = tokens_as_groups([ids(7) for _ in range(number)], [[ids(5) for _ in range(4)] for _ in range(number)])
+    for group, values in zip(groups, step_advantages([g.rewards for g in groups]), strict=True):
+        group.advantages = values
+    return groups
+
+
+def rows(flat, groups):
+    """[L] -> [B, R]."""
+    lengths = [len(c.token_ids) for g in groups for c in g.completions]
+    return torch.nn.utils.rnn.pad_sequence(list(flat.split(lengths)), batch_first=True)
+
+
+@pytest.mark.parametrize(("updates", "epochs"), [(1, 1), (2, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_updates_and_epochs_equal_the_long_way(build, tiny_model, updates, epochs, ratio):
+    """The long way: old log-probs of all samples first, one sample a forward, one batch an update, on transformers' model."""
+    run = build(f"train.updates_per_step={updates}", f"train.epochs_per_step={epochs}", f"loss.ratio={ratio}")
+    groups = make_groups()
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="sdpa")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3, weight_decay=0.0)
+    size = len(groups) // updates
+    shares = [groups[i : i + size] for i in range(0, len(groups), size)]
+    old = [reference_logprobs(model, share).detach() for share in shares]
+    clipped = 0
+    for i in [*range(updates)] * epochs:
+        logprobs, share = rows(reference_logprobs(model, shares[i]), shares[i]), shares[i]
+        mask = rows(torch.ones_like(old[i]), share).bool()
+        advantages = torch.tensor([a for g in share for a in g.advantages])
+        out = policy_loss(logprobs, rows(old[i], share), advantages, mask, count(share), ratio=ratio)
+        clipped += int(out.clipped_low + out.clipped_high)
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (clipped > 0) == (updates * epochs > 1)
+    before = copy.deepcopy(run.policy.model.state_dict())
+    metrics = run.updater.step(groups)
+    assert (metrics["clip_ratio/low_mean"] + metrics["clip_ratio/high_mean"] > 0) == (clipped > 0)
+    moved = {name: w - before[name] for name, w in run.policy.model.state_dict().items()}
+    wanted = {name: w - before[name] for name, w in model.state_dict().items()}
+    for name, change in wanted.items():
+        assert (moved[name] - change).norm() <= 2e-4 * change.norm(), name
+    packed = sum(len(g.prompt.token_ids) + sum(len(c.token_ids) for c in g.completions) for g in groups)
+    assert metrics["tokens/packed"] == epochs * packed
+
+
+def gradients(run, groups, counted=None):
+    for batch in run.updater.micro_batches(groups):
+        run.updater.backward(batch, count(counted or groups))
+    named = {n: p.grad.clone() for n, p in run.policy.named_parameters() if p.grad is not None}
+    run.updater.optimizer.zero_grad()
+    return named
+
+
+def assert_close(got, wanted):
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def cut(groups, *where):
+    """The groups with some completions cut at the limit."""
+    groups = copy.deepcopy(groups)
+    for group, sample in where:
+        groups[group].completions[sample].finish_reason = "length"
+    return groups
+
+
+@pytest.mark.parametrize("aggregate", ["token", "sample", "constant"])
+def test_a_masked_completion_has_no_gradient_and_stays_in_every_count(build, aggregate):
+    """As if its advantage were 0."""
+    run = build("loss.mask_overlong=true", f"loss.aggregate={aggregate}")
+    groups = cut(make_groups(), (0, 1), (2, 0), *((3, i) for i in range(4)))
+    batches = run.updater.micro_batches(groups)
+    kept = [c for g in groups for c in g.completions if c.finish_reason == "stop"]
+    assert sum(int(b.mask.sum()) for b in batches) == sum(len(c.token_ids) for c in kept) < count(groups).tokens
+    assert sum(len(b.advantages) for b in batches) == 12  # the last group has nothing left
+    got = gradients(run, groups)
+    without = copy.deepcopy(groups)
+    for group in without:
+        for i, completion in enumerate(group.completions):
+            if completion.finish_reason == "length":
+                group.advantages[i], completion.finish_reason = 0.0, "stop"
+    assert_close(got, gradients(run, without))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "flat", "spread", "all_cut"),
+    [
+        ([], False, True, True),
+        (["loss.kl_coef=0.1"], True, True, True),
+        (["loss.entropy_coef=0.1"], True, True, True),
+        (["loss.mask_overlong=true"], False, True, False),
+        (["loss.mask_overlong=true", "loss.entropy_coef=0.1", "loss.kl_coef=0.1"], True, True, False),
+    ],
+)
+def test_what_is_left_out_of_the_update(build, overrides, flat, spread, all_cut):
+    run = build(*overrides)
+    group = make_groups(1)[0]
+    equal = replace(group, rewards=list(FLAT), advantages=[0.0] * 4)
+    truncated = cut([group], *((0, i) for i in range(4)))[0]
+    assert [run.updater.trains_on(g) for g in (equal, group, truncated)] == [flat, spread, all_cut]
+    got = gradients(run, [equal], counted=[equal, group])
+    assert any(g.abs().max() > 1e-7 for g in got.values()) == (flat and "loss.kl_coef=0.1" not in overrides[:1])
+
+
+def test_a_refreshed_reference_is_the_policy(build):
+    run = build("loss.kl_coef=0.1", "loss.ref_refresh_every=1")
+    groups = make_groups()
+    assert isinstance(run.updater.reference, Policy)
+    assert run.updater.step(groups)["kl"] == 0
+    assert run.updater.step(groups)["kl"] > 1e-4
+    run.updater.refresh_reference()
+    assert run.updater.step(groups)["kl"] == 0
+    assert not any(p.requires_grad for p in run.updater.reference.parameters())
+
+
+def test_what_a_rollout_correction_did_is_logged(build):
+    groups = make_groups()
+    run = build("loss.rollout_correction=token_mask", "loss.rollout_correction_cap=1.5", "optim.lr=0")
+    with torch.no_grad():
+        flat = run.policy(build_batch(groups)).logprobs.tolist()
+    for completion in (c for g in groups for c in g.completions):
+        completion.rollout_logprobs = [flat.pop(0) for _ in completion.token_ids]
+    assert run.updater.step(groups)["sampling/frac_masked"] == 0
+    groups[0].completions[0].rollout_logprobs[0] -= 1.0
+    tokens = count(groups).tokens
+    metrics = run.updater.step(groups)
+    assert metrics["sampling/frac_masked"] == pytest.approx(1 / tokens)
+    assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(1, abs=1e-4)
+    assert "sampling/frac_truncated" not in metrics
+    assert "corrected" not in metrics
+
+
+def test_groups_without_spread_are_sampled_again(build):
+    first = sample_step(build())
+    assert len(first.groups) == 4
+    assert "resampling/rounds" not in first.metrics
+    flat = [i for i, g in enumerate(first.groups) if not has_spread(g.rewards)]
+    assert flat, "nothing to sample again"
+    run = build("rollout.resample_limit=30")
+    again = sample_step(run)
+    assert all(has_spread(g.rewards) for g in again.groups)
+    assert [g.completions for i, g in enumerate(again.groups) if i not in flat] == [
+        g.completions for i, g in enumerate(first.groups) if i not in flat
+    ]
+    assert [g.completions for g in again.all_groups[:4]] == [g.completions for g in first.groups]
+    extra = len(again.all_groups) - 4
+    assert extra >= len(flat)
+    assert sum(not has_spread(g.rewards) for g in again.all_groups) == extra  # each made room for one
+    assert run.stream.state_dict()["offset"] == 4 + extra
+    assert len({g.prompt.index for g in again.all_groups}) == 4 + extra  # fresh prompts
+    assert again.metrics["resampling/groups"] == extra
+    assert again.metrics["resampling/rounds"] >= 1
+    assert again.metrics["resampling/frac_reward_zero_std"] == 0
+
+
+def test_at_the_limit_what_is_left_is_kept_and_skipped(build):
+    run = build("rollout.resample_limit=3", rewards=[lambda completions, **_: [0.5] * len(completions)])
+    sampled = sample_step(run)
+    assert len(sampled.all_groups) == 4 * 4
+    assert sampled.groups == sampled.all_groups[-4:]
+    assert sampled.metrics["resampling/rounds"] == 3
+    assert sampled.metrics["resampling/frac_reward_zero_std"] == 1
+    for group in sampled.groups:
+        group.advantages = [0.0] * 4
+    metrics = run.updater.step(sampled.groups)
+    assert (metrics["grad_norm"], metrics["tokens/packed"]) == (0, 0)
