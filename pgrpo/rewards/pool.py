@@ -1,0 +1,58 @@
+"""Worker processes that grade in parallel, each call with a deadline of its own."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import TimeoutError
+from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
+
+
+class GradingPool:
+    """Calls ``function`` in worker processes, which are started by the first call and stay.
+
+    Args:
+        function: of a module, so that a worker can import it.
+        warm_up: called once in each worker before its first deadline runs: imports.
+    """
+
+    def __init__(self, function: Callable[..., Any], warm_up: Callable[[], None]) -> None:
+        self._function, self._warm_up = function, warm_up
+        self._pool: ProcessPool | None = None
+
+    def grade(self, calls: Mapping[Hashable, tuple[Any, ...]], timeout_s: float) -> dict[Any, Any]:
+        """Result by key of ``calls`` (key -> arguments); ``TimeoutError`` where it was killed at its deadline,
+        ``ProcessExpired`` where its process died by itself (both as values, not raised)."""
+        futures = {
+            key: self._workers().schedule(self._function, args=arguments, timeout=timeout_s)
+            for key, arguments in calls.items()
+        }
+        results = {}
+        for key, future in futures.items():
+            try:
+                results[key] = future.result()
+            except (TimeoutError, ProcessExpired) as error:
+                results[key] = error
+        return results
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
+
+    def _workers(self) -> ProcessPool:
+        if self._pool is None:
+            # Not fork: the parent runs torch threads, which a forked child would find dead and their locks held.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPool(graders(), initializer=self._warm_up, context=context)
+        return self._pool
+
+
+def graders() -> int:
+    """How many completions one rank grades at once: its share of the cores, at most four."""
+    return max(1, min(4, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
