@@ -51,7 +51,7 @@ class Limits:
     """Address space, of which CPython itself takes some 20 MB."""
     disk_mb: int = 16
     """Files in its working folder, which is in memory and gone afterwards."""
-    output_kb: int = 256
+    output_kb: int = 1024
     """Of stdout and stderr each; a program that writes more is ended."""
     threads: int = 32
 
