@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import TimeoutError
 from typing import Any
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 
 class GradingPool:
@@ -22,6 +22,7 @@ class GradingPool:
     def __init__(self, function: Callable[..., Any], warm_up: Callable[[], None]) -> None:
         self._function, self._warm_up = function, warm_up
         self._pool: ProcessPool | None = None
+        self._waiting: set[ProcessFuture] = set()
 
     def grade(self, calls: Mapping[Hashable, tuple[Any, ...]], timeout_s: float) -> dict[Any, Any]:
         """Result by key of ``calls`` (key -> arguments); ``TimeoutError`` where it was killed at its deadline,
@@ -30,16 +31,22 @@ class GradingPool:
             key: self._workers().schedule(self._function, args=arguments, timeout=timeout_s)
             for key, arguments in calls.items()
         }
+        self._waiting.update(futures.values())
         results = {}
-        for key, future in futures.items():
-            try:
-                results[key] = future.result()
-            except (TimeoutError, ProcessExpired) as error:
-                results[key] = error
+        try:
+            for key, future in futures.items():
+                try:
+                    results[key] = future.result()
+                except (TimeoutError, ProcessExpired) as error:
+                    results[key] = error
+        finally:
+            self._waiting.difference_update(futures.values())
         return results
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the worker processes; calls of other threads that wait for them raise ``CancelledError``."""
+        for future in list(self._waiting):  # a pool that stops leaves them unanswered
+            future.cancel()
         if self._pool is not None:
             self._pool.stop()
             self._pool.join()

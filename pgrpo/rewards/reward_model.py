@@ -66,15 +66,13 @@ class RewardModel:
 
 
 def _tokenizer(model: str, revision: str | None, label: int, max_tokens: int | None) -> tuple[Any, int]:
-    """The tokenizer, with a pad token, and the longest text. ``ValueError`` when there is no such model or label."""
+    """The tokenizer, and the longest text. ``ValueError`` when there is no such model or label."""
     from transformers import AutoConfig, AutoTokenizer
 
     config = AutoConfig.from_pretrained(model, revision=revision)
     if not 0 <= label < config.num_labels:
         raise ValueError(f"{model} has {config.num_labels} labels; there is no label {label}")
     tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     positions = getattr(config, "max_position_embeddings", None) or 1 << 30
     limit = min(positions, int(min(tokenizer.model_max_length, 1 << 30)))
     if max_tokens is not None and not 1 <= max_tokens <= limit:
@@ -108,7 +106,15 @@ def _tokenize(
 
 @torch.inference_mode()
 def _logits(classifier: Any, tokenizer: Any, rows: list[list[int]]) -> list[list[float]]:
-    """Padded on the right. Decoder classifiers find a text's last token by the pad id, so it must be the config's as well."""
-    batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(classifier.device)
-    classifier.config.pad_token_id = tokenizer.pad_token_id
-    return classifier(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float().tolist()
+    """Padded on the right. Decoder classifiers read the last token that is not the config's pad id: without a pad token
+    that is an id which no row holds, never eos, with which a text may end.
+    """
+    used = {token for row in rows for token in row}
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = next(token for token in range(len(used) + 1) if token not in used)
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=classifier.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=classifier.device)
+    classifier.config.pad_token_id = pad
+    return classifier(input_ids=ids, attention_mask=mask).logits.float().tolist()

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from concurrent.futures import CancelledError, ThreadPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, Self
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from pgrpo.config import ConfigError, RewardConfig
 from pgrpo.rewards.call import Caller, Reward, describe, from_callable, from_config, work
@@ -65,6 +65,8 @@ class RewardRunner:
             self.names.append(reward.name)
         self._on_error = on_error
         self._caller = Caller()
+        self._closed = False
+        self._waiting: set[ProcessFuture] = set()
         self._pools: dict[str, ProcessPool] = {}
 
     @property
@@ -185,6 +187,8 @@ class RewardRunner:
             except BrokenProcessPool:
                 raise
             except (Exception, SystemExit) as error:
+                if self._closed:
+                    raise
                 raise _CallError(f"it raised {describe(error)}") from error
         if not isinstance(result, list):
             raise _CallError(f"it returned {result!r:.80}, not a list with one entry a completion ({len(samples)})")
@@ -194,6 +198,8 @@ class RewardRunner:
 
     def _pool(self, worker: str) -> ProcessPool:
         """The process of a function's file or module: functions of one file share what it keeps."""
+        if self._closed:
+            raise RewardError("the rewards are closed")
         where = worker.rpartition(":")[0]
         if where not in self._pools:
             # Not fork: this process runs torch threads, which a forked child would find dead and their locks held.
@@ -202,6 +208,7 @@ class RewardRunner:
 
     def _call_worker(self, reward: Reward, worker: str, arguments: dict[str, Any]) -> Any:
         future = self._pool(worker).schedule(work, (worker, reward.key, arguments), timeout=reward.timeout_s)
+        self._waiting.add(future)
         try:
             result, raised = future.result()
         except TimeoutError as error:
@@ -209,16 +216,22 @@ class RewardRunner:
             raise TimeoutError(reason) from error
         except ProcessExpired as error:
             raise _CallError(f"its process died with exit code {error.exitcode}") from error
-        except BrokenProcessPool:
+        except (BrokenProcessPool, CancelledError):  # the latter: `close` was called, after Ctrl-C
             raise
         except Exception as error:
             raise _CallError(f"its arguments or result cannot cross a process: {describe(error)}") from error
+        finally:
+            self._waiting.discard(future)
         if raised is not None:
             raise _CallError(f"it raised {raised}")
         return result
 
     def close(self) -> None:
-        """End worker processes and threads. Another call does nothing."""
+        """End worker processes and threads, for good. Another call does nothing."""
+        self._closed = True
+        # A pool that stops leaves its calls unanswered, and so the threads that wait for them.
+        for future in list(self._waiting):
+            future.cancel()
         for pool in self._pools.values():
             pool.stop()
             pool.join()
