@@ -26,7 +26,7 @@ BUILT_IN = {
     "code": "pgrpo.rewards.code:Code",
     "reasoning_gym": "pgrpo.rewards.reasoning_gym:ReasoningGym",
     "reward_model": "pgrpo.rewards.reward_model:RewardModel",
-    "llm_judge": "pgrpo.rewards.llm_judge:llm_judge",
+    "llm_judge": "pgrpo.rewards.llm_judge:LlmJudge",
 }
 # What every function may ask for beside the data set's columns.
 GIVEN = ("prompts", "completions", "completion_ids", "finish_reasons", "messages")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import secrets
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from pgrpo.rewards.pool import graders
+from pgrpo.rewards.pool import GradingThreads, graders
 from pgrpo.rewards.sandbox import Limits, Sandbox, find_sandbox
 
 _LANGUAGES = ("", "python", "python3", "py")
@@ -44,6 +43,9 @@ class Code:
 
     __name__ = "code"
 
+    def __init__(self) -> None:
+        self._threads = GradingThreads()
+
     def __call__(
         self,
         completions: list[str],
@@ -72,8 +74,11 @@ class Code:
             except Exception as error:  # of the sandbox, not of the program
                 return error
 
-        with ThreadPoolExecutor(graders(), "pgrpo-code") as pool:
-            return list(pool.map(score, zip(completions, tests, strict=True)))
+        return self._threads.map(score, zip(completions, tests, strict=True), graders())
+
+    def close(self) -> None:
+        """Begin no other program."""
+        self._threads.close()
 
 
 def extract_code(completion: str) -> str | None:

@@ -1,11 +1,12 @@
-"""Worker processes that grade in parallel, each call with a deadline of its own."""
+"""Grading in parallel: worker processes, each call with a deadline of its own; and threads, for what waits elsewhere."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import TimeoutError
+import threading
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
@@ -58,6 +59,30 @@ class GradingPool:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPool(graders(), initializer=self._warm_up, context=context)
         return self._pool
+
+
+class GradingThreads:
+    """Threads for calls that spend their time in another process or machine, and have a deadline there."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+        self._executors: set[ThreadPoolExecutor] = set()
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any], at_once: int) -> list[Any]:
+        """Results in the order of ``items``. Ctrl-C, or ``close`` (``CancelledError``), drops those that did not begin."""
+        executor = ThreadPoolExecutor(at_once, "pgrpo-grading")
+        self._executors.add(executor)
+        try:
+            return list(executor.map(function, items))
+        finally:
+            self._executors.discard(executor)
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self.closed.set()
+        for executor in list(self._executors):
+            executor.shutdown(wait=False, cancel_futures=True)
 
 
 def graders() -> int:

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from pgrpo.config import ConfigError, RewardConfig
 from pgrpo.rewards import RewardRunner
 from pgrpo.rewards import llm_judge as module
-from pgrpo.rewards.llm_judge import llm_judge
+from pgrpo.rewards.llm_judge import LlmJudge
 
 KEY = "sk-hunter2"
 
@@ -73,7 +74,7 @@ def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
 
 def ask(judge: Judge, *completions: str, **args: Any) -> list[Any]:
     args = {"url": judge.url, "model": "m", "template": "{completion}"} | args
-    return llm_judge([f"prompt {c}" for c in completions], list(completions), **args)
+    return LlmJudge()([f"prompt {c}" for c in completions], list(completions), **args)
 
 
 def test_scores_and_what_is_sent(judge: Judge):
@@ -90,10 +91,10 @@ def test_the_template_sees_columns_and_the_last_question(judge: Judge):
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "why?"}]
     template = "{prompt}|{completion}|{answer}"
     args = {"template": template, "answer": ["so"], "url": judge.url, "model": "m"}
-    assert llm_judge(["<chat>why?"], ["because"], messages=[chat], **args) == [0.5]
-    assert llm_judge(["raw"], ["because"], **args) == [0.5]
+    assert LlmJudge()(["<chat>why?"], ["because"], messages=[chat], **args) == [0.5]
+    assert LlmJudge()(["raw"], ["because"], **args) == [0.5]
     assert [body["messages"][0]["content"] for _, body in judge.seen] == ["why?|because|so", "raw|because|so"]
-    llm_judge(["q"], ["c"], url=judge.url, model="m")
+    LlmJudge()(["q"], ["c"], url=judge.url, model="m")
     assert "<question>\nq\n</question>" in judge.seen[-1][1]["messages"][0]["content"]
 
 
@@ -155,6 +156,25 @@ def test_requests_overlap_up_to_concurrency(judge: Judge):
     assert ask(judge, *map(str, range(12)), concurrency=4) == [0.1] * 12
     assert judge.most_at_once == 4
     assert time.monotonic() - begin < 1.0  # one by one: 1.2 s
+
+
+def test_closing_ends_the_trying_and_what_did_not_begin(judge: Judge):
+    judge.reply = lambda text, n: (500, "oops")
+    reward, results = LlmJudge(), []
+
+    def call() -> None:
+        try:
+            results.append(reward(["p"] * 4, list("abcd"), url=judge.url, model="m", key_env=None, concurrency=1))
+        except CancelledError:
+            results.append("cancelled")
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    time.sleep(0.3)
+    reward.close()
+    thread.join(5)
+    assert results == ["cancelled"]
+    assert {body["messages"][0]["content"].count("<answer>\na\n") for _, body in judge.seen} == {1}
 
 
 @pytest.mark.faults
