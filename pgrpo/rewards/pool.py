@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from typing import Any
 
@@ -25,7 +25,7 @@ class GradingPool:
         self._pool: ProcessPool | None = None
         self._waiting: set[ProcessFuture] = set()
 
-    def grade(self, calls: Mapping[Hashable, tuple[Any, ...]], timeout_s: float) -> dict[Any, Any]:
+    def grade(self, calls: Mapping[Any, tuple[Any, ...]], timeout_s: float) -> dict[Any, Any]:
         """Result by key of ``calls`` (key -> arguments); ``TimeoutError`` where it was killed at its deadline,
         ``ProcessExpired`` where its process died by itself (both as values, not raised)."""
         futures = {

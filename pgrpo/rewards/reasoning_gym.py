@@ -34,7 +34,7 @@ def check_task(task: str) -> None:
         how = "eval" if task in EVALUATES else "sympy.parse_expr, which is eval"
         hint = "; pgrpo has a recipe `countdown` of its own" if task == "countdown" else ""
         raise ValueError(f"reasoning-gym scores `{task}` with {how}, on text of the model: refused{hint}")
-    from reasoning_gym.factory import DATASETS
+    from reasoning_gym.factory import DATASETS  # pyright: ignore[reportMissingImports]
 
     if task == "composite" or task not in DATASETS:
         raise ValueError(f"reasoning-gym has no task `{task}`; it has {', '.join(sorted(DATASETS))}")
@@ -83,7 +83,7 @@ def _warm_up() -> None:
 
 @cache
 def _dataset(task: str, config: str) -> Any:
-    from reasoning_gym import create_dataset
+    from reasoning_gym import create_dataset  # pyright: ignore[reportAttributeAccessIssue, reportMissingImports]
 
     return create_dataset(task, **json.loads(config))
 

@@ -69,7 +69,7 @@ def _tokenizer(model: str, revision: str | None, label: int, max_tokens: int | N
     """The tokenizer, and the longest text. ``ValueError`` when there is no such model or label."""
     from transformers import AutoConfig, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(model, revision=revision)
+    config: Any = AutoConfig.from_pretrained(model, revision=revision)
     if not 0 <= label < config.num_labels:
         raise ValueError(f"{model} has {config.num_labels} labels; there is no label {label}")
     tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)

@@ -37,6 +37,9 @@ _ENVIRONMENT = {"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "MA
 _PYTHON = ["-S", "-s", "-P", "-B"]  # standard library only; no writing of .pyc
 
 
+End = Literal["exit", "time", "output"]
+
+
 class SandboxError(RuntimeError):
     """There is no sandbox on this machine, or it could not start. The message says why and what to do."""
 
@@ -60,7 +63,7 @@ class Limits:
 class Result:
     """``end``: it exited with ``status``, or was ended by the wall time or for its output. A signal N is status 128 + N."""
 
-    end: Literal["exit", "time", "output"]
+    end: End
     status: int
     stdout: str
     stderr: str
@@ -114,11 +117,11 @@ class Sandbox:
             except OSError as error:
                 raise SandboxError(f"the sandbox ({self.name}) cannot start: {error}") from error
             try:
-                end, stdout, stderr = _collect(process, begin + limits.wall_s, limits.output_kb << 10)
+                end, data = _collect(process, begin + limits.wall_s, limits.output_kb << 10)
             finally:
                 _end(process)
-        texts = [data.decode("utf-8", "replace") for data in (stdout, stderr)]
-        return Result(end, process.returncode, *texts, time.monotonic() - begin)
+        stdout, stderr = (part.decode("utf-8", "replace") for part in data)
+        return Result(end, process.returncode, stdout, stderr, time.monotonic() - begin)
 
 
 def _sealed(text: str) -> IO[bytes]:
@@ -130,31 +133,33 @@ def _sealed(text: str) -> IO[bytes]:
     return file
 
 
-def _collect(
-    process: subprocess.Popen[bytes], deadline: float, limit: int
-) -> tuple[Literal["exit", "time", "output"], bytes, bytes]:
-    """Read both pipes until they close, the deadline, or more than ``limit`` bytes of one."""
-    data = {process.stdout: bytearray(), process.stderr: bytearray()}
+def _collect(process: subprocess.Popen[bytes], deadline: float, limit: int) -> tuple[End, list[bytes]]:
+    """Read stdout and stderr until they close, the deadline, or more than ``limit`` bytes of one."""
+    pipes = [process.stdout, process.stderr]
+    data = [bytearray(), bytearray()]
+    end: End = "exit"
     with selectors.DefaultSelector() as selector:
-        for pipe in data:
+        for pipe, received in zip(pipes, data, strict=True):
             assert pipe is not None  # both were asked for
-            selector.register(pipe, selectors.EVENT_READ)
-        while selector.get_map():
+            selector.register(pipe, selectors.EVENT_READ, received)
+        while selector.get_map() and end == "exit":
             left = deadline - time.monotonic()
             if left <= 0:
-                return "time", *map(bytes, data.values())
+                end = "time"
+                break
             for key, _ in selector.select(left):
                 chunk = os.read(key.fd, 1 << 16)
                 if not chunk:
                     selector.unregister(key.fileobj)
-                data[key.fileobj] += chunk  # pyright: ignore[reportArgumentType]
-                if len(data[key.fileobj]) > limit:  # pyright: ignore[reportArgumentType]
-                    return "output", *(bytes(d[:limit]) for d in data.values())
+                key.data.extend(chunk)
+                if len(key.data) > limit:
+                    end = "output"
+    if end == "exit":
         try:
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:  # it closed its pipes and goes on
-            return "time", *map(bytes, data.values())
-    return "exit", *map(bytes, data.values())
+            end = "time"
+    return end, [bytes(received[:limit]) for received in data]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
