@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 from pgrpo.batch import build_batch
 from pgrpo.commands.plan import print_plan
 from pgrpo.config import Config, check_world_size
+from pgrpo.data import load_prompts
 from pgrpo.distributed import start
 from pgrpo.exactness import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_groups
 from pgrpo.policy import Policy, load_model
 from pgrpo.rollout.base import sample_seeds
-from pgrpo.training.run import Run, build_run
+from pgrpo.training.run import Run, build_run, load_tokenizer
 from pgrpo.training.sample import sampling_params
 from pgrpo.types import Group
 
@@ -37,7 +38,7 @@ def check(config: Config) -> None:
     with start() as world, build_run(config, world) as run:
         console = Console(markup=False, highlight=False, quiet=not world.is_main)
         check_world_size(config, world.size)
-        _show_lengths(run, console)
+        _show_lengths(run, config, console)
         groups = _sample(run, config)
         _show_samples(groups, console)
         print_plan(config, console)
@@ -45,11 +46,16 @@ def check(config: Config) -> None:
         console.print("all is well")
 
 
-def _show_lengths(run: Run, console: Console) -> None:
+def _show_lengths(run: Run, config: Config, console: Console) -> None:
     lengths = sorted(len(p.token_ids) for p in run.stream.take(len(run.stream)))
+    data, over = config.data, "none"
+    if data.overlong != "error":  # which stops before this at the first one
+        loaded = load_prompts(data, config.prompt, load_tokenizer(config))
+        over = f"{loaded.dropped} (dropped)" if data.overlong == "drop" else f"{loaded.truncated} (truncated)"
     console.print(
-        f"{len(lengths)} prompts of {lengths[0]} to {lengths[-1]} tokens, mean {statistics.fmean(lengths):.0f}, "
-        f"95% at most {lengths[int(0.95 * (len(lengths) - 1))]}"
+        f"{len(lengths)} prompts of {lengths[0]} to {lengths[-1]} tokens, median {statistics.median(lengths):g}, "
+        f"mean {statistics.fmean(lengths):.0f}, 95% at most {lengths[int(0.95 * (len(lengths) - 1))]}\n"
+        f"over data.max_prompt_tokens={data.max_prompt_tokens}: {over}"
     )
 
 

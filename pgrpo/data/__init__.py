@@ -62,9 +62,11 @@ def load_prompts(
     for index, (row, (text, messages, ids)) in enumerate(zip(rows, rendered, strict=True)):
         if len(ids) > data.max_prompt_tokens:
             if data.overlong == "error":
+                over = [len(other) for _, _, other in rendered if len(other) > data.max_prompt_tokens]
                 raise ConfigError(
                     f"row {index} of {source}: the prompt has {len(ids)} tokens, data.max_prompt_tokens is "
-                    f"{data.max_prompt_tokens}; raise it, or set data.overlong to drop or truncate"
+                    f"{data.max_prompt_tokens} ({len(over)} of {len(rows)} rows are over it, the longest has {max(over)}); "
+                    "raise it, or set data.overlong to drop or truncate"
                 )
             if data.overlong == "drop":
                 dropped += 1

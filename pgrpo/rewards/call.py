@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import difflib
 import inspect
+import threading
 import traceback
 from collections.abc import Awaitable, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -20,6 +20,13 @@ BUILT_IN = {
     "contains_answer": "pgrpo.rewards.answers:contains_answer",
     "format_regex": "pgrpo.rewards.format:format_regex",
     "math": "pgrpo.rewards.math:Math",
+    "choice": "pgrpo.rewards.choice:choice",
+    "length": "pgrpo.rewards.length:length",
+    "soft_overlong": "pgrpo.rewards.length:soft_overlong",
+    "code": "pgrpo.rewards.code:Code",
+    "reasoning_gym": "pgrpo.rewards.reasoning_gym:ReasoningGym",
+    "reward_model": "pgrpo.rewards.reward_model:RewardModel",
+    "llm_judge": "pgrpo.rewards.llm_judge:LlmJudge",
 }
 # What every function may ask for beside the data set's columns.
 GIVEN = ("prompts", "completions", "completion_ids", "finish_reasons", "messages")
@@ -47,6 +54,13 @@ class Reward:
     timeout_s: float
     parameters: set[str] | None
     columns: list[str]
+    built_in: bool = False
+
+    @property
+    def may_run_beside_others(self) -> bool:
+        """Not a plain function given from Python: it may share state with others, or need the thread of its caller."""
+        call = self.function if inspect.isroutine(self.function) else type(self.function).__call__
+        return self.built_in or self.worker is not None or inspect.iscoroutinefunction(call)
 
     def arguments(self, table: dict[str, list[Any]]) -> dict[str, Any]:
         """The keyword arguments of a call: the columns of ``table`` that the signature takes, and ``args``."""
@@ -68,10 +82,13 @@ def from_config(config: RewardConfig, key: str) -> Reward:
     if name not in BUILT_IN:
         reward.worker = name
         return reward
+    reward.built_in = True
     # Without completions a built-in only looks at its arguments: a bad pattern is found now, before the first rollout.
     column = config.args.get("column", "answer")
     try:
-        function(**reward.arguments({name: [] for name in (*GIVEN, column)}))
+        parameters = inspect.signature(function).parameters.values()
+        columns = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        function(**reward.arguments({name: [] for name in (*GIVEN, *columns, column)}))
     except Exception as error:
         raise ConfigError(f"{key}.args of {name}: {error}") from error
     return reward
@@ -106,19 +123,19 @@ def _checked(function: Callable[..., Any], key: str, args: dict[str, Any], weigh
 
 
 class Caller:
-    """Calls sync and async functions. Async ones share one event loop for life, as their HTTP clients expect."""
+    """Calls sync and async functions, from any thread. Async ones share one event loop for life, as their HTTP clients
+    expect, and overlap in it.
+    """
 
     def __init__(self) -> None:
-        self._thread: ThreadPoolExecutor | None = None
-        self._loop = asyncio.Runner()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
 
     def __call__(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         """The function's result, with arrays and tensors as plain lists and numbers."""
         result = function(**arguments)
         if inspect.isawaitable(result):
-            # A thread of its own: the caller may have an event loop already, as a notebook does.
-            self._thread = self._thread or ThreadPoolExecutor(1, "pgrpo-rewards")
-            result = self._thread.submit(self._loop.run, _wait(result)).result()
+            result = asyncio.run_coroutine_threadsafe(_wait(result), self._running_loop()).result()
         if hasattr(result, "tolist"):
             return result.tolist()
         if isinstance(result, Iterable) and not isinstance(result, str | bytes | dict | set):
@@ -126,10 +143,26 @@ class Caller:
         return result
 
     def close(self) -> None:
+        """End the event loop; what still runs in it is cancelled."""
         if self._thread is not None:
-            self._thread.submit(self._loop.close).result()
-            self._thread.shutdown()
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join()
             self._thread = None
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        """The loop, in a thread of its own: the caller may have one already, as a notebook does."""
+        with self._lock:
+            if self._thread is None:
+                ready = threading.Event()
+                self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(ready)), daemon=True)
+                self._thread.start()
+                ready.wait()
+            return self._loop
+
+    async def _serve(self, ready: threading.Event) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        ready.set()
+        await self._stop.wait()
 
 
 async def _wait(result: Awaitable[Any]) -> Any:

@@ -7,14 +7,13 @@ are off: it runs in worker processes, and one that passes its deadline is killed
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
 from concurrent.futures import TimeoutError
 from typing import Any
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired
 
 from pgrpo.rewards.answers import final_answer
+from pgrpo.rewards.pool import GradingPool
 
 log = logging.getLogger("pgrpo")
 
@@ -29,7 +28,7 @@ class Math:
     __name__ = "math"
 
     def __init__(self) -> None:
-        self._pool: ProcessPool | None = None
+        self._pool = GradingPool(_is_equal, _warm_up)
 
     def __call__(
         self, completions: list[str], *, column: str = "answer", timeout_s: float = 10.0, **columns: list[Any]
@@ -37,41 +36,22 @@ class Math:
         """``column``: the answers, bare, in LaTeX, or after ``####``. ``timeout_s``: deadline of one completion."""
         golds = [final_answer(gold, column) for gold in columns[column]]
         # Samples of one group often give the same text: each pair is compared once.
-        futures = {}
-        for pair in zip(golds, completions, strict=True):
-            if pair not in futures:
-                futures[pair] = self._workers().schedule(_is_equal, args=pair, timeout=timeout_s)
-        scores: dict[tuple[str, str], float] = {}
+        pairs = list(zip(golds, completions, strict=True))
+        results = self._pool.grade({pair: pair for pair in pairs}, timeout_s)
         late = 0
-        for pair, future in futures.items():
-            try:
-                equal = future.result()
-            except TimeoutError:
-                scores[pair], late = 0.0, late + 1
-                continue
-            except ProcessExpired as error:
-                raise RuntimeError(f"math: comparing with {pair[0]!r} killed its process: {error}") from error
+        for (gold, _), equal in results.items():
+            late += isinstance(equal, TimeoutError)
+            if isinstance(equal, ProcessExpired):
+                raise RuntimeError(f"math: comparing with {gold!r} killed its process: {equal}") from equal
             if equal is None:
-                raise ValueError(f"the answer {pair[0]!r} in column `{column}` is not mathematics that can be parsed")
-            scores[pair] = float(equal)
+                raise ValueError(f"the answer {gold!r} in column `{column}` is not mathematics that can be parsed")
         if late:
             log.warning("math: %d completions took longer than %g s to compare and score 0", late, timeout_s)
-        return [scores[pair] for pair in zip(golds, completions, strict=True)]
+        return [0.0 if isinstance(results[pair], TimeoutError) else float(results[pair]) for pair in pairs]
 
     def close(self) -> None:
         """End the worker processes."""
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
-            self._pool = None
-
-    def _workers(self) -> ProcessPool:
-        if self._pool is None:
-            cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            # Not fork: the parent runs torch threads, which a forked child would find dead and their locks held.
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPool(max(1, min(4, cores)), initializer=_warm_up, context=context)
-        return self._pool
+        self._pool.close()
 
 
 def _warm_up() -> None:

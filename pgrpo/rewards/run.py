@@ -1,7 +1,8 @@
 """Runs the reward functions over a step's completions. No failure becomes a zero: it stops the run, or it is counted.
 
-Functions that a config names run in a worker process, so that one that hangs can be killed; built-in ones and those
-given from Python run in this process.
+Functions that a config names run in worker processes, one for each file, so that one that hangs can be killed; built-in
+ones and those given from Python run in this process. All run at once, but plain functions given from Python: these run
+in the thread that scores, one after the other.
 """
 
 from __future__ import annotations
@@ -9,17 +10,16 @@ from __future__ import annotations
 import math
 import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import TimeoutError
+from concurrent.futures import CancelledError, ThreadPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, Self
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from pgrpo.config import ConfigError, RewardConfig
 from pgrpo.rewards.call import Caller, Reward, describe, from_callable, from_config, work
-from pgrpo.rewards.math import Math
 from pgrpo.types import Completion, Group, Prompt
 
 Sample = tuple[Prompt, Completion]
@@ -65,7 +65,9 @@ class RewardRunner:
             self.names.append(reward.name)
         self._on_error = on_error
         self._caller = Caller()
-        self._pool: ProcessPool | None = None
+        self._closed = False
+        self._waiting: set[ProcessFuture] = set()
+        self._pools: dict[str, ProcessPool] = {}
 
     @property
     def full_score(self) -> float:
@@ -92,8 +94,8 @@ class RewardRunner:
         self.check(samples[0][0])
         failed: dict[int, str] = {}
         parts: dict[str, list[float | None]] = {}
-        for reward in self._rewards:
-            parts[reward.name], faults = self._evaluate(reward, samples)
+        for reward, (values, faults) in zip(self._rewards, self._evaluate_all(samples), strict=True):
+            parts[reward.name] = values
             failed = {i: _show(reward, samples[i], reason) for i, reason in faults.items()} | failed
             if failed and self._on_error == "raise":
                 raise RewardError(f"{failed[min(failed)]}\nset rewards.on_error=mask to leave such samples out")
@@ -108,6 +110,24 @@ class RewardRunner:
         """The weighted sum of what applies to a sample, None where nothing does."""
         terms = [r.weight * value for r in self._rewards if (value := parts[r.name][row]) is not None]
         return sum(terms) if terms else None
+
+    def _evaluate_all(self, samples: Sequence[Sample]) -> list[tuple[list[float | None], dict[int, str]]]:
+        """``_evaluate`` of every reward, in their order."""
+        if len(self._rewards) == 1:
+            return [self._evaluate(self._rewards[0], samples)]
+        threads = ThreadPoolExecutor(len(self._rewards), "pgrpo-rewards")
+        try:
+            for reward in self._rewards:
+                if reward.worker is not None:
+                    self._pool(reward.worker)  # here: a thread may not start one while another does
+            running = {
+                r.name: threads.submit(self._evaluate, r, samples) for r in self._rewards if r.may_run_beside_others
+            }
+            here = {r.name: self._evaluate(r, samples) for r in self._rewards if r.name not in running}
+            return [here[name] if name in here else running[name].result() for name in self.names]
+        finally:
+            # Without waiting: after Ctrl-C `close` ends the worker processes that the threads wait for.
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _evaluate(self, reward: Reward, samples: Sequence[Sample]) -> tuple[list[float | None], dict[int, str]]:
         """One value a sample, and why some have none because of a fault: position -> reason."""
@@ -132,6 +152,8 @@ class RewardRunner:
                 continue
             if isinstance(value, Real) and math.isfinite(value):
                 values[i] = float(value)
+            elif isinstance(value, Exception):
+                faults[i] = f"it returned the error {describe(value)}"
             else:
                 faults[i] = f"it returned {value!r:.80}, not a finite number or None"
         return values, faults
@@ -158,13 +180,15 @@ class RewardRunner:
         """The function's list, of the right length. ``_CallError``; ``TimeoutError`` past the deadline."""
         arguments = reward.arguments(_table(samples))
         if reward.worker is not None:
-            result = self._call_worker(reward, arguments)
+            result = self._call_worker(reward, reward.worker, arguments)
         else:
             try:
                 result = self._caller(reward.function, arguments)
             except BrokenProcessPool:
                 raise
             except (Exception, SystemExit) as error:
+                if self._closed:
+                    raise
                 raise _CallError(f"it raised {describe(error)}") from error
         if not isinstance(result, list):
             raise _CallError(f"it returned {result!r:.80}, not a list with one entry a completion ({len(samples)})")
@@ -172,11 +196,19 @@ class RewardRunner:
             raise _CallError(f"it returned {len(result)} values for {len(samples)} completions")
         return result
 
-    def _call_worker(self, reward: Reward, arguments: dict[str, Any]) -> Any:
-        if self._pool is None:
+    def _pool(self, worker: str) -> ProcessPool:
+        """The process of a function's file or module: functions of one file share what it keeps."""
+        if self._closed:
+            raise RewardError("the rewards are closed")
+        where = worker.rpartition(":")[0]
+        if where not in self._pools:
             # Not fork: this process runs torch threads, which a forked child would find dead and their locks held.
-            self._pool = ProcessPool(1, context=multiprocessing.get_context("spawn"))
-        future = self._pool.schedule(work, (reward.worker, reward.key, arguments), timeout=reward.timeout_s)
+            self._pools[where] = ProcessPool(1, context=multiprocessing.get_context("spawn"))
+        return self._pools[where]
+
+    def _call_worker(self, reward: Reward, worker: str, arguments: dict[str, Any]) -> Any:
+        future = self._pool(worker).schedule(work, (worker, reward.key, arguments), timeout=reward.timeout_s)
+        self._waiting.add(future)
         try:
             result, raised = future.result()
         except TimeoutError as error:
@@ -184,24 +216,30 @@ class RewardRunner:
             raise TimeoutError(reason) from error
         except ProcessExpired as error:
             raise _CallError(f"its process died with exit code {error.exitcode}") from error
-        except BrokenProcessPool:
+        except (BrokenProcessPool, CancelledError):  # the latter: `close` was called, after Ctrl-C
             raise
         except Exception as error:
             raise _CallError(f"its arguments or result cannot cross a process: {describe(error)}") from error
+        finally:
+            self._waiting.discard(future)
         if raised is not None:
             raise _CallError(f"it raised {raised}")
         return result
 
     def close(self) -> None:
-        """End worker processes and threads. Another call does nothing."""
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
-            self._pool = None
+        """End worker processes and threads, for good. Another call does nothing."""
+        self._closed = True
+        # A pool that stops leaves its calls unanswered, and so the threads that wait for them.
+        for future in list(self._waiting):
+            future.cancel()
+        for pool in self._pools.values():
+            pool.stop()
+            pool.join()
+        self._pools.clear()
         self._caller.close()
         for reward in self._rewards:
-            if isinstance(reward.function, Math):
-                reward.function.close()
+            if reward.built_in and hasattr(reward.function, "close"):
+                reward.function.close()  # pyright: ignore[reportFunctionMemberAccess]
 
     def __enter__(self) -> Self:
         return self

@@ -44,7 +44,7 @@ def broken(build_batch):
 def test_check_passes_and_leaves_nothing(model, tmp_path, capsys):
     check(config(model, tmp_path))
     shown = capsys.readouterr().out
-    assert "prompts of 6 to 6 tokens, mean 6, 95% at most 6" in shown
+    assert "prompts of 6 to 6 tokens, median 6, mean 6, 95% at most 6\nover data.max_prompt_tokens=8: none" in shown
     assert shown.count("--- prompt (6 tokens)") == shown.count("--- completion (") == shown.count("--- reward ") == 4
     assert shown.count("(exact_match ") == 4
     assert "memory " in shown
@@ -52,6 +52,32 @@ def test_check_passes_and_leaves_nothing(model, tmp_path, capsys):
     assert "repeated against the untouched model" in shown
     assert shown.endswith("all is well\n")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overlong", "counts"),
+    [
+        (
+            "drop",
+            "4 prompts of 2 to 8 tokens, median 4, mean 4, 95% at most 4\nover data.max_prompt_tokens=8: 2 (dropped)",
+        ),
+        (
+            "truncate",
+            "6 prompts of 2 to 8 tokens, median 6, mean 6, 95% at most 8\nover data.max_prompt_tokens=8: 2 (truncated)",
+        ),
+    ],
+)
+def test_check_counts_tokens_of_prompts(model, tmp_path, capsys, overlong, counts):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"a": "1" * n, "answer": "1"}) + "\n" for n in (1, 3, 3, 7, 8, 30)))
+    overrides = [
+        f"data.path={rows}",
+        'prompt.template="{a}="',
+        f"data.overlong={overlong}",
+        "rollout.prompts_per_step=4",
+    ]
+    check(config(model, tmp_path, *overrides, "eval.every=0"))
+    assert counts in capsys.readouterr().out
 
 
 def test_check_of_lora_says_what_is_trained(model, tmp_path, capsys):

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import yaml
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from pgrpo.config import load_config
+from pgrpo.data import load_prompts
 from pgrpo.functions import load_function
+from pgrpo.rewards import RewardRunner
+from pgrpo.types import Completion, Group
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
@@ -20,9 +26,27 @@ def of_recipe(file: str, name: str):
     return load_function(f"{ROOT / 'recipes' / file}:{name}", "test")
 
 
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, all of them unknown; a chat template."""
+    tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    chat = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", chat_template=chat)
+
+
 def test_all_are_here() -> None:
     assert CONFIGS == ["quickstart", "qwen3_0.6b", "qwen3_4b", "smollm2_135m"]
-    assert RECIPES == ["addition", "arithmetic", "countdown", "gsm8k", "jsonl"]
+    assert RECIPES == [
+        "addition",
+        "arithmetic",
+        "code",
+        "countdown",
+        "gsm8k",
+        "jsonl",
+        "math",
+        "multiple_choice",
+        "reasoning_gym",
+    ]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -41,6 +65,70 @@ def test_recipe_loads_and_is_short(name: str) -> None:
     assert config.recipe == name
     assert config.rollout.max_completion_tokens == own["rollout"]["max_completion_tokens"]
     assert len((ROOT / "recipes" / f"{name}.yaml").read_text().splitlines()) < 40
+
+
+# One row as each recipe's data set has it, a right completion, a wrong one, and what they score in total.
+FOX = {"question": "Who jumps?", "opa": "a dog", "opb": "a fox", "opc": "a cat", "opd": "none", "cop": 1, "exp": None}
+MBPP = {"text": "Write a function to add two numbers.", "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]}
+MATH = {"problem": "What is $1/2+1/3$?", "solution": r"It is $\frac{3+2}{6}=\boxed{\frac{5}{6}}$."}
+GSM8K = {"question": "What is 6 times 7?", "answer": "6*7 = <<6*7=42>>42\n#### 42"}
+JSONL = {"question": "What is 3 times 4?", "answer": 12}
+SAMPLES = {
+    "addition": ({"a": 12, "b": 34, "answer": "46"}, ("46", 1.0), ("47", 0.0)),
+    "arithmetic": ({"a": 12, "b": 34, "answer": "46"}, (" 46", 1.0), (" 46.", 0.0)),
+    "code": (
+        MBPP,
+        ("So:\n```python\ndef add(a, b):\n    return a + b\n```", 1.0),
+        ("```python\ndef add(a, b):\n    return 3\n```", 0.0),
+    ),
+    "countdown": ({"numbers": "3, 5, 7, 25", "target": 67}, ("<answer>(25 - 5) * 3 + 7</answer>", 1.0), ("67", 0.0)),
+    "gsm8k": (GSM8K, (r"so \boxed{42}", 1.1), (r"so \boxed{41}", 0.1)),
+    "jsonl": (JSONL, ("12", 1.0), ("13", 0.0)),
+    "math": (MATH, (r"so \boxed{5/6}", 1.0), (r"so \boxed{2/5}", 0.0)),
+    "multiple_choice": (FOX, ("Foxes do. The answer is B.", 1.0), ("The answer is C.", 0.0)),
+}
+
+
+def rendered_and_scored(name: str, row: dict, *completions: str) -> list[float | None]:
+    """The totals of the completions; the row goes through the recipe's template and its reward functions."""
+    config = load_config("smollm2_135m", [f"recipe={name}", "train.token_budget=8192"])
+    data = replace(config.data, max_prompt_tokens=4096)
+    [prompt] = load_prompts(data, config.prompt, make_tokenizer(), dataset=[row]).prompts
+    made = [Completion([5] * 9, [-1.0] * 9, [True] * 9, "stop", text) for text in completions]
+    group = Group(prompt, made)
+    with RewardRunner(config.rewards.functions, on_error=config.rewards.on_error) as runner:
+        runner.check(prompt)
+        assert runner.score([group]).first_error is None
+    return group.rewards
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", SAMPLES)
+def test_recipe_renders_and_scores_its_rows(name: str) -> None:
+    row, *samples = SAMPLES[name]
+    totals = rendered_and_scored(name, row, *(text for text, _ in samples))
+    assert totals == pytest.approx([total for _, total in samples], abs=1e-12)
+
+
+@pytest.mark.timeout(120)
+def test_reasoning_gym_recipe_renders_and_scores_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("reasoning_gym")
+    rows = of_recipe("reasoning_tasks.py", "rows")
+    monkeypatch.setitem(rows.__globals__, "SIZES", {"train": 1, "eval": 1})
+    for row in rows("train"):
+        right = f"<answer>{row['entry']['answer']}</answer>"
+        assert rendered_and_scored("reasoning_gym", row, right, "no")[0] == 1.0
+
+
+def test_every_recipe_has_a_sample() -> None:
+    assert set(SAMPLES) | {"reasoning_gym"} == set(RECIPES)
+
+
+def test_math_recipe_masks_an_answer_that_is_no_mathematics() -> None:
+    config = load_config("smollm2_135m", ["recipe=math", "train.token_budget=8192"])
+    assert config.rewards.on_error == "mask"
+    overlong = config.rewards.functions[1]
+    assert overlong.args == {"max_tokens": config.rollout.max_completion_tokens, "cache_tokens": 1024}
 
 
 @pytest.mark.parametrize("file", ["addition.py", "countdown.py"])

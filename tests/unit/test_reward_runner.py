@@ -1,8 +1,11 @@
 """RewardRunner: what functions get, how values add up, and that no failure becomes a silent zero."""
 
 import math
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +126,99 @@ def test_async_functions_share_a_loop():
     assert loops[0] is loops[1]
 
 
+# What runs at once
+
+
+def test_async_functions_overlap():
+    """Each waits for the other to begin: one after the other would never end."""
+    import asyncio
+
+    began: dict[str, asyncio.Event] = {}
+
+    def make(name: str, other: str) -> Callable:
+        async def reward(completions):
+            began.setdefault(name, asyncio.Event()).set()
+            await asyncio.wait_for(began.setdefault(other, asyncio.Event()).wait(), 10)
+            return [1.0] * len(completions)
+
+        return reward
+
+    with runner(make("a", "b"), make("b", "a"), lambda completions: [1.0]) as rewards:
+        scored = groups(["x"])
+        rewards.score(scored)
+    assert scored[0].rewards == [3.0]
+
+
+def test_async_calls_inside_one_function_overlap():
+    import asyncio
+
+    async def reward(completions):
+        async def one(text):
+            await asyncio.sleep(0.2)
+            return float(len(text))
+
+        return await asyncio.gather(*map(one, completions))
+
+    begin = time.monotonic()
+    assert score(reward, ["a", "bb", "ccc"] * 10) == [[1.0, 2.0, 3.0] * 10]
+    assert time.monotonic() - begin < 2
+
+
+def test_an_async_function_that_fails_shows_the_sample():
+    async def reward(completions):
+        return [1.0 / len(c) for c in completions]
+
+    with pytest.raises(RewardError, match=r"`reward` failed on a completion of row 10: it raised ZeroDivisionError"):
+        score(reward, ["a", ""])
+
+
+@pytest.mark.timeout(60)
+def test_functions_of_several_files_run_at_once_and_those_of_one_share_it(tmp_path: Path):
+    source = (
+        "import os, time\ndef {0}(completions):\n    time.sleep(0.7)\n    return [os.getpid()] * len(completions)\n"
+    )
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.py").write_text(source.format(name) + source.format(f"{name}_too"))
+    names = ["one", "two", "one_too"]
+    with runner(*(RewardConfig(f"{tmp_path}/{name[:3]}.py:{name}") for name in names)) as rewards:
+        rewards.score(groups(["a"]))  # starts the processes
+        begin = time.monotonic()
+        scored = groups(["a"])
+        rewards.score(scored)
+        took = time.monotonic() - begin
+    one, two, one_too = (scored[0].reward_parts[name][0] for name in names)
+    assert one == one_too != two
+    assert 1.4 <= took < 2.0  # one after the other: 2.1
+
+
+def test_functions_from_python_stay_in_their_thread_and_in_order():
+    order: list[tuple[str, bool]] = []
+
+    def make(name: str) -> Callable:
+        def reward(completions):
+            order.append((name, threading.current_thread() is threading.main_thread()))
+            return [0.0] * len(completions)
+
+        return reward
+
+    score_of = [RewardConfig("exact_match"), make("a"), make("b"), RewardConfig("contains_answer")]
+    with runner(*score_of) as rewards:
+        rewards.score(groups(["a"]))
+    assert order == [("a", True), ("b", True)]
+
+
+def test_of_several_failures_the_first_function_is_shown():
+    def late(completions):
+        raise ValueError("late")
+
+    async def early(completions):
+        raise ValueError("early")
+
+    for functions, name in (((late, early), "late"), ((early, late), "early")):
+        with runner(*functions) as rewards, pytest.raises(RewardError, match=f"reward `{name}` failed"):
+            rewards.score(groups(["a"]))
+
+
 # How values add up
 
 
@@ -181,8 +277,9 @@ def test_configured_functions_keep_their_state(module: Callable[..., RewardConfi
             assert scored[1].reward_parts == {"count": [step], "slow": [2.0], "Keeps": [2 * step]}
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(60)
-def test_a_function_that_hangs_is_killed(module: Callable[..., RewardConfig]):
+def test_row_35_a_function_that_hangs_is_killed(module: Callable[..., RewardConfig]):
     with pytest.raises(RewardError, match=r"`hang` failed .* timeout_s=0\.5 and was killed \(rewards\.functions\[0\]"):
         score(module("hang", timeout_s=0.5), ["a"])
     with runner(module("hang", timeout_s=0.5), module("length"), on_error="mask") as rewards:
@@ -192,6 +289,7 @@ def test_a_function_that_hangs_is_killed(module: Callable[..., RewardConfig]):
     assert scored[0].reward_parts == {"hang": [None], "length": [1.0]}
 
 
+@pytest.mark.faults
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     ("name", "message"),
@@ -201,9 +299,42 @@ def test_a_function_that_hangs_is_killed(module: Callable[..., RewardConfig]):
         ("divide", r"ZeroDivisionError: division by zero \(.*mine\.py, line 12\)"),
     ],
 )
-def test_a_function_that_fails_in_its_process(module: Callable[..., RewardConfig], name: str, message: str):
+def test_row_34_a_function_that_fails_in_its_process(module: Callable[..., RewardConfig], name: str, message: str):
     with pytest.raises(RewardError, match=rf"reward `{name}` failed on a completion of row 10: .*{message}"):
         score(module(name), [""])
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("names", [["hang"], ["hang", "sleeps"], ["math", "hang", "sleeps"]])
+def test_ctrl_c_while_functions_hang_ends_at_once(tmp_path: Path, names: list[str]):
+    (tmp_path / "hang.py").write_text("import time\ndef hang(completions): print('in', flush=True); time.sleep(600)\n")
+    (tmp_path / "sleeps.py").write_text("import asyncio\nasync def sleeps(completions): await asyncio.sleep(600)\n")
+    functions = [name if name == "math" else f"{tmp_path}/{name}.py:{name}" for name in names]
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pgrpo.config import RewardConfig\nfrom pgrpo.rewards import RewardRunner\nfrom pgrpo.types import *\n"
+        "if __name__ == '__main__':\n"
+        f"    configs = [RewardConfig(name) for name in {functions!r}]\n"
+        "    completion = Completion([1], [0.0], [True], 'stop', '1')\n"
+        "    with RewardRunner(configs, on_error='raise') as runner:\n"
+        "        runner.score([Group(Prompt(0, 'a', [1], {'answer': 1}), [completion])])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, script],
+        cwd=REPOSITORY,
+        env={"PYTHONPATH": "."},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"in\n"
+    process.send_signal(signal.SIGINT)
+    begin = time.monotonic()
+    _, errors = process.communicate(timeout=30)  # until every process that holds its pipes is gone
+    assert time.monotonic() - begin < 15
+    assert process.returncode == -signal.SIGINT
+    assert b"KeyboardInterrupt" in errors
+    assert b"rewards are closed" not in errors
 
 
 @pytest.mark.timeout(60)
@@ -230,6 +361,7 @@ def test_a_script_without_a_main_guard_stops_with_the_reason(
 # Failures
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("result", "message"),
     [
@@ -237,10 +369,13 @@ def test_a_script_without_a_main_guard_stops_with_the_reason(
         (lambda c: [math.inf if t == "bad" else 1.0 for t in c], "returned inf, not a finite number or None"),
         (lambda c: ["1.0" if t == "bad" else 1.0 for t in c], "returned '1.0', not a finite number or None"),
         (lambda c: [1.0 for t in c if t != "bad"], "returned 0 values for 1 completions"),
+        (lambda c: [1.0 for t in c for _ in range(1 + (t == "bad"))], "returned 2 values for 1 completions"),
+        (lambda c: [ValueError("odd") if t == "bad" else 1.0 for t in c], "it returned the error ValueError: odd"),
+        (lambda c: [[1.0] if t == "bad" else 1.0 for t in c], r"returned \[1\.0\], not a finite number or None"),
         (lambda c: [1.0 / (t != "bad") for t in c], r"ZeroDivisionError: .*test_reward_runner\.py, line \d+"),
     ],
 )
-def test_one_bad_completion(result: Callable, message: str):
+def test_rows_34_36_37_one_bad_completion(result: Callable, message: str):
     def mine(completions):
         return result(completions)
 
@@ -256,6 +391,7 @@ def test_one_bad_completion(result: Callable, message: str):
     assert "completion: 'bad'" in report.first_error
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("result", "message"),
     [
@@ -267,9 +403,29 @@ def test_one_bad_completion(result: Callable, message: str):
         ([[1.0], [1.0]], "not a list|returned 2 values for 1 completions"),
     ],
 )
-def test_results_that_are_no_list(result: Any, message: str):
+def test_rows_36_37_results_that_are_no_list(result: Any, message: str):
     with pytest.raises(RewardError, match=message):
         score(lambda completions: result, ["a", "b", "c"])
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("result", [math.nan, math.inf, "1.0", ValueError("odd")])
+def test_rows_34_36_an_entry_that_is_no_number_is_not_asked_for_again(result: Any):
+    calls = []
+
+    def mine(completions):
+        calls.append(len(completions))
+        return [result if c == "bad" else 1.0 for c in completions]
+
+    assert score(mine, ["a", "bad", "c"], on_error="mask") == [[1.0, None, 1.0]]
+    assert calls == [3]
+
+
+@pytest.mark.faults
+def test_row_36_none_for_a_sample_is_no_failure_and_none_for_all_is():
+    assert score(lambda completions: [None, 1.0], ["a", "b"]) == [[None, 1.0]]
+    with pytest.raises(RewardError, match="returned None, not a list with one entry a completion"):
+        score(lambda completions: None, ["a", "b"])
 
 
 def test_a_failed_part_masks_the_sample_and_not_the_others():

@@ -1,0 +1,90 @@
+"""Grading in parallel: worker processes, each call with a deadline of its own; and threads, for what waits elsewhere."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from typing import Any
+
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
+
+
+class GradingPool:
+    """Calls ``function`` in worker processes, which are started by the first call and stay.
+
+    Args:
+        function: of a module, so that a worker can import it.
+        warm_up: called once in each worker before its first deadline runs: imports.
+    """
+
+    def __init__(self, function: Callable[..., Any], warm_up: Callable[[], None]) -> None:
+        self._function, self._warm_up = function, warm_up
+        self._pool: ProcessPool | None = None
+        self._waiting: set[ProcessFuture] = set()
+
+    def grade(self, calls: Mapping[Any, tuple[Any, ...]], timeout_s: float) -> dict[Any, Any]:
+        """Result by key of ``calls`` (key -> arguments); ``TimeoutError`` where it was killed at its deadline,
+        ``ProcessExpired`` where its process died by itself (both as values, not raised)."""
+        futures = {
+            key: self._workers().schedule(self._function, args=arguments, timeout=timeout_s)
+            for key, arguments in calls.items()
+        }
+        self._waiting.update(futures.values())
+        results = {}
+        try:
+            for key, future in futures.items():
+                try:
+                    results[key] = future.result()
+                except (TimeoutError, ProcessExpired) as error:
+                    results[key] = error
+        finally:
+            self._waiting.difference_update(futures.values())
+        return results
+
+    def close(self) -> None:
+        """End the worker processes; calls of other threads that wait for them raise ``CancelledError``."""
+        for future in list(self._waiting):  # a pool that stops leaves them unanswered
+            future.cancel()
+        if self._pool is not None:
+            self._pool.stop()
+            self._pool.join()
+            self._pool = None
+
+    def _workers(self) -> ProcessPool:
+        if self._pool is None:
+            # Not fork: the parent runs torch threads, which a forked child would find dead and their locks held.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPool(graders(), initializer=self._warm_up, context=context)
+        return self._pool
+
+
+class GradingThreads:
+    """Threads for calls that spend their time in another process or machine, and have a deadline there."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+        self._executors: set[ThreadPoolExecutor] = set()
+
+    def map(self, function: Callable[[Any], Any], items: Iterable[Any], at_once: int) -> list[Any]:
+        """Results in the order of ``items``. Ctrl-C, or ``close`` (``CancelledError``), drops those that did not begin."""
+        executor = ThreadPoolExecutor(at_once, "pgrpo-grading")
+        self._executors.add(executor)
+        try:
+            return list(executor.map(function, items))
+        finally:
+            self._executors.discard(executor)
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        self.closed.set()
+        for executor in list(self._executors):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+def graders() -> int:
+    """How many completions one rank grades at once: its share of the cores, at most four."""
+    return max(1, min(4, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -1,0 +1,93 @@
+"""Rewards of reasoning-gym's procedural tasks, by each task's own scorer (``pip install 'pgrpo[reasoning-gym]'``)."""
+
+from __future__ import annotations
+
+import json
+import re
+from concurrent.futures import TimeoutError
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+from pebble import ProcessExpired
+
+from pgrpo.rewards.pool import GradingPool
+
+EVALUATES = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
+"""Tasks whose scorer calls ``eval`` on the answer: a model could run any code in the trainer."""
+EVALUATES_BY_SYMPY = {
+    "countdown",
+    "intermediate_integration",
+    "polynomial_multiplication",
+    "puzzle24",
+    "simple_integration",
+}
+"""Tasks whose scorer gives the answer to ``sympy.parse_expr``, which calls ``eval`` on it."""
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+def check_task(task: str) -> None:
+    """``ValueError``: reasoning-gym is not installed, has no such task, or scores it by running the answer."""
+    if find_spec("reasoning_gym") is None:
+        raise ValueError("reasoning-gym is not installed: pip install 'pgrpo[reasoning-gym]'")
+    if task in EVALUATES | EVALUATES_BY_SYMPY:
+        how = "eval" if task in EVALUATES else "sympy.parse_expr, which is eval"
+        hint = "; pgrpo has a recipe `countdown` of its own" if task == "countdown" else ""
+        raise ValueError(f"reasoning-gym scores `{task}` with {how}, on text of the model: refused{hint}")
+    from reasoning_gym.factory import DATASETS  # pyright: ignore[reportMissingImports]
+
+    if task == "composite" or task not in DATASETS:
+        raise ValueError(f"reasoning-gym has no task `{task}`; it has {', '.join(sorted(DATASETS))}")
+
+
+class ReasoningGym:
+    """What the task's scorer says of the last ``<answer>...</answer>``, mostly 0 to 1; without one, of no answer.
+
+    The rows come from ``recipes/reasoning_tasks.py``: ``task`` (its name), ``entry`` (question, answer and metadata, as
+    reasoning-gym makes them: some scorers want the tuples that JSON would lose) and ``config`` (the task's settings).
+    """
+
+    __name__ = "reasoning_gym"
+
+    def __init__(self) -> None:
+        self._pool = GradingPool(_score, _warm_up)
+
+    def __call__(
+        self, completions: list[str], task: list[str], entry: list[dict], config: list[dict], *, timeout_s: float = 10.0
+    ) -> list[float | Exception]:
+        """``timeout_s``: deadline of one completion. One that a scorer cannot finish with is a failed sample."""
+        if find_spec("reasoning_gym") is None:
+            raise ValueError("reasoning-gym is not installed: pip install 'pgrpo[reasoning-gym]'")
+        for name in set(task):
+            check_task(name)
+        answers = [found[-1].strip() if (found := _ANSWER.findall(text)) else None for text in completions]
+        # Samples of one group share their row and often the answer: each pair is scored once.
+        keys = [(id(row), answer) for row, answer in zip(entry, answers, strict=True)]
+        calls = dict(zip(keys, zip(task, config, entry, answers, strict=True), strict=True))
+        results = self._pool.grade(calls, timeout_s)
+        for key, (name, *_) in calls.items():
+            if isinstance(results[key], TimeoutError):
+                results[key] = RuntimeError(f"the scorer of `{name}` took longer than timeout_s={timeout_s:g}")
+            elif isinstance(results[key], ProcessExpired):
+                results[key] = RuntimeError(f"the scorer of `{name}` killed its process: {results[key]}")
+        return [results[key] for key in keys]
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._pool.close()
+
+
+def _warm_up() -> None:
+    import reasoning_gym  # noqa: F401
+
+
+@cache
+def _dataset(task: str, config: str) -> Any:
+    from reasoning_gym import create_dataset  # pyright: ignore[reportAttributeAccessIssue, reportMissingImports]
+
+    return create_dataset(task, **json.loads(config))
+
+
+def _score(task: str, config: dict, entry: dict, answer: str | None) -> float:
+    """In a worker. What the scorer itself raises is a fault of the task, not of the answer, and goes up."""
+    return float(_dataset(task, json.dumps(config)).score_answer(answer, entry))

@@ -1,0 +1,120 @@
+"""A reward model: a transformers sequence classifier that reads prompt and completion and gives one number."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from pgrpo.types import Messages
+
+
+class RewardModel:
+    """The classifier's logit, as it is: scale it with the weight. Every rank loads the model at its first batch, and keeps it."""
+
+    __name__ = "reward_model"
+
+    def __init__(self) -> None:
+        self._loaded: tuple[Any, ...] | None = None
+
+    def __call__(
+        self,
+        prompts: list[str],
+        completions: list[str],
+        messages: list[Messages] | None = None,
+        *,
+        model: str,
+        revision: str | None = None,
+        label: int = 0,
+        batch_size: int = 8,
+        max_tokens: int | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+    ) -> list[float | Exception]:
+        """A chat prompt is rendered with the reward model's own chat template, another is read as it stands.
+
+        Args:
+            model: folder or hub name of a sequence classifier.
+            revision: branch, tag or commit.
+            label: which logit; a reward model has one.
+            batch_size: texts in one forward pass.
+            max_tokens: the longest text (None: what the model can read). A longer one is a failed sample: never cut.
+            device: None takes this rank's GPU, else the CPU.
+            dtype: of the weights: `auto` (as stored), `float32`, `bfloat16`.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        tokenizer, limit = _tokenizer(model, revision, label, max_tokens)
+        if not completions:
+            return []  # the check of the arguments: no weights yet
+        key = (model, revision, device, dtype)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = (key, _load(*key))
+        classifier = self._loaded[1]
+        ids = _tokenize(tokenizer, prompts, completions, messages)
+        scores: list[float | Exception] = [
+            ValueError(f"prompt and completion have {len(row)} tokens for {model}, max_tokens is {limit}")
+            for row in ids
+        ]
+        order = sorted((i for i, row in enumerate(ids) if len(row) <= limit), key=lambda i: len(ids[i]))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            for i, logits in zip(rows, _logits(classifier, tokenizer, [ids[i] for i in rows]), strict=True):
+                scores[i] = logits[label]
+        return scores
+
+
+def _tokenizer(model: str, revision: str | None, label: int, max_tokens: int | None) -> tuple[Any, int]:
+    """The tokenizer, and the longest text. ``ValueError`` when there is no such model or label."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    config: Any = AutoConfig.from_pretrained(model, revision=revision)
+    if not 0 <= label < config.num_labels:
+        raise ValueError(f"{model} has {config.num_labels} labels; there is no label {label}")
+    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
+    positions = getattr(config, "max_position_embeddings", None) or 1 << 30
+    limit = min(positions, int(min(tokenizer.model_max_length, 1 << 30)))
+    if max_tokens is not None and not 1 <= max_tokens <= limit:
+        raise ValueError(f"max_tokens must be from 1 to {limit}, what {model} can read, not {max_tokens}")
+    return tokenizer, max_tokens or limit
+
+
+def _load(model: str, revision: str | None, device: str | None, dtype: str) -> Any:
+    from transformers import AutoModelForSequenceClassification
+
+    if device is None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    classifier: Any = AutoModelForSequenceClassification.from_pretrained(model, revision=revision, dtype=dtype)
+    return classifier.to(device).eval()
+
+
+def _tokenize(
+    tokenizer: Any, prompts: list[str], completions: list[str], messages: list[Messages] | None
+) -> list[list[int]]:
+    if messages is None or tokenizer.chat_template is None:
+        texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        return tokenizer(texts, verbose=False)["input_ids"]
+    chats = []
+    for chat, completion in zip(messages, completions, strict=True):
+        chat, begun = (chat[:-1], chat[-1]["content"]) if chat[-1]["role"] == "assistant" else (chat, "")
+        chats.append([*chat, {"role": "assistant", "content": begun + completion}])
+    texts = tokenizer.apply_chat_template(chats, tokenize=False)
+    # The template writes bos and the like itself: the tokenizer must not add them again.
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+@torch.inference_mode()
+def _logits(classifier: Any, tokenizer: Any, rows: list[list[int]]) -> list[list[float]]:
+    """Padded on the right. Decoder classifiers read the last token that is not the config's pad id: without a pad token
+    that is an id which no row holds, never eos, with which a text may end.
+    """
+    used = {token for row in rows for token in row}
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = next(token for token in range(len(used) + 1) if token not in used)
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=classifier.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=classifier.device)
+    classifier.config.pad_token_id = pad
+    return classifier(input_ids=ids, attention_mask=mask).logits.float().tolist()

@@ -1,0 +1,105 @@
+"""reward_model against the classifier's own logits, one unpadded text at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
+
+from pgrpo.config import ConfigError, RewardConfig
+from pgrpo.rewards import RewardRunner
+from pgrpo.rewards.reward_model import RewardModel
+
+PROMPTS = ["12+34=", "1+1=", "90+9=", "5"]
+COMPLETIONS = ["46", "", "99999999", "7+7<eos>"]
+CHATS = [[{"role": "user", "content": p}] for p in PROMPTS]
+
+
+@pytest.fixture(scope="module", params=["no pad token", "pad token"])
+def folder(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random classifier with the quick start's characters as tokens and one label."""
+    out = tmp_path_factory.mktemp("classifier")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, num_labels=1, initializer_range=0.5,
+    )  # fmt: skip
+    tokenizer.pad_token = None if request.param == "no pad token" else tokenizer.convert_ids_to_tokens(0)
+    Qwen2ForSequenceClassification(config).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def expected(folder: Path, texts: list[str], **options: Any) -> list[float]:
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    model.config.pad_token_id = -1  # no token of these: the last one is read
+    with torch.no_grad():
+        return [model(torch.tensor([tokenizer(t, **options)["input_ids"]])).logits[0, 0].item() for t in texts]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_raw_prompts(folder: Path, batch_size: int):
+    wanted = expected(folder, [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)])
+    got = RewardModel()(PROMPTS, COMPLETIONS, model=str(folder), batch_size=batch_size, device="cpu", dtype="float32")
+    assert got == pytest.approx(wanted, abs=1e-5)
+    assert len({round(score, 4) for score in wanted}) == 4
+
+
+def test_chats_are_rendered_with_the_reward_models_own_template(folder: Path, tmp_path: Path):
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}={% endfor %}"
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer.save_pretrained(tmp_path)
+    texts = [f"{p}={c}=" for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    wanted = expected(tmp_path, texts, add_special_tokens=False)
+    args: dict[str, Any] = {"model": str(tmp_path), "device": "cpu", "dtype": "float32"}
+    got = RewardModel()(["unused"] * 4, COMPLETIONS, CHATS, **args)
+    assert got == pytest.approx(wanted, abs=1e-5)
+    # The prompt began the model's turn: it is part of that turn's message.
+    begun = [[*chat, {"role": "assistant", "content": "1"}] for chat in CHATS]
+    wanted = expected(
+        tmp_path, [f"{p}=1{c}=" for p, c in zip(PROMPTS, COMPLETIONS, strict=True)], add_special_tokens=False
+    )
+    assert RewardModel()(["unused"] * 4, COMPLETIONS, begun, **args) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_text_that_is_too_long_is_not_cut(folder: Path):
+    completions = ["1", "1" * 40, "2"]
+    short, long, other = RewardModel()(["2+2="] * 3, completions, model=str(folder), max_tokens=20, device="cpu")
+    assert isinstance(short, float)
+    assert isinstance(other, float)
+    assert "tokens for" in str(long)
+    assert "max_tokens is 20" in str(long)
+
+
+def test_weights_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    reward = RewardModel()
+    first = reward(PROMPTS, COMPLETIONS, model=str(folder), device="cpu")
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", None)
+    assert reward(PROMPTS, COMPLETIONS, model=str(folder), device="cpu") == first
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({}, "missing 1 required .*'model'"),
+        ({"model": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"label": 1}, "has 1 labels; there is no label 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"max_tokens": 65}, "max_tokens must be from 1 to 64"),
+    ],
+)
+def test_mistakes_are_found_before_weights_are_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, args: dict[str, Any], message: str
+):
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", None)
+    if args:
+        args = {"model": str(folder)} | args
+    with pytest.raises(ConfigError, match=rf"args of reward_model: .*{message}"):
+        RewardRunner([RewardConfig("reward_model", args=args)], on_error="raise")

@@ -1,0 +1,499 @@
+"""The sandbox against programs that mean harm; each must end within its limits and leave this process and machine alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pgrpo.rewards import sandbox as module
+from pgrpo.rewards.sandbox import Limits, Result, Sandbox, SandboxError, find_sandbox
+
+pytestmark = pytest.mark.timeout(120)
+TIGHT = Limits(wall_s=3.0, cpu_s=2, memory_mb=128, disk_mb=4, output_kb=64, threads=16)
+
+
+def available() -> list[str]:
+    return [launcher.name for launcher in module._LAUNCHERS if shutil.which(launcher.name)]
+
+
+@pytest.fixture(scope="module", params=available())
+def sandbox(request: pytest.FixtureRequest) -> Sandbox:
+    """Every launcher that is installed; one that is must pass."""
+    found = Sandbox(next(launcher for launcher in module._LAUNCHERS if launcher.name == request.param))
+    module._test(found)
+    return found
+
+
+def run(sandbox: Sandbox, program: str, stdin: str = "", limits: Limits = TIGHT) -> Result:
+    before = time.monotonic()
+    result = sandbox.run(textwrap.dedent(program), stdin, limits)
+    assert time.monotonic() - before < limits.wall_s + 2
+    alive = sandbox.run("print(6 * 7)")  # the scorer goes on
+    assert (alive.end, alive.status, alive.stdout) == ("exit", 0, "42\n")
+    return result
+
+
+def processes() -> set[str]:
+    """Command lines on this machine that are of a sandbox."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if b"Inside the sandbox" in line and f'"wall": {TIGHT.wall_s + 1}'.encode() in line:
+            found.add(folder.name)
+    return found
+
+
+def test_a_program_reads_writes_and_exits(sandbox: Sandbox):
+    result = run(sandbox, "import sys\nprint(input()[::-1], 'ä')\nprint('no', file=sys.stderr)\nexit(3)", "abc\n")
+    assert (result.end, result.status, result.stdout, result.stderr) == ("exit", 3, "cba ä\n", "no\n")
+
+
+def test_a_failure_shows_its_line(sandbox: Sandbox):
+    result = run(sandbox, "x = 1\nraise ValueError('oh')")
+    assert result.status == 1
+    assert 'File "main.py", line 2' in result.stderr
+    assert result.stderr.endswith("raise ValueError('oh')\nValueError: oh\n")
+    result = run(sandbox, "def f(:\n")
+    assert result.status == 1
+    assert "SyntaxError" in result.stderr
+
+
+def test_the_same_program_gives_the_same_output(sandbox: Sandbox):
+    program = "print(hash('a'), {'x', 'y', 'z', 'w'})"
+    assert run(sandbox, program).stdout == run(sandbox, program).stdout != ""
+
+
+def test_the_standard_library_works(sandbox: Sandbox):
+    program = """
+        import asyncio, collections, dataclasses, decimal, fractions, heapq, itertools, json, math, random, re, zlib
+        async def f():
+            await asyncio.sleep(0.01)
+            return 5
+        open("note", "w").write("kept")
+        print(asyncio.run(f()), open("note").read(), math.comb(5, 2), json.dumps({"a": [1]}), random.random() < 1)
+    """
+    result = run(sandbox, program)
+    assert (result.stdout, result.stderr) == ('5 kept 10 {"a": [1]} True\n', "")
+
+
+# Hostile programs
+
+
+@pytest.mark.faults
+def test_row_39_fork_bomb(sandbox: Sandbox):
+    result = run(sandbox, "import os\nwhile True: os.fork()")
+    assert result.status == 1
+    assert "PermissionError: [Errno 1] Operation not permitted" in result.stderr
+    assert processes() == set()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "start",
+    [
+        "import subprocess; subprocess.run(['sh', '-c', 'id'])",
+        "import os; os.system('sleep 60 &'); raise OSError('system returned')",
+        "import os; os.posix_spawn('/usr/lib/x', ['x'], {})",
+        "import multiprocessing as m; p = m.get_context('fork').Process(target=print); p.start()",
+        "import os; os.execv('/proc/self/exe', ['python'])",
+    ],
+)
+def test_row_39_other_processes(sandbox: Sandbox, start: str):
+    result = run(sandbox, start)
+    assert (result.end, result.status) == ("exit", 1)
+    assert "Error" in result.stderr
+    assert processes() == set()
+
+
+@pytest.mark.faults
+def test_row_39_files_of_the_user_and_the_system(sandbox: Sandbox, tmp_path: Path):
+    secret = tmp_path / "secret"
+    secret.write_text("key")
+    own = [str(secret), str(Path.home()), str(Path.home() / ".ssh"), str(Path.cwd()), str(Path(__file__)), "/tmp"]
+    program = f"""
+        import os
+        for path in {[*own, "/etc/shadow", "/etc/passwd", "/proc/1/environ", "/proc/self/mem", "/sys", "/var", "/run"]}:
+            try:
+                print(path, os.listdir(path) if os.path.isdir(path) else open(path).read())
+            except OSError as error:
+                print(path, type(error).__name__)
+    """
+    for line in run(sandbox, program).stdout.splitlines():
+        path, found = line.split(" ", 1)
+        # The home folder is there when Python lies in it, with the way to Python alone.
+        alone = found.count("'") == 2 and sys.base_prefix.startswith(f"{path}/{found.split(chr(39))[1]}")
+        assert found in ("FileNotFoundError", "PermissionError") or alone, line
+
+
+@pytest.mark.faults
+def test_row_39_symlinks_and_mounts_lead_nowhere(sandbox: Sandbox):
+    program = """
+        import ctypes, os
+        os.symlink("/etc/shadow", "a"); os.symlink("/proc/1/root", "b"); os.symlink("../../../../root", "c")
+        libc = ctypes.CDLL(None, use_errno=True)
+        outcomes = [os.path.exists(name) and os.listdir(name) for name in "ab"]
+        outcomes.append(libc.mount(b"none", b"/work", b"tmpfs", 0, None))
+        outcomes.append(libc.umount2(b"/work", 2))
+        outcomes.append(libc.unshare(0x10000000))
+        outcomes.append(libc.chroot(b"/work"))
+        for fd in range(3, 64):  # an open folder of the machine would be a way out
+            try: os.fstat(fd); outcomes.append(fd)
+            except OSError: pass
+        print(outcomes)
+    """
+    assert run(sandbox, program).stdout == "[False, False, -1, -1, -1, -1]\n"
+
+
+@pytest.mark.faults
+def test_row_39_network(sandbox: Sandbox):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.5)
+        program = f"""
+            import socket
+            for family, address in ((socket.AF_INET, ("127.0.0.1", {server.getsockname()[1]})), (socket.AF_INET, ("1.1.1.1", 53)),
+                                    (socket.AF_INET6, ("::1", 80)), (socket.AF_NETLINK, (0, 0))):
+                try:
+                    socket.socket(family, socket.SOCK_DGRAM if address[1] == 53 else socket.SOCK_STREAM).connect(address)
+                    print("connected")
+                except OSError as error:
+                    print(type(error).__name__)
+            try: socket.getaddrinfo("example.com", 80); print("resolved")
+            except OSError: print("no name")
+        """
+        assert run(sandbox, program).stdout == "PermissionError\n" * 4 + "no name\n"
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+@pytest.mark.faults
+def test_row_39_network_without_the_system_call_filter(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch):
+    """The network namespace holds by itself."""
+    monkeypatch.setattr(module, "_JAIL", module._JAIL.replace("\n    filter_system_calls()\n", "\n"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        program = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"
+        result = sandbox.run(program, "", TIGHT)
+    assert result.status == 1
+    assert "Network is unreachable" in result.stderr or "ConnectionRefusedError" in result.stderr  # bwrap: own loopback
+
+
+@pytest.mark.faults
+def test_row_39_unix_sockets_of_the_machine(sandbox: Sandbox, tmp_path: Path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("\0pgrpo-test-abstract")  # has no file: only a network namespace hides it
+        server.listen()
+        result = run(sandbox, "import socket\nsocket.socket(socket.AF_UNIX).connect('\\0pgrpo-test-abstract')")
+    assert "ConnectionRefusedError" in result.stderr
+
+
+@pytest.mark.faults
+def test_row_39_environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WANDB_API_KEY", "hunter2")
+    result = run(
+        sandbox, "import os\nprint(dict(os.environ))\ntry: print(open('/proc/1/environ').read())\nexcept OSError: pass"
+    )
+    assert "hunter2" not in result.stdout
+    assert set(eval(result.stdout)) - {"PWD"} == set(module._ENVIRONMENT)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "hog",
+    [
+        "x = bytearray(1 << 30)",
+        "x = []\nwhile True: x.append('y' * 1_000_000)",
+        "x = 'y'\nwhile True: x += x",
+        "import mmap\nx = mmap.mmap(-1, 1 << 30)",
+    ],
+)
+def test_row_39_memory(sandbox: Sandbox, hog: str):
+    result = run(sandbox, hog)
+    assert result.end == "exit"
+    assert ("MemoryError" in result.stderr or "Cannot allocate memory" in result.stderr) or result.status == 128 + 24
+
+
+@pytest.mark.faults
+def test_row_39_memory_outside_the_address_space(sandbox: Sandbox):
+    program = """
+        import ctypes, os
+        libc = ctypes.CDLL(None, use_errno=True)
+        print(libc.shmget(0, 1 << 30, 0o1600), libc.memfd_create(b"x", 0))
+        try: os.memfd_create("x")
+        except OSError as error: print(error.errno)
+    """
+    assert run(sandbox, program).stdout == "-1 -1\n1\n"
+
+
+@pytest.mark.faults
+def test_row_39_infinite_loop(sandbox: Sandbox):
+    result = run(sandbox, "while True: pass", limits=Limits(wall_s=20, cpu_s=1))
+    assert (result.end, result.status) == ("exit", 128 + 24)  # SIGXCPU
+    assert result.wall_s > 0.9
+
+
+@pytest.mark.faults
+def test_row_39_infinite_loop_that_ignores_the_signal(sandbox: Sandbox):
+    limits = Limits(wall_s=20, cpu_s=1)
+    program = """
+        import signal
+        for number in range(1, 65):
+            try: signal.signal(number, signal.SIG_IGN)
+            except (OSError, ValueError): pass
+        while True: pass
+    """
+    result = run(sandbox, program, limits=limits)
+    assert (result.end, result.status) == ("exit", 128 + 9)  # a second after SIGXCPU
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "wait", ["import time; time.sleep(1000)", "import os; os.close(1); os.close(2); os.read(os.pipe()[0], 1)"]
+)
+def test_row_39_sleeps_forever(sandbox: Sandbox, wait: str):
+    result = run(sandbox, wait)
+    assert result.end == "time"
+    assert 2.9 < result.wall_s < 4
+    assert processes() == set()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_row_39_output_without_end(sandbox: Sandbox, stream: str):
+    result = run(sandbox, f"import sys\nwhile True: sys.{stream}.write('x' * 10_000)")
+    assert result.end == "output"
+    assert len(getattr(result, stream)) == 64 << 10
+    assert result.wall_s < 2
+
+
+@pytest.mark.faults
+def test_row_39_huge_files(sandbox: Sandbox):
+    one = run(sandbox, "f = open('x', 'wb')\nwhile True: f.write(bytes(1 << 20))")
+    assert one.status == 1
+    assert "OSError: [Errno 27] File too large" in one.stderr or "[Errno 28] No space left" in one.stderr
+    many = run(sandbox, "for i in range(100): open(str(i), 'wb').write(bytes(1 << 20))")
+    assert "OSError: [Errno 28] No space left on device" in many.stderr
+    program = """
+        for path in ("/x", "/usr/lib/x", "/dev/shm/x", "/tmp/x", "/etc/x", "/dev/x"):
+            try: open(path, "w"); print(path)
+            except OSError: pass
+    """
+    elsewhere = run(sandbox, program)
+    assert (elsewhere.status, elsewhere.stdout) == (0, "")
+    names = run(sandbox, "for i in range(100_000): open(str(i), 'w').close()")
+    assert sandbox.name == "bwrap" or (names.end, names.status) == (
+        "exit",
+        1,
+    )  # bwrap bounds their size, not their number
+
+
+@pytest.mark.faults
+def test_row_39_kills_what_it_can_reach(sandbox: Sandbox):
+    program = f"""
+        import os, signal
+        for pid in (1, os.getppid(), {os.getpid()}, {os.getppid()}):
+            try: os.kill(pid, signal.SIGKILL)
+            except OSError: pass
+        try: os.kill(-1, signal.SIGKILL)
+        except OSError: pass
+        print("tried")
+    """
+    result = run(sandbox, program)
+    assert result.end == "exit"
+    assert os.getppid() > 0
+
+
+@pytest.mark.faults
+def test_row_39_threads(sandbox: Sandbox):
+    program = """
+        import threading, time
+        started = 0
+        try:
+            while True:
+                threading.Thread(target=time.sleep, args=(100,), daemon=True).start()
+                started += 1
+        except RuntimeError as error:
+            print(started, error, flush=True)
+    """
+    result = run(sandbox, program)
+    count, message = result.stdout.split(" ", 1)
+    assert 0 < int(count) < TIGHT.threads
+    assert message == "can't start new thread\n"
+
+
+@pytest.mark.faults
+def test_row_39_ptrace_and_memory_of_others(sandbox: Sandbox):
+    program = f"""
+        import ctypes, os
+        libc = ctypes.CDLL(None, use_errno=True)
+        pids = [1, os.getppid(), {os.getpid()}]
+        print([libc.ptrace(16, pid, None, None) for pid in pids], [libc.process_vm_readv(pid, None, 0, None, 0, 0) for pid in pids])
+        print(os.path.exists("/proc/1"), os.path.exists("/proc/self/mem"))
+    """
+    assert run(sandbox, program).stdout == "[-1, -1, -1] [-1, -1, -1]\nFalse False\n"
+
+
+@pytest.mark.faults
+def test_row_39_limits_cannot_be_raised(sandbox: Sandbox):
+    program = """
+        import resource
+        for name in ("AS", "CPU", "FSIZE", "NOFILE", "NPROC"):
+            limit = getattr(resource, f"RLIMIT_{name}")
+            try: resource.setrlimit(limit, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)); print(name)
+            except (OSError, ValueError): pass
+        print("done")
+    """
+    assert run(sandbox, program).stdout == "done\n"
+
+
+@pytest.mark.faults
+def test_row_39_crashes(sandbox: Sandbox):
+    assert run(sandbox, "import ctypes; ctypes.string_at(0)").status == 128 + 11
+    assert run(sandbox, "import os; os.abort()").status == 128 + 6
+    deep = run(sandbox, "import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()")
+    assert deep.status != 0
+    assert run(sandbox, "10 ** 10 ** 10").status != 0
+
+
+@pytest.mark.faults
+def test_row_39_is_no_privileged_user(sandbox: Sandbox):
+    program = "import os\nprint(os.getgroups() == [] or os.getuid(), os.access('/usr/lib', os.W_OK))\nos.setuid(12)"
+    result = run(sandbox, program)
+    assert result.stdout.split()[1] == "False"
+    assert "PermissionError" in result.stderr or "OSError" in result.stderr
+
+
+@pytest.mark.faults
+def test_row_39_many_at_once_do_not_meet(sandbox: Sandbox):
+    program = (
+        "import os, time\nprint(os.listdir('.'))\nopen('mine', 'w').write('x')\ntime.sleep(0.3)\nprint(os.listdir('.'))"
+    )
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: sandbox.run(program), range(8)))
+    assert {r.stdout for r in results} <= {"['main.py']\n['main.py', 'mine']\n", "['main.py']\n['mine', 'main.py']\n"}
+
+
+@pytest.mark.faults
+def test_row_39_a_killed_trainer_leaves_nothing(tmp_path: Path):
+    script = tmp_path / "trainer.py"
+    script.write_text(
+        "from pgrpo.rewards.sandbox import find_sandbox, Limits\n"
+        "print('started', flush=True)\n"
+        "find_sandbox().run('import time; time.sleep(60)', '', Limits(wall_s=4.321))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    trainer = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=environment)
+
+    def left() -> list[bytes]:
+        lines = []
+        for file in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                lines.append(file.read_bytes())
+            except OSError:
+                continue
+        return [line for line in lines if b'"wall": 5.321' in line]
+
+    deadline = time.monotonic() + 60
+    while not left() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left()
+    trainer.kill()
+    trainer.wait()
+    deadline = time.monotonic() + 8
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left() == []
+
+
+# No sandbox
+
+
+@pytest.mark.faults
+def test_row_39_no_sandbox_runs_nothing(monkeypatch: pytest.MonkeyPatch):
+    module._find.cache_clear()
+    started: list[object] = []
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "which", lambda _: None)
+            patch.setattr(subprocess, "Popen", lambda *a, **k: started.append(a))
+            with pytest.raises(
+                SandboxError, match=r"no sandbox on this machine \(unshare: not installed; bwrap: not"
+            ) as caught:
+                find_sandbox()
+        assert "Install bubblewrap" in str(caught.value)
+        assert "take the reward `code` out of the recipe" in str(caught.value)
+        assert started == []
+    finally:
+        module._find.cache_clear()
+
+
+@pytest.mark.faults
+@pytest.mark.skipif("unshare" not in available(), reason="unshare is not installed")
+@pytest.mark.parametrize(
+    ("jail", "options", "message"),
+    [
+        (
+            ("\n    filter_system_calls()\n", "\n"),
+            ["--net"],
+            "self-test failed: no network, no other process",
+        ),
+        (("drop_privileges(spec", "(lambda _: None)(spec"), [], r"self-test failed: .*no capability"),
+        (("limit(spec)\n    filter", "filter"), [], "self-test failed: memory is bounded, files are bounded"),
+        (("mount(path, inside, None, MS_BIND | MS_REC)", 'mount("/", inside, None, MS_BIND | MS_REC)'), [], "."),
+    ],
+)
+def test_row_39_a_sandbox_that_leaks_is_refused(
+    monkeypatch: pytest.MonkeyPatch, jail: tuple[str, str], options: list[str], message: str
+):
+    assert jail[0] in module._JAIL
+    monkeypatch.setattr(module, "_JAIL", module._JAIL.replace(*jail))
+    command = [option for option in module._unshare(TIGHT) if option not in options]
+    with pytest.raises(SandboxError, match=message):
+        module._test(Sandbox(module._Launcher("unshare", lambda _: command, make_root=True)))
+
+
+def test_an_ordinary_user_has_a_sandbox_too():
+    """Without root: in a user namespace. The interpreter must be one that the user can read."""
+    python = shutil.which("python3", path="/usr/bin:/usr/local/bin")
+    if os.geteuid() != 0 or shutil.which("setpriv") is None or python is None:
+        pytest.skip("needs root, to become someone else, and a Python of the system")
+    program = (
+        "import importlib.util as u, os, sys\n"
+        "if sys.version_info < (3, 11): sys.exit(77)\n"
+        f"spec = u.spec_from_file_location('sandbox', {module.__file__!r})\n"
+        "sys.modules['sandbox'] = m = u.module_from_spec(spec)\n"
+        "spec.loader.exec_module(m)\n"
+        "assert os.getuid() == 1234\n"
+        "try: box = m.find_sandbox()\n"
+        "except m.SandboxError as error: print(error); sys.exit(0)\n"
+        "r = box.run('import os; os.fork()')\n"
+        "print(box.name, r.status, r.stderr.strip().splitlines()[-1])\n"
+    )
+    user = ["setpriv", "--reuid", "1234", "--regid", "1234", "--clear-groups"]
+    done = subprocess.run([*user, python, "-c", program], capture_output=True, text=True, cwd="/")
+    if done.returncode == 77 or "Permission denied" in done.stderr:
+        pytest.skip("no Python 3.11 that this user can read")
+    assert done.returncode == 0, done.stderr
+    assert "1 PermissionError" in done.stdout or "no sandbox on this machine" in done.stdout
+
+
+def test_threads_may_look_for_it_at_once():
+    found: list[Sandbox] = []
+    threads = [threading.Thread(target=lambda: found.append(find_sandbox())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert len({id(sandbox) for sandbox in found}) == 1
