@@ -93,6 +93,10 @@ def check_values(config: Config, *, rewards_from_python: bool) -> None:
     _check_prompt(config)
     if not config.rewards.functions and not rewards_from_python:
         raise ConfigError("rewards.functions: [] scores nothing; name at least one, such as [{function: exact_match}]")
+    if config.checkpoint.keep_best and not config.eval.every:
+        raise ConfigError(
+            f"checkpoint.keep_best: {config.checkpoint.keep_best} needs evaluations; set eval.every, or leave it out"
+        )
     if config.eval.every and not (config.data.eval_path or config.data.eval_split):
         raise ConfigError(
             f"eval.every: {config.eval.every} needs held-out rows; set data.eval_path or data.eval_split, or every to 0"

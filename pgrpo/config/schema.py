@@ -193,6 +193,8 @@ class CheckpointConfig:
     """Steps between checkpoints. 0 saves only at the end (and on Ctrl-C)."""
     keep: int = 2
     """Newest checkpoints to keep."""
+    keep_best: str | None = None
+    """Also save and keep the checkpoint that evaluation found best (highest), by this metric, such as `eval/reward`."""
 
 
 @dataclass

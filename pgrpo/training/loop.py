@@ -57,6 +57,8 @@ def train(
         build_run(config, world, rewards, dataset) as run,
     ):
         tracker_state = run.restore(resume)
+        if run.step == 0 and tracker_state is None and config.eval.every:
+            run.unlogged = {}
         if resume and world.is_main:
             set_aside_after(run.run_dir / "checkpoints", run.step)
         with (
@@ -67,28 +69,43 @@ def train(
 
 
 def _loop(run: Run, trackers: Trackers | None, stop_signal: Callable[[], int]) -> None:
-    config, world, total = run.config, run.world, run.config.train.steps
+    world, total = run.world, run.config.train.steps
     if trackers:
         trackers.message(_summary(run))
-    if run.step == 0 and config.eval.every:
-        metrics = evaluate_run(run)
-        if trackers:
-            trackers.log(0, metrics)
+    if run.unlogged is not None:
+        _finish_step(run, trackers)
     while run.step < total:
-        groups, metrics = _step(run)
+        groups, run.unlogged = _step(run)
         run.step += 1
-        if config.eval.every and (run.step % config.eval.every == 0 or run.step == total):
-            metrics |= evaluate_run(run)
         if trackers:
             trackers.completions(run.step, groups)
-            trackers.log(run.step, metrics)
+        _finish_step(run, trackers)
         signum = int(world.max(torch.tensor([stop_signal()], device=world.device)).item())
-        due = config.checkpoint.every and run.step % config.checkpoint.every == 0
-        if signum or due or run.step == total:
+        if signum:
             run.save(trackers.state_dict() if trackers else {})
         if signum and run.step < total:
+            run.wait()
             log.warning("stopped after step %d of %d, saved; go on with --resume auto", run.step, total)
             raise SystemExit(128 + signum)
+
+
+def _finish_step(run: Run, trackers: Trackers | None) -> None:
+    """Evaluate, log and save, where it is time for it."""
+    config, total = run.config, run.config.train.steps
+    run.mark()
+    metrics, best = run.unlogged or {}, False
+    if config.eval.every and (run.step % config.eval.every == 0 or run.step == total):
+        metrics = metrics | evaluate_run(run)
+        best = run.is_best(metrics)
+    if trackers:
+        trackers.log(run.step, metrics)
+    run.unlogged = None
+    run.mark()
+    due = config.checkpoint.every and run.step and run.step % config.checkpoint.every == 0
+    if due or best or run.step == total:
+        run.save(trackers.state_dict() if trackers else {})
+    if run.world.any(run.save_failed):
+        run.wait()
 
 
 def _step(run: Run) -> tuple[list[Group], dict[str, float]]:

@@ -198,7 +198,7 @@ def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch, folder: Path) -> 
         ("num_iterations", "here it is train.updates_per_step (each update"),
         ("train.per_device_train_batch_size", "here it is train.token_budget (micro"),
         ("model.name", "here it is model.path"),
-        ("checkpoint.qqqq", "valid keys: checkpoint.every, checkpoint.keep"),
+        ("checkpoint.qqqq", "valid keys: checkpoint.every, checkpoint.keep, checkpoint.keep_best"),
         ("rewards.functions[0].wieght", "did you mean rewards.functions[i].weight?"),
         ("secret_keys", "valid keys: "),
     ],

@@ -148,6 +148,7 @@ EFFECTS = dict(
         effect("eval.temperature", 0.0, base=EVAL),
         effect("checkpoint.every", 1, "files"),
         effect("checkpoint.keep", 1, "files", base={"checkpoint.every": 1}),
+        effect("checkpoint.keep_best", "eval/reward", "files", base=EVAL),
         effect("track.console", True, "stdout"),
         effect("track.completions", 1, "completions"),
         effect("track.console_every", 1, "log_file", base={"train.steps": 3}),

@@ -11,7 +11,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     0: {"types", "config"},
-    1: {"attention", "advantages", "batch", "flops", "functions", "logprobs", "logprobs_triton", "loss", "rng"},
+    1: {
+        "attention",
+        "advantages",
+        "batch",
+        "flops",
+        "functions",
+        "logprobs",
+        "logprobs_triton",
+        "loss",
+        "rng",
+        "shards",
+    },
     2: {"data", "distributed", "exactness", "layers", "lora", "metrics", "offload", "rewards", "trackers"},
     3: {"checkpoint", "evaluate", "optim", "policy", "rollout"},
     4: {"training"},
