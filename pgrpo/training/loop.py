@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import resource
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -23,8 +22,10 @@ from pgrpo.flops import peak_flops
 from pgrpo.metrics import group_metrics
 from pgrpo.optim import learning_rate, set_learning_rate
 from pgrpo.rollout.base import sample_seeds
+from pgrpo.stopping import Stopped
 from pgrpo.trackers import Trackers
 from pgrpo.training.run import Run, build_run, group_cost, run_folder
+from pgrpo.training.signals import stop_signals
 from pgrpo.types import Group, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,8 @@ def train(
     with (
         distributed.start() as world,
         _run_folder(config, world, resume is not None),
-        _stop_signals() as stop_signal,
-        build_run(config, world, rewards, dataset) as run,
+        stop_signals(world.stop),
+        _built(config, world, rewards, dataset) as run,
     ):
         tracker_state = run.restore(resume)
         if run.step == 0 and tracker_state is None and config.eval.every:
@@ -64,29 +65,29 @@ def train(
         with (
             closing(Trackers(config, run.run_dir, resume=tracker_state)) if world.is_main else nullcontext() as trackers
         ):
-            _loop(run, trackers, stop_signal)
+            _loop(run, trackers)
     return run_folder(config)
 
 
-def _loop(run: Run, trackers: Trackers | None, stop_signal: Callable[[], int]) -> None:
-    world, total = run.world, run.config.train.steps
+def _loop(run: Run, trackers: Trackers | None) -> None:
     if trackers:
         trackers.message(_summary(run))
-    if run.unlogged is not None:
-        _finish_step(run, trackers)
-    while run.step < total:
-        groups, run.unlogged = _step(run)
-        run.step += 1
-        if trackers:
-            trackers.completions(run.step, groups)
-        _finish_step(run, trackers)
-        signum = int(world.max(torch.tensor([stop_signal()], device=world.device)).item())
-        if signum:
-            run.save(trackers.state_dict() if trackers else {})
-        if signum and run.step < total:
-            run.wait()
-            log.warning("stopped after step %d of %d, saved; go on with --resume auto", run.step, total)
-            raise SystemExit(128 + signum)
+    try:
+        if run.unlogged is not None:
+            _finish_step(run, trackers)
+        while run.step < run.config.train.steps:
+            run.world.check_stop()
+            groups, run.unlogged = _step(run)
+            run.step += 1
+            if trackers:
+                trackers.completions(run.step, groups)
+            _finish_step(run, trackers)
+    except Stopped as stopped:
+        run.drop()
+        run.save(trackers.state_dict() if trackers else {})
+        run.wait()
+        log.warning("stopped after step %d of %d, saved; go on with --resume auto", run.step, run.config.train.steps)
+        raise SystemExit(128 + stopped.signum) from None
 
 
 def _finish_step(run: Run, trackers: Trackers | None) -> None:
@@ -120,7 +121,7 @@ def _step(run: Run) -> tuple[list[Group], dict[str, float]]:
     groups = run.engine.generate(world.share(prompts), sampling_params(config), world.share(seeds))
     sampled = time.perf_counter()
 
-    report = run.rewards.score(groups)
+    report = world.stoppable(lambda: run.rewards.score(groups))
     groups = world.gather(groups)
     for group in groups:
         group.advantages = group_advantages(group.rewards, config.loss.scale_advantages)
@@ -199,6 +200,17 @@ def _peak_memory(world: World) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
+def _built(
+    config: Config, world: World, rewards: Sequence[Callable[..., Any]], dataset: Iterable[Mapping[str, Any]] | None
+) -> Run:
+    """The run. A stop signal ends building it at once: there is nothing to save yet."""
+    try:
+        with world.stop.breaking_off():
+            return build_run(config, world, rewards, dataset)
+    except Stopped as stopped:
+        raise SystemExit(128 + stopped.signum) from None
+
+
 @contextmanager
 def _run_folder(config: Config, world: World, resume: bool) -> Iterator[None]:
     """Rank 0 holds the run folder's lock and keeps the resolved config in it."""
@@ -210,24 +222,3 @@ def _run_folder(config: Config, world: World, resume: bool) -> Iterator[None]:
     with open_run_dir(run_dir, resume):
         (run_dir / "config.yaml").write_text(to_yaml(config))
         yield
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], int]]:
-    """Note SIGINT and SIGTERM instead of dying of them: the loop saves and stops after the step. A second one kills at once.
-
-    Yields a function that returns the signal's number, 0 while there was none.
-    """
-    received: list[int] = []
-
-    def note(signum: int, _: object) -> None:
-        received.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-        log.warning("%s: saving after this step; once more to stop at once", signal.Signals(signum).name)
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: received[-1] if received else 0
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

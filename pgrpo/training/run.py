@@ -175,6 +175,7 @@ def build_run(
         end_token_ids(policy, tokenizer),
         max_concurrent=config.rollout.max_concurrent,
         any_rank=world.any,
+        check_stop=world.check_stop,
     )
     updater = Updater(config, world, policy, reference, optimizer, cost=lambda group: group_cost(dims, group, config))
     return Run(config, world, dims, stream, held_out, runner, policy, engine, updater)

@@ -60,7 +60,10 @@ class Updater:
             self._record_old_logprobs(later)
         self.world.synchronize()
         old_logprobs = {"time/old_logprobs": time.perf_counter() - started}
-        metrics = [self._update(*pair) for pair in zip(batches, map(count, shares), strict=True)]
+        metrics = []
+        for batch, counts in zip(batches, map(count, shares), strict=True):
+            # Once the first update has moved the weights, the step cannot be dropped any more.
+            metrics.append(self._update(batch, counts, can_stop=not metrics))
         means = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
         return means | old_logprobs | self._token_counts([b for share in batches for b in share])
 
@@ -116,11 +119,13 @@ class Updater:
             largest = difference.abs().amax() if difference.numel() else difference.new_zeros(())
             return torch.stack([s.detach().double() for s in sums]), largest.double().view(1)
 
-    def _update(self, batches: Sequence[GroupedBatch], counts: Counts) -> dict[str, float]:
-        """One optimizer step, or none when no group has spread."""
+    def _update(self, batches: Sequence[GroupedBatch], counts: Counts, can_stop: bool) -> dict[str, float]:
+        """One optimizer step, or none when no group has spread. ``can_stop``: a stop signal ends it between micro-batches."""
         sums = torch.zeros(8, dtype=torch.float64, device=self.world.device)
         largest = torch.zeros(1, dtype=torch.float64, device=self.world.device)
         for batch in batches:
+            if can_stop:
+                self.world.check_stop()
             batch_sums, batch_largest = self.backward(batch, counts)
             sums += batch_sums
             largest = torch.maximum(largest, batch_largest)
@@ -150,6 +155,7 @@ class Updater:
     @torch.no_grad()
     def _record_old_logprobs(self, batches: Sequence[GroupedBatch]) -> None:
         for batch in batches:
+            self.world.check_stop()
             batch.old_logprobs = batch.unpack(self.policy(batch).logprobs)
 
 

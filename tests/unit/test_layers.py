@@ -22,6 +22,7 @@ LAYERS = {
         "loss",
         "rng",
         "shards",
+        "stopping",
     },
     2: {"data", "distributed", "exactness", "layers", "lora", "metrics", "offload", "rewards", "trackers"},
     3: {"checkpoint", "evaluate", "optim", "policy", "rollout"},
