@@ -26,6 +26,7 @@ AT_LEAST = {
     "train.steps": 1,
     "train.updates_per_step": 1,
     "train.token_budget": 1,
+    "train.max_skipped_updates": 0,
     "eval.every": 0,
     "eval.rows": 1,
     "eval.samples": 1,

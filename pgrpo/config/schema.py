@@ -173,6 +173,8 @@ class TrainConfig:
     """Optimizer steps in a step; each takes an equal share of the step's prompts."""
     token_budget: int = 16384
     """The most packed tokens in one micro-batch on one rank."""
+    max_skipped_updates: int = 3
+    """Updates in a row that are skipped because their loss or gradients are not finite; one more stops the run. 0: none is."""
 
 
 @dataclass

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from pgrpo.stopping import Stopped
 from pgrpo.trackers import Trackers
 from pgrpo.training.run import Run, build_run, group_cost, run_folder
 from pgrpo.training.signals import stop_signals
+from pgrpo.training.update import NonFiniteError
 from pgrpo.types import Group, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -129,7 +132,10 @@ def _step(run: Run) -> tuple[list[Group], dict[str, float]]:
 
     lr = learning_rate(config.optim, run.step, config.train.steps)
     set_learning_rate(run.updater.optimizer, lr)
-    metrics = group_metrics(groups) | run.updater.step(groups)
+    try:
+        metrics = group_metrics(groups) | run.updater.step(groups)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}; {_dump(run, groups)} has the batch") from None
     world.synchronize()
     done = time.perf_counter()
     trained_flops = sum(group_cost(run.dims, g, config) for g in groups if run.updater.trains_on(g))
@@ -150,6 +156,14 @@ def _step(run: Run) -> tuple[list[Group], dict[str, float]]:
         "time/step": done - started,
     }
     return groups, metrics
+
+
+def _dump(run: Run, groups: Sequence[Group]) -> Path:
+    """Write all of a step's groups, the step that was not done, as JSON (with NaN, as Python reads it)."""
+    file = run.run_dir / f"bad_batch_step_{run.step + 1}.json"
+    if run.world.is_main:
+        file.write_text(json.dumps([asdict(group) for group in groups], indent=1, default=str))
+    return file
 
 
 def evaluate_run(run: Run) -> dict[str, float]:

@@ -46,6 +46,7 @@ def scalars_of(run: Run, tracker_state: Mapping[str, Any]) -> dict[str, Any]:
         "config": to_yaml(run.config),
         "world_size": run.world.size,
         "best": run.best,
+        "skipped_in_row": run.updater.skipped_in_row,
         # As text: JSON has no nan.
         "unlogged": run.unlogged and {name: repr(float(value)) for name, value in run.unlogged.items()},
     }
@@ -86,6 +87,7 @@ def put_back(run: Run, path: Path) -> dict[str, Any]:
         scalars = saved.scalars
         run.stream.load_state_dict(scalars["stream"])
         run.step, run.best = scalars["step"], scalars["best"]
+        run.updater.skipped_in_row = scalars["skipped_in_row"]
         unlogged = scalars["unlogged"]
         run.unlogged = None if unlogged is None else {name: float(value) for name, value in unlogged.items()}
         # Last: nothing above may draw from what this puts back.

@@ -30,6 +30,8 @@ def rows(split):
 def sleepy(completions):
     time.sleep(3)
     return [1.0] * len(completions)
+def huge(completions):
+    return [1e60, *[0.0] * (len(completions) - 1)]  # infinite as a float32 advantage: its update is skipped
 def picky(completions):
     return [float("nan") if "1" in c else 1.0 for c in completions]
 """
@@ -65,6 +67,7 @@ REWARD = "rewards.functions"
 MATCH = {f"{REWARD}[0]": {"function": "exact_match"}}
 SLEEPY = {f"{REWARD}[0]": {"function": "{tmp}/own.py:sleepy"}, "train.steps": 1}
 PICKY = {f"{REWARD}[0]": {"function": "{tmp}/own.py:picky"}, "rewards.on_error": "mask"}
+HUGE = {f"{REWARD}[0]": {"function": "{tmp}/own.py:huge"}, "loss.scale_advantages": "none"}
 LONG = {"data.path": "{tmp}/long.jsonl", "data.overlong": "drop"}
 
 
@@ -142,6 +145,7 @@ EFFECTS = dict(
         effect("train.steps", 3),
         effect("train.updates_per_step", 2, "weights", "plan"),
         effect("train.token_budget", 22, "attention_calls", "plan"),
+        effect("train.max_skipped_updates", 0, "error", base=HUGE),
         effect("eval.every", 1, base={"eval.every": 2, "eval.rows": 4}),
         effect("eval.rows", 8, base=EVAL),
         effect("eval.samples", 3, base=EVAL),
