@@ -24,7 +24,8 @@ class Writer:
 
     ``save`` returns once the copy is taken. A thread on every rank then writes and syncs; when all ranks have, rank 0 names the
     checkpoint and removes old ones. A failure anywhere fails it on all ranks, and leaves older checkpoints as they are. The
-    host memory of the copy is kept for the next one.
+    host memory of the copy is kept for the next one; to get it from the system takes longer than the copy, so ``reserve`` does
+    that ahead.
 
     Args:
         root: folder of the run's checkpoints, the same on all ranks.
@@ -39,6 +40,18 @@ class Writer:
         self._copies: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+
+    def reserve(self, sets: Mapping[str, Mapping[str, Shard]]) -> None:
+        """Get the host memory for copies of ``sets``, in the background: of sizes, so the values may change meanwhile."""
+        self.wait()
+        like = [((s, name), shard.tensor) for s, named in sets.items() for name, shard in named.items()]
+
+        def touch() -> None:
+            for key, tensor in like:
+                self._copies[key] = _host(tensor).zero_()
+
+        self._thread = threading.Thread(target=touch, name="pgrpo-checkpoint")
+        self._thread.start()
 
     def save(
         self,
@@ -89,8 +102,7 @@ class Writer:
         tensor, key = shard.tensor, (set_name, name)
         held = self._copies.get(key)
         if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
-            held = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
-            self._copies[key] = held
+            held = self._copies[key] = _host(tensor)
         held.copy_(tensor, non_blocking=True)
         return Shard(held, shard.shape, shard.offset)
 
@@ -126,6 +138,11 @@ class Writer:
         items: list[Any] = [None] * self._world.size
         dist.all_gather_object(items, item, group=self._group)
         return items
+
+
+def _host(tensor: Tensor) -> Tensor:
+    """Host memory for a copy, pinned for one that comes from a GPU."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
 
 
 def _text(error: Exception) -> str:

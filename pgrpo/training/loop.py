@@ -108,6 +108,8 @@ def _finish_step(run: Run, trackers: Trackers | None) -> None:
     due = config.checkpoint.every and run.step and run.step % config.checkpoint.every == 0
     if due or best or run.step == total:
         run.save(trackers.state_dict() if trackers else {})
+    elif run.step and config.checkpoint.every:
+        run.reserve()
     if run.world.any(run.save_failed):
         run.wait()
 

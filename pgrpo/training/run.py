@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -110,11 +111,20 @@ class Run:
         """
         if self._saved == self.step:
             return
-        if self._writer is None:
-            self._writer = checkpoint.Writer(self.run_dir / "checkpoints", self.world, self.config.checkpoint.keep)
         spare = [self.best["step"]] if self.best else []
-        self._writer.save(self.step, state.shards_of(self), state.scalars_of(self, tracker_state), spare)
+        self.writer.save(self.step, state.shards_of(self), state.scalars_of(self, tracker_state), spare)
         self._saved = self.step if self.unlogged is None else -1
+
+    @cached_property
+    def writer(self) -> checkpoint.Writer:
+        """Built by the first use, a collective call."""
+        self._writer = checkpoint.Writer(self.run_dir / "checkpoints", self.world, self.config.checkpoint.keep)
+        return self._writer
+
+    def reserve(self) -> None:
+        """Get host memory for the first save while training goes on. After an update: before it there are no moments."""
+        if self._writer is None:
+            self.writer.reserve(state.shards_of(self))
 
     def wait(self) -> None:
         """Until the checkpoint that is being written is on the disk. CheckpointError: it could not be written."""
