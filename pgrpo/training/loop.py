@@ -80,7 +80,8 @@ def _loop(run: Run, trackers: Trackers | None) -> None:
             _finish_step(run, trackers)
         while run.step < run.config.train.steps:
             run.world.check_stop()
-            groups, run.unlogged = _step(run)
+            with _out_of_memory_explained(run):
+                groups, run.unlogged = _step(run)
             run.step += 1
             if trackers:
                 trackers.completions(run.step, groups)
@@ -158,6 +159,27 @@ def _step(run: Run) -> tuple[list[Group], dict[str, float]]:
         "time/step": done - started,
     }
     return groups, metrics
+
+
+@contextmanager
+def _out_of_memory_explained(run: Run) -> Iterator[None]:
+    """Say which sizes a step has and which keys lower them, when memory runs out in it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        out = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if not out:
+            raise
+        config, dims = run.config, run.dims
+        longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+        raise RuntimeError(
+            f"out of memory in step {run.step + 1} ({str(error).strip().splitlines()[0] if str(error) else 'no more memory'}). "
+            f"A micro-batch has up to train.token_budget={config.train.token_budget} packed tokens in {dims.layers} layers of "
+            f"{dims.hidden}, with model.activation_checkpointing={config.model.activation_checkpointing}; a rollout decodes "
+            f"rollout.max_concurrent={config.rollout.max_concurrent} completions of up to "
+            f"{config.rollout.max_completion_tokens} tokens. Lower train.token_budget (at least {longest}, the longest sample), "
+            "set model.activation_checkpointing=full, or lower rollout.max_concurrent"
+        ) from error
 
 
 def _dump(run: Run, groups: Sequence[Group]) -> Path:
