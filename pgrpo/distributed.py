@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pgrpo.batch import fill_micro_batches, packed_tokens, split_to_budget
+from pgrpo.stopping import StopFlag, Stopped
 from pgrpo.types import Group
 
 T = TypeVar("T")
@@ -29,6 +30,9 @@ class World:
     rank: int
     size: int
     device: torch.device
+    stop: StopFlag = field(default_factory=StopFlag)
+    control: dist.ProcessGroup | None = None
+    """For numbers on the CPU, so that asking them does not wait for a GPU. None: the default group does it."""
 
     @property
     def is_main(self) -> bool:
@@ -63,6 +67,27 @@ class World:
         """Whether the flag is true on any rank."""
         return bool(self.max(torch.tensor([float(flag)], device=self.device)).item()) if self.size > 1 else flag
 
+    def check_stop(self) -> None:
+        """Raise ``Stopped`` on all ranks once any of them was told to stop. A collective call, which does not wait for a GPU."""
+        signum = self.stop.signum
+        if self.size > 1:
+            largest = torch.tensor([signum])
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+            signum = int(largest.item())
+        if signum:
+            raise Stopped(signum)
+
+    def stoppable(self, work: Callable[[], T]) -> T:
+        """This rank's own work (nothing collective in it), which a stop signal breaks off. ``Stopped`` follows on all ranks."""
+        try:
+            with self.stop.breaking_off():
+                result = work()
+        except Stopped as stopped:
+            self.check_stop()
+            raise AssertionError("the flag is set") from stopped
+        self.check_stop()
+        return result
+
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next has its work in it."""
         if self.device.type == "cuda":
@@ -83,8 +108,9 @@ def start() -> Iterator[World]:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    control = dist.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
     try:
-        yield World(rank, size, device)
+        yield World(rank, size, device, control=control)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

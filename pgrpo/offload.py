@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
@@ -81,15 +81,3 @@ class OffloadedAdamW(torch.optim.AdamW):
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard of a sharded tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def as_sharded(state: Tensor, parameter: nn.Parameter) -> Tensor:
-    """A flat moment in host memory as a tensor that is laid out like its parameter; anything else as it is."""
-    if state.device == parameter.device or state.ndim == 0:
-        return state
-    shard = state.to(parameter.device).view_as(local(parameter))
-    if not isinstance(parameter, DTensor):
-        return shard
-    return DTensor.from_local(
-        shard, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from pgrpo.config import OptimConfig
-from pgrpo.distributed import copy_full, full_tensor
-from pgrpo.offload import MOMENTS, OffloadedAdamW, as_sharded, local
+from pgrpo.offload import MOMENTS, OffloadedAdamW
+from pgrpo.shards import Shard, shard_of, whole
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -52,32 +53,46 @@ def clip_gradients(module: nn.Module, max_norm: float) -> float:
     return float((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """AdamW's moments and step counts, whole and on the CPU, as ``<parameter name>.<moment>``. A collective call."""
-    tensors = {}
+def optimizer_shards(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Shard]:
+    """This rank's part of AdamW's moments, and the step counts, as ``<parameter name>.<moment>``; shares their memory."""
+    shards = {}
     for name, parameter in module.named_parameters():
         state = optimizer.state.get(parameter)
-        if state:
-            tensors |= {
-                f"{name}.{moment}": full_tensor(as_sharded(state[moment], parameter)) for moment in (*MOMENTS, "step")
-            }
-    return tensors
+        if not state:
+            continue
+        shards[f"{name}.step"] = whole(state["step"])
+        for moment in MOMENTS:
+            shards[f"{name}.{moment}"] = _moment_shard(state[moment], parameter)
+    return shards
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put ``optimizer_tensors`` back, on any number of ranks. A parameter that had no state gets none."""
+def load_optimizer_shards(
+    optimizer: torch.optim.Optimizer, module: nn.Module, names: Container[str], read: Callable[[str, Shard], Tensor]
+) -> None:
+    """Put what ``optimizer_shards`` gave back, on any number of ranks. A parameter that had no state gets none.
+
+    Args:
+        names: what was saved.
+        read: gives the part of a saved tensor that lies where a shard lies.
+    """
     for name, parameter in module.named_parameters():
-        if f"{name}.step" not in tensors:
+        if f"{name}.step" not in names:
             continue
         state = optimizer.state[parameter]
         if isinstance(optimizer, OffloadedAdamW):
             optimizer.init_state(parameter)
-        on_gpu = parameter.device.type == "cuda"
-        state["step"] = tensors[f"{name}.step"].to(parameter.device if on_gpu else "cpu", copy=True)
+        device = parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
+        state["step"] = read(f"{name}.step", whole(torch.zeros(()))).to(device, copy=True)
         for moment in MOMENTS:
-            whole = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            copy_full(whole, tensors[f"{name}.{moment}"])
-            if isinstance(optimizer, OffloadedAdamW):
-                state[moment].copy_(local(whole).view(-1))
-            else:
-                state[moment] = whole
+            if not isinstance(optimizer, OffloadedAdamW):
+                state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            shard = _moment_shard(state[moment], parameter)
+            shard.tensor.copy_(read(f"{name}.{moment}", shard))
+
+
+def _moment_shard(moment: Tensor, parameter: nn.Parameter) -> Shard:
+    """A moment lies where its parameter lies; an offloaded one is a flat tensor in host memory."""
+    if isinstance(moment, DTensor) or not isinstance(parameter, DTensor):
+        return shard_of(moment.view(parameter.shape))
+    place = shard_of(parameter)
+    return Shard(moment.view(place.tensor.shape), place.shape, place.offset)

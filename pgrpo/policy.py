@@ -43,12 +43,13 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, batch: GroupedBatch, *, entropy: bool = False) -> TokenLogprobs:
-        """Log-probs [L] (and entropy [L]) of the batch's completion tokens; ``batch.unpack`` makes them per-sample rows."""
+    def forward(self, batch: GroupedBatch, *, entropy: bool = False, temperature: float | None = None) -> TokenLogprobs:
+        """Log-probs [L] (and entropy [L]) of the batch's completion tokens; ``batch.unpack`` makes them per-sample rows.
+        ``temperature``: another one than the policy's."""
         hidden_TE = self._hidden(batch.input_ids, batch.position_ids, batch.layout)
         # index_select, not indexing: its backward adds up the shared prompt row in a fixed order.
         hidden_LE = hidden_TE.index_select(0, batch.logit_index)
-        scale = self.logit_scale / self.temperature
+        scale = self.logit_scale / (self.temperature if temperature is None else temperature)
         return token_logprobs(hidden_LE, self._head_weight(), batch.target_ids, scale, entropy=entropy)
 
     def next_logits(self, input_ids_T: Tensor, position_ids_T: Tensor, plan: AttentionPlan, rows_B: Tensor) -> Tensor:

@@ -63,7 +63,8 @@ def _sample(run: Run, config: Config) -> list[Group]:
     """Two completions of each of the first prompts, scored."""
     prompts = run.stream.take(SAMPLES)
     seeds = [sample_seeds(config.seed, "check", i, group_size=2) for i in range(len(prompts))]
-    groups = run.engine.generate(prompts, sampling_params(config), seeds)
+    with run.engine.awake():
+        groups = run.engine.generate(prompts, sampling_params(config), seeds)
     report = run.rewards.score(groups)
     if report.first_error:
         raise RuntimeError(report.first_error)

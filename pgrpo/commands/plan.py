@@ -44,7 +44,7 @@ def print_plan(config: Config, console: Console) -> None:
         dims,
         checkpointing=again,
         checkpointed_layers=count,
-        **plan_sizes(config, dims, ranks, "cpu" if config.model.dtype == "float32" else "cuda"),
+        **plan_sizes(config, dims, ranks, torch.device("cpu" if config.model.dtype == "float32" else "cuda")),
     )
     adapters = adapter_parameters(config.model, dims)
     epochs = config.train.epochs_per_step

@@ -19,6 +19,8 @@ AT_LEAST = {
     "rollout.top_k": 0,
     "rollout.resample_limit": 0,
     "rollout.max_concurrent": 1,
+    "rollout.tensor_parallel_size": 1,
+    "rollout.canary_every": 0,
     "loss.kl_coef": 0,
     "loss.ref_refresh_every": 0,
     "loss.entropy_coef": 0,
@@ -31,6 +33,7 @@ AT_LEAST = {
     "train.updates_per_step": 1,
     "train.epochs_per_step": 1,
     "train.token_budget": 1,
+    "train.max_skipped_updates": 0,
     "eval.every": 0,
     "eval.rows": 1,
     "eval.samples": 1,
@@ -44,11 +47,13 @@ ABOVE_ZERO = (
     "model.lora_alpha",
     "rollout.temperature",
     "rollout.top_p",
+    "rollout.gpu_memory_utilization",
+    "rollout.vllm_deadline_s",
     "loss.clip_low",
     "loss.clip_high",
     "optim.eps",
 )
-AT_MOST = {"rollout.top_p": 1}
+AT_MOST = {"rollout.top_p": 1, "rollout.gpu_memory_utilization": 1}
 NEEDS = {
     "model.lora_alpha": ("model.lora_rank", 0),
     "model.lora_targets": ("model.lora_rank", 0),
@@ -89,11 +94,11 @@ def check_values(config: Config, *, rewards_from_python: bool) -> None:
         if values[key] is not None and values[key] < least:
             raise ConfigError(f"{key}: {values[key]} is too small; it must be at least {least}")
     for key in ABOVE_ZERO:
-        if values[key] <= 0:
+        if values[key] is not None and values[key] <= 0:
             why = " (greedy sampling has nothing to learn from)" if key == "rollout.temperature" else ""
             raise ConfigError(f"{key}: {values[key]} is too small; it must be above 0{why}")
     for key, most in AT_MOST.items():
-        if values[key] > most:
+        if values[key] is not None and values[key] > most:
             raise ConfigError(f"{key}: {values[key]} is too large; it must be at most {most}")
     for i, reward in enumerate(config.rewards.functions):
         if reward.timeout_s <= 0:
@@ -106,6 +111,10 @@ def check_values(config: Config, *, rewards_from_python: bool) -> None:
     _check_prompt(config)
     if not config.rewards.functions and not rewards_from_python:
         raise ConfigError("rewards.functions: [] scores nothing; name at least one, such as [{function: exact_match}]")
+    if config.checkpoint.keep_best and not config.eval.every:
+        raise ConfigError(
+            f"checkpoint.keep_best: {config.checkpoint.keep_best} needs evaluations; set eval.every, or leave it out"
+        )
     if config.eval.every and not (config.data.eval_path or config.data.eval_split):
         raise ConfigError(
             f"eval.every: {config.eval.every} needs held-out rows; set data.eval_path or data.eval_split, or every to 0"

@@ -214,6 +214,8 @@ class TrainConfig:
     """The most packed tokens in one micro-batch on one rank."""
     target_reward: float | None = None
     """Save and stop early once the mean reward of the last 10 steps is at least this."""
+    max_skipped_updates: int = 3
+    """Updates in a row that are skipped because their loss or gradients are not finite; one more stops the run. 0: none is."""
 
 
 @dataclass
@@ -234,6 +236,8 @@ class CheckpointConfig:
     """Steps between checkpoints. 0 saves only at the end (and on Ctrl-C)."""
     keep: int = 2
     """Newest checkpoints to keep."""
+    keep_best: str | None = None
+    """Also save and keep the checkpoint that evaluation found best (highest), by this metric, such as `eval/reward`."""
 
 
 @dataclass

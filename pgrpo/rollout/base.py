@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from pgrpo.types import Group, Prompt, SamplingParams
 
 
 class RolloutEngine(Protocol):
-    """Samples completions with the policy's weights."""
+    """Samples completions with the policy's weights. Every rank calls its methods alike.
+
+    Attributes:
+        timings: seconds of the last waking and falling asleep, under metric names; empty where there is no such thing.
+    """
+
+    timings: dict[str, float]
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Inside, ``generate`` samples with the policy's weights of the moment of entering."""
+        ...
+
+    def close(self) -> None:
+        """Give everything up; after this only the process's end."""
+        ...
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[Sequence[int]]

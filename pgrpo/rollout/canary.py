@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 from pgrpo.types import Group
 
-SAMPLES, TOKENS = 16, 64
-"""How many samples are scored, and how many of each one's tokens: a thousand log-probs see a change of a tenth of the noise."""
+SAMPLES, CONTEXT, TOKENS = 16, 32, 64
+"""How many samples are scored, behind how much of their prompts, and how many of their tokens: a thousand log-probs see a change
+of a tenth of the noise. Few rows in all, as an engine that scores keeps their full logits."""
 LARGEST_ERROR = 0.2
 """A slope whose standard error is above this says nothing: the update changed too little."""
 LARGEST_NOISE = 0.3
@@ -70,15 +71,15 @@ def check(slope: Slope) -> None:
 
 
 def pick(groups: Sequence[Group], most_tokens: int = TOKENS) -> list[Group]:
-    """The samples to score: of the shortest prompts, one completion each, its first tokens."""
+    """The samples to score, one a group: the first ``most_tokens`` tokens of a completion behind the end of its prompt. Any text
+    would do that the update changes."""
     picked = []
-    for group in sorted(groups, key=lambda g: len(g.prompt.token_ids))[:SAMPLES]:
-        first = max(group.completions, key=lambda c: min(len(c.token_ids), most_tokens))
+    for group in groups[:SAMPLES]:
+        longest = max(group.completions, key=lambda c: len(c.token_ids))
+        ids = longest.token_ids[:most_tokens]
         short = replace(
-            first,
-            token_ids=first.token_ids[:most_tokens],
-            rollout_logprobs=first.rollout_logprobs[:most_tokens],
-            mask=[True] * len(first.token_ids[:most_tokens]),
+            longest, token_ids=ids, rollout_logprobs=longest.rollout_logprobs[:most_tokens], mask=[True] * len(ids)
         )
-        picked.append(Group(group.prompt, [short], rewards=[0.0], advantages=[0.0]))
+        prompt = replace(group.prompt, token_ids=group.prompt.token_ids[-CONTEXT:])
+        picked.append(Group(prompt, [short], rewards=[0.0], advantages=[0.0]))
     return picked

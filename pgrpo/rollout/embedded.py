@@ -7,6 +7,7 @@ the batch. For speed on a GPU use vLLM.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import torch
@@ -19,6 +20,8 @@ from pgrpo.types import Completion, Group, Prompt, SamplingParams
 
 LEAVE_FRACTION = 0.25
 """Finished completions leave the batch when they are this share of it: leaving copies the cache of those that stay."""
+CHECK_EVERY = 8
+"""Tokens between looks at the stop signal, which ranks exchange."""
 
 
 class DecodingPolicy(Protocol):
@@ -39,6 +42,7 @@ class EmbeddedEngine:
         eos_token_ids: tokens that end a completion.
         max_concurrent: completions decoded at once.
         any_rank: whether a flag is true on any rank. With sharded weights every rank decodes until the slowest is done.
+        check_stop: called every few tokens, on all ranks alike; what it raises ends the rollout.
     """
 
     def __init__(
@@ -49,12 +53,22 @@ class EmbeddedEngine:
         *,
         max_concurrent: int = 256,
         any_rank: Callable[[bool], bool] = bool,
+        check_stop: Callable[[], None] = lambda: None,
     ) -> None:
         self.policy = policy
         self.tokenizer = tokenizer
         self.eos_token_ids = torch.tensor(sorted(eos_token_ids), device=policy.device)
         self.max_concurrent = max_concurrent
         self.any_rank = any_rank
+        self.check_stop = check_stop
+        self.timings: dict[str, float] = {}
+
+    def awake(self) -> nullcontext[None]:
+        """It samples with the policy itself."""
+        return nullcontext()
+
+    def close(self) -> None:
+        """It holds nothing."""
 
     @torch.no_grad()
     def generate(
@@ -87,6 +101,8 @@ class EmbeddedEngine:
         positions = torch.tensor(prompt_lens, device=device).repeat_interleave(group_size)
         logits = self._prefill(prompts, prompt_lens, cache).repeat_interleave(group_size, dim=0)
         for t in range(limit):
+            if t % CHECK_EVERY == 0:
+                self.check_stop()
             drawn, drawn_logprobs = draw(logits, params, uniform[rows, t])
             tokens[rows, t], logprobs[rows, t] = drawn, drawn_logprobs
             ended = torch.isin(drawn, self.eos_token_ids) | self._ends_in_stop_string(

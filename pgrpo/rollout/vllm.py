@@ -81,7 +81,6 @@ class VLLMEngine:
         weights: yields (Hugging Face name, whole tensor in the compute dtype) of the policy now; a collective call.
         weight_names: all names that ``weights`` must yield.
         memory_share: of the GPU's memory, for weights, keys and values (vLLM's ``gpu_memory_utilization``).
-        check_stop: called between decoding steps; what it raises ends the rollout.
 
     Raises:
         ConfigError: vLLM is of an untested version, or cannot be started as configured.
@@ -97,16 +96,14 @@ class VLLMEngine:
         weight_names: set[str],
         *,
         memory_share: float,
-        check_stop: Callable[[], None] = lambda: None,
     ) -> None:
         self.world, self.tokenizer, self.eos_token_ids = world, tokenizer, sorted(eos_token_ids)
         self.weights, self.weight_names = weights, weight_names
-        self.seconds, self.check_stop = config.rollout.vllm_deadline_s, check_stop
+        self.seconds = config.rollout.vllm_deadline_s
         self.sleeps = world.device.type == "cuda"
         self.max_model_len = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
         self.is_awake = False
-        self.time_awake = {"time/weight_sync": 0.0, "time/sleep": 0.0}
-        """Seconds of the last waking, push included, and of the last falling asleep."""
+        self.timings: dict[str, float] = {}
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         for name, value in (("RANK", world.rank), ("LOCAL_RANK", world.device.index or 0), ("WORLD_SIZE", world.size)):
@@ -156,7 +153,7 @@ class VLLMEngine:
         if self.sleeps:
             self._call("wake_up", lambda: self.llm.wake_up(tags=["kv_cache"]))
         self.world.synchronize()
-        self.time_awake["time/weight_sync"] = time.perf_counter() - started
+        self.timings["time/weight_sync"] = time.perf_counter() - started
         self.is_awake = True
         try:
             yield
@@ -164,13 +161,13 @@ class VLLMEngine:
             self.is_awake = False
             started = time.perf_counter()
             self._fall_asleep()
-            self.time_awake["time/sleep"] = time.perf_counter() - started
+            self.timings["time/sleep"] = time.perf_counter() - started
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[Sequence[int]]
     ) -> list[Group]:
         """One group a prompt, in order, from one request each. The seeds of all prompts together decide the random numbers: the
-        same call on the same weights samples the same, a part of it need not.
+        same call on the same weights samples the same, a part of it need not. A stop signal ends it, on all ranks (``Stopped``).
 
         Raises:
             EngineError: vLLM failed, or ended a request early.
@@ -317,13 +314,16 @@ class VLLMEngine:
             engine = self.llm.llm_engine
             try:
                 while engine.has_unfinished_requests():
-                    self.check_stop()
+                    if self.world.stop.signum and self.tp_group is None:  # ranks that share an engine step alike
+                        engine.abort_request(ids, internal=True)
+                        break
                     finished += [output for output in engine.step() if output.finished]
             except BaseException:
                 engine.abort_request(ids, internal=True)
                 raise
             finally:
                 set_rng_state(state)
+        self.world.check_stop()
         if len(finished) != len(ids):
             raise EngineError(f"vLLM finished {len(finished)} of {len(ids)} requests")
         return sorted(finished, key=lambda output: int(output.request_id))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import resource
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,12 @@ from pgrpo.flops import peak_flops
 from pgrpo.metrics import group_metrics
 from pgrpo.optim import learning_rate, set_learning_rate
 from pgrpo.rollout.base import sample_seeds
+from pgrpo.stopping import Stopped
 from pgrpo.trackers import Trackers
 from pgrpo.training.run import Run, build_run, group_cost, run_folder
 from pgrpo.training.sample import sample_step, sampling_params
+from pgrpo.training.signals import stop_signals
+from pgrpo.training.update import NonFiniteError
 from pgrpo.types import Group
 
 log = logging.getLogger(__name__)
@@ -56,48 +60,46 @@ def train(
     with (
         distributed.start() as world,
         _run_folder(config, world, resume is not None),
-        _stop_signals() as stop_signal,
-        build_run(config, world, rewards, dataset) as run,
+        stop_signals(world.stop),
+        _built(config, world, rewards, dataset) as run,
     ):
         tracker_state = run.restore(resume)
+        if run.step == 0 and tracker_state is None and config.eval.every:
+            run.unlogged = {}
         if resume and world.is_main:
             set_aside_after(run.run_dir / "checkpoints", run.step)
         with (
             closing(Trackers(config, run.run_dir, resume=tracker_state)) if world.is_main else nullcontext() as trackers
         ):
-            _loop(run, trackers, stop_signal)
+            _loop(run, trackers)
     return run_folder(config)
 
 
-def _loop(run: Run, trackers: Trackers | None, stop_signal: Callable[[], int]) -> None:
-    config, world, total = run.config, run.world, run.config.train.steps
+def _loop(run: Run, trackers: Trackers | None) -> None:
     if trackers:
         trackers.message(_summary(run))
-    if run.step == 0 and config.eval.every:
-        metrics = evaluate_run(run)
-        if trackers:
-            trackers.log(0, metrics)
-    while not _is_done(run):
-        groups, metrics = _step(run)
-        run.step += 1
-        run.recent_rewards = [*run.recent_rewards, metrics["reward"]][-WINDOW:]
-        done = _is_done(run)
-        if config.eval.every and (run.step % config.eval.every == 0 or done):
-            metrics |= evaluate_run(run)
-        if trackers:
-            trackers.completions(run.step, groups)
-            trackers.log(run.step, metrics)
-        signum = int(world.max(torch.tensor([stop_signal()], device=world.device)).item())
-        due = config.checkpoint.every and run.step % config.checkpoint.every == 0
-        if signum or due or done:
-            run.save(trackers.state_dict() if trackers else {})
-        if signum and not done:
-            log.warning("stopped after step %d of %d, saved; go on with --resume auto", run.step, total)
-            raise SystemExit(128 + signum)
+    try:
+        if run.unlogged is not None:
+            _finish_step(run, trackers)
+        while not _is_done(run):
+            run.world.check_stop()
+            with _out_of_memory_explained(run):
+                groups, run.unlogged = _step(run)
+            run.step += 1
+            run.recent_rewards = [*run.recent_rewards, run.unlogged["reward"]][-WINDOW:]
+            if trackers:
+                trackers.completions(run.step, groups)
+            _finish_step(run, trackers)
+    except Stopped as stopped:
+        run.drop()
+        run.save(trackers.state_dict() if trackers else {})
+        run.wait()
+        log.warning("stopped after step %d of %d, saved; go on with --resume auto", run.step, run.config.train.steps)
+        raise SystemExit(128 + stopped.signum) from None
+    total, target = run.config.train.steps, run.config.train.target_reward
     if run.step < total:
         text = "train.target_reward=%s reached: mean reward of the last %d steps %.4g; done after step %d of %d, saved"
-        mean = sum(run.recent_rewards) / WINDOW
-        log.warning(text, config.train.target_reward, WINDOW, mean, run.step, total)
+        log.warning(text, target, WINDOW, sum(run.recent_rewards) / WINDOW, run.step, total)
 
 
 def _is_done(run: Run) -> bool:
@@ -105,6 +107,27 @@ def _is_done(run: Run) -> bool:
     target, recent = run.config.train.target_reward, run.recent_rewards
     reached = target is not None and len(recent) == WINDOW and sum(recent) / WINDOW >= target
     return reached or run.step >= run.config.train.steps
+
+
+def _finish_step(run: Run, trackers: Trackers | None) -> None:
+    """Evaluate, log and save, where it is time for it."""
+    config, done = run.config, _is_done(run)
+    run.mark()
+    metrics, best = run.unlogged or {}, False
+    if config.eval.every and (run.step % config.eval.every == 0 or done):
+        metrics = metrics | evaluate_run(run)
+        best = run.is_best(metrics)
+    if trackers:
+        trackers.log(run.step, metrics)
+    run.unlogged = None
+    run.mark()
+    due = config.checkpoint.every and run.step and run.step % config.checkpoint.every == 0
+    if due or best or done:
+        run.save(trackers.state_dict() if trackers else {})
+    elif run.step and config.checkpoint.every:
+        run.reserve()
+    if run.world.any(run.save_failed):
+        run.wait()
 
 
 def _step(run: Run) -> tuple[list[Group], dict[str, float]]:
@@ -124,7 +147,14 @@ def _step(run: Run) -> tuple[list[Group], dict[str, float]]:
 
     lr = learning_rate(config.optim, run.step, config.train.steps)
     set_learning_rate(run.updater.optimizer, lr)
-    metrics = group_metrics(sampled.all_groups) | run.updater.step(groups)
+    if run.canary:
+        run.canary.before_update(run.step, groups)
+    try:
+        metrics = group_metrics(sampled.all_groups) | run.updater.step(groups)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}; {_dump(run, groups)} has the batch") from None
+    if run.canary:
+        run.canary.after_update()
     world.synchronize()
     done = time.perf_counter()
     trained_flops = sum(group_cost(run.dims, g, config) for g in groups if run.updater.trains_on(g))
@@ -144,19 +174,49 @@ def _step(run: Run) -> tuple[list[Group], dict[str, float]]:
     return groups, metrics
 
 
+@contextmanager
+def _out_of_memory_explained(run: Run) -> Iterator[None]:
+    """Say which sizes a step has and which keys lower them, when memory runs out in it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        out = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if not out:
+            raise
+        config, dims = run.config, run.dims
+        longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+        raise RuntimeError(
+            f"out of memory in step {run.step + 1} ({str(error).strip().splitlines()[0] if str(error) else 'no more memory'}). "
+            f"A micro-batch has up to train.token_budget={config.train.token_budget} packed tokens in {dims.layers} layers of "
+            f"{dims.hidden}, with model.activation_checkpointing={config.model.activation_checkpointing}; a rollout decodes "
+            f"rollout.max_concurrent={config.rollout.max_concurrent} completions of up to "
+            f"{config.rollout.max_completion_tokens} tokens. Lower train.token_budget (at least {longest}, the longest sample), "
+            "set model.activation_checkpointing=full, or lower rollout.max_concurrent"
+        ) from error
+
+
+def _dump(run: Run, groups: Sequence[Group]) -> Path:
+    """Write all of a step's groups, the step that was not done, as JSON (with NaN, as Python reads it)."""
+    file = run.run_dir / f"bad_batch_step_{run.step + 1}.json"
+    if run.world.is_main:
+        file.write_text(json.dumps([asdict(group) for group in groups], indent=1, default=str))
+    return file
+
+
 def evaluate_run(run: Run) -> dict[str, float]:
     """Numbers on the held-out split; the same prompts and random numbers each time."""
     config = run.config
     temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
-    metrics, _ = evaluate(
-        run.engine.generate,
-        run.held_out,
-        sampling_params(config, temperature),
-        [sample_seeds(config.seed, "eval", i, group_size=config.eval.samples) for i in range(len(run.held_out))],
-        run.rewards,
-        run.world,
-        full_score=run.rewards.full_score,
-    )
+    with run.engine.awake():
+        metrics, _ = evaluate(
+            run.engine.generate,
+            run.held_out,
+            sampling_params(config, temperature),
+            [sample_seeds(config.seed, "eval", i, group_size=config.eval.samples) for i in range(len(run.held_out))],
+            run.rewards,
+            run.world,
+            full_score=run.rewards.full_score,
+        )
     return metrics
 
 
@@ -180,6 +240,17 @@ def _peak_memory(world: World) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
+def _built(
+    config: Config, world: World, rewards: Sequence[Callable[..., Any]], dataset: Iterable[Mapping[str, Any]] | None
+) -> Run:
+    """The run. A stop signal ends building it at once: there is nothing to save yet."""
+    try:
+        with world.stop.breaking_off():
+            return build_run(config, world, rewards, dataset)
+    except Stopped as stopped:
+        raise SystemExit(128 + stopped.signum) from None
+
+
 @contextmanager
 def _run_folder(config: Config, world: World, resume: bool) -> Iterator[None]:
     """Rank 0 holds the run folder's lock and keeps the resolved config in it."""
@@ -191,24 +262,3 @@ def _run_folder(config: Config, world: World, resume: bool) -> Iterator[None]:
     with open_run_dir(run_dir, resume):
         (run_dir / "config.yaml").write_text(to_yaml(config))
         yield
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], int]]:
-    """Note SIGINT and SIGTERM instead of dying of them: the loop saves and stops after the step. A second one kills at once.
-
-    Yields a function that returns the signal's number, 0 while there was none.
-    """
-    received: list[int] = []
-
-    def note(signum: int, _: object) -> None:
-        received.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-        log.warning("%s: saving after this step; once more to stop at once", signal.Signals(signum).name)
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: received[-1] if received else 0
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

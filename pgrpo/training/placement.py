@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,14 +14,19 @@ from pgrpo.attention.kernels import choose_kernel
 from pgrpo.attention.plan import AttentionChoice
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed import World
-from pgrpo.flops import GIB, ModelDims, layers_to_checkpoint
+from pgrpo.flops import GIB, ModelDims, layers_to_checkpoint, memory_plan, parameter_count
 from pgrpo.layers import Keep, set_up_layers
 from pgrpo.logprobs import chunk_bytes
 from pgrpo.lora import adapter_parameters, add_adapters
 from pgrpo.policy import Policy, load_model
+from pgrpo.rollout import vllm
 
 USABLE_SHARE = 0.92
 """Of a GPU's memory: the rest is for the CUDA context, libraries and fragmentation."""
+SLEEPING_VLLM_GIB = 4.0
+"""What vLLM holds of a GPU's memory while it sleeps: CUDA graphs, workspaces, libraries."""
+CPU_SHARE = 0.2
+"""Of the host's memory, for vLLM's weights, keys and values where there is no GPU."""
 
 
 def place_policy(config: Config, world: World) -> Policy:
@@ -90,15 +95,52 @@ def kept_by_layer(config: Config, dims: ModelDims, world: World) -> list[Keep]:
         mode, count = "none", 0
         if world.device.type == "cuda":
             capacity = USABLE_SHARE * torch.cuda.get_device_properties(world.device).total_memory / GIB
-            sizes = plan_sizes(config, dims, world.size, world.device.type)
+            if engine_name(config, world.device) == "vllm":
+                capacity -= SLEEPING_VLLM_GIB
+            sizes = plan_sizes(config, dims, world.size, world.device)
             mode, count = layers_to_checkpoint(dims, capacity, **sizes)
     again: Keep = mode  # not "auto" any more
     return [again if i < count else "none" for i in range(dims.layers)]
 
 
-def plan_sizes(config: Config, dims: ModelDims, ranks: int, device_type: str) -> dict[str, Any]:
+def engine_name(config: Config, device: torch.device) -> Literal["vllm", "embedded"]:
+    """``rollout.engine``; for ``auto`` vLLM where it is installed and there is a GPU."""
+    if config.rollout.engine == "auto":
+        return "vllm" if device.type == "cuda" and vllm.is_installed() else "embedded"
+    return config.rollout.engine
+
+
+def vllm_memory_share(config: Config, dims: ModelDims, world: World) -> float:
+    """``rollout.gpu_memory_utilization``, or what the policy leaves of this GPU's memory between updates, by the memory plan.
+
+    Raises:
+        ConfigError: that does not hold the engine's weights and one group.
+    """
+    if (share := config.rollout.gpu_memory_utilization) is not None:
+        return share
+    if world.device.type == "cpu":
+        return CPU_SHARE
+    total = torch.cuda.get_device_properties(world.device).total_memory / GIB
+    plan = memory_plan(dims, checkpointing="none", **plan_sizes(config, dims, world.size, world.device))
+    held = plan.weights + plan.moments + plan.reference
+    share = USABLE_SHARE - held / total
+    rollout, width = config.rollout, compute_dtype(config).itemsize
+    rows = config.data.max_prompt_tokens + rollout.group_size * rollout.max_completion_tokens
+    bytes_needed = width * (parameter_count(dims) + 2 * dims.layers * dims.kv_heads * dims.head_dim * rows)
+    needed = bytes_needed / rollout.tensor_parallel_size / GIB
+    if share * total < needed:
+        raise ConfigError(
+            f"rollout.gpu_memory_utilization: beside the policy's {held:.0f} GiB of {total:.0f}, {max(0, share * total):.0f} GiB "
+            f"are left for vLLM, which needs {needed:.0f} for its weights and one group: set optim.offload=cpu or model.lora_rank, "
+            "use more GPUs, or lower rollout.max_completion_tokens"
+        )
+    return share
+
+
+def plan_sizes(config: Config, dims: ModelDims, ranks: int, device: torch.device) -> dict[str, Any]:
     """What ``flops.memory_plan`` asks about a run, but for its checkpointing."""
     rollout = config.rollout
+    samples = rollout.prompts_per_step * rollout.group_size
     return {
         "token_budget": config.train.token_budget,
         "dtype_bytes": compute_dtype(config).itemsize,
@@ -106,11 +148,11 @@ def plan_sizes(config: Config, dims: ModelDims, ranks: int, device_type: str) ->
         "adapters": adapter_parameters(config.model, dims),
         "reference": bool(config.loss.kl_coef),
         "offload": config.optim.offload == "cpu",
-        "concurrent": min(rollout.max_concurrent, rollout.prompts_per_step * rollout.group_size),
+        "concurrent": 0 if engine_name(config, device) == "vllm" else min(rollout.max_concurrent, samples),
         "group_size": rollout.group_size,
         "prompt_tokens": config.data.max_prompt_tokens,
         "completion_tokens": rollout.max_completion_tokens,
-        "logit_chunk_bytes": chunk_bytes(device_type),
+        "logit_chunk_bytes": chunk_bytes(device.type),
     }
 
 

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pgrpo import checkpoint, distributed
-from pgrpo.config import Config, ConfigError, to_yaml
+from pgrpo import checkpoint
+from pgrpo.config import Config, ConfigError
 from pgrpo.data import PromptStream, load_prompts
 from pgrpo.distributed import World
 from pgrpo.flops import ModelDims, update_flops
 from pgrpo.lora import LogprobsOf, adapter_parameters, check_lora, without_adapters
-from pgrpo.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors
+from pgrpo.optim import build_optimizer
 from pgrpo.policy import Policy, load_hf_config
 from pgrpo.rewards.run import RewardRunner
 from pgrpo.rng import rng_state, seed_all, set_rng_state
 from pgrpo.rollout.base import RolloutEngine
-from pgrpo.rollout.embedded import EmbeddedEngine
+from pgrpo.training import state
+from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine
 from pgrpo.training.placement import attention_choice, check_device, place_policy
 from pgrpo.training.update import Updater
 from pgrpo.types import Group, Prompt
@@ -42,81 +44,110 @@ class Run:
     rewards: RewardRunner
     policy: Policy
     engine: RolloutEngine
+    canary: Canary | None
     updater: Updater
     step: int = 0
     recent_rewards: list[float] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    """Step and value of the best evaluation so far, by ``checkpoint.keep_best``."""
+    unlogged: dict[str, float] | None = None
+    """Metrics of ``step``, as long as they wait for an evaluation."""
+
+    def __post_init__(self) -> None:
+        self._writer: checkpoint.Writer | None = None
+        self._saved = -1
+        self.mark()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.rewards.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            self.wait()
+        except checkpoint.CheckpointError as error:
+            if kind is None:
+                raise
+            log.error("the last checkpoint was not written: %s", error)  # what ended the run is told by its exception
+        finally:
+            self.rewards.close()
+            self.engine.close()
 
     @property
     def run_dir(self) -> Path:
         return run_folder(self.config)
 
+    def mark(self) -> None:
+        """``drop`` comes back to here: a step, or an evaluation, is done."""
+        self._marked = self.stream.state_dict(), rng_state()
+
+    def drop(self) -> None:
+        """Forget a step that was begun, up to its first optimizer step, or an evaluation."""
+        stream, generators = self._marked
+        self.stream.load_state_dict(stream)
+        set_rng_state(generators)
+        self.updater.optimizer.zero_grad()
+
+    def is_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether an evaluation of a trained model is the best so far; it is noted, and its checkpoint kept.
+
+        Raises:
+            ConfigError: evaluation has no metric ``checkpoint.keep_best``.
+        """
+        name = self.config.checkpoint.keep_best
+        if name is None:
+            return False
+        if name not in metrics:
+            there = ", ".join(n for n in metrics if n.startswith("eval/"))
+            raise ConfigError(f"checkpoint.keep_best: {name} is no metric of an evaluation; there are {there}")
+        if self.step == 0 or not metrics[name] > (self.best["value"] if self.best else -math.inf):
+            return False
+        self.best = {"step": self.step, "value": metrics[name]}
+        log.info("step %d is the best so far: %s %.4g", self.step, name, metrics[name])
+        return True
+
     def save(self, tracker_state: Mapping[str, Any]) -> None:
-        """Write ``checkpoints/step_N``, then remove the oldest. A collective call; rank 0 writes."""
-        policy, optimizer = self.policy, self.updater.optimizer
-        distributed.reshard(policy)  # the last forward may have been an evaluation's
-        model = {name: distributed.full_tensor(p) for name, p in _trained(policy).items()}
-        moments = optimizer_tensors(optimizer, policy.model)
-        generators = self.world.gather([rng_state()])
-        reference = self._refreshed_reference()
-        if self.world.is_main:
-            tensors = {"model": model, "optimizer": moments}
-            tensors |= {f"rng_{rank}": state for rank, state in enumerate(generators)}
-            tensors |= reference
-            scalars = {
-                "step": self.step,
-                "recent_rewards": self.recent_rewards,
-                "stream": self.stream.state_dict(),
-                "trackers": dict(tracker_state),
-                "config": to_yaml(self.config),
-                "world_size": self.world.size,
-            }
-            root = self.run_dir / "checkpoints"
-            checkpoint.save(root, self.step, tensors, scalars)
-            checkpoint.prune(root, self.config.checkpoint.keep)
-        self.world.barrier()
+        """Begin to write ``checkpoints/step_N``, once the one before is written; it goes on while training does. A collective
+        call, each rank writes its shards. The same step again is written again only while its metrics wait.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        if self._saved == self.step:
+            return
+        spare = [self.best["step"]] if self.best else []
+        self.writer.save(self.step, state.shards_of(self), state.scalars_of(self, tracker_state), spare)
+        self._saved = self.step if self.unlogged is None else -1
+
+    @cached_property
+    def writer(self) -> checkpoint.Writer:
+        """Built by the first use, a collective call."""
+        self._writer = checkpoint.Writer(self.run_dir / "checkpoints", self.world, self.config.checkpoint.keep)
+        return self._writer
+
+    def reserve(self) -> None:
+        """Get host memory for the first save while training goes on. After an update: before it there are no moments."""
+        if self._writer is None:
+            self.writer.reserve(state.shards_of(self))
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is on the disk. CheckpointError: it could not be written."""
+        if self._writer is not None:
+            self._writer.wait()
+
+    @property
+    def save_failed(self) -> bool:
+        """Whether ``wait`` has an error to tell, known on this rank."""
+        return self._writer is not None and self._writer.failed
 
     def restore(self, resume: str | Path | None) -> dict[str, Any] | None:
         """Go on from a checkpoint (``auto``: this run's newest). Returns the trackers' state; None at a fresh start."""
-        root = self.run_dir / "checkpoints"
-        path = checkpoint.latest(root) if resume == "auto" else resume and Path(resume)
+        path = resume and state.find(self.run_dir / "checkpoints", resume, self.world)
         if not path:
             return None
-        tensors, scalars = checkpoint.load(Path(path))
-        _load_parameters(self.policy, tensors["model"])
-        load_optimizer_tensors(self.updater.optimizer, self.policy.model, tensors["optimizer"])
-        self.stream.load_state_dict(scalars["stream"])
-        self.step, self.recent_rewards = scalars["step"], list(scalars.get("recent_rewards", []))
-        if "reference" in tensors and isinstance(self.updater.reference, Policy):
-            for name, parameter in self.updater.reference.model.named_parameters():
-                distributed.copy_full(parameter, tensors["reference"][name])
-        if scalars["world_size"] == self.world.size:
-            set_rng_state(tensors[f"rng_{self.world.rank}"])
-        if self.world.is_main:
-            self._report(Path(path), scalars)
-        self.world.barrier()
+        scalars = state.put_back(self, path)
+        self._saved = self.step if self.unlogged is None and path == self.run_dir / "checkpoints" / path.name else -1
+        self.mark()
         return scalars["trackers"]
-
-    def _refreshed_reference(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The reference's weights where they are no longer the initial ones. A collective call."""
-        reference = self.updater.reference
-        if not self.config.loss.ref_refresh_every or not isinstance(reference, Policy):
-            return {}
-        distributed.reshard(reference)
-        return {"reference": {n: distributed.full_tensor(p) for n, p in reference.model.named_parameters()}}
-
-    def _report(self, path: Path, scalars: Mapping[str, Any]) -> None:
-        log.warning("going on from %s: %d of %d steps done", path, self.step, self.config.train.steps)
-        if scalars["world_size"] != self.world.size:
-            log.warning("saved on %d ranks, going on with %d", scalars["world_size"], self.world.size)
-        before, now = scalars["config"].splitlines(), to_yaml(self.config).splitlines()
-        for line in sorted(set(now) - set(before)):
-            log.warning("config differs from the checkpoint's: now %s", line.strip())
 
 
 def run_folder(config: Config) -> Path:
@@ -139,6 +170,7 @@ def build_run(
     hf_config = load_hf_config(config.model)
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)
+    check_engine(config, dims, world)
     attention_choice(config, dims, world.device)  # refuses a kernel that cannot run, long before weights are read
     check_vocabulary(tokenizer, hf_config.vocab_size, config)
     prompts = training_prompts(config, tokenizer, dataset)
@@ -151,15 +183,10 @@ def build_run(
     policy = place_policy(config, world)
     reference = initial_model(policy, config, world) if config.loss.kl_coef else None
     optimizer = build_optimizer(policy, config.optim)
-    engine = EmbeddedEngine(
-        policy,
-        tokenizer,
-        end_token_ids(policy, tokenizer),
-        max_concurrent=config.rollout.max_concurrent,
-        any_rank=world.any,
-    )
+    engine = build_engine(config, world, policy, tokenizer, end_token_ids(policy, tokenizer))
+    canary = build_canary(config, world, policy, engine)
     updater = Updater(config, world, policy, reference, optimizer, cost=lambda group: group_cost(dims, group, config))
-    return Run(config, world, dims, stream, held_out, runner, policy, engine, updater)
+    return Run(config, world, dims, stream, held_out, runner, policy, engine, canary, updater)
 
 
 def initial_model(policy: Policy, config: Config, world: World) -> LogprobsOf:
@@ -234,23 +261,3 @@ def group_cost(dims: ModelDims, group: Group, config: Config) -> float:
     lengths, shared = [len(c.token_ids) for c in group.completions], config.model.attention == "grouped"
     adapters = adapter_parameters(config.model, dims)
     return update_flops(dims, len(group.prompt.token_ids), lengths, shared=shared, adapters=adapters)
-
-
-def _load_parameters(policy: Policy, tensors: Mapping[str, torch.Tensor]) -> None:
-    parameters = _trained(policy)
-    if differing := sorted(parameters.keys() ^ tensors.keys()):
-        raise checkpoint.CheckpointError(
-            f"the checkpoint is of another model, or of other model.lora_* keys: {differing[:3]} are not in both"
-        )
-    for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
-            raise checkpoint.CheckpointError(
-                f"the checkpoint is of another model, or of another model.lora_rank: {name} is "
-                f"{list(tensors[name].shape)} there, {list(parameter.shape)} here"
-            )
-        distributed.copy_full(parameter, tensors[name])
-
-
-def _trained(policy: Policy) -> dict[str, torch.nn.Parameter]:
-    """What a checkpoint holds: with LoRA the adapters only."""
-    return {name: parameter for name, parameter in policy.model.named_parameters() if parameter.requires_grad}

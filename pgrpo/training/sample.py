@@ -47,18 +47,20 @@ def sample_step(run: Run) -> Sampled:
         ]
         return _generate_and_score(run, prompts, seeds, timings)
 
-    groups = round_of(config.rollout.prompts_per_step, 0)
-    all_groups, rounds = list(groups), 0
-    for _ in range(config.rollout.resample_limit):
-        flat = [i for i, group in enumerate(groups) if not has_spread(group.rewards)]
-        if not flat:
-            break
-        fresh = round_of(len(flat), len(all_groups))
-        for i, group in zip(flat, fresh, strict=True):
-            groups[i] = group
-        all_groups += fresh
-        rounds += 1
-    metrics = dict(timings)
+    with run.engine.awake():
+        canary = run.canary.look() if run.canary else {}
+        groups = round_of(config.rollout.prompts_per_step, 0)
+        all_groups, rounds = list(groups), 0
+        for _ in range(config.rollout.resample_limit):
+            flat = [i for i, group in enumerate(groups) if not has_spread(group.rewards)]
+            if not flat:
+                break
+            fresh = round_of(len(flat), len(all_groups))
+            for i, group in zip(flat, fresh, strict=True):
+                groups[i] = group
+            all_groups += fresh
+            rounds += 1
+    metrics = timings | run.engine.timings | canary
     if config.rollout.resample_limit:
         still = sum(not has_spread(group.rewards) for group in groups)
         metrics |= {
@@ -79,7 +81,7 @@ def _generate_and_score(
     prompts, seeds = [*prompts, *[prompts[-1]] * missing], [*seeds, *[seeds[-1]] * missing]
     own = run.engine.generate(world.share(prompts), sampling_params(run.config), world.share(seeds))
     sampled = time.perf_counter()
-    report = run.rewards.score(own)
+    report = world.stoppable(lambda: run.rewards.score(own))
     groups = world.gather(own)
     errors = world.sum(torch.tensor([report.errors], dtype=torch.float64, device=world.device)).item()
     metrics["rewards/errors"] += errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,9 +21,11 @@ from pgrpo.optim import clip_gradients
 from pgrpo.policy import Policy
 from pgrpo.types import Group
 
+log = logging.getLogger(__name__)
+
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient norm is nan or inf; the weights were not changed by it."""
+    """The loss or the gradient norm is nan or inf, too often in a row; the weights were not changed by it."""
 
 
 @dataclass
@@ -42,16 +45,19 @@ class Updater:
     reference: LogprobsOf | None
     optimizer: torch.optim.Optimizer
     cost: Callable[[Group], float]
+    skipped_in_row: int = 0
+    """Updates that were skipped since the last one that was not."""
 
     def step(self, groups: Sequence[Group]) -> dict[str, float]:
         """All of a step's updates, each on an equal share of the groups (which every rank holds, with advantages); in each epoch
         every share is used once.
 
         Returns:
-            Metrics, averaged over the updates, and ``time/old_logprobs``, the seconds of forwards without a gradient.
+            Metrics, averaged over the updates; ``skipped_updates``, how many were not done because loss or gradients are not
+            finite; and ``time/old_logprobs``, the seconds of forwards without a gradient.
 
         Raises:
-            NonFiniteError: before the optimizer step that would have spread it.
+            NonFiniteError: ``train.max_skipped_updates`` in a row were skipped, and this is one more. On all ranks.
         """
         size = len(groups) // self.config.train.updates_per_step
         shares = [groups[i : i + size] for i in range(0, len(groups), size)]
@@ -62,8 +68,12 @@ class Updater:
         self.world.synchronize()
         old_logprobs = {"time/old_logprobs": time.perf_counter() - started}
         updates = list(zip(batches, map(count, shares), strict=True)) * self.config.train.epochs_per_step
-        metrics = [self._update(*update) for update in updates]
+        metrics = []
+        for update in updates:
+            # Once the first update has moved the weights, the step cannot be dropped any more.
+            metrics.append(self._update(*update, can_stop=not metrics))
         means = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+        means["skipped_updates"] = sum(m["skipped_updates"] for m in metrics)
         return means | old_logprobs | self._token_counts([b for batch, _ in updates for b in batch])
 
     def refresh_reference(self) -> None:
@@ -152,11 +162,13 @@ class Updater:
             largest = difference.abs().amax() if difference.numel() else difference.new_zeros(())
             return torch.stack([s.detach().double() for s in sums]), largest.double().view(1)
 
-    def _update(self, batches: Sequence[GroupedBatch], counts: Counts) -> dict[str, float]:
-        """One optimizer step, or none when no group has spread."""
+    def _update(self, batches: Sequence[GroupedBatch], counts: Counts, can_stop: bool) -> dict[str, float]:
+        """One optimizer step, or none when no group has spread. ``can_stop``: a stop signal ends it between micro-batches."""
         sums = torch.zeros(9, dtype=torch.float64, device=self.world.device)
         largest = torch.zeros(1, dtype=torch.float64, device=self.world.device)
         for batch in batches:
+            if can_stop:
+                self.world.check_stop()
             batch_sums, batch_largest = self.backward(batch, counts)
             sums += batch_sums
             largest = torch.maximum(largest, batch_largest)
@@ -168,16 +180,26 @@ class Updater:
         if self.config.loss.rollout_correction != "none":
             masks = self.config.loss.rollout_correction in ("token_mask", "sequence_mask")
             metrics[f"sampling/frac_{'masked' if masks else 'truncated'}"] = corrected
-        if not (math.isfinite(metrics["loss"]) and math.isfinite(grad_norm)):
+        if self._is_finite(metrics["loss"], grad_norm) and batches:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return metrics | {"skipped_updates": float(self.skipped_in_row > 0)}
+
+    def _is_finite(self, loss: float, grad_norm: float) -> bool:
+        """Whether an update may be done. Both numbers are sums over all ranks, so that all of them say the same."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.skipped_in_row = 0
+            return True
+        self.skipped_in_row += 1
+        log.warning("loss=%s, grad_norm=%s: this update is skipped, the weights are left as they are", loss, grad_norm)
+        if self.skipped_in_row > self.config.train.max_skipped_updates:
             self.optimizer.zero_grad()
             raise NonFiniteError(
-                f"loss={metrics['loss']}, grad_norm={grad_norm}: the weights were left as they were. "
-                "Lower optim.lr or optim.max_grad_norm, or look at the last rows of completions.jsonl"
+                f"loss={loss}, grad_norm={grad_norm}, in {self.skipped_in_row} updates in a row (more than "
+                f"train.max_skipped_updates={self.config.train.max_skipped_updates}): the weights were left as they were. "
+                "Lower optim.lr or optim.max_grad_norm, or go on from an older checkpoint"
             )
-        if batches:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        return metrics
+        return False
 
     def _token_counts(self, batches: Sequence[GroupedBatch]) -> dict[str, float]:
         packed = sum(len(b.input_ids) for b in batches)
@@ -190,6 +212,7 @@ class Updater:
     @torch.no_grad()
     def _record_old_logprobs(self, batches: Sequence[GroupedBatch]) -> None:
         for batch in batches:
+            self.world.check_stop()
             batch.old_logprobs = batch.unpack(self.policy(batch).logprobs)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pgrpo import checkpoint
 
@@ -82,7 +83,8 @@ def test_adapters_of_one_rank_go_on_with_two(model, tmp_path):
         assert (got["model"][name] - weight).norm() <= 1e-2 * (weight - first["model"][name]).norm(), name
 
 
-def test_one_ranks_checkpoint_goes_on_with_two(model, whole, tmp_path):
+@pytest.mark.faults
+def test_row_05_one_ranks_checkpoint_goes_on_with_two(model, whole, tmp_path):
     train(model, tmp_path / "run", "train.steps=2")
     printed = train(model, tmp_path / "run", ranks=2, resume=True)
     assert "saved on 1 ranks, going on with 2" in printed
@@ -97,3 +99,27 @@ def test_one_ranks_checkpoint_goes_on_with_two(model, whole, tmp_path):
     assert scalars["stream"] == uninterrupted["stream"]
     for name, moment in want["optimizer"].items():
         assert torch.allclose(got["optimizer"][name], moment, rtol=1e-2, atol=1e-5), name
+
+
+@pytest.mark.faults
+def test_row_05_shards_are_read_by_any_other_number_of_ranks(tmp_path):
+    """1, 3, 2, 4, 1 ranks: each reads what the one before wrote, weights and moments, bit for bit, and writes its own shards."""
+    worker, before = Path(__file__).with_name("shard_worker.py"), ""
+    for step, ranks in enumerate([1, 3, 2, 4, 1]):
+        command = [sys.executable]
+        if ranks > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command += [str(worker), before, str(tmp_path), str(step)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        before = str(tmp_path / f"step_{step}")
+    first, last = (checkpoint.load(tmp_path / f"step_{step}") for step in (0, 4))
+    assert first[1] == last[1] == {"ranks": 1}
+    for set_name in ("model", "optimizer"):
+        assert first[0][set_name].keys() == last[0][set_name].keys()
+        assert all(torch.equal(first[0][set_name][n], last[0][set_name][n]) for n in first[0][set_name])
+    of_four, scalars = checkpoint.load(tmp_path / "step_3")
+    assert scalars == {"ranks": 4} and [of_four[f"rng_{r}"]["seed"].item() for r in range(4)] == [0, 1, 2, 3]
+    parts = [load_file(tmp_path / "step_3" / f"optimizer.{r}.safetensors")["long.exp_avg"] for r in range(4)]
+    assert [len(part) for part in parts] == [4, 4, 4, 1]  # each rank wrote its own

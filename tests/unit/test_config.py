@@ -250,7 +250,7 @@ def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch, folder: Path) -> 
         ("algorithm.filter_groups.enable", "here it is rollout.resample_limit"),
         ("train.per_device_train_batch_size", "here it is train.token_budget (micro"),
         ("model.name", "here it is model.path"),
-        ("checkpoint.qqqq", "valid keys: checkpoint.every, checkpoint.keep"),
+        ("checkpoint.qqqq", "valid keys: checkpoint.every, checkpoint.keep, checkpoint.keep_best"),
         ("rewards.functions[0].wieght", "did you mean rewards.functions[i].weight?"),
         ("secret_keys", "valid keys: "),
     ],
@@ -410,7 +410,8 @@ def test_recipe_sections(folder: Path) -> None:
 
 
 def test_every_number_of_the_schema_has_a_range() -> None:
-    numbers = {key for key, value in leaves(load_config(BASE)) if type(value) in (int, float)} | {"eval.temperature"}
+    numbers = {key for key, value in leaves(load_config(BASE)) if type(value) in (int, float)}
+    numbers |= {"eval.temperature", "rollout.gpu_memory_utilization"}  # None unless set
     free = {
         "rewards.functions[0].weight",
         "rewards.functions[0].timeout_s",

@@ -116,11 +116,11 @@ def test_without_generation_config(tmp_path):
 
 def test_a_broken_checkpoint_falls_back(tmp_path, caplog):
     run, trained = write_run(tmp_path)
-    file = run / "checkpoints" / "step_2" / "model.safetensors"
+    file = run / "checkpoints" / "step_2" / "model.0.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     loaded = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / "out"))
     assert torch.equal(logits(loaded), logits(trained[1])) and "step_2 is broken" in caplog.text
-    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.0\.safetensors"):
         export(run, tmp_path / "other", step=2)
     assert not (tmp_path / "other").exists()
 

@@ -11,9 +11,22 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = {
     0: {"types", "config"},
-    1: {"attention", "advantages", "batch", "flops", "functions", "logprobs", "logprobs_triton", "loss", "rng"},
+    1: {
+        "attention",
+        "advantages",
+        "batch",
+        "flops",
+        "functions",
+        "logprobs",
+        "logprobs_triton",
+        "loss",
+        "rng",
+        "shards",
+        "stopping",
+        "deadline",
+    },
     2: {"data", "distributed", "exactness", "layers", "lora", "metrics", "offload", "rewards", "trackers"},
-    3: {"checkpoint", "evaluate", "optim", "policy", "rollout"},
+    3: {"checkpoint", "evaluate", "optim", "policy", "rollout", "weights"},
     4: {"training"},
     5: {"commands", ""},  # "" is pgrpo/__init__.py, the Python face
     6: {"cli"},

@@ -11,8 +11,8 @@ from pgrpo.optim import (
     build_optimizer,
     clip_gradients,
     learning_rate,
-    load_optimizer_tensors,
-    optimizer_tensors,
+    load_optimizer_shards,
+    optimizer_shards,
     set_learning_rate,
 )
 
@@ -116,8 +116,8 @@ def test_state_as_tensors_goes_on_bit_for_bit():
     straight = model()
     straight_optimizer = build_optimizer(straight, config)
     train(straight, straight_optimizer, 3)
-    saved = optimizer_tensors(straight_optimizer, straight)
-    saved = {name: tensor.clone() for name, tensor in saved.items()}
+    saved = optimizer_shards(straight_optimizer, straight)
+    saved = {name: shard.tensor.clone() for name, shard in saved.items()}
     weights = {name: tensor.clone() for name, tensor in straight.state_dict().items()}
     names = {name for name, _ in straight.named_parameters()}
     assert set(saved) == {f"{n}.{moment}" for n in names for moment in ("exp_avg", "exp_avg_sq", "step")}
@@ -126,20 +126,20 @@ def test_state_as_tensors_goes_on_bit_for_bit():
     resumed = model(seed=1)
     resumed.load_state_dict(weights)
     resumed_optimizer = build_optimizer(resumed, config)
-    load_optimizer_tensors(resumed_optimizer, resumed, saved)
+    load_optimizer_shards(resumed_optimizer, resumed, saved, lambda name, _: saved[name])
     train(resumed, resumed_optimizer, 3, start=3)
     for (name, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
-    final = optimizer_tensors(resumed_optimizer, resumed)
-    for name, tensor in optimizer_tensors(straight_optimizer, straight).items():
-        assert torch.equal(tensor, final[name]), name
+    final = optimizer_shards(resumed_optimizer, resumed)
+    for name, shard in optimizer_shards(straight_optimizer, straight).items():
+        assert torch.equal(shard.tensor, final[name].tensor), name
     assert saved["0.weight.step"].item() == 3  # loading made a copy
-    assert final["0.weight.step"].item() == 6
+    assert final["0.weight.step"].tensor.item() == 6
 
 
 def test_a_parameter_without_state_gets_none():
     module = model()
     optimizer = build_optimizer(module, OptimConfig())
-    assert optimizer_tensors(optimizer, module) == {}
-    load_optimizer_tensors(optimizer, module, {})
+    assert optimizer_shards(optimizer, module) == {}
+    load_optimizer_shards(optimizer, module, {}, lambda name, _: torch.zeros(()))
     assert not optimizer.state

@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -62,7 +64,8 @@ def assert_equal_checkpoints(one, other):
         {"loss.kl_coef": 0.1, "loss.ref_refresh_every": 2, "train.epochs_per_step": 2, "rollout.resample_limit": 2},
     ],
 )
-def test_resumed_in_the_middle_equals_uninterrupted(tiny_model, tmp_path, changes):
+@pytest.mark.faults
+def test_row_01_resumed_in_the_middle_equals_uninterrupted(tiny_model, tmp_path, changes):
     whole = train(tiny_model, tmp_path / "whole", **changes)
     parts = tmp_path / "parts"
     train(tiny_model, parts, **changes)
@@ -109,6 +112,90 @@ def test_a_run_stops_at_its_target_reward(tiny_model, tmp_path, caplog):
     assert "eval/reward" in metrics(run_dir)[-1]
 
 
+@pytest.mark.faults
+def test_row_02_generators_that_rewards_draw_from_go_on(tiny_model, tmp_path):
+    def noisy(completions, **_):
+        return [float(c.count("1")) + random.random() + np.random.rand() + float(torch.rand(())) for c in completions]
+
+    def run(name, **changes):
+        torch.set_num_threads(1)
+        return pgrpo.train(
+            "quickstart", overrides(tiny_model, tmp_path / name, **changes), rewards=[noisy], resume="auto"
+        )
+
+    whole = run("whole")
+    run("parts")
+    (tmp_path / "parts" / "checkpoints" / "step_6").rename(tmp_path / "step_6")
+    random.seed(5)
+    np.random.seed(6)
+    torch.manual_seed(7)
+    run("parts")
+    assert_equal_checkpoints(whole / "checkpoints" / "step_6", tmp_path / "parts" / "checkpoints" / "step_6")
+    assert metrics(whole) == metrics(tmp_path / "parts")
+
+
+@pytest.mark.faults
+def test_row_04_prompts_go_on_where_they_were(tiny_model, tmp_path):
+    """Every prompt once an epoch, over an interruption in the middle of one."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"a": 10 + n, "b": 11, "answer": str(21 + n)}) + "\n" for n in range(12)))
+    seen = []
+
+    def note(prompts, **_):
+        seen.extend(dict.fromkeys(prompts))
+        return [float(n) for n in range(len(prompts))]
+
+    for steps in (2, 6):
+        changes = {"data.path": rows, "checkpoint.every": 1, "optim.schedule": "constant"}
+        keys = overrides(tiny_model, tmp_path / "run", steps=steps, **changes)
+        keys += ["rewards.functions[0].function=format_regex", "rewards.functions[0].args={pattern: '.*'}"]
+        pgrpo.train("quickstart", keys, rewards=[note], resume="auto")
+    assert len(seen) == 24 and len(set(seen[:12])) == len(set(seen[12:])) == 12 and seen[:12] != seen[12:]
+
+
+@pytest.mark.faults
+def test_row_13_a_changed_config_is_printed_and_what_cannot_change_is_refused(tiny_model, tmp_path, caplog):
+    train(tiny_model, tmp_path / "run", steps=3)
+    with caplog.at_level("WARNING"):
+        train(tiny_model, tmp_path / "run", steps=4, resume="auto", **{"optim.lr": 1e-5})
+    assert "config differs from the checkpoint's: now lr: 1.0e-05" in caplog.text
+    assert "config differs from the checkpoint's: now steps: 4" in caplog.text
+    weights = checkpoint.load(tmp_path / "run" / "checkpoints" / "step_4")[0]["model"]
+    for change, message in (
+        ({"seed": 1}, "checkpoint's data has seed 0, this run's has 1"),
+        ({"data.shuffle": "false"}, "checkpoint's data has shuffle True, this run's has False"),
+        ({"model.lora_rank": 2}, r"of another model, or of other model\.lora_\* keys"),
+    ):
+        with pytest.raises((pgrpo.ConfigError, checkpoint.CheckpointError), match=message):
+            train(tiny_model, tmp_path / "run", steps=5, resume="auto", **change)
+    kept = checkpoint.load(tmp_path / "run" / "checkpoints" / "step_4")[0]["model"]
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.faults
+def test_row_23_out_of_memory_names_sizes_and_keys(tiny_model, tmp_path):
+    """The process is left a few megabytes before its first update."""
+    code = """
+import resource, sys
+import pgrpo
+def limit(completions, **_):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**21, -1))
+    return [float(len(c)) for c in completions]
+try:
+    pgrpo.train("quickstart", sys.argv[1:], rewards=[limit])
+except RuntimeError as error:
+    resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    print(error)
+"""
+    keys = overrides(tiny_model, tmp_path / "run", **{"rollout.prompts_per_step": 128, "rollout.group_size": 16})
+    command = [sys.executable, "-c", code, *keys]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.stdout.startswith("out of memory in step 1 ("), done.stdout + done.stderr
+    for part in ("train.token_budget=16384", "model.activation_checkpointing=auto", "rollout.max_concurrent=256"):
+        assert part in done.stdout
+
+
 def test_two_runs_from_one_seed_are_bit_equal_and_another_seed_differs(tiny_model, tmp_path):
     first, second = (train(tiny_model, tmp_path / name, steps=3) for name in ("first", "second"))
     assert_equal_checkpoints(first / "checkpoints" / "step_3", second / "checkpoints" / "step_3")
@@ -116,7 +203,8 @@ def test_two_runs_from_one_seed_are_bit_equal_and_another_seed_differs(tiny_mode
     assert metrics(first) == metrics(second) != metrics(other)
 
 
-def test_a_run_folder_in_use_is_refused_and_resume_auto_starts_an_empty_one(tiny_model, tmp_path):
+@pytest.mark.faults
+def test_row_14_a_run_folder_in_use_is_refused_and_resume_auto_starts_an_empty_one(tiny_model, tmp_path):
     train(tiny_model, tmp_path / "run", steps=1, resume="auto")
     with pytest.raises(pgrpo.ConfigError, match="--resume auto"):
         train(tiny_model, tmp_path / "run", steps=1)
@@ -133,7 +221,8 @@ def test_a_folder_with_a_run_in_it_exits_with_2(tiny_model, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_resumed_at_the_end_of_an_epoch_in_another_process(tiny_model, tmp_path):
+@pytest.mark.faults
+def test_row_03_resumed_at_the_end_of_an_epoch_in_another_process(tiny_model, tmp_path):
     """Four prompts an epoch, one epoch a step; the second half runs in a process that has never seen the first."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"a": a, "b": 11, "answer": str(a + 11)}) + "\n" for a in (10, 25, 31, 88)))

@@ -15,6 +15,7 @@ from pgrpo.policy import Policy, load_model
 from pgrpo.rollout import canary
 from pgrpo.rollout.base import sample_seeds
 from pgrpo.rollout.vllm import EngineError, VLLMEngine
+from pgrpo.stopping import Stopped
 from pgrpo.types import Group, Prompt, SamplingParams
 from pgrpo.weights import full_weights, weight_names
 
@@ -143,16 +144,12 @@ def test_greedy(awake):
         reference.set_attn_implementation("pgrpo")
 
 
-def test_what_check_stop_raises_ends_the_rollout_and_the_engine_goes_on(awake, monkeypatch):
+def test_a_stop_signal_ends_the_rollout_and_the_engine_can_go_on(awake):
     engine, _ = awake
-
-    def stop():
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(engine, "check_stop", stop)
-    with pytest.raises(KeyboardInterrupt):
+    engine.world.stop.signum = 15
+    with pytest.raises(Stopped):
         engine.generate(prompts("abc", "def"), PARAMS, seeds(2, 3))
-    monkeypatch.undo()
+    engine.world.stop.signum = 0
     assert not engine.llm.llm_engine.has_unfinished_requests()
     assert len(engine.generate(prompts("abc"), PARAMS, seeds(1, 3))[0].completions) == 3
 
@@ -226,7 +223,7 @@ def test_waking_pushes(engine):
         assert vllm.score(groups) == pytest.approx(logprobs(policy, groups), abs=tolerance(policy))
     with pytest.raises(EngineError, match="the engine sleeps"):
         vllm.score(groups)
-    assert vllm.time_awake["time/weight_sync"] > 0
+    assert vllm.timings["time/weight_sync"] > 0
 
 
 def every_name(policy):

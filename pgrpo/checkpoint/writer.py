@@ -1,0 +1,149 @@
+"""Checkpoints that are written while training goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pgrpo.checkpoint.files import CheckpointError, Files, dump_scalars, write_shards
+from pgrpo.checkpoint.folder import abandon, begin, prune, publish
+from pgrpo.distributed import World
+from pgrpo.shards import Shard
+
+T = TypeVar("T")
+
+
+class Writer:
+    """Writes a run's checkpoints, each rank its own shards, from a copy in host memory.
+
+    ``save`` returns once the copy is taken. A thread on every rank then writes and syncs; when all ranks have, rank 0 names the
+    checkpoint and removes old ones. A failure anywhere fails it on all ranks, and leaves older checkpoints as they are. The
+    host memory of the copy is kept for the next one; to get it from the system takes longer than the copy, so ``reserve`` does
+    that ahead.
+
+    Args:
+        root: folder of the run's checkpoints, the same on all ranks.
+        world: the ranks. Building a writer is a collective call.
+        keep: newest checkpoints to keep.
+    """
+
+    def __init__(self, root: Path, world: World, keep: int) -> None:
+        self._root, self._world, self._keep = root, world, keep
+        # Of its own: the threads' exchanges must not mix with those of training, nor wait for a GPU.
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._copies: dict[tuple[str, str], Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def reserve(self, sets: Mapping[str, Mapping[str, Shard]]) -> None:
+        """Get the host memory for copies of ``sets``, in the background: of sizes, so the values may change meanwhile."""
+        self.wait()
+        like = [((s, name), shard.tensor) for s, named in sets.items() for name, shard in named.items()]
+
+        def touch() -> None:
+            for key, tensor in like:
+                self._copies[key] = _host(tensor).zero_()
+
+        self._thread = threading.Thread(target=touch, name="pgrpo-checkpoint")
+        self._thread.start()
+
+    def save(
+        self,
+        step: int,
+        sets: Mapping[str, Mapping[str, Shard]],
+        scalars: Mapping[str, Any],
+        spare: Collection[int] = (),
+    ) -> None:
+        """Copy what this rank holds and begin to write ``step_N``. Waits for the checkpoint before it. All ranks call this.
+
+        Args:
+            step: N. An existing ``step_N`` is replaced.
+            sets: set name -> tensor name -> this rank's shard. What every rank has whole is rank 0's.
+            scalars: rank 0's are written.
+            spare: steps that pruning leaves alone.
+
+        Raises:
+            CheckpointError: as ``wait``, of the checkpoint before.
+        """
+        self.wait()
+        text = dump_scalars(scalars)
+        copies = {name: {n: self._copy(name, n, shard) for n, shard in named.items()} for name, named in sets.items()}
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize(self._world.device)
+        # Not a daemon: a run that ends by an exception still finishes the checkpoint that it had begun.
+        self._thread = threading.Thread(target=self._run, args=(step, copies, text, spare), name="pgrpo-checkpoint")
+        self._thread.start()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the checkpoint that was being written is known to have failed; ``wait`` says why."""
+        return self._error is not None
+
+    def wait(self) -> None:
+        """Until the checkpoint that was begun last has its name, on all ranks.
+
+        Raises:
+            CheckpointError: it could not be written, with the reason of every rank that has one.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _copy(self, set_name: str, name: str, shard: Shard) -> Shard:
+        tensor, key = shard.tensor, (set_name, name)
+        held = self._copies.get(key)
+        if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
+            held = self._copies[key] = _host(tensor)
+        held.copy_(tensor, non_blocking=True)
+        return Shard(held, shard.shape, shard.offset)
+
+    def _run(self, step: int, sets: Mapping[str, Mapping[str, Shard]], scalars: str, spare: Collection[int]) -> None:
+        try:
+            self._write(step, sets, scalars, spare)
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, step: int, sets: Mapping[str, Mapping[str, Shard]], scalars: str, spare: Collection[int]) -> None:
+        root, files, reason = self._root, Files(), None
+        try:
+            files = write_shards(begin(root, step), self._world.rank, sets)
+        except Exception as error:
+            reason = _text(error)
+        written = self._gather((files, reason))
+        reasons = [text for _, text in written if text]
+        if self._world.is_main and not reasons:
+            try:
+                publish(root, step, {name: entry for part, _ in written for name, entry in part.items()}, scalars)
+                prune(root, self._keep, spare)
+            except Exception as error:
+                reasons = [_text(error)]
+        reasons = self._gather(reasons)[0]
+        if reasons:
+            if self._world.is_main:
+                abandon(root, step)
+            raise CheckpointError("; ".join(dict.fromkeys(reasons)))
+
+    def _gather(self, item: T) -> list[T]:
+        if self._group is None:
+            return [item]
+        items: list[Any] = [None] * self._world.size
+        dist.all_gather_object(items, item, group=self._group)
+        return items
+
+
+def _host(tensor: Tensor) -> Tensor:
+    """Host memory for a copy, pinned for one that comes from a GPU."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"

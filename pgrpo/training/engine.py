@@ -1,0 +1,161 @@
+"""Which engine samples, how it is built, and whether it has the policy's weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from pgrpo.batch import build_batch
+from pgrpo.config import Config, ConfigError
+from pgrpo.distributed import World
+from pgrpo.flops import ModelDims
+from pgrpo.policy import Policy
+from pgrpo.rollout import canary, vllm
+from pgrpo.rollout.base import RolloutEngine
+from pgrpo.rollout.embedded import EmbeddedEngine
+from pgrpo.training.placement import compute_dtype, engine_name, vllm_memory_share
+from pgrpo.types import Group
+from pgrpo.weights import full_weights, weight_names
+
+VLLM_KEYS = (
+    "tensor_parallel_size",
+    "gpu_memory_utilization",
+    "enforce_eager",
+    "canary_every",
+    "vllm_deadline_s",
+    "allow_untested_vllm",
+)
+
+
+def check_engine(config: Config, dims: ModelDims, world: World) -> None:
+    """Refuse an engine that cannot run as configured, before a weight is loaded.
+
+    Raises:
+        ConfigError: with the key and what to do.
+    """
+    rollout = config.rollout
+    if engine_name(config, world.device) == "embedded":
+        for key in VLLM_KEYS:
+            if (value := getattr(rollout, key)) != getattr(type(rollout)(), key):
+                raise ConfigError(
+                    f"rollout.{key}: {value} has no effect on the embedded engine, which is what rollout.engine={rollout.engine} "
+                    "takes here; leave it out, or set rollout.engine=vllm"
+                )
+        return
+    if not vllm.is_installed():
+        raise ConfigError(
+            "rollout.engine=vllm: vLLM is not installed: pip install 'pgrpo[vllm]', or set rollout.engine=embedded"
+        )
+    size = rollout.tensor_parallel_size
+    for what, count in (("ranks", world.size), ("attention heads", dims.heads), ("key/value heads", dims.kv_heads)):
+        if count % size:
+            valid = [
+                str(n) for n in range(1, world.size + 1) if not (world.size % n or dims.heads % n or dims.kv_heads % n)
+            ]
+            raise ConfigError(
+                f"rollout.tensor_parallel_size: {size} does not divide {count} {what}; it may be {', '.join(valid)}"
+            )
+    vllm.check_version(config)
+
+
+def build_engine(
+    config: Config, world: World, policy: Policy, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]
+) -> RolloutEngine:
+    """The engine that ``check_engine`` let pass. A collective call.
+
+    Raises:
+        ConfigError: vLLM has no room beside the policy.
+    """
+    if engine_name(config, world.device) == "embedded":
+        return EmbeddedEngine(
+            policy,
+            tokenizer,
+            eos_token_ids,
+            max_concurrent=config.rollout.max_concurrent,
+            any_rank=world.any,
+            check_stop=world.check_stop,
+        )
+    return vllm.VLLMEngine(
+        config,
+        world,
+        tokenizer,
+        eos_token_ids,
+        partial(full_weights, policy.model, compute_dtype(config)),
+        weight_names(policy.model),
+        memory_share=vllm_memory_share(config, ModelDims.from_config(policy.model.config), world),
+    )
+
+
+class ScoringEngine(Protocol):
+    """The part of ``VLLMEngine`` that the canary needs."""
+
+    def score(self, groups: Sequence[Group]) -> list[float]: ...
+
+
+class Canary:
+    """Compares, every so many steps, what an update did to the policy's log-probs with what it did to the engine's.
+
+    Args:
+        every: steps between two checks; the first step's update is always checked.
+        most_tokens: of a completion that are scored.
+    """
+
+    def __init__(self, world: World, policy: Policy, engine: ScoringEngine, every: int, most_tokens: int) -> None:
+        self.world, self.policy, self.engine = world, policy, engine
+        self.every, self.most_tokens = every, most_tokens
+        self._groups: list[Group] = []
+        self._old: list[float] = []
+        self._new: list[float] | None = None
+
+    def before_update(self, step: int, groups: Sequence[Group]) -> None:
+        """Remember some of the step's samples (the same on all ranks) and their log-probs. A collective call."""
+        self._groups, self._new = [], None
+        if step % self.every == 0:
+            self._groups = canary.pick(groups, self.most_tokens)
+            self._old = self._logprobs()
+
+    def after_update(self) -> None:
+        """Their log-probs now. A collective call."""
+        if self._groups:
+            self._new = self._logprobs()
+
+    def look(self) -> dict[str, float]:
+        """What the engine, awake on the new weights, says of them. Returns metrics where there was something to compare.
+
+        Raises:
+            CanaryError: the engine has other weights; on all ranks.
+        """
+        if self._new is None:
+            return {}
+        slope = canary.regress(self._old, self._new, self.engine.score(self._groups))
+        self._new = None
+        error: canary.CanaryError | None = None
+        try:
+            canary.check(slope)
+        except canary.CanaryError as found:
+            error = found
+        for found in self.world.gather([error]):
+            if found:
+                raise found
+        metrics = {"canary/logp_difference": slope.noise}
+        if math.isfinite(slope.error):
+            metrics |= {"canary/slope": slope.slope, "canary/slope_error": slope.error}
+        return metrics
+
+    @torch.no_grad()
+    def _logprobs(self) -> list[float]:
+        batch = build_batch(self._groups, device=self.world.device, attention=self.policy.attention)
+        return self.policy(batch, temperature=1.0).logprobs.tolist()
+
+
+def build_canary(config: Config, world: World, policy: Policy, engine: RolloutEngine) -> Canary | None:
+    """None where there is nothing to check: the embedded engine is the policy."""
+    if not config.rollout.canary_every or not isinstance(engine, vllm.VLLMEngine):
+        return None
+    most_tokens = min(canary.TOKENS, config.rollout.max_completion_tokens - 1)  # vLLM samples one more to score
+    return Canary(world, policy, engine, config.rollout.canary_every, max(1, most_tokens))

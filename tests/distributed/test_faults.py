@@ -1,0 +1,95 @@
+"""Two ranks agree on what a fault on one of them means."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pgrpo import checkpoint
+
+pytestmark = pytest.mark.faults
+ROOT = Path(__file__).resolve().parents[2]
+REWARD = """\
+import os, time
+from pathlib import Path
+calls = 0
+def reward(completions, **_):
+    global calls
+    calls += 1
+    values = [float(c.count("1")) for c in completions]
+    if os.environ["RANK"] == "1":
+        if "NAN" in os.environ and calls in (2, 3):
+            values[0] = 1e60
+        if "SLEEP" in os.environ and calls == 2:
+            Path(os.environ["SLEEP"]).write_text(str(os.getppid()))
+            time.sleep(60)
+    return values
+"""
+
+
+def start(model, folder, *more, **environment):
+    (folder / "own.py").write_text(REWARD)
+    keys = [f"model.path={model}", f"run_dir={folder / 'run'}", "train.steps=4", "rollout.prompts_per_step=4"]
+    keys += ["rollout.group_size=4", "eval.every=0", "track.console=false", "loss.scale_advantages=none"]
+    keys += [f"rewards.functions[0].function={folder / 'own.py'}:reward", "checkpoint.every=1", *more]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [sys.executable, *launch, "-m", "pgrpo", "train", "--config", "quickstart", *keys],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | environment,
+        stderr=(folder / "stderr").open("w"),
+    )  # fmt: skip
+
+
+def wait(process, folder, seconds):
+    """Exit code and what was printed. Not through a pipe, which a killed rank's reward worker would hold open."""
+    return process.wait(timeout=seconds), (folder / "stderr").read_text()
+
+
+def rank_1(process, marker):
+    deadline = time.monotonic() + 120
+    while not marker.exists() or not marker.read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    return int(marker.read_text())
+
+
+def test_row_20_a_number_that_is_not_finite_on_one_rank_skips_the_update_on_both(tiny_model, tmp_path):
+    process = start(tiny_model, tmp_path, NAN="1")
+    code, printed = wait(process, tmp_path, 200)
+    assert code == 0, printed
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped_updates"] for row in rows] == [0, 1, 1, 0]
+    saved, _ = checkpoint.load(tmp_path / "run" / "checkpoints" / "step_4")
+    assert {t.item() for name, t in saved["optimizer"].items() if name.endswith(".step")} == {2}
+
+
+def test_row_17_a_signal_to_one_rank_stops_both_with_a_save(tiny_model, tmp_path):
+    process = start(tiny_model, tmp_path, "checkpoint.every=0", SLEEP=str(tmp_path / "marker"))
+    pid = rank_1(process, tmp_path / "marker")
+    sent = time.monotonic()
+    os.kill(pid, signal.SIGTERM)
+    code, printed = wait(process, tmp_path, 60)
+    print(f"both out after {time.monotonic() - sent:.1f} s")
+    assert code == 1, printed  # what torchrun makes of any failure
+    assert "exitcode  : 143" in printed and printed.count("stopped after step 1 of 4, saved") >= 1
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step_1"
+    assert time.monotonic() - sent < 20
+
+
+def test_row_19_one_rank_dies_and_the_other_exits_in_bounded_time(tiny_model, tmp_path):
+    process = start(tiny_model, tmp_path, SLEEP=str(tmp_path / "marker"))
+    pid = rank_1(process, tmp_path / "marker")
+    died = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    code, printed = wait(process, tmp_path, 100)
+    print(f"out after {time.monotonic() - died:.1f} s")
+    assert code == 1, printed
+    assert time.monotonic() - died < 60
+    assert checkpoint.latest(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step_1"

@@ -1,0 +1,66 @@
+"""Losses and gradients that are not finite: the update is skipped and counted, and too many in a row stop the run.
+
+The fault: a reward of 1e60, which no check of rewards refuses, is infinite as a float32 advantage.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+import torch
+
+import pgrpo
+from pgrpo import checkpoint
+from pgrpo.training.update import NonFiniteError
+
+pytestmark = pytest.mark.faults
+
+
+def spoiled(*calls):
+    """A reward that is 1e60 for one completion in these calls (one a step, counted from 1)."""
+    count = 0
+
+    def reward(completions, **_):
+        nonlocal count
+        count += 1
+        values = [float(c.count("1")) for c in completions]
+        return [1e60 if count in calls else values[0], *values[1:]]
+
+    return reward
+
+
+def train(model, run_dir, *more, reward):
+    torch.set_num_threads(1)
+    keys = [f"model.path={model}", f"run_dir={run_dir}", "train.steps=6", "rollout.prompts_per_step=4", "eval.every=0"]
+    keys += ["track.console=false", "checkpoint.every=1", "checkpoint.keep=9", "loss.scale_advantages=none"]
+    return pgrpo.train("quickstart", [*keys, "rollout.group_size=4", *more], rewards=[reward])
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_row_20_updates_that_are_not_finite_are_skipped_and_counted(tiny_model, tmp_path):
+    run = train(tiny_model, tmp_path / "run", "train.max_skipped_updates=2", reward=spoiled(2, 3, 5))
+    assert [row["skipped_updates"] for row in rows(run)] == [0, 1, 1, 0, 1, 0]
+    saved = [checkpoint.load(run / "checkpoints" / f"step_{step}")[0] for step in range(1, 7)]
+    for step, (before, after) in enumerate(itertools.pairwise(saved), start=2):
+        for name in ("model", "optimizer"):
+            equal = all(torch.equal(tensor, after[name][n]) for n, tensor in before[name].items())
+            assert equal == (step in (2, 3, 5)), (step, name)
+    assert all(t.isfinite().all() for named in saved for t in (named["model"] | named["optimizer"]).values())
+
+
+def test_row_20_too_many_in_a_row_stop_the_run_with_the_batch(tiny_model, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(NonFiniteError, match=r"3 updates in a row .*max_skipped_updates=2\).*bad_batch_step_5\.json"):
+        train(tiny_model, run, "train.max_skipped_updates=2", reward=spoiled(1, 3, 4, 5))
+    assert [row["skipped_updates"] for row in rows(run)] == [1, 0, 1, 1]
+    batch = json.loads((run / "bad_batch_step_5.json").read_text())
+    assert len(batch) == 4 and len(batch[0]["completions"]) == 4
+    assert batch[0]["rewards"][0] == 1e60 and batch[0]["prompt"]["text"] and batch[0]["completions"][0]["token_ids"]
+    newest = checkpoint.latest(run / "checkpoints")
+    assert newest == run / "checkpoints" / "step_4"
+    assert all(t.isfinite().all() for t in checkpoint.load(newest)[0]["model"].values())

@@ -1,0 +1,158 @@
+"""SIGTERM and Ctrl-C in every part of a step: out within seconds, saved, and the resumed run equals the uninterrupted one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgrpo import checkpoint
+
+pytestmark = pytest.mark.faults
+ROOT = Path(__file__).resolve().parents[2]
+REWARD = """\
+import os, subprocess, sys, time
+from pathlib import Path
+calls = 0
+def reward(completions, **_):
+    global calls
+    calls += 1
+    marker = Path(os.environ["MARKER"])
+    if os.environ["PHASE"] == "reward" and calls == 3 and not marker.exists():
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+        marker.write_text(f"{os.getpid()} {child.pid}")
+        time.sleep(300)
+    return [float(c.count("1")) for c in completions]
+"""
+# Only watches: writes the marker when the phase of the second step begins.
+WATCH = """\
+import os, sys
+from pathlib import Path
+from pgrpo import cli
+from pgrpo.rollout.embedded import EmbeddedEngine
+from pgrpo.training import loop
+from pgrpo.training.update import Updater
+phase, marker, now = os.environ["PHASE"], Path(os.environ["MARKER"]), []
+def watch(owner, name, begins):
+    function = getattr(owner, name)
+    def call(*args, **kwargs):
+        if begins(*args) and not marker.exists():
+            marker.write_text(str(os.getpid()))
+        return function(*args, **kwargs)
+    setattr(owner, name, call)
+watch(loop, "_step", lambda run: now.append(run.step))
+watch(loop, "evaluate_run", lambda run: (now.append("eval"), phase == "eval" and run.step == 2)[1])
+watch(EmbeddedEngine, "_generate_wave", lambda *_: phase == "rollout" and now[-1] == 1)
+watch(Updater, "backward", lambda *_: phase == "update" and now[-1] == 1)
+cli.main()
+"""
+
+
+def start(model, run_dir, phase="", *more, ranks=1):
+    own = run_dir.parent / "own.py"
+    own.write_text(REWARD)
+    keys = [f"model.path={model}", f"run_dir={run_dir}", "train.steps=3", "rollout.prompts_per_step=64"]
+    keys += ["rollout.group_size=4", "rollout.max_concurrent=4", "train.token_budget=60", "track.console=false"]
+    keys += ["eval.every=2", "eval.rows=64", "eval.samples=4", f"rewards.functions[0].function={own}:reward", *more]
+    launch = ["-c", WATCH]
+    if ranks > 1:
+        (run_dir.parent / "watch.py").write_text(WATCH)
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        launch += [str(run_dir.parent / "watch.py")]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PHASE": phase, "MARKER": f"{run_dir}.marker"
+    }  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, *launch, "train", "--config", "quickstart", *keys, "--resume", "auto"],
+        cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists() or not path.read_text():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return [int(pid) for pid in path.read_text().split()]
+
+
+def rows(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def alive(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    process = start(tiny_model, run_dir)
+    assert process.wait(timeout=120) == 0, process.stderr.read()
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("phase", "signum", "code"),
+    [
+        ("rollout", signal.SIGTERM, 143),
+        ("reward", signal.SIGTERM, 143),
+        ("reward", signal.SIGINT, 130),
+        ("update", signal.SIGTERM, 143),
+        ("eval", signal.SIGTERM, 143),
+    ],
+)
+def test_row_17_a_signal_in(tiny_model, tmp_path, whole, phase, signum, code):
+    run_dir = tmp_path / "run"
+    process = start(tiny_model, run_dir, phase)
+    wait_for(Path(f"{run_dir}.marker"), process)
+    sent = time.monotonic()
+    process.send_signal(signum)
+    assert process.wait(timeout=30) == code, process.stderr.read()
+    took = time.monotonic() - sent
+    print(f"{phase}: out after {took:.2f} s")
+    assert took < 5
+    done = 2 if phase == "eval" else 1  # the step that was begun is dropped
+    assert checkpoint.latest(run_dir / "checkpoints") == run_dir / "checkpoints" / f"step_{done}"
+    assert [row["step"] for row in rows(run_dir)] == [0, 1]
+
+    process = start(tiny_model, run_dir, phase)
+    assert process.wait(timeout=120) == 0, process.stderr.read()
+    (got, scalars), (want, uninterrupted) = (
+        checkpoint.load(folder / "checkpoints" / "step_3") for folder in (run_dir, whole)
+    )
+    assert got.keys() == want.keys()
+    for name, named in want.items():
+        assert all(torch.equal(got[name][n], tensor) for n, tensor in named.items()), name
+    assert scalars["stream"] == uninterrupted["stream"]
+    stable = [
+        [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows(folder)]
+        for folder in (run_dir, whole)
+    ]
+    assert stable[0] == stable[1]
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_row_18_a_second_ctrl_c_ends_everything_at_once(tiny_model, tmp_path, first):
+    """Also what a reward's worker process had started."""
+    process = start(tiny_model, tmp_path / "run", "reward")
+    pids = wait_for(Path(f"{tmp_path / 'run'}.marker"), process)
+    assert all(alive(pid) for pid in pids)
+    process.send_signal(signal.SIGSTOP)  # so that both signals are there before either is answered
+    process.send_signal(first)
+    process.send_signal(signal.SIGTERM if first == signal.SIGINT else signal.SIGINT)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(timeout=10) in (130, 143)
+    assert time.monotonic() - sent < 2
+    time.sleep(0.2)
+    assert not any(alive(pid) for pid in pids)

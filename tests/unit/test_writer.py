@@ -1,0 +1,146 @@
+"""Checkpoints that are written while training goes on: a consistent copy, errors that stop the run, what stays."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+import pgrpo
+from pgrpo.checkpoint import CheckpointError, Writer, latest, list_steps, load, tidy, verify
+from pgrpo.config import ConfigError
+from pgrpo.distributed import World
+from pgrpo.shards import whole
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+def sets(*values: float):
+    return {"model": {f"w{i}": whole(torch.full((1000, 100), value)) for i, value in enumerate(values)}}
+
+
+def test_what_is_written_is_the_copy_of_the_moment(tmp_path):
+    writer, weight = Writer(tmp_path, WORLD, keep=2), torch.zeros(3_000_000)
+    for step in (1, 2, 3):
+        weight.fill_(step)
+        writer.save(step, {"model": {"w": whole(weight)}}, {"step": step})
+        weight.fill_(-1.0)
+    writer.wait()
+    assert list_steps(tmp_path) == [2, 3]
+    for step in (2, 3):
+        tensors, scalars = load(tmp_path / f"step_{step}")
+        assert scalars == {"step": step} and torch.equal(tensors["model"]["w"], torch.full((3_000_000,), float(step)))
+
+
+def test_the_best_stays(tmp_path):
+    writer = Writer(tmp_path, WORLD, keep=1)
+    for step in (1, 2, 3, 4):
+        writer.save(step, sets(step), {}, spare=[2])
+    writer.wait()
+    assert list_steps(tmp_path) == [2, 4]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_row_21_weights_that_are_not_finite_fail_the_save_and_the_next_call_says_so(tmp_path, bad):
+    writer, spoiled = Writer(tmp_path, WORLD, keep=2), sets(1.0, 2.0)
+    writer.save(1, sets(1.0), {})
+    spoiled["model"]["w1"].tensor[7, 7] = bad
+    writer.save(2, spoiled, {})
+    with pytest.raises(CheckpointError, match="model weight w1 holds NaN or inf: not saved"):
+        writer.save(3, sets(3.0), {})
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step_1"]
+    writer.save(3, sets(3.0), {})  # the error is told once
+    writer.wait()
+    assert list_steps(tmp_path) == [1, 3]
+
+
+KILLED = """
+    import os, signal, sys, torch
+    from pathlib import Path
+    from pgrpo.checkpoint import Writer
+    from pgrpo.distributed import World
+    from pgrpo.shards import whole
+
+    def killing(function, left):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+        return call
+
+    def run(root):
+        writer = Writer(root, World(0, 1, torch.device("cpu")), keep=1)
+        for step in range(1, 100):
+            writer.save(step, {"model": {"w": whole(torch.full((200_000,), float(step)))}}, {"step": step})
+            (root.parent / f"{root.name}.begun").write_text(str(step))
+
+    for case in sys.argv[2:]:
+        call, count = case.split(":")
+        child = os.fork()
+        if child == 0:  # one system call of the writer is its last: nothing of the program runs after it
+            setattr(os, call, killing(getattr(os, call), [int(count)]))
+            run(Path(sys.argv[1]) / f"{call}{count}")
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+"""
+
+
+@pytest.mark.faults
+def test_row_07_sigkill_between_write_rename_and_prune(tmp_path):
+    """Killed at the call itself: renames (to the name, away from it), the removals of pruning, syncs, new folders."""
+    cases = [f"{call}:{count}" for call in ("rename", "rmdir", "unlink", "fsync", "mkdir") for count in (3, 4, 5, 6)]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path), *cases],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    left, resumed = set(), 0
+    for case in cases:
+        root = tmp_path / case.replace(":", "")
+        begun = (
+            int((root.parent / f"{root.name}.begun").read_text()) if list(root.parent.glob(f"{root.name}.begun")) else 1
+        )
+        left |= {entry.name.split("step")[0] for entry in root.iterdir()}
+        steps = list_steps(root)
+        for step in steps:
+            verify(root / f"step_{step}")
+        tidy(root)
+        assert not list(root.glob(".*")) and list_steps(root) == steps
+        newest = latest(root)
+        if newest is None:
+            assert begun == 1  # killed in the very first save
+            continue
+        resumed += 1
+        assert begun - 1 <= load(newest)[1]["step"] <= begun + 1, case
+    assert ".writing-" in left and resumed >= 15
+
+
+def test_keep_best_needs_evaluations_and_a_metric_that_exists(tiny_model, tmp_path):
+    keys = [f"model.path={tiny_model}", f"run_dir={tmp_path / 'run'}", "checkpoint.keep_best=eval/rewards"]
+    with pytest.raises(ConfigError, match=r"checkpoint\.keep_best: eval/rewards needs evaluations; set eval\.every"):
+        pgrpo.train("quickstart", [*keys, "eval.every=0"])
+    keys += ["eval.every=1", "eval.rows=4", "train.steps=1", "track.console=false"]
+    with pytest.raises(ConfigError, match=r"eval/rewards is no metric of an evaluation; there are eval/reward, "):
+        pgrpo.train("quickstart", keys)
+
+
+def test_a_failed_save_stops_the_run_before_its_end(tiny_model, tmp_path):
+    """The folder of checkpoints is a file: the error of the writing thread ends the run within a few steps."""
+    run_dir = tmp_path / "run"
+
+    def spoil(completions, **_):
+        (run_dir / "checkpoints").exists() or (run_dir / "checkpoints").touch()
+        time.sleep(0.1)
+        return [float(len(c)) for c in completions]
+
+    keys = [f"model.path={tiny_model}", f"run_dir={run_dir}", "train.steps=50", "rollout.prompts_per_step=2"]
+    keys += ["checkpoint.every=1", "eval.every=0", "track.console=false", "rollout.group_size=2"]
+    with pytest.raises(CheckpointError, match=r"checkpoints/\.writing-step_1: cannot be made"):
+        pgrpo.train("quickstart", keys, rewards=[spoil])
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) < 10
