@@ -10,6 +10,7 @@ from rich.console import Console
 
 from pgrpo.attention.kernels import FASTEST_FIRST, choose_kernel, why_not
 from pgrpo.flops import GIB, peak_flops
+from pgrpo.rewards.sandbox import SandboxError, find_sandbox
 
 PACKAGES = ("pgrpo", "torch", "transformers", "datasets", "omegaconf", "math-verify")
 OPTIONAL = {
@@ -18,6 +19,7 @@ OPTIONAL = {
     "peft": "LoRA",
     "wandb": "tracking",
     "tensorboard": "tracking",
+    "reasoning-gym": "procedural tasks",
     "prefix-grouper": "a comparison in pgrpo bench",
 }
 HEAD_DIMS = (64, 128, 256)
@@ -31,6 +33,10 @@ def doctor() -> None:
         console.print(f"{package} {_version(package) or 'MISSING'}")
     for package, use in OPTIONAL.items():
         console.print(f"{package} {_version(package) or f'not installed ({use})'}")
+    try:
+        console.print(f"sandbox for the reward `code`: {find_sandbox().name}")
+    except SandboxError as error:
+        console.print(f"sandbox for the reward `code`: none. {error}")
     if not torch.cuda.is_available():
         reason = "this PyTorch is a CPU build" if torch.version.cuda is None else "no device or no driver"
         console.print(f"\nno CUDA GPU ({reason}); everything runs on the CPU, with {torch.get_num_threads()} threads")

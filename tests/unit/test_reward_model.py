@@ -26,9 +26,10 @@ def folder(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: p
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, num_labels=1, initializer_range=0.5,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.5,
     )  # fmt: skip
     tokenizer.pad_token = None if request.param == "no pad token" else tokenizer.convert_ids_to_tokens(0)
+    config.num_labels = 1
     Qwen2ForSequenceClassification(config).save_pretrained(out)
     tokenizer.save_pretrained(out)
     return out

@@ -497,3 +497,17 @@ def test_threads_may_look_for_it_at_once():
         thread.join()
     assert len(found) == 4
     assert len({id(sandbox) for sandbox in found}) == 1
+
+
+def test_doctor_says_which_sandbox_there_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    from pgrpo.commands import doctor
+
+    doctor.doctor()
+    assert f"sandbox for the reward `code`: {find_sandbox().name}\n" in capsys.readouterr().out
+
+    def none() -> Sandbox:
+        raise SandboxError("there is no sandbox on this machine")
+
+    monkeypatch.setattr(doctor, "find_sandbox", none)
+    doctor.doctor()
+    assert "sandbox for the reward `code`: none. there is no sandbox on this machine\n" in capsys.readouterr().out
