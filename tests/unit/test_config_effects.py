@@ -336,12 +336,6 @@ def test_key_has_an_effect(key, observe, known):
         assert all(old != new for old, new in zip(before["loaded"], after["loaded"], strict=True))
 
 
-@pytest.mark.parametrize("key", NO_SECOND_VALUE)
-def test_what_is_not_there_is_refused(key, folder):
-    with pytest.raises(ConfigError, match=key):
-        configure(folder, {key: NO_SECOND_VALUE[key]})
-
-
 def test_a_key_without_an_effect_would_be_noticed(observe):
     """Two runs of one config show the same, so a difference is the key's."""
     before, after = observe(1, {}), observe(2, {})
