@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,8 +31,8 @@ class World:
     size: int
     device: torch.device
     stop: StopFlag = field(default_factory=StopFlag)
-    control: dist.ProcessGroup | None = None
-    """For numbers on the CPU, so that asking them does not wait for a GPU. None: the default group does it."""
+    control: Any = None
+    """A process group for numbers on the CPU, so that asking them does not wait for a GPU. None: the default group does it."""
 
     @property
     def is_main(self) -> bool:

@@ -131,9 +131,9 @@ class Saved:
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
             values = piece[_box(low, high, offset)]
-            if result is None:
-                result = values.new_empty(size)
-            result[_box(low, high, start)] = values
+            whole = result if result is not None else values.new_empty(size)
+            whole[_box(low, high, start)] = values
+            result = whole
         return result if result is not None else torch.empty(size)
 
     def _index(self, file_name: str) -> None:

@@ -21,6 +21,7 @@ from pgrpo import checkpoint
 from pgrpo.commands.plan import plan
 from pgrpo.config import Config, ConfigError, load_config
 from pgrpo.rewards import RewardError
+from pgrpo.training.update import NonFiniteError
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = """
@@ -292,7 +293,7 @@ def observe(folder, tmp_path, monkeypatch, caplog, capsys):
                     written = pgrpo.train(config)
             finally:
                 hook.remove()
-        except (ConfigError, RewardError) as error:
+        except (ConfigError, NonFiniteError, RewardError) as error:
             return {**seen, "error": str(error)}
         rows = [json.loads(line) for line in (written / "metrics.jsonl").read_text().splitlines()]
         saved, _ = checkpoint.load(checkpoint.latest(written / "checkpoints") or written)
