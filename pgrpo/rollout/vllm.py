@@ -20,8 +20,8 @@ What this file knows of vLLM's insides, on the versions in ``SUPPORTED``:
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,17 +30,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from pgrpo.config import Config, ConfigError
 from pgrpo.deadline import deadline
 from pgrpo.distributed import World
 from pgrpo.rng import rng_state, seed_all, set_rng_state
+from pgrpo.rollout.delivery import Delivery, DeliveryError
 from pgrpo.rollout.text import Tokenizer, make_completions
 from pgrpo.types import Group, Prompt, SamplingParams
-
-log = logging.getLogger(__name__)
 
 SUPPORTED = ("0.26", "0.32")
 """vLLM versions that the tests ran on: 0.26 on a GPU, 0.32 on a CPU."""
@@ -61,11 +60,10 @@ def check_version(config: Config) -> None:
     Raises:
         ConfigError: with the versions that are supported and the key to override.
     """
-    import vllm
-
-    if not vllm.__version__.startswith(tuple(f"{v}." for v in SUPPORTED)) and not config.rollout.allow_untested_vllm:
+    version = _vllm().__version__
+    if not version.startswith(tuple(f"{v}." for v in SUPPORTED)) and not config.rollout.allow_untested_vllm:
         raise ConfigError(
-            f"rollout.engine=vllm: vLLM {vllm.__version__} is not one of the tested versions ({', '.join(SUPPORTED)}): install one "
+            f"rollout.engine=vllm: vLLM {version} is not one of the tested versions ({', '.join(SUPPORTED)}): install one "
             "of those, or set rollout.allow_untested_vllm=true, or rollout.engine=embedded"
         )
 
@@ -105,12 +103,10 @@ class VLLMEngine:
         self.is_awake = False
         self.timings: dict[str, float] = {}
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of each layer that has no weights of its own
         for name, value in (("RANK", world.rank), ("LOCAL_RANK", world.device.index or 0), ("WORLD_SIZE", world.size)):
             os.environ.setdefault(name, str(value))
         check_version(config)
-        from vllm import LLM
-
         if not dist.is_initialized():
             dist.init_process_group("nccl" if self.sleeps else "gloo", store=HashStore(), rank=0, world_size=1)
         self.tp_size, self.tp_group = config.rollout.tensor_parallel_size, None
@@ -121,7 +117,7 @@ class VLLMEngine:
                 self.tp_group = group
         state = rng_state()
         with deadline(self.seconds, "starting vLLM", DEADLINE), _errors("start"):
-            self.llm = LLM(
+            self.llm = _vllm().LLM(
                 model=config.model.path,
                 revision=config.model.revision,
                 trust_remote_code=config.model.trust_remote_code,
@@ -172,9 +168,6 @@ class VLLMEngine:
         Raises:
             EngineError: vLLM failed, or ended a request early.
         """
-        from vllm import SamplingParams as VLLMParams
-        from vllm.sampling_params import RequestOutputKind
-
         ours = slice(0, len(prompts))
         if self.tp_group is not None:  # neighbours run one engine: each takes all of their prompts, and keeps its own
             shares: list[Any] = [None] * self.tp_size
@@ -189,7 +182,7 @@ class VLLMEngine:
                     f"the engine's {self.max_model_len} (data.max_prompt_tokens + rollout.max_completion_tokens)"
                 )
         greedy, group_size = params.temperature == 0.0, len(seeds[0])
-        request = VLLMParams(
+        request = _vllm().SamplingParams(
             n=1 if greedy else group_size,  # vLLM refuses several greedy samples: they are one, several times
             max_tokens=params.max_completion_tokens,
             temperature=params.temperature,
@@ -200,7 +193,7 @@ class VLLMEngine:
             detokenize=bool(params.stop),  # text is decoded once, when all is sampled
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=_vllm().sampling_params.RequestOutputKind.FINAL_ONLY,
         )
         outputs = self._run([p.token_ids for p in prompts], request, seed=_joint_seed(seeds))
         groups = []
@@ -219,10 +212,8 @@ class VLLMEngine:
 
     def score(self, groups: Sequence[Group]) -> list[float]:
         """Log-probs at temperature 1 of all completion tokens, in order: of groups that this rank's engine shares."""
-        from vllm import SamplingParams as VLLMParams
-
         samples = [(g.prompt.token_ids, c.token_ids) for g in groups for c in g.completions]
-        request = VLLMParams(max_tokens=1, prompt_logprobs=0, top_p=1.0, temperature=1.0, detokenize=False)
+        request = _vllm().SamplingParams(max_tokens=1, prompt_logprobs=0, top_p=1.0, temperature=1.0, detokenize=False)
         outputs = self._run([p + c for p, c in samples], request, seed=0)
         return [
             output.prompt_logprobs[at][output.prompt_token_ids[at]].logprob
@@ -235,72 +226,42 @@ class VLLMEngine:
         self._call("shutdown", self.llm.llm_engine.engine_core.shutdown)
 
     def push(self) -> None:
-        """Give the engine the policy's weights, and check that each of them arrived.
+        """Give the engine the policy's weights.
 
         Raises:
-            EngineError: a name is missing, unknown or was not written, or the engine's bits are not those that were sent.
+            DeliveryError: not all of them arrived.
         """
-        sent: dict[str, Tensor] = {}
-        sizes: dict[str, int] = {}
-        written: set[str] = set()
-        model = self._model()
-        load_weights = model.load_weights
-
-        def recorded() -> Iterator[tuple[str, Tensor]]:
-            for name, tensor in self.weights():
-                sent[name], sizes[name] = bit_sum(tensor), tensor.numel()
-                yield name, tensor
+        model, written = self._model(), set()
+        load_weights, delivery = model.load_weights, Delivery(self.weights())
 
         def load_and_note(weights: Iterator[tuple[str, Tensor]]) -> set[str]:
-            names = load_weights(weights)
-            written.update(names)
+            written.update(names := load_weights(weights))
             return names
 
         model.load_weights = load_and_note
         try:
             self._call(
                 "weight push",
-                lambda: self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": recorded()}),
+                lambda: self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(delivery)}),
             )
         finally:
             del model.load_weights
         if not self.sleeps and model.lm_head.weight is model.model.embed_tokens.weight:
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
-        if differing := sorted(self.weight_names ^ sent.keys()):
-            raise EngineError(
-                f"weight push: {differing[:3]} of {len(differing)} names were not sent, or are not the policy's"
-            )
-        parameters = dict(model.named_parameters())
-        if missing := sorted(parameters.keys() - written):
-            raise EngineError(f"weight push: vLLM did not load {missing[:3]} ({len(missing)} in all)")
-        if wrong := self._differing(model, parameters, sent, sizes):
-            raise EngineError(
-                f"weight push: checksums of {wrong[:3]} are not those of the policy ({len(wrong)} in all)"
-            )
+        delivery.check(
+            self.weight_names,
+            written,
+            dict(model.named_parameters()),
+            getattr(model, "packed_modules_mapping", {}),
+            ranks=self.tp_size,
+            sum_over_ranks=self._sum_over_engine,
+        )
         self.llm.reset_prefix_cache()
 
-    def _differing(
-        self, model: Any, parameters: dict[str, nn.Parameter], sent: dict[str, Tensor], sizes: dict[str, int]
-    ) -> list[str]:
-        """Parameters of the engine whose bits, over the ranks that share it, do not add up to those of what was sent."""
-        fused: dict[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-        names, wanted, found = [], [], []
-        for name, parameter in parameters.items():
-            if not parameter.numel():  # packed away (CPU)
-                continue
-            sources = [name] if name in sent else sources_of(name, fused)
-            if any(source not in sent for source in sources):
-                raise EngineError(f"weight push: vLLM's {name} is made of {sources}, which the policy does not have")
-            # A parameter that every rank of a tensor-parallel engine holds whole is counted that many times.
-            copies = max(1, round(parameter.numel() * self.tp_size / sum(sizes[source] for source in sources)))
-            names.append(name)
-            wanted.append(copies * torch.stack([sent[source] for source in sources]).sum())
-            found.append(bit_sum(parameter.data))
-        total = torch.stack(found)
+    def _sum_over_engine(self, values: Tensor) -> Tensor:
         if self.tp_group is not None:
-            dist.all_reduce(total, group=self.tp_group)
-        unequal = (total != torch.stack(wanted)).tolist()
-        return [name for name, differs in zip(names, unequal, strict=True) if differs]
+            dist.all_reduce(values, group=self.tp_group)
+        return values
 
     def _run(self, prompts: list[list[int]], request: Any, seed: int) -> list[Any]:
         """Finished outputs of the prompts, in order."""
@@ -340,24 +301,15 @@ class VLLMEngine:
             return function()
 
 
+def _vllm() -> Any:
+    """The package; not ``import vllm``, which type checkers take for this file."""
+    return importlib.import_module("vllm")
+
+
 def _joint_seed(seeds: Sequence[Sequence[int]]) -> int:
     """One 63-bit seed that depends on all of them."""
     key = repr([list(group) for group in seeds]).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-
-
-def bit_sum(tensor: Tensor) -> Tensor:
-    """Sum of the elements' bit patterns as integers, a 0-d int64 tensor: the same in any order and any cut; zeros add nothing."""
-    integer = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
-    return tensor.contiguous().view(integer).sum(dtype=torch.int64)
-
-
-def sources_of(name: str, fused: dict[str, list[str]]) -> list[str]:
-    """Checkpoint names of what vLLM fuses into a parameter: ``...qkv_proj.weight`` is made of q, k and v."""
-    for whole, parts in fused.items():
-        if f".{whole}." in name:
-            return [name.replace(f".{whole}.", f".{part}.") for part in parts]
-    return [name]
 
 
 @contextmanager
@@ -365,7 +317,7 @@ def _errors(what: str) -> Iterator[None]:
     """What vLLM raises, as one error that says where."""
     try:
         yield
-    except (ConfigError, EngineError):
+    except (ConfigError, DeliveryError, EngineError):
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

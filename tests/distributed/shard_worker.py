@@ -11,7 +11,7 @@ from torch import nn
 
 from pgrpo import checkpoint
 from pgrpo.config import OptimConfig
-from pgrpo.distributed import copy_full, place, start
+from pgrpo.distributed import copy_full, full_tensor, place, start
 from pgrpo.optim import build_optimizer, load_optimizer_shards, optimizer_shards
 from pgrpo.shards import shard_of, whole
 
@@ -59,7 +59,7 @@ def main():
                         state[moment] = torch.zeros_like(parameter)
                         copy_full(state[moment], moments[f"{name}.{moment}"])
         for name, parameter in model.named_parameters():
-            here = parameter.full_tensor() if world.size > 1 else parameter
+            here = full_tensor(parameter)
             assert torch.equal(here, dict(want.named_parameters())[name]), name
             assert optimizer.state[parameter]["step"].item() == 7
             for moment in ("exp_avg", "exp_avg_sq"):

@@ -40,6 +40,7 @@ def test_equals_log_softmax_of_full_logits(monkeypatch, logits_per_chunk, scale)
     torch.testing.assert_close(got.logprobs, wanted, rtol=0, atol=1e-13)
     torch.testing.assert_close(got.entropy, entropy, rtol=0, atol=1e-13)
     dentropy = dlogprobs.flip(0)
+    assert got.entropy is not None
     for weight_of_logprobs, weight_of_entropy in ((1, 0), (0, 1), (1, 0.7)):
         got_grads, wanted_grads = (
             torch.autograd.grad(
@@ -47,7 +48,7 @@ def test_equals_log_softmax_of_full_logits(monkeypatch, logits_per_chunk, scale)
                 [hidden, weight],
                 retain_graph=True,
             )
-            for a, b in (got, (wanted, entropy))
+            for a, b in ((got.logprobs, got.entropy), (wanted, entropy))
         )
         for got_grad, wanted_grad in zip(got_grads, wanted_grads, strict=True):
             torch.testing.assert_close(got_grad, wanted_grad, rtol=0, atol=1e-12)
@@ -58,7 +59,9 @@ def test_gradient_of_the_entropy_alone_by_finite_differences(scale):
     hidden, weight, targets, dlogprobs = inputs(rows=3)
 
     def entropy(hidden):
-        return (token_logprobs(hidden, weight.detach(), targets, scale, entropy=True).entropy * dlogprobs).sum()
+        entropy = token_logprobs(hidden, weight.detach(), targets, scale, entropy=True).entropy
+        assert entropy is not None
+        return (entropy * dlogprobs).sum()
 
     gradient = torch.autograd.grad(entropy(hidden), hidden)[0]
     for i in range(hidden.numel()):

@@ -62,5 +62,5 @@ def test_row_20_too_many_in_a_row_stop_the_run_with_the_batch(tiny_model, tmp_pa
     assert len(batch) == 4 and len(batch[0]["completions"]) == 4
     assert batch[0]["rewards"][0] == 1e60 and batch[0]["prompt"]["text"] and batch[0]["completions"][0]["token_ids"]
     newest = checkpoint.latest(run / "checkpoints")
-    assert newest == run / "checkpoints" / "step_4"
+    assert newest is not None and newest == run / "checkpoints" / "step_4"
     assert all(t.isfinite().all() for t in checkpoint.load(newest)[0]["model"].values())

@@ -78,7 +78,7 @@ def start(model, run_dir, phase="", *more, ranks=1):
 def wait_for(path, process):
     deadline = time.monotonic() + 120
     while not path.exists() or not path.read_text():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return [int(pid) for pid in path.read_text().split()]
@@ -97,7 +97,7 @@ def alive(pid):
 def whole(tiny_model, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     process = start(tiny_model, run_dir)
-    assert process.wait(timeout=120) == 0, process.stderr.read()
+    assert process.wait(timeout=120) == 0, process.stderr and process.stderr.read()
     return run_dir
 
 
@@ -117,7 +117,7 @@ def test_row_17_a_signal_in(tiny_model, tmp_path, whole, phase, signum, code):
     wait_for(Path(f"{run_dir}.marker"), process)
     sent = time.monotonic()
     process.send_signal(signum)
-    assert process.wait(timeout=30) == code, process.stderr.read()
+    assert process.wait(timeout=30) == code, process.stderr and process.stderr.read()
     took = time.monotonic() - sent
     print(f"{phase}: out after {took:.2f} s")
     assert took < 5
@@ -126,7 +126,7 @@ def test_row_17_a_signal_in(tiny_model, tmp_path, whole, phase, signum, code):
     assert [row["step"] for row in rows(run_dir)] == [0, 1]
 
     process = start(tiny_model, run_dir, phase)
-    assert process.wait(timeout=120) == 0, process.stderr.read()
+    assert process.wait(timeout=120) == 0, process.stderr and process.stderr.read()
     (got, scalars), (want, uninterrupted) = (
         checkpoint.load(folder / "checkpoints" / "step_3") for folder in (run_dir, whole)
     )

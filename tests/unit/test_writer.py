@@ -135,7 +135,8 @@ def test_a_failed_save_stops_the_run_before_its_end(tiny_model, tmp_path):
     run_dir = tmp_path / "run"
 
     def spoil(completions, **_):
-        (run_dir / "checkpoints").exists() or (run_dir / "checkpoints").touch()
+        if not (run_dir / "checkpoints").exists():
+            (run_dir / "checkpoints").touch()
         time.sleep(0.1)
         return [float(len(c)) for c in completions]
 

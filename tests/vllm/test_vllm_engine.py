@@ -14,6 +14,7 @@ from pgrpo.exactness import tokens_as_groups
 from pgrpo.policy import Policy, load_model
 from pgrpo.rollout import canary
 from pgrpo.rollout.base import sample_seeds
+from pgrpo.rollout.delivery import DeliveryError
 from pgrpo.rollout.vllm import EngineError, VLLMEngine
 from pgrpo.stopping import Stopped
 from pgrpo.types import Group, Prompt, SamplingParams
@@ -66,7 +67,7 @@ def engine(request, tmp_path_factory) -> Iterator[tuple[VLLMEngine, Policy]]:
             rollout=RolloutConfig(max_completion_tokens=16, enforce_eager=True, max_concurrent=32),
         )
         dtype = torch.bfloat16 if gpu else torch.float32
-        policy = Policy(load_model(config.model, 48).to(world.device, dtype))
+        policy = Policy(load_model(config.model, 48).to(device=world.device, dtype=dtype))
         weights = partial(full_weights, policy.model, dtype)
         names = weight_names(policy.model)
         engine = VLLMEngine(config, world, tokenizer, [EOS], weights, names, memory_share=0.2)
@@ -237,12 +238,12 @@ def test_each_dropped_tensor_is_noticed(engine, monkeypatch):
     with vllm.awake():
         for dropped in every_name(policy):
             monkeypatch.setattr(vllm, "weights", lambda d=dropped: ((n, t) for n, t in whole() if n != d))
-            with pytest.raises(EngineError, match="weight push"):
+            with pytest.raises(DeliveryError, match="weight push"):
                 vllm.push()
         monkeypatch.setattr(
             vllm, "weights", lambda: ((n + "s" if n.endswith("norm.weight") else n, t) for n, t in whole())
         )
-        with pytest.raises(EngineError, match="weight push"):
+        with pytest.raises(DeliveryError, match="weight push"):
             vllm.push()
         monkeypatch.setattr(vllm, "weights", whole)
         vllm.push()
@@ -258,5 +259,5 @@ def test_a_tensor_that_the_engine_does_not_write_is_noticed(engine, monkeypatch)
             return load(self, ((n, t * 0 if n == "model.norm.weight" else t) for n, t in weights))
 
         monkeypatch.setattr(model, "load_weights", lossy)
-        with pytest.raises(EngineError, match=r"checksums of \['model.norm.weight'\]"):
+        with pytest.raises(DeliveryError, match=r"checksums of model\.norm\.weight"):
             vllm.push()

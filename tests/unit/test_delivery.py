@@ -1,0 +1,84 @@
+"""What a weight push must notice, with an engine of two ranks that fuses, splits and pads."""
+
+import pytest
+import torch
+
+from pgrpo.rollout.delivery import Delivery, DeliveryError, bit_sum, sources_of
+
+FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+
+
+def weights(dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"embed.weight": (10, 4), "a.q_proj.weight": (8, 4), "a.k_proj.weight": (4, 4), "a.v_proj.weight": (4, 4)}
+    shapes |= {"a.o_proj.weight": (4, 8), "norm.weight": (4,)}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def engine(given, ranks):
+    """Each rank's parameters: rows of q, k, v by rank and fused, columns of o, the vocabulary padded to 12, the norm on all."""
+    fused = [
+        torch.cat([given[f"a.{n}_proj.weight"].chunk(ranks)[rank] for n in "qkv"])
+        for rank in range(ranks)
+    ]  # fmt: skip
+    padded = torch.cat([given["embed.weight"], torch.zeros(2, 4, dtype=given["embed.weight"].dtype)])
+    return [
+        {
+            "embed.weight": padded.chunk(ranks)[rank],
+            "a.qkv_proj.weight": fused[rank],
+            "a.o_proj.weight": given["a.o_proj.weight"].chunk(ranks, dim=1)[rank],
+            "norm.weight": given["norm.weight"].clone(),
+        }
+        for rank in range(ranks)
+    ]
+
+
+def push(sent, parts, *, names=None, written=None):
+    delivery = Delivery(sent.items())
+    assert dict(delivery).keys() == sent.keys()
+    sums = [torch.stack([bit_sum(p) for p in part.values() if p.numel()]) for part in parts]
+    delivery.check(
+        set(names or weights()),
+        set(written or parts[0]),
+        parts[0],
+        FUSED,
+        ranks=len(parts),
+        sum_over_ranks=lambda own: (
+            torch.stack(sums).sum(0) if torch.equal(own, sums[0]) else pytest.fail("another order")
+        ),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_whole_push_passes_and_each_wrong_element_is_noticed(ranks, dtype):
+    sent = weights(dtype)
+    push(sent, engine(sent, ranks))
+    for name in sent:
+        stale = {n: t.clone() for n, t in sent.items()}
+        stale[name].view(-1)[1] += 0.5
+        fused = "a.qkv_proj.weight" if "q_proj" in name or "k_proj" in name or "v_proj" in name else name
+        with pytest.raises(DeliveryError, match=rf"checksums of {fused} \(1 in all\)"):
+            push(sent, engine(stale, ranks))
+
+
+def test_names():
+    sent = weights()
+    parts = engine(sent, 1)
+    dropped = {n: t for n, t in sent.items() if n != "a.k_proj.weight"}
+    with pytest.raises(DeliveryError, match=r"a\.k_proj\.weight \(1 in all\) were not sent"):
+        push(dropped, parts)
+    with pytest.raises(DeliveryError, match=r"other \(1 in all\) were not sent, or are not the policy's"):
+        push(sent | {"other": sent["norm.weight"]}, parts)
+    with pytest.raises(DeliveryError, match=r"did not load norm\.weight"):
+        push(sent, parts, written=set(parts[0]) - {"norm.weight"})
+    with pytest.raises(DeliveryError, match=r"is made of .*extra.*which the policy does not have"):
+        push(sent, [parts[0] | {"extra": sent["norm.weight"]}])
+    push(sent, [parts[0] | {"a.o_proj.weight": torch.empty(0)}])  # cannot be read back
+
+
+def test_bit_sums_are_of_bits():
+    assert bit_sum(torch.tensor([1.0, -0.0])).item() == 0x3F800000 - 2**31
+    assert bit_sum(torch.tensor([1.0, 2.0]).bfloat16()).item() == 0x3F80 + 0x4000
+    assert sources_of("l.0.qkv_proj.bias", FUSED) == ["l.0.q_proj.bias", "l.0.k_proj.bias", "l.0.v_proj.bias"]
+    assert sources_of("norm.weight", FUSED) == ["norm.weight"]

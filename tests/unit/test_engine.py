@@ -1,0 +1,83 @@
+"""Which engine a run takes, what is refused before a weight is loaded, and how much memory vLLM is given."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pgrpo.config import Config, ConfigError, DataConfig, ModelConfig, RolloutConfig
+from pgrpo.distributed import World
+from pgrpo.flops import GIB, ModelDims, parameter_count
+from pgrpo.rollout import vllm
+from pgrpo.training import engine, placement
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+QWEN3_4B = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, True, 0, True, False)
+
+
+def config(**rollout) -> Config:
+    made = Config(
+        model=ModelConfig(path="nowhere"),
+        data=DataConfig(max_prompt_tokens=4096),
+        rollout=RolloutConfig(max_completion_tokens=1024, **rollout),
+    )
+    made.optim.offload = "cpu"
+    return made
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """As if vLLM of this version were installed."""
+    package = SimpleNamespace(__version__="0.26.0")
+    monkeypatch.setattr(vllm, "is_installed", lambda: True)
+    monkeypatch.setattr(vllm, "_vllm", lambda: package)
+    return package
+
+
+def test_auto_takes_vllm_where_it_can_run(installed, monkeypatch):
+    assert engine.engine_name(config(), GPU) == "vllm"
+    assert engine.engine_name(config(), CPU) == "embedded"
+    assert engine.engine_name(config(engine="vllm"), CPU) == "vllm"
+    assert engine.engine_name(config(engine="embedded"), GPU) == "embedded"
+    monkeypatch.setattr(vllm, "is_installed", lambda: False)
+    assert engine.engine_name(config(), GPU) == "embedded"
+
+
+def refusal(settings, size=1, device=CPU):
+    with pytest.raises(ConfigError) as caught:
+        engine.check_engine(settings, QWEN3_4B, World(0, size, device))
+    return str(caught.value)
+
+
+def test_what_is_refused(installed, monkeypatch):
+    engine.check_engine(config(engine="vllm", tensor_parallel_size=2), QWEN3_4B, World(0, 4, GPU))
+    message = refusal(config(engine="vllm", tensor_parallel_size=3), size=6)
+    assert message == "rollout.tensor_parallel_size: 3 does not divide 32 attention heads; it may be 1, 2"
+    assert "4 does not divide 2 ranks; it may be 1, 2" in refusal(config(engine="vllm", tensor_parallel_size=4), size=2)
+    message = refusal(config(enforce_eager=True))
+    assert message.startswith("rollout.enforce_eager: True has no effect on the embedded engine")
+    installed.__version__ = "0.27.1"
+    message = refusal(config(engine="vllm"))
+    assert "vLLM 0.27.1 is not one of the tested versions (0.26, 0.32)" in message
+    assert "rollout.allow_untested_vllm=true" in message
+    engine.check_engine(config(engine="vllm", allow_untested_vllm=True), QWEN3_4B, World(0, 1, GPU))
+    monkeypatch.setattr(vllm, "is_installed", lambda: False)
+    assert "vLLM is not installed: pip install 'pgrpo[vllm]'" in refusal(config(engine="vllm"))
+
+
+def test_memory_share(installed, monkeypatch):
+    """What the policy holds between updates is vLLM's loss: 15 GiB of float32 weights here, beside 80."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GIB))
+    world = World(0, 1, GPU)
+    weights = 4 * parameter_count(QWEN3_4B) / GIB / 80
+    share = placement.vllm_memory_share(config(), QWEN3_4B, world)
+    assert share == pytest.approx(placement.USABLE_SHARE - weights) and 0.7 < share < 0.75
+    with_moments = config()
+    with_moments.optim.offload = "none"
+    assert placement.vllm_memory_share(with_moments, QWEN3_4B, world) == pytest.approx(
+        placement.USABLE_SHARE - 3 * weights
+    )
+    assert placement.vllm_memory_share(config(gpu_memory_utilization=0.3), QWEN3_4B, world) == 0.3
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24 * GIB))
+    with pytest.raises(ConfigError, match=r"beside the policy's 15 GiB of 24, 7 GiB are left for vLLM, which needs 9 "):
+        placement.vllm_memory_share(config(), QWEN3_4B, world)

@@ -1,0 +1,43 @@
+"""What an engine is given is what an export of the same policy would hold."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pgrpo.config import ModelConfig
+from pgrpo.lora import add_adapters, merge_adapters
+from pgrpo.weights import full_weights, weight_names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_the_order_of_the_layers(tiny_model, dtype):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    got = list(full_weights(model, dtype))
+    wanted = dict(model.named_parameters())
+    assert [name for name, _ in got] == list(wanted)
+    assert {name for name, _ in got} == weight_names(model)
+    assert all(t.dtype == dtype and torch.equal(t, wanted[n].detach().to(dtype)) for n, t in got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_are_merged(tiny_model, dtype):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=dtype)
+    names = weight_names(model)
+    add_adapters(model, ModelConfig(path=str(tiny_model), lora_rank=4, lora_alpha=8.0), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = 0.1 * torch.randn(p.shape, generator=generator)
+    got = dict(full_weights(model, dtype))
+    assert got.keys() == names == weight_names(model)
+    merged = copy.deepcopy(model).float()
+    merge_adapters(merged)
+    changed = 0
+    for name, weight in merged.named_parameters():
+        torch.testing.assert_close(
+            got[name], weight.detach().to(dtype), rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6
+        )
+        changed += not torch.equal(got[name], dict(model.named_parameters()).get(name, torch.empty(0)))
+    assert changed > 10
