@@ -67,7 +67,8 @@ def engine(request, tmp_path_factory) -> Iterator[tuple[VLLMEngine, Policy]]:
             rollout=RolloutConfig(max_completion_tokens=16, enforce_eager=True, max_concurrent=32),
         )
         dtype = torch.bfloat16 if gpu else torch.float32
-        policy = Policy(load_model(config.model, 48).to(device=world.device, dtype=dtype))
+        policy = Policy(load_model(config.model, 48, dtype))
+        policy.to(world.device)
         weights = partial(full_weights, policy.model, dtype)
         names = weight_names(policy.model)
         engine = VLLMEngine(config, world, tokenizer, [EOS], weights, names, memory_share=0.2)
