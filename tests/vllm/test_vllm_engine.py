@@ -21,6 +21,8 @@ from pgrpo.types import Group, Prompt, SamplingParams
 from pgrpo.weights import full_weights, weight_names
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+if torch.cuda.is_available():
+    pytestmark.append(pytest.mark.gpu)
 LETTERS = "0123456789abcdefghijklmnopqrstuvwxyz+=.,;: "
 EOS = 1
 PARAMS = SamplingParams(max_completion_tokens=16)
@@ -226,6 +228,18 @@ def test_waking_pushes(engine):
     with pytest.raises(EngineError, match="the engine sleeps"):
         vllm.score(groups)
     assert vllm.timings["time/weight_sync"] > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no sleep")
+def test_asleep_it_gives_its_memory_back(engine):
+    vllm, _ = engine
+    total = torch.cuda.mem_get_info()[1]
+    asleep = torch.cuda.mem_get_info()[0]
+    with vllm.awake():
+        awake = torch.cuda.mem_get_info()[0]
+    print(f"awake it takes {(asleep - awake) / 2**30:.1f} GiB of {total / 2**30:.0f}")
+    assert asleep - awake > 0.15 * total
+    assert abs(torch.cuda.mem_get_info()[0] - asleep) < 2**30
 
 
 def every_name(policy):
