@@ -23,14 +23,16 @@ def deadline(seconds: float, what: str, key: str) -> Iterator[None]:
     """
 
     def give_up() -> None:
-        print(
-            f"{what} took longer than {key}={seconds:g} seconds and was ended; raise {key} if it was only slow. "
-            "Go on with --resume auto. Where it hung:",
-            file=sys.stderr,
-            flush=True,
-        )
-        faulthandler.dump_traceback(all_threads=True)
-        os._exit(1)
+        try:
+            print(
+                f"{what} took longer than {key}={seconds:g} seconds and was ended; raise {key} if it was only slow. "
+                "--resume auto goes on from the last checkpoint, if there is one. Where it hung:",
+                file=sys.stderr,
+                flush=True,
+            )
+            faulthandler.dump_traceback(file=2, all_threads=True)
+        finally:  # whatever became of stderr
+            os._exit(1)
 
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True

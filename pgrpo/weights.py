@@ -41,6 +41,7 @@ def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
         weight = _whole(parameter)
         if name.endswith("weight"):
             weight = weight.float() + _adapter(model.get_submodule(name.partition(BASE)[0]))
+            weight = _round_stochastically(weight) if dtype == torch.bfloat16 else weight
         yield name.replace(BASE, "."), weight.to(dtype)
 
 
@@ -51,6 +52,17 @@ def _adapter(layer: Any) -> Tensor:
         a_RI, b_OR = (_whole(matrix[adapter].weight).float() for matrix in (layer.lora_A, layer.lora_B))
         delta = delta + scale * (b_OR @ a_RI)
     return delta
+
+
+def _round_stochastically(x: Tensor) -> Tensor:
+    """float32 to bfloat16 values (still float32), up or down with the probability that makes the mean exact (arXiv 1502.02551).
+
+    What a young adapter adds is less than half a unit in the last place of most bfloat16 weights: rounded to nearest, it would
+    not be in the sum at all. The same random numbers each time: what does not change is rounded alike in every push.
+    """
+    generator = torch.Generator(x.device).manual_seed(0)
+    noise = torch.randint(2**16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    return ((x.contiguous().view(torch.int32) + noise) & -(2**16)).view(torch.float32)
 
 
 def _whole(tensor: Tensor) -> Tensor:

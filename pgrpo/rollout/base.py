@@ -30,7 +30,8 @@ class RolloutEngine(Protocol):
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[Sequence[int]]
     ) -> list[Group]:
-        """One group a prompt, in order; ``seeds[n][g]`` alone decides the random numbers of sample g of prompt n.
+        """One group a prompt, in order. The seeds decide the random numbers; in the embedded engine ``seeds[n][g]`` alone those of
+        sample g of prompt n.
 
         Every rank calls this with the same number of prompts.
         """

@@ -3,7 +3,9 @@ larger than what one step changes. Many together can.
 
 For tokens of the last batch, let ``old`` and ``new`` be the policy's log-probs before and after the update, and ``engine`` the
 engine's. The least-squares slope of (engine - new) on (old - new) is about 0 when the engine has the new weights, and about 1
-when it still has the old ones.
+when it still has the old ones: it is above 0.5 exactly when ``engine`` is closer to ``old`` than to ``new``. The policy's own noise
+is in ``new`` on both sides, so where the update changed little the slope tends to 0.5, which says nothing: only what is far above,
+in standard errors, is an alarm.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from pgrpo.types import Group
 SAMPLES, CONTEXT, TOKENS = 16, 32, 64
 """How many samples are scored, behind how much of their prompts, and how many of their tokens: a thousand log-probs see a change
 of a tenth of the noise. Few rows in all, as an engine that scores keeps their full logits."""
-LARGEST_ERROR = 0.2
-"""A slope whose standard error is above this says nothing: the update changed too little."""
+SURE = 5.0
+"""Standard errors above 0.5 that make a slope an alarm."""
 LARGEST_NOISE = 0.3
 """Mean |engine - new| in nats above which the engine computes something else altogether."""
 
@@ -57,7 +59,7 @@ def regress(old: Sequence[float], new: Sequence[float], engine: Sequence[float])
 
 def check(slope: Slope) -> None:
     """Raises CanaryError if the engine has other weights than the policy."""
-    if slope.error < LARGEST_ERROR and slope.slope > 0.5:
+    if slope.slope - SURE * slope.error > 0.5:
         raise CanaryError(
             f"canary: the slope of (engine - new) on (old - new) log-probs is {slope.slope:.2f} +- {slope.error:.2f}, about 0 was "
             "expected: the engine still samples with the weights of before the last update"

@@ -25,7 +25,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -41,9 +41,11 @@ from pgrpo.rollout.delivery import Delivery, DeliveryError
 from pgrpo.rollout.text import Tokenizer, make_completions
 from pgrpo.types import Group, Prompt, SamplingParams
 
-SUPPORTED = ("0.26", "0.32")
-"""vLLM versions that the tests ran on: 0.26 on a GPU, 0.32 on a CPU."""
+SUPPORTED = {"cuda": "0.26", "cpu": "0.32"}
+"""The vLLM version that is tested on a kind of device."""
 DEADLINE = "rollout.vllm_deadline_s"
+CHECK_EVERY = 16
+"""Decoding steps between looks at the stop signal, where ranks that share an engine exchange it."""
 
 
 class EngineError(RuntimeError):
@@ -54,17 +56,17 @@ def is_installed() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def check_version(config: Config) -> None:
-    """Refuse a vLLM that nobody tried.
+def check_version(config: Config, device: torch.device) -> None:
+    """Refuse a vLLM that nobody tried on such a device.
 
     Raises:
-        ConfigError: with the versions that are supported and the key to override.
+        ConfigError: with the version that is supported and the key to override.
     """
-    version = _vllm().__version__
-    if not version.startswith(tuple(f"{v}." for v in SUPPORTED)) and not config.rollout.allow_untested_vllm:
+    version, tested = _vllm().__version__, SUPPORTED[device.type]
+    if not version.startswith(f"{tested}.") and not config.rollout.allow_untested_vllm:
         raise ConfigError(
-            f"rollout.engine=vllm: vLLM {version} is not one of the tested versions ({', '.join(SUPPORTED)}): install one "
-            "of those, or set rollout.allow_untested_vllm=true, or rollout.engine=embedded"
+            f"rollout.engine=vllm: vLLM {version} was not tested on a {device.type} device, {tested} was: install that, or set "
+            "rollout.allow_untested_vllm=true, or rollout.engine=embedded"
         )
 
 
@@ -102,11 +104,9 @@ class VLLMEngine:
         self.max_model_len = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
         self.is_awake = False
         self.timings: dict[str, float] = {}
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of each layer that has no weights of its own
         for name, value in (("RANK", world.rank), ("LOCAL_RANK", world.device.index or 0), ("WORLD_SIZE", world.size)):
             os.environ.setdefault(name, str(value))
-        check_version(config)
+        check_version(config, world.device)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if self.sleeps else "gloo", store=HashStore(), rank=0, world_size=1)
         self.tp_size, self.tp_group = config.rollout.tensor_parallel_size, None
@@ -153,11 +153,17 @@ class VLLMEngine:
         self.is_awake = True
         try:
             yield
-        finally:
+        except BaseException:
             self.is_awake = False
-            started = time.perf_counter()
-            self._fall_asleep()
-            self.timings["time/sleep"] = time.perf_counter() - started
+            with suppress(
+                EngineError
+            ):  # after a fault of the device this fails too; the first error is the one to tell
+                self._fall_asleep()
+            raise
+        self.is_awake = False
+        started = time.perf_counter()
+        self._fall_asleep()
+        self.timings["time/sleep"] = time.perf_counter() - started
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[Sequence[int]]
@@ -270,12 +276,13 @@ class VLLMEngine:
         state = rng_state()
         seed_all(seed)
         finished: list[Any] = []
+        steps = 0
         with deadline(self.seconds, "a vLLM rollout", DEADLINE), _errors("rollout"):
             ids = self.llm.enqueue([{"prompt_token_ids": p} for p in prompts], request, use_tqdm=False)
             engine = self.llm.llm_engine
             try:
                 while engine.has_unfinished_requests():
-                    if self.world.stop.signum and self.tp_group is None:  # ranks that share an engine step alike
+                    if self._is_stopped(steps := steps + 1):
                         engine.abort_request(ids, internal=True)
                         break
                     finished += [output for output in engine.step() if output.finished]
@@ -288,6 +295,16 @@ class VLLMEngine:
         if len(finished) != len(ids):
             raise EngineError(f"vLLM finished {len(finished)} of {len(ids)} requests")
         return sorted(finished, key=lambda output: int(output.request_id))
+
+    def _is_stopped(self, step: int) -> bool:
+        """Whether a signal came, on this rank or, every few steps, on one that shares the engine: those step alike."""
+        if self.tp_group is None:
+            return bool(self.world.stop.signum)
+        if step % CHECK_EVERY:
+            return False
+        flag = torch.tensor([self.world.stop.signum], device=self.world.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.tp_group)
+        return bool(flag.item())
 
     def _model(self) -> Any:
         return self.llm.apply_model(lambda model: model)[0]
@@ -303,6 +320,8 @@ class VLLMEngine:
 
 def _vllm() -> Any:
     """The package; not ``import vllm``, which type checkers take for this file."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of each layer that has no weights of its own
     return importlib.import_module("vllm")
 
 
@@ -317,8 +336,9 @@ def _errors(what: str) -> Iterator[None]:
     """What vLLM raises, as one error that says where."""
     try:
         yield
-    except (ConfigError, DeliveryError, EngineError):
+    except (ConfigError, DeliveryError, EngineError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EngineError(f"vLLM failed in {what}: {type(error).__name__}: {reason}") from error
+        reason = " ".join(str(error).split())
+        hint = " (here the key is rollout.gpu_memory_utilization)" if "memory" in reason else ""
+        raise EngineError(f"vLLM failed in {what}: {type(error).__name__}: {reason}{hint}") from error

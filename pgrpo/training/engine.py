@@ -60,7 +60,7 @@ def check_engine(config: Config, dims: ModelDims, world: World) -> None:
             raise ConfigError(
                 f"rollout.tensor_parallel_size: {size} does not divide {count} {what}; it may be {', '.join(valid)}"
             )
-    vllm.check_version(config)
+    vllm.check_version(config, world.device)
 
 
 def build_engine(
@@ -154,8 +154,8 @@ class Canary:
 
 
 def build_canary(config: Config, world: World, policy: Policy, engine: RolloutEngine) -> Canary | None:
-    """None where there is nothing to check: the embedded engine is the policy."""
-    if not config.rollout.canary_every or not isinstance(engine, vllm.VLLMEngine):
-        return None
+    """None where there is nothing to check: the embedded engine is the policy; and with completions of one token."""
     most_tokens = min(canary.TOKENS, config.rollout.max_completion_tokens - 1)  # vLLM samples one more to score
-    return Canary(world, policy, engine, config.rollout.canary_every, max(1, most_tokens))
+    if not config.rollout.canary_every or not most_tokens or not isinstance(engine, vllm.VLLMEngine):
+        return None
+    return Canary(world, policy, engine, config.rollout.canary_every, most_tokens)

@@ -24,6 +24,7 @@ from pgrpo.flops import peak_flops
 from pgrpo.metrics import group_metrics
 from pgrpo.optim import learning_rate, set_learning_rate
 from pgrpo.rollout.base import sample_seeds
+from pgrpo.rollout.canary import CanaryError
 from pgrpo.stopping import Stopped
 from pgrpo.trackers import Trackers
 from pgrpo.training.run import Run, build_run, group_cost, run_folder
@@ -96,6 +97,11 @@ def _loop(run: Run, trackers: Trackers | None) -> None:
         run.wait()
         log.warning("stopped after step %d of %d, saved; go on with --resume auto", run.step, run.config.train.steps)
         raise SystemExit(128 + stopped.signum) from None
+    except CanaryError:  # on all ranks, before the step changed anything: the policy itself is sound
+        run.drop()
+        run.save(trackers.state_dict() if trackers else {})
+        run.wait()
+        raise
     total, target = run.config.train.steps, run.config.train.target_reward
     if run.step < total:
         text = "train.target_reward=%s reached: mean reward of the last %d steps %.4g; done after step %d of %d, saved"
@@ -191,7 +197,7 @@ def _out_of_memory_explained(run: Run) -> Iterator[None]:
             f"{dims.hidden}, with model.activation_checkpointing={config.model.activation_checkpointing}; a rollout decodes "
             f"rollout.max_concurrent={config.rollout.max_concurrent} completions of up to "
             f"{config.rollout.max_completion_tokens} tokens. Lower train.token_budget (at least {longest}, the longest sample), "
-            "set model.activation_checkpointing=full, or lower rollout.max_concurrent"
+            "set model.activation_checkpointing=full, or lower rollout.max_concurrent or rollout.gpu_memory_utilization"
         ) from error
 
 

@@ -70,7 +70,8 @@ class Run:
             log.error("the last checkpoint was not written: %s", error)  # what ended the run is told by its exception
         finally:
             self.rewards.close()
-            self.engine.close()
+            if kind is None or self.world.size == 1:  # else other ranks may be waiting in a call that will not come
+                self.engine.close()
 
     @property
     def run_dir(self) -> Path:

@@ -45,14 +45,13 @@ def scalars_of(run: Run, tracker_state: Mapping[str, Any]) -> dict[str, Any]:
     """The rest of a checkpoint, as JSON types."""
     return {
         "step": run.step,
-        "recent_rewards": run.recent_rewards,
+        "recent_rewards": [repr(reward) for reward in run.recent_rewards],  # as text: JSON has no nan
         "stream": run.stream.state_dict(),
         "trackers": dict(tracker_state),
         "config": to_yaml(run.config),
         "world_size": run.world.size,
         "best": run.best,
         "skipped_in_row": run.updater.skipped_in_row,
-        # As text: JSON has no nan.
         "unlogged": run.unlogged and {name: repr(float(value)) for name, value in run.unlogged.items()},
     }
 
@@ -93,7 +92,8 @@ def put_back(run: Run, path: Path) -> dict[str, Any]:
         load_optimizer_shards(optimizer, model, names, lambda name, like: saved.read("optimizer", name, like))
         scalars = saved.scalars
         run.stream.load_state_dict(scalars["stream"])
-        run.step, run.best, run.recent_rewards = scalars["step"], scalars["best"], scalars["recent_rewards"]
+        run.step, run.best = scalars["step"], scalars["best"]
+        run.recent_rewards = [float(reward) for reward in scalars["recent_rewards"]]
         run.updater.skipped_in_row = scalars["skipped_in_row"]
         unlogged = scalars["unlogged"]
         run.unlogged = None if unlogged is None else {name: float(value) for name, value in unlogged.items()}

@@ -72,6 +72,8 @@ class Updater:
         for update in updates:
             # Once the first update has moved the weights, the step cannot be dropped any more.
             metrics.append(self._update(*update, can_stop=not metrics))
+        if isinstance(self.reference, Policy):
+            reshard(self.reference)  # its last forward had no backward: what it gathered would lie beside the rollout
         means = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
         means["skipped_updates"] = sum(m["skipped_updates"] for m in metrics)
         return means | old_logprobs | self._token_counts([b for batch, _ in updates for b in batch])
@@ -180,10 +182,11 @@ class Updater:
         if self.config.loss.rollout_correction != "none":
             masks = self.config.loss.rollout_correction in ("token_mask", "sequence_mask")
             metrics[f"sampling/frac_{'masked' if masks else 'truncated'}"] = corrected
-        if self._is_finite(metrics["loss"], grad_norm) and batches:
+        is_sound = not batches or self._is_finite(metrics["loss"], grad_norm)
+        if batches and is_sound:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return metrics | {"skipped_updates": float(self.skipped_in_row > 0)}
+        return metrics | {"skipped_updates": float(not is_sound)}
 
     def _is_finite(self, loss: float, grad_norm: float) -> bool:
         """Whether an update may be done. Both numbers are sums over all ranks, so that all of them say the same."""

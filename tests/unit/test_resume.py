@@ -94,6 +94,18 @@ def test_the_refreshed_reference_and_the_position_in_the_data_are_restored(tiny_
     assert scalars["stream"]["offset"] == offset > 12
 
 
+def test_steps_without_any_reward_are_saved(tiny_model, tmp_path):
+    """Their mean reward is nan."""
+
+    def nothing(completions, **_):
+        return [None] * len(completions)
+
+    for steps in (2, 3):
+        keys = overrides(tiny_model, tmp_path / "run", steps=steps, **{"rewards.functions": [], "checkpoint.every": 1})
+        run_dir = pgrpo.train("quickstart", keys, rewards=[nothing], resume="auto")
+        assert checkpoint.load(run_dir / "checkpoints" / f"step_{steps}")[1]["recent_rewards"] == ["nan"] * steps
+
+
 def test_a_run_stops_at_its_target_reward(tiny_model, tmp_path, caplog):
     """After ten steps, also when the first five of them were another run's; then there is nothing to go on with."""
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from pgrpo.config import ModelConfig
 from pgrpo.lora import add_adapters, merge_adapters
-from pgrpo.weights import full_weights, weight_names
+from pgrpo.weights import _round_stochastically, full_weights, weight_names
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -41,3 +41,17 @@ def test_adapters_are_merged(tiny_model, dtype):
         )
         changed += not torch.equal(got[name], dict(model.named_parameters()).get(name, torch.empty(0)))
     assert changed > 10
+
+
+def test_what_a_young_adapter_adds_is_in_the_sum():
+    """A thousandth of the weights' size, which rounding to nearest would lose to 90 %."""
+    torch.manual_seed(0)
+    weight = (0.02 * torch.randn(1000, 1000)).bfloat16().float()
+    delta = 1e-5 * torch.randn(1000, 1000).sign() * torch.rand(1000, 1000)
+    rounded = _round_stochastically(weight + delta)
+    assert torch.equal(rounded, rounded.bfloat16().float())
+    share = ((rounded - weight) * delta).sum() / delta.square().sum()
+    nearest = (((weight + delta).bfloat16().float() - weight) * delta).sum() / delta.square().sum()
+    print(f"share of the change: {share:.3f}; to nearest {nearest:.3f}")
+    assert share == pytest.approx(1.0, abs=0.05) and nearest < 0.5
+    assert torch.equal(_round_stochastically(weight), weight)
