@@ -1,0 +1,119 @@
+"""Write docs/config.md: every key of the schema with its type, its default and the text below it, and the presets.
+
+python scripts/config_docs.py           # writes docs/config.md
+python scripts/config_docs.py --print   # prints it
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+from pgrpo.config import schema
+from pgrpo.config.load import RECIPE_ROLLOUT
+from pgrpo.config.presets import PRESETS
+from pgrpo.config.source import hints
+
+FILE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
+INTRO = """\
+# Configuration
+
+Every key of a pgrpo YAML, in the order of `pgrpo/config/schema.py`. This file is generated: `python scripts/config_docs.py`.
+
+Values come from the defaults below, then `loss.preset`, then the recipe (which may set `data`, `prompt`, `rewards`, and of
+`rollout` {recipe_rollout}), then the config file, then `key=value` on the command line;
+the later ones win. Unknown keys, wrong types and keys that contradict each other are errors. `pgrpo train --config FILE --dry-run`
+prints what came out. `None` in a text is `null` in a YAML.
+"""
+
+
+def texts(section: type) -> dict[str, str]:
+    """Field -> the string literal below it, on one line."""
+    body = ast.parse(inspect.getsource(section)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for node, following in zip(body.body, body.body[1:], strict=False):
+        if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
+            assert isinstance(node.target, ast.Name) and isinstance(following.value, ast.Constant)
+            found[node.target.id] = " ".join(str(following.value.value).split())
+    return found
+
+
+def kind(hint: Any) -> str:
+    """A type as a reader of YAML calls it."""
+    options = get_args(hint)
+    if type(None) in options:
+        return f"{' or '.join(kind(option) for option in options if option is not type(None))}, or `null`"
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{choice}`" for choice in options)
+    if get_origin(hint) is list:
+        return f"list of {'mappings' if is_dataclass(options[0]) else 'texts'}"
+    if get_origin(hint) is tuple:
+        return "two numbers"
+    return {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}.get(hint, "mapping")
+
+
+def default(field: Field[Any]) -> str:
+    value = field.default_factory() if field.default_factory is not MISSING else field.default
+    return "required" if value == "???" else f"`{literal(value)}`"
+
+
+def literal(value: Any) -> str:
+    """A value on one line of YAML."""
+    value = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("\n").removesuffix("\n...")
+
+
+def rows(section: type, prefix: str) -> Iterator[str]:
+    """A table row for each key; those of the items of a list of mappings come after it."""
+    text = texts(section)
+    for field in fields(section):
+        hint = hints(section).get(field.name)
+        if hint is None or is_dataclass(hint):
+            continue
+        words = re.sub(r"`+", "`", text[field.name]).replace("|", r"\|")
+        yield f"| `{prefix}{field.name}` | {kind(hint)} | {default(field)} | {words} |"
+        if get_origin(hint) is list and is_dataclass(item := get_args(hint)[0]):
+            yield from rows(item, f"{prefix}{field.name}[i].")
+
+
+def table(section: type, prefix: str) -> str:
+    return "\n".join(["| key | type | default | what |", "|---|---|---|---|", *rows(section, prefix)])
+
+
+def presets() -> str:
+    """What each preset sets, beside the defaults; ``PRESETS`` all set the same keys."""
+    keys = list(next(iter(PRESETS.values())))
+    columns = [{field.name: field.default for field in fields(schema.LossConfig)}, *PRESETS.values()]
+    assert all(list(preset) == keys for preset in PRESETS.values())
+    lines = [f"| key | default | {' | '.join(f'`{name}`' for name in PRESETS)} |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| `loss.{key}` | {' | '.join(f'`{literal(column[key])}`' for column in columns)} |" for key in keys]
+    return "\n".join(lines)
+
+
+def markdown() -> str:
+    parts = [INTRO.format(recipe_rollout=", ".join(f"`{key}`" for key in RECIPE_ROLLOUT))]
+    parts += [f"## At the top\n\n{table(schema.Config, '')}\n"]
+    for name, hint in hints(schema.Config).items():
+        if is_dataclass(hint):
+            assert isinstance(hint, type)
+            parts.append(f"## {name}\n\n{table(hint, f'{name}.')}\n")
+            if name == "loss":
+                parts.append(f"### Presets\n\nWhat `loss.preset` sets; a key that you set wins.\n\n{presets()}\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    if "--print" in sys.argv[1:]:
+        print(markdown(), end="")
+    else:
+        FILE.write_text(markdown(), encoding="utf-8")
+        print(f"wrote {FILE}")

@@ -1,0 +1,105 @@
+"""docs/: config.md is what the schema says, and the two guides name keys that exist and agree with the answers to a wrong key."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+from pgrpo.config import load_config
+from pgrpo.config.names import suggest
+from pgrpo.config.presets import PRESETS
+from pgrpo.config.source import valid_keys
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG_DOCS = runpy.run_path(str(ROOT / "scripts" / "config_docs.py"))
+
+
+def test_config_md_is_what_the_generator_gives() -> None:
+    written = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert written == CONFIG_DOCS["markdown"](), "run python scripts/config_docs.py"
+
+
+def test_config_md_has_every_key_once_in_order() -> None:
+    text = CONFIG_DOCS["markdown"]()
+    keys = re.findall(r"^\| `([^`]+)` \| .* \| .* \| .+ \|$", text.replace("\\|", ""), re.MULTILINE)
+    sections = {key.partition(".")[0] for key in valid_keys() if "." in key}
+    listed = [key for key in keys if key.partition(".")[0] in sections or "." not in key]
+    leaves = [key for key in valid_keys() if key not in sections]
+    assert sorted(set(listed)) == sorted(leaves)
+    order = {key: i for i, key in enumerate(dict.fromkeys(listed))}
+    for section in sections:
+        assert sorted((k for k in leaves if k.startswith(f"{section}.")), key=order.__getitem__) == [
+            k for k in leaves if k.startswith(f"{section}.")
+        ]
+    assert all(f"`{preset}`" in text for preset in PRESETS)
+
+
+# --- the guides
+
+SECTIONS = {key.partition(".")[0] for key in valid_keys() if "." in key}
+GUIDES = {"from_trl.md": "TRL", "from_verl.md": "verl"}
+
+
+def guide(name: str) -> str:
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def key_rows(name: str) -> list[tuple[list[str], list[str]]]:
+    """Their keys and ours, of each row of the table of keys."""
+    table = re.search(rf"^\| {GUIDES[name]} \| pgrpo \|.*\n\|[-|]+\n((?:\|.*\n)+)", guide(name), re.MULTILINE)
+    assert table
+    cells = [line.split("|")[1:3] for line in table[1].splitlines()]
+    return [(re.findall(r"`([^`]+)`", theirs), re.findall(r"`([^`]+)`", ours)) for theirs, ours in cells]
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_their_keys_are_answered_with_ours(name: str) -> None:
+    rows = key_rows(name)
+    assert len(rows) > 40
+    for theirs, ours in rows:
+        assert theirs
+        assert ours
+        for key in theirs:
+            answer = suggest(key, valid_keys())
+            assert answer.startswith("here it is ")
+            for word in ours:
+                assert re.search(rf"(?<![\w.-]){re.escape(word)}(?![\w.])", answer), f"{key}: {answer}, not {word}"
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_our_keys_in_a_guide_exist(name: str) -> None:
+    theirs = {key for left, _ in key_rows(name) for key in left}
+    keys = set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:: [^`]*)?`", guide(name)))
+    ours = {key for key in keys if key.partition(".")[0] in SECTIONS} - theirs
+    assert len(ours) > 30
+    assert ours <= set(valid_keys())
+
+
+def code_blocks(name: str, language: str) -> dict[str, str]:
+    """File name, in the first line, -> text."""
+    return dict(re.findall(rf"^```{language}\n# (\S+)\n(.*?)^```", guide(name), re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_the_example_of_a_guide_loads(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = code_blocks(name, "python") | code_blocks(name, "yaml")
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    config = load_config("gsm8k_run.yaml")
+    assert config.rollout.group_size == 8
+    assert config.rewards.functions[0].function == f"{tmp_path / 'gsm8k_reward.py'}:right"
+    right = runpy.run_path("gsm8k_reward.py")["right"]
+    if name == "from_trl.md":
+        scores = right([r"so \boxed{42}", r"\boxed{420}"], answer=["6 x 7\n#### 42"] * 2)
+    else:
+        scores = right(["so #### 1,042", "#### 42"], reward_model=[{"ground_truth": "1042"}] * 2)
+    assert scores == [1.0, 0.0]
+
+
+def test_a_verl_override_is_answered() -> None:
+    assert suggest("actor_rollout_ref.model.path", valid_keys()) == "here it is model.path"
+    assert suggest("actor_rollout_ref.actor.optim.lr", valid_keys()) == "here it is optim.lr"
