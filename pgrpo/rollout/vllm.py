@@ -53,7 +53,8 @@ class EngineError(RuntimeError):
 
 
 def is_installed() -> bool:
-    return importlib.util.find_spec("vllm") is not None
+    spec = importlib.util.find_spec("vllm")
+    return spec is not None and spec.origin is not None  # not a mere folder of that name on the path
 
 
 def check_version(config: Config, device: torch.device) -> None:

@@ -107,6 +107,9 @@ def test_evaluate_on_two_ranks_scores_each_prompt_once(count):
         return [Group(p, [Completion([0], [0.0], [True], "stop", "")]) for p in prompts]
 
     class Pair(World):
+        def check_stop(self):
+            """Nobody stops them."""
+
         def gather(self, items):
             scored = [Group(p, [Completion([0], [0.0], [True], "stop", "")]) for p in (prompts + prompts[-1:])]
             Scorer().score(scored)
