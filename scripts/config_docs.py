@@ -82,7 +82,7 @@ def rows(section: type, prefix: str) -> Iterator[str]:
         words = re.sub(r"`+", "`", text[field.name]).replace("|", r"\|")
         yield f"| `{prefix}{field.name}` | {kind(hint)} | {default(field)} | {words} |"
         if get_origin(hint) is list and is_dataclass(item := get_args(hint)[0]):
-            yield from rows(item, f"{prefix}{field.name}[i].")
+            yield from rows(item, f"{prefix}{field.name}[i].")  # pyright: ignore[reportArgumentType]
 
 
 def table(section: type, prefix: str) -> str:
