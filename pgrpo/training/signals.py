@@ -19,8 +19,10 @@ def stop_signals(flag: StopFlag) -> Iterator[None]:
 
     def note(signum: int, _: object) -> None:
         if flag.signum:
-            kill_children()
-            os._exit(128 + signum)
+            try:
+                kill_children()
+            finally:  # whatever went wrong in there: at once means at once
+                os._exit(128 + signum)
         # Not by logging: the signal may have come in the middle of a write to the same file.
         os.write(
             2, f"pgrpo: {signal.Signals(signum).name}: stopping, with a save; once more to stop at once\n".encode()
@@ -47,7 +49,7 @@ def _descendants(pid: int) -> list[int]:
     """Linux only: elsewhere those that multiprocessing knows must do."""
     parents: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, IndexError):  # gone meanwhile: the file is not there, or is empty
             # After the name, which may hold spaces and brackets: state, parent.
             parents.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
     found = [pid]

@@ -152,7 +152,7 @@ def test_row_18_a_second_ctrl_c_ends_everything_at_once(tiny_model, tmp_path, fi
     process.send_signal(signal.SIGTERM if first == signal.SIGINT else signal.SIGINT)
     sent = time.monotonic()
     process.send_signal(signal.SIGCONT)
-    assert process.wait(timeout=30) in (130, 143)
-    assert time.monotonic() - sent < 10  # at once; a busy machine needs a while to run a handler
+    assert process.wait(timeout=10) in (130, 143)
+    assert time.monotonic() - sent < 2
     time.sleep(0.2)
     assert not any(alive(pid) for pid in pids)
