@@ -186,6 +186,7 @@ def main() -> None:
 def _fail(code: int, message: str) -> None:
     if os.environ.get("PGRPO_DEBUG") == "1":
         traceback.print_exc()
+    message = "; ".join(line.strip() for line in message.splitlines() if line.strip())
     hint = " (PGRPO_DEBUG=1 shows where)" if code == 1 else ""
     print(f"pgrpo: {message}{hint}", file=sys.stderr)
     sys.exit(code)

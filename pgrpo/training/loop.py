@@ -16,7 +16,7 @@ import torch
 
 from pgrpo import distributed
 from pgrpo.advantages import step_advantages
-from pgrpo.checkpoint import open_run_dir, set_aside_after
+from pgrpo.checkpoint import CheckpointError, open_run_dir, set_aside_after
 from pgrpo.config import Config, check_world_size, to_yaml
 from pgrpo.distributed import World
 from pgrpo.evaluate import evaluate
@@ -24,7 +24,6 @@ from pgrpo.flops import peak_flops
 from pgrpo.metrics import group_metrics
 from pgrpo.optim import learning_rate, set_learning_rate
 from pgrpo.rollout.base import sample_seeds
-from pgrpo.rollout.canary import CanaryError
 from pgrpo.stopping import Stopped
 from pgrpo.trackers import Trackers
 from pgrpo.training.run import Run, build_run, group_cost, run_folder
@@ -97,15 +96,28 @@ def _loop(run: Run, trackers: Trackers | None) -> None:
         run.wait()
         log.warning("stopped after step %d of %d, saved; go on with --resume auto", run.step, run.config.train.steps)
         raise SystemExit(128 + stopped.signum) from None
-    except CanaryError:  # on all ranks, before the step changed anything: the policy itself is sound
-        run.drop()
-        run.save(trackers.state_dict() if trackers else {})
-        run.wait()
+    except Exception as error:
+        _rescue(run, trackers, error)
         raise
     total, target = run.config.train.steps, run.config.train.target_reward
     if run.step < total:
         text = "train.target_reward=%s reached: mean reward of the last %d steps %.4g; done after step %d of %d, saved"
         log.warning(text, target, WINDOW, sum(run.recent_rewards) / WINDOW, run.step, total)
+
+
+def _rescue(run: Run, trackers: Trackers | None, error: Exception) -> None:
+    """Save the last finished step after a failure in the next one, if that has changed nothing yet and all ranks know of it."""
+    known = run.world.size == 1 or isinstance(error, NonFiniteError) or distributed.all_ranks_know(error)
+    if not known or not run.step or run.updater.has_moved or isinstance(error, CheckpointError):
+        return
+    try:
+        run.drop()
+        run.save(trackers.state_dict() if trackers else {})
+        run.wait()
+    except Exception as another:  # what ended the run is told by its own exception
+        log.error("step %d could not be saved: %s", run.step, another)
+    else:
+        log.warning("failed after step %d of %d, saved; go on with --resume auto", run.step, run.config.train.steps)
 
 
 def _is_done(run: Run) -> bool:

@@ -80,6 +80,7 @@ class Run:
     def mark(self) -> None:
         """``drop`` comes back to here: a step, or an evaluation, is done."""
         self._marked = self.stream.state_dict(), rng_state()
+        self.updater.has_moved = False
 
     def drop(self) -> None:
         """Forget a step that was begun, up to its first optimizer step, or an evaluation."""

@@ -81,7 +81,7 @@ def _generate_and_score(
     prompts, seeds = [*prompts, *[prompts[-1]] * missing], [*seeds, *[seeds[-1]] * missing]
     own = run.engine.generate(world.share(prompts), sampling_params(run.config), world.share(seeds))
     sampled = time.perf_counter()
-    report = world.stoppable(lambda: run.rewards.score(own))
+    report = world.together(lambda: run.rewards.score(own), break_off=True)
     groups = world.gather(own)
     errors = world.sum(torch.tensor([report.errors], dtype=torch.float64, device=world.device)).item()
     metrics["rewards/errors"] += errors
