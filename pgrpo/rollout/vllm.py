@@ -327,7 +327,9 @@ class VLLMEngine:
                         raise Stopped(signum)
                     finished += [output for output in engine.step() if output.finished]
             except BaseException:
-                with suppress(Exception):  # an engine that failed may fail in this too; the first error is the one to tell
+                with suppress(
+                    Exception
+                ):  # an engine that failed may fail in this too; the first error is the one to tell
                     engine.abort_request(ids, internal=True)
                 raise
             finally:

@@ -63,6 +63,8 @@ def train(
         stop_signals(world.stop),
         _built(config, world, rewards, dataset) as run,
     ):
+        if world.is_main:  # not before the input was found right: a folder with a run in it is not begun anew
+            (run.run_dir / "config.yaml").write_text(to_yaml(config))
         tracker_state = run.restore(resume)
         if run.step == 0 and tracker_state is None and config.eval.every:
             run.unlogged = {}
@@ -271,12 +273,10 @@ def _built(
 
 @contextmanager
 def _run_folder(config: Config, world: World, resume: bool) -> Iterator[None]:
-    """Rank 0 holds the run folder's lock and keeps the resolved config in it."""
+    """Rank 0 holds the run folder's lock."""
     check_world_size(config, world.size)
     if not world.is_main:
         yield
         return
-    run_dir = run_folder(config)
-    with open_run_dir(run_dir, resume):
-        (run_dir / "config.yaml").write_text(to_yaml(config))
+    with open_run_dir(run_folder(config), resume):
         yield

@@ -184,6 +184,10 @@ class Updater:
         if self.config.loss.rollout_correction != "none":
             masks = self.config.loss.rollout_correction in ("token_mask", "sequence_mask")
             metrics[f"sampling/frac_{'masked' if masks else 'truncated'}"] = corrected
+        if not batches and self.world.is_main:
+            log.warning(
+                "no update: in no group do rewards differ between completions that count, so nothing is learned"
+            )
         is_sound = not batches or self._is_finite(metrics["loss"], grad_norm)
         if batches and is_sound:
             self.has_moved = True

@@ -118,7 +118,7 @@ def test_row_34_a_reward_that_raises_on_one_rank_stops_both_with_a_save(tiny_mod
     [
         ("step:5@1", "EngineError: vLLM failed in rollout: RuntimeError: the device is lost"),
         ("push:3@1", "EngineError: vLLM failed in weight push: RuntimeError: the device is lost"),
-        ("stale:3@1", "CanaryError: canary: the slope of (engine - new) on (old - new) log-probs is 1.00"),
+        ("stale:3@1", "CanaryError: canary: the slope of (engine - new) on (old - new) log-probs is "),
     ],
 )
 def test_row_24_an_engine_that_fails_on_one_rank_stops_both_with_a_save(tiny_model, tmp_path, fault, message):

@@ -168,7 +168,9 @@ def test_an_async_function_that_fails_shows_the_sample():
     async def reward(completions):
         return [1.0 / len(c) for c in completions]
 
-    with pytest.raises(RewardError, match=r"`reward` \(rewards\[0\]\) failed on a completion of row 10: it raised ZeroDivisionError"):
+    with pytest.raises(
+        RewardError, match=r"`reward` \(rewards\[0\]\) failed on a completion of row 10: it raised ZeroDivisionError"
+    ):
         score(reward, ["a", ""])
 
 
@@ -280,7 +282,9 @@ def test_configured_functions_keep_their_state(module: Callable[..., RewardConfi
 @pytest.mark.faults
 @pytest.mark.timeout(60)
 def test_row_35_a_function_that_hangs_is_killed(module: Callable[..., RewardConfig]):
-    with pytest.raises(RewardError, match=r"`hang` .* failed on .* timeout_s=0\.5 and was killed \(rewards\.functions\[0\]"):
+    with pytest.raises(
+        RewardError, match=r"`hang` .* failed on .* timeout_s=0\.5 and was killed \(rewards\.functions\[0\]"
+    ):
         score(module("hang", timeout_s=0.5), ["a"])
     with runner(module("hang", timeout_s=0.5), module("length"), on_error="mask") as rewards:
         scored = groups(["a"], ["b"])
@@ -300,7 +304,9 @@ def test_row_35_a_function_that_hangs_is_killed(module: Callable[..., RewardConf
     ],
 )
 def test_row_34_a_function_that_fails_in_its_process(module: Callable[..., RewardConfig], name: str, message: str):
-    with pytest.raises(RewardError, match=rf"reward `{name}` \(rewards\.functions\[0\]\) failed on a completion of row 10: .*{message}"):
+    with pytest.raises(
+        RewardError, match=rf"reward `{name}` \(rewards\.functions\[0\]\) failed on a completion of row 10: .*{message}"
+    ):
         score(module(name), [""])
 
 
@@ -488,7 +494,8 @@ def test_an_unreadable_answer_names_its_row():
         scored = groups(["0"], ["1"])
         scored[1].prompt.columns["answer"] = "???"
         with pytest.raises(
-            RewardError, match=r"`math` \(rewards\.functions\[0\]\) failed on a completion of row 11: .*'\?\?\?' in column `answer`"
+            RewardError,
+            match=r"`math` \(rewards\.functions\[0\]\) failed on a completion of row 11: .*'\?\?\?' in column `answer`",
         ):
             rewards.score(scored)
 

@@ -7,7 +7,7 @@ names fails, on that rank or on all.
     push      loading raises after one tensor     stall    loading never ends
     drop      one tensor is not loaded            lie      one is not, and said to be
     give_up   a completion is given up, once      refuse   a completion is given up, from then on
-    stale     nothing is loaded from then on, which nobody can read back
+    stale    nothing but the last norm is loaded from then on, and nothing else can be read back
 """
 
 import os
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 __version__ = "0.32.0"
 sampling_params = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=None))
-DROPPED = "model.layers.1.mlp.up_proj.weight"
+DROPPED, READABLE = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
 _kind, _, _when = os.environ.get("FAULT", "none:1").partition(":")
 _call, _, _rank = _when.partition("@")
 _calls: dict[str, int] = {}
@@ -50,7 +50,7 @@ class Model:
 
     def named_parameters(self):
         for name, parameter in self.hf.named_parameters():
-            yield name, parameter.detach()[:0] if _kind == "stale" else parameter.detach()
+            yield name, parameter.detach()[:0] if _kind == "stale" and name != READABLE else parameter.detach()
 
     def load_weights(self, weights):
         written, own = set(), dict(self.hf.named_parameters())
@@ -60,7 +60,7 @@ class Model:
                 raise RuntimeError("the device is lost")
             if is_broken and _kind == "stall":
                 time.sleep(600)
-            keeps = is_broken and (_kind == "stale" or name == DROPPED)
+            keeps = is_broken and (name != READABLE if _kind == "stale" else name == DROPPED)
             if not keeps:
                 own[name].data.copy_(tensor)
             if not keeps or _kind != "drop":
@@ -107,7 +107,9 @@ class LLM:
             if _kind == "hang":
                 time.sleep(600)
             self.waiting.pop(0)
-            given_up = [SimpleNamespace(index=0, token_ids=[], logprobs=SimpleNamespace(logprobs=[]), finish_reason="abort")]
+            given_up = [
+                SimpleNamespace(index=0, token_ids=[], logprobs=SimpleNamespace(logprobs=[]), finish_reason="abort")
+            ]
             return [SimpleNamespace(request_id=name, finished=True, outputs=given_up, prompt_token_ids=prompt)]
         self.waiting.pop(0)
         output = SimpleNamespace(request_id=name, finished=True, outputs=[], prompt_token_ids=prompt)
