@@ -297,7 +297,9 @@ def test_row_49_code_that_comes_with_a_model_runs_only_when_asked(refused, train
     Path("own/code.py").write_text(code)
     said = refused("model.path=own")
     assert said.startswith("model.path=own: cannot load")
-    assert said.endswith(": it comes with Python code of its own; read that, and set model.trust_remote_code=true to run it")
+    assert said.endswith(
+        ": it comes with Python code of its own; read that, and set model.trust_remote_code=true to run it"
+    )
     assert not Path("RAN").exists()
     train("model.path=own", "model.trust_remote_code=true")
     assert Path("RAN").exists()
