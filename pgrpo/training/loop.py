@@ -26,6 +26,7 @@ from pgrpo.optim import learning_rate, set_learning_rate
 from pgrpo.rollout.base import sample_seeds
 from pgrpo.stopping import Stopped
 from pgrpo.trackers import Trackers
+from pgrpo.training.placement import engine_name
 from pgrpo.training.run import Run, build_run, group_cost, run_folder
 from pgrpo.training.sample import sample_step, sampling_params
 from pgrpo.training.signals import stop_signals
@@ -205,13 +206,15 @@ def _out_of_memory_explained(run: Run) -> Iterator[None]:
             raise
         config, dims = run.config, run.dims
         longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+        again = "" if config.model.activation_checkpointing == "full" else ", set model.activation_checkpointing=full"
+        vllm = " or rollout.gpu_memory_utilization" if engine_name(config, run.world.device) == "vllm" else ""
         raise RuntimeError(
             f"out of memory in step {run.step + 1} ({str(error).strip().splitlines()[0] if str(error) else 'no more memory'}). "
             f"A micro-batch has up to train.token_budget={config.train.token_budget} packed tokens in {dims.layers} layers of "
             f"{dims.hidden}, with model.activation_checkpointing={config.model.activation_checkpointing}; a rollout decodes "
             f"rollout.max_concurrent={config.rollout.max_concurrent} completions of up to "
-            f"{config.rollout.max_completion_tokens} tokens. Lower train.token_budget (at least {longest}, the longest sample), "
-            "set model.activation_checkpointing=full, or lower rollout.max_concurrent or rollout.gpu_memory_utilization"
+            f"{config.rollout.max_completion_tokens} tokens. Lower train.token_budget (at least {longest}, the longest sample)"
+            f"{again}, or lower rollout.max_concurrent{vllm}"
         ) from error
 
 

@@ -293,12 +293,12 @@ def test_row_24_an_engine_that_dies_while_it_decodes_says_so_and_leaves_nothing(
         if calls >= 3:
             raise RuntimeError("the device is lost")
 
-    with pytest.raises(EngineError, match="vLLM failed in rollout: RuntimeError: the device is lost"), vllm.awake():
-        hook = vllm._model().model.layers[0].register_forward_pre_hook(die)
-        try:
+    hook = vllm._model().model.layers[0].register_forward_pre_hook(die)
+    try:
+        with pytest.raises(EngineError, match="vLLM failed in rollout: RuntimeError: the device is lost"), vllm.awake():
             vllm.generate(prompts("abc", "def"), PARAMS, seeds(2, 3))
-        finally:
-            hook.remove()
+    finally:
+        hook.remove()
     assert calls >= 3 and not vllm.is_awake
     with vllm.awake():
         assert not vllm.llm.llm_engine.has_unfinished_requests()
