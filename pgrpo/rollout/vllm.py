@@ -22,7 +22,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,8 +36,9 @@ from torch._C._distributed_c10d import HashStore
 from pgrpo.config import Config, ConfigError
 from pgrpo.deadline import deadline
 from pgrpo.distributed import World
-from pgrpo.rng import rng_state, seed_all, set_rng_state
-from pgrpo.rollout.delivery import Delivery, DeliveryError
+from pgrpo.rng import rng_state, set_rng_state
+from pgrpo.rollout.delivery import Delivery
+from pgrpo.rollout.requests import DEADLINE, EngineError, Requests, vllm_errors
 from pgrpo.rollout.text import Tokenizer, make_completions
 from pgrpo.stopping import Stopped
 from pgrpo.types import Group, Prompt, SamplingParams
@@ -46,18 +46,8 @@ from pgrpo.types import Group, Prompt, SamplingParams
 T = TypeVar("T")
 SUPPORTED = {"cuda": "0.26", "cpu": "0.32"}
 """The vLLM version that is tested on a kind of device."""
-DEADLINE = "rollout.vllm_deadline_s"
 CHECK_EVERY = 16
 """Decoding steps between looks at the stop signal, where ranks that share an engine exchange it."""
-
-
-RETRIES = 2
-"""How often a prompt is sampled again whose completions vLLM gave up."""
-log = logging.getLogger(__name__)
-
-
-class EngineError(RuntimeError):
-    """vLLM did not do what was asked of it."""
 
 
 def is_installed() -> bool:
@@ -125,7 +115,7 @@ class VLLMEngine:
             if world.rank in ranks:
                 self.tp_group = group
         state = rng_state()
-        with deadline(self.seconds, "starting vLLM", DEADLINE), _errors("start"):
+        with deadline(self.seconds, "starting vLLM", DEADLINE), vllm_errors("start"):
             self.llm = _vllm().LLM(
                 model=config.model.path,
                 revision=config.model.revision,
@@ -145,6 +135,7 @@ class VLLMEngine:
                 generation_config="vllm",  # no sampling defaults from the model's folder
             )
         set_rng_state(state)  # vLLM seeds this process's generators
+        self.requests = Requests(self.llm, self.seconds, self._stop_signal)
         self._fall_asleep()
 
     @contextmanager
@@ -215,7 +206,8 @@ class VLLMEngine:
             flat_logprobs=True,
             output_kind=_vllm().sampling_params.RequestOutputKind.FINAL_ONLY,
         )
-        outputs = self._run_all([p.token_ids for p in prompts], request, seed=_joint_seed(seeds))
+        self._check_awake()
+        outputs = self.requests.run_all([p.token_ids for p in prompts], request, seed=_joint_seed(seeds))
         groups = []
         for prompt, output in zip(prompts[ours], outputs[ours], strict=True):
             samples = sorted(output.outputs, key=lambda sample: sample.index)
@@ -232,7 +224,8 @@ class VLLMEngine:
         """Log-probs at temperature 1 of all completion tokens, in order: of groups that this rank's engine shares."""
         samples = [(g.prompt.token_ids, c.token_ids) for g in groups for c in g.completions]
         request = _vllm().SamplingParams(max_tokens=1, prompt_logprobs=0, top_p=1.0, temperature=1.0, detokenize=False)
-        outputs = self._together(lambda: self._run([p + c for p, c in samples], request, seed=0))
+        self._check_awake()
+        outputs = self._together(lambda: self.requests.run([p + c for p, c in samples], request, seed=0))
         return [
             output.prompt_logprobs[at][output.prompt_token_ids[at]].logprob
             for output, (prompt, completion) in zip(outputs, samples, strict=True)
@@ -289,54 +282,9 @@ class VLLMEngine:
             dist.all_reduce(values, group=self.tp_group)
         return values
 
-    def _run_all(self, prompts: list[list[int]], request: Any, seed: int) -> list[Any]:
-        """``_run``, again for the prompts of which vLLM gave a completion up: a part of one must not be scored.
-
-        Raises:
-            EngineError: it gave one up ``RETRIES`` times.
-        """
-        outputs: dict[int, Any] = {}
-        text = ""
-        for attempt in range(1 + RETRIES):
-            if attempt:
-                log.warning("%s: they are sampled again", text)
-            left = [i for i in range(len(prompts)) if i not in outputs]
-            found = dict(zip(left, self._run([prompts[i] for i in left], request, seed + attempt), strict=True))
-            reasons = {i: {str(s.finish_reason) for s in o.outputs} - {"stop", "length"} for i, o in found.items()}
-            outputs |= {i: output for i, output in found.items() if not reasons[i]}
-            if len(outputs) == len(prompts):
-                return [outputs[i] for i in range(len(prompts))]
-            given = ", ".join(sorted(set().union(*reasons.values())))
-            text = f"vLLM gave up completions of {len(prompts) - len(outputs)} of {len(prompts)} prompts ({given})"
-        raise EngineError(f"{text}, {1 + RETRIES} times in a row")
-
-    def _run(self, prompts: list[list[int]], request: Any, seed: int) -> list[Any]:
-        """Finished outputs of the prompts, in order."""
+    def _check_awake(self) -> None:
         if not self.is_awake:
             raise EngineError("the engine sleeps: generate and score belong inside awake()")
-        state = rng_state()
-        seed_all(seed)
-        finished: list[Any] = []
-        steps = 0
-        with deadline(self.seconds, "a vLLM rollout", DEADLINE), _errors("rollout"):
-            ids = self.llm.enqueue([{"prompt_token_ids": p} for p in prompts], request, use_tqdm=False)
-            engine = self.llm.llm_engine
-            try:
-                while engine.has_unfinished_requests():
-                    if signum := self._stop_signal(steps := steps + 1):
-                        raise Stopped(signum)
-                    finished += [output for output in engine.step() if output.finished]
-            except BaseException:
-                with suppress(
-                    Exception
-                ):  # an engine that failed may fail in this too; the first error is the one to tell
-                    engine.abort_request(ids, internal=True)
-                raise
-            finally:
-                set_rng_state(state)
-        if len(finished) != len(ids):
-            raise EngineError(f"vLLM finished {len(finished)} of {len(ids)} requests")
-        return sorted(finished, key=lambda output: int(output.request_id))
 
     def _stop_signal(self, step: int) -> int:
         """The signal that came, or 0: on this rank or, every few steps, on one that shares the engine: those step alike."""
@@ -369,7 +317,7 @@ class VLLMEngine:
             self._call("sleep", lambda: self.llm.sleep(level=2))
 
     def _call(self, what: str, function: Callable[[], Any]) -> Any:
-        with deadline(self.seconds, f"vLLM's {what}", DEADLINE), _errors(what):
+        with deadline(self.seconds, f"vLLM's {what}", DEADLINE), vllm_errors(what):
             return function()
 
 
@@ -384,16 +332,3 @@ def _joint_seed(seeds: Sequence[Sequence[int]]) -> int:
     """One 63-bit seed that depends on all of them."""
     key = repr([list(group) for group in seeds]).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-
-
-@contextmanager
-def _errors(what: str) -> Iterator[None]:
-    """What vLLM raises, as one error that says where."""
-    try:
-        yield
-    except (ConfigError, DeliveryError, EngineError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        hint = " (here the key is rollout.gpu_memory_utilization)" if "memory" in reason else ""
-        raise EngineError(f"vLLM failed in {what}: {type(error).__name__}: {reason}{hint}") from error
