@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pgrpo.config import Config, ConfigError, load_config
+from pgrpo.config import Config, ConfigError, load_config, redact
 
 app = typer.Typer(
     help="GRPO that computes each prompt once.",
@@ -185,7 +185,9 @@ def main() -> None:
 
 def _fail(code: int, message: str) -> None:
     if os.environ.get("PGRPO_DEBUG") == "1":
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+    message = redact(message)
+    message = "; ".join(line.strip() for line in message.splitlines() if line.strip())
     hint = " (PGRPO_DEBUG=1 shows where)" if code == 1 else ""
     print(f"pgrpo: {message}{hint}", file=sys.stderr)
     sys.exit(code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -21,6 +21,10 @@ from pgrpo.stopping import StopFlag, Stopped
 from pgrpo.types import Group
 
 T = TypeVar("T")
+
+
+class RankFailed(RuntimeError):
+    """The work of another rank failed, which says why."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +88,35 @@ class World:
         if signum:
             raise Stopped(signum)
 
-    def stoppable(self, work: Callable[[], T]) -> T:
-        """This rank's own work (nothing collective in it), which a stop signal breaks off. ``Stopped`` follows on all ranks."""
+    def together(self, work: Callable[[], T], *, break_off: bool = False) -> T:
+        """This rank's own work (nothing collective in it), whose end all ranks wait for and learn of. A collective call.
+
+        Args:
+            break_off: a stop signal ends the work in the middle.
+
+        Raises:
+            Stopped: a rank was told to stop; on all ranks.
+            Exception: what the work raised; ``RankFailed`` on the ranks where it did not. ``all_ranks_know`` of both.
+        """
+        result: Any = None
+        error: BaseException | None = None
         try:
-            with self.stop.breaking_off():
+            with self.stop.breaking_off() if break_off else nullcontext():
                 result = work()
-        except Stopped as stopped:
-            self.check_stop()
-            raise AssertionError("the flag is set") from stopped
-        self.check_stop()
+        except (Exception, Stopped) as caught:
+            error = caught
+        signum = max(self.stop.signum, error.signum if isinstance(error, Stopped) else 0)
+        failed = self.rank + 1 if isinstance(error, Exception) else 0
+        if self.size > 1:
+            outcome = torch.tensor([signum, failed])
+            dist.all_reduce(outcome, dist.ReduceOp.MAX, group=self.control)
+            signum, failed = outcome.tolist()
+        if signum:
+            raise Stopped(signum) from error
+        if failed:
+            error = error or RankFailed(f"rank {failed - 1} failed, and says why; this rank stopped with it")
+            error.__dict__["all_ranks_know"] = True
+            raise error
         return result
 
     def synchronize(self) -> None:
@@ -103,6 +127,15 @@ class World:
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
+
+
+def all_ranks_know(error: BaseException | None) -> bool:
+    """Whether every rank has left the same call because of this error, or its cause, so that collective calls may follow."""
+    while error is not None:
+        if error.__dict__.get("all_ranks_know"):
+            return True
+        error = error.__cause__
+    return False
 
 
 @contextmanager

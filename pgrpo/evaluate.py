@@ -32,7 +32,7 @@ def evaluate(
     padded = -(-len(prompts) // world.size) * world.size
     indices = world.share([min(i, len(prompts) - 1) for i in range(padded)])
     groups = generate([prompts[i] for i in indices], params, [seeds[i] for i in indices])
-    world.stoppable(lambda: rewards.score(groups))
+    world.together(lambda: rewards.score(groups), break_off=True)
     groups = world.gather(groups)[: len(prompts)]
     metrics = group_metrics(groups)
     samples = len(seeds[0])

@@ -24,7 +24,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from pgrpo.config import Config, ConfigError, to_yaml
+from pgrpo.config import Config, ConfigError, redact, to_yaml
 from pgrpo.types import Group
 
 log = logging.getLogger(__name__)
@@ -117,6 +117,7 @@ class Trackers:
 
     def message(self, text: str) -> None:
         """A line for people: to log.txt, and to the terminal if there is one."""
+        text = redact(text)
         self._write_log(text)
         if self._console:
             self._print(printable(text, self._console.encoding))
@@ -191,7 +192,7 @@ class _WarningHandler(logging.Handler):
         text = f"{record.levelname.lower()}: {record.getMessage()}"
         self.trackers.message(text)
         if not self.trackers._console:
-            print(text, file=sys.stderr)
+            print(redact(text), file=sys.stderr)
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
@@ -307,4 +308,4 @@ def _reopen(path: Path, step: int) -> IO[str]:
 
 
 def _write_row(file: IO[str], row: Row) -> None:
-    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    file.write(redact(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n")

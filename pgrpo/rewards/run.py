@@ -98,7 +98,7 @@ class RewardRunner:
             parts[reward.name] = values
             failed = {i: _show(reward, samples[i], reason) for i, reason in faults.items()} | failed
             if failed and self._on_error == "raise":
-                raise RewardError(f"{failed[min(failed)]}\nset rewards.on_error=mask to leave such samples out")
+                raise RewardError(f"{failed[min(failed)]}; rewards.on_error=mask leaves such samples out")
         start = 0
         for group in groups:
             rows = range(start, start := start + len(group.completions))
@@ -267,9 +267,10 @@ def _table(samples: Sequence[Sample]) -> dict[str, list[Any]]:
 
 def _show(reward: Reward, sample: Sample, reason: str) -> str:
     prompt, completion = sample
+    reason = " ".join(reason.split())
     return (
-        f"reward `{reward.name}` failed on a completion of row {prompt.index}: {reason}\n"
-        f"  prompt: {_shorten(prompt.text)}\n  completion: {_shorten(completion.text)}"
+        f"reward `{reward.name}` ({reward.key}) failed on a completion of row {prompt.index}: {reason}; "
+        f"prompt: {_shorten(prompt.text)}, completion: {_shorten(completion.text)}"
     )
 
 

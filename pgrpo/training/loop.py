@@ -16,7 +16,7 @@ import torch
 
 from pgrpo import distributed
 from pgrpo.advantages import step_advantages
-from pgrpo.checkpoint import open_run_dir, set_aside_after
+from pgrpo.checkpoint import CheckpointError, open_run_dir, set_aside_after
 from pgrpo.config import Config, check_world_size, to_yaml
 from pgrpo.distributed import World
 from pgrpo.evaluate import evaluate
@@ -24,9 +24,9 @@ from pgrpo.flops import peak_flops
 from pgrpo.metrics import group_metrics
 from pgrpo.optim import learning_rate, set_learning_rate
 from pgrpo.rollout.base import sample_seeds
-from pgrpo.rollout.canary import CanaryError
 from pgrpo.stopping import Stopped
 from pgrpo.trackers import Trackers
+from pgrpo.training.placement import engine_name
 from pgrpo.training.run import Run, build_run, group_cost, run_folder
 from pgrpo.training.sample import sample_step, sampling_params
 from pgrpo.training.signals import stop_signals
@@ -64,6 +64,8 @@ def train(
         stop_signals(world.stop),
         _built(config, world, rewards, dataset) as run,
     ):
+        if world.is_main:  # not before the input was found right: a folder with a run in it is not begun anew
+            (run.run_dir / "config.yaml").write_text(to_yaml(config))
         tracker_state = run.restore(resume)
         if run.step == 0 and tracker_state is None and config.eval.every:
             run.unlogged = {}
@@ -97,15 +99,28 @@ def _loop(run: Run, trackers: Trackers | None) -> None:
         run.wait()
         log.warning("stopped after step %d of %d, saved; go on with --resume auto", run.step, run.config.train.steps)
         raise SystemExit(128 + stopped.signum) from None
-    except CanaryError:  # on all ranks, before the step changed anything: the policy itself is sound
-        run.drop()
-        run.save(trackers.state_dict() if trackers else {})
-        run.wait()
+    except Exception as error:
+        _rescue(run, trackers, error)
         raise
     total, target = run.config.train.steps, run.config.train.target_reward
     if run.step < total:
         text = "train.target_reward=%s reached: mean reward of the last %d steps %.4g; done after step %d of %d, saved"
         log.warning(text, target, WINDOW, sum(run.recent_rewards) / WINDOW, run.step, total)
+
+
+def _rescue(run: Run, trackers: Trackers | None, error: Exception) -> None:
+    """Save the last finished step after a failure in the next one, if that has changed nothing yet and all ranks know of it."""
+    known = run.world.size == 1 or isinstance(error, NonFiniteError) or distributed.all_ranks_know(error)
+    if not known or not run.step or run.updater.has_moved or isinstance(error, CheckpointError):
+        return
+    try:
+        run.drop()
+        run.save(trackers.state_dict() if trackers else {})
+        run.wait()
+    except Exception as another:  # what ended the run is told by its own exception
+        log.error("step %d could not be saved: %s", run.step, another)
+    else:
+        log.warning("failed after step %d of %d, saved; go on with --resume auto", run.step, run.config.train.steps)
 
 
 def _is_done(run: Run) -> bool:
@@ -191,13 +206,15 @@ def _out_of_memory_explained(run: Run) -> Iterator[None]:
             raise
         config, dims = run.config, run.dims
         longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+        again = "" if config.model.activation_checkpointing == "full" else ", set model.activation_checkpointing=full"
+        vllm = " or rollout.gpu_memory_utilization" if engine_name(config, run.world.device) == "vllm" else ""
         raise RuntimeError(
             f"out of memory in step {run.step + 1} ({str(error).strip().splitlines()[0] if str(error) else 'no more memory'}). "
             f"A micro-batch has up to train.token_budget={config.train.token_budget} packed tokens in {dims.layers} layers of "
             f"{dims.hidden}, with model.activation_checkpointing={config.model.activation_checkpointing}; a rollout decodes "
             f"rollout.max_concurrent={config.rollout.max_concurrent} completions of up to "
-            f"{config.rollout.max_completion_tokens} tokens. Lower train.token_budget (at least {longest}, the longest sample), "
-            "set model.activation_checkpointing=full, or lower rollout.max_concurrent or rollout.gpu_memory_utilization"
+            f"{config.rollout.max_completion_tokens} tokens. Lower train.token_budget (at least {longest}, the longest sample)"
+            f"{again}, or lower rollout.max_concurrent{vllm}"
         ) from error
 
 
@@ -259,12 +276,10 @@ def _built(
 
 @contextmanager
 def _run_folder(config: Config, world: World, resume: bool) -> Iterator[None]:
-    """Rank 0 holds the run folder's lock and keeps the resolved config in it."""
+    """Rank 0 holds the run folder's lock."""
     check_world_size(config, world.size)
     if not world.is_main:
         yield
         return
-    run_dir = run_folder(config)
-    with open_run_dir(run_dir, resume):
-        (run_dir / "config.yaml").write_text(to_yaml(config))
+    with open_run_dir(run_folder(config), resume):
         yield

@@ -19,7 +19,7 @@ from pgrpo.distributed import World
 from pgrpo.flops import ModelDims, update_flops
 from pgrpo.lora import LogprobsOf, adapter_parameters, check_lora, without_adapters
 from pgrpo.optim import build_optimizer
-from pgrpo.policy import Policy, load_hf_config
+from pgrpo.policy import Policy, load_error, load_hf_config
 from pgrpo.rewards.run import RewardRunner
 from pgrpo.rng import rng_state, seed_all, set_rng_state
 from pgrpo.rollout.base import RolloutEngine
@@ -80,6 +80,7 @@ class Run:
     def mark(self) -> None:
         """``drop`` comes back to here: a step, or an evaluation, is done."""
         self._marked = self.stream.state_dict(), rng_state()
+        self.updater.has_moved = False
 
     def drop(self) -> None:
         """Forget a step that was begun, up to its first optimizer step, or an evaluation."""
@@ -219,12 +220,18 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """
     model = config.model
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.path={model.path}: cannot load a tokenizer: {reason}") from error
+        raise ConfigError(f"model.path={model.path}: cannot load a tokenizer: {load_error(error)}") from error
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+        log.warning(
+            "model.path=%s: the tokenizer has no pad token; its eos token %s is taken (training pads nothing)",
+            model.path, tokenizer.eos_token,
+        )  # fmt: skip
+    return tokenizer
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, config: Config) -> None:

@@ -47,6 +47,8 @@ class Updater:
     cost: Callable[[Group], float]
     skipped_in_row: int = 0
     """Updates that were skipped since the last one that was not."""
+    has_moved: bool = False
+    """Whether an update has begun to change weights since the run was last marked."""
 
     def step(self, groups: Sequence[Group]) -> dict[str, float]:
         """All of a step's updates, each on an equal share of the groups (which every rank holds, with advantages); in each epoch
@@ -182,8 +184,13 @@ class Updater:
         if self.config.loss.rollout_correction != "none":
             masks = self.config.loss.rollout_correction in ("token_mask", "sequence_mask")
             metrics[f"sampling/frac_{'masked' if masks else 'truncated'}"] = corrected
+        if not batches and self.world.is_main:
+            log.warning(
+                "no update: in no group do rewards differ between completions that count, so nothing is learned"
+            )
         is_sound = not batches or self._is_finite(metrics["loss"], grad_norm)
         if batches and is_sound:
+            self.has_moved = True
             self.optimizer.step()
         self.optimizer.zero_grad()
         return metrics | {"skipped_updates": float(not is_sound)}

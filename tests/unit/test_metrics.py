@@ -107,8 +107,9 @@ def test_evaluate_on_two_ranks_scores_each_prompt_once(count):
         return [Group(p, [Completion([0], [0.0], [True], "stop", "")]) for p in prompts]
 
     class Pair(World):
-        def check_stop(self):
+        def together(self, work, *, break_off=False):
             """Nobody stops them."""
+            return work()
 
         def gather(self, items):
             scored = [Group(p, [Completion([0], [0.0], [True], "stop", "")]) for p in (prompts + prompts[-1:])]

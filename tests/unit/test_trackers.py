@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import pgrpo
 from pgrpo import trackers
 from pgrpo.config import Config, ConfigError
 from pgrpo.trackers import Trackers, printable
@@ -244,7 +245,8 @@ def test_wandb_is_not_imported_unless_asked(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_failing_tracker_warns_once_and_training_goes_on(tmp_path, caplog):
+@pytest.mark.faults
+def test_row_50_a_failing_tracker_warns_once_and_training_goes_on(tmp_path, caplog):
     track = Trackers(make_config(tensorboard=True), tmp_path)
 
     def fail(step, metrics):
@@ -256,3 +258,23 @@ def test_a_failing_tracker_warns_once_and_training_goes_on(tmp_path, caplog):
     track.close()
     assert caplog.text.count("tensorboard failed (ConnectionError: gone): the run goes on without it") == 1
     assert len(rows(tmp_path / "metrics.jsonl")) == 3
+
+
+@pytest.mark.faults
+def test_row_50_a_tracker_that_goes_down_in_a_run(tiny_model, tmp_path, monkeypatch, caplog):
+    """From the second step on tensorboard's disk is gone; the record of the run is whole."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    add = SummaryWriter.add_scalar
+
+    def fail(self, name, value, step):
+        if step > 1:
+            raise OSError(5, "Input/output error")
+        add(self, name, value, step)
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
+    keys = [f"model.path={tiny_model}", f"run_dir={tmp_path / 'run'}", "train.steps=4", "rollout.prompts_per_step=2"]
+    pgrpo.train("quickstart", [*keys, "eval.every=0", "track.console=false", "track.tensorboard=true"])
+    assert caplog.text.count("tensorboard failed (OSError: [Errno 5] Input/output error): the run goes on") == 1
+    assert [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert list((tmp_path / "run" / "checkpoints").glob("step_4"))

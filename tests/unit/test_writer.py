@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +59,35 @@ def test_row_21_weights_that_are_not_finite_fail_the_save_and_the_next_call_says
     writer.save(3, sets(3.0), {})  # the error is told once
     writer.wait()
     assert list_steps(tmp_path) == [1, 3]
+
+
+@pytest.mark.faults
+def test_row_08_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    """Its files and its folder are synced before the rename and the folder above after it; until then another is the latest."""
+    synced, renamed = [], []
+    fsync, rename = os.fsync, os.rename
+
+    def noting_fsync(descriptor):
+        fsync(descriptor)
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def noting_rename(source, target):
+        inside = {str(source), *(str(path) for path in Path(source).iterdir())}
+        renamed.append((Path(source).name, Path(target).name, inside <= set(synced), latest(tmp_path), len(synced)))
+        assert all((Path(source) / name).is_file() for name in ("manifest.json", "scalars.json"))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "rename", noting_rename)
+    writer = Writer(tmp_path, WORLD, keep=2)
+    for step in (1, 2):
+        writer.save(step, sets(float(step)), {})
+    writer.wait()
+    before = [None, tmp_path / "step_1"]
+    assert [entry[:4] for entry in renamed] == [
+        (f".writing-step_{step}", f"step_{step}", True, before[step - 1]) for step in (1, 2)
+    ]
+    assert [synced[entry[4]] for entry in renamed] == [str(tmp_path)] * 2
 
 
 KILLED = """
