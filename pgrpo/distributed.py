@@ -13,7 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pgrpo.batch import fill_micro_batches, packed_tokens, split_to_budget
@@ -117,7 +124,13 @@ def start() -> Iterator[World]:
 
 
 def place(
-    module: nn.Module, layers: Iterable[nn.Module], world: World, dtype: torch.dtype, methods: Sequence[str] = ()
+    module: nn.Module,
+    layers: Iterable[nn.Module],
+    world: World,
+    dtype: torch.dtype,
+    methods: Sequence[str] = (),
+    *,
+    offload: bool = False,
 ) -> None:
     """Put a module on this rank's device: sharded by FSDP2, layer by layer, where there are several ranks or the compute
     dtype is not float32 (FSDP2 keeps float32 masters and casts what it gathers); as it is otherwise.
@@ -127,6 +140,8 @@ def place(
         layers: submodules that are gathered one at a time.
         dtype: what the forward and backward compute in. Gradients are reduced in float32.
         methods: names of methods beside ``forward`` that use the root's weights.
+        offload: keep the shards in host memory; a layer visits the device while it computes. Needs a compute dtype or ranks
+            that FSDP2 is for.
     """
     if world.size == 1 and dtype == torch.float32:
         module.to(world.device)
@@ -136,9 +151,10 @@ def place(
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(world.device.type, (world.size,))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    home = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(module, mesh=mesh, mp_policy=precision)
+        fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=home)
+    fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=home)
     for name in methods:
         register_fsdp_forward_method(module, name)
 

@@ -64,6 +64,14 @@ def test_ranks(compute, ranks, loss):
     assert_same(compute(ranks, **loss), compute(**loss))
 
 
+def test_a_reference_in_host_memory_computes_the_same(compute):
+    loss = {"aggregate": "sample", "kl_coef": 0.3}
+    got, want = compute(2, ref_offload="cpu", **loss), compute(2, **loss)
+    assert torch.equal(got["sums"], want["sums"])
+    assert gradient_error(got, want) == 0
+    assert_same(got, compute(**loss))
+
+
 @pytest.mark.parametrize(("token_budget", "micro_batches"), [(200, 1), (165, 2), (100, 3), (26, 11)])
 def test_micro_batches(compute, token_budget, micro_batches):
     got = compute(token_budget=token_budget)
