@@ -1,7 +1,7 @@
 """What reward weights, dynamic sampling and the KL term do: short runs of the quick start's model, three seeds each, on a CPU.
 
     python scripts/make_tiny_model.py
-    python scripts/effects.py [--only weights,resampling,kl] [--steps 300] [--seeds 0,1,2] [--json benchmarks/effects.json]
+    python scripts/effects.py [--only weights,resampling,kl] [--steps 150] [--seeds 0,1,2] [--json benchmarks/effects.json]
 
 - weights: two rewards that disagree on every sum below 100, exact match and "three digits", with weights 1 and 0, 0 and 1, 1 and 1.
 - resampling: three of four rows have an answer that nothing matches, so that their groups never have spread.
@@ -33,7 +33,7 @@ import pgrpo
 from pgrpo.commands.export import export
 
 ROOT = Path(__file__).resolve().parents[1]
-LAST = 50
+LAST = 30
 """Steps, at a run's end, whose mean is reported of what training logs."""
 LIMIT = 4
 """Tokens of a completion, as in the recipe."""
@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / ".cache" / "tiny_qwen3", help="default %(default)s")
     parser.add_argument("--only", default=",".join(SHOWN), help="default %(default)s")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--json", type=Path, help="write the numbers of every run here")
     args = parser.parse_args()
