@@ -13,7 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pgrpo.batch import fill_micro_batches, packed_tokens, split_to_budget
@@ -161,7 +168,13 @@ def start(fsdp_size: int | None = None) -> Iterator[World]:
 
 
 def place(
-    module: nn.Module, layers: Iterable[nn.Module], world: World, dtype: torch.dtype, methods: Sequence[str] = ()
+    module: nn.Module,
+    layers: Iterable[nn.Module],
+    world: World,
+    dtype: torch.dtype,
+    methods: Sequence[str] = (),
+    *,
+    offload: bool = False,
 ) -> None:
     """Put a module on this rank's device: sharded by FSDP2, layer by layer, where there are several ranks or the compute
     dtype is not float32 (FSDP2 keeps float32 masters and casts what it gathers); as it is otherwise. With several copies
@@ -172,6 +185,8 @@ def place(
         layers: submodules that are gathered one at a time.
         dtype: what the forward and backward compute in. Gradients are reduced in float32.
         methods: names of methods beside ``forward`` that use the root's weights.
+        offload: keep the shards in host memory; a layer visits the device while it computes. Needs a compute dtype or ranks
+            that FSDP2 is for.
     """
     if world.size == 1 and dtype == torch.float32:
         module.to(world.device)
@@ -186,9 +201,10 @@ def place(
             world.device.type, (world.size // world.shards, world.shards), mesh_dim_names=("replicate", "shard")
         )
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    home = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(module, mesh=mesh, mp_policy=precision)
+        fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=home)
+    fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=home)
     for name in methods:
         register_fsdp_forward_method(module, name)
 

@@ -60,6 +60,7 @@ NEEDS = {
     "model.lora_targets": ("model.lora_rank", 0),
     "loss.kl_estimator": ("loss.kl_coef", 0),
     "loss.ref_refresh_every": ("loss.kl_coef", 0),
+    "loss.ref_offload": ("loss.kl_coef", 0),
     "loss.rollout_correction_cap": ("loss.rollout_correction", "none"),
 }
 """A key that has no effect while another has this value."""
@@ -128,11 +129,12 @@ def _check_needs(config: Config) -> None:
         value = _value(config, key)
         if value != _value(default, key) and _value(config, needed) == off:
             raise ConfigError(f"{key}: {value} has no effect while {needed} is {off}; set {needed}, or leave it out")
-    if config.loss.ref_refresh_every and config.model.lora_rank:
-        raise ConfigError(
-            f"loss.ref_refresh_every: {config.loss.ref_refresh_every} with model.lora_rank {config.model.lora_rank}: the "
-            "reference is the model without its adapters, which stays as it is; leave it out"
-        )
+    for key in ("loss.ref_refresh_every", "loss.ref_offload"):
+        if config.model.lora_rank and (value := _value(config, key)) != _value(default, key):
+            raise ConfigError(
+                f"{key}: {value} with model.lora_rank {config.model.lora_rank}: the reference is the model without its "
+                "adapters, which stays as it is; leave it out"
+            )
 
 
 def _value(config: Config, key: str) -> Any:

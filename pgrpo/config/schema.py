@@ -176,6 +176,8 @@ class LossConfig:
     """Its estimate of a token: `k1` log-ratio, `k2` half its square, `k3` never negative and unbiased (GRPO)."""
     ref_refresh_every: int = 0
     """Steps after which the reference becomes the current policy (checkpoints then hold both). 0: never."""
+    ref_offload: Literal["none", "cpu"] = "none"
+    """`cpu` keeps the reference model in host memory; its layers visit the GPU one at a time. Saves 2 bytes a parameter."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus."""
     rollout_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
@@ -198,7 +200,7 @@ class OptimConfig:
     eps: float = 1e-8
     """AdamW's epsilon."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
+    """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
     max_grad_norm: float = 1.0
     """Gradient norm above which gradients are scaled down. 0 is off."""
     offload: Literal["none", "cpu"] = "none"

@@ -25,7 +25,7 @@ from pgrpo.rng import rng_state, seed_all, set_rng_state
 from pgrpo.rollout.base import RolloutEngine
 from pgrpo.training import state
 from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine
-from pgrpo.training.placement import attention_choice, check_device, place_policy
+from pgrpo.training.placement import attention_choice, check_device, place_policy, place_reference
 from pgrpo.training.update import Updater
 from pgrpo.types import Group, Prompt
 
@@ -195,7 +195,7 @@ def initial_model(policy: Policy, config: Config, world: World) -> LogprobsOf:
     """What the KL term compares with: the weights that LoRA leaves as they are, else a second copy of the model."""
     if config.model.lora_rank:
         return without_adapters(policy)
-    return place_policy(config, world).requires_grad_(False)
+    return place_reference(config, world)
 
 
 def end_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:

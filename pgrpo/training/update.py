@@ -19,6 +19,7 @@ from pgrpo.lora import LogprobsOf
 from pgrpo.loss import Counts, policy_loss, rollout_correction
 from pgrpo.optim import clip_gradients
 from pgrpo.policy import Policy
+from pgrpo.shards import shard_of
 from pgrpo.types import Group
 
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class Updater:
             reshard(module)  # the last forward may have left the root's parameters gathered
         with torch.no_grad():
             for ours, new in zip(self.reference.parameters(), self.policy.parameters(), strict=True):
-                ours.copy_(new)
+                shard_of(ours).tensor.copy_(shard_of(new).tensor)  # cut alike; ours may lie in host memory
 
     def micro_batches(self, groups: Sequence[Group]) -> list[GroupedBatch]:
         """This rank's micro-batches. A group without a gradient is left out; it stays in every count."""

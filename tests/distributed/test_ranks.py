@@ -64,6 +64,14 @@ def test_ranks(compute, ranks, loss):
     assert_same(compute(ranks, **loss), compute(**loss))
 
 
+def test_a_reference_in_host_memory_computes_the_same(compute):
+    loss = {"aggregate": "sample", "kl_coef": 0.3}
+    got, want = compute(2, ref_offload="cpu", **loss), compute(2, **loss)
+    assert torch.equal(got["sums"], want["sums"])
+    assert gradient_error(got, want) == 0
+    assert_same(got, compute(**loss))
+
+
 @pytest.mark.parametrize(
     ("fsdp_size", "changes"),
     [(2, {"lora_rank": 2}), (2, LOSSES[1]), (2, {"dtype": "bfloat16"}), (1, LOSSES[1])],

@@ -109,6 +109,7 @@ def test_a_preset_is_printed_resolved_and_reads_back_the_same(preset: str, folde
     [
         ("loss.kl_estimator=k2", "loss.kl_coef is 0"),
         ("loss.ref_refresh_every=5", "loss.kl_coef is 0"),
+        ("loss.ref_offload=cpu", "loss.kl_coef is 0"),
         ("loss.rollout_correction_cap=3", "loss.rollout_correction is none"),
         ("model.lora_alpha=3", "model.lora_rank is 0"),
     ],
@@ -121,6 +122,8 @@ def test_a_key_that_would_have_no_effect_is_refused(override: str, needed: str) 
 
 
 def test_the_reference_of_lora_cannot_be_refreshed() -> None:
+    message = refused(BASE, "loss.kl_coef=0.1", "loss.ref_offload=cpu", "model.lora_rank=2")
+    assert message.startswith("loss.ref_offload: cpu with model.lora_rank 2: ")
     message = refused(BASE, "loss.kl_coef=0.1", "loss.ref_refresh_every=5", "model.lora_rank=2")
     assert message.startswith("loss.ref_refresh_every: 5 with model.lora_rank 2: the reference is the model without")
 

@@ -159,6 +159,7 @@ EFFECTS = dict(
         effect("loss.clip_high", 1e-3, "clip_high", "weights", base=TWO_UPDATES),
         effect("loss.aggregate", "sample", "weights"),
         effect("loss.scale_advantages", "none", "weights"),
+        effect("loss.ref_offload", "cpu", "error", base=WITH_KL),
         effect("loss.kl_coef", 0.1, "weights", "attention_calls"),
         effect("optim.lr", 2e-3, "weights"),
         effect("optim.schedule", "linear", "weights"),
