@@ -225,9 +225,11 @@ class EvalConfig:
     rows: int = 128
     """Held-out prompts."""
     samples: int = 1
-    """Completions of each, sampled as in training unless `temperature` is set."""
+    """Completions of each, sampled as in training unless `temperature` is set; pass@k has each power of two up to this as k."""
+    greedy: bool = True
+    """One greedy completion of each prompt beside those (`eval/greedy/...`)."""
     temperature: float | None = None
-    """Temperature of evaluation. None takes the rollout's; 0 is greedy."""
+    """Temperature of the samples. None takes the rollout's; 0 makes them greedy, and no other greedy one is made."""
 
 
 @dataclass

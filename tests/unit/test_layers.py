@@ -17,6 +17,7 @@ LAYERS = {
         "batch",
         "flops",
         "functions",
+        "intervals",
         "logprobs",
         "logprobs_triton",
         "loss",
