@@ -247,9 +247,10 @@ class TrackConfig:
     console: bool = True
     """Live metrics and a table of completions on the terminal."""
     completions: int = 4
-    """Completions logged each step, on the console (every `console_every` steps) and in completions.jsonl."""
+    """Completions logged each step in completions.jsonl, and every `console_every` steps on the console, in wandb and in
+    tensorboard."""
     console_every: int = 10
-    """Steps between console reports."""
+    """Steps between console reports, and between tables of completions in wandb and tensorboard."""
     wandb: bool = False
     """Log to Weights & Biases as well."""
     wandb_project: str = "pgrpo"
