@@ -321,9 +321,10 @@ def rows(split):
 def test_the_best_checkpoint_is_kept_found_and_remembered_by_a_resumed_run(model, tmp_path):
     (tmp_path / "own.py").write_text(ROWS)
     run = tmp_path / "run"
-    keys = [f"model.path={model}", f"run_dir={run}", f"data.path={tmp_path / 'own.py'}:rows", "rewards.functions=[]"]
-    keys += ["data.eval_split=held_out", "eval.every=1", "eval.rows=4", "eval.greedy=false", "track.console=false"]
-    keys += ["checkpoint.keep=1", "checkpoint.keep_best=eval/reward", "rollout.prompts_per_step=4"]
+    data = [f"data.path={tmp_path / 'own.py'}:rows", "data.eval_split=held_out", "rollout.prompts_per_step=4"]
+    keys = [f"model.path={model}", f"run_dir={run}", *data, "rewards.functions=[]", "optim.lr=0.05"]
+    keys += ["eval.every=1", "eval.rows=4", "eval.greedy=false", "track.console=false"]
+    keys += ["checkpoint.keep=1", "checkpoint.keep_best=eval/reward"]
     # The model itself is best of all, but there is no checkpoint of it; of equal ones the first is kept.
     pgrpo.train("quickstart", [*keys, "train.steps=4"], rewards=[judged([0.9, 0.2, 0.6, 0.6, 0.3])])
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_2", "step_4"]
@@ -332,7 +333,7 @@ def test_the_best_checkpoint_is_kept_found_and_remembered_by_a_resumed_run(model
     logged = [json.loads(line)["eval/reward"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert logged == pytest.approx([0.9, 0.2, 0.6, 0.6, 0.3, 0.5, 0.4])
     assert sorted(path.name for path in (run / "eval").iterdir()) == [f"step_{i}" for i in range(7)]
-    found = config(model, tmp_path, "eval.rows=4")
+    found = config(model, tmp_path, *data, "eval.rows=4")
     assert evaluate(found, "best") == evaluate(found, str(run / "checkpoints" / "step_2")) != evaluate(found, "auto")
     # Going on from the best one sets later checkpoints and evaluations aside.
     pgrpo.train("quickstart", [*keys, "train.steps=3"], rewards=[judged([0.7])], resume="best")
