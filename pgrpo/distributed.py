@@ -33,10 +33,17 @@ class World:
     stop: StopFlag = field(default_factory=StopFlag)
     control: Any = None
     """A process group for numbers on the CPU, so that asking them does not wait for a GPU. None: the default group does it."""
+    fsdp_size: int | None = None
+    """How many neighbouring ranks one copy of the weights is split over. None: all."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def shards(self) -> int:
+        """Parts that one copy of the weights is in; there are ``size / shards`` copies."""
+        return self.fsdp_size or self.size
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's contiguous part of items that every rank holds; sizes must divide."""
@@ -99,8 +106,12 @@ class World:
 
 
 @contextmanager
-def start() -> Iterator[World]:
-    """Join the process group that ``torchrun`` set up (NCCL on GPUs, gloo on CPUs), or be the only process; leave at the end."""
+def start(fsdp_size: int | None = None) -> Iterator[World]:
+    """Join the process group that ``torchrun`` set up (NCCL on GPUs, gloo on CPUs), or be the only process; leave at the end.
+
+    Args:
+        fsdp_size: ranks that share one copy of the weights (``World.fsdp_size``).
+    """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -110,7 +121,7 @@ def start() -> Iterator[World]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     control = dist.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
     try:
-        yield World(rank, size, device, control=control)
+        yield World(rank, size, device, control=control, fsdp_size=fsdp_size)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -120,7 +131,8 @@ def place(
     module: nn.Module, layers: Iterable[nn.Module], world: World, dtype: torch.dtype, methods: Sequence[str] = ()
 ) -> None:
     """Put a module on this rank's device: sharded by FSDP2, layer by layer, where there are several ranks or the compute
-    dtype is not float32 (FSDP2 keeps float32 masters and casts what it gathers); as it is otherwise.
+    dtype is not float32 (FSDP2 keeps float32 masters and casts what it gathers); as it is otherwise. With several copies
+    (hybrid sharding), weights are gathered among the ranks that share one, and gradients averaged over the copies as well.
 
     Args:
         module: the root. Gradients of a sharded root are *averaged* over ranks: scale the loss by ``world.size``.
@@ -134,7 +146,12 @@ def place(
     if not dist.is_initialized():
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    if world.shards == world.size:
+        mesh = init_device_mesh(world.device.type, (world.size,))
+    else:
+        mesh = init_device_mesh(
+            world.device.type, (world.size // world.shards, world.shards), mesh_dim_names=("replicate", "shard")
+        )
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)

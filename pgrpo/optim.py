@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,4 +96,4 @@ def _moment_shard(moment: Tensor, parameter: nn.Parameter) -> Shard:
     if isinstance(moment, DTensor) or not isinstance(parameter, DTensor):
         return shard_of(moment.view(parameter.shape))
     place = shard_of(parameter)
-    return Shard(moment.view(place.tensor.shape), place.shape, place.offset)
+    return replace(place, tensor=moment.view(place.tensor.shape))

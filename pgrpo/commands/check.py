@@ -35,7 +35,7 @@ def check(config: Config) -> None:
     Raises:
         RuntimeError: grouped attention differs from the untouched model, or a seeded bug is not noticed.
     """
-    with start() as world, build_run(config, world) as run:
+    with start(config.model.fsdp_size) as world, build_run(config, world) as run:
         console = Console(markup=False, highlight=False, quiet=not world.is_main)
         check_world_size(config, world.size)
         _show_lengths(run, config, console)

@@ -30,7 +30,7 @@ def evaluate(config: Config, checkpoint: str | None = None, out: Path | None = N
         raise ConfigError("data.eval_split is not set: name the held-out split, or a file in data.eval_path")
     if not config.eval.every:  # building a run reads the held-out split only if it is evaluated
         config = replace(config, eval=replace(config.eval, every=1))
-    with start() as world, build_run(config, world) as run:
+    with start(config.model.fsdp_size) as world, build_run(config, world) as run:
         if checkpoint and run.restore(checkpoint) is None:
             raise ConfigError(f"--checkpoint {checkpoint}: run_dir={config.run_dir} has no checkpoint")
         folder = out or run.run_dir / "eval" / f"step_{run.step}"

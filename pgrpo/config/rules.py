@@ -11,6 +11,7 @@ from pgrpo.config.schema import Config, ConfigError
 
 AT_LEAST = {
     "seed": 0,
+    "model.fsdp_size": 1,
     "model.lora_rank": 0,
     "data.max_prompt_tokens": 1,
     "rollout.prompts_per_step": 1,
@@ -184,12 +185,17 @@ def _check_prompt(config: Config) -> None:
 
 
 def check_world_size(config: Config, world_size: int) -> None:
-    """Raise ConfigError unless every one of ``world_size`` ranks gets the same number of prompts."""
+    """Raise ConfigError unless ``world_size`` ranks can share out the prompts, and the copies of the weights, evenly."""
     prompts = config.rollout.prompts_per_step
     if prompts % world_size:
         raise ConfigError(
             f"rollout.prompts_per_step: {prompts} prompts do not divide over {world_size} ranks; "
             f"valid numbers of prompts: {_multiples(prompts, world_size)}"
+        )
+    if (size := config.model.fsdp_size) and world_size % size:
+        valid = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        raise ConfigError(
+            f"model.fsdp_size: {size} does not divide the number of ranks, {world_size}; valid: {valid}, or null (all)"
         )
 
 

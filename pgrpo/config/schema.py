@@ -33,6 +33,9 @@ class ModelConfig:
     activation_checkpointing: Literal["none", "attention", "full", "auto"] = "auto"
     """What the backward computes again: nothing; all of a layer but attention; or all of it. `auto` (none on a CPU) computes
     again, all but attention, in as few layers as the memory plan needs."""
+    fsdp_size: int | None = None
+    """How many neighbouring ranks one copy of the weights is split over (hybrid sharding); gradients are averaged over the copies.
+    On several nodes, the GPUs of one node. None: all ranks."""
     lora_rank: int = 0
     """LoRA: train adapters of this rank beside the linear layers, and leave the weights as they are, held in `dtype`. 0 trains all
     weights."""

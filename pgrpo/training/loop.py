@@ -60,7 +60,7 @@ def train(
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, once a checkpoint was saved.
     """
     with (
-        distributed.start() as world,
+        distributed.start(config.model.fsdp_size) as world,
         _run_folder(config, world, resume is not None),
         stop_signals(world.stop),
         _built(config, world, rewards, dataset) as run,

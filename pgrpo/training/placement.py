@@ -97,7 +97,7 @@ def kept_by_layer(config: Config, dims: ModelDims, world: World) -> list[Keep]:
             capacity = USABLE_SHARE * torch.cuda.get_device_properties(world.device).total_memory / GIB
             if engine_name(config, world.device) == "vllm":
                 capacity -= SLEEPING_VLLM_GIB
-            sizes = plan_sizes(config, dims, world.size, world.device)
+            sizes = plan_sizes(config, dims, world.shards, world.device)
             mode, count = layers_to_checkpoint(dims, capacity, **sizes)
     again: Keep = mode  # not "auto" any more
     return [again if i < count else "none" for i in range(dims.layers)]
@@ -121,7 +121,7 @@ def vllm_memory_share(config: Config, dims: ModelDims, world: World) -> float:
     if world.device.type == "cpu":
         return CPU_SHARE
     total = torch.cuda.get_device_properties(world.device).total_memory / GIB
-    plan = memory_plan(dims, checkpointing="none", **plan_sizes(config, dims, world.size, world.device))
+    plan = memory_plan(dims, checkpointing="none", **plan_sizes(config, dims, world.shards, world.device))
     held = plan.weights + plan.moments + plan.reference
     share = USABLE_SHARE - held / total
     rollout, width = config.rollout, compute_dtype(config).itemsize

@@ -494,6 +494,12 @@ def test_world_size() -> None:
         ConfigError, match=r"32 prompts do not divide over 6 ranks; valid numbers of prompts: 24, 30, 36, 42"
     ):
         check_world_size(loaded, 6)
+    loaded = load_config(BASE, ["rollout.prompts_per_step=32", "model.fsdp_size=4"])
+    check_world_size(loaded, 8)
+    with pytest.raises(
+        ConfigError, match=r"model.fsdp_size: 4 does not divide the number of ranks, 2; valid: 1, 2, or"
+    ):
+        check_world_size(loaded, 2)
 
 
 # --- fuzz

@@ -102,6 +102,7 @@ EFFECTS = dict(
         effect("model.attention_kernel", "flash4", "error"),
         effect("model.compile", True, "plan"),
         effect("model.activation_checkpointing", "full", "attention_calls", "plan"),
+        effect("model.fsdp_size", 2, "error"),
         effect("model.lora_rank", 4, "weights", "plan"),
         effect("model.lora_alpha", 8.0, "weights", base=LORA),
         effect("model.lora_targets", ["q_proj", "up_proj"], "weights", "plan", base=LORA),
