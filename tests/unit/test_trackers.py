@@ -8,6 +8,7 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -245,7 +246,7 @@ def test_tensorboard_has_completions_as_text_that_is_not_read_as_markdown(tmp_pa
 def wandb_records(folder: Path) -> Iterator:
     """All records of the offline runs in a folder: a LevelDB log behind 7 bytes, whose blocks of 32 KiB hold chunks: a checksum,
     a length and a kind (whole, first, middle, last)."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] - made when wandb is imported
 
     for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
         data, at, record = file.read_bytes(), 7, b""
@@ -298,7 +299,7 @@ class OnlineRun:
     id = "abc123"
 
     def __init__(self) -> None:
-        self.told: list[tuple[str, object]] = []
+        self.told: list[tuple[str, Any]] = []
 
     def define_metric(self, name: str, step_metric: str) -> None:
         self.told.append(("define_metric", (name, step_metric)))
