@@ -440,7 +440,10 @@ def test_above_zero(key: str) -> None:
     [
         (["rollout.top_p=1.5"], "rollout.top_p: 1.5 is too large; it must be at most 1"),
         (["optim.betas=[0.9, 1.0]"], "optim.betas[1]: 1.0 is out of range"),
-        (["optim.betas=[0.9, .nan]"], "override 'optim.betas=[0.9, .nan]': optim.betas[1]: .nan is not a finite number"),
+        (
+            ["optim.betas=[0.9, .nan]"],
+            "override 'optim.betas=[0.9, .nan]': optim.betas[1]: .nan is not a finite number",
+        ),
         (["rewards.functions[0].timeout_s=0"], "rewards.functions[0].timeout_s: 0.0 is too small"),
         (["optim.betas=[-0.1, 0.9]"], "optim.betas[0]: -0.1 is out of range"),
         (["model.path=''"], "model.path: '' is empty"),
