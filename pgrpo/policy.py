@@ -107,7 +107,10 @@ def load_hf_config(config: ModelConfig) -> PretrainedConfig:
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.path={config.path}: cannot load this model: {reason}") from error
+        raise ConfigError(
+            f"model.path={config.path}: cannot load this model: {reason.removesuffix('.')}; give a folder that from_pretrained "
+            "loads, or a hub name"
+        ) from error
 
 
 def check_supported(config: PretrainedConfig, max_sample: int) -> None:

@@ -9,9 +9,9 @@ while true; do
     ${PGRPO:-pgrpo} train "$@" run_dir="$run_dir" --resume auto
     code=$?
     case $code in 0 | 2 | 130) exit $code ;; esac
-    newest=$(find "$run_dir/checkpoints" -maxdepth 1 -name 'step_*' -printf '%f\n' 2>/dev/null | sort -V | tail -n 1)
+    newest=$(ls "$run_dir/checkpoints" 2>/dev/null | grep '^step_' | sort -t_ -k2n | tail -n 1)
     failures=$((failures + 1))
-    [ "$newest" = "$before" ] || failures=1 before=$newest
-    echo "keep_running: exit code $code, newest checkpoint ${newest:-none}, failure $failures of ${TRIES:-5}" >&2
+    [ "$newest" = "$before" ] || failures=0 before=$newest
+    echo "keep_running: exit code $code, newest checkpoint ${newest:-none}, failures without a new one: $failures of ${TRIES:-5}" >&2
     [ "$failures" -lt "${TRIES:-5}" ] || exit 1
 done

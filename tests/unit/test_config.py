@@ -61,6 +61,13 @@ def one_line(error: ConfigError) -> str:
     return str(error)
 
 
+def test_a_very_long_value_hides_neither_the_key_nor_the_fix() -> None:
+    message = refused(BASE, f"optim.schedule={'x' * 100_000}")
+    assert message.startswith("override 'optim.schedule=xxx")
+    assert message.endswith("x is not a choice; it may be constant, linear, cosine")
+    assert len(message) < 1000
+
+
 # --- merging
 
 
