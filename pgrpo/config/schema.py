@@ -12,7 +12,9 @@ class ConfigError(Exception):
     """The user's input is wrong. The message is one line that names the key, the value and the fix (exit code 2)."""
 
     def __str__(self) -> str:
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+        # A very long value would hide the key, before it, and the fix, behind it.
+        return text if len(text) <= 1000 else f"{text[:600]} [...] {text[-300:]}"
 
 
 @dataclass

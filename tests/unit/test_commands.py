@@ -18,6 +18,7 @@ from pgrpo.commands.bench import bench
 from pgrpo.commands.bench_report import Row, Shape
 from pgrpo.commands.check import check
 from pgrpo.commands.evaluate import evaluate
+from pgrpo.commands.plan import plan
 from pgrpo.config import Config, ConfigError, load_config
 from pgrpo.distributed import World
 
@@ -52,6 +53,24 @@ def test_check_passes_and_leaves_nothing(model, tmp_path, capsys):
     assert "repeated against the untouched model" in shown
     assert shown.endswith("all is well\n")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_can_be_pasted_into_a_file(model, tmp_path, capsys):
+    """Lines longer than a terminal, and what a terminal would show as a picture, come as they are."""
+    template = ":smile: [bold] " + "{a}+{b}= " * 40
+    dry = config(model, tmp_path, f"prompt.template='{template}'")
+    plan(dry)
+    shown, _, costs = capsys.readouterr().out.rpartition("\nmodel  ")
+    (tmp_path / "again.yaml").write_text(shown)
+    assert load_config(tmp_path / "again.yaml") == replace(dry, recipe=None)
+    assert costs.count("\n") == 7
+
+
+def test_a_dry_run_shows_nothing_of_what_it_refuses(tmp_path, capsys):
+    message = r"model.path=.*no-model: cannot load this model: .*[^.]; give a folder that from_pretrained loads, or a hub name$"
+    with pytest.raises(ConfigError, match=message):
+        plan(config(tmp_path / "no-model", tmp_path))
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,13 @@ def one_line(error: ConfigError) -> str:
     return str(error)
 
 
+def test_a_very_long_value_hides_neither_the_key_nor_the_fix() -> None:
+    message = refused(BASE, f"optim.schedule={'x' * 100_000}")
+    assert message.startswith("override 'optim.schedule=xxx")
+    assert message.endswith("x is not a choice; it may be constant, linear, cosine")
+    assert len(message) < 1000
+
+
 # --- merging
 
 
@@ -413,7 +420,7 @@ def test_recipe_sections(folder: Path) -> None:
 
 def test_every_number_of_the_schema_has_a_range() -> None:
     numbers = {key for key, value in leaves(load_config(BASE)) if type(value) in (int, float)}
-    numbers |= {"eval.temperature", "rollout.gpu_memory_utilization"}  # None unless set
+    numbers |= {"eval.temperature", "model.fsdp_size", "rollout.gpu_memory_utilization"}  # None unless set
     free = {
         "rewards.functions[0].weight",
         "rewards.functions[0].timeout_s",
