@@ -125,8 +125,9 @@ def test_on_two_ranks_each_prompt_is_scored_once(count):
         return generate(prompts, params, seeds)
 
     class Pair(World):
-        def check_stop(self):
+        def together(self, work, *, break_off=False):
             """Nobody stops them."""
+            return work()
 
         def gather(self, items):
             scored = generate(prompts + prompts[-1:], PARAMS, [[0]] * (count + 1))
