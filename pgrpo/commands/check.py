@@ -9,7 +9,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from pgrpo.batch import build_batch
-from pgrpo.commands.plan import print_plan
+from pgrpo.commands.plan import plan_text
 from pgrpo.config import Config, check_world_size
 from pgrpo.data import load_prompts
 from pgrpo.distributed import start
@@ -41,7 +41,7 @@ def check(config: Config) -> None:
         _show_lengths(run, config, console)
         groups = _sample(run, config, console)
         _show_samples(groups, console)
-        print_plan(config, console)
+        console.print(plan_text(config), soft_wrap=True)
         _prove(config, groups, console)
         console.print("all is well")
 

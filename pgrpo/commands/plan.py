@@ -20,13 +20,13 @@ from pgrpo.training.placement import attention_choice, is_compiled, kept_by_laye
 def plan(config: Config) -> None:
     """Print the resolved config and the plan."""
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
-    console = Console(markup=False, highlight=False)
-    console.print(to_yaml(config))
-    print_plan(config, console)
+    costs = plan_text(config)  # first: a config that it refuses is not shown
+    # Lines stay whole, so that what is shown can be pasted into a file.
+    Console(markup=False, highlight=False, emoji=False).print(f"{to_yaml(config)}\n{costs}", soft_wrap=True)
 
 
-def print_plan(config: Config, console: Console) -> None:
-    """Print tokens, micro-batches and memory of a step whose prompts and completions are all as long as is allowed."""
+def plan_text(config: Config) -> str:
+    """Tokens, micro-batches and memory of a step whose prompts and completions are all as long as is allowed."""
     rollout, budget = config.rollout, config.train.token_budget
     prompt, completion = config.data.max_prompt_tokens, rollout.max_completion_tokens
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -52,7 +52,7 @@ def print_plan(config: Config, console: Console) -> None:
     group_flops = update_flops(dims, prompt, completions, shared=shared, adapters=adapters)
     flops = epochs * rollout.prompts_per_step * group_flops
     trained = f", frozen; LoRA trains {adapters:,} beside them" if adapters else ""
-    console.print(
+    return (
         f"model         {config.model.path}: {parameter_count(dims):,} parameters, {config.model.dtype}{trained}\n"
         f"a step        {rollout.prompts_per_step} prompts x {rollout.group_size} completions on {ranks} rank(s), "
         f"{config.train.updates_per_step * epochs} update(s)\n"
@@ -63,8 +63,7 @@ def print_plan(config: Config, console: Console) -> None:
         f"layers        {layers}\n"
         f"work          {flops / 1e12:,.3g} TFLOP for a step's forward and backward\n"
         f"memory        {memory.peak:.1f} GiB a rank (estimate): rollout {memory.rollout:.1f}, update {memory.update:.1f}, "
-        f"optimizer step {memory.optimizer_step:.1f}",
-        soft_wrap=True,
+        f"optimizer step {memory.optimizer_step:.1f}"
     )
 
 

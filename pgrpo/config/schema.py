@@ -12,7 +12,9 @@ class ConfigError(Exception):
     """The user's input is wrong. The message is one line that names the key, the value and the fix (exit code 2)."""
 
     def __str__(self) -> str:
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+        # A very long value would hide the key, before it, and the fix, behind it.
+        return text if len(text) <= 1000 else f"{text[:600]} [...] {text[-300:]}"
 
 
 @dataclass
@@ -230,9 +232,11 @@ class EvalConfig:
     rows: int = 128
     """Held-out prompts."""
     samples: int = 1
-    """Completions of each, sampled as in training unless `temperature` is set."""
+    """Completions of each, sampled as in training unless `temperature` is set; pass@k has each power of two up to this as k."""
+    greedy: bool = True
+    """One greedy completion of each prompt beside those (`eval/greedy/...`)."""
     temperature: float | None = None
-    """Temperature of evaluation. None takes the rollout's; 0 is greedy."""
+    """Temperature of the samples. None takes the rollout's; 0 makes them greedy, and no other greedy one is made."""
 
 
 @dataclass
@@ -250,9 +254,10 @@ class TrackConfig:
     console: bool = True
     """Live metrics and a table of completions on the terminal."""
     completions: int = 4
-    """Completions logged each step, on the console (every `console_every` steps) and in completions.jsonl."""
+    """Completions logged each step in completions.jsonl, and every `console_every` steps on the console, in wandb and in
+    tensorboard."""
     console_every: int = 10
-    """Steps between console reports."""
+    """Steps between console reports, and between tables of completions in wandb and tensorboard."""
     wandb: bool = False
     """Log to Weights & Biases as well."""
     wandb_project: str = "pgrpo"

@@ -69,10 +69,16 @@ class RewardRunner:
         self._waiting: set[ProcessFuture] = set()
         self._pools: dict[str, ProcessPool] = {}
 
-    @property
-    def full_score(self) -> float:
-        """The total of a sample to which every reward gives 1 and every penalty (negative weight) 0."""
-        return sum(max(reward.weight, 0.0) for reward in self._rewards)
+    def correct(self, group: Group) -> list[bool]:
+        """Which samples of a scored group are right: every reward that applies gave 1 or more, and one did apply. Penalties,
+        those of negative weight and the built-in ones for length, have no say.
+        """
+        judges = [r.name for r in self._rewards if r.weight >= 0 and not r.is_penalty]
+        flags = []
+        for i, total in enumerate(group.rewards):
+            values = [value for name in judges if (value := group.reward_parts[name][i]) is not None]
+            flags.append(total is not None and bool(values) and min(values) >= 1)
+        return flags
 
     def check(self, prompt: Prompt) -> None:
         """``ConfigError`` when a function needs what the data set's rows, such as ``prompt``, do not have."""

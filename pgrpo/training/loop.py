@@ -19,7 +19,7 @@ from pgrpo.advantages import step_advantages
 from pgrpo.checkpoint import CheckpointError, open_run_dir, set_aside_after
 from pgrpo.config import Config, check_world_size, to_yaml
 from pgrpo.distributed import World
-from pgrpo.evaluate import evaluate
+from pgrpo.evaluate import evaluate, save_results
 from pgrpo.flops import peak_flops
 from pgrpo.metrics import group_metrics
 from pgrpo.optim import learning_rate, set_learning_rate
@@ -52,7 +52,8 @@ def train(
         config: from ``load_config``.
         rewards: reward functions beside those that the config names, each of weight 1.
         dataset: rows, instead of ``data.path``.
-        resume: a checkpoint folder, or ``auto`` for the newest of ``run_dir`` (none there: start from the beginning).
+        resume: a checkpoint folder, or ``auto`` for the newest of ``run_dir`` (none there: start from the beginning), or ``best``
+            for the one that ``checkpoint.keep_best`` kept.
 
     Raises:
         ConfigError: the input is wrong; nothing was trained.
@@ -70,7 +71,8 @@ def train(
         if run.step == 0 and tracker_state is None and config.eval.every:
             run.unlogged = {}
         if resume and world.is_main:
-            set_aside_after(run.run_dir / "checkpoints", run.step)
+            for folder in ("checkpoints", "eval"):
+                set_aside_after(run.run_dir / folder, run.step)
         with (
             closing(Trackers(config, run.run_dir, resume=tracker_state)) if world.is_main else nullcontext() as trackers
         ):
@@ -226,21 +228,33 @@ def _dump(run: Run, groups: Sequence[Group]) -> Path:
     return file
 
 
-def evaluate_run(run: Run) -> dict[str, float]:
-    """Numbers on the held-out split; the same prompts and random numbers each time."""
+def evaluate_run(run: Run, out: Path | None = None) -> dict[str, float]:
+    """Numbers on the held-out split; the same prompts and random numbers each time. Rank 0 writes all completions and a summary
+    to ``out``, without it to the run folder's ``eval/step_N``."""
     config = run.config
     temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
+    params = sampling_params(config, temperature)
     with run.engine.awake():
-        metrics, _ = evaluate(
+        evaluation = evaluate(
             run.engine.generate,
             run.held_out,
-            sampling_params(config, temperature),
+            params,
             [sample_seeds(config.seed, "eval", i, group_size=config.eval.samples) for i in range(len(run.held_out))],
             run.rewards,
             run.world,
-            full_score=run.rewards.full_score,
+            greedy=config.eval.greedy,
         )
-    return metrics
+    if run.world.is_main:
+        about = {
+            "step": run.step,
+            "model": config.model.path,
+            "prompts": len(run.held_out),
+            "samples": config.eval.samples,
+        }
+        split = {"path": config.data.eval_path or config.data.path, "split": config.data.eval_split}
+        about |= {"data": split, "seed": config.seed, "sampling": asdict(params)}
+        save_results(out or run.run_dir / "eval" / f"step_{run.step}", evaluation, about)
+    return evaluation.metrics
 
 
 def _summary(run: Run) -> str:

@@ -142,7 +142,7 @@ class Run:
         return self._writer is not None and self._writer.failed
 
     def restore(self, resume: str | Path | None) -> dict[str, Any] | None:
-        """Go on from a checkpoint (``auto``: this run's newest). Returns the trackers' state; None at a fresh start."""
+        """Go on from a checkpoint (``auto``: this run's newest; ``best``). Returns the trackers' state; None at a fresh start."""
         path = resume and state.find(self.run_dir / "checkpoints", resume, self.world)
         if not path:
             return None

@@ -66,7 +66,9 @@ def find(root: Path, resume: str | Path, world: World) -> Path | None:
     error: Exception | None = None
     if world.is_main:
         try:
-            found = checkpoint.latest(root) if resume == "auto" else Path(resume)
+            found = checkpoint.latest(root) if resume in ("auto", "best") else Path(resume)
+            if found and resume == "best":
+                found = _best(found)
             if found and resume != "auto":
                 checkpoint.open_saved(found).__exit__()
         except (ConfigError, CheckpointError) as e:
@@ -75,6 +77,14 @@ def find(root: Path, resume: str | Path, world: World) -> Path | None:
     if error:
         raise error
     return found
+
+
+def _best(newest: Path) -> Path:
+    with checkpoint.open_saved(newest, verified=True) as saved:
+        best = saved.scalars["best"]
+    if best is None:
+        raise ConfigError(f"best: {newest} knows of no best checkpoint; train with checkpoint.keep_best=eval/reward")
+    return newest.with_name(f"step_{best['step']}")
 
 
 def put_back(run: Run, path: Path) -> dict[str, Any]:

@@ -61,6 +61,13 @@ def one_line(error: ConfigError) -> str:
     return str(error)
 
 
+def test_a_very_long_value_hides_neither_the_key_nor_the_fix() -> None:
+    message = refused(BASE, f"optim.schedule={'x' * 100_000}")
+    assert message.startswith("override 'optim.schedule=xxx")
+    assert message.endswith("x is not a choice; it may be constant, linear, cosine")
+    assert len(message) < 1000
+
+
 # --- merging
 
 
@@ -413,7 +420,7 @@ def test_recipe_sections(folder: Path) -> None:
 
 def test_every_number_of_the_schema_has_a_range() -> None:
     numbers = {key for key, value in leaves(load_config(BASE)) if type(value) in (int, float)}
-    numbers |= {"eval.temperature", "rollout.gpu_memory_utilization"}  # None unless set
+    numbers |= {"eval.temperature", "model.fsdp_size", "rollout.gpu_memory_utilization"}  # None unless set
     free = {
         "rewards.functions[0].weight",
         "rewards.functions[0].timeout_s",
@@ -440,7 +447,10 @@ def test_above_zero(key: str) -> None:
     [
         (["rollout.top_p=1.5"], "rollout.top_p: 1.5 is too large; it must be at most 1"),
         (["optim.betas=[0.9, 1.0]"], "optim.betas[1]: 1.0 is out of range"),
-        (["optim.betas=[0.9, .nan]"], "override 'optim.betas=[0.9, .nan]': optim.betas[1]: .nan is not a finite number"),
+        (
+            ["optim.betas=[0.9, .nan]"],
+            "override 'optim.betas=[0.9, .nan]': optim.betas[1]: .nan is not a finite number",
+        ),
         (["rewards.functions[0].timeout_s=0"], "rewards.functions[0].timeout_s: 0.0 is too small"),
         (["optim.betas=[-0.1, 0.9]"], "optim.betas[0]: -0.1 is out of range"),
         (["model.path=''"], "model.path: '' is empty"),

@@ -178,6 +178,7 @@ EFFECTS = dict(
         effect("eval.every", 1, base={"eval.every": 2, "eval.rows": 4}),
         effect("eval.rows", 8, base=EVAL),
         effect("eval.samples", 3, base=EVAL),
+        effect("eval.greedy", False, base=EVAL),
         effect("eval.temperature", 0.0, base=EVAL),
         effect("checkpoint.every", 1, "files"),
         effect("checkpoint.keep", 1, "files", base={"checkpoint.every": 1}),

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Train to the end, whatever happens on the way: after each failure go on from the newest checkpoint, until pgrpo exits with 0.
+#   scripts/keep_running.sh RUN_DIR --config quickstart.yaml checkpoint.every=10 [KEY=VALUE ...]
+# Gives up on wrong input (exit code 2), on Ctrl-C (130), and after $TRIES (5) failures in a row that brought no new checkpoint.
+# Several GPUs: PGRPO="torchrun --nproc-per-node 8 -m pgrpo" scripts/keep_running.sh ...
+run_dir=${1:?give the run folder, then what pgrpo train takes} failures=0 before=
+shift
+while true; do
+    ${PGRPO:-pgrpo} train "$@" run_dir="$run_dir" --resume auto
+    code=$?
+    case $code in 0 | 2 | 130) exit $code ;; esac
+    newest=$(ls "$run_dir/checkpoints" 2>/dev/null | grep '^step_' | sort -t_ -k2n | tail -n 1)
+    failures=$((failures + 1))
+    [ "$newest" = "$before" ] || failures=0 before=$newest
+    echo "keep_running: exit code $code, newest checkpoint ${newest:-none}, failures without a new one: $failures of ${TRIES:-5}" >&2
+    [ "$failures" -lt "${TRIES:-5}" ] || exit 1
+done

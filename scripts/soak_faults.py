@@ -1,0 +1,138 @@
+"""``pgrpo`` with faults: what scripts/soak.py starts in its place. Nothing of pgrpo is changed on the disk; its functions are
+wrapped in this process, to know which step it is at and to spoil a number.
+
+The folder that ``SOAK_DIR`` names holds ``plan.json``, the list of faults in their order. A fault is struck off, in
+``events.jsonl``, before it happens, so that it happens once, however often its step is done. Kinds:
+
+- ``sigkill``, ``sigterm``: sent ``delay`` seconds after a step began or, if ``starting``, after this process did;
+- ``reward_raise``: the next ``count`` calls of the reward raise. ``reward_hang``: the next call never ends;
+- ``nan_loss``, ``nan_gradient``: of the next micro-batch;
+- ``full_disk``: all but ``leave`` bytes of the run's disk are taken (a disk that is no mount: no file may grow past ``leave``),
+  until the second start after that.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from pgrpo.rewards.answers import exact_match
+
+FOLDER = Path(os.environ.get("SOAK_DIR", "no-soak"))
+DISK, EVENTS, REWARD = FOLDER / "disk", FOLDER / "events.jsonl", FOLDER / "reward"
+BALLAST = DISK / "ballast"
+
+
+def reward(completions: list[str], answer: list[Any], **_: Any) -> list[float]:
+    """Exact match, unless a fault is due. In the worker process."""
+    if REWARD.exists():
+        kind, _, left = REWARD.read_text().partition(" ")
+        if kind == "reward_hang" or left == "1":
+            REWARD.unlink()
+        else:
+            REWARD.write_text(f"{kind} {int(left) - 1}")
+        if kind == "reward_hang":
+            time.sleep(100_000)
+        raise RuntimeError("injected")
+    return exact_match(completions, answer=answer)
+
+
+def note(event: str, **more: Any) -> None:
+    """Append to ``events.jsonl`` and say it."""
+    row = {"time": round(time.time(), 3), "event": event, **more}
+    with EVENTS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(f"soak: {json.dumps(row)}", file=sys.stderr, flush=True)
+
+
+class Faults:
+    """The faults that are left."""
+
+    def __init__(self) -> None:
+        rows = [json.loads(line) for line in EVENTS.read_text().splitlines()] if EVENTS.exists() else []
+        done = {row["fault"] for row in rows if row["event"] == "fault"}
+        self._left = [fault for fault in json.loads((FOLDER / "plan.json").read_text()) if fault["fault"] not in done]
+        self._nan = ""
+        since_full = [row["event"] for row in rows if row["event"] in ("start", "full disk")]
+        if BALLAST.exists() and since_full[-2:] == ["full disk", "start"]:
+            BALLAST.unlink()
+            note("disk freed")
+        note("start")
+        if self._left and self._left[0].get("starting"):
+            self._inject(step=None)
+
+    def watch(self) -> None:
+        """Know the run's steps, and its micro-batches."""
+        from pgrpo.training import loop
+        from pgrpo.training.run import Run
+        from pgrpo.training.update import Updater
+
+        step, restore, backward = loop._step, Run.restore, Updater.backward
+
+        def watched_step(run: Run) -> Any:
+            if self._left and self._left[0]["step"] <= run.step:
+                self._inject(run.step)
+            return step(run)
+
+        def watched_restore(run: Run, resume: Any) -> Any:
+            result = restore(run, resume)
+            note("restored", step=run.step)
+            return result
+
+        def spoiled_backward(updater: Updater, batch: Any, counts: Any) -> Any:
+            sums, largest = backward(updater, batch, counts)
+            kind, self._nan = self._nan, ""
+            if kind == "nan_loss":
+                sums[0] = float("nan")
+            elif kind == "nan_gradient":
+                gradient = next(p.grad for p in updater.policy.parameters() if p.grad is not None)
+                gradient.view(-1)[0] = float("nan")
+            return sums, largest
+
+        loop._step, Run.restore, Updater.backward = watched_step, watched_restore, spoiled_backward
+
+    def _inject(self, step: int | None) -> None:
+        fault = self._left.pop(0)
+        kind = fault["kind"]
+        note("fault", **(fault | {"step": step}))
+        if kind in ("sigkill", "sigterm"):
+            threading.Thread(target=self._send, args=(kind, fault["delay"]), daemon=True).start()
+        elif kind.startswith("reward"):
+            REWARD.write_text(f"{kind} {fault['count']}")
+        elif kind.startswith("nan"):
+            self._nan = kind
+        elif DISK.is_mount():
+            state = os.statvfs(DISK)
+            with BALLAST.open("w") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, state.f_bavail * state.f_frsize - fault["leave"]))
+            note("full disk")
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (fault["leave"], resource.RLIM_INFINITY))
+
+    def _send(self, kind: str, delay: float) -> None:
+        time.sleep(delay)
+        if kind == "sigterm":
+            note("sigterm sent")
+        os.kill(os.getpid(), signal.SIGKILL if kind == "sigkill" else signal.SIGTERM)
+
+
+def main() -> None:
+    """The command line of pgrpo."""
+    atexit.register(note, "exit")
+    faults = Faults()
+    faults.watch()
+    from pgrpo.cli import main as pgrpo_main
+
+    pgrpo_main()
+
+
+if __name__ == "__main__":
+    main()
