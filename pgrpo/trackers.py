@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -75,15 +76,18 @@ class Trackers:
         self._log_file = _open(run_dir / "log.txt")
         self._handler = _WarningHandler(self)
         logging.getLogger("pgrpo").addHandler(self._handler)
-        self._metrics_file = _reopen(run_dir / "metrics.jsonl", self._state["step"])
-        self._completions_file = _reopen(run_dir / "completions.jsonl", self._state["step"])
+        self._files = [self._log_file]
         self._sinks: dict[str, tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]] = {}
         try:
+            self._metrics_file = _reopen(run_dir / "metrics.jsonl", self._state["step"])
+            self._files.append(self._metrics_file)
+            self._completions_file = _reopen(run_dir / "completions.jsonl", self._state["step"])
+            self._files.append(self._completions_file)
             if config.track.tensorboard:
                 self._sinks["tensorboard"] = _start_tensorboard(run_dir, self._state["step"])
             if config.track.wandb:
                 self._start_wandb(config, run_dir)
-        except ConfigError:
+        except BaseException:
             self.close()
             raise
 
@@ -131,8 +135,10 @@ class Trackers:
             self._guard(name, finish)
         self._sinks.clear()
         logging.getLogger("pgrpo").removeHandler(self._handler)
-        for file in (self._metrics_file, self._completions_file, self._log_file):
-            file.close()
+        with ExitStack() as files:  # all of them, whatever one meets that still has something to write
+            for file in self._files:
+                files.enter_context(_explained(file.name))
+                files.callback(file.close)
 
     def _reports(self, step: int) -> bool:
         return step % self._track.console_every == 0 or step in (1, self._steps)
@@ -143,7 +149,8 @@ class Trackers:
         self._console.print(renderable, soft_wrap=isinstance(renderable, str))
 
     def _write_log(self, text: str) -> None:
-        self._log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {printable(text)}\n")
+        with _explained(self._log_file.name):
+            self._log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {printable(text)}\n")
 
     def _guard(self, name: str, call: Callable[[], None]) -> None:
         try:
@@ -293,7 +300,7 @@ def _reopen(path: Path, step: int) -> IO[str]:
     if not path.exists():
         return _open(path)
     kept = path.with_suffix(".tmp")
-    with path.open(encoding="utf-8", newline="\n") as rows, _open(kept, "w") as out:
+    with _explained(kept), path.open(encoding="utf-8", newline="\n") as rows, _open(kept, "w") as out:
         for line in rows:
             try:
                 keep = line.endswith("\n") and json.loads(line)["step"] <= step
@@ -307,4 +314,17 @@ def _reopen(path: Path, step: int) -> IO[str]:
 
 
 def _write_row(file: IO[str], row: Row) -> None:
-    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    with _explained(file.name):
+        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def _explained(path: str | Path) -> Iterator[None]:
+    """The system's error of a write does not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(
+            f"{path}: cannot be written ({error.strerror}); without the run's record training does not go on; "
+            "make room, then --resume auto"
+        ) from error
