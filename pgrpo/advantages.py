@@ -55,7 +55,7 @@ def standard_deviation(values: Sequence[float]) -> float:
     if len(values) < 2:
         return 0.0
     mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return math.hypot(*(v - mean for v in values)) / math.sqrt(len(values) - 1)  # no square that overflows
 
 
 def has_spread(rewards: Rewards) -> bool:

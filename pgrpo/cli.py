@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pgrpo.config import Config, ConfigError, load_config
+from pgrpo.config import Config, ConfigError, load_config, redact
 
 app = typer.Typer(
     help="GRPO that computes each prompt once.",
@@ -40,7 +40,8 @@ def train(
     config: ConfigOption,
     overrides: Overrides = None,
     resume: Annotated[
-        str | None, typer.Option(help="A checkpoint folder, or `auto`: the newest of this run, if there is one.")
+        str | None,
+        typer.Option(help="A checkpoint folder, or `auto`: the newest of this run, if there is one; or `best`."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved config and the plan, and stop.")
@@ -72,13 +73,20 @@ def evaluate(
     overrides: Overrides = None,
     checkpoint: Annotated[
         str | None,
-        typer.Option(help="A checkpoint folder, or `auto`: the newest of run_dir. Without: the model itself."),
+        typer.Option(
+            help="A checkpoint folder, or of run_dir: `auto`, the newest, or `best`, the one that checkpoint.keep_best kept. "
+            "Without: the model itself."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for samples.jsonl and summary.json. Without: eval/step_N in run_dir."),
     ] = None,
 ) -> None:
-    """Pass@1, pass@k and mean reward on the held-out split."""
+    """Pass@1, pass@k and mean rewards on the held-out split, sampled and greedy, with confidence intervals."""
     from pgrpo.commands.evaluate import evaluate
 
-    evaluate(_load(config, overrides), checkpoint)
+    evaluate(_load(config, overrides), checkpoint, out)
 
 
 @app.command()
@@ -185,7 +193,9 @@ def main() -> None:
 
 def _fail(code: int, message: str) -> None:
     if os.environ.get("PGRPO_DEBUG") == "1":
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
+    message = redact(message)
+    message = "; ".join(line.strip() for line in message.splitlines() if line.strip())
     hint = " (PGRPO_DEBUG=1 shows where)" if code == 1 else ""
     print(f"pgrpo: {message}{hint}", file=sys.stderr)
     sys.exit(code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -13,7 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pgrpo.batch import fill_micro_batches, packed_tokens, split_to_budget
@@ -21,6 +28,10 @@ from pgrpo.stopping import StopFlag, Stopped
 from pgrpo.types import Group
 
 T = TypeVar("T")
+
+
+class RankFailed(RuntimeError):
+    """The work of another rank failed, which says why."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +44,17 @@ class World:
     stop: StopFlag = field(default_factory=StopFlag)
     control: Any = None
     """A process group for numbers on the CPU, so that asking them does not wait for a GPU. None: the default group does it."""
+    fsdp_size: int | None = None
+    """How many neighbouring ranks one copy of the weights is split over. None: all."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def shards(self) -> int:
+        """Parts that one copy of the weights is in; there are ``size / shards`` copies."""
+        return self.fsdp_size or self.size
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This rank's contiguous part of items that every rank holds; sizes must divide."""
@@ -77,15 +95,35 @@ class World:
         if signum:
             raise Stopped(signum)
 
-    def stoppable(self, work: Callable[[], T]) -> T:
-        """This rank's own work (nothing collective in it), which a stop signal breaks off. ``Stopped`` follows on all ranks."""
+    def together(self, work: Callable[[], T], *, break_off: bool = False) -> T:
+        """This rank's own work (nothing collective in it), whose end all ranks wait for and learn of. A collective call.
+
+        Args:
+            break_off: a stop signal ends the work in the middle.
+
+        Raises:
+            Stopped: a rank was told to stop; on all ranks.
+            Exception: what the work raised; ``RankFailed`` on the ranks where it did not. ``all_ranks_know`` of both.
+        """
+        result: Any = None
+        error: BaseException | None = None
         try:
-            with self.stop.breaking_off():
+            with self.stop.breaking_off() if break_off else nullcontext():
                 result = work()
-        except Stopped as stopped:
-            self.check_stop()
-            raise AssertionError("the flag is set") from stopped
-        self.check_stop()
+        except (Exception, Stopped) as caught:
+            error = caught
+        signum = max(self.stop.signum, error.signum if isinstance(error, Stopped) else 0)
+        failed = self.rank + 1 if isinstance(error, Exception) else 0
+        if self.size > 1:
+            outcome = torch.tensor([signum, failed])
+            dist.all_reduce(outcome, dist.ReduceOp.MAX, group=self.control)
+            signum, failed = outcome.tolist()
+        if signum:
+            raise Stopped(signum) from error
+        if failed:
+            error = error or RankFailed(f"rank {failed - 1} failed, and says why; this rank stopped with it")
+            error.__dict__["all_ranks_know"] = True
+            raise error
         return result
 
     def synchronize(self) -> None:
@@ -98,9 +136,22 @@ class World:
             dist.barrier()
 
 
+def all_ranks_know(error: BaseException | None) -> bool:
+    """Whether every rank has left the same call because of this error, or its cause, so that collective calls may follow."""
+    while error is not None:
+        if error.__dict__.get("all_ranks_know"):
+            return True
+        error = error.__cause__
+    return False
+
+
 @contextmanager
-def start() -> Iterator[World]:
-    """Join the process group that ``torchrun`` set up (NCCL on GPUs, gloo on CPUs), or be the only process; leave at the end."""
+def start(fsdp_size: int | None = None) -> Iterator[World]:
+    """Join the process group that ``torchrun`` set up (NCCL on GPUs, gloo on CPUs), or be the only process; leave at the end.
+
+    Args:
+        fsdp_size: ranks that share one copy of the weights (``World.fsdp_size``).
+    """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -110,23 +161,32 @@ def start() -> Iterator[World]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     control = dist.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
     try:
-        yield World(rank, size, device, control=control)
+        yield World(rank, size, device, control=control, fsdp_size=fsdp_size)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def place(
-    module: nn.Module, layers: Iterable[nn.Module], world: World, dtype: torch.dtype, methods: Sequence[str] = ()
+    module: nn.Module,
+    layers: Iterable[nn.Module],
+    world: World,
+    dtype: torch.dtype,
+    methods: Sequence[str] = (),
+    *,
+    offload: bool = False,
 ) -> None:
     """Put a module on this rank's device: sharded by FSDP2, layer by layer, where there are several ranks or the compute
-    dtype is not float32 (FSDP2 keeps float32 masters and casts what it gathers); as it is otherwise.
+    dtype is not float32 (FSDP2 keeps float32 masters and casts what it gathers); as it is otherwise. With several copies
+    (hybrid sharding), weights are gathered among the ranks that share one, and gradients averaged over the copies as well.
 
     Args:
         module: the root. Gradients of a sharded root are *averaged* over ranks: scale the loss by ``world.size``.
         layers: submodules that are gathered one at a time.
         dtype: what the forward and backward compute in. Gradients are reduced in float32.
         methods: names of methods beside ``forward`` that use the root's weights.
+        offload: keep the shards in host memory; a layer visits the device while it computes. Needs a compute dtype or ranks
+            that FSDP2 is for.
     """
     if world.size == 1 and dtype == torch.float32:
         module.to(world.device)
@@ -134,11 +194,17 @@ def place(
     if not dist.is_initialized():
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(world.device.type, (world.size,))
+    if world.shards == world.size:
+        mesh = init_device_mesh(world.device.type, (world.size,))
+    else:
+        mesh = init_device_mesh(
+            world.device.type, (world.size // world.shards, world.shards), mesh_dim_names=("replicate", "shard")
+        )
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    home = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(module, mesh=mesh, mp_policy=precision)
+        fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=home)
+    fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=home)
     for name in methods:
         register_fsdp_forward_method(module, name)
 

@@ -180,7 +180,8 @@ class MemoryPlan:
     Attributes:
         weights, gradients, moments: float32, this rank's share; moments are Adam's two. With LoRA the weights are in the compute
             dtype, and gradients and moments those of the adapters.
-        reference: weights of the frozen initial model, 0 without a KL term, and with LoRA, whose weights are that model.
+        reference: weights of the frozen initial model, in the compute dtype, and its gathered embedding and head; 0 without a KL
+            term, and with LoRA, whose weights are that model.
         gathered: copies of weights in the compute dtype, and their gradients, while in use.
         activations: what the backward needs of a full micro-batch (with LoRA up to a fifth less, which is not counted).
         logprobs: chunks of logits, and the head's float32 gradient if it has one.
@@ -227,6 +228,7 @@ def memory_plan(
     ranks: int = 1,
     adapters: int = 0,
     reference: bool = False,
+    ref_offload: bool = False,
     offload: bool = False,
     concurrent: int = 0,
     group_size: int = 1,
@@ -244,6 +246,7 @@ def memory_plan(
         ranks: devices that weights, gradients and moments are split over.
         adapters: how many parameters are trained with LoRA; 0: all of the model's.
         reference: whether there is a KL term to the initial model.
+        ref_offload: whether that model lives in host memory, but for its gathered embedding and head.
         offload: whether the moments live in host memory.
         concurrent, group_size, prompt_tokens, completion_tokens: of the embedded sampler; 0 for another one.
         logit_chunk_bytes: logits (and temporaries of their size) that the log-prob head holds at once.
@@ -251,7 +254,8 @@ def memory_plan(
     weights = trained = 4 * parameter_count(dims) / ranks
     embedding = dims.vocab * dims.hidden
     # The root's embedding and head stay gathered; of the layers, one is in use while the next arrives.
-    gathered = 0 if ranks == 1 and dtype_bytes == 4 else (embedding * (1 if dims.tied else 2) + 2 * dims.layer_matrix)
+    root = 0 if ranks == 1 and dtype_bytes == 4 else embedding * (1 if dims.tied else 2)
+    gathered = root and root + 2 * dims.layer_matrix
     gathered_gradients, head_gradient = gathered, embedding * (4 + dtype_bytes)
     if adapters:
         weights, trained = (dtype_bytes * parameter_count(dims) + 4 * adapters) / ranks, 4 * adapters / ranks
@@ -269,7 +273,10 @@ def memory_plan(
         weights=weights,
         gradients=trained,
         moments=0 if offload else 2 * trained,
-        reference=weights if reference and not adapters else 0,
+        # Its root stays gathered through the updates.
+        reference=dtype_bytes * (root + (0 if ref_offload else parameter_count(dims) / ranks))
+        if reference and not adapters
+        else 0,
         gathered=(gathered + gathered_gradients) * dtype_bytes,
         activations=(kept[checkpointing] * cut + layer * (dims.layers - cut) + again) * token_budget,
         logprobs=logit_chunk_bytes + head_gradient,

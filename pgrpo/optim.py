@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Container
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ from pgrpo.shards import Shard, shard_of, whole
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) with decoupled weight decay on matrices only: norms and biases have none."""
+    """AdamW (arXiv 1711.05101) with decoupled weight decay of matrices: norms, biases and embeddings (a head that is tied to
+    them too) have none."""
     parameters = [p for p in module.parameters() if p.requires_grad]
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    decays = [p.ndim >= 2 and id(p) not in embeddings for p in parameters]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p, d in zip(parameters, decays, strict=True) if d], "weight_decay": config.weight_decay},
+        {"params": [p for p, d in zip(parameters, decays, strict=True) if not d], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
     settings: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
@@ -95,4 +99,4 @@ def _moment_shard(moment: Tensor, parameter: nn.Parameter) -> Shard:
     if isinstance(moment, DTensor) or not isinstance(parameter, DTensor):
         return shard_of(moment.view(parameter.shape))
     place = shard_of(parameter)
-    return Shard(moment.view(place.tensor.shape), place.shape, place.offset)
+    return replace(place, tensor=moment.view(place.tensor.shape))

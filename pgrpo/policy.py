@@ -106,11 +106,15 @@ def load_hf_config(config: ModelConfig) -> PretrainedConfig:
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.path={config.path}: cannot load this model: {reason.removesuffix('.')}; give a folder that from_pretrained "
-            "loads, or a hub name"
-        ) from error
+        raise ConfigError(f"model.path={config.path}: cannot load this model: {load_error(error)}") from error
+
+
+def load_error(error: Exception) -> str:
+    """Why ``from_pretrained`` failed, in one line and with our key."""
+    if "trust_remote_code" in str(error):
+        return "it comes with Python code of its own; read that, and set model.trust_remote_code=true to run it"
+    reason = str(error).strip().splitlines()[0].removesuffix(".")
+    return f"{reason}; give a folder that from_pretrained loads, or a hub name"
 
 
 def check_supported(config: PretrainedConfig, max_sample: int) -> None:

@@ -11,15 +11,21 @@ from torch.distributed.tensor import Shard as Sharded
 
 @dataclass(frozen=True)
 class Shard:
-    """``tensor`` is the box that starts at ``offset`` in a whole tensor of ``shape`` (both have the whole's dimensions)."""
+    """``tensor`` is the box that starts at ``offset`` in a whole tensor of ``shape`` (both have the whole's dimensions).
+    ``replica``: which of the equal copies of it that ranks hold (hybrid sharding)."""
 
     tensor: Tensor
     shape: tuple[int, ...]
     offset: tuple[int, ...]
+    replica: int = 0
 
     @property
     def is_whole(self) -> bool:
         return tuple(self.tensor.shape) == self.shape
+
+    def is_written_by(self, rank: int) -> bool:
+        """Whether ``rank``, which holds this, is the one that saves it. Rank 0 saves empty parts too: names without data."""
+        return rank == 0 or not (self.replica or self.is_whole or self.tensor.numel() == 0)
 
     @property
     def bytes(self) -> int:
@@ -35,22 +41,23 @@ def shard_of(tensor: Tensor) -> Shard:
     """This rank's part of a tensor that FSDP2 may have cut; shares its memory. Nothing is communicated.
 
     Raises:
-        ValueError: cut in another way than along one dimension of a mesh of one dimension.
+        ValueError: cut in another way than along one tensor dimension, over the last dimension of the mesh.
     """
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return whole(tensor)
     local, shape, offset = tensor.to_local(), tuple(tensor.shape), [0] * tensor.ndim
-    if tensor.device_mesh.ndim != 1:
-        raise ValueError(f"a tensor on a mesh of {tensor.device_mesh.ndim} dimensions cannot be saved in shards")
-    placement = tensor.placements[0]
+    mesh, (*outer, placement) = tensor.device_mesh, tensor.placements
+    if len(outer) > 1 or not all(p.is_replicate() for p in outer):
+        raise ValueError(f"a tensor placed as {tensor.placements} cannot be saved in shards")
+    replica = mesh.get_local_rank(0) if outer else 0
     expected = list(shape)
     if isinstance(placement, Sharded):
         # torch.chunk's rule: equal parts, rounded up; the last ones are shorter, or empty.
-        size, rank, length = tensor.device_mesh.size(), tensor.device_mesh.get_local_rank(), shape[placement.dim]
+        size, rank, length = mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1), shape[placement.dim]
         part = -(-length // size)
         offset[placement.dim] = min(rank * part, length)
         expected[placement.dim] = min((rank + 1) * part, length) - offset[placement.dim]
     if list(local.shape) != expected:
         raise ValueError(f"a tensor placed as {placement} has a part of {list(local.shape)}, not {expected}")
-    return Shard(local, shape, tuple(offset))
+    return Shard(local, shape, tuple(offset), replica)

@@ -102,7 +102,7 @@ def rollouts(args: argparse.Namespace) -> dict[str, float]:
     overrides, rows = settings(args)
     config = load_config(args.config, overrides, rewards_from_python=True, data_from_python=True)
     rates: dict[str, list[float]] = {"rollout_tokens_per_s": [], "plain_vllm_tokens_per_s": []}
-    with start() as world, build_run(config, world, [spread], rows) as run, run.engine.awake():
+    with start(config.model.fsdp_size) as world, build_run(config, world, [spread], rows) as run, run.engine.awake():
         assert isinstance(run.engine, VLLMEngine), "rollout.engine must be vllm"
         vllm = importlib.import_module("vllm")
         plain = vllm.SamplingParams(n=args.group_size, max_tokens=args.completion)

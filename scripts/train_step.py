@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     rows = []
-    with start() as world:
+    with start(load_config(args.config, args.overrides).model.fsdp_size) as world:
         shape = Shape(args.prompt, args.completion, args.group_size, args.groups * world.size)
         for offload in args.offload:
             config = load_config(args.config, [*args.overrides, f"optim.offload={offload}"])

@@ -39,12 +39,13 @@ def open_run_dir(run_dir: Path, resume: bool) -> IO[str]:
     """Make and lock the run folder and return the lock; call it on rank 0 and keep the result until the run ends.
 
     Raises:
-        ConfigError: the folder is in use, cannot be made, or has files in it while ``resume`` is false.
+        ConfigError: the folder is in use, cannot be made, or has files in it while ``resume`` is false. What ``pgrpo eval`` wrote
+            of the model before its training may be there.
     """
     run_dir = Path(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        names = {entry.name for entry in run_dir.iterdir()}
+        names = {entry.name for entry in run_dir.iterdir()} - {"eval"}
         # Without resume a folder that is not a run's gets no lock file of ours.
         lock = lock_run_dir(run_dir) if resume or ".lock" in names or not names else None
     except OSError as error:

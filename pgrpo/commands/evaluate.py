@@ -1,8 +1,11 @@
-"""``pgrpo eval``: mean reward and pass@k on the held-out split."""
+"""``pgrpo eval``: mean rewards and pass@k on the held-out split, greedy and sampled, with 95% confidence intervals."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -13,20 +16,50 @@ from pgrpo.training.loop import evaluate_run
 from pgrpo.training.run import build_run
 
 
-def evaluate(config: Config, checkpoint: str | None = None) -> dict[str, float]:
-    """Evaluate the config's model, or a checkpoint of it (a folder, or ``auto`` for the run's newest), and print a table."""
+def evaluate(config: Config, checkpoint: str | None = None, out: Path | None = None) -> dict[str, float]:
+    """Evaluate the config's model, or a checkpoint of it; print a table and write all completions.
+
+    Args:
+        checkpoint: a folder, ``auto`` for the run's newest, ``best`` for the one that ``checkpoint.keep_best`` kept.
+        out: folder for samples.jsonl and summary.json. None: ``eval/step_N`` in the run's folder, N = 0 for the model itself.
+
+    Raises:
+        ConfigError: there is no held-out split, or no such checkpoint.
+    """
     if not (config.data.eval_path or config.data.eval_split):
         raise ConfigError("data.eval_split is not set: name the held-out split, or a file in data.eval_path")
     if not config.eval.every:  # building a run reads the held-out split only if it is evaluated
         config = replace(config, eval=replace(config.eval, every=1))
-    with start() as world, build_run(config, world) as run:
+    with start(config.model.fsdp_size) as world, build_run(config, world) as run:
         if checkpoint and run.restore(checkpoint) is None:
             raise ConfigError(f"--checkpoint {checkpoint}: run_dir={config.run_dir} has no checkpoint")
-        metrics = evaluate_run(run)
-    table = Table(title=f"{checkpoint or config.model.path}: {len(run.held_out)} prompts x {config.eval.samples}")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in metrics.items():
-        table.add_row(name, f"{value:.4g}")
-    Console(quiet=not world.is_main).print(table)
+        folder = out or run.run_dir / "eval" / f"step_{run.step}"
+        metrics = evaluate_run(run, folder)
+    console = Console(quiet=not world.is_main)
+    name = f"{config.model.path} after step {run.step}" if checkpoint else config.model.path
+    console.print(_table(f"{name}: {len(run.held_out)} prompts x {config.eval.samples}", metrics))
+    console.print(f"completions and summary: {folder}", soft_wrap=True)
     return metrics
+
+
+def _table(title: str, metrics: Mapping[str, float]) -> Table:
+    """A row a metric; a column for samples, and one for greedy completions if there are any."""
+    modes = {"sampled": ""} | (
+        {"greedy": "greedy/"} if any(name.startswith("eval/greedy/") for name in metrics) else {}
+    )
+    table = Table(title=title, caption="brackets: 95% confidence interval over prompts")
+    table.add_column("metric")
+    for mode in modes:
+        table.add_column(mode, justify="right")
+    names = [name.removeprefix("eval/") for name in metrics]
+    for name in [n for n in names if not n.startswith(("ci95_", "greedy/"))]:
+        table.add_row(name, *(_cell(metrics, prefix + name) for prefix in modes.values()))
+    return table
+
+
+def _cell(metrics: Mapping[str, float], name: str) -> str:
+    value = metrics.get(f"eval/{name}")
+    if value is None:  # pass@k of one greedy completion
+        return ""
+    low, high = (metrics.get(f"eval/{end}/{name}", math.nan) for end in ("ci95_low", "ci95_high"))
+    return f"{value:.4g}" if math.isnan(low) else f"{value:.4g} [{low:.4g}, {high:.4g}]"

@@ -39,12 +39,13 @@ def plan_text(config: Config) -> str:
     packed = rollout.prompts_per_step * computed_tokens(prompt, completions, shared=shared)
     repeated = rollout.prompts_per_step * computed_tokens(prompt, completions, shared=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    again, count, layers = _layers(config, dims, World(0, ranks, device))
+    world = World(0, ranks, device, fsdp_size=config.model.fsdp_size)
+    again, count, layers = _layers(config, dims, world)
     memory = memory_plan(
         dims,
         checkpointing=again,
         checkpointed_layers=count,
-        **plan_sizes(config, dims, ranks, torch.device("cpu" if config.model.dtype == "float32" else "cuda")),
+        **plan_sizes(config, dims, world.shards, torch.device("cpu" if config.model.dtype == "float32" else "cuda")),
     )
     adapters = adapter_parameters(config.model, dims)
     epochs = config.train.epochs_per_step

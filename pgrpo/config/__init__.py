@@ -18,6 +18,7 @@ from pgrpo.config.schema import (
     TrackConfig,
     TrainConfig,
 )
+from pgrpo.config.secrets import redact
 
 __all__ = [
     "CheckpointConfig",
@@ -39,5 +40,6 @@ __all__ = [
     "find_file",
     "load_config",
     "packaged",
+    "redact",
     "to_yaml",
 ]

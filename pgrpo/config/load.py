@@ -13,6 +13,7 @@ from typing import Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pgrpo.config import secrets
 from pgrpo.config.presets import PRESETS
 from pgrpo.config.rules import REDACTED, check_values, check_world_size, leaves
 from pgrpo.config.schema import Config, ConfigError
@@ -23,7 +24,6 @@ __all__ = ["check_world_size", "find_file", "load_config", "packaged", "to_yaml"
 RECIPE_SECTIONS = ("data", "prompt", "rollout", "rewards")
 RECIPE_ROLLOUT = ("max_completion_tokens", "temperature", "top_p", "top_k", "stop")
 PYTHON = "(python)"  # data.path when rows are handed over from Python
-SECRET = re.compile(r"(^|_)(api_?key|access_?key|secret|token|password|passwd|credentials?)$", re.IGNORECASE)
 
 
 def load_config(
@@ -64,6 +64,7 @@ def load_config(
         raise ConfigError(f"{key}{one_line(error)}; correct it, or write \\${{ for a literal ${{") from error
     assert isinstance(config, Config)
     config.secret_keys = _secret_keys(_raw(merged), config)
+    secrets.remember(_raw(merged), config)
     _finish_paths(config)
     check_values(config, rewards_from_python=rewards_from_python)
     return config
@@ -87,7 +88,7 @@ def to_yaml(config: Config) -> str:
     values["recipe"] = None
 
     def clean(value: Any, key: str, name: str) -> Any:
-        if key in config.secret_keys or (SECRET.search(name) and isinstance(value, str)):
+        if key in config.secret_keys or (secrets.NAMES.search(name) and isinstance(value, str)):
             return REDACTED
         if isinstance(value, dict):
             return {k: clean(v, f"{key}.{k}" if key else k, k) for k, v in value.items()}

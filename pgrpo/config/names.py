@@ -117,6 +117,8 @@ FOREIGN = {
     "grad_clip": "optim.max_grad_norm",
     "clip_grad": "optim.max_grad_norm",
     "optimizer_offload": "optim.offload",
+    "fsdp_config.param_offload": "loss.ref_offload (of the reference; the weights that are trained stay on the GPU)",
+    "ref_reward_offload": "loss.ref_offload",
     "max_steps": "train.steps",
     "total_training_steps": "train.steps",
     "num_train_epochs": "train.steps (steps, not epochs)",

@@ -11,6 +11,7 @@ from pgrpo.config.schema import Config, ConfigError
 
 AT_LEAST = {
     "seed": 0,
+    "model.fsdp_size": 1,
     "model.lora_rank": 0,
     "data.max_prompt_tokens": 1,
     "rollout.prompts_per_step": 1,
@@ -59,6 +60,7 @@ NEEDS = {
     "model.lora_targets": ("model.lora_rank", 0),
     "loss.kl_estimator": ("loss.kl_coef", 0),
     "loss.ref_refresh_every": ("loss.kl_coef", 0),
+    "loss.ref_offload": ("loss.kl_coef", 0),
     "loss.rollout_correction_cap": ("loss.rollout_correction", "none"),
 }
 """A key that has no effect while another has this value."""
@@ -127,11 +129,12 @@ def _check_needs(config: Config) -> None:
         value = _value(config, key)
         if value != _value(default, key) and _value(config, needed) == off:
             raise ConfigError(f"{key}: {value} has no effect while {needed} is {off}; set {needed}, or leave it out")
-    if config.loss.ref_refresh_every and config.model.lora_rank:
-        raise ConfigError(
-            f"loss.ref_refresh_every: {config.loss.ref_refresh_every} with model.lora_rank {config.model.lora_rank}: the "
-            "reference is the model without its adapters, which stays as it is; leave it out"
-        )
+    for key in ("loss.ref_refresh_every", "loss.ref_offload"):
+        if config.model.lora_rank and (value := _value(config, key)) != _value(default, key):
+            raise ConfigError(
+                f"{key}: {value} with model.lora_rank {config.model.lora_rank}: the reference is the model without its "
+                "adapters, which stays as it is; leave it out"
+            )
 
 
 def _value(config: Config, key: str) -> Any:
@@ -184,12 +187,17 @@ def _check_prompt(config: Config) -> None:
 
 
 def check_world_size(config: Config, world_size: int) -> None:
-    """Raise ConfigError unless every one of ``world_size`` ranks gets the same number of prompts."""
+    """Raise ConfigError unless ``world_size`` ranks can share out the prompts, and the copies of the weights, evenly."""
     prompts = config.rollout.prompts_per_step
     if prompts % world_size:
         raise ConfigError(
             f"rollout.prompts_per_step: {prompts} prompts do not divide over {world_size} ranks; "
             f"valid numbers of prompts: {_multiples(prompts, world_size)}"
+        )
+    if (size := config.model.fsdp_size) and world_size % size:
+        valid = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        raise ConfigError(
+            f"model.fsdp_size: {size} does not divide the number of ranks, {world_size}; valid: {valid}, or null (all)"
         )
 
 

@@ -35,6 +35,9 @@ class ModelConfig:
     activation_checkpointing: Literal["none", "attention", "full", "auto"] = "auto"
     """What the backward computes again: nothing; all of a layer but attention; or all of it. `auto` (none on a CPU) computes
     again, all but attention, in as few layers as the memory plan needs."""
+    fsdp_size: int | None = None
+    """How many neighbouring ranks one copy of the weights is split over (hybrid sharding); gradients are averaged over the copies.
+    On several nodes, the GPUs of one node. None: all ranks."""
     lora_rank: int = 0
     """LoRA: train adapters of this rank beside the linear layers, and leave the weights as they are, held in `dtype`. 0 trains all
     weights."""
@@ -175,6 +178,8 @@ class LossConfig:
     """Its estimate of a token: `k1` log-ratio, `k2` half its square, `k3` never negative and unbiased (GRPO)."""
     ref_refresh_every: int = 0
     """Steps after which the reference becomes the current policy (checkpoints then hold both). 0: never."""
+    ref_offload: Literal["none", "cpu"] = "none"
+    """`cpu` keeps the reference model in host memory; its layers visit the GPU one at a time. Saves 2 bytes a parameter."""
     entropy_coef: float = 0.0
     """Weight of an entropy bonus."""
     rollout_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
@@ -197,7 +202,7 @@ class OptimConfig:
     eps: float = 1e-8
     """AdamW's epsilon."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
+    """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
     max_grad_norm: float = 1.0
     """Gradient norm above which gradients are scaled down. 0 is off."""
     offload: Literal["none", "cpu"] = "none"
@@ -227,9 +232,11 @@ class EvalConfig:
     rows: int = 128
     """Held-out prompts."""
     samples: int = 1
-    """Completions of each, sampled as in training unless `temperature` is set."""
+    """Completions of each, sampled as in training unless `temperature` is set; pass@k has each power of two up to this as k."""
+    greedy: bool = True
+    """One greedy completion of each prompt beside those (`eval/greedy/...`)."""
     temperature: float | None = None
-    """Temperature of evaluation. None takes the rollout's; 0 is greedy."""
+    """Temperature of the samples. None takes the rollout's; 0 makes them greedy, and no other greedy one is made."""
 
 
 @dataclass
@@ -247,9 +254,10 @@ class TrackConfig:
     console: bool = True
     """Live metrics and a table of completions on the terminal."""
     completions: int = 4
-    """Completions logged each step, on the console (every `console_every` steps) and in completions.jsonl."""
+    """Completions logged each step in completions.jsonl, and every `console_every` steps on the console, in wandb and in
+    tensorboard."""
     console_every: int = 10
-    """Steps between console reports."""
+    """Steps between console reports, and between tables of completions in wandb and tensorboard."""
     wandb: bool = False
     """Log to Weights & Biases as well."""
     wandb_project: str = "pgrpo"

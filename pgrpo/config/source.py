@@ -5,6 +5,7 @@ OmegaConf converts where it can (``010`` in a text field becomes '8'), so whatev
 
 from __future__ import annotations
 
+import math
 import re
 import types
 from collections.abc import Iterator, Mapping
@@ -196,6 +197,8 @@ def check_types(value: Any, hint: Any, key: str, source: Source) -> None:
             )
     elif type(value) is not hint and not (hint is float and _fits_float(value)):
         raise ConfigError(_wrong(value, hint, key, source))
+    elif hint is float:
+        _check_finite(value, key, source)
     elif hint is int:
         text = source.text(key, value)
         if text.lstrip("+").replace("_", "") != str(value):
@@ -204,14 +207,21 @@ def check_types(value: Any, hint: Any, key: str, source: Source) -> None:
             )
 
 
+def _check_finite(value: Any, key: str, source: Source) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        text = source.text(key, value)
+        raise ConfigError(f"{source.where(key)}{key}: {text} is not a finite number; give a finite one")
+
+
 def _check_keys(value: Any, key: str, source: Source) -> None:
+    _check_finite(value, key, source)
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, item in items:
         if isinstance(value, dict) and not isinstance(name, str):
             raise ConfigError(
                 f"{source.where(key)}{key}: its key {name!r} is {_kind(name)}, not text; put the key in quotes"
             )
-        _check_keys(item, f"{key}.{name}", source)
+        _check_keys(item, f"{key}.{name}" if isinstance(value, dict) else f"{key}[{name}]", source)
 
 
 def _wrong(value: Any, expected: type, key: str, source: Source) -> str:

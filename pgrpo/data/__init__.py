@@ -55,7 +55,9 @@ def load_prompts(
     """
     rows, source = read_rows(data, held_out) if dataset is None else (check_rows(dataset, "dataset"), "dataset")
     if not rows:
-        raise ConfigError(f"{source} has no rows")
+        raise ConfigError(
+            f"{source} has no rows; name a file with rows" if dataset is None else f"{source} has no rows"
+        )
     rendered = render_prompts(rows, prompt, tokenizer)
     prompts: list[Prompt] = []
     dropped = truncated = 0

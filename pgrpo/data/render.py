@@ -111,7 +111,8 @@ def _apply_chat_template(
         template = tokenizer.get_chat_template(kwargs.get("chat_template"))
     except ValueError as error:
         raise ConfigError(
-            f"{key}: the tokenizer has no chat template; give a raw prompt with prompt.template instead"
+            f"{key}: the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; "
+            "give a raw prompt with prompt.template instead"
         ) from error
     for name in kwargs:
         if name in _OURS or (name != "chat_template" and name not in template):

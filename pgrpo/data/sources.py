@@ -45,11 +45,15 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
             except json.JSONDecodeError as error:
-                raise ConfigError(f"{path}, line {number}: not JSON: {error.msg} (column {error.colno})") from error
+                raise ConfigError(
+                    f"{path}, line {number}: not JSON: {error.msg} (column {error.colno}); write one JSON object a line"
+                ) from error
             if not isinstance(row, dict):
-                raise ConfigError(f"{path}, line {number}: a row must be a JSON object, not {type(row).__name__}")
+                raise ConfigError(
+                    f"{path}, line {number}: a row must be a JSON object, not {type(row).__name__}; write one JSON object a line"
+                )
             yield row
 
 

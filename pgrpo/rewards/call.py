@@ -28,6 +28,7 @@ BUILT_IN = {
     "reward_model": "pgrpo.rewards.reward_model:RewardModel",
     "llm_judge": "pgrpo.rewards.llm_judge:LlmJudge",
 }
+PENALTIES = ("length", "soft_overlong")  # of those, the ones whose best value is 0
 # What every function may ask for beside the data set's columns.
 GIVEN = ("prompts", "completions", "completion_ids", "finish_reasons", "messages")
 
@@ -55,6 +56,7 @@ class Reward:
     parameters: set[str] | None
     columns: list[str]
     built_in: bool = False
+    is_penalty: bool = False
 
     @property
     def may_run_beside_others(self) -> bool:
@@ -82,7 +84,7 @@ def from_config(config: RewardConfig, key: str) -> Reward:
     if name not in BUILT_IN:
         reward.worker = name
         return reward
-    reward.built_in = True
+    reward.built_in, reward.is_penalty = True, name in PENALTIES
     # Without completions a built-in only looks at its arguments: a bad pattern is found now, before the first rollout.
     column = config.args.get("column", "answer")
     try:

@@ -69,10 +69,16 @@ class RewardRunner:
         self._waiting: set[ProcessFuture] = set()
         self._pools: dict[str, ProcessPool] = {}
 
-    @property
-    def full_score(self) -> float:
-        """The total of a sample to which every reward gives 1 and every penalty (negative weight) 0."""
-        return sum(max(reward.weight, 0.0) for reward in self._rewards)
+    def correct(self, group: Group) -> list[bool]:
+        """Which samples of a scored group are right: every reward that applies gave 1 or more, and one did apply. Penalties,
+        those of negative weight and the built-in ones for length, have no say.
+        """
+        judges = [r.name for r in self._rewards if r.weight >= 0 and not r.is_penalty]
+        flags = []
+        for i, total in enumerate(group.rewards):
+            values = [value for name in judges if (value := group.reward_parts[name][i]) is not None]
+            flags.append(total is not None and bool(values) and min(values) >= 1)
+        return flags
 
     def check(self, prompt: Prompt) -> None:
         """``ConfigError`` when a function needs what the data set's rows, such as ``prompt``, do not have."""
@@ -98,7 +104,7 @@ class RewardRunner:
             parts[reward.name] = values
             failed = {i: _show(reward, samples[i], reason) for i, reason in faults.items()} | failed
             if failed and self._on_error == "raise":
-                raise RewardError(f"{failed[min(failed)]}\nset rewards.on_error=mask to leave such samples out")
+                raise RewardError(f"{failed[min(failed)]}; rewards.on_error=mask leaves such samples out")
         start = 0
         for group in groups:
             rows = range(start, start := start + len(group.completions))
@@ -267,9 +273,10 @@ def _table(samples: Sequence[Sample]) -> dict[str, list[Any]]:
 
 def _show(reward: Reward, sample: Sample, reason: str) -> str:
     prompt, completion = sample
+    reason = " ".join(reason.split())
     return (
-        f"reward `{reward.name}` failed on a completion of row {prompt.index}: {reason}\n"
-        f"  prompt: {_shorten(prompt.text)}\n  completion: {_shorten(completion.text)}"
+        f"reward `{reward.name}` ({reward.key}) failed on a completion of row {prompt.index}: {reason}; "
+        f"prompt: {_shorten(prompt.text)}, completion: {_shorten(completion.text)}"
     )
 
 

@@ -14,7 +14,7 @@ class RolloutEngine(Protocol):
     """Samples completions with the policy's weights. Every rank calls its methods alike.
 
     Attributes:
-        timings: seconds of the last waking and falling asleep, under metric names; empty where there is no such thing.
+        timings: seconds of the last waking and falling asleep, under metric names.
     """
 
     timings: dict[str, float]

@@ -26,7 +26,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,20 +36,18 @@ from torch._C._distributed_c10d import HashStore
 from pgrpo.config import Config, ConfigError
 from pgrpo.deadline import deadline
 from pgrpo.distributed import World
-from pgrpo.rng import rng_state, seed_all, set_rng_state
-from pgrpo.rollout.delivery import Delivery, DeliveryError
+from pgrpo.rng import rng_state, set_rng_state
+from pgrpo.rollout.delivery import Delivery
+from pgrpo.rollout.requests import DEADLINE, EngineError, Requests, vllm_errors
 from pgrpo.rollout.text import Tokenizer, make_completions
+from pgrpo.stopping import Stopped
 from pgrpo.types import Group, Prompt, SamplingParams
 
+T = TypeVar("T")
 SUPPORTED = {"cuda": "0.26", "cpu": "0.32"}
 """The vLLM version that is tested on a kind of device."""
-DEADLINE = "rollout.vllm_deadline_s"
 CHECK_EVERY = 16
 """Decoding steps between looks at the stop signal, where ranks that share an engine exchange it."""
-
-
-class EngineError(RuntimeError):
-    """vLLM did not do what was asked of it."""
 
 
 def is_installed() -> bool:
@@ -117,7 +115,7 @@ class VLLMEngine:
             if world.rank in ranks:
                 self.tp_group = group
         state = rng_state()
-        with deadline(self.seconds, "starting vLLM", DEADLINE), _errors("start"):
+        with deadline(self.seconds, "starting vLLM", DEADLINE), vllm_errors("start"):
             self.llm = _vllm().LLM(
                 model=config.model.path,
                 revision=config.model.revision,
@@ -137,6 +135,7 @@ class VLLMEngine:
                 generation_config="vllm",  # no sampling defaults from the model's folder
             )
         set_rng_state(state)  # vLLM seeds this process's generators
+        self.requests = Requests(self.llm, self.seconds, self._stop_signal)
         self._fall_asleep()
 
     @contextmanager
@@ -145,10 +144,10 @@ class VLLMEngine:
         started = time.perf_counter()
         if self.sleeps:
             torch.cuda.empty_cache()  # what the trainer's allocator keeps without need gives way
-            self._call("wake_up", lambda: self.llm.wake_up(tags=["weights"]))
+            self._together(lambda: self._call("wake_up", lambda: self.llm.wake_up(tags=["weights"])))
         self.push()
         if self.sleeps:
-            self._call("wake_up", lambda: self.llm.wake_up(tags=["kv_cache"]))
+            self._together(lambda: self._call("wake_up", lambda: self.llm.wake_up(tags=["kv_cache"])))
         self.world.synchronize()
         self.timings["time/weight_sync"] = time.perf_counter() - started
         self.is_awake = True
@@ -163,7 +162,7 @@ class VLLMEngine:
             raise
         self.is_awake = False
         started = time.perf_counter()
-        self._fall_asleep()
+        self._together(self._fall_asleep)
         self.timings["time/sleep"] = time.perf_counter() - started
 
     def generate(
@@ -173,8 +172,13 @@ class VLLMEngine:
         same call on the same weights samples the same, a part of it need not. A stop signal ends it, on all ranks (``Stopped``).
 
         Raises:
-            EngineError: vLLM failed, or ended a request early.
+            EngineError: vLLM failed, or ended a request early; where it is another rank's, ``RankFailed``.
         """
+        return self._together(lambda: self._generate(prompts, params, seeds))
+
+    def _generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[Sequence[int]]
+    ) -> list[Group]:
         ours = slice(0, len(prompts))
         if self.tp_group is not None:  # neighbours run one engine: each takes all of their prompts, and keeps its own
             shares: list[Any] = [None] * self.tp_size
@@ -202,12 +206,11 @@ class VLLMEngine:
             flat_logprobs=True,
             output_kind=_vllm().sampling_params.RequestOutputKind.FINAL_ONLY,
         )
-        outputs = self._run([p.token_ids for p in prompts], request, seed=_joint_seed(seeds))
+        self._check_awake()
+        outputs = self.requests.run_all([p.token_ids for p in prompts], request, seed=_joint_seed(seeds))
         groups = []
         for prompt, output in zip(prompts[ours], outputs[ours], strict=True):
             samples = sorted(output.outputs, key=lambda sample: sample.index)
-            if early := [s.finish_reason for s in samples if s.finish_reason not in ("stop", "length")]:
-                raise EngineError(f"vLLM ended a completion of prompt {prompt.index} early: {early[0]}")
             ids = [list(s.token_ids) for s in samples]
             logprobs = [list(s.logprobs.logprobs) for s in samples]
             if [len(i) for i in ids] != [len(p) for p in logprobs]:
@@ -221,7 +224,8 @@ class VLLMEngine:
         """Log-probs at temperature 1 of all completion tokens, in order: of groups that this rank's engine shares."""
         samples = [(g.prompt.token_ids, c.token_ids) for g in groups for c in g.completions]
         request = _vllm().SamplingParams(max_tokens=1, prompt_logprobs=0, top_p=1.0, temperature=1.0, detokenize=False)
-        outputs = self._run([p + c for p, c in samples], request, seed=0)
+        self._check_awake()
+        outputs = self._together(lambda: self.requests.run([p + c for p, c in samples], request, seed=0))
         return [
             output.prompt_logprobs[at][output.prompt_token_ids[at]].logprob
             for output, (prompt, completion) in zip(outputs, samples, strict=True)
@@ -233,13 +237,17 @@ class VLLMEngine:
         self._call("shutdown", self.llm.llm_engine.engine_core.shutdown)
 
     def push(self) -> None:
-        """Give the engine the policy's weights.
+        """Give the engine the policy's weights. A collective call.
 
         Raises:
-            DeliveryError: not all of them arrived.
+            DeliveryError, EngineError: not all of them arrived; where it is another rank's, ``RankFailed``.
         """
+        self._together(self._push)
+
+    def _push(self) -> None:
         model, written = self._model(), set()
         load_weights, delivery = model.load_weights, Delivery(self.weights())
+        sending = iter(delivery)
 
         def load_and_note(weights: Iterator[tuple[str, Tensor]]) -> set[str]:
             written.update(names := load_weights(weights))
@@ -249,8 +257,12 @@ class VLLMEngine:
         try:
             self._call(
                 "weight push",
-                lambda: self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(delivery)}),
+                lambda: self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": sending}),
             )
+        except Exception:
+            for _ in sending:  # other ranks' engines wait for this rank's part of every tensor
+                pass
+            raise
         finally:
             del model.load_weights
         if not self.sleeps and model.lm_head.weight is model.model.embed_tokens.weight:
@@ -270,42 +282,32 @@ class VLLMEngine:
             dist.all_reduce(values, group=self.tp_group)
         return values
 
-    def _run(self, prompts: list[list[int]], request: Any, seed: int) -> list[Any]:
-        """Finished outputs of the prompts, in order."""
+    def _check_awake(self) -> None:
         if not self.is_awake:
             raise EngineError("the engine sleeps: generate and score belong inside awake()")
-        state = rng_state()
-        seed_all(seed)
-        finished: list[Any] = []
-        steps = 0
-        with deadline(self.seconds, "a vLLM rollout", DEADLINE), _errors("rollout"):
-            ids = self.llm.enqueue([{"prompt_token_ids": p} for p in prompts], request, use_tqdm=False)
-            engine = self.llm.llm_engine
-            try:
-                while engine.has_unfinished_requests():
-                    if self._is_stopped(steps := steps + 1):
-                        engine.abort_request(ids, internal=True)
-                        break
-                    finished += [output for output in engine.step() if output.finished]
-            except BaseException:
-                engine.abort_request(ids, internal=True)
-                raise
-            finally:
-                set_rng_state(state)
-        self.world.check_stop()
-        if len(finished) != len(ids):
-            raise EngineError(f"vLLM finished {len(finished)} of {len(ids)} requests")
-        return sorted(finished, key=lambda output: int(output.request_id))
 
-    def _is_stopped(self, step: int) -> bool:
-        """Whether a signal came, on this rank or, every few steps, on one that shares the engine: those step alike."""
+    def _stop_signal(self, step: int) -> int:
+        """The signal that came, or 0: on this rank or, every few steps, on one that shares the engine: those step alike."""
         if self.tp_group is None:
-            return bool(self.world.stop.signum)
+            return self.world.stop.signum
         if step % CHECK_EVERY:
-            return False
+            return 0
         flag = torch.tensor([self.world.stop.signum], device=self.world.device)
         dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.tp_group)
-        return bool(flag.item())
+        return int(flag.item())
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """What a rank's engine does, with an outcome that all ranks learn. Ranks that share an engine are inside of the same call:
+        the one that fails there leaves alone, and the launcher ends the others."""
+        if self.tp_group is None:
+            return self.world.together(work)
+        try:
+            result = work()
+        except Stopped:
+            self.world.check_stop()
+            raise
+        self.world.check_stop()
+        return result
 
     def _model(self) -> Any:
         return self.llm.apply_model(lambda model: model)[0]
@@ -315,7 +317,7 @@ class VLLMEngine:
             self._call("sleep", lambda: self.llm.sleep(level=2))
 
     def _call(self, what: str, function: Callable[[], Any]) -> Any:
-        with deadline(self.seconds, f"vLLM's {what}", DEADLINE), _errors(what):
+        with deadline(self.seconds, f"vLLM's {what}", DEADLINE), vllm_errors(what):
             return function()
 
 
@@ -330,16 +332,3 @@ def _joint_seed(seeds: Sequence[Sequence[int]]) -> int:
     """One 63-bit seed that depends on all of them."""
     key = repr([list(group) for group in seeds]).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
-
-
-@contextmanager
-def _errors(what: str) -> Iterator[None]:
-    """What vLLM raises, as one error that says where."""
-    try:
-        yield
-    except (ConfigError, DeliveryError, EngineError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        hint = " (here the key is rollout.gpu_memory_utilization)" if "memory" in reason else ""
-        raise EngineError(f"vLLM failed in {what}: {type(error).__name__}: {reason}{hint}") from error

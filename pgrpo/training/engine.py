@@ -128,20 +128,13 @@ class Canary:
         """What the engine, awake on the new weights, says of them. Returns metrics where there was something to compare.
 
         Raises:
-            CanaryError: the engine has other weights; on all ranks.
+            CanaryError: the engine has other weights; where it is another rank's, ``RankFailed``.
         """
         if self._new is None:
             return {}
         slope = canary.regress(self._old, self._new, self.engine.score(self._groups))
         self._new = None
-        error: canary.CanaryError | None = None
-        try:
-            canary.check(slope)
-        except canary.CanaryError as found:
-            error = found
-        for found in self.world.gather([error]):
-            if found:
-                raise found
+        self.world.together(lambda: canary.check(slope))
         metrics = {"canary/logp_difference": slope.noise}
         if math.isfinite(slope.error):
             metrics |= {"canary/slope": slope.slope, "canary/slope_error": slope.error}

@@ -16,17 +16,17 @@ import torch
 
 from pgrpo import distributed
 from pgrpo.advantages import step_advantages
-from pgrpo.checkpoint import open_run_dir, set_aside_after
+from pgrpo.checkpoint import CheckpointError, open_run_dir, set_aside_after
 from pgrpo.config import Config, check_world_size, to_yaml
 from pgrpo.distributed import World
-from pgrpo.evaluate import evaluate
+from pgrpo.evaluate import evaluate, save_results
 from pgrpo.flops import peak_flops
 from pgrpo.metrics import group_metrics
 from pgrpo.optim import learning_rate, set_learning_rate
 from pgrpo.rollout.base import sample_seeds
-from pgrpo.rollout.canary import CanaryError
 from pgrpo.stopping import Stopped
 from pgrpo.trackers import Trackers
+from pgrpo.training.placement import engine_name
 from pgrpo.training.run import Run, build_run, group_cost, run_folder
 from pgrpo.training.sample import sample_step, sampling_params
 from pgrpo.training.signals import stop_signals
@@ -52,23 +52,27 @@ def train(
         config: from ``load_config``.
         rewards: reward functions beside those that the config names, each of weight 1.
         dataset: rows, instead of ``data.path``.
-        resume: a checkpoint folder, or ``auto`` for the newest of ``run_dir`` (none there: start from the beginning).
+        resume: a checkpoint folder, or ``auto`` for the newest of ``run_dir`` (none there: start from the beginning), or ``best``
+            for the one that ``checkpoint.keep_best`` kept.
 
     Raises:
         ConfigError: the input is wrong; nothing was trained.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM, once a checkpoint was saved.
     """
     with (
-        distributed.start() as world,
+        distributed.start(config.model.fsdp_size) as world,
         _run_folder(config, world, resume is not None),
         stop_signals(world.stop),
         _built(config, world, rewards, dataset) as run,
     ):
+        if world.is_main:  # not before the input was found right: a folder with a run in it is not begun anew
+            (run.run_dir / "config.yaml").write_text(to_yaml(config))
         tracker_state = run.restore(resume)
         if run.step == 0 and tracker_state is None and config.eval.every:
             run.unlogged = {}
         if resume and world.is_main:
-            set_aside_after(run.run_dir / "checkpoints", run.step)
+            for folder in ("checkpoints", "eval"):
+                set_aside_after(run.run_dir / folder, run.step)
         with (
             closing(Trackers(config, run.run_dir, resume=tracker_state)) if world.is_main else nullcontext() as trackers
         ):
@@ -97,15 +101,28 @@ def _loop(run: Run, trackers: Trackers | None) -> None:
         run.wait()
         log.warning("stopped after step %d of %d, saved; go on with --resume auto", run.step, run.config.train.steps)
         raise SystemExit(128 + stopped.signum) from None
-    except CanaryError:  # on all ranks, before the step changed anything: the policy itself is sound
-        run.drop()
-        run.save(trackers.state_dict() if trackers else {})
-        run.wait()
+    except Exception as error:
+        _rescue(run, trackers, error)
         raise
     total, target = run.config.train.steps, run.config.train.target_reward
     if run.step < total:
         text = "train.target_reward=%s reached: mean reward of the last %d steps %.4g; done after step %d of %d, saved"
         log.warning(text, target, WINDOW, sum(run.recent_rewards) / WINDOW, run.step, total)
+
+
+def _rescue(run: Run, trackers: Trackers | None, error: Exception) -> None:
+    """Save the last finished step after a failure in the next one, if that has changed nothing yet and all ranks know of it."""
+    known = run.world.size == 1 or isinstance(error, NonFiniteError) or distributed.all_ranks_know(error)
+    if not known or not run.step or run.updater.has_moved or isinstance(error, CheckpointError):
+        return
+    try:
+        run.drop()
+        run.save(trackers.state_dict() if trackers else {})
+        run.wait()
+    except Exception as another:  # what ended the run is told by its own exception
+        log.error("step %d could not be saved: %s", run.step, another)
+    else:
+        log.warning("failed after step %d of %d, saved; go on with --resume auto", run.step, run.config.train.steps)
 
 
 def _is_done(run: Run) -> bool:
@@ -191,13 +208,15 @@ def _out_of_memory_explained(run: Run) -> Iterator[None]:
             raise
         config, dims = run.config, run.dims
         longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+        again = "" if config.model.activation_checkpointing == "full" else ", set model.activation_checkpointing=full"
+        vllm = " or rollout.gpu_memory_utilization" if engine_name(config, run.world.device) == "vllm" else ""
         raise RuntimeError(
             f"out of memory in step {run.step + 1} ({str(error).strip().splitlines()[0] if str(error) else 'no more memory'}). "
             f"A micro-batch has up to train.token_budget={config.train.token_budget} packed tokens in {dims.layers} layers of "
             f"{dims.hidden}, with model.activation_checkpointing={config.model.activation_checkpointing}; a rollout decodes "
             f"rollout.max_concurrent={config.rollout.max_concurrent} completions of up to "
-            f"{config.rollout.max_completion_tokens} tokens. Lower train.token_budget (at least {longest}, the longest sample), "
-            "set model.activation_checkpointing=full, or lower rollout.max_concurrent or rollout.gpu_memory_utilization"
+            f"{config.rollout.max_completion_tokens} tokens. Lower train.token_budget (at least {longest}, the longest sample)"
+            f"{again}, or lower rollout.max_concurrent{vllm}"
         ) from error
 
 
@@ -209,21 +228,33 @@ def _dump(run: Run, groups: Sequence[Group]) -> Path:
     return file
 
 
-def evaluate_run(run: Run) -> dict[str, float]:
-    """Numbers on the held-out split; the same prompts and random numbers each time."""
+def evaluate_run(run: Run, out: Path | None = None) -> dict[str, float]:
+    """Numbers on the held-out split; the same prompts and random numbers each time. Rank 0 writes all completions and a summary
+    to ``out``, without it to the run folder's ``eval/step_N``."""
     config = run.config
     temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
+    params = sampling_params(config, temperature)
     with run.engine.awake():
-        metrics, _ = evaluate(
+        evaluation = evaluate(
             run.engine.generate,
             run.held_out,
-            sampling_params(config, temperature),
+            params,
             [sample_seeds(config.seed, "eval", i, group_size=config.eval.samples) for i in range(len(run.held_out))],
             run.rewards,
             run.world,
-            full_score=run.rewards.full_score,
+            greedy=config.eval.greedy,
         )
-    return metrics
+    if run.world.is_main:
+        about = {
+            "step": run.step,
+            "model": config.model.path,
+            "prompts": len(run.held_out),
+            "samples": config.eval.samples,
+        }
+        split = {"path": config.data.eval_path or config.data.path, "split": config.data.eval_split}
+        about |= {"data": split, "seed": config.seed, "sampling": asdict(params)}
+        save_results(out or run.run_dir / "eval" / f"step_{run.step}", evaluation, about)
+    return evaluation.metrics
 
 
 def _summary(run: Run) -> str:
@@ -259,12 +290,10 @@ def _built(
 
 @contextmanager
 def _run_folder(config: Config, world: World, resume: bool) -> Iterator[None]:
-    """Rank 0 holds the run folder's lock and keeps the resolved config in it."""
+    """Rank 0 holds the run folder's lock."""
     check_world_size(config, world.size)
     if not world.is_main:
         yield
         return
-    run_dir = run_folder(config)
-    with open_run_dir(run_dir, resume):
-        (run_dir / "config.yaml").write_text(to_yaml(config))
+    with open_run_dir(run_folder(config), resume):
         yield

@@ -46,6 +46,18 @@ def place_policy(config: Config, world: World) -> Policy:
     return policy
 
 
+def place_reference(config: Config, world: World) -> Policy:
+    """The initial model for the KL term: frozen, sharded as the policy is, and held in the dtype that its forward computes in,
+    which gives the bits that float32 weights would give there. ``loss.ref_offload=cpu``: from host memory, layer by layer."""
+    model = load_model(
+        config.model, config.data.max_prompt_tokens + config.rollout.max_completion_tokens, compute_dtype(config)
+    )
+    reference = wrap(model, config, world).requires_grad_(False)
+    offload = config.loss.ref_offload == "cpu"
+    distributed.place(reference, decoder_layers(model), world, compute_dtype(config), offload=offload)
+    return reference
+
+
 def wrap(model: PreTrainedModel, config: Config, world: World) -> Policy:
     """A policy whose layers run as the config says; its weights stay where they are."""
     dims = ModelDims.from_config(model.config)
@@ -60,8 +72,9 @@ def check_device(config: Config, device: torch.device) -> None:
         raise ConfigError(
             "model.dtype=float32: flash attention on a GPU computes in bfloat16: set model.dtype=bfloat16"
         )
-    if device.type == "cpu" and config.optim.offload == "cpu":
-        raise ConfigError("optim.offload=cpu: there is no GPU to offload from: set optim.offload=none")
+    for key, value in (("optim.offload", config.optim.offload), ("loss.ref_offload", config.loss.ref_offload)):
+        if device.type == "cpu" and value == "cpu":
+            raise ConfigError(f"{key}=cpu: there is no GPU to offload from: set {key}=none")
 
 
 def compute_dtype(config: Config) -> torch.dtype:
@@ -97,7 +110,7 @@ def kept_by_layer(config: Config, dims: ModelDims, world: World) -> list[Keep]:
             capacity = USABLE_SHARE * torch.cuda.get_device_properties(world.device).total_memory / GIB
             if engine_name(config, world.device) == "vllm":
                 capacity -= SLEEPING_VLLM_GIB
-            sizes = plan_sizes(config, dims, world.size, world.device)
+            sizes = plan_sizes(config, dims, world.shards, world.device)
             mode, count = layers_to_checkpoint(dims, capacity, **sizes)
     again: Keep = mode  # not "auto" any more
     return [again if i < count else "none" for i in range(dims.layers)]
@@ -121,7 +134,7 @@ def vllm_memory_share(config: Config, dims: ModelDims, world: World) -> float:
     if world.device.type == "cpu":
         return CPU_SHARE
     total = torch.cuda.get_device_properties(world.device).total_memory / GIB
-    plan = memory_plan(dims, checkpointing="none", **plan_sizes(config, dims, world.size, world.device))
+    plan = memory_plan(dims, checkpointing="none", **plan_sizes(config, dims, world.shards, world.device))
     held = plan.weights + plan.moments + plan.reference
     share = USABLE_SHARE - held / total
     rollout, width = config.rollout, compute_dtype(config).itemsize
@@ -147,6 +160,7 @@ def plan_sizes(config: Config, dims: ModelDims, ranks: int, device: torch.device
         "ranks": ranks,
         "adapters": adapter_parameters(config.model, dims),
         "reference": bool(config.loss.kl_coef),
+        "ref_offload": config.loss.ref_offload == "cpu",
         "offload": config.optim.offload == "cpu",
         "concurrent": 0 if engine_name(config, device) == "vllm" else min(rollout.max_concurrent, samples),
         "group_size": rollout.group_size,

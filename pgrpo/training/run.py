@@ -19,13 +19,13 @@ from pgrpo.distributed import World
 from pgrpo.flops import ModelDims, update_flops
 from pgrpo.lora import LogprobsOf, adapter_parameters, check_lora, without_adapters
 from pgrpo.optim import build_optimizer
-from pgrpo.policy import Policy, load_hf_config
+from pgrpo.policy import Policy, load_error, load_hf_config
 from pgrpo.rewards.run import RewardRunner
 from pgrpo.rng import rng_state, seed_all, set_rng_state
 from pgrpo.rollout.base import RolloutEngine
 from pgrpo.training import state
 from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine
-from pgrpo.training.placement import attention_choice, check_device, place_policy
+from pgrpo.training.placement import attention_choice, check_device, place_policy, place_reference
 from pgrpo.training.update import Updater
 from pgrpo.types import Group, Prompt
 
@@ -80,6 +80,7 @@ class Run:
     def mark(self) -> None:
         """``drop`` comes back to here: a step, or an evaluation, is done."""
         self._marked = self.stream.state_dict(), rng_state()
+        self.updater.has_moved = False
 
     def drop(self) -> None:
         """Forget a step that was begun, up to its first optimizer step, or an evaluation."""
@@ -141,7 +142,7 @@ class Run:
         return self._writer is not None and self._writer.failed
 
     def restore(self, resume: str | Path | None) -> dict[str, Any] | None:
-        """Go on from a checkpoint (``auto``: this run's newest). Returns the trackers' state; None at a fresh start."""
+        """Go on from a checkpoint (``auto``: this run's newest; ``best``). Returns the trackers' state; None at a fresh start."""
         path = resume and state.find(self.run_dir / "checkpoints", resume, self.world)
         if not path:
             return None
@@ -194,7 +195,7 @@ def initial_model(policy: Policy, config: Config, world: World) -> LogprobsOf:
     """What the KL term compares with: the weights that LoRA leaves as they are, else a second copy of the model."""
     if config.model.lora_rank:
         return without_adapters(policy)
-    return place_policy(config, world).requires_grad_(False)
+    return place_reference(config, world)
 
 
 def end_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -219,12 +220,18 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """
     model = config.model
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.path={model.path}: cannot load a tokenizer: {reason}") from error
+        raise ConfigError(f"model.path={model.path}: cannot load a tokenizer: {load_error(error)}") from error
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+        log.warning(
+            "model.path=%s: the tokenizer has no pad token; its eos token %s is taken (training pads nothing)",
+            model.path, tokenizer.eos_token,
+        )  # fmt: skip
+    return tokenizer
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from pgrpo.config import Config
 from pgrpo.rollout.base import sample_seeds
 from pgrpo.training.run import Run
 from pgrpo.types import Group, Prompt, SamplingParams
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -81,7 +84,9 @@ def _generate_and_score(
     prompts, seeds = [*prompts, *[prompts[-1]] * missing], [*seeds, *[seeds[-1]] * missing]
     own = run.engine.generate(world.share(prompts), sampling_params(run.config), world.share(seeds))
     sampled = time.perf_counter()
-    report = world.stoppable(lambda: run.rewards.score(own))
+    report = world.together(lambda: run.rewards.score(own), break_off=True)
+    if report.first_error:
+        log.warning("%d completions are left out; the first: %s", report.errors, report.first_error)
     groups = world.gather(own)
     errors = world.sum(torch.tensor([report.errors], dtype=torch.float64, device=world.device)).item()
     metrics["rewards/errors"] += errors

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children
@@ -12,29 +14,57 @@ from pathlib import Path
 
 from pgrpo.stopping import StopFlag
 
+_STOPS = (signal.SIGINT, signal.SIGTERM)
+
 
 @contextmanager
 def stop_signals(flag: StopFlag) -> Iterator[None]:
-    """Set ``flag`` at SIGINT and SIGTERM instead of dying of them. At a second one: kill all children and exit."""
+    """Set ``flag`` at SIGINT and SIGTERM instead of dying of them. At a second one: kill all children and exit.
 
-    def note(signum: int, _: object) -> None:
-        if flag.signum:
-            try:
-                kill_children()
-            finally:  # whatever went wrong in there: at once means at once
-                os._exit(128 + signum)
-        # Not by logging: the signal may have come in the middle of a write to the same file.
-        os.write(
-            2, f"pgrpo: {signal.Signals(signum).name}: stopping, with a save; once more to stop at once\n".encode()
-        )
-        flag.set(signum)
-
-    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    Python runs a handler in the main thread alone, once that has come back from the call it is in; and a signal that
+    another thread took does not end such a call. So a thread of its own reads the signals too: it needs nobody for the
+    second one, and at the first one it interrupts the main thread's call until the handler has run.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    before = {s: signal.signal(s, lambda signum, _: flag.set(signum)) for s in _STOPS}
+    before[signal.SIGURG] = signal.signal(signal.SIGURG, lambda *_: None)  # interrupts a call, and means nothing
+    fd_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    watcher = threading.Thread(target=_watch, args=(read, flag), name="pgrpo-signals", daemon=True)
+    watcher.start()
     try:
         yield
     finally:
+        signal.set_wakeup_fd(fd_before)
         for signum, handler in before.items():
             signal.signal(signum, handler)
+        os.close(write)
+        watcher.join()
+        os.close(read)
+
+
+def _watch(read: int, flag: StopFlag) -> None:
+    """Read the numbers of signals from ``read`` until its other end is closed."""
+    seen = 0
+    while True:
+        unanswered = seen and not flag.signum
+        if not select.select([read], [], [], 0.1 if unanswered else None)[0]:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
+            continue
+        byte = os.read(read, 1)
+        if not byte:
+            return
+        if byte[0] not in _STOPS:
+            continue
+        seen += 1
+        if seen > 1:
+            try:
+                kill_children()
+            finally:  # whatever went wrong in there: at once means at once
+                os._exit(128 + byte[0])
+        name = signal.Signals(byte[0]).name
+        # Not by logging: the main thread may be in the middle of a write to the same file.
+        os.write(2, f"pgrpo: {name}: stopping, with a save; once more to stop at once\n".encode())
 
 
 def kill_children() -> None:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def shards_of(run: Run) -> dict[str, dict[str, Shard]]:
-    """What this rank writes: its part of the weights and moments (what all ranks have whole is rank 0's), and its generators."""
+    """What this rank writes: its part of the weights and moments (what several have, the first writes), and its generators."""
     distributed.reshard(run.policy)  # the last forward may have been an evaluation's
     model = {name: shard_of(parameter) for name, parameter in _trained(run.policy).items()}
     moments = optimizer_shards(run.updater.optimizer, run.policy.model)
@@ -34,7 +34,7 @@ def shards_of(run: Run) -> dict[str, dict[str, Shard]]:
         distributed.reshard(reference)
         sets["reference"] = {name: shard_of(parameter) for name, parameter in reference.model.named_parameters()}
     mine = {
-        set_name: {n: s for n, s in shards.items() if run.world.is_main or not (s.is_whole or s.tensor.numel() == 0)}
+        set_name: {n: s for n, s in shards.items() if s.is_written_by(run.world.rank)}
         for set_name, shards in sets.items()
     }
     generators = {name: whole(state) for name, state in rng_state().items()}
@@ -66,7 +66,9 @@ def find(root: Path, resume: str | Path, world: World) -> Path | None:
     error: Exception | None = None
     if world.is_main:
         try:
-            found = checkpoint.latest(root) if resume == "auto" else Path(resume)
+            found = checkpoint.latest(root) if resume in ("auto", "best") else Path(resume)
+            if found and resume == "best":
+                found = _best(found)
             if found and resume != "auto":
                 checkpoint.open_saved(found).__exit__()
         except (ConfigError, CheckpointError) as e:
@@ -75,6 +77,14 @@ def find(root: Path, resume: str | Path, world: World) -> Path | None:
     if error:
         raise error
     return found
+
+
+def _best(newest: Path) -> Path:
+    with checkpoint.open_saved(newest, verified=True) as saved:
+        best = saved.scalars["best"]
+    if best is None:
+        raise ConfigError(f"best: {newest} knows of no best checkpoint; train with checkpoint.keep_best=eval/reward")
+    return newest.with_name(f"step_{best['step']}")
 
 
 def put_back(run: Run, path: Path) -> dict[str, Any]:

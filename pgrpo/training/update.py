@@ -19,6 +19,7 @@ from pgrpo.lora import LogprobsOf
 from pgrpo.loss import Counts, policy_loss, rollout_correction
 from pgrpo.optim import clip_gradients
 from pgrpo.policy import Policy
+from pgrpo.shards import shard_of
 from pgrpo.types import Group
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class Updater:
     cost: Callable[[Group], float]
     skipped_in_row: int = 0
     """Updates that were skipped since the last one that was not."""
+    has_moved: bool = False
+    """Whether an update has begun to change weights since the run was last marked."""
 
     def step(self, groups: Sequence[Group]) -> dict[str, float]:
         """All of a step's updates, each on an equal share of the groups (which every rank holds, with advantages); in each epoch
@@ -85,7 +88,7 @@ class Updater:
             reshard(module)  # the last forward may have left the root's parameters gathered
         with torch.no_grad():
             for ours, new in zip(self.reference.parameters(), self.policy.parameters(), strict=True):
-                ours.copy_(new)
+                shard_of(ours).tensor.copy_(shard_of(new).tensor)  # cut alike; ours may lie in host memory
 
     def micro_batches(self, groups: Sequence[Group]) -> list[GroupedBatch]:
         """This rank's micro-batches. A group without a gradient is left out; it stays in every count."""
@@ -182,8 +185,13 @@ class Updater:
         if self.config.loss.rollout_correction != "none":
             masks = self.config.loss.rollout_correction in ("token_mask", "sequence_mask")
             metrics[f"sampling/frac_{'masked' if masks else 'truncated'}"] = corrected
+        if not batches and self.world.is_main:
+            log.warning(
+                "no update: in no group do rewards differ between completions that count, so nothing is learned"
+            )
         is_sound = not batches or self._is_finite(metrics["loss"], grad_norm)
         if batches and is_sound:
+            self.has_moved = True
             self.optimizer.step()
         self.optimizer.zero_grad()
         return metrics | {"skipped_updates": float(not is_sound)}

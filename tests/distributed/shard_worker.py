@@ -1,6 +1,6 @@
 """Run by every rank: read the checkpoint that other numbers of ranks wrote, compare with what it must hold, write it again.
 
-Arguments: folder to read (or ""), folder to write, step.
+Arguments: folder to read (or ""), folder to write, step, and how many ranks share the weights (or "").
 """
 
 import sys
@@ -31,7 +31,7 @@ class Model(nn.Module):
 
 def main():
     read, written, step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-    with start() as world:
+    with start(int(sys.argv[4]) if sys.argv[4:] and sys.argv[4] else None) as world:
         want, model = Model(0), Model(1)
         place(model, [], world, torch.float32)
         optimizer = build_optimizer(model, OptimConfig())
@@ -69,10 +69,7 @@ def main():
             "model": {name: shard_of(p) for name, p in model.named_parameters()},
             "optimizer": optimizer_shards(optimizer, model),
         }
-        held = {
-            s: {n: t for n, t in named.items() if world.is_main or (not t.is_whole and t.tensor.numel())}
-            for s, named in held.items()
-        }
+        held = {s: {n: t for n, t in named.items() if t.is_written_by(world.rank)} for s, named in held.items()}
         writer = checkpoint.Writer(written, world, keep=9)
         writer.save(
             step, held | {f"rng_{world.rank}": {"seed": whole(torch.tensor([world.rank]))}}, {"ranks": world.size}
@@ -82,8 +79,8 @@ def main():
                 parameter.mul_(0)
         writer.wait()
         if world.rank == world.size - 1 and world.size > 1:
-            files = sorted(f.name for f in (written / f"step_{step}").iterdir())
-            assert f"model.{world.rank}.safetensors" in files, files
+            files = sorted(f.name for f in (written / f"step_{step}").iterdir() if f.name.startswith("model."))
+            assert files == [f"model.{rank}.safetensors" for rank in range(world.shards)], files
 
 
 if __name__ == "__main__":

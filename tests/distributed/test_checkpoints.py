@@ -103,18 +103,19 @@ def test_row_05_one_ranks_checkpoint_goes_on_with_two(model, whole, tmp_path):
 
 @pytest.mark.faults
 def test_row_05_shards_are_read_by_any_other_number_of_ranks(tmp_path):
-    """1, 3, 2, 4, 1 ranks: each reads what the one before wrote, weights and moments, bit for bit, and writes its own shards."""
+    """Each reads what the one before wrote, weights and moments, bit for bit, and writes its own shards; with two copies of
+    the weights on 4 ranks, the first copy's ranks do."""
     worker, before = Path(__file__).with_name("shard_worker.py"), ""
-    for step, ranks in enumerate([1, 3, 2, 4, 1]):
+    for step, (ranks, fsdp_size) in enumerate([(1, ""), (3, ""), (2, ""), (4, ""), (4, 2), (4, 1), (1, "")]):
         command = [sys.executable]
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += [str(worker), before, str(tmp_path), str(step)]
+        command += [str(worker), before, str(tmp_path), str(step), str(fsdp_size)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         before = str(tmp_path / f"step_{step}")
-    first, last = (checkpoint.load(tmp_path / f"step_{step}") for step in (0, 4))
+    first, last = (checkpoint.load(tmp_path / f"step_{step}") for step in (0, 6))
     assert first[1] == last[1] == {"ranks": 1}
     for set_name in ("model", "optimizer"):
         assert first[0][set_name].keys() == last[0][set_name].keys()

@@ -27,6 +27,8 @@ def reward(completions, **_):
     if os.environ["RANK"] == "1":
         if "NAN" in os.environ and calls in (2, 3):
             values[0] = 1e60
+        if "RAISE" in os.environ and calls == 3:
+            raise ValueError("odd")
         if "SLEEP" in os.environ and calls == 2:
             Path(os.environ["SLEEP"]).write_text(str(os.getppid()))
             time.sleep(60)
@@ -93,3 +95,35 @@ def test_row_19_one_rank_dies_and_the_other_exits_in_bounded_time(tiny_model, tm
     assert code == 1, printed
     assert time.monotonic() - died < 60
     assert checkpoint.latest(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step_1"
+
+
+def assert_both_stopped_after_step_2(process, folder, message):
+    """Non-zero, the reason once and by the rank that has it, the last finished step saved."""
+    code, printed = wait(process, folder, 200)
+    assert code == 1, printed
+    assert printed.count(message) == 1
+    assert "pgrpo: RankFailed: rank 1 failed, and says why; this rank stopped with it" in printed
+    assert "failed after step 2 of 4, saved; go on with --resume auto" in printed
+    assert f'File "{ROOT}/pgrpo' not in printed, "a traceback of ours"
+    assert checkpoint.latest(folder / "run" / "checkpoints") == folder / "run" / "checkpoints" / "step_2"
+
+
+def test_row_34_a_reward_that_raises_on_one_rank_stops_both_with_a_save(tiny_model, tmp_path):
+    process = start(tiny_model, tmp_path, "checkpoint.every=0", RAISE="1")
+    assert_both_stopped_after_step_2(process, tmp_path, "it raised ValueError: odd")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("step:5@1", "EngineError: vLLM failed in rollout: RuntimeError: the device is lost"),
+        ("push:3@1", "EngineError: vLLM failed in weight push: RuntimeError: the device is lost"),
+        ("stale:3@1", "CanaryError: canary: the slope of (engine - new) on (old - new) log-probs is "),
+    ],
+)
+def test_row_24_an_engine_that_fails_on_one_rank_stops_both_with_a_save(tiny_model, tmp_path, fault, message):
+    """In a rollout, in the middle of a push in which both ranks gather each tensor, and in the canary (see tests/fakes/vllm)."""
+    more = ["checkpoint.every=0", "rollout.engine=vllm", "rollout.canary_every=1", "optim.lr=1e-2"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "fakes")])
+    process = start(tiny_model, tmp_path, *more, PYTHONPATH=paths, FAULT=fault)
+    assert_both_stopped_after_step_2(process, tmp_path, message)

@@ -64,6 +64,30 @@ def test_ranks(compute, ranks, loss):
     assert_same(compute(ranks, **loss), compute(**loss))
 
 
+def test_a_reference_in_host_memory_computes_the_same(compute):
+    loss = {"aggregate": "sample", "kl_coef": 0.3}
+    got, want = compute(2, ref_offload="cpu", **loss), compute(2, **loss)
+    assert torch.equal(got["sums"], want["sums"])
+    assert gradient_error(got, want) == 0
+    assert_same(got, compute(**loss))
+
+
+@pytest.mark.parametrize(
+    ("fsdp_size", "changes"),
+    [(2, {"lora_rank": 2}), (2, LOSSES[1]), (2, {"dtype": "bfloat16"}), (1, LOSSES[1])],
+    ids=str,
+)
+def test_hybrid_sharding(compute, fsdp_size, changes):
+    """Four ranks, two (four) copies of the weights: each rank holds a half (all) of them, and the step is that of one rank."""
+    got, want = compute(4, fsdp_size=fsdp_size, **changes), compute(**changes)
+    if "dtype" in changes:
+        assert gradient_error(got, want) < 0.02
+    else:
+        assert_same(got, want)
+        assert got["metrics"]["grad_norm"] == pytest.approx(want["metrics"]["grad_norm"], rel=1e-5)
+    assert got["held"] == pytest.approx(want["held"] / fsdp_size, rel=0.02)
+
+
 @pytest.mark.parametrize(("token_budget", "micro_batches"), [(200, 1), (165, 2), (100, 3), (26, 11)])
 def test_micro_batches(compute, token_budget, micro_batches):
     got = compute(token_budget=token_budget)

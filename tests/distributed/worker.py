@@ -8,6 +8,7 @@ import torch
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed import copy_full, full_tensor, start
 from pgrpo.exactness import tokens_as_groups
+from pgrpo.offload import local
 from pgrpo.optim import build_optimizer
 from pgrpo.policy import Policy
 from pgrpo.training.placement import place_policy
@@ -53,6 +54,7 @@ def main():
             dtype=changes.get("dtype", "float32"),
             activation_checkpointing=changes.get("activation_checkpointing", "none"),
             compile=changes.get("compile"),
+            fsdp_size=changes.get("fsdp_size"),
         ),
         data=DataConfig(max_prompt_tokens=12),
         rollout=RolloutConfig(max_completion_tokens=14),
@@ -62,7 +64,7 @@ def main():
     config.train.token_budget = changes.get("token_budget", 10000)
     config.model.attention = changes.get("attention", "grouped")
     config.model.lora_rank = changes.get("lora_rank", 0)
-    with start() as world:
+    with start(config.model.fsdp_size) as world:
         policy = place_policy(config, world)
         reference = None
         if config.model.lora_rank:  # new adapters change nothing; these do
@@ -98,10 +100,11 @@ def main():
         before = {name: full_tensor(p).clone() for name, p in policy.model.named_parameters()}
         metrics = updater.step(groups)
         after = {name: full_tensor(p) for name, p in policy.model.named_parameters()}
+        held = sum(local(p).numel() for p in policy.parameters())
         if world.is_main:
             saved = {"sums": sums, "gradients": result, "micro_batches": len(batches), "metrics": metrics}
             moved = [name for name in before if not torch.equal(before[name], after[name])]
-            torch.save(saved | {"moved": moved, "names": list(before)}, output)
+            torch.save(saved | {"moved": moved, "names": list(before), "held": held}, output)
 
 
 if __name__ == "__main__":

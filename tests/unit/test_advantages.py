@@ -70,12 +70,14 @@ def test_standard_deviation_of_fewer_than_two_is_zero():
     assert [standard_deviation(v) for v in ([], [3.0], [3.0, 5.0])] == [0, 0, pytest.approx(2**0.5)]
 
 
-@pytest.mark.parametrize("scale", ["group", "none"])
+@pytest.mark.faults
+@pytest.mark.parametrize("baseline", ["group_mean", "leave_one_out"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("value", [0.1, 1.1, -7.3, 1e300, 5e-324])
-@pytest.mark.parametrize("size", [1, 3, 7])
-def test_equal_rewards_give_exactly_zero(scale, value, size):
+@pytest.mark.parametrize("size", [1, 3, 7, 8])
+def test_row_32_equal_rewards_give_exactly_zero(scale, value, size, baseline):
     assert not has_spread([value] * size)
-    assert group_advantages([value] * size, scale) == [0.0] * size
+    assert step_advantages([[value] * size, [0.5] * size], scale, baseline)[0] == [0.0] * size
 
 
 def test_a_sample_without_a_reward_takes_no_part():

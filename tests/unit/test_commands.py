@@ -267,7 +267,8 @@ def test_eval_numbers(model, tmp_path, capsys):
     )
     scored = [json.loads(line) for line in log.read_text().splitlines()]
     by_prompt: dict[str, list[bool]] = {}
-    for prompt, completion, _ in scored:
+    assert len(scored) == 24 + 6  # the greedy ones come last
+    for prompt, completion, _ in scored[:24]:
         by_prompt.setdefault(prompt, []).append(completion[:1] == "1")
     assert [len(flags) for flags in by_prompt.values()] == [4] * 6
     right = [sum(flags) for flags in by_prompt.values()]
@@ -277,8 +278,23 @@ def test_eval_numbers(model, tmp_path, capsys):
     assert got["eval/pass@4"] == pytest.approx(sum(n > 0 for n in right) / 6)
     shown = " ".join(capsys.readouterr().out.split())  # a narrow terminal wraps the title
     assert "6 prompts x 4" in shown
-    assert "eval/pass@4" in shown
-    assert not (tmp_path / "run").exists()
+    assert "pass@4" in shown and "greedy" in shown and "95% confidence interval" in shown
+    results = tmp_path / "run" / "eval" / "step_0"
+    written = [json.loads(line) for line in (results / "samples.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["completion"], row["columns"]["answer"]) for row in written] == [
+        tuple(s) for s in scored
+    ]
+    assert [row["mode"] for row in written] == ["sampled"] * 24 + ["greedy"] * 6
+    assert got["eval/greedy/pass@1"] == sum(c[:1] == "1" for _, c, _ in scored[24:]) / 6
+    summary = json.loads((results / "summary.json").read_text())
+    assert summary["metrics"] == got
+    assert (summary["prompts"], summary["samples"], summary["sampling"]["temperature"]) == (6, 4, 1.0)
+    # The results are no reason not to begin the run there; anything else is.
+    pgrpo.train("quickstart", [f"model.path={model}", f"run_dir={tmp_path / 'run'}", "train.steps=1", "eval.every=0"])
+    with pytest.raises(ConfigError, match="not empty"):
+        pgrpo.train(
+            "quickstart", [f"model.path={model}", f"run_dir={tmp_path / 'run'}", "train.steps=1", "eval.every=0"]
+        )
 
 
 def first_digit(completions, **_):
@@ -302,9 +318,55 @@ def test_eval_of_a_checkpoint_is_what_training_logged(model, tmp_path, rank):
     assert evaluate(settings, str(tmp_path / "run" / "checkpoints" / "step_2")) == last
 
 
+def judged(scores: list[float]):
+    """A reward from Python: what evaluation n gives every held-out sum, and a spread for training."""
+    calls = iter(scores)
+
+    def reward(completions, split, **_):
+        if split[0] == "train":
+            return [float(i % 2) for i in range(len(completions))]
+        value = next(calls)
+        return [value] * len(completions)
+
+    return reward
+
+
+ROWS = """
+def rows(split):
+    return [{"a": a, "b": 11, "answer": "1", "split": split} for a in range(10, 20)]
+"""
+
+
+def test_the_best_checkpoint_is_kept_found_and_remembered_by_a_resumed_run(model, tmp_path):
+    (tmp_path / "own.py").write_text(ROWS)
+    run = tmp_path / "run"
+    data = [f"data.path={tmp_path / 'own.py'}:rows", "data.eval_split=held_out", "rollout.prompts_per_step=4"]
+    keys = [f"model.path={model}", f"run_dir={run}", *data, "rewards.functions=[]", "optim.lr=0.05"]
+    keys += ["eval.every=1", "eval.rows=4", "eval.greedy=false", "track.console=false"]
+    keys += ["checkpoint.keep=1", "checkpoint.keep_best=eval/reward"]
+    # The model itself is best of all, but there is no checkpoint of it; of equal ones the first is kept.
+    pgrpo.train("quickstart", [*keys, "train.steps=4"], rewards=[judged([0.9, 0.2, 0.6, 0.6, 0.3])])
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_2", "step_4"]
+    pgrpo.train("quickstart", [*keys, "train.steps=6"], rewards=[judged([0.5, 0.4])], resume="auto")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step_2", "step_6"]
+    logged = [json.loads(line)["eval/reward"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert logged == pytest.approx([0.9, 0.2, 0.6, 0.6, 0.3, 0.5, 0.4])
+    assert sorted(path.name for path in (run / "eval").iterdir()) == [f"step_{i}" for i in range(7)]
+    found = config(model, tmp_path, *data, "eval.rows=4")
+    assert evaluate(found, "best") == evaluate(found, str(run / "checkpoints" / "step_2")) != evaluate(found, "auto")
+    # Going on from the best one sets later checkpoints and evaluations aside.
+    pgrpo.train("quickstart", [*keys, "train.steps=3"], rewards=[judged([0.7])], resume="best")
+    for folder in ("checkpoints", "eval"):
+        names = {path.name for path in (run / folder).iterdir()}
+        assert "abandoned_step_6" in names and "step_3" in names and not {"step_4", "step_6"} & names
+
+
 def test_eval_refuses_what_is_not_there(model, tmp_path):
     with pytest.raises(ConfigError, match="has no checkpoint"):
         evaluate(config(model, tmp_path), "auto")
+    pgrpo.train("quickstart", [f"model.path={model}", f"run_dir={tmp_path / 'run'}", "train.steps=1", "eval.every=0"])
+    with pytest.raises(ConfigError, match=r"knows of no best checkpoint; train with checkpoint\.keep_best=eval/reward"):
+        evaluate(config(model, tmp_path), "best")
     with pytest.raises(ConfigError, match="no checkpoint at"):
         evaluate(config(model, tmp_path), str(tmp_path / "step_9"))
     with pytest.raises(ConfigError, match="eval_split is not set"):

@@ -191,7 +191,13 @@ def test_memory_plan() -> None:
     assert (one.gradients, one.moments, one.reference) == (one.weights, 2 * one.weights, 0)
     assert eight.weights == one.weights / 8
     assert eight.activations == one.activations
-    assert plan(dims, reference=True).reference == one.weights
+    # Two bytes a weight, and the embedding gathered beside them.
+    root = 2 * 151936 * 2560 / 2**30
+    assert plan(dims, reference=True).reference == pytest.approx(one.weights / 2 + root)
+    assert plan(dims, reference=True, ranks=8).reference == pytest.approx(one.weights / 16 + root)
+    assert plan(dims, reference=True, ref_offload=True).reference == pytest.approx(root)
+    assert plan(dims, reference=True, dtype_bytes=4).reference == one.weights
+    assert plan(dims, ref_offload=True).reference == 0
     assert plan(dims, token_budget=8192, checkpointing="none").activations > 10 * one.activations
     sampled = plan(dims, concurrent=64, group_size=8, prompt_tokens=512, completion_tokens=1024)
     assert sampled.kv_cache == (64 * 1024 + 8 * 512) * 2 * 36 * 8 * 128 * 2 / 2**30

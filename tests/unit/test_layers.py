@@ -17,6 +17,7 @@ LAYERS = {
         "batch",
         "flops",
         "functions",
+        "intervals",
         "logprobs",
         "logprobs_triton",
         "loss",
@@ -37,7 +38,7 @@ LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 SAME_LAYER = {("batch", "attention"), ("logprobs", "logprobs_triton")}
 ONLY_IN = {
     "vllm": {"rollout/vllm.py"},
-    "wandb": {"trackers.py"},
+    "wandb": {"trackers/services.py"},
     "matplotlib": {"commands/plot.py"},
     "datasets": {"data/*"},
     "peft": {"lora.py"},
@@ -100,7 +101,7 @@ def test_imports_only_lower_layers(path: Path) -> None:
         ("config/load.py", "import torch.nn", 1),
         ("policy.py", "from pgrpo import rollout", 1),
         ("policy.py", "import pgrpo", 1),
-        ("trackers.py", "import wandb", 0),
+        ("trackers/services.py", "import wandb", 0),
         ("train/loop.py", "import wandb", 1),
         ("train/loop.py", "from pgrpo.cli import app", 1),
         ("cli.py", "from pgrpo.commands.plot import plot", 0),

@@ -197,8 +197,8 @@ def test_row_48_the_key_is_in_no_message_of_the_run(judge: Judge):
     assert group.rewards == [None]
     assert (report.errors, KEY in str(report.first_error)) == (1, False)
     assert (
-        "reward `llm_judge` failed on a completion of row 7: it returned the error RuntimeError: the judge failed"
-        in str(report.first_error)
+        "reward `llm_judge` (rewards.functions[0]) failed on a completion of row 7: "
+        "it returned the error RuntimeError: the judge failed" in str(report.first_error)
     )
 
 

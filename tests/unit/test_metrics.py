@@ -4,13 +4,9 @@ import itertools
 import math
 
 import pytest
-import torch
 
-from pgrpo.distributed import World
-from pgrpo.evaluate import evaluate
 from pgrpo.metrics import group_metrics, pass_at_k
-from pgrpo.rewards.run import RewardReport, RewardRunner
-from pgrpo.types import Completion, Group, Prompt, SamplingParams
+from pgrpo.types import Completion, Group, Prompt
 
 
 def make_group(rewards, lengths, reasons, **parts):
@@ -59,72 +55,3 @@ def test_a_mean_of_nothing_is_nan_not_zero():
     metrics = group_metrics([make_group([None], [1], ["stop"], f=[None])])
     assert math.isnan(metrics["reward"])
     assert math.isnan(metrics["rewards/f/mean"])
-
-
-class Scorer(RewardRunner):
-    """Stands in for the reward runner: the prompt's column says what each sample gets."""
-
-    def __init__(self):
-        pass
-
-    def score(self, groups):
-        for group in groups:
-            group.rewards = list(group.prompt.columns["rewards"])
-            group.reward_parts = {"f": list(group.rewards)}
-        return RewardReport(errors=0)
-
-
-def test_evaluate():
-    rewards = [[1.0, 0.0, 0.0], [0.5, None, 0.0], [1.0, 2.0, 1.0], [0.0, 0.0, 0.99]]
-    prompts = [Prompt(i, "", [0], {"rewards": r}) for i, r in enumerate(rewards)]
-    params = SamplingParams(max_completion_tokens=4)
-    seeds = [[10 * i, 10 * i + 1, 10 * i + 2] for i in range(4)]
-
-    def generate(prompts, asked, asked_seeds):
-        assert (asked, asked_seeds) == (params, seeds)
-        completion = Completion([0], [0.0], [True], "stop", "")
-        return [Group(p, [completion] * 3) for p in prompts]
-
-    world = World(0, 1, torch.device("cpu"))
-    metrics, groups = evaluate(generate, prompts, params, seeds, Scorer(), world, full_score=1.0)
-    assert [g.prompt.index for g in groups] == [0, 1, 2, 3]
-    assert metrics["eval/pass@1"] == pytest.approx((1 + 0 + 3 + 0) / 12)
-    assert metrics["eval/pass@3"] == pytest.approx(2 / 4)
-    assert metrics["eval/reward"] == pytest.approx(6.49 / 11) == metrics["eval/rewards/f/mean"]
-    assert "eval/reward_std" not in metrics
-
-
-@pytest.mark.parametrize("count", [1, 3, 4])
-def test_evaluate_on_two_ranks_scores_each_prompt_once(count):
-    """Ranks take turns in one process: what ``gather`` brings is put together by hand."""
-
-    prompts = [Prompt(i, "", [0], {"rewards": [float(i == 0)]}) for i in range(count)]
-    asked: list[list[int]] = []
-
-    def generate(prompts, _params, seeds):
-        assert [s for (s,) in seeds] == [p.index for p in prompts]
-        asked.append([p.index for p in prompts])
-        return [Group(p, [Completion([0], [0.0], [True], "stop", "")]) for p in prompts]
-
-    class Pair(World):
-        def check_stop(self):
-            """Nobody stops them."""
-
-        def gather(self, items):
-            scored = [Group(p, [Completion([0], [0.0], [True], "stop", "")]) for p in (prompts + prompts[-1:])]
-            Scorer().score(scored)
-            half = len(items)
-            return items + scored[half : 2 * half] if self.rank == 0 else scored[:half] + items
-
-    results = [
-        evaluate(
-            generate, prompts, SamplingParams(4), [[i] for i in range(count)], Scorer(), Pair(r, 2, torch.device("cpu")),
-            full_score=1.0,
-        )
-        for r in range(2)
-    ]  # fmt: skip
-    assert len(asked[0]) == len(asked[1])  # both ranks decode the same number
-    assert sorted({i for part in asked for i in part}) == list(range(count))
-    for metrics, groups in results:
-        assert [g.prompt.index for g in groups] == list(range(count))
-        assert metrics["eval/pass@1"] == pytest.approx(1 / count)

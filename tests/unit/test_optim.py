@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from pgrpo.config import OptimConfig
@@ -62,7 +63,7 @@ def test_set_learning_rate_reaches_every_group():
     assert [g["lr"] for g in optimizer.param_groups] == [0.125, 0.125]
 
 
-def test_only_matrices_decay():
+def test_only_matrices_decay_and_no_embeddings():
     module = model()
     optimizer = build_optimizer(module, OptimConfig(lr=0.5, weight_decay=0.1))
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -70,9 +71,30 @@ def test_only_matrices_decay():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # no gradient: what is left is w <- w - lr * weight_decay * w
     for name, parameter in module.named_parameters():
-        factor = 0.95 if name in ("0.weight", "2.weight") else 1.0
+        factor = 0.95 if name == "2.weight" else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * factor, rtol=1e-6, atol=0)
     assert before["1.weight"].ndim == before["2.bias"].ndim == 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_decays_unless_it_is_the_embedding(tied):
+    settings = {
+        "vocab_size": 11,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "attention_bias": True,
+    }
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "tie_word_embeddings": tied}
+    module = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3Config(**settings, **heads))
+    names = {id(p): name for name, p in module.named_parameters()}
+    decays, stays = ([names[id(p)] for p in g["params"]] for g in build_optimizer(module, OptimConfig()).param_groups)
+    matrices = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
+    matrices |= {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+    wanted = {f"model.layers.0.{name}.weight" for name in matrices} | (set() if tied else {"lm_head.weight"})
+    assert set(decays) == wanted
+    assert "model.embed_tokens.weight" in stays
+    assert set(stays) == set(names.values()) - wanted
 
 
 def test_frozen_parameters_are_left_out():

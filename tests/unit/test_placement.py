@@ -91,6 +91,11 @@ def test_what_a_device_cannot_do_is_refused():
     ):
         check_device(offloaded, CPU)
     check_device(offloaded, GPU)
+    offloaded = config()
+    offloaded.loss.ref_offload = "cpu"
+    with pytest.raises(ConfigError, match=r"loss.ref_offload=cpu: there is no GPU .*: set loss.ref_offload=none"):
+        check_device(offloaded, CPU)
+    check_device(offloaded, GPU)
 
 
 def test_the_plan_follows_the_lengths():

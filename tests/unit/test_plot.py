@@ -1,27 +1,22 @@
 from __future__ import annotations
 
-import base64
 import json
-import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pgrpo.commands.plot import draw, plot, read_metrics, smooth
+from pgrpo.commands.curves import read_metrics
+from pgrpo.commands.plot import draw, plot, smooth
 from pgrpo.config import ConfigError
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def write_run(folder: Path, rows: list[dict], completions: list[dict] | None = None) -> Path:
+def write_run(folder: Path, rows: list[dict]) -> Path:
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if completions is not None:
-        (folder / "completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in completions))
-    (folder / "config.yaml").write_text("model:\n  path: <b>model</b>\n")
     return folder
 
 
@@ -50,7 +45,7 @@ def titles(figure) -> list[str]:
 def test_panels_are_those_with_data(tmp_path):
     run = write_run(tmp_path / "run", [{"step": 0, "eval/reward": 0.1}, *map(step_row, range(1, 6))])
     figure = draw({"run": read_metrics(run)})
-    assert titles(figure) == ["Reward", "Held-out split", "Completion length", "Entropy", "Time of a step"]
+    assert titles(figure) == ["Reward", "Held-out rewards", "Completion length", "Entropy", "Time of a step"]
     reward, held_out, _, entropy, time = axes_of(figure)
     assert [line.get_label() for line in reward.lines] == ["reward", "rewards/exact_match/mean"]
     np.testing.assert_allclose(reward.lines[0].get_xydata(), [[s, s / 10] for s in range(1, 6)])
@@ -101,42 +96,13 @@ def test_more_runs_than_colors_are_told_apart_by_name_and_not_by_seed(tmp_path):
     assert len(set(colors)) == 3
 
 
-class Page(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_page_is_self_contained_and_escaped(tmp_path):
-    hostile = "</td><script>alert(1)</script>&lt;\x1b[2J\u202e<img src=http://x.y/z>"
-    sample = {"step": 3, "prompt": hostile, "completion": hostile, "reward": None, "advantage": 0.5}
-    sample |= {"parts": {"'onmouseover='x": 1.0, "none": None}, "finish_reason": "stop"}
-    run = write_run(
-        tmp_path / "<i>run", [step_row(s) for s in range(1, 4)], [{**sample, "step": s} for s in range(1, 60)]
-    )
-    png, report = plot(run)
-    assert (png, report) == (run / "plot.png", run / "report.html")
-    page = Page()
-    page.feed(report.read_text(encoding="utf-8"))
-    names = {tag for tag, _ in page.tags}
-    assert not names & {"script", "link", "iframe", "b", "i"}
-    images = [attrs for tag, attrs in page.tags if tag == "img"]
-    assert (
-        len(images) == 1
-        and base64.b64decode(images[0]["src"].removeprefix("data:image/png;base64,")) == png.read_bytes()
-    )
-    assert not [a for _, attrs in page.tags for a in attrs if a.startswith("on") or a == "href"]
-    assert not re.search(r"url\(|@import", report.read_text(encoding="utf-8"))
-    assert page.text.count("<script>alert(1)</script>&lt;\\x1b[2J\\u202e<img src=http://x.y/z>") == 2 * 40
-    assert "path: <b>model</b>" in page.text and "<i>run" in page.text
-    assert page.text.index("59") < page.text.index("58") and "reward0.3" in page.text
+def test_held_out_metrics_have_a_band_of_their_confidence_interval():
+    ends = {"eval/ci95_low/greedy/pass@1": 0.4, "eval/ci95_high/greedy/pass@1": 0.75}
+    rows = [{"step": s, "eval/greedy/pass@1": 0.5 + s / 10, **ends} for s in (0, 2)]
+    (axes,) = axes_of(draw({"run": rows}))
+    np.testing.assert_allclose(axes.lines[0].get_ydata(), [0.5, 0.7])
+    (band,) = axes.collections
+    assert {tuple(point) for point in band.get_paths()[0].vertices} == {(0, 0.4), (2, 0.4), (0, 0.75), (2, 0.75)}
 
 
 def test_a_row_that_is_still_being_written_is_left_out_and_steps_are_merged(tmp_path):

@@ -168,7 +168,9 @@ def test_an_async_function_that_fails_shows_the_sample():
     async def reward(completions):
         return [1.0 / len(c) for c in completions]
 
-    with pytest.raises(RewardError, match=r"`reward` failed on a completion of row 10: it raised ZeroDivisionError"):
+    with pytest.raises(
+        RewardError, match=r"`reward` \(rewards\[0\]\) failed on a completion of row 10: it raised ZeroDivisionError"
+    ):
         score(reward, ["a", ""])
 
 
@@ -215,7 +217,7 @@ def test_of_several_failures_the_first_function_is_shown():
         raise ValueError("early")
 
     for functions, name in (((late, early), "late"), ((early, late), "early")):
-        with runner(*functions) as rewards, pytest.raises(RewardError, match=f"reward `{name}` failed"):
+        with runner(*functions) as rewards, pytest.raises(RewardError, match=rf"reward `{name}` \(.*\) failed"):
             rewards.score(groups(["a"]))
 
 
@@ -280,7 +282,9 @@ def test_configured_functions_keep_their_state(module: Callable[..., RewardConfi
 @pytest.mark.faults
 @pytest.mark.timeout(60)
 def test_row_35_a_function_that_hangs_is_killed(module: Callable[..., RewardConfig]):
-    with pytest.raises(RewardError, match=r"`hang` failed .* timeout_s=0\.5 and was killed \(rewards\.functions\[0\]"):
+    with pytest.raises(
+        RewardError, match=r"`hang` .* failed on .* timeout_s=0\.5 and was killed \(rewards\.functions\[0\]"
+    ):
         score(module("hang", timeout_s=0.5), ["a"])
     with runner(module("hang", timeout_s=0.5), module("length"), on_error="mask") as rewards:
         scored = groups(["a"], ["b"])
@@ -300,7 +304,9 @@ def test_row_35_a_function_that_hangs_is_killed(module: Callable[..., RewardConf
     ],
 )
 def test_row_34_a_function_that_fails_in_its_process(module: Callable[..., RewardConfig], name: str, message: str):
-    with pytest.raises(RewardError, match=rf"reward `{name}` failed on a completion of row 10: .*{message}"):
+    with pytest.raises(
+        RewardError, match=rf"reward `{name}` \(rewards\.functions\[0\]\) failed on a completion of row 10: .*{message}"
+    ):
         score(module(name), [""])
 
 
@@ -361,26 +367,14 @@ def test_a_script_without_a_main_guard_stops_with_the_reason(
 # Failures
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize(
-    ("result", "message"),
-    [
-        (lambda c: [math.nan if t == "bad" else 1.0 for t in c], "returned nan, not a finite number or None"),
-        (lambda c: [math.inf if t == "bad" else 1.0 for t in c], "returned inf, not a finite number or None"),
-        (lambda c: ["1.0" if t == "bad" else 1.0 for t in c], "returned '1.0', not a finite number or None"),
-        (lambda c: [1.0 for t in c if t != "bad"], "returned 0 values for 1 completions"),
-        (lambda c: [1.0 for t in c for _ in range(1 + (t == "bad"))], "returned 2 values for 1 completions"),
-        (lambda c: [ValueError("odd") if t == "bad" else 1.0 for t in c], "it returned the error ValueError: odd"),
-        (lambda c: [[1.0] if t == "bad" else 1.0 for t in c], r"returned \[1\.0\], not a finite number or None"),
-        (lambda c: [1.0 / (t != "bad") for t in c], r"ZeroDivisionError: .*test_reward_runner\.py, line \d+"),
-    ],
-)
-def test_rows_34_36_37_one_bad_completion(result: Callable, message: str):
+def one_bad_completion(result: Callable, message: str):
+    """It is shown, with its function and row, or it alone is left out, counted."""
+
     def mine(completions):
         return result(completions)
 
-    text = rf"`mine` failed on a completion of row 11: .*{message}.*\n  prompt: 'prompt 1'\n  completion: 'bad'\n.*mask"
-    with pytest.raises(RewardError, match=text):
+    text = rf"`mine` \(rewards\[0\]\) failed on a completion of row 11: .*{message}.*; prompt: 'prompt 1', completion: 'bad'; "
+    with pytest.raises(RewardError, match=f"^reward {text}rewards.on_error=mask leaves such samples out$"):
         score(mine, ["a", "b"], ["c", "bad"])
     with runner(mine, on_error="mask") as rewards:
         scored = groups(["a", "b"], ["c", "bad"])
@@ -395,6 +389,44 @@ def test_rows_34_36_37_one_bad_completion(result: Callable, message: str):
 @pytest.mark.parametrize(
     ("result", "message"),
     [
+        (lambda c: [ValueError("odd") if t == "bad" else 1.0 for t in c], "it returned the error ValueError: odd"),
+        (lambda c: [1.0 / (t != "bad") for t in c], r"ZeroDivisionError: .*test_reward_runner\.py, line \d+"),
+    ],
+)
+def test_row_34_a_reward_that_raises_on_one_completion(result: Callable, message: str):
+    one_bad_completion(result, message)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda c: [math.nan if t == "bad" else 1.0 for t in c], "returned nan, not a finite number or None"),
+        (lambda c: [math.inf if t == "bad" else 1.0 for t in c], "returned inf, not a finite number or None"),
+        (lambda c: ["1.0" if t == "bad" else 1.0 for t in c], "returned '1.0', not a finite number or None"),
+        (lambda c: [[1.0] if t == "bad" else 1.0 for t in c], r"returned \[1\.0\], not a finite number or None"),
+    ],
+)
+def test_row_36_a_reward_that_is_no_number(result: Callable, message: str):
+    one_bad_completion(result, message)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda c: [1.0 for t in c if t != "bad"], "returned 0 values for 1 completions"),
+        (lambda c: [1.0 for t in c for _ in range(1 + (t == "bad"))], "returned 2 values for 1 completions"),
+    ],
+)
+def test_row_37_too_few_or_too_many_rewards(result: Callable, message: str):
+    one_bad_completion(result, message)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
         (1.0, "returned 1.0, not a list"),
         (None, "returned None, not a list"),
         ("ab", "returned 'ab', not a list"),
@@ -403,14 +435,14 @@ def test_rows_34_36_37_one_bad_completion(result: Callable, message: str):
         ([[1.0], [1.0]], "not a list|returned 2 values for 1 completions"),
     ],
 )
-def test_rows_36_37_results_that_are_no_list(result: Any, message: str):
+def test_row_37_one_number_or_another_thing_for_all(result: Any, message: str):
     with pytest.raises(RewardError, match=message):
         score(lambda completions: result, ["a", "b", "c"])
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("result", [math.nan, math.inf, "1.0", ValueError("odd")])
-def test_rows_34_36_an_entry_that_is_no_number_is_not_asked_for_again(result: Any):
+def test_row_36_an_entry_that_is_no_number_is_not_asked_for_again(result: Any):
     calls = []
 
     def mine(completions):
@@ -462,7 +494,8 @@ def test_an_unreadable_answer_names_its_row():
         scored = groups(["0"], ["1"])
         scored[1].prompt.columns["answer"] = "???"
         with pytest.raises(
-            RewardError, match=r"`math` failed on a completion of row 11: .*'\?\?\?' in column `answer`"
+            RewardError,
+            match=r"`math` \(rewards\.functions\[0\]\) failed on a completion of row 11: .*'\?\?\?' in column `answer`",
         ):
             rewards.score(scored)
 

@@ -156,3 +156,36 @@ def test_row_18_a_second_ctrl_c_ends_everything_at_once(tiny_model, tmp_path, fi
     assert time.monotonic() - sent < 2
     time.sleep(0.2)
     assert not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("blocked", ["in its work", "elsewhere"])
+def test_row_18_a_signal_that_another_thread_took_reaches_the_main_thread(blocked):
+    """As after SIGCONT. Python's own handler runs in the main thread only, which waits for a lock here, without end."""
+    done = subprocess.run(
+        [sys.executable, "-c", TAKEN_ELSEWHERE, blocked], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == ((0, "Stopped 15\n") if blocked == "in its work" else (130, ""))
+    assert done.stderr == "pgrpo: SIGTERM: stopping, with a save; once more to stop at once\n"
+
+
+TAKEN_ELSEWHERE = """\
+import signal, sys, threading, time
+from pgrpo.stopping import StopFlag, Stopped
+from pgrpo.training.signals import stop_signals
+flag, lock = StopFlag(), threading.Lock()
+other = threading.Thread(target=time.sleep, args=(100,), daemon=True)
+def send():
+    for signum in (signal.SIGTERM, signal.SIGINT)[: 1 if sys.argv[1] == "in its work" else 2]:
+        time.sleep(0.5)
+        signal.pthread_kill(other.ident, signum)
+with stop_signals(flag), lock:
+    other.start()
+    threading.Thread(target=send, daemon=True).start()
+    if sys.argv[1] == "elsewhere":
+        lock.acquire()
+    try:
+        with flag.breaking_off():
+            lock.acquire()
+    except Stopped as stopped:
+        print("Stopped", stopped.signum)
+"""

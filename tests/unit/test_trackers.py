@@ -5,14 +5,19 @@ import io
 import json
 import logging
 import resource
+import struct
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from pgrpo import trackers
-from pgrpo.config import Config, ConfigError
+import pgrpo
+from pgrpo.config import Config, ConfigError, RewardConfig
 from pgrpo.trackers import Trackers, printable
+from pgrpo.trackers import run as trackers_run
 from pgrpo.types import Completion, Group, Prompt
 
 HOSTILE = "[bold red]5[/bold red] \x1b[2J\x07 \u202e :smile: é\nnext"
@@ -49,7 +54,7 @@ def rows(path: Path) -> list[dict]:
 def with_console(monkeypatch, terminal: bool) -> io.StringIO:
     out = io.StringIO()
     real = {"file": out, "force_terminal": terminal, "width": 120, "color_system": None}
-    monkeypatch.setattr(trackers, "Console", lambda **given: Console(**real, **given))
+    monkeypatch.setattr(trackers_run, "Console", lambda **given: Console(**real, **given))
     return out
 
 
@@ -236,6 +241,145 @@ def test_row_16_wandb_offline_run_is_written_and_resumed(tmp_path, monkeypatch):
     assert b"reward" in content and b"0.625" in content and b"prompts_per_step" in content and b"numbers" in content
 
 
+def test_tensorboard_has_completions_as_text_that_is_not_read_as_markdown(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    track = Trackers(make_config(tensorboard=True, completions=2, console_every=10), tmp_path)
+    groups = make_groups(1, 2)
+    groups[0].completions[0].text = "<script>alert(1)</script> **bold** [x](javascript:alert(2))\n# head"
+    for step in (1, 2, 10):
+        track.completions(step, groups)
+    track.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    found = events.Tensors("completions/text_summary")
+    assert [event.step for event in found] == [1, 10]  # as often as the terminal; completions.jsonl has all
+    assert [row["step"] for row in rows(tmp_path / "completions.jsonl")] == [1, 1, 2, 2, 10, 10]
+    text = found[0].tensor_proto.string_val[0].decode()
+    assert "reward 0.5  exact_match 1  length -  advantage 0  length" in text
+    assert "reward -  exact_match 1  length -  advantage 0.25  stop" in text
+    shown = markdown_to_safe_html(text)
+    assert shown.count("prompt 0") == 2
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; **bold** [x](javascript:alert(2))\n# head" in shown
+    assert not any(tag in shown for tag in ("<script", "<strong>", "<a ", "<h1>"))
+
+
+def wandb_records(folder: Path) -> Iterator:
+    """All records of the offline runs in a folder: a LevelDB log behind 7 bytes, whose blocks of 32 KiB hold chunks: a checksum,
+    a length and a kind (whole, first, middle, last)."""
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue] - made when wandb is imported
+
+    for file in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        data, at, record = file.read_bytes(), 7, b""
+        while at + 7 <= len(data):
+            if (left := 32768 - at % 32768) < 7:
+                at += left
+                continue
+            length, kind = struct.unpack_from("<HB", data, at + 4)
+            record += data[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):
+                yield Record.FromString(record)
+                record = b""
+
+
+def test_wandb_offline_has_numbers_and_tables_of_completions(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    track = Trackers(make_config(wandb=True, completions=2, console_every=2), tmp_path)
+    groups = make_groups(1, 2)
+    groups[0].completions[1].text = "lone \udc80"
+    for step in (1, 2, 3):
+        track.completions(step, groups)
+        track.log(step, {"reward": step / 8})
+    track.close()
+    history: dict[str, list] = {}
+    until = time.monotonic() + 60  # wandb's own process writes, and ``finish`` does not wait for it
+    while not any(record.HasField("exit") for record in wandb_records(tmp_path)) and time.monotonic() < until:
+        time.sleep(0.1)
+    for record in wandb_records(tmp_path):
+        for item in record.history.item:
+            history.setdefault("/".join(item.nested_key), []).append(json.loads(item.value_json))
+    assert history["reward"] == [0.125, 0.25, 0.375]
+    assert history["completions/_type"] == ["table-file"] * 2  # steps 1 and 2
+    assert history["completions/nrows"] == [2, 2]
+    (file,) = tmp_path.glob(f"wandb/offline-run-*/files/{history['completions/path'][0]}")
+    table = json.loads(file.read_text(encoding="utf-8"))
+    assert table["columns"] == [
+        "step", "prompt", "completion", "reward", "rewards/exact_match", "rewards/length", "advantage", "finish_reason"
+    ]  # fmt: skip
+    assert table["data"] == [
+        [1, "prompt 0", f"{HOSTILE} 0.0", 0.5, 1.0, None, 0.0, "length"],
+        [1, "prompt 0", "lone \\udc80", None, 1.0, None, 0.25, "stop"],
+    ]
+
+
+class OnlineRun:
+    """What a wandb run is told, in order."""
+
+    id = "abc123"
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Any]] = []
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.told.append(("define_metric", (name, step_metric)))
+
+    def log(self, row: dict) -> None:
+        self.told.append(("log", row))
+
+    def finish(self) -> None:
+        self.told.append(("finish", None))
+
+
+def test_wandb_online(tmp_path, monkeypatch):
+    """The calls that an online run gets: one run, found again by its id, with the resolved config and its secrets redacted."""
+    import wandb
+
+    started, run = [], OnlineRun()
+    monkeypatch.setattr(wandb, "init", lambda **given: started.append(given) or run)
+    config = make_config(wandb=True, wandb_project="sums", completions=1)
+    config.rewards.functions = [RewardConfig("llm_judge", args={"api_key": "sk-secret", "url": "http://x"})]
+    track = Trackers(config, tmp_path / ".." / tmp_path.name)
+    track.completions(1, make_groups(1, 2))
+    track.log(1, {"reward": 0.5, "kl": float("nan")})
+    state = track.state_dict()
+    track.close()
+    Trackers(config, tmp_path, resume=state).close()
+    assert [(given["project"], given["name"], given["id"], given["resume"]) for given in started] == [
+        ("sums", tmp_path.name, None, "allow"), ("sums", tmp_path.name, "abc123", "allow"),
+    ]  # fmt: skip
+    assert "mode" not in started[0]  # WANDB_MODE, or wandb's own default: online
+    assert started[0]["config"]["rewards"]["functions"][0]["args"] == {"api_key": "(redacted)", "url": "http://x"}
+    assert [name for name, _ in run.told] == ["define_metric", "log", "log", "finish", "define_metric", "finish"]
+    assert run.told[0][1] == ("*", "step")
+    assert run.told[1][1]["step"] == 1 and run.told[1][1]["completions"].data[0][1] == "prompt 0"
+    assert run.told[2][1] == pytest.approx({"step": 1, "reward": 0.5, "kl": float("nan")}, nan_ok=True)
+
+
+def test_wandb_that_cannot_be_reached_or_has_no_login(tmp_path, monkeypatch, caplog):
+    import wandb
+    from wandb.errors import CommError, UsageError
+
+    def fail(error):
+        def init(**_):
+            raise error
+
+        monkeypatch.setattr(wandb, "init", init)
+
+    fail(CommError("no route"))
+    track = Trackers(make_config(wandb=True), tmp_path)
+    track.log(1, {"reward": 1.0})
+    track.close()
+    assert "wandb cannot be reached (no route): the run goes on without it" in caplog.text
+    fail(UsageError("no API key configured"))
+    with pytest.raises(
+        ConfigError, match=r"track\.wandb=true: no API key .*run `wandb login`, or set WANDB_MODE=offline"
+    ):
+        Trackers(make_config(wandb=True), tmp_path)
+
+
 @pytest.mark.parametrize(
     ("key", "module", "fix"),
     [
@@ -265,15 +409,36 @@ def test_wandb_is_not_imported_unless_asked(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_failing_tracker_warns_once_and_training_goes_on(tmp_path, caplog):
+@pytest.mark.faults
+def test_row_50_a_failing_tracker_warns_once_and_training_goes_on(tmp_path, caplog, monkeypatch):
     track = Trackers(make_config(tensorboard=True), tmp_path)
 
     def fail(step, metrics):
         raise ConnectionError("gone")
 
-    track._sinks["tensorboard"] = (fail, track._sinks["tensorboard"][1])
+    monkeypatch.setattr(track._services["tensorboard"], "log", fail)
     for step in range(1, 4):
         track.log(step, {"reward": 1.0})
     track.close()
     assert caplog.text.count("tensorboard failed (ConnectionError: gone): the run goes on without it") == 1
     assert len(rows(tmp_path / "metrics.jsonl")) == 3
+
+
+@pytest.mark.faults
+def test_row_50_a_tracker_that_goes_down_in_a_run(tiny_model, tmp_path, monkeypatch, caplog):
+    """From the second step on tensorboard's disk is gone; the record of the run is whole."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    add = SummaryWriter.add_scalar
+
+    def fail(self, name, value, step):
+        if step > 1:
+            raise OSError(5, "Input/output error")
+        add(self, name, value, step)
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
+    keys = [f"model.path={tiny_model}", f"run_dir={tmp_path / 'run'}", "train.steps=4", "rollout.prompts_per_step=2"]
+    pgrpo.train("quickstart", [*keys, "eval.every=0", "track.console=false", "track.tensorboard=true"])
+    assert caplog.text.count("tensorboard failed (OSError: [Errno 5] Input/output error): the run goes on") == 1
+    assert [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert list((tmp_path / "run" / "checkpoints").glob("step_4"))

@@ -1,12 +1,15 @@
 """What a step of updates does to the weights, against the same done the long way on the untouched model."""
 
 import copy
+import json
+import math
+import shutil
 from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pgrpo.advantages import has_spread, step_advantages
 from pgrpo.batch import build_batch
@@ -14,6 +17,7 @@ from pgrpo.config import load_config
 from pgrpo.distributed import World
 from pgrpo.exactness import reference_logprobs, tokens_as_groups
 from pgrpo.loss import policy_loss
+from pgrpo.metrics import group_metrics
 from pgrpo.policy import Policy
 from pgrpo.training.run import build_run
 from pgrpo.training.sample import sample_step
@@ -216,3 +220,108 @@ def test_at_the_limit_what_is_left_is_kept_and_skipped(build):
         group.advantages = [0.0] * 4
     metrics = run.updater.step(sampled.groups)
     assert (metrics["grad_norm"], metrics["tokens/packed"]) == (0, 0)
+
+
+def assert_unmoved(run, before):
+    for name, weight in run.policy.model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+
+
+def weights(run):
+    return copy.deepcopy(run.policy.model.state_dict())
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("aggregate", ["token", "sample", "constant"])
+def test_row_29_an_empty_completion_divides_nothing_by_zero(build, tiny_model, aggregate):
+    """Gradients are those of the untouched model, where its row has no token; it counts as a sample."""
+    run = build(f"loss.aggregate={aggregate}", "rollout.max_completion_tokens=5", "train.token_budget=64")
+    groups = make_groups()
+    for group, sample in ((0, 1), (2, 3), (3, 0)):
+        completions = groups[group].completions
+        completions[sample] = replace(completions[sample], token_ids=[], rollout_logprobs=[], mask=[], text="")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="sdpa")
+    flat = reference_logprobs(model, groups)
+    logprobs, mask = rows(flat, groups), rows(torch.ones_like(flat), groups).bool()
+    assert not mask.any(1)[[1, 11, 12]].any() and mask.any(1).sum() == 13
+    advantages = torch.tensor([a for g in groups for a in g.advantages])
+    options = {"aggregate": aggregate, "max_completion_tokens": 5}
+    policy_loss(logprobs, logprobs.detach(), advantages, mask, count(groups), **options).loss.backward()
+    assert_close(gradients(run, groups), {n: p.grad for n, p in Policy(model).named_parameters() if p.grad is not None})
+    metrics = group_metrics(groups) | run.updater.step(groups)
+    assert all(math.isfinite(value) for value in metrics.values()), metrics
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("more", [[], ["loss.kl_coef=0.1", "loss.entropy_coef=0.1"]])
+def test_row_29_nothing_but_empty_completions(build, more):
+    run, groups = build(*more), make_groups()
+    for group in groups:
+        group.completions = [replace(c, token_ids=[], rollout_logprobs=[], mask=[]) for c in group.completions]
+    before = weights(run)
+    metrics = group_metrics(groups) | run.updater.step(groups)
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["completions/mean_length"] == 0
+    assert all(math.isfinite(value) for value in metrics.values()), metrics
+    assert_unmoved(run, before)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("more", [[], ["loss.kl_coef=0.1", "loss.entropy_coef=0.1"]])
+def test_row_31_every_completion_is_truncated_and_masked(build, caplog, more):
+    """Loss 0, no update, said; the next step learns as if it had not been."""
+    run, groups = build("loss.mask_overlong=true", *more), make_groups()
+    before = weights(run)
+    metrics = run.updater.step(cut(groups, *((g, i) for g in range(4) for i in range(4))))
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["skipped_updates"] == 0
+    assert all(math.isfinite(value) for value in metrics.values()), metrics
+    assert caplog.text.count("no update: in no group do rewards differ between completions that count") == 1
+    assert_unmoved(run, before)
+    other = build("loss.mask_overlong=true", *more)
+    assert run.updater.step(groups)["grad_norm"] == other.updater.step(groups)["grad_norm"] > 0
+    assert_unmoved(run, weights(other))
+
+
+@pytest.mark.faults
+def test_row_32_a_step_of_equal_rewards_does_no_update_and_says_so(build, caplog):
+    """Eight times 0.1, whose computed mean is 0.09999999999999999."""
+    run = build("rollout.group_size=8", rewards=[lambda completions, **_: [0.1] * len(completions)])
+    groups, before = sample_step(run).groups, weights(run)
+    assert sum([0.1] * 8) / 8 != 0.1
+    for group, values in zip(groups, step_advantages([g.rewards for g in groups]), strict=True):
+        assert values == [0.0] * 8
+        group.advantages = values
+    metrics = group_metrics(groups) | run.updater.step(groups)
+    assert metrics["frac_reward_zero_std"] == 1 and metrics["grad_norm"] == metrics["tokens/packed"] == 0
+    assert caplog.text.count("no update: in no group do rewards differ between completions that count") == 1
+    assert_unmoved(run, before)
+
+
+@pytest.mark.faults
+def test_row_33_the_final_eos_is_in_the_loss_when_it_is_the_pad_token_too(build, tiny_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    eos = tokenizer.eos_token_id
+    assert tokenizer.pad_token_id != eos
+    shutil.copytree(tiny_model, tmp_path / "same")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "same")
+    settings = json.loads((tmp_path / "same" / "config.json").read_text())
+    (tmp_path / "same" / "config.json").write_text(json.dumps(settings | {"pad_token_id": eos}))
+    assert AutoTokenizer.from_pretrained(tmp_path / "same").pad_token_id == eos
+    metrics = []
+    for more in ([], [f"model.path={tmp_path / 'same'}"]):
+        run = build("rollout.max_completion_tokens=16", *more)
+        groups = sample_step(run).groups
+        completions = [c for g in groups for c in g.completions]
+        ended = [c for c in completions if c.finish_reason == "stop"]
+        assert len(ended) > 4 and all(c.token_ids[-1] == eos and c.mask[-1] for c in ended)
+        for group, values in zip(groups, step_advantages([g.rewards for g in groups]), strict=True):
+            group.advantages = values
+        batches = run.updater.micro_batches(groups)
+        trained = [c for g in groups if run.updater.trains_on(g) for c in g.completions]
+        in_loss = sum(int((b.unpack(b.target_ids) == eos)[b.mask].sum()) for b in batches)
+        assert in_loss == sum(c.finish_reason == "stop" for c in trained) > 0
+        metrics.append(run.updater.step(groups))
+        assert metrics[-1]["grad_norm"] > 0
+    # Not the gradient norm: transformers gives the pad token's row of the embedding no gradient as an input.
+    for name in ("loss", "entropy", "tokens/packed", "sampling/importance_sampling_ratio/mean"):
+        assert metrics[0][name] == metrics[1][name], name

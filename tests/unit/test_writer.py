@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,6 +61,35 @@ def test_row_21_weights_that_are_not_finite_fail_the_save_and_the_next_call_says
     assert list_steps(tmp_path) == [1, 3]
 
 
+@pytest.mark.faults
+def test_row_08_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+    """Its files and its folder are synced before the rename and the folder above after it; until then another is the latest."""
+    synced, renamed = [], []
+    fsync, rename = os.fsync, os.rename
+
+    def noting_fsync(descriptor):
+        fsync(descriptor)
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def noting_rename(source, target):
+        inside = {str(source), *(str(path) for path in Path(source).iterdir())}
+        renamed.append((Path(source).name, Path(target).name, inside <= set(synced), latest(tmp_path), len(synced)))
+        assert all((Path(source) / name).is_file() for name in ("manifest.json", "scalars.json"))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "rename", noting_rename)
+    writer = Writer(tmp_path, WORLD, keep=2)
+    for step in (1, 2):
+        writer.save(step, sets(float(step)), {})
+    writer.wait()
+    before = [None, tmp_path / "step_1"]
+    assert [entry[:4] for entry in renamed] == [
+        (f".writing-step_{step}", f"step_{step}", True, before[step - 1]) for step in (1, 2)
+    ]
+    assert [synced[entry[4]] for entry in renamed] == [str(tmp_path)] * 2
+
+
 KILLED = """
     import os, signal, sys, torch
     from pathlib import Path
@@ -79,7 +109,8 @@ KILLED = """
         writer = Writer(root, World(0, 1, torch.device("cpu")), keep=1)
         for step in range(1, 100):
             writer.save(step, {"model": {"w": whole(torch.full((200_000,), float(step)))}}, {"step": step})
-            (root.parent / f"{root.name}.begun").write_text(str(step))
+            with (root.parent / f"{root.name}.begun").open("a") as begun:
+                print(step, file=begun)  # written at once when it closes: a kill leaves the lines whole
 
     for case in sys.argv[2:]:
         call, count = case.split(":")
@@ -103,9 +134,8 @@ def test_row_07_sigkill_between_write_rename_and_prune(tmp_path):
     left, resumed = set(), 0
     for case in cases:
         root = tmp_path / case.replace(":", "")
-        begun = (
-            int((root.parent / f"{root.name}.begun").read_text()) if list(root.parent.glob(f"{root.name}.begun")) else 1
-        )
+        counted = root.parent / f"{root.name}.begun"
+        begun = int(counted.read_text().split()[-1]) if counted.exists() and counted.read_text() else 1
         left |= {entry.name.split("step")[0] for entry in root.iterdir()}
         steps = list_steps(root)
         for step in steps:

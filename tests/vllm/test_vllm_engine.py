@@ -205,7 +205,8 @@ def slope(engine, policy, groups, push=True):
     return canary.regress(old, logprobs(policy, groups), engine.score(groups))
 
 
-def test_the_canary_sees_a_push_and_a_push_that_is_left_out(awake):
+@pytest.mark.faults
+def test_row_27_the_canary_sees_a_push_and_a_push_that_is_left_out(awake):
     engine, policy = awake
     groups = canary.pick(engine.generate(prompts(*"abcdefgh"), PARAMS, seeds(8, 2)), 15)
     pushed = slope(engine, policy, groups)
@@ -247,7 +248,8 @@ def every_name(policy):
     return [n for n in weight_names(policy.model) if ".layers.0." not in n]
 
 
-def test_each_dropped_tensor_is_noticed(engine, monkeypatch):
+@pytest.mark.faults
+def test_row_27_each_dropped_tensor_is_noticed(engine, monkeypatch):
     vllm, policy = engine
     whole = vllm.weights
     with vllm.awake():
@@ -264,7 +266,8 @@ def test_each_dropped_tensor_is_noticed(engine, monkeypatch):
         vllm.push()
 
 
-def test_a_tensor_that_the_engine_does_not_write_is_noticed(engine, monkeypatch):
+@pytest.mark.faults
+def test_row_27_a_tensor_that_the_engine_does_not_write_is_noticed(engine, monkeypatch):
     vllm, _ = engine
     with vllm.awake():
         model = type(vllm._model())
@@ -276,3 +279,27 @@ def test_a_tensor_that_the_engine_does_not_write_is_noticed(engine, monkeypatch)
         monkeypatch.setattr(model, "load_weights", lossy)
         with pytest.raises(DeliveryError, match=r"checksums of model\.norm\.weight"):
             vllm.push()
+
+
+@pytest.mark.faults
+def test_row_24_an_engine_that_dies_while_it_decodes_says_so_and_leaves_nothing(engine):
+    """A layer raises at the third forward: the middle of a rollout. The fault gone, the engine goes on."""
+    vllm, _ = engine
+    calls = 0
+
+    def die(*_):
+        nonlocal calls
+        calls += 1
+        if calls >= 3:
+            raise RuntimeError("the device is lost")
+
+    hook = vllm._model().model.layers[0].register_forward_pre_hook(die)
+    try:
+        with pytest.raises(EngineError, match="vLLM failed in rollout: RuntimeError: the device is lost"), vllm.awake():
+            vllm.generate(prompts("abc", "def"), PARAMS, seeds(2, 3))
+    finally:
+        hook.remove()
+    assert calls >= 3 and not vllm.is_awake
+    with vllm.awake():
+        assert not vllm.llm.llm_engine.has_unfinished_requests()
+        assert [len(g.completions) for g in vllm.generate(prompts("abc", "def"), PARAMS, seeds(2, 3))] == [3, 3]

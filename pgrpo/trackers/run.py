@@ -18,42 +18,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
-from omegaconf import OmegaConf
-from rich import box
 from rich.console import Console
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 
-from pgrpo.config import Config, ConfigError, to_yaml
+from pgrpo.config import Config, redact
+from pgrpo.trackers.console import HEADLINES, completions_table, metrics_panel, plain, printable
+from pgrpo.trackers.services import Service, Tensorboard, start_wandb
 from pgrpo.types import Group
 
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-
-HEADLINES = (
-    "reward",
-    "reward_std",
-    "frac_reward_zero_std",
-    "completions/mean_length",
-    "completions/clipped_ratio",
-    "entropy",
-    "kl",
-    "loss",
-    "grad_norm",
-    "lr",
-    "sampling/sampling_logp_difference/mean",
-    "perf/tokens_per_s",
-    "perf/peak_memory_gib",
-    "time/step",
-    "eval/reward",
-    "eval/pass@*",
-)
-"""Patterns of what the terminal shows of a step; the files have everything."""
-
-WIDEST = 600
-"""Characters of a prompt (its end) and of a completion (its start) that the terminal shows."""
 
 
 class Trackers:
@@ -77,16 +51,16 @@ class Trackers:
         self._handler = _WarningHandler(self)
         logging.getLogger("pgrpo").addHandler(self._handler)
         self._files = [self._log_file]
-        self._sinks: dict[str, tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]] = {}
+        self._services: dict[str, Service] = {}
         try:
             self._metrics_file = _reopen(run_dir / "metrics.jsonl", self._state["step"])
             self._files.append(self._metrics_file)
             self._completions_file = _reopen(run_dir / "completions.jsonl", self._state["step"])
             self._files.append(self._completions_file)
             if config.track.tensorboard:
-                self._sinks["tensorboard"] = _start_tensorboard(run_dir, self._state["step"])
-            if config.track.wandb:
-                self._start_wandb(config, run_dir)
+                self._services["tensorboard"] = Tensorboard(run_dir, self._state["step"])
+            if config.track.wandb and (wandb := start_wandb(config, run_dir, self._state["wandb_id"])):
+                self._services["wandb"], self._state["wandb_id"] = wandb, wandb.run_id
         except BaseException:
             self.close()
             raise
@@ -97,30 +71,33 @@ class Trackers:
         row = {name: _finite(value) for name, value in metrics.items()}
         _write_row(self._metrics_file, {"step": step, **row})
         self._state["step"] = step
-        for name, (send, _) in list(self._sinks.items()):
-            self._guard(name, lambda send=send: send(step, metrics))
+        self._tell_services(lambda service: service.log(step, metrics))
         if self._reports(step):
             shown = [name for pattern in HEADLINES for name in metrics if fnmatchcase(name, pattern)]
             numbers = {name: f"{metrics[name]:.4g}" for name in shown}
             line = f"step {step}/{self._steps}  " + "  ".join(f"{name} {value}" for name, value in numbers.items())
             self._write_log(line)
             if self._console:
-                self._print(_panel(f"step {step}/{self._steps}", numbers) if self._console.is_terminal else line)
+                self._print(metrics_panel(f"step {step}/{self._steps}", numbers) if self._console.is_terminal else line)
 
     def completions(self, step: int, groups: Sequence[Group]) -> None:
-        """Record ``track.completions`` samples of a step, spread evenly over its groups."""
+        """Record ``track.completions`` samples of a step, spread evenly over its groups. completions.jsonl has them of every step,
+        the terminal, wandb and tensorboard of those that are reported."""
         rows = [{"step": step, **row} for row in _pick(groups, self._track.completions)]
         for row in rows:
             _write_row(self._completions_file, row)
-        if rows and self._console and self._reports(step):
-            if self._console.is_terminal:
-                self._print(_table(rows, self._console.encoding))
-            else:
-                for row in rows:
-                    self._print(_plain(row, self._console.encoding))
+        if not rows or not self._reports(step):
+            return
+        self._tell_services(lambda service: service.completions(step, rows))
+        if self._console and self._console.is_terminal:
+            self._print(completions_table(rows, self._console.encoding))
+        elif self._console:
+            for row in rows:
+                self._print(plain(row, self._console.encoding))
 
     def message(self, text: str) -> None:
         """A line for people: to log.txt, and to the terminal if there is one."""
+        text = redact(text)
         self._write_log(text)
         if self._console:
             self._print(printable(text, self._console.encoding))
@@ -131,9 +108,8 @@ class Trackers:
 
     def close(self) -> None:
         """Flush and close everything. Calling it again does nothing."""
-        for name, (_, finish) in list(self._sinks.items()):
-            self._guard(name, finish)
-        self._sinks.clear()
+        self._tell_services(lambda service: service.close())
+        self._services.clear()
         logging.getLogger("pgrpo").removeHandler(self._handler)
         with ExitStack() as files:  # all of them, whatever one meets that still has something to write
             for file in self._files:
@@ -152,39 +128,13 @@ class Trackers:
         with _explained(self._log_file.name):
             self._log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {printable(text)}\n")
 
-    def _guard(self, name: str, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:  # a tracker may raise anything, and none of it is worth a run
-            self._sinks.pop(name, None)
-            log.warning("%s failed (%s: %s): the run goes on without it", name, type(error).__name__, error)
-
-    def _start_wandb(self, config: Config, run_dir: Path) -> None:
-        try:
-            import wandb
-            from wandb.errors import CommError, UsageError
-        except ImportError:
-            raise ConfigError("track.wandb=true: wandb is not installed; pip install 'pgrpo[wandb]'") from None
-        try:
-            run = wandb.init(
-                project=config.track.wandb_project,
-                name=run_dir.resolve().name,
-                dir=run_dir,
-                id=self._state["wandb_id"],
-                resume="allow",
-                config=OmegaConf.to_container(OmegaConf.create(to_yaml(config))),  # type: ignore[arg-type]
-                allow_val_change=True,
-                settings=wandb.Settings(console="off"),
-            )
-        except CommError as error:
-            log.warning("wandb cannot be reached (%s): the run goes on without it", error)
-            return
-        except UsageError as error:
-            raise ConfigError(f"track.wandb=true: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
-        # Our own step axis: wandb's internal one drops rows that a resumed run logs again.
-        run.define_metric("*", step_metric="step")
-        self._state["wandb_id"] = run.id
-        self._sinks["wandb"] = (lambda step, metrics: run.log({"step": step, **metrics}), run.finish)
+    def _tell_services(self, call: Callable[[Service], None]) -> None:
+        for name, service in list(self._services.items()):
+            try:
+                call(service)
+            except Exception as error:  # a tracker may raise anything, and none of it is worth a run
+                del self._services[name]
+                log.warning("%s failed (%s: %s): the run goes on without it", name, type(error).__name__, error)
 
 
 class _WarningHandler(logging.Handler):
@@ -198,13 +148,7 @@ class _WarningHandler(logging.Handler):
         text = f"{record.levelname.lower()}: {record.getMessage()}"
         self.trackers.message(text)
         if not self.trackers._console:
-            print(text, file=sys.stderr)
-
-
-def printable(text: str, encoding: str = "utf-8") -> str:
-    """``text`` with all but printable characters and newlines escaped, so that a model cannot steer the terminal."""
-    shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
+            print(redact(text), file=sys.stderr)
 
 
 def _pick(groups: Sequence[Group], count: int) -> Iterator[Row]:
@@ -224,70 +168,6 @@ def _pick(groups: Sequence[Group], count: int) -> Iterator[Row]:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _panel(title: str, numbers: dict[str, str]) -> Panel:
-    columns = 3
-    grid = Table.grid(padding=(0, 2), expand=True)
-    cells = [Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in numbers.items()]
-    for start in range(0, len(cells), columns):
-        grid.add_row(*cells[start : start + columns])
-    return Panel(grid, title=title, title_align="left", border_style="cyan")
-
-
-def _table(rows: list[Row], encoding: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, expand=True, show_lines=True)
-    table.add_column("prompt", ratio=2, overflow="fold", style="dim")
-    table.add_column("completion", ratio=3, overflow="fold")
-    for name in ("reward", "advantage"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("finish", no_wrap=True)
-    for row in rows:
-        # Text and not str: model text is never read as markup.
-        table.add_row(
-            Text(printable(_end(row["prompt"]), encoding)),
-            Text(printable(_start(row["completion"]), encoding)),
-            _number(row["reward"]),
-            _number(row["advantage"]),
-            row["finish_reason"],
-        )
-    return table
-
-
-def _plain(row: Row, encoding: str) -> str:
-    prompt, completion = (repr(text) for text in (_end(row["prompt"]), _start(row["completion"])))
-    numbers = f"reward {_number(row['reward'])}  advantage {_number(row['advantage'])}  {row['finish_reason']}"
-    return printable(f"  {prompt} -> {completion}  {numbers}", encoding)
-
-
-def _start(text: str) -> str:
-    return text if len(text) <= WIDEST else text[:WIDEST] + "..."
-
-
-def _end(text: str) -> str:
-    return text if len(text) <= WIDEST else "..." + text[-WIDEST:]
-
-
-def _start_tensorboard(run_dir: Path, step: int) -> tuple[Callable[[int, dict[str, float]], None], Callable[[], None]]:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError(
-            "track.tensorboard=true: tensorboard is not installed; pip install 'pgrpo[tensorboard]'"
-        ) from None
-    # Tensorboard hides what an earlier, longer run logged from this step on.
-    writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step >= 0 else None)
-
-    def send(step: int, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return send, writer.close
 
 
 def _open(path: Path, mode: str = "a") -> IO[str]:
@@ -315,7 +195,7 @@ def _reopen(path: Path, step: int) -> IO[str]:
 
 def _write_row(file: IO[str], row: Row) -> None:
     with _explained(file.name):
-        file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        file.write(redact(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n")
 
 
 @contextmanager

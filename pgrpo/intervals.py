@@ -1,0 +1,70 @@
+"""95% confidence intervals of an evaluation, over prompts: samples of one prompt are not independent of each other.
+
+The held-out prompts count as drawn from all that might have been asked (Miller, "Adding Error Bars to Evals", arXiv
+2411.00640): more samples a prompt narrow an interval only as far as they average out the sampler's chance, never to nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+Interval = tuple[float, float]
+"""Low and high end; NaN where there are too few prompts to say."""
+
+Z = NormalDist().inv_cdf(0.975)
+
+
+def mean_interval(clusters: Sequence[Sequence[float]]) -> Interval:
+    """Of the mean of all values, where ``clusters`` holds one list a prompt, of any lengths.
+
+    Miller's clustered standard error, for C prompts with n values s in all: the squared sums of s - mean over each prompt,
+    added up, over n^2. Times C / (C - 1), and with Student's t for C - 1 degrees of freedom, so that it holds for few prompts too.
+    """
+    clusters = [cluster for cluster in clusters if cluster]
+    count = sum(map(len, clusters))
+    if len(clusters) < 2:
+        return math.nan, math.nan
+    mean = sum(map(sum, clusters)) / count
+    squares = sum(sum(value - mean for value in cluster) ** 2 for cluster in clusters)
+    error = math.sqrt(squares * len(clusters) / (len(clusters) - 1)) / count
+    half = student_t(len(clusters) - 1) * error
+    return mean - half, mean + half
+
+
+def rate_interval(rates: Sequence[float]) -> Interval:
+    """Of a mean of one number in [0, 1] a prompt (pass@k): never outside [0, 1], nor of width 0 where all failed or all passed.
+
+    Wilson's score interval for as many independent prompts as would give the observed standard error ("effective sample size",
+    Dean and Pagano, J. Surv. Stat. Methodol. 3 (2015) 484): the number of prompts itself where each is 0 or 1 (then this is
+    Wilson's interval), more where several samples a prompt tell more.
+    """
+    prompts = len(rates)
+    if prompts < 2:
+        return math.nan, math.nan
+    rate = sum(rates) / prompts
+    variance = sum((r - rate) ** 2 for r in rates) / (prompts - 1) / prompts
+    effective = rate * (1 - rate) / variance * (Z / student_t(prompts - 1)) ** 2 if variance else 0.0
+    return wilson(rate, max(effective, prompts))
+
+
+def wilson(rate: float, count: float) -> Interval:
+    """Wilson's score interval (JASA 22 (1927) 209) of a rate among ``count`` independent trials."""
+    centre = (rate + Z**2 / (2 * count)) / (1 + Z**2 / count)
+    half = Z / (1 + Z**2 / count) * math.sqrt(rate * (1 - rate) / count + Z**2 / (4 * count**2))
+    return max(centre - half, 0.0), min(centre + half, 1.0)
+
+
+def student_t(freedom: int) -> float:
+    """The 0.975 quantile of Student's t: exact for 1 and 2 degrees of freedom, else within 0.2% (Abramowitz and Stegun, 26.7.5)."""
+    if freedom == 1:
+        return math.tan(0.475 * math.pi)
+    if freedom == 2:
+        return 0.95 / math.sqrt(2 * 0.975 * 0.025)
+    z, terms = Z, 0.0
+    terms += (z**3 + z) / 4 / freedom
+    terms += (5 * z**5 + 16 * z**3 + 3 * z) / 96 / freedom**2
+    terms += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384 / freedom**3
+    terms += (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160 / freedom**4
+    return z + terms

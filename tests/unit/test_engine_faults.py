@@ -1,0 +1,121 @@
+"""A vLLM engine that dies, hangs, loses weights or gives completions up, in a run as a user starts it (see tests/fakes/vllm)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pgrpo
+from pgrpo import checkpoint
+from pgrpo.rollout.canary import CanaryError
+from pgrpo.rollout.delivery import DeliveryError
+from pgrpo.rollout.vllm import EngineError
+
+pytestmark = pytest.mark.faults
+ROOT = Path(__file__).resolve().parents[2]
+FAKES = ROOT / "tests" / "fakes"
+
+
+def reward(completions, **_):
+    """Above 0 for any text: a completion that was given up would be the only 0."""
+    return [float(c.count("1")) + 0.01 * len(c) for c in completions]
+
+
+def keys(model, folder, *more):
+    """Four steps of four prompts: decoding is called four times a step, loading once."""
+    keys = [f"model.path={model}", f"run_dir={folder / 'run'}", "train.steps=4", "rollout.prompts_per_step=4"]
+    keys += ["rollout.group_size=4", "eval.every=0", "track.console=false", "optim.lr=1e-2", "rollout.engine=vllm"]
+    return [*keys, "rollout.canary_every=1", *more]
+
+
+@pytest.fixture
+def train(tiny_model, tmp_path, monkeypatch):
+    """``train(fault, *keys)`` in this process. Returns the run's folder."""
+    torch.set_num_threads(1)
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("FAULT", "")):
+        monkeypatch.setenv(name, value)  # also so that what the engine sets is taken back
+    monkeypatch.syspath_prepend(FAKES)
+    assert not any(name.partition(".")[0] == "vllm" for name in sys.modules)
+
+    def run(fault, *more, resume=None):
+        monkeypatch.setenv("FAULT", fault)
+        try:
+            return pgrpo.train("quickstart", keys(tiny_model, tmp_path, *more), rewards=[reward], resume=resume)
+        finally:
+            sys.modules.pop("vllm", None)
+
+    return run
+
+
+def steps(folder):
+    return [json.loads(line)["step"] for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved(folder):
+    """Names of the checkpoints, all of them whole."""
+    paths = sorted((folder / "run" / "checkpoints").iterdir())
+    return [path.name for path in paths if checkpoint.verify(path)]
+
+
+def test_row_24_an_engine_that_dies_ends_the_run_with_the_last_step_saved(train, tmp_path, caplog):
+    with pytest.raises(EngineError, match=r"^vLLM failed in rollout: RuntimeError: the device is lost$"):
+        train("step:11")  # in the third step
+    assert "failed after step 2 of 4, saved; go on with --resume auto" in caplog.text
+    assert steps(tmp_path) == [1, 2] and saved(tmp_path) == ["step_2"]
+    train("", resume="auto")
+    assert steps(tmp_path) == [1, 2, 3, 4] and saved(tmp_path) == ["step_2", "step_4"]
+
+
+def hang(tiny_model, tmp_path, fault, what):
+    more = keys(tiny_model, tmp_path, "rollout.vllm_deadline_s=10", "checkpoint.every=1")
+    done = subprocess.run(
+        [sys.executable, "-m", "pgrpo", "train", "--config", "quickstart", *more],
+        cwd=ROOT, capture_output=True, text=True, timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{FAKES}", "FAULT": fault},
+    )  # fmt: skip
+    assert done.returncode == 1 and steps(tmp_path) == [1, 2], done.stderr
+    assert f"{what} took longer than rollout.vllm_deadline_s=10 seconds and was ended; raise" in done.stderr
+    assert saved(tmp_path)[-1] in ("step_1", "step_2")
+
+
+def test_row_25_a_rollout_that_hangs_ends_the_run_at_its_deadline(tiny_model, tmp_path):
+    hang(tiny_model, tmp_path, "hang:9", "a vLLM rollout")
+
+
+def test_row_26_a_push_that_stalls_ends_the_run_at_its_deadline(tiny_model, tmp_path):
+    hang(tiny_model, tmp_path, "stall:3", "vLLM's weight push")
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        ("push", EngineError, "vLLM failed in weight push: RuntimeError: the device is lost"),
+        ("drop", DeliveryError, r"the engine did not load model\.layers\.1\.mlp\.up_proj\.weight \(1 in all\)"),
+        ("lie", DeliveryError, r"checksums of model\.layers\.1\.mlp\.up_proj\.weight \(1 in all\)"),
+        ("stale", CanaryError, r"the slope of \(engine - new\) on \(old - new\) log-probs is (1\.0|0\.9)"),
+    ],
+)
+def test_row_27_weights_that_do_not_arrive_stop_the_run(train, tmp_path, fault, error, message):
+    with pytest.raises(error, match=message):
+        train(f"{fault}:3")
+    assert steps(tmp_path) == [1, 2] and saved(tmp_path) == ["step_2"]
+
+
+def test_row_28_a_completion_that_vllm_gives_up_is_sampled_again(train, tmp_path, caplog):
+    train("give_up:6", "track.completions=16")
+    assert caplog.text.count("vLLM gave up completions of 1 of 4 prompts (abort): they are sampled again") == 1
+    rows = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    assert [sum(row["step"] == step for row in rows) for step in (1, 2, 3, 4)] == [16] * 4
+    assert all((row["reward"] > 0) == bool(row["completion"]) for row in rows)
+
+
+def test_row_28_one_that_it_always_gives_up_stops_the_run(train, tmp_path):
+    with pytest.raises(EngineError, match=r"gave up completions of 1 of 4 prompts \(abort\), 3 times in a row"):
+        train("refuse:12")
+    assert steps(tmp_path) == [1, 2] and saved(tmp_path) == ["step_2"]

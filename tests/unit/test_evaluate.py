@@ -1,0 +1,174 @@
+"""Evaluation with scripted rewards, by hand: two modes, what is correct, ranks, files."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pgrpo.config import RewardConfig
+from pgrpo.distributed import World
+from pgrpo.evaluate import evaluate, numbers_of_samples, save_results
+from pgrpo.intervals import mean_interval, wilson
+from pgrpo.rewards.run import RewardReport, RewardRunner
+from pgrpo.types import Completion, Group, Prompt, SamplingParams
+
+WORLD = World(0, 1, torch.device("cpu"))
+PARAMS = SamplingParams(max_completion_tokens=4)
+
+
+class Scorer(RewardRunner):
+    """Stands in for the reward runner: the prompt's column says what each sample gets, the greedy one the last of it."""
+
+    def __init__(self):
+        pass
+
+    def score(self, groups):
+        for group in groups:
+            given = group.prompt.columns["rewards"]
+            group.rewards = list(given if len(group.completions) > 1 else given[-1:])
+            group.reward_parts = {"f": list(group.rewards)}
+        return RewardReport(errors=0)
+
+    def correct(self, group):
+        return [r is not None and r >= 1 for r in group.rewards]
+
+
+def generate(prompts, params, seeds):
+    text = "greedy" if params.temperature == 0 else "sampled"
+    return [
+        Group(p, [Completion([0] * (i + 1), [0.0] * (i + 1), [True] * (i + 1), "stop", text) for i in range(len(own))])
+        for p, own in zip(prompts, seeds, strict=True)
+    ]
+
+
+REWARDS = [[1.0, 0.0, 0.0], [0.5, None, 0.0], [1.0, 2.0, 1.0], [0.0, 0.0, 0.99]]
+PROMPTS = [Prompt(7 + i, f"{i}+", [0], {"rewards": r}) for i, r in enumerate(REWARDS)]
+SEEDS = [[10 * i, 10 * i + 1, 10 * i + 2] for i in range(4)]
+
+
+def test_evaluate_samples_and_greedily():
+    asked = []
+
+    def watched(prompts, params, seeds):
+        asked.append((params, seeds))
+        return generate(prompts, params, seeds)
+
+    got = evaluate(watched, PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=True)
+    assert asked == [(PARAMS, SEEDS), (replace(PARAMS, temperature=0.0), [own[:1] for own in SEEDS])]
+    metrics = got.metrics
+    assert metrics["eval/pass@1"] == pytest.approx((1 + 0 + 3 + 0) / 12)
+    assert metrics["eval/pass@2"] == pytest.approx(
+        (2 / 3 + 0 + 1 + 0) / 4
+    )  # two of three draws hold the one right sample
+    assert metrics["eval/pass@3"] == pytest.approx(2 / 4)
+    assert metrics["eval/reward"] == pytest.approx(6.49 / 11) == metrics["eval/rewards/f/mean"]
+    assert metrics["eval/greedy/pass@1"] == 1 / 4
+    assert metrics["eval/greedy/reward"] == pytest.approx(1.99 / 4) == metrics["eval/greedy/rewards/f/mean"]
+    assert (metrics["eval/completions/mean_length"], metrics["eval/greedy/completions/mean_length"]) == (2.0, 1.0)
+    ends = {name: (metrics[f"eval/ci95_low/{name}"], metrics[f"eval/ci95_high/{name}"]) for name in (
+        "reward", "rewards/f/mean", "pass@1", "pass@2", "pass@3", "greedy/reward", "greedy/rewards/f/mean", "greedy/pass@1"
+    )}  # fmt: skip
+    assert ends["reward"] == mean_interval([[1, 0, 0], [0.5, 0], [1, 2, 1], [0, 0, 0.99]]) == ends["rewards/f/mean"]
+    assert ends["greedy/reward"] == mean_interval([[0.0], [0.0], [1.0], [0.99]])
+    assert ends["pass@3"] == pytest.approx(wilson(0.5, 4)) and ends["greedy/pass@1"] == pytest.approx(wilson(0.25, 4))
+    assert len([name for name in metrics if "ci95" in name]) == 2 * len(ends)
+    assert all(low <= metrics[f"eval/{name}"] <= high for name, (low, high) in ends.items())
+    assert not {"eval/reward_std", "eval/frac_reward_zero_std", "eval/greedy/pass@3"} & metrics.keys()
+
+
+@pytest.mark.parametrize(("greedy", "temperature", "modes"), [(False, 1.0, {"sampled"}), (True, 0.0, {"greedy"})])
+def test_one_mode(greedy, temperature, modes):
+    params = replace(PARAMS, temperature=temperature)
+    got = evaluate(generate, PROMPTS, params, SEEDS, Scorer(), WORLD, greedy=greedy)
+    assert {row["mode"] for row in got.rows} == modes and len(got.rows) == 12
+    assert not [name for name in got.metrics if "greedy" in name]
+
+
+def test_numbers_of_samples():
+    assert [numbers_of_samples(n) for n in (1, 2, 3, 8, 12)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8], [1, 2, 4, 8, 12]]
+
+
+def test_files_have_every_completion_and_the_summary(tmp_path):
+    prompts = [PROMPTS[1], replace(PROMPTS[2], text="lone \udc80 <é>", columns=PROMPTS[2].columns | {"when": {1, 2}})]
+    got = evaluate(generate, prompts, PARAMS, SEEDS[:2], Scorer(), WORLD, greedy=True)
+    got.metrics["eval/odd"] = math.nan
+    for _ in range(2):  # again: replaced
+        save_results(tmp_path / "eval" / "step_3", got, {"step": 3})
+    assert sorted(p.name for p in (tmp_path / "eval" / "step_3").iterdir()) == ["samples.jsonl", "summary.json"]
+    text = (tmp_path / "eval" / "step_3" / "samples.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert rows[1] == {
+        "index": 8, "mode": "sampled", "sample": 1, "prompt": "1+", "completion": "sampled", "reward": None,
+        "parts": {"f": None}, "correct": False, "tokens": 2, "finish_reason": "stop", "columns": {"rewards": [0.5, None, 0.0]},
+    }  # fmt: skip
+    assert [(row["index"], row["mode"], row["sample"], row["correct"]) for row in rows[3:]] == [
+        (9, "sampled", 0, True), (9, "sampled", 1, True), (9, "sampled", 2, True), (8, "greedy", 0, False), (9, "greedy", 0, True),
+    ]  # fmt: skip
+    assert rows[3]["prompt"] == "lone \udc80 <é>" and rows[3]["columns"]["when"] == "{1, 2}"
+    summary = json.loads((tmp_path / "eval" / "step_3" / "summary.json").read_text())
+    assert summary["step"] == 3 and summary["metrics"] == got.metrics | {"eval/odd": None}
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_on_two_ranks_each_prompt_is_scored_once(count):
+    """Ranks take turns in one process: what ``gather`` brings is put together by hand."""
+    prompts = [Prompt(i, "", [0], {"rewards": [float(i == 0)]}) for i in range(count)]
+    asked: list[list[int]] = []
+
+    def watched(prompts, params, seeds):
+        assert [s for (s,) in seeds] == [p.index for p in prompts]
+        asked.append([p.index for p in prompts])
+        return generate(prompts, params, seeds)
+
+    class Pair(World):
+        def check_stop(self):
+            """Nobody stops them."""
+
+        def gather(self, items):
+            scored = generate(prompts + prompts[-1:], PARAMS, [[0]] * (count + 1))
+            Scorer().score(scored)
+            half = len(items)
+            return items + scored[half : 2 * half] if self.rank == 0 else scored[:half] + items
+
+    seeds = [[i] for i in range(count)]
+    results = [
+        evaluate(watched, prompts, PARAMS, seeds, Scorer(), Pair(r, 2, torch.device("cpu")), greedy=False)
+        for r in range(2)
+    ]
+    assert len(asked[0]) == len(asked[1])  # both ranks decode the same number
+    assert sorted({i for part in asked for i in part}) == list(range(count))
+    for got in results:
+        assert [row["index"] for row in got.rows] == list(range(count))
+        assert got.metrics["eval/pass@1"] == pytest.approx(1 / count)
+
+
+def test_correct_is_what_every_judge_calls_right_whatever_penalties_say(tmp_path):
+    """Of the recipe `math`: a length penalty, whose best is 0, must not make a right answer wrong."""
+    (tmp_path / "own.py").write_text(
+        "def judge(completions, **_):\n    return [{'right': 1.0, 'half': 0.5, 'none': None}[c] for c in completions]\n"
+        "def bad(completions, **_):\n    return [1.0 for c in completions]\n"
+    )
+    functions = [
+        RewardConfig(f"{tmp_path}/own.py:judge", 0.7),
+        RewardConfig("format_regex", 0.2, {"pattern": "right|half"}),
+        RewardConfig("soft_overlong", 0.5, {"max_tokens": 4, "cache_tokens": 4}),
+        RewardConfig("length", 1.0, {"max_tokens": 1}),
+        RewardConfig(f"{tmp_path}/own.py:bad", -1.0),
+    ]
+    with RewardRunner(functions, on_error="raise") as runner:
+        completions = [Completion([0] * n, [0.0] * n, [True] * n, "stop", c) for c, n in (
+            ("right", 2), ("half", 2), ("none", 1), ("right", 4)
+        )]  # fmt: skip
+        group = Group(Prompt(0, "", [0]), completions)
+        runner.score([group])
+        assert runner.correct(group) == [True, False, False, True]
+        assert [r is not None and r < 0 for r in group.rewards] == [True] * 4  # penalties did apply
+        group.rewards[0] = None  # a reward failed on it
+        assert runner.correct(group)[0] is False
+    with RewardRunner([RewardConfig("length", 1.0, {"max_tokens": 1})], on_error="raise") as runner:
+        runner.score([group])
+        assert runner.correct(group) == [False] * 4  # nothing says what is right

@@ -1,0 +1,122 @@
+"""Every recipe as shipped goes through ``pgrpo check``: data with the columns that it names, a tiny chat model, its own rewards."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from pgrpo.commands.check import check
+from pgrpo.config import load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+# Rows of the recipes that read a data set. The others make theirs.
+ROWS = {
+    "code": [
+        {"text": f"Write a function to add {i}.", "test_list": [f"assert add(1) == {i + 1}"], "task_id": i}
+        for i in range(6)
+    ],
+    "gsm8k": [{"question": f"What is {i} times 7?", "answer": f"{i}*7 = {7 * i}\n#### {7 * i}"} for i in range(6)],
+    "jsonl": [{"question": f"What is {i} times 4?", "answer": 4 * i} for i in range(6)],
+    "math": [{"problem": f"What is ${i}/2$?", "solution": rf"It is $\boxed{{\frac{{{i}}}{{2}}}}$."} for i in range(6)],
+    "multiple_choice": [
+        {"question": f"{i} + 1?", "opa": f"{i}", "opb": f"{i + 1}", "opc": "7", "opd": "none", "cop": 1}
+        for i in range(6)
+    ],
+}
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """One token a printable character; an eos, a chat template, random weights."""
+    folder = tmp_path_factory.mktemp("chat_model")
+    vocabulary = ["<eos>", "<unk>", *string.printable]
+    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(vocabulary)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>", chat_template=CHAT
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            tie_word_embeddings=True,
+            eos_token_id=0,
+            pad_token_id=0,
+            bos_token_id=None,
+        )
+    ).save_pretrained(folder)
+    return folder
+
+
+def overrides(name: str, model: Path, tmp_path: Path) -> list[str]:
+    keys = [f"recipe={name}", f"model.path={model}", f"run_dir={tmp_path / 'run'}", "rollout.prompts_per_step=4"]
+    # A character is a token here: prompts are four times as long as the recipe's model would have them.
+    keys += ["rollout.max_completion_tokens=12", "data.max_prompt_tokens=4096", "train.token_budget=8192"]
+    if name in ROWS:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
+        keys += [f"data.path={rows}", f"data.eval_path={rows}"]
+    return keys
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_passes_check(name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_num_threads(1)
+    if name == "reasoning_gym":
+        pytest.importorskip("reasoning_gym")
+    config = load_config("smollm2_135m", overrides(name, model, tmp_path))
+    check(config)
+    shown = capsys.readouterr().out
+    assert shown.count("--- prompt (") == shown.count("--- completion (") == 4
+    rewards = [line for line in shown.splitlines() if line.startswith("--- reward ")]
+    assert len(rewards) == 4
+    for reward in config.rewards.functions:  # each function gave each shown completion a number
+        function = reward.function.rpartition(":")[2]
+        assert all(
+            f"{function} 0.0" in line or f"{function} -" in line or f"{function} 1.0" in line for line in rewards
+        )
+    assert " tokens, median " in shown
+    assert shown.endswith("all is well\n")
+
+
+def test_every_recipe_that_reads_a_data_set_says_its_columns() -> None:
+    """In the comment of ``data.path``; they are those of the rows here, which the check passes with."""
+    for name, rows in ROWS.items():
+        lines = (ROOT / "recipes" / f"{name}.yaml").read_text().splitlines()
+        at = next(i for i, line in enumerate(lines) if line.strip().startswith("path:"))
+        said = " ".join(lines[at - 2 : at + 1])
+        for column in rows[0].keys() - {"task_id"}:
+            assert column in said, f"{name}: {column}"
+
+
+def test_check_shows_a_masked_reward_and_goes_on(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe math lets a run go on where an answer of the data is no mathematics; so does its check."""
+    keys = overrides("math", model, tmp_path)
+    rows = [{"problem": f"What is {i}?", "solution": ""} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward = "rewards.functions=[{function: exact_match, args: {column: solution}}]"
+    config = load_config("smollm2_135m", [*keys, reward])
+    assert config.rewards.on_error == "mask"
+    check(config)
+    shown = capsys.readouterr().out
+    assert "rewards.on_error=mask leaves out 8 of 8 completions; the first: reward `exact_match` failed" in shown
+    assert shown.count("--- reward None") == 4
+    assert shown.endswith("all is well\n")
