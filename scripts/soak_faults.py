@@ -31,7 +31,7 @@ DISK, EVENTS, REWARD = FOLDER / "disk", FOLDER / "events.jsonl", FOLDER / "rewar
 BALLAST = DISK / "ballast"
 
 
-def reward(completions: list[str], answer: list[Any], **_: Any) -> list[float]:
+def reward(completions: list[str], answer: list[Any], **columns: Any) -> list[float]:
     """Exact match, unless a fault is due. In the worker process."""
     if REWARD.exists():
         kind, _, left = REWARD.read_text().partition(" ")
@@ -97,12 +97,18 @@ class Faults:
                 gradient.view(-1)[0] = float("nan")
             return sums, largest
 
-        loop._step, Run.restore, Updater.backward = watched_step, watched_restore, spoiled_backward
+        replaced = (
+            (loop, "_step", watched_step),
+            (Run, "restore", watched_restore),
+            (Updater, "backward", spoiled_backward),
+        )
+        for owner, name, function in replaced:
+            setattr(owner, name, function)
 
     def _inject(self, step: int | None) -> None:
         fault = self._left.pop(0)
         kind = fault["kind"]
-        note("fault", **(fault | {"step": step}))
+        note("fault", **{**fault, "step": step})
         if kind in ("sigkill", "sigterm"):
             threading.Thread(target=self._send, args=(kind, fault["delay"]), daemon=True).start()
         elif kind.startswith("reward"):

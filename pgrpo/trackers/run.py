@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from pgrpo.config import Config, ConfigError, redact
+from pgrpo.config import Config, redact
 from pgrpo.trackers.console import HEADLINES, completions_table, metrics_panel, plain, printable
 from pgrpo.trackers.services import Service, Tensorboard, start_wandb
 from pgrpo.types import Group
@@ -49,15 +50,18 @@ class Trackers:
         self._log_file = _open(run_dir / "log.txt")
         self._handler = _WarningHandler(self)
         logging.getLogger("pgrpo").addHandler(self._handler)
-        self._metrics_file = _reopen(run_dir / "metrics.jsonl", self._state["step"])
-        self._completions_file = _reopen(run_dir / "completions.jsonl", self._state["step"])
+        self._files = [self._log_file]
         self._services: dict[str, Service] = {}
         try:
+            self._metrics_file = _reopen(run_dir / "metrics.jsonl", self._state["step"])
+            self._files.append(self._metrics_file)
+            self._completions_file = _reopen(run_dir / "completions.jsonl", self._state["step"])
+            self._files.append(self._completions_file)
             if config.track.tensorboard:
                 self._services["tensorboard"] = Tensorboard(run_dir, self._state["step"])
             if config.track.wandb and (wandb := start_wandb(config, run_dir, self._state["wandb_id"])):
                 self._services["wandb"], self._state["wandb_id"] = wandb, wandb.run_id
-        except ConfigError:
+        except BaseException:
             self.close()
             raise
 
@@ -107,8 +111,10 @@ class Trackers:
         self._tell_services(lambda service: service.close())
         self._services.clear()
         logging.getLogger("pgrpo").removeHandler(self._handler)
-        for file in (self._metrics_file, self._completions_file, self._log_file):
-            file.close()
+        with ExitStack() as files:  # all of them, whatever one meets that still has something to write
+            for file in self._files:
+                files.enter_context(_explained(file.name))
+                files.callback(file.close)
 
     def _reports(self, step: int) -> bool:
         return step % self._track.console_every == 0 or step in (1, self._steps)
@@ -119,7 +125,8 @@ class Trackers:
         self._console.print(renderable, soft_wrap=isinstance(renderable, str))
 
     def _write_log(self, text: str) -> None:
-        self._log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {printable(text)}\n")
+        with _explained(self._log_file.name):
+            self._log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {printable(text)}\n")
 
     def _tell_services(self, call: Callable[[Service], None]) -> None:
         for name, service in list(self._services.items()):
@@ -173,7 +180,7 @@ def _reopen(path: Path, step: int) -> IO[str]:
     if not path.exists():
         return _open(path)
     kept = path.with_suffix(".tmp")
-    with path.open(encoding="utf-8", newline="\n") as rows, _open(kept, "w") as out:
+    with _explained(kept), path.open(encoding="utf-8", newline="\n") as rows, _open(kept, "w") as out:
         for line in rows:
             try:
                 keep = line.endswith("\n") and json.loads(line)["step"] <= step
@@ -187,4 +194,17 @@ def _reopen(path: Path, step: int) -> IO[str]:
 
 
 def _write_row(file: IO[str], row: Row) -> None:
-    file.write(redact(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n")
+    with _explained(file.name):
+        file.write(redact(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n")
+
+
+@contextmanager
+def _explained(path: str | Path) -> Iterator[None]:
+    """The system's error of a write does not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(
+            f"{path}: cannot be written ({error.strerror}); without the run's record training does not go on; "
+            "make room, then --resume auto"
+        ) from error

@@ -65,7 +65,7 @@ BYTES = [
     b"\xff\xfe", b"\x00", b"\xef\xbb\xbf", b"\r\n", b"\r", b"\x80", b"\t", b"\xed\xa0\x80", b"#", b"\\", b"'", b'"',
     b"{", b"\xc2\x85",
 ]  # fmt: skip
-DAMAGE = ["value"] * 3 + ["number"] * 3 + ["drop"] * 2
+DAMAGE = ["number"] * 6 + ["value"] * 3 + ["drop"] * 2
 DAMAGE += ["rename", "duplicate", "indent", "line", "bytes", "cut", "nest", "add"]
 SECTIONS = sorted({key.partition(".")[0] for key in valid_keys()})
 KEYS = [key.replace("[i]", "[0]") for key in valid_keys()]
@@ -94,7 +94,7 @@ def _values(draw) -> str:
 
 def _scaled(draw, number: str) -> str:
     """A number of the same type, mostly."""
-    factor = draw(st.sampled_from([0, 1, 2, 3, 0.5, 10, 1000, -1]))
+    factor = draw(st.sampled_from([1, 2, 10, 0.5, 3, 1000, 0, -1]))
     return repr(float(number) * factor) if re.search(r"[.e]", number) else f"{int(number) * factor:g}"
 
 
@@ -161,7 +161,7 @@ def _plausible(draw) -> str:
 
 
 def _override(draw) -> str:
-    if draw(st.booleans()):
+    if draw(st.integers(0, 2)):
         return _plausible(draw)
     key = draw(st.sampled_from(KEYS + SECTIONS))
     if draw(st.integers(0, 3)) == 0:
@@ -249,17 +249,14 @@ def judge(folder, case, code, out, err):
 
 def test_fuzz(folder):
     outcomes: Counter[tuple[str, str]] = Counter()
-    reasons: Counter[str] = Counter()
 
-    @settings(
-        max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+    health = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
+
+    @settings(max_examples=EXAMPLES, derandomize=True, database=None, deadline=None, suppress_health_check=health)
     @given(cases())
     def fuzz(case):
         code, out, err = dry_run(folder, case)
         judge(folder, case, code, out, err)
-        if code == 2:
-            reasons[re.sub(r".*?(override '.*?'|\w+\.yaml(:\d+)?): ", "", err)[:60]] += 1
         for kind in case.kinds:
             outcomes[kind, "valid" if code == 0 else "refused"] += 1
         outcomes["all", "valid" if code == 0 else "refused"] += 1
@@ -271,4 +268,4 @@ def test_fuzz(folder):
     for kind in sorted({kind for kind, _ in outcomes} - {"all"}):
         print(f"  {kind:18} {outcomes[kind, 'refused']:4} {outcomes[kind, 'valid']:4}")
     assert outcomes["all", "refused"] + outcomes["all", "valid"] >= EXAMPLES
-    assert min(outcomes["all", "refused"], outcomes["all", "valid"]) >= EXAMPLES // 5
+    assert min(outcomes["all", "refused"], outcomes["all", "valid"]) >= EXAMPLES // 10  # neither is rare

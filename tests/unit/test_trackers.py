@@ -4,6 +4,7 @@ import builtins
 import io
 import json
 import logging
+import resource
 import struct
 import time
 from collections.abc import Iterator
@@ -65,6 +66,26 @@ def test_metrics_rows_are_on_disk_when_the_step_is_over(tmp_path):
     assert rows(tmp_path / "metrics.jsonl")[1] == {"step": 2, "loss": None, "kl": None, "lr": 1e-6}
     track.close()
     track.close()
+
+
+@pytest.mark.faults
+def test_row_10_a_file_that_cannot_be_written_is_named(tmp_path):
+    """By the row that does not fit, by closing it, and by going on with a run; what was written stays."""
+    track = Trackers(make_config(), tmp_path)
+    track.log(1, {"reward": 0.5})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    message = r"{}: cannot be written \(File too large\); without .*; make room, then --resume auto$"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(RuntimeError, match=message.format("metrics.jsonl")):
+            track.log(2, {"reward": 0.5})
+        with pytest.raises(RuntimeError, match=message.format("metrics.jsonl")):
+            track.close()
+        with pytest.raises(RuntimeError, match=message.format("metrics.tmp")):
+            Trackers(make_config(), tmp_path, resume={"step": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "reward": 0.5}]
 
 
 def test_completions_rows(tmp_path):
