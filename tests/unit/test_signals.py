@@ -20,11 +20,12 @@ ROOT = Path(__file__).resolve().parents[2]
 REWARD = """\
 import os, subprocess, sys, time
 from pathlib import Path
-calls = 0  # two of the evaluation before the first step, greedy and sampled
+calls = 0
 def reward(completions, **_):
     global calls
     calls += 1
     marker = Path(os.environ["MARKER"])
+    # Step 2: the evaluation before step 1 scores sampled and greedy completions.
     if os.environ["PHASE"] == "reward" and calls == 4 and not marker.exists():
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
         marker.write_text(f"{os.getpid()} {child.pid}")
