@@ -61,8 +61,8 @@ class Delivery:
                 raise DeliveryError(
                     f"weight push: the engine's {name} is made of {sources}, which the policy does not have"
                 )
-            # What every rank holds whole is counted that many times.
-            copies = max(1, round(parameter.numel() * ranks / sum(self.sizes[source] for source in sources)))
+            # Split over the ranks, or whole on each and then counted that many times. Padding (of a vocabulary) adds no bits.
+            copies = ranks if parameter.numel() >= sum(self.sizes[source] for source in sources) else 1
             compared.append(name)
             wanted.append(copies * torch.stack([self.sent[source] for source in sources]).sum())
             found.append(bit_sum(parameter))

@@ -117,6 +117,9 @@ def test_check_shows_a_masked_reward_and_goes_on(
     assert config.rewards.on_error == "mask"
     check(config)
     shown = capsys.readouterr().out
-    assert "rewards.on_error=mask leaves out 8 of 8 completions; the first: reward `exact_match` failed" in shown
+    assert (
+        "rewards.on_error=mask leaves out 8 of 8 completions; the first: reward `exact_match` (rewards.functions[0]) failed"
+        in shown
+    )
     assert shown.count("--- reward None") == 4
     assert shown.endswith("all is well\n")
