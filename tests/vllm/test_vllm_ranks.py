@@ -1,0 +1,61 @@
+"""Whole runs of two ranks with vLLM: an engine a rank, or one engine that both share."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+if torch.cuda.is_available():
+    pytestmark += [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")]
+    DTYPE, TOLERANCE = "bfloat16", 0.1
+else:
+    DTYPE, TOLERANCE = "float32", 1e-3
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model, tmp_path_factory):
+    """The quick start's tokenizer before a model whose heads are as large as vLLM wants them."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=128, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, initializer_range=0.1, tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    (folder / "own.py").write_text(
+        "def spread(completion_ids, **_):\n    return [float(ids[0] % 7) for ids in completion_ids]\n"
+    )
+    return folder
+
+
+@pytest.mark.parametrize(("tensor_parallel_size", "fsdp_size"), [(1, "null"), (2, "null"), (1, 1)])
+def test_two_ranks(launch, model, tmp_path, monkeypatch, tensor_parallel_size, fsdp_size):
+    """The engines have the policy's weights in every step: log-probs agree, and the canary's slope is that of the new weights."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    keys = [
+        f"model.path={model}",
+        f"model.dtype={DTYPE}",
+        f"model.fsdp_size={fsdp_size}",
+        f"run_dir={tmp_path / 'run'}",
+    ]
+    keys += ["train.steps=3", "rollout.prompts_per_step=4", "rollout.group_size=4", "optim.lr=1e-3", "eval.every=0"]
+    keys += ["rollout.engine=vllm", "rollout.enforce_eager=true", "rollout.canary_every=1", "track.console=false"]
+    keys += [
+        f"rollout.tensor_parallel_size={tensor_parallel_size}",
+        f"rewards.functions=[{{function: {model}/own.py:spread}}]",
+    ]
+    done = launch(["-m", "pgrpo", "train", "--config", "quickstart", *keys], 2)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    for row in rows:
+        assert row["sampling/sampling_logp_difference/max"] < TOLERANCE
+    for row in rows[1:]:
+        print({key: row[key] for key in ("canary/slope", "canary/slope_error", "canary/logp_difference")})
+        assert row["canary/logp_difference"] < TOLERANCE
+        assert abs(row["canary/slope"]) < 0.3
