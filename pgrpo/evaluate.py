@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pgrpo.config import redact
 from pgrpo.distributed import World
 from pgrpo.intervals import mean_interval, rate_interval
 from pgrpo.metrics import group_metrics, pass_at_k
@@ -48,10 +49,8 @@ def evaluate(
     already); ranks share the prompts out. What is correct for pass@k, ``RewardRunner.correct`` says.
     """
     sampled = _scored(generate, prompts, params, seeds, rewards, world)
-    metrics, rows = (
-        _metrics(sampled, rewards),
-        list(_rows("greedy" if params.temperature == 0 else "sampled", sampled, rewards)),
-    )
+    metrics = _metrics(sampled, rewards)
+    rows = list(_rows("greedy" if params.temperature == 0 else "sampled", sampled, rewards))
     if greedy and params.temperature != 0:
         once = replace(params, temperature=0.0)
         best = _scored(generate, prompts, once, [own[:1] for own in seeds], rewards, world)
@@ -74,7 +73,9 @@ def save_results(folder: Path, evaluation: Evaluation, about: Mapping[str, Any])
     summary = json.dumps({**about, "metrics": metrics}, ensure_ascii=False, indent=1) + "\n"
     for name, text in (("samples.jsonl", "".join(lines)), ("summary.json", summary)):
         part = folder / f".{name}.{os.getpid()}"
-        part.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate becomes its JSON escape
+        part.write_text(
+            redact(text), encoding="utf-8", errors="backslashreplace"
+        )  # a lone surrogate becomes its JSON escape
         part.replace(folder / name)
 
 

@@ -145,10 +145,9 @@ def _value(config: Config, key: str) -> Any:
 def _check_sizes(config: Config) -> None:
     prompts, updates = config.rollout.prompts_per_step, config.train.updates_per_step
     if prompts % updates:
-        divisors = ", ".join(str(n) for n in range(1, prompts + 1) if prompts % n == 0)
         raise ConfigError(
             f"train.updates_per_step: {updates} does not divide rollout.prompts_per_step, {prompts} prompts; "
-            f"it may be {divisors}, or set rollout.prompts_per_step to {_multiples(prompts, updates)}"
+            f"it may be {_divisors(prompts)}, or set rollout.prompts_per_step to {_multiples(prompts, updates)}"
         )
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
     if longest > config.train.token_budget:
@@ -195,10 +194,15 @@ def check_world_size(config: Config, world_size: int) -> None:
             f"valid numbers of prompts: {_multiples(prompts, world_size)}"
         )
     if (size := config.model.fsdp_size) and world_size % size:
-        valid = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
         raise ConfigError(
-            f"model.fsdp_size: {size} does not divide the number of ranks, {world_size}; valid: {valid}, or null (all)"
+            f"model.fsdp_size: {size} does not divide the number of ranks, {world_size}; "
+            f"valid: {_divisors(world_size)}, or null (all)"
         )
+
+
+def _divisors(number: int) -> str:
+    """Of 12: '1, 2, 3, 4, 6, 12'."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 def _multiples(near: int, divisor: int) -> str:

@@ -155,9 +155,8 @@ class VLLMEngine:
             yield
         except BaseException:
             self.is_awake = False
-            with suppress(
-                EngineError
-            ):  # after a fault of the device this fails too; the first error is the one to tell
+            # After a fault of the device this fails too; the first error is the one to tell.
+            with suppress(EngineError):
                 self._fall_asleep()
             raise
         self.is_awake = False

@@ -96,9 +96,7 @@ def _loop(run: Run, trackers: Trackers | None) -> None:
                 trackers.completions(run.step, groups)
             _finish_step(run, trackers)
     except Stopped as stopped:
-        run.drop()
-        run.save(trackers.state_dict() if trackers else {})
-        run.wait()
+        _save_last_finished(run, trackers)
         log.warning("stopped after step %d of %d, saved; go on with --resume auto", run.step, run.config.train.steps)
         raise SystemExit(128 + stopped.signum) from None
     except Exception as error:
@@ -110,15 +108,20 @@ def _loop(run: Run, trackers: Trackers | None) -> None:
         log.warning(text, target, WINDOW, sum(run.recent_rewards) / WINDOW, run.step, total)
 
 
+def _save_last_finished(run: Run, trackers: Trackers | None) -> None:
+    """Drop the step that was begun and save the one before, durably."""
+    run.drop()
+    run.save(trackers.state_dict() if trackers else {})
+    run.wait()
+
+
 def _rescue(run: Run, trackers: Trackers | None, error: Exception) -> None:
     """Save the last finished step after a failure in the next one, if that has changed nothing yet and all ranks know of it."""
     known = run.world.size == 1 or isinstance(error, NonFiniteError) or distributed.all_ranks_know(error)
     if not known or not run.step or run.updater.has_moved or isinstance(error, CheckpointError):
         return
     try:
-        run.drop()
-        run.save(trackers.state_dict() if trackers else {})
-        run.wait()
+        _save_last_finished(run, trackers)
     except Exception as another:  # what ended the run is told by its own exception
         log.error("step %d could not be saved: %s", run.step, another)
     else:
