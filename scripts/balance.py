@@ -1,11 +1,14 @@
 """How evenly a step's work is shared out among ranks, on simulated lengths with a long tail; no GPU needed.
 
     python scripts/balance.py --json benchmarks/balance.json
+    python scripts/balance.py --on-gpu --ranks 2 4 --steps 3 --json FILE
 
 Prompts and completions are log-normal, cut off at the maximum (a few completions per hundred run into it, as those of a
 reasoning model do). Work is what `pgrpo train` shares out by: the FLOPs of a group's forward and backward. Ranks that hold
 sharded weights wait for each other in every micro-batch, so two figures count: the busiest rank's work over the mean, and
-the time of a step in which every micro-batch takes as long as that of the slowest rank, over the mean.
+the time of a step in which every micro-batch takes as long as that of the slowest rank, over the mean. ``--on-gpu`` adds
+the same figures in seconds: each rank's micro-batches, one rank after the other on this GPU, forward and backward of a
+model of that shape.
 """
 
 from __future__ import annotations
@@ -13,13 +16,19 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from pgrpo.distributed import share_out
+from pgrpo.batch import build_batch
+from pgrpo.commands.bench import random_model
+from pgrpo.config import load_config
+from pgrpo.distributed import World, share_out
 from pgrpo.exactness import tokens_as_groups
 from pgrpo.flops import ModelDims, update_flops
+from pgrpo.training.placement import wrap
 from pgrpo.types import Group
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,29 +49,60 @@ def draw(generator: torch.Generator, prompts: int, args: argparse.Namespace) -> 
     return tokens_as_groups([[0] * n for n in prompt_lengths], completions)
 
 
-def measure(dims: ModelDims, ranks: int, args: argparse.Namespace) -> dict[str, float]:
-    """Means and the worst of ``args.steps`` steps."""
+def seconds_on_gpu(args: argparse.Namespace) -> Callable[[list[Group]], float]:
+    """Times a micro-batch's forward and backward, on random weights in bfloat16."""
+    keys = [f"model.path={args.shape_of}", "model.activation_checkpointing=attention", "rollout.engine=embedded"]
+    config = load_config("qwen3_4b.yaml", keys)
+    world = World(0, 1, torch.device("cuda", 0))
+    torch.manual_seed(0)
+    policy = wrap(random_model(config, args.max_prompt + args.max_completion, world.device), config, world)
+
+    def seconds(groups: list[Group]) -> float:
+        batch = build_batch(groups, device=world.device, attention=policy.attention)
+        world.synchronize()
+        started = time.perf_counter()
+        policy(batch).logprobs.sum().backward()
+        world.synchronize()
+        return time.perf_counter() - started
+
+    for groups in share_out(draw(torch.Generator().manual_seed(1), 8, args), 1, args.token_budget, lambda group: 1.0)[
+        0
+    ]:
+        seconds(groups)  # compiles
+    return seconds
+
+
+def measure(
+    dims: ModelDims, ranks: int, args: argparse.Namespace, seconds: Callable[[list[Group]], float] | None
+) -> dict[str, float]:
+    """Means and the worst of ``args.steps`` steps, by FLOPs and, where ``seconds`` times a micro-batch, by the clock."""
     generator = torch.Generator().manual_seed(args.seed)
 
     def cost(group: Group) -> float:
         return update_flops(dims, len(group.prompt.token_ids), [len(c.token_ids) for c in group.completions])
 
-    busiest, waited = [], []
+    def flops(batch: list[Group]) -> float:
+        return sum(map(cost, batch))
+
+    kinds = {"": flops} | ({"seconds_": seconds} if seconds else {})
+    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     for _ in range(args.steps):
-        groups = draw(generator, ranks * args.prompts_per_rank, args)
-        plan = share_out(groups, ranks, args.token_budget, cost)
-        work = [[sum(map(cost, batch)) for batch in batches] for batches in plan]
-        loads = [sum(batches) for batches in work]
-        busiest.append(max(loads) / statistics.mean(loads))
-        waited.append(sum(map(max, zip(*work, strict=True))) / statistics.mean(loads))
-    return {
-        "ranks": ranks,
-        "prompts_per_rank": args.prompts_per_rank,
-        "busiest_mean": statistics.mean(busiest),
-        "busiest_worst": max(busiest),
-        "step_mean": statistics.mean(waited),
-        "step_worst": max(waited),
-    }
+        plan = share_out(draw(generator, ranks * args.prompts_per_rank, args), ranks, args.token_budget, cost)
+        for kind, function in kinds.items():
+            work = [[function(batch) for batch in batches] for batches in plan]
+            loads = [sum(batches) for batches in work]
+            mean = statistics.mean(loads)
+            found[kind].append((max(loads) / mean, sum(map(max, zip(*work, strict=True))) / mean))
+    row: dict[str, float] = {"ranks": ranks, "prompts_per_rank": args.prompts_per_rank}
+    for kind, pairs in found.items():
+        busiest, waited = zip(*pairs, strict=True)
+        row |= {
+            f"{kind}busiest_mean": statistics.mean(busiest),
+            f"{kind}busiest_worst": max(busiest),
+            f"{kind}step_mean": statistics.mean(waited),
+            f"{kind}step_worst": max(waited),
+        }
+    return row
 
 
 def main() -> None:
@@ -80,16 +120,19 @@ def main() -> None:
     parser.add_argument("--sigma", type=float, default=1.0, help="of the logarithms of the lengths")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--on-gpu", action="store_true", help="also time the micro-batches, on this machine's GPU")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     dims = ModelDims.from_config(json.loads((Path(args.shape_of) / "config.json").read_text()))
+    seconds = seconds_on_gpu(args) if args.on_gpu else None
     rows = []
     for ranks in args.ranks:
-        rows.append(measure(dims, ranks, args))
+        rows.append(measure(dims, ranks, args, seconds))
         print(json.dumps(rows[-1]), flush=True)
     if args.json:
         settings = {key: value for key, value in vars(args).items() if key not in ("json", "ranks", "shape_of")}
-        args.json.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+        device = {"device": torch.cuda.get_device_name()} if args.on_gpu else {}
+        args.json.write_text(json.dumps({**device, "settings": settings, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Whole training steps, rollout included, of a model's shape with random weights (so that completions run to their limit).
 
     python scripts/full_step.py --shape-of benchmarks/qwen3_4b --config qwen3_4b.yaml --prompts 32 --prompt 4096 \
-        --completion 1024 --group-size 8 [--steps 3] [--json FILE] [key=value ...]
+        --completion 1024 --group-size 8 [--attention grouped repeated] [--steps 2] [--json FILE] [key=value ...]
 
 Makes a model folder beside the run folder, from config.json alone, trains on random prompts, and prints the median of each part
-of a step. The first step, which compiles, is left out. ``model.attention=repeated`` in another run gives the other side.
+of a step, for both ways of attention in turn. A small step of each before, which compiles, is left out.
 """
 
 from __future__ import annotations
@@ -15,23 +15,30 @@ import json
 import random
 import shutil
 import statistics
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import pgrpo
-from pgrpo.config import load_config
+from pgrpo.config import Config, load_config
 from pgrpo.distributed import start
+from pgrpo.flops import GIB
 from pgrpo.rollout.base import sample_seeds
 from pgrpo.rollout.vllm import VLLMEngine
+from pgrpo.training.loop import one_step
 from pgrpo.training.run import build_run
 from pgrpo.training.sample import sampling_params
 
+WARM_UP_PROMPTS = 4
 WORDS = [f"w{i}" for i in range(1000)]
 PARTS = (
+    "time/wake",
     "time/weight_sync",
     "time/rollout",
     "time/sleep",
@@ -71,36 +78,74 @@ def spread(completions: list[str], completion_ids: list[list[int]]) -> list[floa
     return [float(sum(ids) % 1000) for ids in completion_ids]
 
 
-def settings(args: argparse.Namespace) -> tuple[list[str], list[dict[str, str]]]:
-    """Overrides of the config, and the rows of random words; the model folder is made if it is not there."""
+def start_settings(args: argparse.Namespace) -> tuple[Config, list[dict[str, str]]]:
+    """The config, and rows of random words; the model folder is made if it is not there, and an old run folder removed."""
+    shutil.rmtree(args.run_dir, ignore_errors=True)
     model = args.run_dir.with_name(args.run_dir.name + "_model")
     if not model.exists():
         make_model(args.shape_of, model)
     rnd = random.Random(0)
-    rows = [{"text": " ".join(rnd.choices(WORDS, k=args.prompt))} for _ in range(args.prompts * (args.steps + 1))]
+    rows = [{"text": " ".join(rnd.choices(WORDS, k=args.prompt))} for _ in range(args.prompts * (args.steps + 1) * 2)]
     keys = {
         "model.path": model, "run_dir": args.run_dir,
         "rollout.prompts_per_step": args.prompts, "rollout.group_size": args.group_size,
-        "rollout.max_completion_tokens": args.completion, "data.max_prompt_tokens": args.prompt, "train.steps": args.steps + 1,
+        "rollout.max_completion_tokens": args.completion, "data.max_prompt_tokens": args.prompt,
         "train.token_budget": args.prompt + args.group_size * args.completion, "eval.every": 0, "checkpoint.every": 0,
         "prompt.messages": "[{role: user, content: '{text}'}]", "rewards.functions": "[]",
     }  # fmt: skip
-    return [f"{key}={value}" for key, value in keys.items()] + args.overrides, rows
+    overrides = [f"{key}={value}" for key, value in keys.items()] + args.overrides
+    return load_config(args.config, overrides, rewards_from_python=True, data_from_python=True), rows
 
 
-def steps(args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of a step's parts."""
-    overrides, rows = settings(args)
-    shutil.rmtree(args.run_dir, ignore_errors=True)
-    pgrpo.train(args.config, overrides, rewards=[spread], dataset=rows)
-    lines = [json.loads(line) for line in (args.run_dir / "metrics.jsonl").read_text().splitlines()][1:]
-    return {name: statistics.median(line[name] for line in lines) for name in (*PARTS, *OTHERS) if name in lines[0]}
+def steps(args: argparse.Namespace, report: Callable[[list[dict[str, Any]]], None]) -> None:
+    """Median seconds of a step's parts, a row for each way of attention; ``report`` has the rows after every step."""
+    config, rows = start_settings(args)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in args.attention}
+    with start(config.model.fsdp_size) as world, build_run(config, world, [spread], rows) as run:
+        for turn in range(args.steps + 1):
+            config.rollout.prompts_per_step = args.prompts if turn else WARM_UP_PROMPTS
+            for name in args.attention:
+                config.model.attention = name
+                with device_memory() as used:
+                    _, metrics = one_step(run)
+                run.step += 1
+                run.mark()
+                part = {key: metrics[key] for key in (*PARTS, *OTHERS) if key in metrics}
+                print(name, json.dumps(part | {"device_peak_gib": max(used)}), flush=True)
+                if turn:
+                    found[name].append(part | {"device_peak_gib": max(used)})
+                    report(
+                        [
+                            {"attention": name, "steps": len(rows)}
+                            | {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+                            for name, rows in found.items()
+                            if rows
+                        ]
+                    )
+
+
+@contextmanager
+def device_memory() -> Iterator[list[float]]:
+    """GiB in use on the GPU, by all that it holds (vLLM's pools too, which PyTorch does not count), twenty times a second."""
+    used, done = [0.0], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.05):
+            free, total = torch.cuda.mem_get_info(0)
+            used.append((total - free) / GIB)
+
+    thread = threading.Thread(target=look, daemon=True)
+    if torch.cuda.is_available():
+        thread.start()
+    try:
+        yield used
+    finally:
+        done.set()
 
 
 def rollouts(args: argparse.Namespace) -> dict[str, float]:
     """Tokens a second of vLLM: as a run calls it, and as it is without log-probs. In turn, on other prompts each time."""
-    overrides, rows = settings(args)
-    config = load_config(args.config, overrides, rewards_from_python=True, data_from_python=True)
+    config, rows = start_settings(args)
     rates: dict[str, list[float]] = {"rollout_tokens_per_s": [], "plain_vllm_tokens_per_s": []}
     with start(config.model.fsdp_size) as world, build_run(config, world, [spread], rows) as run, run.engine.awake():
         assert isinstance(run.engine, VLLMEngine), "rollout.engine must be vllm"
@@ -133,21 +178,28 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=4096)
     parser.add_argument("--completion", type=int, default=1024)
     parser.add_argument("--group-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--attention", nargs="+", choices=["grouped", "repeated"], default=["grouped", "repeated"])
+    parser.add_argument("--steps", type=int, default=2, help="of each way of attention")
     parser.add_argument(
         "--rollouts", action="store_true", help="vLLM's tokens a second alone, with log-probs and without"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the row is added to this file")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="rows are added to this file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     shape = {name: getattr(args, name) for name in ("prompts", "prompt", "completion", "group_size")}
-    row = shape | {"overrides": args.overrides} | (rollouts if args.rollouts else steps)(args)
-    print(json.dumps(row, indent=1))
-    if args.json:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-        report = json.loads(args.json.read_text()) if args.json.exists() else {"device": device, "rows": []}
-        report["rows"].append(row)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    before = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
+
+    def report(rows: list[dict[str, Any]]) -> None:
+        rows = [shape | {"overrides": args.overrides} | row for row in rows]
+        print(json.dumps(rows), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps({"device": device, "rows": before + rows}, indent=1) + "\n")
+
+    if args.rollouts:
+        report([rollouts(args)])
+    else:
+        steps(args, report)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ class Faults:
         from pgrpo.training.run import Run
         from pgrpo.training.update import Updater
 
-        step, restore, backward = loop._step, Run.restore, Updater.backward
+        step, restore, backward = loop.one_step, Run.restore, Updater.backward
 
         def watched_step(run: Run) -> Any:
             if self._left and self._left[0]["step"] <= run.step:
@@ -98,7 +98,7 @@ class Faults:
             return sums, largest
 
         replaced = (
-            (loop, "_step", watched_step),
+            (loop, "one_step", watched_step),
             (Run, "restore", watched_restore),
             (Updater, "backward", spoiled_backward),
         )

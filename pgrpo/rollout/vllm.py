@@ -141,15 +141,13 @@ class VLLMEngine:
     @contextmanager
     def awake(self) -> Iterator[None]:
         """Inside, ``generate`` and ``score`` run on the policy's weights of the moment of entering."""
-        started = time.perf_counter()
         if self.sleeps:
             torch.cuda.empty_cache()  # what the trainer's allocator keeps without need gives way
-            self._together(lambda: self._call("wake_up", lambda: self.llm.wake_up(tags=["weights"])))
+        waking = self._wake("weights")
+        started = self._now()
         self.push()
-        if self.sleeps:
-            self._together(lambda: self._call("wake_up", lambda: self.llm.wake_up(tags=["kv_cache"])))
-        self.world.synchronize()
-        self.timings["time/weight_sync"] = time.perf_counter() - started
+        self.timings["time/weight_sync"] = self._now() - started
+        self.timings["time/wake"] = waking + self._wake("kv_cache")
         self.is_awake = True
         try:
             yield
@@ -160,9 +158,9 @@ class VLLMEngine:
                 self._fall_asleep()
             raise
         self.is_awake = False
-        started = time.perf_counter()
+        started = self._now()
         self._together(self._fall_asleep)
-        self.timings["time/sleep"] = time.perf_counter() - started
+        self.timings["time/sleep"] = self._now() - started
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[Sequence[int]]
@@ -310,6 +308,17 @@ class VLLMEngine:
 
     def _model(self) -> Any:
         return self.llm.apply_model(lambda model: model)[0]
+
+    def _now(self) -> float:
+        self.world.synchronize()
+        return time.perf_counter()
+
+    def _wake(self, tag: str) -> float:
+        """Take that part of the engine's memory back. Returns seconds."""
+        started = self._now()
+        if self.sleeps:
+            self._together(lambda: self._call("wake_up", lambda: self.llm.wake_up(tags=[tag])))
+        return self._now() - started
 
     def _fall_asleep(self) -> None:
         if self.sleeps:

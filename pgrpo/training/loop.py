@@ -89,7 +89,7 @@ def _loop(run: Run, trackers: Trackers | None) -> None:
         while not _is_done(run):
             run.world.check_stop()
             with _out_of_memory_explained(run):
-                groups, run.unlogged = _step(run)
+                groups, run.unlogged = one_step(run)
             run.step += 1
             run.recent_rewards = [*run.recent_rewards, run.unlogged["reward"]][-WINDOW:]
             if trackers:
@@ -156,7 +156,7 @@ def _finish_step(run: Run, trackers: Trackers | None) -> None:
         run.wait()
 
 
-def _step(run: Run) -> tuple[list[Group], dict[str, float]]:
+def one_step(run: Run) -> tuple[list[Group], dict[str, float]]:
     """One step: groups of scored completions, the updates they give, and what to log."""
     config, world = run.config, run.world
     started = time.perf_counter()

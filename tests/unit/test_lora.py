@@ -24,7 +24,7 @@ from pgrpo.exactness import gradients, reference_logprobs, tokens_as_groups
 from pgrpo.flops import ModelDims
 from pgrpo.lora import add_adapters, check_lora, merge_adapters, without_adapters
 from pgrpo.policy import SUPPORTED, Policy, load_model
-from pgrpo.training.loop import _step
+from pgrpo.training.loop import one_step
 from pgrpo.training.placement import place_policy
 from pgrpo.training.run import build_run
 
@@ -188,7 +188,7 @@ def test_a_run_trains_saves_and_exports_adapters_on_frozen_weights(dtype, tiny, 
     initial = AutoModelForCausalLM.from_pretrained(tiny, dtype=held).state_dict()
     (tmp_path / "config.yaml").write_text(f"model: {{path: {tiny}, dtype: {dtype}, lora_rank: 4}}\n")
     with start() as world, build_run(config, world, rewards=[digits]) as run:
-        steps = [_step(run)[1] for _ in range(3)]
+        steps = [one_step(run)[1] for _ in range(3)]
         run.step = 3
         run.save({})
         reshard(run.policy)

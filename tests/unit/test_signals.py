@@ -48,7 +48,7 @@ def watch(owner, name, begins):
             marker.write_text(str(os.getpid()))
         return function(*args, **kwargs)
     setattr(owner, name, call)
-watch(loop, "_step", lambda run: now.append(run.step))
+watch(loop, "one_step", lambda run: now.append(run.step))
 watch(loop, "evaluate_run", lambda run: (now.append("eval"), phase == "eval" and run.step == 2)[1])
 watch(EmbeddedEngine, "_generate_wave", lambda *_: phase == "rollout" and now[-1] == 1)
 watch(Updater, "backward", lambda *_: phase == "update" and now[-1] == 1)
