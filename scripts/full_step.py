@@ -1,7 +1,7 @@
 """Whole training steps, rollout included, of a model's shape with random weights (so that completions run to their limit).
 
     python scripts/full_step.py --shape-of benchmarks/qwen3_4b --config qwen3_4b.yaml --prompts 32 --prompt 4096 \
-        --completion 1024 --group-size 8 [--attention grouped repeated] [--steps 2] [--json FILE] [key=value ...]
+        --completion 1024 --group-size 8 [--attention grouped repeated] [--steps 2] [--plain] [--json FILE] [key=value ...]
 
 Makes a model folder beside the run folder, from config.json alone, trains on random prompts, and prints the median of each part
 of a step, for both ways of attention in turn. A small step of each before, which compiles, is left out.
@@ -29,11 +29,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from pgrpo.config import Config, load_config
 from pgrpo.distributed import start
 from pgrpo.flops import GIB
-from pgrpo.rollout.base import sample_seeds
 from pgrpo.rollout.vllm import VLLMEngine
 from pgrpo.training.loop import one_step
-from pgrpo.training.run import build_run
-from pgrpo.training.sample import sampling_params
+from pgrpo.training.run import Run, build_run
 
 WARM_UP_PROMPTS = 4
 WORDS = [f"w{i}" for i in range(1000)]
@@ -85,7 +83,7 @@ def start_settings(args: argparse.Namespace) -> tuple[Config, list[dict[str, str
     if not model.exists():
         make_model(args.shape_of, model)
     rnd = random.Random(0)
-    rows = [{"text": " ".join(rnd.choices(WORDS, k=args.prompt))} for _ in range(args.prompts * (args.steps + 1) * 2)]
+    rows = [{"text": " ".join(rnd.choices(WORDS, k=args.prompt))} for _ in range(args.prompts * (args.steps + 1) * 3)]
     keys = {
         "model.path": model, "run_dir": args.run_dir,
         "rollout.prompts_per_step": args.prompts, "rollout.group_size": args.group_size,
@@ -101,6 +99,7 @@ def steps(args: argparse.Namespace, report: Callable[[list[dict[str, Any]]], Non
     """Median seconds of a step's parts, a row for each way of attention; ``report`` has the rows after every step."""
     config, rows = start_settings(args)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in args.attention}
+    plain: list[float] = []
     with start(config.model.fsdp_size) as world, build_run(config, world, [spread], rows) as run:
         for turn in range(args.steps + 1):
             config.rollout.prompts_per_step = args.prompts if turn else WARM_UP_PROMPTS
@@ -112,21 +111,27 @@ def steps(args: argparse.Namespace, report: Callable[[list[dict[str, Any]]], Non
                 run.mark()
                 part = {key: metrics[key] for key in (*PARTS, *OTHERS) if key in metrics}
                 print(name, json.dumps(part | {"device_peak_gib": max(used)}), flush=True)
+                if turn and args.plain and name == args.attention[-1]:
+                    plain.append(plain_rate(run, args))
+                    print(f"vLLM without log-probs: {plain[-1]:.0f} tokens/s", flush=True)
                 if turn:
                     found[name].append(part | {"device_peak_gib": max(used)})
-                    report(
-                        [
-                            {"attention": name, "steps": len(rows)}
-                            | {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-                            for name, rows in found.items()
-                            if rows
-                        ]
-                    )
+                    report([summary(name, part, args, plain) for name, part in found.items() if part])
+
+
+def summary(name: str, steps: list[dict[str, float]], args: argparse.Namespace, plain: list[float]) -> dict[str, Any]:
+    """Medians of the steps of one way of attention."""
+    row = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
+    tokens = args.prompts * args.group_size * row["completions/mean_length"]
+    rates = {"rollout_tokens_per_s": tokens / row["time/rollout"]}
+    if plain:
+        rates["plain_vllm_tokens_per_s"] = statistics.median(plain)
+    return {"attention": name, "steps": len(steps)} | row | rates
 
 
 @contextmanager
 def device_memory() -> Iterator[list[float]]:
-    """GiB in use on the GPU, by all that it holds (vLLM's pools too, which PyTorch does not count), twenty times a second."""
+    """GiB in use on the GPU, by all that it holds, vLLM awake or asleep too; twenty times a second."""
     used, done = [0.0], threading.Event()
 
     def look() -> None:
@@ -143,30 +148,15 @@ def device_memory() -> Iterator[list[float]]:
         done.set()
 
 
-def rollouts(args: argparse.Namespace) -> dict[str, float]:
-    """Tokens a second of vLLM: as a run calls it, and as it is without log-probs. In turn, on other prompts each time."""
-    config, rows = start_settings(args)
-    rates: dict[str, list[float]] = {"rollout_tokens_per_s": [], "plain_vllm_tokens_per_s": []}
-    with start(config.model.fsdp_size) as world, build_run(config, world, [spread], rows) as run, run.engine.awake():
-        assert isinstance(run.engine, VLLMEngine), "rollout.engine must be vllm"
-        vllm = importlib.import_module("vllm")
-        plain = vllm.SamplingParams(n=args.group_size, max_tokens=args.completion)
-        for step in range(args.steps + 1):
-            prompts = run.stream.take(args.prompts)
-            seeds = [sample_seeds(0, step, i, group_size=args.group_size) for i in range(len(prompts))]
-            started = time.perf_counter()
-            groups = run.engine.generate(prompts, sampling_params(config), seeds)
-            tokens = sum(len(c.token_ids) for g in groups for c in g.completions)
-            rates["rollout_tokens_per_s"].append(tokens / (time.perf_counter() - started))
-            run.engine.llm.reset_prefix_cache()
-            started = time.perf_counter()
-            outputs = run.engine.llm.generate(
-                [{"prompt_token_ids": p.token_ids} for p in prompts], plain, use_tqdm=False
-            )
-            tokens = sum(len(c.token_ids) for o in outputs for c in o.outputs)
-            rates["plain_vllm_tokens_per_s"].append(tokens / (time.perf_counter() - started))
-            run.engine.llm.reset_prefix_cache()
-    return {name: statistics.median(values[1:]) for name, values in rates.items()}
+def plain_rate(run: Run, args: argparse.Namespace) -> float:
+    """Tokens a second of vLLM as it is, without log-probs, on fresh prompts of the same shape."""
+    with run.engine.awake():
+        assert isinstance(run.engine, VLLMEngine), "--plain needs rollout.engine=vllm"
+        params = importlib.import_module("vllm").SamplingParams(n=args.group_size, max_tokens=args.completion)
+        prompts: list[Any] = [{"prompt_token_ids": p.token_ids} for p in run.stream.take(args.prompts)]
+        started = time.perf_counter()
+        outputs = run.engine.llm.generate(prompts, params, use_tqdm=False)
+        return sum(len(c.token_ids) for o in outputs for c in o.outputs) / (time.perf_counter() - started)
 
 
 def main() -> None:
@@ -180,9 +170,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--attention", nargs="+", choices=["grouped", "repeated"], default=["grouped", "repeated"])
     parser.add_argument("--steps", type=int, default=2, help="of each way of attention")
-    parser.add_argument(
-        "--rollouts", action="store_true", help="vLLM's tokens a second alone, with log-probs and without"
-    )
+    parser.add_argument("--plain", action="store_true", help="also vLLM's tokens a second without log-probs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows are added to this file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
@@ -196,10 +184,7 @@ def main() -> None:
         if args.json:
             args.json.write_text(json.dumps({"device": device, "rows": before + rows}, indent=1) + "\n")
 
-    if args.rollouts:
-        report([rollouts(args)])
-    else:
-        steps(args, report)
+    steps(args, report)
 
 
 if __name__ == "__main__":

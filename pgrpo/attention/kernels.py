@@ -11,7 +11,9 @@ row that sees no key. Causal means that the last query row sees the last key (bo
 from __future__ import annotations
 
 import importlib.util
-from typing import Literal, NamedTuple
+import warnings
+from functools import cache
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,6 +73,13 @@ def why_not(name: KernelName, device: torch.device, dtype: torch.dtype, head_dim
     return None if head_dim <= 256 and head_dim % 8 == 0 else f"head dim {head_dim} is not a multiple of 8 up to 256"
 
 
+@cache
+def _flash4() -> Any:
+    # Its compiler says at length, of each kernel that it makes, that an argument which is not used here has no value then.
+    warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)
+    return importlib.import_module("flash_attn.cute.interface")
+
+
 def varlen_forward(
     q_QHD: Tensor, k_SKD: Tensor, v_SKD: Tensor, seg: Segments, causal: bool, scale: float, kernel: str = "builtin"
 ) -> tuple[Tensor, Tensor]:
@@ -78,9 +87,7 @@ def varlen_forward(
     if q_QHD.device.type == "cpu":
         return cpu_flash.forward(q_QHD, k_SKD, v_SKD, seg, causal, scale)
     if kernel == "flash4":
-        from flash_attn.cute.interface import _flash_attn_fwd  # pyright: ignore[reportMissingImports]
-
-        out_QHD, lse_HQ, *_ = _flash_attn_fwd(
+        out_QHD, lse_HQ, *_ = _flash4()._flash_attn_fwd(
             q_QHD, k_SKD, v_SKD, cu_seqlens_q=seg.cu_q, cu_seqlens_k=seg.cu_k, max_seqlen_q=seg.max_q,
             max_seqlen_k=seg.max_k, softmax_scale=scale, causal=causal, return_lse=True,
         )  # fmt: skip
@@ -101,9 +108,7 @@ def varlen_backward(
     if q_QHD.device.type == "cpu":
         return cpu_flash.backward(dout_QHD, q_QHD, k_SKD, v_SKD, out_QHD, lse_HQ, seg, causal, scale)
     if kernel == "flash4":
-        from flash_attn.cute.interface import _flash_attn_bwd  # pyright: ignore[reportMissingImports]
-
-        dq, dk, dv = _flash_attn_bwd(
+        dq, dk, dv = _flash4()._flash_attn_bwd(
             q_QHD, k_SKD, v_SKD, out_QHD, dout_QHD, lse_HQ.contiguous(), softmax_scale=scale, causal=causal,
             cu_seqlens_q=seg.cu_q, cu_seqlens_k=seg.cu_k, max_seqlen_q=seg.max_q, max_seqlen_k=seg.max_k,
         )  # fmt: skip

@@ -15,9 +15,11 @@ class RolloutEngine(Protocol):
 
     Attributes:
         timings: seconds of the last waking and falling asleep, under metric names.
+        counted_bytes: of GPU memory that PyTorch counts as allocated for the engine, though it sleeps.
     """
 
     timings: dict[str, float]
+    counted_bytes: int
 
     def awake(self) -> AbstractContextManager[None]:
         """Inside, ``generate`` samples with the policy's weights of the moment of entering."""

@@ -2,24 +2,28 @@
 larger than what one step changes. Many together can.
 
 For tokens of the last batch, let ``old`` and ``new`` be the policy's log-probs before and after the update, and ``engine`` the
-engine's. The least-squares slope of (engine - new) on (old - new) is about 0 when the engine has the new weights, and about 1
-when it still has the old ones: it is above 0.5 exactly when ``engine`` is closer to ``old`` than to ``new``. The policy's own noise
-is in ``new`` on both sides, so where the update changed little the slope tends to 0.5, which says nothing: only what is far above,
-in standard errors, is an alarm.
+engine's. The slope of (engine - new) on (old - new) is about 0 when the engine has the new weights, and about 1 when it still has
+the old ones. The policy's own noise is in ``new`` on both sides, so where the update changed little the slope tends to something
+below 0.5, which says nothing: only what is far above, in standard errors, is an alarm.
+
+Noise differs by orders of magnitude between tokens (a sure one has none), so that a plain least-squares slope is that of a few
+tokens: each token's pair is scaled to a size of at most 1, and the error is a jackknife over samples, whose tokens share their
+context and may be wrong together.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from pgrpo.types import Group
 
-SAMPLES, CONTEXT, TOKENS = 16, 32, 64
-"""How many samples are scored, behind how much of their prompts, and how many of their tokens: a thousand log-probs see a change
-of a tenth of the noise. Few rows in all, as an engine that scores keeps their full logits."""
+SAMPLES, CONTEXT, TOKENS = 64, 32, 64
+"""How many samples are scored, behind how much of their prompts, and how many of their tokens: four thousand log-probs see a change
+as large as the noise."""
 SURE = 5.0
 """Standard errors above 0.5 that make a slope an alarm."""
 LARGEST_NOISE = 0.3
@@ -31,11 +35,11 @@ class CanaryError(RuntimeError):
 
 
 class Slope(NamedTuple):
-    """The regression of (engine - new) on (old - new), through the origin.
+    """The slope of (engine - new) on (old - new), through the origin.
 
     Attributes:
         slope: about 0 with the new weights, about 1 with the old ones; nan if nothing changed.
-        error: its standard error; inf if nothing changed.
+        error: its standard error; inf if nothing changed, or in one sample only.
         noise: mean |engine - new|, nats.
     """
 
@@ -44,17 +48,30 @@ class Slope(NamedTuple):
     noise: float
 
 
-def regress(old: Sequence[float], new: Sequence[float], engine: Sequence[float]) -> Slope:
-    """The slope, of log-probs of the same tokens (natural logarithm)."""
+def regress(old: Sequence[float], new: Sequence[float], engine: Sequence[float], lengths: Sequence[int]) -> Slope:
+    """The slope, of log-probs (natural logarithm) of the same tokens, the next ``lengths[i]`` of which are sample i's."""
     x = [a - b for a, b in zip(old, new, strict=True)]
     y = [a - b for a, b in zip(engine, new, strict=True)]
     noise = sum(map(abs, y)) / max(len(y), 1)
-    sum_xx = sum(a * a for a in x)
-    if sum_xx == 0.0 or len(x) < 2:
+    changes = [abs(a) for a in x if a]
+    if not changes:
         return Slope(math.nan, math.inf, noise)
-    slope = sum(a * b for a, b in zip(x, y, strict=True)) / sum_xx
-    residual = sum((b - slope * a) ** 2 for a, b in zip(x, y, strict=True))
-    return Slope(slope, math.sqrt(residual / (len(x) - 1) / sum_xx), noise)
+    usual = statistics.median(changes)
+    sizes = [max(abs(a), usual) for a in x]
+    x = [a / size for a, size in zip(x, sizes, strict=True)]
+    y = [min(max(b / size, -2.0), 2.0) for b, size in zip(y, sizes, strict=True)]
+    sums, at = [], 0  # of a sample's x x and x y
+    for length in lengths:
+        ours = slice(at, at := at + length)
+        sums.append((sum(a * a for a in x[ours]), sum(a * b for a, b in zip(x[ours], y[ours], strict=True))))
+    assert at == len(x), "lengths are those of other tokens"
+    sums = [pair for pair in sums if pair[0]]
+    xx, xy = map(sum, zip(*sums, strict=True))
+    if len(sums) == 1:
+        return Slope(xy / xx, math.inf, noise)
+    without = [(xy - b) / (xx - a) for a, b in sums]
+    variance = (len(sums) - 1) / len(sums) * sum((slope - xy / xx) ** 2 for slope in without)
+    return Slope(xy / xx, math.sqrt(variance), noise)
 
 
 def check(slope: Slope) -> None:

@@ -62,6 +62,7 @@ class EmbeddedEngine:
         self.any_rank = any_rank
         self.check_stop = check_stop
         self.timings: dict[str, float] = {"time/weight_sync": 0.0}  # there is nothing to push
+        self.counted_bytes = 0
 
     def awake(self) -> nullcontext[None]:
         """It samples with the policy itself."""

@@ -10,7 +10,8 @@ What this file knows of vLLM's insides, on the versions in ``SUPPORTED``:
   ``enqueue`` returns them under internal names. The eos that ended a completion is one of its tokens.
 - The engine destroys the process group when it is shut down, and shuts itself down at exit if nobody did.
 - ``logprobs_mode="processed_logprobs"`` gives log-probs after temperature, top-k and top-p; prompt log-probs are before them.
-- Sleep level 2 gives up weights and keys and values, and ``wake_up`` takes them back by tag; a CPU has no sleep.
+- Sleep level 2 gives up weights and keys and values, and ``wake_up`` takes them back by tag; PyTorch counts them as allocated
+  all the while. One engine of a process can sleep. A CPU has no sleep.
 - The worker's ``reload_weights`` calls the model's ``load_weights`` once, with Hugging Face names, which returns the names of its
   own parameters that it wrote; one that it did not write is only warned of. ``packed_modules_mapping`` says which are fused.
 - On a CPU a linear layer's weight is packed away after loading, and cannot be read back; a head that is tied to the embedding
@@ -114,7 +115,7 @@ class VLLMEngine:
             group = dist.new_group(ranks)  # every rank takes part in making every group
             if world.rank in ranks:
                 self.tp_group = group
-        state = rng_state()
+        state, allocated = rng_state(), self._allocated()
         with deadline(self.seconds, "starting vLLM", DEADLINE), vllm_errors("start"):
             self.llm = _vllm().LLM(
                 model=config.model.path,
@@ -137,6 +138,7 @@ class VLLMEngine:
         set_rng_state(state)  # vLLM seeds this process's generators
         self.requests = Requests(self.llm, self.seconds, self._stop_signal)
         self._fall_asleep()
+        self.counted_bytes = self._allocated() - allocated
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -308,6 +310,9 @@ class VLLMEngine:
 
     def _model(self) -> Any:
         return self.llm.apply_model(lambda model: model)[0]
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated(self.world.device) if self.sleeps else 0
 
     def _now(self) -> float:
         self.world.synchronize()

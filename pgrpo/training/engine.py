@@ -132,7 +132,8 @@ class Canary:
         """
         if self._new is None:
             return {}
-        slope = canary.regress(self._old, self._new, self.engine.score(self._groups))
+        lengths = [len(c.token_ids) for group in self._groups for c in group.completions]
+        slope = canary.regress(self._old, self._new, self.engine.score(self._groups), lengths)
         self._new = None
         self.world.together(lambda: canary.check(slope))
         metrics = {"canary/logp_difference": slope.noise}

@@ -165,6 +165,8 @@ def one_step(run: Run) -> tuple[list[Group], dict[str, float]]:
     if config.loss.ref_refresh_every and run.step and run.step % config.loss.ref_refresh_every == 0:
         run.updater.refresh_reference()
     sampled, loss = sample_step(run), config.loss
+    if run.engine.counted_bytes:  # what an engine of its own took in the rollout is its affair
+        torch.cuda.reset_peak_memory_stats()
     groups = sampled.groups
     advantages = step_advantages([g.rewards for g in groups], loss.scale_advantages, loss.advantage_baseline)
     for group, values in zip(groups, advantages, strict=True):
@@ -193,7 +195,7 @@ def one_step(run: Run) -> tuple[list[Group], dict[str, float]]:
         "epoch": run.stream.epoch,
         "perf/tokens_per_s": metrics["tokens/packed"] / (done - started),
         "perf/tflops": flops_per_s / 1e12,
-        "perf/peak_memory_gib": _peak_memory(world),
+        "perf/peak_memory_gib": _peak_memory(run),
         "time/update": done - scored - metrics["time/old_logprobs"],
         "time/step": done - started,
     }
@@ -273,10 +275,10 @@ def _summary(run: Run) -> str:
     )
 
 
-def _peak_memory(world: World) -> float:
-    """GiB: the step's peak on a GPU, the process's peak on a CPU; of this rank."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / GIB
+def _peak_memory(run: Run) -> float:
+    """GiB of this rank: the step's peak on a GPU, of the update alone beside a sleeping vLLM; the process's peak on a CPU."""
+    if run.world.device.type == "cuda":
+        return (torch.cuda.max_memory_allocated() - run.engine.counted_bytes) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 

@@ -24,7 +24,8 @@ from pgrpo.rollout import vllm
 USABLE_SHARE = 0.92
 """Of a GPU's memory: the rest is for the CUDA context, libraries and fragmentation."""
 SLEEPING_VLLM_GIB = 4.0
-"""What vLLM holds of a GPU's memory while it sleeps: CUDA graphs, workspaces, libraries."""
+"""What vLLM holds of a GPU's memory while it sleeps, and beyond its share while it is awake: CUDA graphs, workspaces, libraries.
+3.6 of Qwen3-4B with 256 sequences on an H100."""
 CPU_SHARE = 0.2
 """Of the host's memory, for vLLM's weights, keys and values where there is no GPU."""
 
@@ -136,7 +137,7 @@ def vllm_memory_share(config: Config, dims: ModelDims, world: World) -> float:
     total = torch.cuda.get_device_properties(world.device).total_memory / GIB
     plan = memory_plan(dims, checkpointing="none", **plan_sizes(config, dims, world.shards, world.device))
     held = plan.weights + plan.moments + plan.reference
-    share = USABLE_SHARE - held / total
+    share = USABLE_SHARE - (held + SLEEPING_VLLM_GIB) / total
     rollout, width = config.rollout, compute_dtype(config).itemsize
     rows = config.data.max_prompt_tokens + rollout.group_size * rollout.max_completion_tokens
     bytes_needed = width * (parameter_count(dims) + 2 * dims.layers * dims.kv_heads * dims.head_dim * rows)

@@ -67,18 +67,17 @@ def test_what_is_refused(installed, monkeypatch):
 
 
 def test_memory_share(installed, monkeypatch):
-    """What the policy holds between updates is vLLM's loss: 15 GiB of float32 weights here, beside 80."""
+    """What the policy holds between updates is vLLM's loss: 15 GiB of float32 weights here, beside 80; and what it takes itself."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GIB))
     world = World(0, 1, GPU)
     weights = 4 * parameter_count(QWEN3_4B) / GIB / 80
     share = placement.vllm_memory_share(config(), QWEN3_4B, world)
-    assert share == pytest.approx(placement.USABLE_SHARE - weights) and 0.7 < share < 0.75
+    usable = placement.USABLE_SHARE - placement.SLEEPING_VLLM_GIB / 80
+    assert share == pytest.approx(usable - weights) and 0.65 < share < 0.7
     with_moments = config()
     with_moments.optim.offload = "none"
-    assert placement.vllm_memory_share(with_moments, QWEN3_4B, world) == pytest.approx(
-        placement.USABLE_SHARE - 3 * weights
-    )
+    assert placement.vllm_memory_share(with_moments, QWEN3_4B, world) == pytest.approx(usable - 3 * weights)
     assert placement.vllm_memory_share(config(gpu_memory_utilization=0.3), QWEN3_4B, world) == 0.3
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24 * GIB))
-    with pytest.raises(ConfigError, match=r"beside the policy's 15 GiB of 24, 7 GiB are left for vLLM, which needs 9 "):
+    with pytest.raises(ConfigError, match=r"beside the policy's 15 GiB of 24, 3 GiB are left for vLLM, which needs 9 "):
         placement.vllm_memory_share(config(), QWEN3_4B, world)
