@@ -14,6 +14,7 @@ from pgrpo.config import redact
 from pgrpo.distributed import World
 from pgrpo.intervals import mean_interval, rate_interval
 from pgrpo.metrics import group_metrics, pass_at_k
+from pgrpo.record import writing
 from pgrpo.rewards.run import RewardRunner
 from pgrpo.types import Group, Prompt, SamplingParams
 
@@ -67,16 +68,18 @@ def numbers_of_samples(samples: int) -> list[int]:
 def save_results(folder: Path, evaluation: Evaluation, about: Mapping[str, Any]) -> None:
     """Write ``samples.jsonl`` (``Evaluation.rows``) and ``summary.json`` (``about`` and the metrics) into a folder that is made.
     Each file is there whole or not at all; a number that is not finite is null."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     metrics = {name: value if math.isfinite(value) else None for name, value in evaluation.metrics.items()}
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n" for row in evaluation.rows]
     summary = json.dumps({**about, "metrics": metrics}, ensure_ascii=False, indent=1) + "\n"
     for name, text in (("samples.jsonl", "".join(lines)), ("summary.json", summary)):
         part = folder / f".{name}.{os.getpid()}"
-        part.write_text(
-            redact(text), encoding="utf-8", errors="backslashreplace"
-        )  # a lone surrogate becomes its JSON escape
-        part.replace(folder / name)
+        with writing(folder / name):
+            part.write_text(
+                redact(text), encoding="utf-8", errors="backslashreplace"
+            )  # a lone surrogate becomes its JSON escape
+            part.replace(folder / name)
 
 
 def _scored(

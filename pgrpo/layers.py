@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import Any, Literal
@@ -58,6 +59,10 @@ def _runner(kept: Keep, compiled: bool) -> Callable[..., Tensor]:
 
 def _plain(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     return type(layer).forward(layer, *args, **kwargs)
+
+
+# It warns, whatever is checkpointed, of operations in place, which layers have none of.
+logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 
 def _keeping_attention(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

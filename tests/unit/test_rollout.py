@@ -27,7 +27,7 @@ SMALL = {
 class Letters:
     """A tokenizer with a fixed text for each id: one letter ("a" for 3, "b" for 4, ...), nothing for special tokens."""
 
-    def batch_decode(self, sequences, *, skip_special_tokens):
+    def batch_decode(self, sequences, *, skip_special_tokens, clean_up_tokenization_spaces):
         assert skip_special_tokens
         return ["".join(letter(t) for t in ids if t > EOS) for ids in sequences]
 
@@ -250,7 +250,7 @@ def test_stop_strings_inside_of_a_long_completion():
 
 def test_the_earliest_stop_string_cuts_the_text():
     class Syllables(Letters):
-        def batch_decode(self, sequences, *, skip_special_tokens):
+        def batch_decode(self, sequences, *, skip_special_tokens, clean_up_tokenization_spaces):
             return ["".join(letter(t) * 2 if t == 3 else "pqr" for t in ids) for ids in sequences]
 
     policy = Scripted([[3, 4, 3]])
