@@ -224,6 +224,7 @@ def memory_plan(
     token_budget: int,
     checkpointing: Literal["none", "attention", "full"],
     dtype_bytes: int,
+    compiled: bool = False,
     checkpointed_layers: int | None = None,
     ranks: int = 1,
     adapters: int = 0,
@@ -243,6 +244,7 @@ def memory_plan(
         checkpointing: what the layers keep: everything, attention and their inputs, their inputs.
         checkpointed_layers: how many layers ``checkpointing`` holds for, the others keep everything; None: all.
         dtype_bytes: of the compute dtype: 2 (bfloat16) or 4 (float32).
+        compiled: whether the layers are, and so keep less for the backward.
         ranks: devices that weights, gradients and moments are split over.
         adapters: how many parameters are trained with LoRA; 0: all of the model's.
         reference: whether there is a KL term to the initial model.
@@ -261,7 +263,7 @@ def memory_plan(
         weights, trained = (dtype_bytes * parameter_count(dims) + 4 * adapters) / ranks, 4 * adapters / ranks
         head_gradient, gathered_gradients = 0, gathered and 2 * adapters // dims.layers
         gathered += gathered_gradients
-    layer = _layer_activations(dims, dtype_bytes)
+    layer = _layer_activations(dims, dtype_bytes, compiled=compiled)
     kept = {"none": layer, "full": dims.hidden * dtype_bytes}
     # Attention outputs with their float32 log-sum-exps, beside the layer's input.
     kept["attention"] = kept["full"] + dims.heads * (dims.head_dim * dtype_bytes + 4)
@@ -298,12 +300,16 @@ def layers_to_checkpoint(
     return "full", dims.layers
 
 
-def _layer_activations(dims: ModelDims, dtype_bytes: int) -> int:
-    """Bytes a token that the backward of one layer needs, from counting what autograd keeps of transformers' layers."""
+def _layer_activations(dims: ModelDims, dtype_bytes: int, *, compiled: bool) -> int:
+    """Bytes a token that the backward of one layer needs: eager, from counting what autograd keeps of transformers' layers;
+    compiled, what matrix products and attention need, as the compiler computes what is between them again."""
     q, kv = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
     norms = 2 * dims.hidden * (4 + 2 * dtype_bytes)  # the float32 input, the normalised and the scaled output
     attention = (2 * q + 2 * kv) * dtype_bytes
-    if dims.head_norms:
-        attention += (q + kv) * (4 + dtype_bytes)
+    head_norms = (q + kv) * (4 + dtype_bytes) if dims.head_norms else 0
     mlp = 4 * dims.intermediate * dtype_bytes  # gate, its silu, up, their product
-    return norms + attention + mlp
+    if compiled:
+        norms = 2 * dims.hidden * 2 * dtype_bytes  # input and output
+        head_norms = (q + kv) * dtype_bytes if dims.head_norms else 0  # input
+        mlp = 3 * dims.intermediate * dtype_bytes  # gate, up, their product
+    return norms + attention + head_norms + mlp

@@ -158,6 +158,7 @@ def plan_sizes(config: Config, dims: ModelDims, ranks: int, device: torch.device
     return {
         "token_budget": config.train.token_budget,
         "dtype_bytes": compute_dtype(config).itemsize,
+        "compiled": is_compiled(config, device),
         "ranks": ranks,
         "adapters": adapter_parameters(config.model, dims),
         "reference": bool(config.loss.kl_coef),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -217,6 +220,25 @@ def test_memory_plan_of_checkpointing_and_offload() -> None:
     assert by_count[-1] == attention.activations
     offloaded = plan(dims, offload=True)
     assert (offloaded.moments, offloaded.weights, offloaded.gradients) == (0, attention.weights, attention.gradients)
+
+
+@pytest.mark.parametrize(("prompt", "group_size"), [(8192, 4), (4096, 8)])
+def test_what_compiled_layers_keep_is_what_was_measured_on_a_gpu(prompt: int, group_size: int) -> None:
+    """Peaks of the benchmark without checkpointing and with attention kept differ by what only the former keeps."""
+    dims = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
+    rows = json.loads((Path(__file__).parents[2] / "benchmarks" / "h100_policy.json").read_text())["rows"]
+    shape = (prompt, 1024, group_size, "grouped")
+    peaks = {
+        row["checkpointing"]: row["peak_gib"]
+        for row in rows
+        if (row["prompt"], row["completion"], row["group_size"], row["method"]) == shape
+    }
+    sizes: dict[str, Any] = {"token_budget": prompt + group_size * 1024, "compiled": True}
+    none, attention = (plan(dims, checkpointing=mode, **sizes).activations for mode in ("none", "attention"))
+    planned = none - attention
+    assert 0.95 < (peaks["none"] - peaks["attention"]) / planned < 1.05
+    eager = plan(dims, checkpointing="none", **sizes | {"compiled": False}).activations
+    assert eager > 1.5 * none
 
 
 def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
