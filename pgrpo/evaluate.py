@@ -14,7 +14,7 @@ from pgrpo.config import redact
 from pgrpo.distributed import World
 from pgrpo.intervals import mean_interval, rate_interval
 from pgrpo.metrics import group_metrics, pass_at_k
-from pgrpo.record import writing
+from pgrpo.record import TRAINING, writing
 from pgrpo.rewards.run import RewardRunner
 from pgrpo.types import Group, Prompt, SamplingParams
 
@@ -65,21 +65,22 @@ def numbers_of_samples(samples: int) -> list[int]:
     return sorted({2**i for i in range(samples.bit_length())} | {samples})
 
 
-def save_results(folder: Path, evaluation: Evaluation, about: Mapping[str, Any]) -> None:
+def save_results(folder: Path, evaluation: Evaluation, about: Mapping[str, Any], advice: str = TRAINING) -> None:
     """Write ``samples.jsonl`` (``Evaluation.rows``) and ``summary.json`` (``about`` and the metrics) into a folder that is made.
-    Each file is there whole or not at all; a number that is not finite is null."""
-    with writing(folder):
+    Each file is there whole or not at all; a number that is not finite is null. ``advice`` is that of ``record.writing``."""
+    with writing(folder, advice):
         folder.mkdir(parents=True, exist_ok=True)
     metrics = {name: value if math.isfinite(value) else None for name, value in evaluation.metrics.items()}
     lines = [json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n" for row in evaluation.rows]
     summary = json.dumps({**about, "metrics": metrics}, ensure_ascii=False, indent=1) + "\n"
     for name, text in (("samples.jsonl", "".join(lines)), ("summary.json", summary)):
         part = folder / f".{name}.{os.getpid()}"
-        with writing(folder / name):
-            part.write_text(
-                redact(text), encoding="utf-8", errors="backslashreplace"
-            )  # a lone surrogate becomes its JSON escape
-            part.replace(folder / name)
+        with writing(folder / name, advice):
+            try:  # a lone surrogate becomes its JSON escape
+                part.write_text(redact(text), encoding="utf-8", errors="backslashreplace")
+                part.replace(folder / name)
+            finally:
+                part.unlink(missing_ok=True)
 
 
 def _scored(

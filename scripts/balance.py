@@ -1,6 +1,6 @@
-"""How evenly a step's work is shared out among ranks, on simulated lengths with a long tail; no GPU needed.
+"""How evenly a step's work is shared out among ranks, on simulated lengths with a long tail.
 
-    python scripts/balance.py --json benchmarks/balance.json
+    python scripts/balance.py --json benchmarks/balance.json                # needs no GPU
     python scripts/balance.py --on-gpu --ranks 2 4 --steps 3 --json FILE
 
 Prompts and completions are log-normal, cut off at the maximum (a few completions per hundred run into it, as those of a
@@ -65,10 +65,9 @@ def seconds_on_gpu(args: argparse.Namespace) -> Callable[[list[Group]], float]:
         world.synchronize()
         return time.perf_counter() - started
 
-    for groups in share_out(draw(torch.Generator().manual_seed(1), 8, args), 1, args.token_budget, lambda group: 1.0)[
-        0
-    ]:
-        seconds(groups)  # compiles
+    (warm_up,) = share_out(draw(torch.Generator().manual_seed(1), 8, args), 1, args.token_budget, lambda group: 1.0)
+    for groups in warm_up:  # compiles
+        seconds(groups)
     return seconds
 
 

@@ -116,9 +116,14 @@ class Faults:
         elif kind.startswith("nan"):
             self._nan = kind
         elif DISK.is_mount():
-            state = os.statvfs(DISK)
             with BALLAST.open("w") as file:
-                os.posix_fallocate(file.fileno(), 0, max(1, state.f_bavail * state.f_frsize - fault["leave"]))
+                while True:
+                    state = os.statvfs(DISK)
+                    try:
+                        os.posix_fallocate(file.fileno(), 0, max(1, state.f_bavail * state.f_frsize - fault["leave"]))
+                        break
+                    except OSError:  # a checkpoint that is being written took some of it meanwhile
+                        pass
             note("full disk")
         else:
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault["leave"], resource.RLIM_INFINITY))

@@ -55,6 +55,11 @@ def figures(run_dir: Path, steps: int) -> dict[str, Any]:
     rows = [row for row in everything if row.get("reward") is not None]
     steps = min(steps, len(rows))
     times = [name for name in rows[-1] if name.startswith("time/")]
+
+    def all_of(name: str, rows: list[Row]) -> list[float]:  # a number that was not finite is null
+        return [row[name] for row in rows if row.get(name) is not None]
+
+    thirds = [rows[i * len(rows) // 3 : (i + 1) * len(rows) // 3] for i in range(3)]
     canary = [row for row in rows if row.get("canary/slope") is not None]
     return {
         "config": {f"{part}.{key}": config[part][key] for part, keys in KEYS.items() for key in keys}
@@ -67,10 +72,10 @@ def figures(run_dir: Path, steps: int) -> dict[str, Any]:
         ],
         f"reward_first_and_last_{steps}": ends(rows, "reward", steps),
         "logp_difference_mean_of_each_third": [
-            fmean(row[NOISE + "mean"] for row in rows[i * len(rows) // 3 : (i + 1) * len(rows) // 3]) for i in range(3)
+            fmean(values) if (values := all_of(NOISE + "mean", third)) else None for third in thirds
         ],
-        "logp_difference_max": max(row[NOISE + "max"] for row in rows),
-        "median": {name: median(row[name] for row in rows[1:]) for name in [*times, "perf/peak_memory_gib"]},
+        "logp_difference_max": max(all_of(NOISE + "max", rows), default=None),
+        "median": {name: median(all_of(name, rows[1:] or rows)) for name in [*times, "perf/peak_memory_gib"]},
         "first_step_s": rows[0]["time/step"],
         "canary": {
             "checks": len(canary),
@@ -90,7 +95,7 @@ def main() -> None:
     for run_dir in args.run_dirs:
         print(summarize(run_dir, args.steps))
     if args.json:
-        runs = {run_dir.name: figures(run_dir, args.steps) for run_dir in args.run_dirs}
+        runs = [{"run": run_dir.name} | figures(run_dir, args.steps) for run_dir in args.run_dirs]
         args.json.write_text(json.dumps({"device": args.device, "runs": runs}, indent=1) + "\n")
 
 

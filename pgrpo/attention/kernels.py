@@ -75,7 +75,7 @@ def why_not(name: KernelName, device: torch.device, dtype: torch.dtype, head_dim
 
 @cache
 def _flash4() -> Any:
-    # Its compiler says at length, of each kernel that it makes, that an argument which is not used here has no value then.
+    # Its compiler warns at length, for each kernel, that the unused argument aux_data has no value.
     warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)
     return importlib.import_module("flash_attn.cute.interface")
 

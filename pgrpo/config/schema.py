@@ -119,11 +119,13 @@ class RolloutConfig:
     tensor_parallel_size: int = 1
     """GPUs, of neighbouring ranks, that share one vLLM engine. 1: an engine on every GPU."""
     gpu_memory_utilization: float | None = None
-    """Share of a GPU's memory for vLLM while it is awake. None: all that the policy, asleep, leaves by the memory plan."""
+    """Share of a GPU's memory for vLLM while it is awake. None: what the policy leaves between updates
+    by the memory plan, less 4 GiB for CUDA graphs."""
     enforce_eager: bool = False
     """Start vLLM without compilation and CUDA graphs: sooner, and slower ever after."""
     canary_every: int = 10
-    """Steps between checks, by log-probs, that vLLM has the policy's new weights. 0 is off."""
+    """Steps between checks, by log-probs, that vLLM has the policy's new weights. Needs 16 different
+    completions in a step. 0 is off."""
     vllm_deadline_s: float = 1800.0
     """Seconds that one vLLM call (start, push, rollout, sleep) may take; then the run ends, with a message."""
     allow_untested_vllm: bool = False

@@ -14,7 +14,7 @@ class RolloutEngine(Protocol):
     """Samples completions with the policy's weights. Every rank calls its methods alike.
 
     Attributes:
-        timings: seconds of the last waking and falling asleep, under metric names.
+        timings: seconds of the last waking, weight push and falling asleep, under metric names.
         counted_bytes: of GPU memory that PyTorch counts as allocated for the engine, though it sleeps.
     """
 

@@ -23,9 +23,11 @@ from pgrpo.types import Group
 
 SAMPLES, CONTEXT, TOKENS = 64, 32, 64
 """How many samples are scored, behind how much of their prompts, and how many of their tokens: four thousand log-probs see a change
-as large as the noise."""
+as large as the noise. vLLM holds the full logits of one sample at a time."""
 SURE = 5.0
-"""Standard errors above 0.5 that make a slope an alarm."""
+"""An alarm is as unlikely by chance as a number that many standard errors away, if errors are normal."""
+LEAST_SAMPLES = 16
+"""Fewer samples whose log-probs changed say nothing."""
 LARGEST_NOISE = 0.3
 """Mean |engine - new| in nats above which the engine computes something else altogether."""
 
@@ -39,7 +41,7 @@ class Slope(NamedTuple):
 
     Attributes:
         slope: about 0 with the new weights, about 1 with the old ones; nan if nothing changed.
-        error: its standard error; inf if nothing changed, or in one sample only.
+        error: its standard error, enlarged as Student's t asks where samples are few; inf where too few changed.
         noise: mean |engine - new|, nats.
     """
 
@@ -67,11 +69,25 @@ def regress(old: Sequence[float], new: Sequence[float], engine: Sequence[float],
     assert at == len(x), "lengths are those of other tokens"
     sums = [pair for pair in sums if pair[0]]
     xx, xy = map(sum, zip(*sums, strict=True))
-    if len(sums) == 1:
+    if len(sums) < LEAST_SAMPLES:
         return Slope(xy / xx, math.inf, noise)
-    without = [(xy - b) / (xx - a) for a, b in sums]
+    without = []
+    for i in range(len(sums)):
+        others_xx, others_xy = map(sum, zip(*sums[:i], *sums[i + 1 :], strict=True))
+        without.append(others_xy / others_xx)
     variance = (len(sums) - 1) / len(sums) * sum((slope - xy / xx) ** 2 for slope in without)
-    return Slope(xy / xx, math.sqrt(variance), noise)
+    return Slope(xy / xx, math.sqrt(variance) * _student(len(sums) - 1) / SURE, noise)
+
+
+def _student(freedom: int) -> float:
+    """Where Student's t has the tail that a normal number has above ``SURE`` (Cornish-Fisher; Abramowitz and Stegun 26.7.5)."""
+    z, n = SURE, freedom
+    terms = (
+        (z**3 + z) / (4 * n),
+        (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2),
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3),
+    )
+    return z + sum(terms)
 
 
 def check(slope: Slope) -> None:
@@ -90,15 +106,22 @@ def check(slope: Slope) -> None:
 
 
 def pick(groups: Sequence[Group], most_tokens: int = TOKENS) -> list[Group]:
-    """The samples to score, one a group: the first ``most_tokens`` tokens of a completion behind the end of its prompt. Any text
-    would do that the update changes."""
+    """The samples to score, each in a group of its own: the longest of every group, then the next that are not the same, until
+    there are enough. The first ``most_tokens`` tokens of a completion behind the end of its prompt; any text would do that the
+    update changes."""
+    ranked = []
+    for group in groups:
+        distinct = {tuple(c.token_ids[:most_tokens]): c for c in group.completions}
+        ranked.append(sorted(distinct.values(), key=lambda c: len(c.token_ids), reverse=True))
     picked = []
-    for group in groups[:SAMPLES]:
-        longest = max(group.completions, key=lambda c: len(c.token_ids))
-        ids = longest.token_ids[:most_tokens]
-        short = replace(
-            longest, token_ids=ids, rollout_logprobs=longest.rollout_logprobs[:most_tokens], mask=[True] * len(ids)
-        )
-        prompt = replace(group.prompt, token_ids=group.prompt.token_ids[-CONTEXT:])
-        picked.append(Group(prompt, [short], rewards=[0.0], advantages=[0.0]))
+    for turn in range(max(map(len, ranked), default=0)):
+        for group, completions in zip(groups, ranked, strict=True):
+            if turn < len(completions) and len(picked) < SAMPLES:
+                c = completions[turn]
+                ids = c.token_ids[:most_tokens]
+                short = replace(
+                    c, token_ids=ids, rollout_logprobs=c.rollout_logprobs[:most_tokens], mask=[True] * len(ids)
+                )
+                prompt = replace(group.prompt, token_ids=group.prompt.token_ids[-CONTEXT:])
+                picked.append(Group(prompt, [short], rewards=[0.0], advantages=[0.0]))
     return picked

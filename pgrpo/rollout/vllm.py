@@ -11,7 +11,7 @@ What this file knows of vLLM's insides, on the versions in ``SUPPORTED``:
 - The engine destroys the process group when it is shut down, and shuts itself down at exit if nobody did.
 - ``logprobs_mode="processed_logprobs"`` gives log-probs after temperature, top-k and top-p; prompt log-probs are before them.
 - Sleep level 2 gives up weights and keys and values, and ``wake_up`` takes them back by tag; PyTorch counts them as allocated
-  all the while. One engine of a process can sleep. A CPU has no sleep.
+  all the while. Only one engine in a process can sleep. A CPU has no sleep.
 - The worker's ``reload_weights`` calls the model's ``load_weights`` once, with Hugging Face names, which returns the names of its
   own parameters that it wrote; one that it did not write is only warned of. ``packed_modules_mapping`` says which are fused.
 - On a CPU a linear layer's weight is packed away after loading, and cannot be read back; a head that is tied to the embedding
@@ -143,8 +143,6 @@ class VLLMEngine:
     @contextmanager
     def awake(self) -> Iterator[None]:
         """Inside, ``generate`` and ``score`` run on the policy's weights of the moment of entering."""
-        if self.sleeps:
-            torch.cuda.empty_cache()  # what the trainer's allocator keeps without need gives way
         waking = self._wake("weights")
         started = self._now()
         self.push()
@@ -322,6 +320,7 @@ class VLLMEngine:
         """Take that part of the engine's memory back. Returns seconds."""
         started = self._now()
         if self.sleeps:
+            torch.cuda.empty_cache()  # what the trainer's allocator keeps without need gives way
             self._together(lambda: self._call("wake_up", lambda: self.llm.wake_up(tags=[tag])))
         return self._now() - started
 

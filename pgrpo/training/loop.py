@@ -182,7 +182,7 @@ def one_step(run: Run) -> tuple[list[Group], dict[str, float]]:
     try:
         metrics = group_metrics(sampled.all_groups) | run.updater.step(groups)
     except NonFiniteError as error:
-        raise NonFiniteError(f"{error}; {_dump(run, groups)} has the batch") from None
+        raise NonFiniteError(f"{error}; {_dump(run, groups)}") from None
     if run.canary:
         run.canary.after_update()
     world.synchronize()
@@ -227,13 +227,16 @@ def _out_of_memory_explained(run: Run) -> Iterator[None]:
         ) from error
 
 
-def _dump(run: Run, groups: Sequence[Group]) -> Path:
-    """Write all of a step's groups, the step that was not done, as JSON (with NaN, as Python reads it)."""
+def _dump(run: Run, groups: Sequence[Group]) -> str:
+    """Write all of a step's groups, the step that was not done, as JSON (with NaN, as Python reads it). Returns where they are:
+    that they could not be written is no reason to keep quiet of what the batch is wanted for."""
     file = run.run_dir / f"bad_batch_step_{run.step + 1}.json"
-    if run.world.is_main:
-        with writing(file):
+    try:
+        if run.world.is_main:
             file.write_text(json.dumps([asdict(group) for group in groups], indent=1, default=str))
-    return file
+    except OSError as error:
+        return f"{file}, for the batch, could not be written ({error.strerror})"
+    return f"{file} has the batch"
 
 
 def evaluate_run(run: Run, out: Path | None = None) -> dict[str, float]:
@@ -261,7 +264,10 @@ def evaluate_run(run: Run, out: Path | None = None) -> dict[str, float]:
         }
         split = {"path": config.data.eval_path or config.data.path, "split": config.data.eval_split}
         about |= {"data": split, "seed": config.seed, "sampling": asdict(params)}
-        save_results(out or run.run_dir / "eval" / f"step_{run.step}", evaluation, about)
+        if out:
+            save_results(out, evaluation, about, "{fix}, or set another --out")
+        else:
+            save_results(run.run_dir / "eval" / f"step_{run.step}", evaluation, about)
     return evaluation.metrics
 
 

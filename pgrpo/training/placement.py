@@ -144,9 +144,10 @@ def vllm_memory_share(config: Config, dims: ModelDims, world: World) -> float:
     needed = bytes_needed / rollout.tensor_parallel_size / GIB
     if share * total < needed:
         raise ConfigError(
-            f"rollout.gpu_memory_utilization: beside the policy's {held:.0f} GiB of {total:.0f}, {max(0, share * total):.0f} GiB "
-            f"are left for vLLM, which needs {needed:.0f} for its weights and one group: set optim.offload=cpu or model.lora_rank, "
-            "use more GPUs, or lower rollout.max_completion_tokens"
+            f"rollout.gpu_memory_utilization: beside the policy's {held:.0f} GiB of {total:.0f}, and "
+            f"{total - USABLE_SHARE * total + SLEEPING_VLLM_GIB:.0f} for CUDA, its graphs and libraries, "
+            f"{max(0, share * total):.0f} are left for vLLM, which needs {needed:.0f} for its weights and one group: "
+            "set optim.offload=cpu or model.lora_rank, use more GPUs, or lower rollout.max_completion_tokens"
         )
     return share
 

@@ -79,5 +79,8 @@ def test_memory_share(installed, monkeypatch):
     assert placement.vllm_memory_share(with_moments, QWEN3_4B, world) == pytest.approx(usable - 3 * weights)
     assert placement.vllm_memory_share(config(gpu_memory_utilization=0.3), QWEN3_4B, world) == 0.3
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24 * GIB))
-    with pytest.raises(ConfigError, match=r"beside the policy's 15 GiB of 24, 3 GiB are left for vLLM, which needs 9 "):
+    with pytest.raises(
+        ConfigError,
+        match=r"beside the policy's 15 GiB of 24, and 6 for CUDA, its graphs and libraries, 3 are left for vLLM, which needs 9 ",
+    ):
         placement.vllm_memory_share(config(), QWEN3_4B, world)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -123,6 +124,11 @@ def test_row_10_a_disk_that_is_full_when_an_evaluation_is_written(tmp_path):
     with pytest.raises(RuntimeError, match=r"samples\.jsonl: cannot be written \(No space left on device\)"):
         save_results(tmp_path, got, {"step": 6})
     assert (tmp_path / "samples.jsonl").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["samples.jsonl", "summary.json"], "nothing half-written"
+    with pytest.raises(
+        RuntimeError, match=r"null/x: cannot be written \(Not a directory\); see that /dev/null is there and can be"
+    ):
+        save_results(Path("/dev/null/x"), got, {"step": 6}, "{fix}, or set another --out")
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])

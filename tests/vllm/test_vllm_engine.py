@@ -52,9 +52,8 @@ def make_tokenizer(folder):
 
 
 MODELS = ["llama tied", "qwen3 untied"]
-if (
-    torch.cuda.is_available()
-):  # where an engine can sleep there is one in a process: the other model's tests run in another
+# Where an engine can sleep there is one in a process: the other model's tests run in another.
+if torch.cuda.is_available():
     MODELS = [os.environ.get("PGRPO_TEST_MODEL", MODELS[0])]
 
 
@@ -239,6 +238,7 @@ def test_waking_pushes(engine):
         assert vllm.score(groups) == pytest.approx(logprobs(policy, groups), abs=tolerance(policy))
     with pytest.raises(EngineError, match="the engine sleeps"):
         vllm.score(groups)
+    assert {"time/wake", "time/weight_sync", "time/sleep"} <= vllm.timings.keys()
     assert vllm.timings["time/weight_sync"] > 0
 
 
@@ -252,6 +252,9 @@ def test_asleep_it_gives_its_memory_back(engine):
     print(f"awake it takes {(asleep - awake) / 2**30:.1f} GiB of {total / 2**30:.0f}")
     assert asleep - awake > 0.15 * total
     assert abs(torch.cuda.mem_get_info()[0] - asleep) < 2**30
+    ours = sum(p.numel() * p.element_size() for p in engine[1].parameters())
+    assert vllm.counted_bytes > asleep - awake - 2**30, "PyTorch counts what is asleep"
+    assert ours <= torch.cuda.memory_allocated() - vllm.counted_bytes < ours + 2**30
 
 
 def every_name(policy):
