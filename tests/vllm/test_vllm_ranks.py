@@ -43,7 +43,7 @@ def test_two_ranks(launch, model, tmp_path, monkeypatch, tensor_parallel_size, f
         f"model.fsdp_size={fsdp_size}",
         f"run_dir={tmp_path / 'run'}",
     ]
-    keys += ["train.steps=3", "rollout.prompts_per_step=4", "rollout.group_size=4", "optim.lr=1e-3", "eval.every=0"]
+    keys += ["train.steps=3", "rollout.prompts_per_step=4", "rollout.group_size=8", "optim.lr=1e-3", "eval.every=0"]
     keys += ["rollout.engine=vllm", "rollout.enforce_eager=true", "rollout.canary_every=1", "track.console=false"]
     keys += [
         f"rollout.tensor_parallel_size={tensor_parallel_size}",
