@@ -123,7 +123,13 @@ def test_row_34_a_reward_that_raises_on_one_rank_stops_both_with_a_save(tiny_mod
 )
 def test_row_24_an_engine_that_fails_on_one_rank_stops_both_with_a_save(tiny_model, tmp_path, fault, message):
     """In a rollout, in the middle of a push in which both ranks gather each tensor, and in the canary (see tests/fakes/vllm)."""
-    more = ["checkpoint.every=0", "rollout.engine=vllm", "rollout.canary_every=1", "optim.lr=1e-2", "rollout.group_size=8"]
+    more = [
+        "checkpoint.every=0",
+        "rollout.engine=vllm",
+        "rollout.canary_every=1",
+        "optim.lr=1e-2",
+        "rollout.group_size=8",
+    ]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "fakes")])
     process = start(tiny_model, tmp_path, *more, PYTHONPATH=paths, FAULT=fault)
     assert_both_stopped_after_step_2(process, tmp_path, message)

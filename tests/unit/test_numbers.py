@@ -64,3 +64,17 @@ def test_row_20_too_many_in_a_row_stop_the_run_with_the_batch(tiny_model, tmp_pa
     newest = checkpoint.latest(run / "checkpoints")
     assert newest is not None and newest == run / "checkpoints" / "step_4"
     assert all(t.isfinite().all() for t in checkpoint.load(newest)[0]["model"].values())
+
+
+def test_row_20_a_batch_that_cannot_be_written_hides_nothing(tiny_model, tmp_path):
+    run, spoil = tmp_path / "run", spoiled(2)
+
+    def reward(completions, **columns):
+        (run / "bad_batch_step_2.json").mkdir(exist_ok=True)
+        return spoil(completions, **columns)
+
+    message = r"grad_norm=.* in a row .*bad_batch_step_2\.json, for the batch, could not be written \(Is a directory\)"
+    with pytest.raises(NonFiniteError, match=message):
+        train(tiny_model, run, "train.max_skipped_updates=0", reward=reward)
+    newest = checkpoint.latest(run / "checkpoints")
+    assert newest is not None and newest.name == "step_1"
