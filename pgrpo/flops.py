@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
+
+from pgrpo.types import Keep
 
 GIB = 2**30
 UPDATE_OVER_FORWARD = 3
@@ -182,9 +184,10 @@ class MemoryPlan:
             dtype, and gradients and moments those of the adapters.
         reference: weights of the frozen initial model, in the compute dtype, and its gathered embedding and head; 0 without a KL
             term, and with LoRA, whose weights are that model.
-        gathered: copies of weights in the compute dtype, and their gradients, while in use.
-        activations: what the backward needs of a full micro-batch (with LoRA up to a fifth less, which is not counted).
-        logprobs: chunks of logits, and the head's float32 gradient if it has one.
+        gathered: copies of weights in the compute dtype, while in use: the embedding and head, and two layers.
+        activations: what the forward of a full micro-batch keeps (with LoRA up to a fifth less, which is not counted).
+        logprobs: chunks of logits, and the head's float32 gradient if it has one; the backward begins with them.
+        layer_backward: of the layers after that, one at a time: what it computes again, gradients of its copies, and the head's.
         adam_scratch: temporaries of the optimizer step: none of the fused one (GPU), as large as what is trained on a CPU; with
             moments in host memory, the pieces of them that are on their way.
         kv_cache: of the embedded sampler, with all completions at full length.
@@ -197,6 +200,7 @@ class MemoryPlan:
     gathered: float
     activations: float
     logprobs: float
+    layer_backward: float
     adam_scratch: float
     kv_cache: float
 
@@ -207,7 +211,7 @@ class MemoryPlan:
     @property
     def update(self) -> float:
         held = self.weights + self.gradients + self.moments + self.reference
-        return held + self.gathered + self.activations + self.logprobs
+        return held + self.gathered + self.activations + max(self.logprobs, self.layer_backward)
 
     @property
     def optimizer_step(self) -> float:
@@ -222,10 +226,9 @@ def memory_plan(
     dims: ModelDims,
     *,
     token_budget: int,
-    checkpointing: Literal["none", "attention", "full"],
+    keep: Sequence[Keep],
     dtype_bytes: int,
     compiled: bool = False,
-    checkpointed_layers: int | None = None,
     ranks: int = 1,
     adapters: int = 0,
     reference: bool = False,
@@ -241,8 +244,7 @@ def memory_plan(
 
     Args:
         token_budget: packed tokens in one micro-batch.
-        checkpointing: what the layers keep: everything, attention and their inputs, their inputs.
-        checkpointed_layers: how many layers ``checkpointing`` holds for, the others keep everything; None: all.
+        keep: one entry a layer: what it computes again.
         dtype_bytes: of the compute dtype: 2 (bfloat16) or 4 (float32).
         compiled: whether the layers are, and so keep less for the backward.
         ranks: devices that weights, gradients and moments are split over.
@@ -257,18 +259,17 @@ def memory_plan(
     embedding = dims.vocab * dims.hidden
     # The root's embedding and head stay gathered; of the layers, one is in use while the next arrives.
     root = 0 if ranks == 1 and dtype_bytes == 4 else embedding * (1 if dims.tied else 2)
-    gathered = root and root + 2 * dims.layer_matrix
-    gathered_gradients, head_gradient = gathered, embedding * (4 + dtype_bytes)
+    two_layers, head = root and 2 * dims.layer_matrix, embedding
+    gathered, gradients = root + two_layers, two_layers
     if adapters:
         weights, trained = (dtype_bytes * parameter_count(dims) + 4 * adapters) / ranks, 4 * adapters / ranks
-        head_gradient, gathered_gradients = 0, gathered and 2 * adapters // dims.layers
-        gathered += gathered_gradients
+        head, gradients = 0, root and 2 * adapters // dims.layers
+        gathered += gradients
     layer = _layer_activations(dims, dtype_bytes, compiled=compiled)
-    kept = {"none": layer, "full": dims.hidden * dtype_bytes}
+    kept: dict[Keep, int] = {"none": layer, "full": dims.hidden * dtype_bytes}
     # Attention outputs with their float32 log-sum-exps, beside the layer's input.
     kept["attention"] = kept["full"] + dims.heads * (dims.head_dim * dtype_bytes + 4)
-    cut = dims.layers if checkpointed_layers is None else checkpointed_layers
-    again = layer if cut and checkpointing != "none" else 0  # one layer at a time is whole again in the backward
+    again = 0 if set(keep) == {"none"} else layer
     kv_row = 2 * dims.layers * dims.kv_heads * dims.head_dim * dtype_bytes
     kv_rows = concurrent * completion_tokens + -(-concurrent // group_size) * prompt_tokens
     parts = MemoryPlan(
@@ -279,25 +280,30 @@ def memory_plan(
         reference=dtype_bytes * (root + (0 if ref_offload else parameter_count(dims) / ranks))
         if reference and not adapters
         else 0,
-        gathered=(gathered + gathered_gradients) * dtype_bytes,
-        activations=(kept[checkpointing] * cut + layer * (dims.layers - cut) + again) * token_budget,
-        logprobs=logit_chunk_bytes + head_gradient,
+        gathered=gathered * dtype_bytes,
+        activations=sum(kept[mode] for mode in keep) * token_budget,
+        logprobs=logit_chunk_bytes + head * (4 + dtype_bytes),
+        layer_backward=again * token_budget + (gradients + head) * dtype_bytes,
         adam_scratch=OFFLOAD_SCRATCH if offload else trained if dtype_bytes == 4 else 0,
         kv_cache=kv_row * kv_rows,
     )
     return MemoryPlan(*(getattr(parts, name) / GIB for name in MemoryPlan.__slots__))
 
 
-def layers_to_checkpoint(
-    dims: ModelDims, capacity_gib: float, **sizes: Any
-) -> tuple[Literal["none", "attention", "full"], int]:
-    """What ``activation_checkpointing: auto`` does: ``attention`` in as few layers as make ``memory_plan(dims, **sizes)`` fit,
-    else ``full`` in all."""
-    for count in range(dims.layers + 1):
-        plan = memory_plan(dims, checkpointing="attention", checkpointed_layers=count, **sizes)
-        if plan.peak <= capacity_gib:
-            return ("attention", count) if count else ("none", 0)
-    return "full", dims.layers
+def fewest_layers_again(dims: ModelDims, capacity_gib: float, **sizes: Any) -> list[Keep]:
+    """What ``activation_checkpointing: auto`` does: ``attention`` in as few layers as make ``memory_plan(dims, **sizes)`` fit; if
+    all of them are not enough, ``full`` in as few, or else in all.
+
+    Layers that compute more again come first: what the last ones keep is needed first in the backward, and gone before all
+    gradients are there."""
+    steps: list[tuple[Keep, Keep]] = [("attention", "none"), ("full", "attention")]
+    keep: list[Keep] = []
+    for more, less in steps:
+        for count in range(dims.layers + 1):
+            keep = [more if layer < count else less for layer in range(dims.layers)]
+            if memory_plan(dims, keep=keep, **sizes).peak <= capacity_gib:
+                return keep
+    return keep
 
 
 def _layer_activations(dims: ModelDims, dtype_bytes: int, *, compiled: bool) -> int:

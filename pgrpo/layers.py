@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.fx.experimental._config
@@ -14,9 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from pgrpo.attention import grouped as _grouped  # noqa: F401 - registers the op that is named below
 from pgrpo.attention.layout import PackedLayout
-
-Keep = Literal["none", "attention", "full"]
-"""What of a layer is computed again in the backward: nothing, all but attention, or all of it."""
+from pgrpo.types import Keep
 
 
 def set_up_layers(layers: Iterable[nn.Module], keep: Sequence[Keep], *, compiled: bool) -> None:

@@ -22,11 +22,10 @@ from pgrpo.config import Config, ConfigError
 from pgrpo.distributed import World, start
 from pgrpo.exactness import tokens_as_groups
 from pgrpo.flops import GIB, ModelDims, flop_ratio, forward_flops, mfu, rho, update_flops
-from pgrpo.layers import Keep
 from pgrpo.lora import adapter_parameters, add_adapters, check_lora
 from pgrpo.policy import Policy, check_supported, load_hf_config, load_model
 from pgrpo.training.placement import check_device, compute_dtype, is_compiled, wrap
-from pgrpo.types import Group
+from pgrpo.types import Group, Keep
 
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 HEAD_START = 8

@@ -19,11 +19,11 @@ from pgrpo.attention.interface import ATTENTION_NAME
 from pgrpo.attention.kernels import varlen_backward, varlen_forward
 from pgrpo.attention.segments import Segments
 from pgrpo.batch import build_batch
-from pgrpo.layers import Keep, set_up_layers
+from pgrpo.layers import set_up_layers
 from pgrpo.logprobs import token_logprobs
 from pgrpo.policy import Policy, logit_scale
 from pgrpo.training.placement import decoder_layers
-from pgrpo.types import Group
+from pgrpo.types import Group, Keep
 
 METHODS = ("grouped", "repeated_packed", "repeated_padded", "concat", "prefix_grouper", "prefix_grouper_ours")
 PEERS = ("prefix_grouper", "prefix_grouper_ours")

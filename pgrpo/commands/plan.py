@@ -11,10 +11,10 @@ from rich.console import Console
 from pgrpo.config import Config, check_world_size, to_yaml
 from pgrpo.distributed import World
 from pgrpo.flops import ModelDims, computed_tokens, memory_plan, parameter_count, rho, update_flops
-from pgrpo.layers import Keep
 from pgrpo.lora import adapter_parameters, check_lora
 from pgrpo.policy import check_supported, load_hf_config
 from pgrpo.training.placement import attention_choice, is_compiled, kept_by_layer, plan_sizes
+from pgrpo.types import Keep
 
 
 def plan(config: Config) -> None:
@@ -40,11 +40,10 @@ def plan_text(config: Config) -> str:
     repeated = rollout.prompts_per_step * computed_tokens(prompt, completions, shared=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = World(0, ranks, device, fsdp_size=config.model.fsdp_size)
-    again, count, layers = _layers(config, dims, world)
+    keep, layers = _layers(config, dims, world)
     memory = memory_plan(
         dims,
-        checkpointing=again,
-        checkpointed_layers=count,
+        keep=keep,
         **plan_sizes(config, dims, world.shards, torch.device("cpu" if config.model.dtype == "float32" else "cuda")),
     )
     adapters = adapter_parameters(config.model, dims)
@@ -67,28 +66,19 @@ def plan_text(config: Config) -> str:
     )
 
 
-def _layers(config: Config, dims: ModelDims, world: World) -> tuple[Keep, int, str]:
-    """What layers compute again in the backward, in how many of them, and how they run in words."""
+def _layers(config: Config, dims: ModelDims, world: World) -> tuple[list[Keep], str]:
+    """What each layer computes again in the backward, and how layers run in words."""
     choice = attention_choice(config, dims, world.device)
-    kept = kept_by_layer(config, dims, world)
-    count = sum(mode != "none" for mode in kept)
-    again, note = (kept[0] if count else "none"), ""
-    if (
-        config.model.activation_checkpointing == "auto"
-        and world.device.type == "cpu"
-        and config.model.dtype != "float32"
-    ):
-        again, count, note = (
-            "attention",
-            dims.layers,
-            "; auto decides on the GPU, this is its most careful choice but one",
-        )
+    keep: list[Keep] = kept_by_layer(config, dims, world)
+    note = ""
+    automatic = config.model.activation_checkpointing == "auto"
+    if automatic and world.device.type == "cpu" and config.model.dtype != "float32":
+        keep = ["attention" for _ in keep]
+        note = "; auto decides on the GPU, this is a careful guess"
+    counts = [f"{mode} in {keep.count(mode)} of {dims.layers}" for mode in ("full", "attention") if mode in keep]
     compiled = "compiled" if is_compiled(config, world.device) else "not compiled"
     return (
-        again,
-        count,
-        (
-            f"{compiled} here, {choice.kernel} attention kernel ({choice.reason}), {count} of {dims.layers} with "
-            f"activation checkpointing ({again}){note}"
-        ),
+        keep,
+        f"{compiled} here, {choice.kernel} attention kernel ({choice.reason}), activation checkpointing: "
+        f"{', '.join(counts) or 'none'}{note}",
     )

@@ -34,7 +34,7 @@ class ModelConfig:
     """Compile the layers (torch.compile): a minute at the start, faster ever after. None: on a GPU only."""
     activation_checkpointing: Literal["none", "attention", "full", "auto"] = "auto"
     """What the backward computes again: nothing; all of a layer but attention; or all of it. `auto` (none on a CPU) computes
-    again, all but attention, in as few layers as the memory plan needs."""
+    again, all but attention, in as few layers as the memory plan needs, and all in as few where that is not enough."""
     fsdp_size: int | None = None
     """How many neighbouring ranks one copy of the weights is split over (hybrid sharding); gradients are averaged over the copies.
     On several nodes, the GPUs of one node. None: all ranks."""

@@ -14,12 +14,13 @@ from pgrpo.attention.kernels import choose_kernel
 from pgrpo.attention.plan import AttentionChoice
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed import World
-from pgrpo.flops import GIB, ModelDims, layers_to_checkpoint, memory_plan, parameter_count
-from pgrpo.layers import Keep, set_up_layers
+from pgrpo.flops import GIB, ModelDims, fewest_layers_again, memory_plan, parameter_count
+from pgrpo.layers import set_up_layers
 from pgrpo.logprobs import chunk_bytes
 from pgrpo.lora import adapter_parameters, add_adapters
 from pgrpo.policy import Policy, load_model
 from pgrpo.rollout import vllm
+from pgrpo.types import Keep
 
 USABLE_SHARE = 0.92
 """Of a GPU's memory: the rest is for the CUDA context, libraries and fragmentation."""
@@ -102,19 +103,16 @@ def attention_choice(config: Config, dims: ModelDims, device: torch.device) -> A
 
 
 def kept_by_layer(config: Config, dims: ModelDims, world: World) -> list[Keep]:
-    """What each layer keeps for the backward. Layers that compute again come first: what the last ones keep is needed first
-    in the backward, and gone before all gradients are there."""
-    mode, count = config.model.activation_checkpointing, dims.layers
-    if mode == "auto":
-        mode, count = "none", 0
-        if world.device.type == "cuda":
-            capacity = USABLE_SHARE * torch.cuda.get_device_properties(world.device).total_memory / GIB
-            if engine_name(config, world.device) == "vllm":
-                capacity -= SLEEPING_VLLM_GIB
-            sizes = plan_sizes(config, dims, world.shards, world.device)
-            mode, count = layers_to_checkpoint(dims, capacity, **sizes)
-    again: Keep = mode  # not "auto" any more
-    return [again if i < count else "none" for i in range(dims.layers)]
+    """What each layer computes again in the backward."""
+    mode = config.model.activation_checkpointing
+    if mode != "auto":
+        return [mode] * dims.layers
+    if world.device.type == "cpu":
+        return ["none"] * dims.layers
+    capacity = USABLE_SHARE * torch.cuda.get_device_properties(world.device).total_memory / GIB
+    if engine_name(config, world.device) == "vllm":
+        capacity -= SLEEPING_VLLM_GIB
+    return fewest_layers_again(dims, capacity, **plan_sizes(config, dims, world.shards, world.device))
 
 
 def engine_name(config: Config, device: torch.device) -> Literal["vllm", "embedded"]:
@@ -135,7 +133,8 @@ def vllm_memory_share(config: Config, dims: ModelDims, world: World) -> float:
     if world.device.type == "cpu":
         return CPU_SHARE
     total = torch.cuda.get_device_properties(world.device).total_memory / GIB
-    plan = memory_plan(dims, checkpointing="none", **plan_sizes(config, dims, world.shards, world.device))
+    sizes = plan_sizes(config, dims, world.shards, world.device)
+    plan = memory_plan(dims, keep=kept_by_layer(config, dims, world), **sizes)
     held = plan.weights + plan.moments + plan.reference
     share = USABLE_SHARE - (held + SLEEPING_VLLM_GIB) / total
     rollout, width = config.rollout, compute_dtype(config).itemsize

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pgrpo import flops
 from pgrpo.config import ModelConfig
 from pgrpo.flops import ModelDims
 from pgrpo.lora import add_adapters
+from pgrpo.types import Keep
 
 SIZES = {
     "hidden_size": 64,
@@ -177,14 +179,16 @@ def test_activations_are_what_autograd_keeps(
     saved = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in constant)
 
     def activations(layers: int) -> float:
-        return plan(replace(dims, layers=layers), checkpointing="none", dtype_bytes=dtype.itemsize).activations
+        return plan(replace(dims, layers=layers), keep="none", dtype_bytes=dtype.itemsize).activations
 
     planned = (activations(2) - activations(1)) * flops.GIB
     assert least <= saved / length / planned <= most
 
 
-def plan(dims: ModelDims, **changes) -> flops.MemoryPlan:
-    return flops.memory_plan(dims, **{"token_budget": 1, "checkpointing": "full", "dtype_bytes": 2} | changes)
+def plan(dims: ModelDims, keep: Keep = "full", **changes) -> flops.MemoryPlan:
+    """Of layers that all compute the same again."""
+    sizes: dict[str, Any] = {"token_budget": 1, "dtype_bytes": 2} | changes
+    return flops.memory_plan(dims, keep=[keep for _ in range(dims.layers)], **sizes)
 
 
 def test_memory_plan() -> None:
@@ -201,7 +205,7 @@ def test_memory_plan() -> None:
     assert plan(dims, reference=True, ref_offload=True).reference == pytest.approx(root)
     assert plan(dims, reference=True, dtype_bytes=4).reference == one.weights
     assert plan(dims, ref_offload=True).reference == 0
-    assert plan(dims, token_budget=8192, checkpointing="none").activations > 10 * one.activations
+    assert plan(dims, token_budget=8192, keep="none").activations > 10 * one.activations
     sampled = plan(dims, concurrent=64, group_size=8, prompt_tokens=512, completion_tokens=1024)
     assert sampled.kv_cache == (64 * 1024 + 8 * 512) * 2 * 36 * 8 * 128 * 2 / 2**30
     assert one.peak == max(one.update, one.optimizer_step, one.rollout)
@@ -210,14 +214,19 @@ def test_memory_plan() -> None:
 
 def test_memory_plan_of_checkpointing_and_offload() -> None:
     dims = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
-    attention = plan(dims, checkpointing="attention")
+    attention = plan(dims, keep="attention")
     # A token of a layer: its input (2560 bfloat16), attention's output (32 x 128 bfloat16) and log-sum-exps (32 float32).
-    kept = 36 * (2 * 2560 + 32 * (2 * 128 + 4))
-    whole_layer = plan(dims, checkpointing="none").activations / 36
-    assert attention.activations == pytest.approx(kept / flops.GIB + whole_layer)
-    by_count = [plan(dims, checkpointing="attention", checkpointed_layers=n).activations for n in range(1, 37)]
-    assert by_count == sorted(by_count, reverse=True)
-    assert by_count[-1] == attention.activations
+    assert attention.activations == pytest.approx(36 * (2 * 2560 + 32 * (2 * 128 + 4)) / flops.GIB)
+    assert plan(dims).activations == pytest.approx(36 * 2 * 2560 / flops.GIB)
+    # The backward has one layer whole at a time, with gradients of two layers and of the head in bfloat16.
+    whole_layer = plan(dims, keep="none").activations / 36
+    gradients = 2 * (2 * dims.layer_matrix + 151936 * 2560) / flops.GIB
+    assert attention.layer_backward == pytest.approx(whole_layer + gradients)
+    assert plan(dims, keep="none").layer_backward == pytest.approx(gradients)
+    parts: list[tuple[int, Keep]] = [(5, "full"), (10, "attention"), (21, "none")]
+    layers: list[Keep] = [mode for count, mode in parts for _ in range(count)]
+    mixed = flops.memory_plan(dims, token_budget=1, dtype_bytes=2, keep=layers).activations
+    assert mixed == pytest.approx(sum(count * plan(dims, keep=mode).activations / 36 for count, mode in parts))
     offloaded = plan(dims, offload=True)
     assert (offloaded.moments, offloaded.weights, offloaded.gradients) == (0, attention.weights, attention.gradients)
 
@@ -234,26 +243,55 @@ def test_what_compiled_layers_keep_is_what_was_measured_on_a_gpu(prompt: int, gr
         if (row["prompt"], row["completion"], row["group_size"], row["method"]) == shape
     }
     sizes: dict[str, Any] = {"token_budget": prompt + group_size * 1024, "compiled": True}
-    none, attention = (plan(dims, checkpointing=mode, **sizes).activations for mode in ("none", "attention"))
+    none, attention = (plan(dims, keep=mode, **sizes).activations for mode in ("none", "attention"))
     planned = none - attention
     assert 0.95 < (peaks["none"] - peaks["attention"]) / planned < 1.05
-    eager = plan(dims, checkpointing="none", **sizes | {"compiled": False}).activations
+    eager = plan(dims, keep="none", **sizes | {"compiled": False}).activations
     assert eager > 1.5 * none
+
+
+@pytest.mark.parametrize(
+    ("file", "row", "again", "keep"),
+    [
+        ("multi_gpu.json", 0, "attention", 36),
+        ("multi_gpu.json", 1, "attention", 36),
+        ("h100_train_step.json", 0, "full", 36),
+        ("h100_train_step.json", 1, "attention", 20),
+    ],
+)
+def test_the_plan_of_an_update_is_what_was_measured_on_a_gpu(file: str, row: int, again: Keep, keep: int) -> None:
+    dims = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
+    measured = json.loads((Path(__file__).parents[2] / "benchmarks" / file).read_text())["rows"][row]
+    planned = flops.memory_plan(
+        dims,
+        token_budget=4096 + 8 * 1024,
+        keep=[again if layer < keep else "none" for layer in range(36)],
+        dtype_bytes=2,
+        compiled=True,
+        ranks=measured.get("ranks", 1),
+        offload=measured["offload"] == "cpu",
+        logit_chunk_bytes=2 * 4096 * 151936,  # half of the completions' tokens
+    )
+    assert 0 <= planned.update - measured["peak_gib"] < 0.6
 
 
 def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
     dims = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
-    sizes = {"token_budget": 16384, "dtype_bytes": 2, "offload": True}
-    mode, count = flops.layers_to_checkpoint(dims, 73.0, **sizes)
-    assert mode == "attention"
-    assert 0 < count < 36
+    sizes: dict[str, Any] = {"token_budget": 16384, "dtype_bytes": 2, "offload": True}
 
-    def peak(n: int) -> float:
-        return flops.memory_plan(dims, checkpointing="attention", checkpointed_layers=n, **sizes).peak
+    def peak(keep: Sequence[Keep]) -> float:
+        return flops.memory_plan(dims, keep=keep, **sizes).peak
 
-    assert peak(count) <= 73.0 < peak(count - 1)
-    assert flops.layers_to_checkpoint(dims, 1000.0, **sizes) == ("none", 0)
-    assert flops.layers_to_checkpoint(dims, 10.0, **sizes) == ("full", 36)
+    cases: list[tuple[Keep, Keep, float]] = [("attention", "none", 73.0), ("full", "attention", 40.0)]
+    for more, less, capacity in cases:
+        keep = flops.fewest_layers_again(dims, capacity, **sizes)
+        count = keep.count(more)
+        assert 0 < count < 36
+        assert keep == sorted(keep, key=[more, less].index)
+        fewer: list[Keep] = [*keep[1:], less]
+        assert peak(keep) <= capacity < peak(fewer)
+    assert flops.fewest_layers_again(dims, 1000.0, **sizes) == ["none"] * 36
+    assert flops.fewest_layers_again(dims, 10.0, **sizes) == ["full"] * 36
 
 
 def test_memory_plan_of_lora() -> None:
@@ -266,8 +304,8 @@ def test_memory_plan_of_lora() -> None:
     assert (lora.gradients, lora.moments) == (4 * adapters / 2 / 2**30, 8 * adapters / 2 / 2**30)
     assert lora.reference == 0
     assert all_weights.logprobs - lora.logprobs == 151936 * 2560 * 6 / 2**30
-    layer = 2 * (dims.layer_matrix + 2 * adapters // 36)
-    assert lora.gathered == pytest.approx(2 * (151936 * 2560 + layer) / 2**30)
+    layers = 2 * (dims.layer_matrix + adapters // 36)
+    assert lora.gathered == pytest.approx(2 * (151936 * 2560 + layers) / 2**30)
     assert lora.activations == all_weights.activations
     in_float32 = plan(dims, adapters=adapters, dtype_bytes=4)
     assert (in_float32.gathered, in_float32.adam_scratch) == (0, in_float32.gradients)
