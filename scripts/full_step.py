@@ -2,6 +2,7 @@
 
     python scripts/full_step.py --shape-of benchmarks/qwen3_4b --config qwen3_4b.yaml --prompts 32 --prompt 4096 \
         --completion 1024 --group-size 8 [--attention grouped repeated] [--steps 2] [--plain] [--json FILE] [key=value ...]
+    torchrun --nproc-per-node 2 scripts/full_step.py ... optim.offload=none
 
 Makes a model folder beside the run folder, from config.json alone, trains on random prompts, and prints the median of each part
 of a step, for both ways of attention in turn. A small step of each before, which compiles, is left out.
@@ -18,7 +19,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ OTHERS = (
     "tokens/packed",
     "tokens/repeated",
     "completions/mean_length",
+    "canary/slope",
+    "canary/slope_error",
+    "canary/logp_difference",
 )
 
 
@@ -76,16 +80,23 @@ def spread(completions: list[str], completion_ids: list[list[int]]) -> list[floa
     return [float(sum(ids) % 1000) for ids in completion_ids]
 
 
-def start_settings(args: argparse.Namespace) -> tuple[Config, list[dict[str, str]]]:
-    """The config, and rows of random words; the model folder is made if it is not there, and an old run folder removed."""
+def model_folder(args: argparse.Namespace) -> Path:
+    return args.run_dir.with_name(args.run_dir.name + "_model")
+
+
+def clear_up(args: argparse.Namespace) -> None:
+    """Remove an old run folder, and make the model's if it is not there."""
     shutil.rmtree(args.run_dir, ignore_errors=True)
-    model = args.run_dir.with_name(args.run_dir.name + "_model")
-    if not model.exists():
-        make_model(args.shape_of, model)
+    if not (folder := model_folder(args)).exists():
+        make_model(args.shape_of, folder)
+
+
+def settings(args: argparse.Namespace) -> tuple[Config, list[dict[str, str]]]:
+    """The config, and rows of random words."""
     rnd = random.Random(0)
     rows = [{"text": " ".join(rnd.choices(WORDS, k=args.prompt))} for _ in range(args.prompts * (args.steps + 1) * 3)]
     keys = {
-        "model.path": model, "run_dir": args.run_dir,
+        "model.path": model_folder(args), "run_dir": args.run_dir,
         "rollout.prompts_per_step": args.prompts, "rollout.group_size": args.group_size,
         "rollout.max_completion_tokens": args.completion, "data.max_prompt_tokens": args.prompt,
         "train.token_budget": args.prompt + args.group_size * args.completion, "eval.every": 0, "checkpoint.every": 0,
@@ -96,32 +107,39 @@ def start_settings(args: argparse.Namespace) -> tuple[Config, list[dict[str, str
 
 
 def steps(args: argparse.Namespace, report: Callable[[list[dict[str, Any]]], None]) -> None:
-    """Median seconds of a step's parts, a row for each way of attention; ``report`` has the rows after every step."""
-    config, rows = start_settings(args)
+    """Median seconds of a step's parts, a row for each way of attention; the first rank ``report``s the rows after every step."""
+    config, rows = settings(args)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in args.attention}
     plain: list[float] = []
-    with start(config.model.fsdp_size) as world, build_run(config, world, [spread], rows) as run:
+    with ExitStack() as stack:
+        world = stack.enter_context(start(config.model.fsdp_size))
+        world.together(lambda: clear_up(args) if world.is_main else None)
+        run = stack.enter_context(build_run(config, world, [spread], rows))
         for turn in range(args.steps + 1):
             config.rollout.prompts_per_step = args.prompts if turn else WARM_UP_PROMPTS
             for name in args.attention:
                 config.model.attention = name
-                with device_memory() as used:
+                with device_memory(world.device) as used:
                     _, metrics = one_step(run)
                 run.step += 1
                 run.mark()
                 part = {key: metrics[key] for key in (*PARTS, *OTHERS) if key in metrics}
-                print(name, json.dumps(part | {"device_peak_gib": max(used)}), flush=True)
+                part["device_peak_gib"] = max(used)
+                if world.is_main:
+                    print(name, json.dumps(part), flush=True)
                 if turn and args.plain and name == args.attention[-1]:
                     plain.append(plain_rate(run, args))
                     print(f"vLLM without log-probs: {plain[-1]:.0f} tokens/s", flush=True)
                 if turn:
-                    found[name].append(part | {"device_peak_gib": max(used)})
-                    report([summary(name, part, args, plain) for name, part in found.items() if part])
+                    found[name].append(part)
+                if turn and world.is_main:
+                    report([{"ranks": world.size} | summary(*each, args, plain) for each in found.items() if each[1]])
 
 
 def summary(name: str, steps: list[dict[str, float]], args: argparse.Namespace, plain: list[float]) -> dict[str, Any]:
-    """Medians of the steps of one way of attention."""
-    row = {key: statistics.median(step[key] for step in steps) for key in steps[0]}
+    """Medians of the steps of one way of attention, of what all of them have."""
+    common = [key for key in steps[0] if all(key in step for step in steps)]
+    row = {key: statistics.median(step[key] for step in steps) for key in common}
     tokens = args.prompts * args.group_size * row["completions/mean_length"]
     rates = {"rollout_tokens_per_s": tokens / row["time/rollout"]}
     if plain:
@@ -130,17 +148,17 @@ def summary(name: str, steps: list[dict[str, float]], args: argparse.Namespace, 
 
 
 @contextmanager
-def device_memory() -> Iterator[list[float]]:
-    """GiB in use on the GPU, by all that it holds, vLLM awake or asleep too; twenty times a second."""
+def device_memory(device: torch.device) -> Iterator[list[float]]:
+    """GiB in use on this GPU, by all that it holds, vLLM awake or asleep too; twenty times a second."""
     used, done = [0.0], threading.Event()
 
     def look() -> None:
         while not done.wait(0.05):
-            free, total = torch.cuda.mem_get_info(0)
+            free, total = torch.cuda.mem_get_info(device)
             used.append((total - free) / GIB)
 
     thread = threading.Thread(target=look, daemon=True)
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         thread.start()
     try:
         yield used
@@ -149,10 +167,12 @@ def device_memory() -> Iterator[list[float]]:
 
 
 def plain_rate(run: Run, args: argparse.Namespace) -> float:
-    """Tokens a second of vLLM as it is, without log-probs, on fresh prompts of the same shape."""
+    """Tokens a second of vLLM without log-probs and without text, on fresh prompts of the same shape."""
     with run.engine.awake():
         assert isinstance(run.engine, VLLMEngine), "--plain needs rollout.engine=vllm"
-        params = importlib.import_module("vllm").SamplingParams(n=args.group_size, max_tokens=args.completion)
+        params = importlib.import_module("vllm").SamplingParams(
+            n=args.group_size, max_tokens=args.completion, detokenize=False
+        )
         prompts: list[Any] = [{"prompt_token_ids": p.token_ids} for p in run.stream.take(args.prompts)]
         started = time.perf_counter()
         outputs = run.engine.llm.generate(prompts, params, use_tqdm=False)
@@ -170,7 +190,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--attention", nargs="+", choices=["grouped", "repeated"], default=["grouped", "repeated"])
     parser.add_argument("--steps", type=int, default=2, help="of each way of attention")
-    parser.add_argument("--plain", action="store_true", help="also vLLM's tokens a second without log-probs")
+    parser.add_argument("--plain", action="store_true", help="also vLLM's tokens a second without log-probs (one rank)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows are added to this file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
