@@ -17,6 +17,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,12 +27,12 @@ from pgrpo.config import Config, load_config
 from pgrpo.distributed import World, place, start
 from pgrpo.flops import GIB, ModelDims, forward_flops
 from pgrpo.optim import build_optimizer
-from pgrpo.training.placement import compute_dtype, decoder_layers, wrap
+from pgrpo.training.placement import compute_dtype, decoder_layers, kept_by_layer, wrap
 from pgrpo.training.run import group_cost
 from pgrpo.training.update import Updater
 
 
-def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str, float | str | int]:
+def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str, Any]:
     """One row of the table."""
     torch.manual_seed(0)  # the same weights on every rank
     config.rollout.group_size, config.rollout.prompts_per_step = shape.group_size, shape.groups
@@ -43,6 +44,7 @@ def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str,
     policy = wrap(model, config, world)
     place(policy, decoder_layers(model), world, compute_dtype(config))
     dims = ModelDims.from_config(model.config)
+    keep = kept_by_layer(config, dims, world)
     optimizer = build_optimizer(policy, config.optim)
     updater = Updater(config, world, policy, None, optimizer, lambda group: group_cost(dims, group, config))
     groups = random_groups(shape, model.config.vocab_size)
@@ -61,6 +63,7 @@ def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str,
         "ranks": world.size,
         "offload": config.optim.offload,
         "checkpointing": config.model.activation_checkpointing,
+        "layers": {mode: keep.count(mode) for mode in keep},
         "seconds": median,
         "tokens_per_s": metrics["tokens/packed"] / median,
         "samples_per_s": shape.groups * shape.group_size / median,
