@@ -14,6 +14,8 @@ What this file knows of vLLM's insides, on the versions in ``SUPPORTED``:
   all the while. Only one engine in a process can sleep. A CPU has no sleep.
 - The worker's ``reload_weights`` calls the model's ``load_weights`` once, with Hugging Face names, which returns the names of its
   own parameters that it wrote; one that it did not write is only warned of. ``packed_modules_mapping`` says which are fused.
+- Beside sleep mode, its own all-reduce kernels and their fusion with norms end in an illegal memory access once there are CUDA
+  graphs (two H100s): ranks that share an engine sum by NCCL.
 - On a CPU a linear layer's weight is packed away after loading, and cannot be read back; a head that is tied to the embedding
   is packed once, and a reload leaves that copy as it was.
 """
@@ -126,6 +128,8 @@ class VLLMEngine:
                 seed=config.seed,
                 distributed_executor_backend="external_launcher",
                 tensor_parallel_size=self.tp_size,
+                disable_custom_all_reduce=True,
+                compilation_config={"pass_config": {"fuse_allreduce_rms": False}},
                 max_model_len=self.max_model_len,
                 max_num_seqs=config.rollout.max_concurrent,
                 gpu_memory_utilization=memory_share,
@@ -337,6 +341,7 @@ def _vllm() -> Any:
     """The package; not ``import vllm``, which type checkers take for this file."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of each layer that has no weights of its own
+    os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
     return importlib.import_module("vllm")
 
 
