@@ -46,6 +46,8 @@ PARTS = (
     "time/update",
     "time/step",
 )
+PLAIN = {"plain_vllm_tokens_per_s": True, "plain_vllm_without_text_tokens_per_s": False}
+"""What ``--plain`` measures: vLLM as it is, and without turning ids into text, as the trainer uses it."""
 OTHERS = (
     "perf/peak_memory_gib",
     "perf/tokens_per_s",
@@ -110,7 +112,7 @@ def steps(args: argparse.Namespace, report: Callable[[list[dict[str, Any]]], Non
     """Median seconds of a step's parts, a row for each way of attention; the first rank ``report``s the rows after every step."""
     config, rows = settings(args)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in args.attention}
-    plain: list[float] = []
+    plain: dict[str, list[float]] = {}
     with ExitStack() as stack:
         world = stack.enter_context(start(config.model.fsdp_size))
         world.together(lambda: clear_up(args) if world.is_main else None)
@@ -128,22 +130,24 @@ def steps(args: argparse.Namespace, report: Callable[[list[dict[str, Any]]], Non
                 if world.is_main:
                     print(name, json.dumps(part), flush=True)
                 if turn and args.plain and name == args.attention[-1]:
-                    plain.append(plain_rate(run, args))
-                    print(f"vLLM without log-probs: {plain[-1]:.0f} tokens/s", flush=True)
+                    for key, detokenize in PLAIN.items():
+                        plain.setdefault(key, []).append(plain_rate(run, args, detokenize))
+                        print(key, round(plain[key][-1]), flush=True)
                 if turn:
                     found[name].append(part)
                 if turn and world.is_main:
                     report([{"ranks": world.size} | summary(*each, args, plain) for each in found.items() if each[1]])
 
 
-def summary(name: str, steps: list[dict[str, float]], args: argparse.Namespace, plain: list[float]) -> dict[str, Any]:
+def summary(
+    name: str, steps: list[dict[str, float]], args: argparse.Namespace, plain: dict[str, list[float]]
+) -> dict[str, Any]:
     """Medians of the steps of one way of attention, of what all of them have."""
     common = [key for key in steps[0] if all(key in step for step in steps)]
     row = {key: statistics.median(step[key] for step in steps) for key in common}
     tokens = args.prompts * args.group_size * row["completions/mean_length"]
     rates = {"rollout_tokens_per_s": tokens / row["time/rollout"]}
-    if plain:
-        rates["plain_vllm_tokens_per_s"] = statistics.median(plain)
+    rates |= {key: statistics.median(found) for key, found in plain.items()}
     return {"attention": name, "steps": len(steps)} | row | rates
 
 
@@ -166,12 +170,12 @@ def device_memory(device: torch.device) -> Iterator[list[float]]:
         done.set()
 
 
-def plain_rate(run: Run, args: argparse.Namespace) -> float:
-    """Tokens a second of vLLM without log-probs and without text, on fresh prompts of the same shape."""
+def plain_rate(run: Run, args: argparse.Namespace, detokenize: bool) -> float:
+    """Tokens a second of ``LLM.generate`` without log-probs, on fresh prompts of the same shape."""
     with run.engine.awake():
         assert isinstance(run.engine, VLLMEngine), "--plain needs rollout.engine=vllm"
         params = importlib.import_module("vllm").SamplingParams(
-            n=args.group_size, max_tokens=args.completion, detokenize=False
+            n=args.group_size, max_tokens=args.completion, detokenize=detokenize
         )
         prompts: list[Any] = [{"prompt_token_ids": p.token_ids} for p in run.stream.take(args.prompts)]
         started = time.perf_counter()

@@ -251,28 +251,23 @@ def test_what_compiled_layers_keep_is_what_was_measured_on_a_gpu(prompt: int, gr
 
 
 @pytest.mark.parametrize(
-    ("file", "row", "again", "keep"),
-    [
-        ("multi_gpu.json", 0, "attention", 36),
-        ("multi_gpu.json", 1, "attention", 36),
-        ("h100_train_step.json", 0, "full", 36),
-        ("h100_train_step.json", 1, "attention", 20),
-    ],
+    ("file", "row"), [("multi_gpu.json", n) for n in range(2)] + [("h100_train_step.json", n) for n in range(4)]
 )
-def test_the_plan_of_an_update_is_what_was_measured_on_a_gpu(file: str, row: int, again: Keep, keep: int) -> None:
+def test_the_plan_of_an_update_is_what_was_measured_on_a_gpu(file: str, row: int) -> None:
+    """At most 0.7 GiB more, and never less."""
     dims = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
     measured = json.loads((Path(__file__).parents[2] / "benchmarks" / file).read_text())["rows"][row]
     planned = flops.memory_plan(
         dims,
         token_budget=4096 + 8 * 1024,
-        keep=[again if layer < keep else "none" for layer in range(36)],
+        keep=[mode for mode, count in measured["layers"].items() for _ in range(count)],
         dtype_bytes=2,
         compiled=True,
-        ranks=measured.get("ranks", 1),
+        ranks=measured["ranks"],
         offload=measured["offload"] == "cpu",
         logit_chunk_bytes=2 * 4096 * 151936,  # half of the completions' tokens
     )
-    assert 0 <= planned.update - measured["peak_gib"] < 0.6
+    assert 0 <= planned.update - measured["peak_gib"] < 0.7
 
 
 def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
