@@ -2,20 +2,15 @@
 
 The engine sleeps while the policy trains. It has no weights of its own: each time it wakes, all of the policy's are pushed.
 
-What this file knows of vLLM's insides, on the versions in ``SUPPORTED``:
-- ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` runs the engine in this process, and ``distributed_executor_backend="external_launcher"`` on
-  the process group that exists, with tensor-parallel groups of neighbouring ranks and the rank from the environment.
+What this file knows of vLLM's insides, on the versions in ``vllm_start.SUPPORTED`` (of its start: ``vllm_start``):
 - Without a seed of its own a request draws from this process's generators (PyTorch, NumPy, Python).
 - ``LLM.enqueue``, ``llm_engine.step`` and ``abort_request`` are what ``LLM.generate`` is made of; requests are counted up, and
   ``enqueue`` returns them under internal names. The eos that ended a completion is one of its tokens.
 - The engine destroys the process group when it is shut down, and shuts itself down at exit if nobody did.
-- ``logprobs_mode="processed_logprobs"`` gives log-probs after temperature, top-k and top-p; prompt log-probs are before them.
 - Sleep level 2 gives up weights and keys and values, and ``wake_up`` takes them back by tag; PyTorch counts them as allocated
   all the while. Only one engine in a process can sleep. A CPU has no sleep.
 - The worker's ``reload_weights`` calls the model's ``load_weights`` once, with Hugging Face names, which returns the names of its
   own parameters that it wrote; one that it did not write is only warned of. ``packed_modules_mapping`` says which are fused.
-- Beside sleep mode, its own all-reduce kernels and their fusion with norms end in an illegal memory access once there are CUDA
-  graphs (two H100s): ranks that share an engine sum by NCCL.
 - On a CPU a linear layer's weight is packed away after loading, and cannot be read back; a head that is tied to the embedding
   is packed once, and a reload leaves that copy as it was.
 """
@@ -23,9 +18,6 @@ What this file knows of vLLM's insides, on the versions in ``SUPPORTED``:
 from __future__ import annotations
 
 import hashlib
-import importlib
-import importlib.util
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -34,12 +26,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
 
-from pgrpo.config import Config, ConfigError
+from pgrpo.config import Config
 from pgrpo.deadline import deadline
 from pgrpo.distributed import World
-from pgrpo.rng import rng_state, set_rng_state
+from pgrpo.rollout import vllm_start
 from pgrpo.rollout.delivery import Delivery
 from pgrpo.rollout.requests import DEADLINE, EngineError, Requests, vllm_errors
 from pgrpo.rollout.text import Tokenizer, make_completions
@@ -47,29 +38,8 @@ from pgrpo.stopping import Stopped
 from pgrpo.types import Group, Prompt, SamplingParams
 
 T = TypeVar("T")
-SUPPORTED = {"cuda": "0.26", "cpu": "0.32"}
-"""The vLLM version that is tested on a kind of device."""
 CHECK_EVERY = 16
 """Decoding steps between looks at the stop signal, where ranks that share an engine exchange it."""
-
-
-def is_installed() -> bool:
-    spec = importlib.util.find_spec("vllm")
-    return spec is not None and spec.origin is not None  # not a mere folder of that name on the path
-
-
-def check_version(config: Config, device: torch.device) -> None:
-    """Refuse a vLLM that nobody tried on such a device.
-
-    Raises:
-        ConfigError: with the version that is supported and the key to override.
-    """
-    version, tested = _vllm().__version__, SUPPORTED[device.type]
-    if not version.startswith(f"{tested}.") and not config.rollout.allow_untested_vllm:
-        raise ConfigError(
-            f"rollout.engine=vllm: vLLM {version} was not tested on a {device.type} device, {tested} was: install that, or set "
-            "rollout.allow_untested_vllm=true, or rollout.engine=embedded"
-        )
 
 
 class VLLMEngine:
@@ -85,7 +55,8 @@ class VLLMEngine:
         memory_share: of the GPU's memory, for weights, keys and values (vLLM's ``gpu_memory_utilization``).
 
     Raises:
-        ConfigError: vLLM is of an untested version, or cannot be started as configured.
+        ConfigError: vLLM is of an untested version.
+        EngineError: it cannot be started as configured.
     """
 
     def __init__(
@@ -106,40 +77,15 @@ class VLLMEngine:
         self.max_model_len = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
         self.is_awake = False
         self.timings: dict[str, float] = {}
-        for name, value in (("RANK", world.rank), ("LOCAL_RANK", world.device.index or 0), ("WORLD_SIZE", world.size)):
-            os.environ.setdefault(name, str(value))
-        check_version(config, world.device)
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if self.sleeps else "gloo", store=HashStore(), rank=0, world_size=1)
+        vllm_start.prepare(config, world)
         self.tp_size, self.tp_group = config.rollout.tensor_parallel_size, None
         for first in range(0, world.size if self.tp_size > 1 else 0, self.tp_size):
             ranks = list(range(first, first + self.tp_size))
             group = dist.new_group(ranks)  # every rank takes part in making every group
             if world.rank in ranks:
                 self.tp_group = group
-        state, allocated = rng_state(), self._allocated()
-        with deadline(self.seconds, "starting vLLM", DEADLINE), vllm_errors("start"):
-            self.llm = _vllm().LLM(
-                model=config.model.path,
-                revision=config.model.revision,
-                trust_remote_code=config.model.trust_remote_code,
-                dtype=config.model.dtype,
-                load_format="dummy",  # the first push brings them
-                seed=config.seed,
-                distributed_executor_backend="external_launcher",
-                tensor_parallel_size=self.tp_size,
-                disable_custom_all_reduce=True,
-                compilation_config={"pass_config": {"fuse_allreduce_rms": False}},
-                max_model_len=self.max_model_len,
-                max_num_seqs=config.rollout.max_concurrent,
-                gpu_memory_utilization=memory_share,
-                enforce_eager=config.rollout.enforce_eager,
-                enable_prefix_caching=True,
-                enable_sleep_mode=self.sleeps,
-                logprobs_mode="processed_logprobs",
-                generation_config="vllm",  # no sampling defaults from the model's folder
-            )
-        set_rng_state(state)  # vLLM seeds this process's generators
+        allocated = self._allocated()
+        self.llm = vllm_start.start(config, memory_share, sleeps=self.sleeps)
         self.requests = Requests(self.llm, self.seconds, self._stop_signal)
         self._fall_asleep()
         self.counted_bytes = self._allocated() - allocated
@@ -194,7 +140,7 @@ class VLLMEngine:
                     f"the engine's {self.max_model_len} (data.max_prompt_tokens + rollout.max_completion_tokens)"
                 )
         greedy, group_size = params.temperature == 0.0, len(seeds[0])
-        request = _vllm().SamplingParams(
+        request = vllm_start.package().SamplingParams(
             n=1 if greedy else group_size,  # vLLM refuses several greedy samples: they are one, several times
             max_tokens=params.max_completion_tokens,
             temperature=params.temperature,
@@ -205,7 +151,7 @@ class VLLMEngine:
             detokenize=bool(params.stop),  # text is decoded once, when all is sampled
             logprobs=0,  # of the sampled token alone
             flat_logprobs=True,
-            output_kind=_vllm().sampling_params.RequestOutputKind.FINAL_ONLY,
+            output_kind=vllm_start.package().sampling_params.RequestOutputKind.FINAL_ONLY,
         )
         self._check_awake()
         outputs = self.requests.run_all([p.token_ids for p in prompts], request, seed=_joint_seed(seeds))
@@ -224,7 +170,9 @@ class VLLMEngine:
     def score(self, groups: Sequence[Group]) -> list[float]:
         """Log-probs at temperature 1 of all completion tokens, in order: of groups that this rank's engine shares."""
         samples = [(g.prompt.token_ids, c.token_ids) for g in groups for c in g.completions]
-        request = _vllm().SamplingParams(max_tokens=1, prompt_logprobs=0, top_p=1.0, temperature=1.0, detokenize=False)
+        request = vllm_start.package().SamplingParams(
+            max_tokens=1, prompt_logprobs=0, top_p=1.0, temperature=1.0, detokenize=False
+        )
         self._check_awake()
         outputs = self._together(lambda: self.requests.run([p + c for p, c in samples], request, seed=0))
         return [
@@ -335,14 +283,6 @@ class VLLMEngine:
     def _call(self, what: str, function: Callable[[], Any]) -> Any:
         with deadline(self.seconds, f"vLLM's {what}", DEADLINE), vllm_errors(what):
             return function()
-
-
-def _vllm() -> Any:
-    """The package; not ``import vllm``, which type checkers take for this file."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of each layer that has no weights of its own
-    os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
-    return importlib.import_module("vllm")
 
 
 def _joint_seed(seeds: Sequence[Sequence[int]]) -> int:

@@ -15,7 +15,7 @@ from pgrpo.config import Config, ConfigError
 from pgrpo.distributed import World
 from pgrpo.flops import ModelDims
 from pgrpo.policy import Policy
-from pgrpo.rollout import canary, vllm
+from pgrpo.rollout import canary, vllm, vllm_start
 from pgrpo.rollout.base import RolloutEngine
 from pgrpo.rollout.embedded import EmbeddedEngine
 from pgrpo.training.placement import compute_dtype, engine_name, vllm_memory_share
@@ -47,7 +47,7 @@ def check_engine(config: Config, dims: ModelDims, world: World) -> None:
                     "takes here; leave it out, or set rollout.engine=vllm"
                 )
         return
-    if not vllm.is_installed():
+    if not vllm_start.is_installed():
         raise ConfigError(
             "rollout.engine=vllm: vLLM is not installed: pip install 'pgrpo[vllm]', or set rollout.engine=embedded"
         )
@@ -60,7 +60,7 @@ def check_engine(config: Config, dims: ModelDims, world: World) -> None:
             raise ConfigError(
                 f"rollout.tensor_parallel_size: {size} does not divide {count} {what}; it may be {', '.join(valid)}"
             )
-    vllm.check_version(config, world.device)
+    vllm_start.check_version(config, world.device)
 
 
 def build_engine(

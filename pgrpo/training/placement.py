@@ -19,7 +19,7 @@ from pgrpo.layers import set_up_layers
 from pgrpo.logprobs import chunk_bytes
 from pgrpo.lora import adapter_parameters, add_adapters
 from pgrpo.policy import Policy, load_model
-from pgrpo.rollout import vllm
+from pgrpo.rollout import vllm_start
 from pgrpo.types import Keep
 
 USABLE_SHARE = 0.92
@@ -118,7 +118,7 @@ def kept_by_layer(config: Config, dims: ModelDims, world: World) -> list[Keep]:
 def engine_name(config: Config, device: torch.device) -> Literal["vllm", "embedded"]:
     """``rollout.engine``; for ``auto`` vLLM where it is installed and there is a GPU."""
     if config.rollout.engine == "auto":
-        return "vllm" if device.type == "cuda" and vllm.is_installed() else "embedded"
+        return "vllm" if device.type == "cuda" and vllm_start.is_installed() else "embedded"
     return config.rollout.engine
 
 

@@ -8,7 +8,7 @@ import torch
 from pgrpo.config import Config, ConfigError, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed import World
 from pgrpo.flops import GIB, ModelDims, parameter_count
-from pgrpo.rollout import vllm
+from pgrpo.rollout import vllm_start
 from pgrpo.training import engine, placement
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -29,8 +29,8 @@ def config(**rollout) -> Config:
 def installed(monkeypatch):
     """As if vLLM of this version were installed."""
     package = SimpleNamespace(__version__="0.26.0")
-    monkeypatch.setattr(vllm, "is_installed", lambda: True)
-    monkeypatch.setattr(vllm, "_vllm", lambda: package)
+    monkeypatch.setattr(vllm_start, "is_installed", lambda: True)
+    monkeypatch.setattr(vllm_start, "package", lambda: package)
     return package
 
 
@@ -39,7 +39,7 @@ def test_auto_takes_vllm_where_it_can_run(installed, monkeypatch):
     assert engine.engine_name(config(), CPU) == "embedded"
     assert engine.engine_name(config(engine="vllm"), CPU) == "vllm"
     assert engine.engine_name(config(engine="embedded"), GPU) == "embedded"
-    monkeypatch.setattr(vllm, "is_installed", lambda: False)
+    monkeypatch.setattr(vllm_start, "is_installed", lambda: False)
     assert engine.engine_name(config(), GPU) == "embedded"
 
 
@@ -62,7 +62,7 @@ def test_what_is_refused(installed, monkeypatch):
     assert "vLLM 0.27.1 was not tested on a cpu device, 0.32 was" in message
     assert "rollout.allow_untested_vllm=true" in message
     engine.check_engine(config(engine="vllm", allow_untested_vllm=True), QWEN3_4B, World(0, 1, GPU))
-    monkeypatch.setattr(vllm, "is_installed", lambda: False)
+    monkeypatch.setattr(vllm_start, "is_installed", lambda: False)
     assert "vLLM is not installed: pip install 'pgrpo[vllm]'" in refusal(config(engine="vllm"))
 
 

@@ -38,7 +38,7 @@ LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
 # The exceptions: a batch carries the layout that attention reads; a file's GPU kernels lie beside it.
 SAME_LAYER = {("batch", "attention"), ("logprobs", "logprobs_triton")}
 ONLY_IN = {
-    "vllm": {"rollout/vllm.py"},
+    "vllm": {"rollout/vllm_start.py"},
     "wandb": {"trackers/services.py"},
     "matplotlib": {"commands/plot.py"},
     "datasets": {"data/*"},
