@@ -11,7 +11,6 @@ of a step, for both ways of attention in turn. A small step of each before, whic
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import random
 import shutil
@@ -30,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from pgrpo.config import Config, load_config
 from pgrpo.distributed import start
 from pgrpo.flops import GIB
+from pgrpo.rollout import vllm_start
 from pgrpo.rollout.vllm import VLLMEngine
 from pgrpo.training.loop import one_step
 from pgrpo.training.run import Run, build_run
@@ -136,7 +136,8 @@ def steps(args: argparse.Namespace, report: Callable[[list[dict[str, Any]]], Non
                 if turn:
                     found[name].append(part)
                 if turn and world.is_main:
-                    report([{"ranks": world.size} | summary(*each, args, plain) for each in found.items() if each[1]])
+                    medians = [summary(way, parts, args, plain) for way, parts in found.items() if parts]
+                    report([{"ranks": world.size} | row for row in medians])
 
 
 def summary(
@@ -174,7 +175,7 @@ def plain_rate(run: Run, args: argparse.Namespace, detokenize: bool) -> float:
     """Tokens a second of ``LLM.generate`` without log-probs, on fresh prompts of the same shape."""
     with run.engine.awake():
         assert isinstance(run.engine, VLLMEngine), "--plain needs rollout.engine=vllm"
-        params = importlib.import_module("vllm").SamplingParams(
+        params = vllm_start.package().SamplingParams(
             n=args.group_size, max_tokens=args.completion, detokenize=detokenize
         )
         prompts: list[Any] = [{"prompt_token_ids": p.token_ids} for p in run.stream.take(args.prompts)]

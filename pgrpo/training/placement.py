@@ -134,7 +134,7 @@ def vllm_memory_share(config: Config, dims: ModelDims, world: World) -> float:
         return CPU_SHARE
     total = torch.cuda.get_device_properties(world.device).total_memory / GIB
     sizes = plan_sizes(config, dims, world.shards, world.device)
-    plan = memory_plan(dims, keep=kept_by_layer(config, dims, world), **sizes)
+    plan = memory_plan(dims, keep=["none" for _ in range(dims.layers)], **sizes)  # what is held does not depend on it
     held = plan.weights + plan.moments + plan.reference
     share = USABLE_SHARE - (held + SLEEPING_VLLM_GIB) / total
     rollout, width = config.rollout, compute_dtype(config).itemsize

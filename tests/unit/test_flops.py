@@ -19,6 +19,7 @@ from pgrpo.flops import ModelDims
 from pgrpo.lora import add_adapters
 from pgrpo.types import Keep
 
+QWEN3_4B = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 160,
@@ -192,7 +193,7 @@ def plan(dims: ModelDims, keep: Keep = "full", **changes) -> flops.MemoryPlan:
 
 
 def test_memory_plan() -> None:
-    dims = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
+    dims = QWEN3_4B
     one, eight = plan(dims, token_budget=8192), plan(dims, token_budget=8192, ranks=8)
     assert one.weights == pytest.approx(4 * 4_022_468_096 / 2**30)
     assert (one.gradients, one.moments, one.reference) == (one.weights, 2 * one.weights, 0)
@@ -213,7 +214,7 @@ def test_memory_plan() -> None:
 
 
 def test_memory_plan_of_checkpointing_and_offload() -> None:
-    dims = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
+    dims = QWEN3_4B
     attention = plan(dims, keep="attention")
     # A token of a layer: its input (2560 bfloat16), attention's output (32 x 128 bfloat16) and log-sum-exps (32 float32).
     assert attention.activations == pytest.approx(36 * (2 * 2560 + 32 * (2 * 128 + 4)) / flops.GIB)
@@ -234,7 +235,7 @@ def test_memory_plan_of_checkpointing_and_offload() -> None:
 @pytest.mark.parametrize(("prompt", "group_size"), [(8192, 4), (4096, 8)])
 def test_what_compiled_layers_keep_is_what_was_measured_on_a_gpu(prompt: int, group_size: int) -> None:
     """Peaks of the benchmark without checkpointing and with attention kept differ by what only the former keeps."""
-    dims = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
+    dims = QWEN3_4B
     rows = json.loads((Path(__file__).parents[2] / "benchmarks" / "h100_policy.json").read_text())["rows"]
     shape = (prompt, 1024, group_size, "grouped")
     peaks = {
@@ -255,7 +256,7 @@ def test_what_compiled_layers_keep_is_what_was_measured_on_a_gpu(prompt: int, gr
 )
 def test_the_plan_of_an_update_is_what_was_measured_on_a_gpu(file: str, row: int) -> None:
     """At most 0.7 GiB more, and never less."""
-    dims = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
+    dims = QWEN3_4B
     measured = json.loads((Path(__file__).parents[2] / "benchmarks" / file).read_text())["rows"][row]
     planned = flops.memory_plan(
         dims,
@@ -271,7 +272,7 @@ def test_the_plan_of_an_update_is_what_was_measured_on_a_gpu(file: str, row: int
 
 
 def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
-    dims = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
+    dims = QWEN3_4B
     sizes: dict[str, Any] = {"token_budget": 16384, "dtype_bytes": 2, "offload": True}
 
     def peak(keep: Sequence[Keep]) -> float:
@@ -291,7 +292,7 @@ def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
 
 def test_memory_plan_of_lora() -> None:
     """Two bytes a frozen weight in bfloat16; gradients, moments and the head's gradient only of what is trained."""
-    dims = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
+    dims = QWEN3_4B
     adapters = flops.lora_parameter_count(dims, 16, dims.linear_layers)
     assert adapters == 36 * 16 * (2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728)) == 33_030_144
     lora, all_weights = plan(dims, adapters=adapters, reference=True, ranks=2), plan(dims, ranks=2)
@@ -301,6 +302,8 @@ def test_memory_plan_of_lora() -> None:
     assert all_weights.logprobs - lora.logprobs == 151936 * 2560 * 6 / 2**30
     layers = 2 * (dims.layer_matrix + adapters // 36)
     assert lora.gathered == pytest.approx(2 * (151936 * 2560 + layers) / 2**30)
+    whole_layer, gradients = plan(dims, keep="none").activations / 36, 2 * (2 * adapters // 36) / 2**30
+    assert lora.layer_backward == pytest.approx(whole_layer + gradients)
     assert lora.activations == all_weights.activations
     in_float32 = plan(dims, adapters=adapters, dtype_bytes=4)
     assert (in_float32.gathered, in_float32.adam_scratch) == (0, in_float32.gradients)
