@@ -1,4 +1,4 @@
-"""Whole runs of two ranks with vLLM: an engine a rank, or one engine that both share."""
+"""Whole runs of two and four ranks with vLLM: an engine a rank, or one engine that two share."""
 
 import json
 
@@ -33,9 +33,13 @@ def model(tiny_model, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("tensor_parallel_size", "fsdp_size"), [(1, "null"), (2, "null"), (1, 1)])
-def test_two_ranks(launch, model, tmp_path, monkeypatch, tensor_parallel_size, fsdp_size):
+@pytest.mark.parametrize(
+    ("ranks", "tensor_parallel_size", "fsdp_size"), [(2, 1, "null"), (2, 2, "null"), (2, 1, 1), (4, 2, 2)]
+)
+def test_several_ranks(launch, model, tmp_path, monkeypatch, ranks, tensor_parallel_size, fsdp_size):
     """The engines have the policy's weights in every step: log-probs agree, and the canary's slope is that of the new weights."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
+        pytest.skip(f"there are fewer than {ranks} GPUs")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     keys = [
         f"model.path={model}",
@@ -51,7 +55,7 @@ def test_two_ranks(launch, model, tmp_path, monkeypatch, tensor_parallel_size, f
         f"rollout.tensor_parallel_size={tensor_parallel_size}",
         f"rewards.functions=[{{function: {model}/own.py:spread}}]",
     ]
-    done = launch(["-m", "pgrpo", "train", "--config", "quickstart", *keys], 2)
+    done = launch(["-m", "pgrpo", "train", "--config", "quickstart", *keys], ranks)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
