@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
+import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,13 +13,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.launcher.api import LaunchConfig
 
 from pgrpo.checkpoint.files import CheckpointError, Files, dump_scalars, write_shards
 from pgrpo.checkpoint.folder import abandon, begin, prune, publish
 from pgrpo.distributed import World
 from pgrpo.shards import Shard
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+CAN_WAIT = hasattr(LaunchConfig, "shutdown_timeout")
+"""Whether this PyTorch's torchrun waits as long as it is told to: 2.12 and newer."""
 
 
 class Writer:
@@ -40,6 +48,7 @@ class Writer:
         self._copies: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._seconds, self._is_warned = 0.0, False
 
     def reserve(self, sets: Mapping[str, Mapping[str, Shard]]) -> None:
         """Get the host memory for copies of ``sets``, in the background: of sizes, so the values may change meanwhile."""
@@ -94,6 +103,7 @@ class Writer:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            self._warn_if_slow()
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -107,10 +117,12 @@ class Writer:
         return Shard(held, shard.shape, shard.offset)
 
     def _run(self, step: int, sets: Mapping[str, Mapping[str, Shard]], scalars: str, spare: Collection[int]) -> None:
+        started = time.monotonic()
         try:
             self._write(step, sets, scalars, spare)
         except BaseException as error:
             self._error = error
+        self._seconds = time.monotonic() - started
 
     def _write(self, step: int, sets: Mapping[str, Mapping[str, Shard]], scalars: str, spare: Collection[int]) -> None:
         root, files, reason = self._root, Files(), None
@@ -131,6 +143,19 @@ class Writer:
             if self._world.is_main:
                 abandon(root, step)
             raise CheckpointError("; ".join(dict.fromkeys(reasons)))
+
+    def _warn_if_slow(self) -> None:
+        """torchrun kills the ranks a while after it passed a stop signal on: a save that takes longer would then be lost."""
+        grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) if CAN_WAIT else 30.0
+        near = self._seconds > grace / 2 and "TORCHELASTIC_RUN_ID" in os.environ
+        if near and self._world.is_main and not self._is_warned:
+            self._is_warned = True
+            log.warning(
+                "a checkpoint took %.0f s to write, and torchrun kills the ranks %.0f s after it passed Ctrl-C or SIGTERM on, "
+                "saved or not: %s",
+                self._seconds, grace, "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600" if CAN_WAIT else "stop the ranks by "
+                "pkill -TERM -f -- '-u -m pgrpo' (PyTorch 2.12 and newer can wait longer)",
+            )  # fmt: skip
 
     def _gather(self, item: T) -> list[T]:
         if self._group is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,28 @@ def test_starts_again_until_there_is_no_use(tmp_path, codes, code, calls):
     assert (got, len(made)) == (code, calls), said
     assert made[-1] == "train --config c.yaml a=b c run_dir=run --resume auto"
     assert said.count("keep_running: exit code ") == calls - (code in (0, 2, 130))
+
+
+def test_ends_after_ctrl_c_whatever_the_launcher_exits_with(tmp_path):
+    """torchrun exits with 1 after Ctrl-C, once its ranks have saved."""
+    fake = tmp_path / "fake"
+    fake.write_text(
+        "#!/bin/bash\ntrap 'mkdir -p run/checkpoints/step_7; exit 1' INT\necho call >> calls\nsleep 30 & wait\n"
+    )
+    fake.chmod(0o755)
+    environment = os.environ | {"PGRPO": str(fake)}
+    loop = subprocess.Popen([str(LOOP), "run"], cwd=tmp_path, env=environment, start_new_session=True)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "calls").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(loop.pid, signal.SIGINT)
+    try:
+        assert loop.wait(timeout=20) == 130
+    finally:
+        if loop.poll() is None:
+            os.killpg(loop.pid, signal.SIGKILL)
+    assert (tmp_path / "calls").read_text() == "call\n"
+    assert (tmp_path / "run" / "checkpoints" / "step_7").is_dir()
 
 
 def test_says_what_it_saw(tmp_path):

@@ -14,6 +14,7 @@ import torch
 
 import pgrpo
 from pgrpo.checkpoint import CheckpointError, Writer, latest, list_steps, load, tidy, verify
+from pgrpo.checkpoint import writer as writer_module
 from pgrpo.config import ConfigError
 from pgrpo.distributed import World
 from pgrpo.shards import whole
@@ -36,6 +37,26 @@ def test_what_is_written_is_the_copy_of_the_moment(tmp_path):
     for step in (2, 3):
         tensors, scalars = load(tmp_path / f"step_{step}")
         assert scalars == {"step": step} and torch.equal(tensors["model"]["w"], torch.full((3_000_000,), float(step)))
+
+
+@pytest.mark.parametrize(("can_wait", "advice"), [(True, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"), (False, "pkill -TERM")])
+def test_torchrun_would_kill_a_slow_save(tmp_path, monkeypatch, caplog, can_wait, advice):
+    monkeypatch.setattr(writer_module, "CAN_WAIT", can_wait)
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr(writer_module.time, "monotonic", lambda: float(next(clock)))
+    writer = Writer(tmp_path, WORLD, keep=2)
+
+    def save(step):
+        writer.save(step, sets(1.0), {})
+        writer.wait()
+
+    save(1)
+    assert not caplog.text  # not under torchrun
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    save(2)
+    save(3)
+    assert [advice in record.getMessage() for record in caplog.records] == [True]
+    assert "took 20 s to write, and torchrun kills the ranks 30 s after" in caplog.text
 
 
 def test_the_best_stays(tmp_path):
