@@ -33,6 +33,10 @@ PENALTIES = ("length", "soft_overlong")  # of those, the ones whose best value i
 GIVEN = ("prompts", "completions", "completion_ids", "finish_reasons", "messages")
 
 
+class Unusable(RuntimeError):
+    """Raised by a function that cannot work here at all: the fault of no sample, so it stops the run."""
+
+
 @dataclass(slots=True)
 class Reward:
     """One reward function, checked.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from pgrpo.rewards.call import Unusable
 from pgrpo.types import Messages
 
 
@@ -40,8 +43,12 @@ class RewardModel:
             label: which logit; a reward model has one.
             batch_size: texts in one forward pass.
             max_tokens: the longest text (None: what the model can read). A longer one is a failed sample: never cut.
-            device: None takes this rank's GPU, else the CPU.
+            device: None takes this rank's GPU, else the CPU. The memory plan does not know of the model: beside vLLM a GPU has
+                about 6 GiB to spare unless ``rollout.gpu_memory_utilization`` is lowered.
             dtype: of the weights: `auto` (as stored), `float32`, `bfloat16`.
+
+        Raises:
+            Unusable: the GPU has no room for it.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -50,7 +57,8 @@ class RewardModel:
             return []  # the check of the arguments: no weights yet
         key = (model, revision, device, dtype)
         if self._loaded is None or self._loaded[0] != key:
-            self._loaded = (key, _load(*key))
+            with _room_is_needed(model):
+                self._loaded = (key, _load(*key))
         classifier = self._loaded[1]
         ids = _tokenize(tokenizer, prompts, completions, messages)
         scores: list[float | Exception] = [
@@ -60,9 +68,22 @@ class RewardModel:
         order = sorted((i for i, row in enumerate(ids) if len(row) <= limit), key=lambda i: len(ids[i]))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            for i, logits in zip(rows, _logits(classifier, tokenizer, [ids[i] for i in rows]), strict=True):
-                scores[i] = logits[label]
+            with _room_is_needed(model):
+                logits = _logits(classifier, tokenizer, [ids[i] for i in rows])
+            for i, values in zip(rows, logits, strict=True):
+                scores[i] = values[label]
         return scores
+
+
+@contextmanager
+def _room_is_needed(model: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise Unusable(
+            f"the GPU has no room for {model} ({str(error).splitlines()[0]}); lower rollout.gpu_memory_utilization (or "
+            "args.batch_size), or set args.device: cpu"
+        ) from error
 
 
 def _tokenizer(model: str, revision: str | None, label: int, max_tokens: int | None) -> tuple[Any, int]:

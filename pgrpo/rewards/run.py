@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from pgrpo.config import ConfigError, RewardConfig
-from pgrpo.rewards.call import Caller, Reward, describe, from_callable, from_config, work
+from pgrpo.rewards.call import Caller, Reward, Unusable, describe, from_callable, from_config, work
 from pgrpo.types import Completion, Group, Prompt
 
 Sample = tuple[Prompt, Completion]
@@ -192,6 +192,8 @@ class RewardRunner:
                 result = self._caller(reward.function, arguments)
             except BrokenProcessPool:
                 raise
+            except Unusable as error:
+                raise RewardError(f"reward `{reward.name}` ({reward.key}): {error}") from error
             except (Exception, SystemExit) as error:
                 if self._closed:
                     raise

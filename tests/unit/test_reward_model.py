@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
 
 from pgrpo.config import ConfigError, RewardConfig
-from pgrpo.rewards import RewardRunner
+from pgrpo.rewards import RewardError, RewardRunner
 from pgrpo.rewards.reward_model import RewardModel
+from pgrpo.types import Completion, Group, Prompt
 
 PROMPTS = ["12+34=", "1+1=", "90+9=", "5"]
 COMPLETIONS = ["46", "", "99999999", "7+7<eos>"]
@@ -77,6 +78,26 @@ def test_a_text_that_is_too_long_is_not_cut(folder: Path):
     assert isinstance(other, float)
     assert "tokens for" in str(long)
     assert "max_tokens is 20" in str(long)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "mask"])
+def test_a_gpu_without_room_stops_the_run_and_says_what_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch, on_error):
+    """Whatever on_error says, and after one attempt: it is no sample's fault."""
+    loads = []
+
+    def load(*key):
+        loads.append(key)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96.00 MiB.\nmore")
+
+    monkeypatch.setattr("pgrpo.rewards.reward_model._load", load)
+    runner = RewardRunner([RewardConfig("reward_model", args={"model": str(folder)})], on_error=on_error)
+    group = Group(Prompt(0, "1+1=", [0]), [Completion([0], [0.0], [True], "stop", text) for text in ("2", "3")])
+    with (
+        runner,
+        pytest.raises(RewardError, match=r"reward `reward_model` \(rewards\.functions\[0\]\): the GPU has no room for"),
+    ):
+        runner.score([group])
+    assert len(loads) == 1
 
 
 def test_weights_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
