@@ -56,8 +56,9 @@ class Updater:
         every share is used once.
 
         Returns:
-            Metrics, averaged over the updates; ``skipped_updates``, how many were not done because loss or gradients are not
-            finite; and ``time/old_logprobs``, the seconds of forwards without a gradient.
+            Metrics, averaged over the updates. Entropy, KL, clip ratios and what the sampler's log-probs differ by are those of the
+            groups that have a gradient, as no other is computed; without any they are left out. ``skipped_updates``: how many
+            were not done because loss or gradients are not finite; ``time/old_logprobs``: seconds of forwards without a gradient.
 
         Raises:
             NonFiniteError: ``train.max_skipped_updates`` in a row were skipped, and this is one more. On all ranks.
@@ -77,7 +78,10 @@ class Updater:
             metrics.append(self._update(*update, can_stop=not metrics))
         if isinstance(self.reference, Policy):
             reshard(self.reference)  # its last forward had no backward: what it gathered would lie beside the rollout
-        means = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+        values: dict[str, list[float]] = {}
+        for name, value in (item for m in metrics for item in m.items()):
+            values.setdefault(name, []).append(value)
+        means = {name: sum(found) / len(found) for name, found in values.items()}
         means["skipped_updates"] = sum(m["skipped_updates"] for m in metrics)
         return means | old_logprobs | self._token_counts([b for batch, _ in updates for b in batch])
 
@@ -180,9 +184,9 @@ class Updater:
         grad_norm = clip_gradients(self.policy, self.config.optim.max_grad_norm) if batches else 0.0
         metrics = _summarise(self.world.sum(sums), self.world.max(largest)) | {"grad_norm": grad_norm}
         if self.reference is None:
-            del metrics["kl"]  # not measured
-        corrected = metrics.pop("corrected")
-        if self.config.loss.rollout_correction != "none":
+            metrics.pop("kl", None)  # not measured
+        corrected = metrics.pop("corrected", None)
+        if corrected is not None and self.config.loss.rollout_correction != "none":
             masks = self.config.loss.rollout_correction in ("token_mask", "sequence_mask")
             metrics[f"sampling/frac_{'masked' if masks else 'truncated'}"] = corrected
         if not batches and self.world.is_main:
@@ -235,7 +239,8 @@ def count(groups: Sequence[Group]) -> Counts:
 
 def _summarise(sums: Tensor, largest: Tensor) -> dict[str, float]:
     loss, tokens, clipped_low, clipped_high, kl, entropy, difference, importance, corrected = sums.tolist()
-    tokens = max(tokens, 1.0)
+    if not tokens:  # no zeros: an entropy of 0 would look like a collapse, a difference of 0 like a perfect sampler
+        return {"loss": loss}
     return {
         "loss": loss,
         "clip_ratio/low_mean": clipped_low / tokens,

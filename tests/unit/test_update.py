@@ -292,6 +292,7 @@ def test_row_32_a_step_of_equal_rewards_does_no_update_and_says_so(build, caplog
         group.advantages = values
     metrics = group_metrics(groups) | run.updater.step(groups)
     assert metrics["frac_reward_zero_std"] == 1 and metrics["grad_norm"] == metrics["tokens/packed"] == 0
+    assert metrics["loss"] == 0 and not {name for name in metrics if name.startswith(("entropy", "clip", "sampling"))}
     assert caplog.text.count("no update: in no group do rewards differ between completions that count") == 1
     assert_unmoved(run, before)
 
