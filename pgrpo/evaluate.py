@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pgrpo.config import redact
 from pgrpo.distributed import World
@@ -16,8 +17,9 @@ from pgrpo.intervals import mean_interval, rate_interval
 from pgrpo.metrics import group_metrics, pass_at_k
 from pgrpo.record import TRAINING, writing
 from pgrpo.rewards.run import RewardRunner
-from pgrpo.types import Group, Prompt, SamplingParams
+from pgrpo.types import Completion, Group, Prompt, SamplingParams
 
+log = logging.getLogger(__name__)
 Generate = Callable[[Sequence[Prompt], SamplingParams, Sequence[Sequence[int]]], list[Group]]
 Row = dict[str, Any]
 
@@ -28,7 +30,8 @@ class Evaluation:
 
     Attributes:
         metrics: ``eval/...`` of the samples, ``eval/greedy/...`` of the greedy completions: ``reward``, ``rewards/<name>/mean``,
-            ``pass@k``, ``completions/...``; the ends of the intervals are ``eval/ci95_low/...`` and ``eval/ci95_high/...``.
+            ``rewards/errors`` (samples left out, as a reward failed), ``pass@k``, ``completions/...``; the ends of the intervals
+            are ``eval/ci95_low/...`` and ``eval/ci95_high/...``.
         rows: one a completion, as JSON types.
     """
 
@@ -51,13 +54,28 @@ def evaluate(
     """
     sampled = _scored(generate, prompts, params, seeds, rewards, world)
     metrics = _metrics(sampled, rewards)
-    rows = list(_rows("greedy" if params.temperature == 0 else "sampled", sampled, rewards))
+    rows = list(_rows("greedy" if params.temperature == 0 else "sampled", sampled.groups, rewards))
     if greedy and params.temperature != 0:
         once = replace(params, temperature=0.0)
         best = _scored(generate, prompts, once, [own[:1] for own in seeds], rewards, world)
         metrics |= {_greedy(name): value for name, value in _metrics(best, rewards).items()}
-        rows += _rows("greedy", best, rewards)
+        rows += _rows("greedy", best.groups, rewards)
     return Evaluation({f"eval/{name}": value for name, value in metrics.items()}, rows)
+
+
+def metric_names(rewards: RewardRunner, params: SamplingParams, samples: int, *, greedy: bool) -> list[str]:
+    """The names of what ``evaluate`` will measure."""
+
+    def names(count: int) -> list[str]:
+        zeros: list[float | None] = [0.0] * count
+        completions = [Completion([0], [0.0], [True], "stop", "")] * count
+        group = Group(Prompt(0, "", [0]), completions, zeros, dict.fromkeys(rewards.names, zeros))
+        return list(_metrics(_Scored([group], 0), rewards))
+
+    found = names(samples)
+    if greedy and params.temperature != 0:
+        found += map(_greedy, names(1))
+    return [f"eval/{name}" for name in found]
 
 
 def numbers_of_samples(samples: int) -> list[int]:
@@ -90,17 +108,29 @@ def _scored(
     seeds: Sequence[Sequence[int]],
     rewards: RewardRunner,
     world: World,
-) -> list[Group]:
+) -> _Scored:
     # Every rank must decode the same number of prompts: the last one is repeated, and left out of the result.
     padded = -(-len(prompts) // world.size) * world.size
-    indices = world.share([min(i, len(prompts) - 1) for i in range(padded)])
+    own = world.share(range(padded))
+    indices = [min(i, len(prompts) - 1) for i in own]
     groups = generate([prompts[i] for i in indices], params, [seeds[i] for i in indices])
-    world.together(lambda: rewards.score(groups), break_off=True)
-    return world.gather(groups)[: len(prompts)]
+    groups = [group for i, group in zip(own, groups, strict=True) if i < len(prompts)]
+    report = world.together(lambda: rewards.score(groups), break_off=True)
+    if report.first_error:
+        log.warning("evaluation: %d completions are left out; the first: %s", report.errors, report.first_error)
+    return _Scored(world.gather(groups), sum(world.gather([report.errors])))
 
 
-def _metrics(groups: Sequence[Group], rewards: RewardRunner) -> dict[str, float]:
-    metrics = group_metrics(groups)
+class _Scored(NamedTuple):
+    """One group a prompt, on every rank; ``errors``: samples left out because a reward failed on them."""
+
+    groups: list[Group]
+    errors: int
+
+
+def _metrics(scored: _Scored, rewards: RewardRunner) -> dict[str, float]:
+    groups = scored.groups
+    metrics = group_metrics(groups) | {"rewards/errors": float(scored.errors)}
     del metrics["reward_std"], metrics["frac_reward_zero_std"]  # of groups as training compares them
     intervals = {"reward": mean_interval([_known(g.rewards) for g in groups])}
     for name in groups[0].reward_parts:

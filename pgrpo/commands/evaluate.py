@@ -28,10 +28,12 @@ def evaluate(config: Config, checkpoint: str | None = None, out: Path | None = N
     """
     if not (config.data.eval_path or config.data.eval_split):
         raise ConfigError("data.eval_split is not set: name the held-out split, or a file in data.eval_path")
-    if not config.eval.every:  # building a run reads the held-out split only if it is evaluated
-        config = replace(config, eval=replace(config.eval, every=1))
+    # Building a run reads the held-out split only if it is evaluated, and a reference model if the loss asks for one.
+    config = replace(
+        config, eval=replace(config.eval, every=config.eval.every or 1), loss=replace(config.loss, kl_coef=0.0)
+    )
     with start(config.model.fsdp_size) as world, build_run(config, world) as run:
-        if checkpoint and run.restore(checkpoint) is None:
+        if checkpoint and not run.load_weights(checkpoint):
             raise ConfigError(f"--checkpoint {checkpoint}: run_dir={config.run_dir} has no checkpoint")
         folder = out or run.run_dir / "eval" / f"step_{run.step}"
         metrics = evaluate_run(run, folder)

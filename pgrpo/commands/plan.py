@@ -13,14 +13,16 @@ from pgrpo.distributed import World
 from pgrpo.flops import ModelDims, computed_tokens, memory_plan, parameter_count, rho, update_flops
 from pgrpo.lora import adapter_parameters, check_lora
 from pgrpo.policy import check_supported, load_hf_config
-from pgrpo.training.placement import attention_choice, is_compiled, kept_by_layer, plan_sizes
+from pgrpo.training.placement import attention_choice, engine_choice, is_compiled, kept_by_layer, plan_sizes
 from pgrpo.types import Keep
 
 
 def plan(config: Config) -> None:
-    """Print the resolved config and the plan."""
+    """Print the resolved config and the plan, once."""
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     costs = plan_text(config)  # first: a config that it refuses is not shown
+    if os.environ.get("RANK", "0") != "0":
+        return
     # Lines stay whole, so that what is shown can be pasted into a file.
     Console(markup=False, highlight=False, emoji=False).print(f"{to_yaml(config)}\n{costs}", soft_wrap=True)
 
@@ -60,6 +62,7 @@ def plan_text(config: Config) -> str:
         f"micro-batches {math.ceil(packed / ranks / budget)} a step and rank, of at most {budget:,} tokens "
         f"(train.token_budget), if every prompt and completion is as long as allowed\n"
         f"layers        {layers}\n"
+        f"sampling      {engine_choice(config, world.device).text}\n"
         f"work          {flops / 1e12:,.3g} TFLOP for a step's forward and backward\n"
         f"memory        {memory.peak:.1f} GiB a rank (estimate): rollout {memory.rollout:.1f}, update {memory.update:.1f}, "
         f"optimizer step {memory.optimizer_step:.1f}"

@@ -162,10 +162,12 @@ def _anchor(value: Any, folder: Path) -> Any:
 
 
 def _finish_paths(config: Config) -> None:
-    """Make existing files that are still relative absolute; ConfigError for a Python file that is missing."""
+    """Make existing files and a model's folder absolute; ConfigError for a Python file that is missing."""
     config.run_dir = str(Path(config.run_dir).expanduser())
     if config.model.path.startswith("~"):
         config.model.path = str(Path(config.model.path).expanduser())
+    if config.model.path and Path(config.model.path).is_dir():
+        config.model.path = str(Path(config.model.path).resolve())
     targets = [(config.data, "path", "data.path"), (config.data, "eval_path", "data.eval_path")]
     targets += [(f, "function", f"rewards.functions[{i}].function") for i, f in enumerate(config.rewards.functions)]
     for owner, name, key in targets:

@@ -2,5 +2,6 @@
 
 from pgrpo.trackers.console import printable
 from pgrpo.trackers.run import Trackers
+from pgrpo.trackers.services import check_services
 
-__all__ = ["Trackers", "printable"]
+__all__ = ["Trackers", "check_services", "printable"]

@@ -28,6 +28,39 @@ class Service(Protocol):
     def close(self) -> None: ...
 
 
+def check_services(config: Config) -> None:
+    """Refuse a service that is not installed, and wandb without a login; nothing is sent. Called before a model is loaded.
+
+    Raises:
+        ConfigError: with what to install or set.
+    """
+    if config.track.tensorboard:
+        _summary_writer()
+    if config.track.wandb:
+        wandb = _wandb()
+        online = wandb.setup().settings.mode == "online"
+        if online and not wandb.login(prompt=False, verify=False):
+            raise ConfigError("track.wandb=true: wandb has no login; run `wandb login`, or set WANDB_MODE=offline")
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            "track.tensorboard=true: tensorboard is not installed; pip install 'pgrpo[tensorboard]'"
+        ) from None
+    return SummaryWriter
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("track.wandb=true: wandb is not installed; pip install 'pgrpo[wandb]'") from None
+    return wandb
+
+
 class Tensorboard:
     """Event files in ``run_dir/tensorboard``; what an earlier, longer run logged after ``step`` is hidden (-1: nothing).
 
@@ -36,13 +69,7 @@ class Tensorboard:
     """
 
     def __init__(self, run_dir: Path, step: int):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigError(
-                "track.tensorboard=true: tensorboard is not installed; pip install 'pgrpo[tensorboard]'"
-            ) from None
-        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step >= 0 else None)
+        self._writer = _summary_writer()(str(run_dir / "tensorboard"), purge_step=step + 1 if step >= 0 else None)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -82,11 +109,7 @@ def start_wandb(config: Config, run_dir: Path, run_id: str | None) -> Wandb | No
     Raises:
         ConfigError: wandb is not installed, or has no login.
     """
-    try:
-        import wandb
-        from wandb.errors import CommError, UsageError
-    except ImportError:
-        raise ConfigError("track.wandb=true: wandb is not installed; pip install 'pgrpo[wandb]'") from None
+    wandb = _wandb()
     try:
         run = wandb.init(
             project=config.track.wandb_project,
@@ -98,10 +121,10 @@ def start_wandb(config: Config, run_dir: Path, run_id: str | None) -> Wandb | No
             allow_val_change=True,
             settings=wandb.Settings(console="off"),
         )
-    except CommError as error:
+    except wandb.errors.CommError as error:
         log.warning("wandb cannot be reached (%s): the run goes on without it", error)
         return None
-    except UsageError as error:
+    except wandb.errors.UsageError as error:
         raise ConfigError(f"track.wandb=true: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
     return Wandb(run, wandb.Table)
 

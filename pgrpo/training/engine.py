@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -18,10 +19,11 @@ from pgrpo.policy import Policy
 from pgrpo.rollout import canary, vllm, vllm_start
 from pgrpo.rollout.base import RolloutEngine
 from pgrpo.rollout.embedded import EmbeddedEngine
-from pgrpo.training.placement import compute_dtype, engine_name, vllm_memory_share
+from pgrpo.training.placement import compute_dtype, engine_choice, engine_name, vllm_memory_share
 from pgrpo.types import Group
 from pgrpo.weights import full_weights, weight_names
 
+log = logging.getLogger(__name__)
 VLLM_KEYS = (
     "tensor_parallel_size",
     "gpu_memory_utilization",
@@ -38,8 +40,10 @@ def check_engine(config: Config, dims: ModelDims, world: World) -> None:
     Raises:
         ConfigError: with the key and what to do.
     """
-    rollout = config.rollout
-    if engine_name(config, world.device) == "embedded":
+    rollout, choice = config.rollout, engine_choice(config, world.device)
+    if choice.name == "embedded":
+        if world.device.type == "cuda" and rollout.engine == "auto" and world.is_main:
+            log.warning("rollout.engine=auto: %s", choice.text)
         for key in VLLM_KEYS:
             if (value := getattr(rollout, key)) != getattr(type(rollout)(), key):
                 raise ConfigError(

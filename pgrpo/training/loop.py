@@ -26,10 +26,10 @@ from pgrpo.optim import learning_rate, set_learning_rate
 from pgrpo.record import writing
 from pgrpo.rollout.base import sample_seeds
 from pgrpo.stopping import Stopped
-from pgrpo.trackers import Trackers
-from pgrpo.training.placement import engine_name
-from pgrpo.training.run import Run, build_run, group_cost, run_folder
-from pgrpo.training.sample import sample_step, sampling_params
+from pgrpo.trackers import Trackers, check_services
+from pgrpo.training.placement import engine_choice, engine_name
+from pgrpo.training.run import Run, build_run, eval_temperature, group_cost, run_folder, sampling_params
+from pgrpo.training.sample import sample_step
 from pgrpo.training.signals import stop_signals
 from pgrpo.training.update import NonFiniteError
 from pgrpo.types import Group
@@ -66,9 +66,6 @@ def train(
         stop_signals(world.stop),
         _built(config, world, rewards, dataset) as run,
     ):
-        if world.is_main:  # not before the input was found right: a folder with a run in it is not begun anew
-            with writing(file := run.run_dir / "config.yaml"):
-                file.write_text(to_yaml(config))
         tracker_state = run.restore(resume)
         if run.step == 0 and tracker_state is None and config.eval.every:
             run.unlogged = {}
@@ -78,6 +75,9 @@ def train(
         with (
             closing(Trackers(config, run.run_dir, resume=tracker_state)) if world.is_main else nullcontext() as trackers
         ):
+            if world.is_main:  # not before all of the input was found right, and the checkpoint this model's
+                with writing(file := run.run_dir / "config.yaml"):
+                    file.write_text(to_yaml(config))
             _loop(run, trackers)
     return run_folder(config)
 
@@ -243,8 +243,7 @@ def evaluate_run(run: Run, out: Path | None = None) -> dict[str, float]:
     """Numbers on the held-out split; the same prompts and random numbers each time. Rank 0 writes all completions and a summary
     to ``out``, without it to the run folder's ``eval/step_N``."""
     config = run.config
-    temperature = config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
-    params = sampling_params(config, temperature)
+    params = sampling_params(config, eval_temperature(config))
     with run.engine.awake():
         evaluation = evaluate(
             run.engine.generate,
@@ -279,6 +278,7 @@ def _summary(run: Run) -> str:
     return (
         f"{run.config.model.path}: {parameters}, {run.config.model.attention} attention on the "
         f"{run.policy.attention.kernel} kernel ({run.policy.attention.reason}), "
+        f"{engine_choice(run.config, run.world.device).text}, "
         f"{rollout.prompts_per_step} prompts x {rollout.group_size} completions a step, "
         f"{run.world.size} x {run.world.device.type}, {len(run.stream)} prompts, run folder {run.run_dir}"
     )
@@ -297,6 +297,7 @@ def _built(
     """The run. A stop signal ends building it at once: there is nothing to save yet."""
     try:
         with world.stop.breaking_off():
+            world.together(lambda: check_services(config) if world.is_main else None)
             return build_run(config, world, rewards, dataset)
     except Stopped as stopped:
         raise SystemExit(128 + stopped.signum) from None

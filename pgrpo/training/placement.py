@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -115,11 +115,31 @@ def kept_by_layer(config: Config, dims: ModelDims, world: World) -> list[Keep]:
     return fewest_layers_again(dims, capacity, **plan_sizes(config, dims, world.shards, world.device))
 
 
-def engine_name(config: Config, device: torch.device) -> Literal["vllm", "embedded"]:
+class EngineChoice(NamedTuple):
+    """What samples, and why."""
+
+    name: Literal["vllm", "embedded"]
+    reason: str
+
+    @property
+    def text(self) -> str:
+        what = {"vllm": "rollouts by vLLM", "embedded": "rollouts by the policy itself"}[self.name]
+        return f"{what} ({self.reason})"
+
+
+def engine_choice(config: Config, device: torch.device) -> EngineChoice:
     """``rollout.engine``; for ``auto`` vLLM where it is installed and there is a GPU."""
-    if config.rollout.engine == "auto":
-        return "vllm" if device.type == "cuda" and vllm_start.is_installed() else "embedded"
-    return config.rollout.engine
+    if config.rollout.engine != "auto":
+        return EngineChoice(config.rollout.engine, "asked for")
+    if device.type != "cuda":
+        return EngineChoice("embedded", "there is no GPU")
+    if not vllm_start.is_installed():
+        return EngineChoice("embedded", "vLLM is not installed, which is many times faster: pip install 'pgrpo[vllm]'")
+    return EngineChoice("vllm", "it is installed")
+
+
+def engine_name(config: Config, device: torch.device) -> Literal["vllm", "embedded"]:
+    return engine_choice(config, device).name
 
 
 def vllm_memory_share(config: Config, dims: ModelDims, world: World) -> float:

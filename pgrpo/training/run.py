@@ -16,6 +16,7 @@ from pgrpo import checkpoint
 from pgrpo.config import Config, ConfigError
 from pgrpo.data import PromptStream, load_prompts
 from pgrpo.distributed import World
+from pgrpo.evaluate import metric_names
 from pgrpo.flops import ModelDims, update_flops
 from pgrpo.lora import LogprobsOf, adapter_parameters, check_lora, without_adapters
 from pgrpo.optim import build_optimizer
@@ -27,7 +28,7 @@ from pgrpo.training import state
 from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine
 from pgrpo.training.placement import attention_choice, check_device, place_policy, place_reference
 from pgrpo.training.update import Updater
-from pgrpo.types import Group, Prompt
+from pgrpo.types import Group, Prompt, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -90,18 +91,9 @@ class Run:
         self.updater.optimizer.zero_grad()
 
     def is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether an evaluation of a trained model is the best so far; it is noted, and its checkpoint kept.
-
-        Raises:
-            ConfigError: evaluation has no metric ``checkpoint.keep_best``.
-        """
+        """Whether an evaluation of a trained model is the best so far; it is noted, and its checkpoint kept."""
         name = self.config.checkpoint.keep_best
-        if name is None:
-            return False
-        if name not in metrics:
-            there = ", ".join(n for n in metrics if n.startswith("eval/"))
-            raise ConfigError(f"checkpoint.keep_best: {name} is no metric of an evaluation; there are {there}")
-        if self.step == 0 or not metrics[name] > (self.best["value"] if self.best else -math.inf):
+        if name is None or self.step == 0 or not metrics[name] > (self.best["value"] if self.best else -math.inf):
             return False
         self.best = {"step": self.step, "value": metrics[name]}
         log.info("step %d is the best so far: %s %.4g", self.step, name, metrics[name])
@@ -147,9 +139,20 @@ class Run:
         if not path:
             return None
         scalars = state.put_back(self, path)
-        self._saved = self.step if self.unlogged is None and path == self.run_dir / "checkpoints" / path.name else -1
+        trackers = scalars["trackers"]
+        is_own = path.parent.resolve() == (self.run_dir / "checkpoints").resolve()
+        if not is_own:  # a run that starts from another one's weights has its own wandb run, and its own best
+            trackers, self.best = trackers | {"wandb_id": None}, None
+        self._saved = self.step if self.unlogged is None and is_own else -1
         self.mark()
-        return scalars["trackers"]
+        return trackers
+
+    def load_weights(self, checkpoint: str | Path) -> bool:
+        """Take the weights, and no more, of a checkpoint, named as in ``restore``; False: there is none."""
+        path = state.find(self.run_dir / "checkpoints", checkpoint, self.world)
+        if path:
+            state.put_back_weights(self, path)
+        return path is not None
 
 
 def run_folder(config: Config) -> Path:
@@ -181,6 +184,7 @@ def build_run(
     runner = RewardRunner(config.rewards.functions, on_error=config.rewards.on_error, extra=rewards)
     for prompt in (*prompts[:1], *held_out[:1]):
         runner.check(prompt)
+    check_keep_best(config, runner)
     seed_all(config.seed + world.rank)
     policy = place_policy(config, world)
     reference = initial_model(policy, config, world) if config.loss.kl_coef else None
@@ -189,6 +193,33 @@ def build_run(
     canary = build_canary(config, world, policy, engine)
     updater = Updater(config, world, policy, reference, optimizer, cost=lambda group: group_cost(dims, group, config))
     return Run(config, world, dims, stream, held_out, runner, policy, engine, canary, updater)
+
+
+def check_keep_best(config: Config, rewards: RewardRunner) -> None:
+    """ConfigError: evaluation has no metric ``checkpoint.keep_best``."""
+    if (name := config.checkpoint.keep_best) is None:
+        return
+    params = sampling_params(config, eval_temperature(config))
+    there = metric_names(rewards, params, config.eval.samples, greedy=config.eval.greedy)
+    if name not in there:
+        raise ConfigError(f"checkpoint.keep_best: {name} is no metric of an evaluation; there are {', '.join(there)}")
+
+
+def eval_temperature(config: Config) -> float:
+    """Of an evaluation's samples."""
+    return config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
+
+
+def sampling_params(config: Config, temperature: float | None = None) -> SamplingParams:
+    """How the config says to sample."""
+    rollout = config.rollout
+    return SamplingParams(
+        max_completion_tokens=rollout.max_completion_tokens,
+        temperature=rollout.temperature if temperature is None else temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop=tuple(rollout.stop),
+    )
 
 
 def initial_model(policy: Policy, config: Config, world: World) -> LogprobsOf:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 import torch
 
 from pgrpo.advantages import has_spread
-from pgrpo.config import Config
 from pgrpo.rollout.base import sample_seeds
-from pgrpo.training.run import Run
-from pgrpo.types import Group, Prompt, SamplingParams
+from pgrpo.training.run import Run, sampling_params
+from pgrpo.types import Group, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -93,15 +92,3 @@ def _generate_and_score(
     metrics["time/rollout"] += sampled - started
     metrics["time/reward"] += time.perf_counter() - sampled
     return groups[: len(prompts) - missing]
-
-
-def sampling_params(config: Config, temperature: float | None = None) -> SamplingParams:
-    """How the config says to sample."""
-    rollout = config.rollout
-    return SamplingParams(
-        max_completion_tokens=rollout.max_completion_tokens,
-        temperature=rollout.temperature if temperature is None else temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        stop=tuple(rollout.stop),
-    )

@@ -117,6 +117,18 @@ def put_back(run: Run, path: Path) -> dict[str, Any]:
     return scalars
 
 
+def put_back_weights(run: Run, path: Path) -> None:
+    """Read what a verified checkpoint trained, each rank what it holds, and the step. Nothing else of the run changes.
+
+    Raises:
+        CheckpointError: it is of another model, or of other adapters.
+    """
+    with checkpoint.open_saved(path, verified=True) as saved:
+        _load_parameters("model", _trained(run.policy), saved)
+        run.step = saved.scalars["step"]
+    run.world.barrier()
+
+
 def _report(run: Run, path: Path, scalars: Mapping[str, Any]) -> None:
     log.warning("going on from %s: %d of %d steps done", path, run.step, run.config.train.steps)
     if scalars["world_size"] != run.world.size:

@@ -63,7 +63,21 @@ def test_a_dry_run_can_be_pasted_into_a_file(model, tmp_path, capsys):
     shown, _, costs = capsys.readouterr().out.rpartition("\nmodel  ")
     (tmp_path / "again.yaml").write_text(shown)
     assert load_config(tmp_path / "again.yaml") == replace(dry, recipe=None)
-    assert costs.count("\n") == 7
+    assert costs.count("\n") == 8
+
+
+def test_a_dry_run_on_several_ranks_is_shown_once(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shown = {}
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        plan(config(model, tmp_path))
+        shown[rank] = capsys.readouterr().out
+    assert (
+        "on 2 rank(s)" in shown["0"]
+        and "\nsampling      rollouts by the policy itself (there is no GPU)\n" in shown["0"]
+    )
+    assert shown["1"] == ""
 
 
 def test_a_dry_run_shows_nothing_of_what_it_refuses(tmp_path, capsys):
@@ -359,6 +373,31 @@ def test_the_best_checkpoint_is_kept_found_and_remembered_by_a_resumed_run(model
     for folder in ("checkpoints", "eval"):
         names = {path.name for path in (run / folder).iterdir()}
         assert "abandoned_step_6" in names and "step_3" in names and not {"step_4", "step_6"} & names
+
+
+def test_eval_takes_a_checkpoints_weights_alone(model, tmp_path):
+    """With another seed and on other data than it was trained with; the loss's reference model is not loaded."""
+    keys = [f"model.path={model}", f"run_dir={tmp_path / 'run'}", "train.steps=1", "eval.every=0", "optim.lr=0.05"]
+    pgrpo.train("quickstart", keys, rewards=[lambda completions, **_: [float(len(c)) for c in completions]])
+    (tmp_path / "own.py").write_text(ROWS)
+    other = [f"data.path={tmp_path / 'own.py'}:rows", "data.eval_split=held_out", "seed=1", "loss.kl_coef=0.1"]
+    other += ["rollout.prompts_per_step=4", "eval.rows=4"]
+    trained = evaluate(config(model, tmp_path, *other), "auto")
+    assert json.loads((tmp_path / "run" / "eval" / "step_1" / "summary.json").read_text())["seed"] == 1
+    assert trained != evaluate(config(model, tmp_path, *other))
+
+
+def test_eval_counts_rewards_that_fail(model, tmp_path, caplog):
+    (tmp_path / "own.py").write_text(
+        "import math\n"
+        "def half(completions, answer, **_):\n"
+        "    return [math.nan if i % 2 else 1.0 for i, _ in enumerate(completions)]\n"
+    )
+    keys = ["rewards.on_error=mask", f"rewards.functions=[{{function: {tmp_path}/own.py:half}}]"]
+    metrics = evaluate(config(model, tmp_path, *keys, "eval.rows=4", "eval.samples=2"))
+    assert metrics["eval/rewards/errors"] == 4 and metrics["eval/greedy/rewards/errors"] == 2
+    assert metrics["eval/reward"] == 1
+    assert "evaluation: 4 completions are left out; the first: reward `half`" in caplog.text
 
 
 def test_eval_refuses_what_is_not_there(model, tmp_path):

@@ -191,6 +191,13 @@ def test_interpolation_and_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "finite" in refused({**BASE, "optim": {"lr": "${oc.env:STEPS}"}})
 
 
+def test_a_models_folder_is_absolute_and_a_hub_name_is_not_touched(tmp_path, monkeypatch) -> None:
+    (tmp_path / "my" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert load_config({**BASE, "model": {"path": "my/model"}}).model.path == str(tmp_path / "my" / "model")
+    assert load_config({**BASE, "model": {"path": "my/other"}}).model.path == "my/other"
+
+
 def test_a_literal_dollar_brace() -> None:
     template = r"cost: \${q}"
     loaded = load_config({**BASE, "prompt": {"template": template}})

@@ -130,7 +130,7 @@ EFFECTS = dict(
         effect("rollout.top_k", 2),
         effect("rollout.stop", ["1", "2", "3"]),
         effect("rollout.max_concurrent", 4, "attention_calls"),
-        # What each does to vLLM is seen in tests/vllm and test_vllm_settings.py; without vLLM it must not be ignored.
+        # What each does to vLLM is seen in tests/vllm; without vLLM it must not be ignored.
         effect("rollout.engine", "vllm", "error"),
         effect("rollout.tensor_parallel_size", 2, "error"),
         effect("rollout.gpu_memory_utilization", 0.5, "error"),

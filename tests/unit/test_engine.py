@@ -43,6 +43,15 @@ def test_auto_takes_vllm_where_it_can_run(installed, monkeypatch):
     assert engine.engine_name(config(), GPU) == "embedded"
 
 
+def test_a_gpu_without_vllm_is_told_of(monkeypatch, caplog):
+    monkeypatch.setattr(vllm_start, "is_installed", lambda: False)
+    engine.check_engine(config(), QWEN3_4B, World(0, 1, CPU))
+    engine.check_engine(config(engine="embedded"), QWEN3_4B, World(0, 1, GPU))
+    assert not caplog.text
+    engine.check_engine(config(), QWEN3_4B, World(0, 1, GPU))
+    assert "rollout.engine=auto: rollouts by the policy itself (vLLM is not installed" in caplog.text
+
+
 def refusal(settings, size=1, device=CPU):
     with pytest.raises(ConfigError) as caught:
         engine.check_engine(settings, QWEN3_4B, World(0, size, device))

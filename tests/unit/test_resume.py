@@ -208,6 +208,34 @@ except RuntimeError as error:
         assert part in done.stdout
 
 
+def test_a_refused_resume_changes_nothing_of_the_run(tiny_model, tmp_path):
+    """Its config.yaml is what ``pgrpo export`` goes by."""
+    run_dir = train(tiny_model, tmp_path / "run", steps=1)
+    before = (run_dir / "config.yaml").read_text()
+    with pytest.raises(checkpoint.CheckpointError, match=r"of other model\.lora_\* keys"):
+        train(tiny_model, run_dir, resume="auto", **{"model.lora_rank": 2})
+    assert (run_dir / "config.yaml").read_text() == before
+    with pytest.raises(pgrpo.ConfigError, match="no checkpoint at"):
+        train(tiny_model, tmp_path / "new", resume=tmp_path / "step_9")
+    train(tiny_model, tmp_path / "new", steps=1)  # nothing of the refused run is in the way
+
+
+def test_a_run_that_starts_from_anothers_checkpoint_has_its_own_wandb_run_and_best(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    changes = {"track.wandb": "true", "eval.every": 1, "eval.rows": 2, "checkpoint.keep_best": "eval/reward"}
+    one = train(tiny_model, tmp_path / "one", steps=1, **changes)
+    fork = train(tiny_model, tmp_path / "fork", resume=one / "checkpoints" / "step_1", steps=2, **changes)
+    train(tiny_model, one, resume="auto", steps=2, **changes)
+
+    def scalars(run_dir):
+        return checkpoint.load(run_dir / "checkpoints" / "step_2")[1]
+
+    ids = {path.name[-8:] for path in (one / "wandb").glob("offline-run-*")}
+    assert ids == {scalars(one)["trackers"]["wandb_id"]}
+    assert scalars(fork)["trackers"]["wandb_id"] not in ids
+    assert scalars(fork)["best"]["step"] == 2
+
+
 def test_two_runs_from_one_seed_are_bit_equal_and_another_seed_differs(tiny_model, tmp_path):
     first, second = (train(tiny_model, tmp_path / name, steps=3) for name in ("first", "second"))
     assert_equal_checkpoints(first / "checkpoints" / "step_3", second / "checkpoints" / "step_3")

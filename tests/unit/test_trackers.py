@@ -6,6 +6,8 @@ import json
 import logging
 import resource
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ from rich.console import Console
 
 import pgrpo
 from pgrpo.config import Config, ConfigError, RewardConfig
-from pgrpo.trackers import Trackers, printable
+from pgrpo.trackers import Trackers, check_services, printable
 from pgrpo.trackers import run as trackers_run
 from pgrpo.types import Completion, Group, Prompt
 
@@ -380,6 +382,17 @@ def test_wandb_that_cannot_be_reached_or_has_no_login(tmp_path, monkeypatch, cap
         Trackers(make_config(wandb=True), tmp_path)
 
 
+def test_a_wandb_without_login_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    for name, value in (("HOME", str(tmp_path)), ("NETRC", str(tmp_path / "netrc")), ("WANDB_MODE", "online")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    keys = ["model.path=nowhere", f"run_dir={tmp_path / 'run'}", "track.wandb=true"]
+    code = f"import pgrpo; pgrpo.train('quickstart', {keys})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert "track.wandb=true: wandb has no login; run `wandb login`, or set WANDB_MODE=offline" in done.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
 @pytest.mark.parametrize(
     ("key", "module", "fix"),
     [
@@ -398,6 +411,8 @@ def test_missing_package(tmp_path, monkeypatch, key, module, fix):
     monkeypatch.setattr(builtins, "__import__", fake)
     with pytest.raises(ConfigError, match=rf"track\.{key}=true: {key} is not installed; {fix}"):
         Trackers(make_config(**{key: True}), tmp_path)
+    with pytest.raises(ConfigError, match=f"{key} is not installed"):
+        check_services(make_config(**{key: True}))
     assert not logging.getLogger("pgrpo").handlers
 
 
