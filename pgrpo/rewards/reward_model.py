@@ -44,7 +44,7 @@ class RewardModel:
             batch_size: texts in one forward pass.
             max_tokens: the longest text (None: what the model can read). A longer one is a failed sample: never cut.
             device: None takes this rank's GPU, else the CPU. The memory plan does not know of the model: beside vLLM a GPU has
-                about 6 GiB to spare unless ``rollout.gpu_memory_utilization`` is lowered.
+                a few GiB to spare unless ``rollout.gpu_memory_utilization`` is lowered.
             dtype: of the weights: `auto` (as stored), `float32`, `bfloat16`.
 
         Raises:
