@@ -188,6 +188,8 @@ class MemoryPlan:
         activations: what the forward of a full micro-batch keeps (with LoRA up to a fifth less, which is not counted).
         logprobs: chunks of logits, and the head's float32 gradient if it has one; the backward begins with them.
         layer_backward: of the layers after that, one at a time: what it computes again, gradients of its copies, and the head's.
+        reductions: of hybrid sharding: a micro-batch's float32 gradients on their way between the copies, all of which FSDP2 holds
+            until its backward ends, when the activations are gone; 0 with one copy.
         adam_scratch: temporaries of the optimizer step: none of the fused one (GPU), as large as what is trained on a CPU; with
             moments in host memory, the pieces of them that are on their way.
         kv_cache: of the embedded sampler, with all completions at full length.
@@ -201,6 +203,7 @@ class MemoryPlan:
     activations: float
     logprobs: float
     layer_backward: float
+    reductions: float
     adam_scratch: float
     kv_cache: float
 
@@ -211,7 +214,8 @@ class MemoryPlan:
     @property
     def update(self) -> float:
         held = self.weights + self.gradients + self.moments + self.reference
-        return held + self.gathered + self.activations + max(self.logprobs, self.layer_backward)
+        begin = self.activations + max(self.logprobs, self.layer_backward)
+        return held + self.gathered + max(begin, self.reductions + self.layer_backward)
 
     @property
     def optimizer_step(self) -> float:
@@ -230,6 +234,7 @@ def memory_plan(
     dtype_bytes: int,
     compiled: bool = False,
     ranks: int = 1,
+    copies: int = 1,
     adapters: int = 0,
     reference: bool = False,
     ref_offload: bool = False,
@@ -248,6 +253,7 @@ def memory_plan(
         dtype_bytes: of the compute dtype: 2 (bfloat16) or 4 (float32).
         compiled: whether the layers are, and so keep less for the backward.
         ranks: devices that weights, gradients and moments are split over.
+        copies: how many such sets of devices there are (hybrid sharding).
         adapters: how many parameters are trained with LoRA; 0: all of the model's.
         reference: whether there is a KL term to the initial model.
         ref_offload: whether that model lives in host memory, but for its gathered embedding and head.
@@ -284,6 +290,7 @@ def memory_plan(
         activations=sum(kept[mode] for mode in keep) * token_budget,
         logprobs=logit_chunk_bytes + head * (4 + dtype_bytes),
         layer_backward=again * token_budget + (gradients + head) * dtype_bytes,
+        reductions=trained if copies > 1 else 0,
         adam_scratch=OFFLOAD_SCRATCH if offload else trained if dtype_bytes == 4 else 0,
         kv_cache=kv_row * kv_rows,
     )

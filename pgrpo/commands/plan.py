@@ -46,7 +46,7 @@ def plan_text(config: Config) -> str:
     memory = memory_plan(
         dims,
         keep=keep,
-        **plan_sizes(config, dims, world.shards, torch.device("cpu" if config.model.dtype == "float32" else "cuda")),
+        **plan_sizes(config, dims, world, torch.device("cpu" if config.model.dtype == "float32" else "cuda")),
     )
     adapters = adapter_parameters(config.model, dims)
     epochs = config.train.epochs_per_step

@@ -112,7 +112,7 @@ def kept_by_layer(config: Config, dims: ModelDims, world: World) -> list[Keep]:
     capacity = USABLE_SHARE * torch.cuda.get_device_properties(world.device).total_memory / GIB
     if engine_name(config, world.device) == "vllm":
         capacity -= SLEEPING_VLLM_GIB
-    return fewest_layers_again(dims, capacity, **plan_sizes(config, dims, world.shards, world.device))
+    return fewest_layers_again(dims, capacity, **plan_sizes(config, dims, world, world.device))
 
 
 class EngineChoice(NamedTuple):
@@ -153,7 +153,7 @@ def vllm_memory_share(config: Config, dims: ModelDims, world: World) -> float:
     if world.device.type == "cpu":
         return CPU_SHARE
     total = torch.cuda.get_device_properties(world.device).total_memory / GIB
-    sizes = plan_sizes(config, dims, world.shards, world.device)
+    sizes = plan_sizes(config, dims, world, world.device)
     plan = memory_plan(dims, keep=["none" for _ in range(dims.layers)], **sizes)  # what is held does not depend on it
     held = plan.weights + plan.moments + plan.reference
     share = USABLE_SHARE - (held + SLEEPING_VLLM_GIB) / total
@@ -171,7 +171,7 @@ def vllm_memory_share(config: Config, dims: ModelDims, world: World) -> float:
     return share
 
 
-def plan_sizes(config: Config, dims: ModelDims, ranks: int, device: torch.device) -> dict[str, Any]:
+def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.device) -> dict[str, Any]:
     """What ``flops.memory_plan`` asks about a run, but for its checkpointing."""
     rollout = config.rollout
     samples = rollout.prompts_per_step * rollout.group_size
@@ -179,7 +179,8 @@ def plan_sizes(config: Config, dims: ModelDims, ranks: int, device: torch.device
         "token_budget": config.train.token_budget,
         "dtype_bytes": compute_dtype(config).itemsize,
         "compiled": is_compiled(config, device),
-        "ranks": ranks,
+        "ranks": world.shards,
+        "copies": world.size // world.shards,
         "adapters": adapter_parameters(config.model, dims),
         "reference": bool(config.loss.kl_coef),
         "ref_offload": config.loss.ref_offload == "cpu",
