@@ -77,7 +77,13 @@ def why_not(name: KernelName, device: torch.device, dtype: torch.dtype, head_dim
 def _flash4() -> Any:
     # Its compiler warns at length, for each kernel, that the unused argument aux_data has no value.
     warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)
-    return importlib.import_module("flash_attn.cute.interface")
+    try:
+        return importlib.import_module("flash_attn.cute.interface")
+    except Exception as error:  # whatever its compiler raises where their versions do not fit
+        raise RuntimeError(
+            f"flash-attn-4 is installed but cannot be imported ({type(error).__name__}: {error}): pip install 'pgrpo[flash]' has "
+            "versions that fit each other, or set model.attention_kernel=builtin"
+        ) from error
 
 
 def varlen_forward(

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pgrpo.attention import kernels
 from pgrpo.attention.kernels import choose_kernel
 from pgrpo.attention.plan import AttentionChoice
 from pgrpo.config import Config, ConfigError, ModelConfig
@@ -66,6 +67,17 @@ def test_kernels_of_a_gpu(monkeypatch, capability, dtype, head_dim, installed, c
         choice = choose_kernel("auto", GPU, dtype, head_dim)
         assert choice.name == chosen
         assert reason in choice.reason
+
+
+def test_a_compiler_that_does_not_fit_is_told_of(monkeypatch):
+    def broken(name):
+        raise ModuleNotFoundError("No module named 'cutlass.cute'")
+
+    monkeypatch.setattr("importlib.import_module", broken)
+    with pytest.raises(
+        RuntimeError, match=r"cannot be imported \(ModuleNotFoundError: No module named 'cutlass.cute'\): pip"
+    ):
+        kernels._flash4()
 
 
 def test_auto_checkpointing_on_a_gpu_spares_the_last_layers(monkeypatch):
