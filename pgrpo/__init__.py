@@ -26,7 +26,7 @@ def train(
         overrides: ``key=value`` strings.
         rewards: functions ``f(prompts, completions, **columns) -> list[float | None]``, beside those of the config.
         dataset: rows (a ``datasets.Dataset`` or a list of dicts), instead of ``data.path``.
-        resume: a checkpoint folder, or ``auto``.
+        resume: a checkpoint folder, ``auto`` (the newest of this run), or ``best``.
 
     Raises:
         ConfigError: the input is wrong; nothing was trained.

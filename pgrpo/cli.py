@@ -6,6 +6,7 @@ Nothing heavy is imported here: ``pgrpo --help`` answers at once.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from typing import Annotated, Literal
 import typer
 
 from pgrpo.config import Config, ConfigError, load_config, redact
+from pgrpo.trackers import Terminal
 
 app = typer.Typer(
     help="GRPO that computes each prompt once.",
@@ -181,6 +183,7 @@ def doctor() -> None:
 def main() -> None:
     """Run the command line. The one place that decides what a process exits with."""
     # As an exception, so that whatever is open is closed; training puts its own handler on top, which saves first.
+    logging.lastResort = Terminal()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()  # exits by itself with 0, with 2 on a wrong command line, with 130 on Ctrl-C

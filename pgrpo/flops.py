@@ -18,7 +18,7 @@ UPDATE_OVER_FORWARD = 3
 the scores again, which others count as 2.5 times the forward, is recomputation."""
 
 OFFLOAD_SCRATCH = 3 * 2 * 4 * 2**26
-"""Bytes: three pieces of two float32 moments (``optim.PIECE``) are on the GPU at once."""
+"""Bytes: three pieces of two float32 moments (``offload.PIECE``) are on the GPU at once."""
 
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,

@@ -73,6 +73,16 @@ def why_not(name: KernelName, device: torch.device, dtype: torch.dtype, head_dim
     return None if head_dim <= 256 and head_dim % 8 == 0 else f"head dim {head_dim} is not a multiple of 8 up to 256"
 
 
+def import_error(name: KernelName) -> str | None:
+    """What keeps a kernel's package, which is there, from being imported. Takes seconds; ``why_not`` does not ask."""
+    try:
+        if name == "flash4":
+            _flash4()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 @cache
 def _flash4() -> Any:
     # Its compiler warns at length, for each kernel, that the unused argument aux_data has no value.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 from typing import IO
 
@@ -33,6 +34,25 @@ def lock_run_dir(run_dir: Path) -> IO[str]:
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
     return lock
+
+
+def check_shared(run_dir: Path, patience_s: float = 60.0) -> None:
+    """Refuse a run folder that only the first node sees, where the first rank has just taken it.
+
+    Args:
+        patience_s: seconds that a network disk may take to show a new file.
+
+    Raises:
+        ConfigError: the folder's lock does not turn up on this node.
+    """
+    deadline = time.monotonic() + patience_s
+    while not (run_dir / ".lock").exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"run_dir={run_dir}: {socket.gethostname()} does not see the folder that the first rank made; every rank writes "
+                "its part of a checkpoint there: set run_dir to a folder that all nodes share"
+            )
+        time.sleep(0.1)
 
 
 def open_run_dir(run_dir: Path, resume: bool) -> IO[str]:

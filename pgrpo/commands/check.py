@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 
 import torch
@@ -10,14 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from pgrpo.batch import build_batch
 from pgrpo.commands.plan import plan_text
-from pgrpo.config import Config, check_world_size
+from pgrpo.config import Config, check_world_size, fit_world_size, redact
 from pgrpo.data import load_prompts
 from pgrpo.distributed import start
 from pgrpo.exactness import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_groups
 from pgrpo.policy import Policy, load_model
-from pgrpo.rollout.base import sample_seeds
+from pgrpo.rollout.base import sample_seeds, sampling_params
+from pgrpo.trackers import printable
 from pgrpo.training.run import Run, build_run, load_tokenizer
-from pgrpo.training.sample import sampling_params
 from pgrpo.types import Group
 
 SAMPLES = 4
@@ -35,9 +36,10 @@ def check(config: Config) -> None:
     Raises:
         RuntimeError: grouped attention differs from the untouched model, or a seeded bug is not noticed.
     """
+    config = fit_world_size(config, ranks := int(os.environ.get("WORLD_SIZE", "1")))
+    check_world_size(config, ranks)
     with start(config.model.fsdp_size) as world, build_run(config, world) as run:
         console = Console(markup=False, highlight=False, quiet=not world.is_main)
-        check_world_size(config, world.size)
         _show_lengths(run, config, console)
         groups = _sample(run, config, console)
         _show_samples(groups, console)
@@ -69,7 +71,8 @@ def _sample(run: Run, config: Config, console: Console) -> list[Group]:
     report = run.rewards.score(groups)
     if report.first_error:
         masked = f"{report.errors} of {sum(len(g.completions) for g in groups)} completions"
-        console.print(f"rewards.on_error=mask leaves out {masked}; the first: {report.first_error}\n", soft_wrap=True)
+        text = f"rewards.on_error=mask leaves out {masked}; the first: {report.first_error}\n"
+        console.print(_shown(text), soft_wrap=True)
     return groups
 
 
@@ -77,11 +80,15 @@ def _show_samples(groups: list[Group], console: Console) -> None:
     for group in groups:
         completion = group.completions[0]
         parts = ", ".join(f"{name} {values[0]}" for name, values in group.reward_parts.items())
-        console.print(f"--- prompt ({len(group.prompt.token_ids)} tokens)\n{group.prompt.text}")
+        console.print(f"--- prompt ({len(group.prompt.token_ids)} tokens)\n{_shown(group.prompt.text)}")
         console.print(
-            f"--- completion ({len(completion.token_ids)} tokens, {completion.finish_reason})\n{completion.text}"
+            f"--- completion ({len(completion.token_ids)} tokens, {completion.finish_reason})\n{_shown(completion.text)}"
         )
         console.print(f"--- reward {group.rewards[0]} ({parts})\n")
+
+
+def _shown(text: str) -> str:
+    return printable(redact(text))
 
 
 def _prove(config: Config, groups: list[Group], console: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from pgrpo.config import Config, ConfigError
-from pgrpo.distributed import start
-from pgrpo.training.loop import evaluate_run
-from pgrpo.training.run import build_run
+from pgrpo.config import Config, ConfigError, fit_world_size
+from pgrpo.distributed import World, start
+from pgrpo.training.evaluation import evaluate_run
+from pgrpo.training.run import Run, agree_on_run_dir, build_run
 
 
 def evaluate(config: Config, checkpoint: str | None = None, out: Path | None = None) -> dict[str, float]:
@@ -28,11 +29,14 @@ def evaluate(config: Config, checkpoint: str | None = None, out: Path | None = N
     """
     if not (config.data.eval_path or config.data.eval_split):
         raise ConfigError("data.eval_split is not set: name the held-out split, or a file in data.eval_path")
-    # Building a run reads the held-out split only if it is evaluated, and a reference model if the loss asks for one.
+    # Building a run reads the held-out split only if it is evaluated, and what training alone needs if the config says so.
     config = replace(
-        config, eval=replace(config.eval, every=config.eval.every or 1), loss=replace(config.loss, kl_coef=0.0)
+        fit_world_size(config, int(os.environ.get("WORLD_SIZE", "1"))),
+        eval=replace(config.eval, every=config.eval.every or 1),
+        loss=replace(config.loss, kl_coef=0.0),
+        checkpoint=replace(config.checkpoint, keep_best=None),
     )
-    with start(config.model.fsdp_size) as world, build_run(config, world) as run:
+    with start(config.model.fsdp_size) as world, _built(config, world) as run:
         if checkpoint and not run.load_weights(checkpoint):
             raise ConfigError(f"--checkpoint {checkpoint}: run_dir={config.run_dir} has no checkpoint")
         folder = out or run.run_dir / "eval" / f"step_{run.step}"
@@ -42,6 +46,11 @@ def evaluate(config: Config, checkpoint: str | None = None, out: Path | None = N
     console.print(_table(f"{name}: {len(run.held_out)} prompts x {config.eval.samples}", metrics))
     console.print(f"completions and summary: {folder}", soft_wrap=True)
     return metrics
+
+
+def _built(config: Config, world: World) -> Run:
+    agree_on_run_dir(config, world)
+    return build_run(config, world)
 
 
 def _table(title: str, metrics: Mapping[str, float]) -> Table:

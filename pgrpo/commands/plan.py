@@ -43,11 +43,9 @@ def plan_text(config: Config) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = World(0, ranks, device, fsdp_size=config.model.fsdp_size)
     keep, layers = _layers(config, dims, world)
-    memory = memory_plan(
-        dims,
-        keep=keep,
-        **plan_sizes(config, dims, world, torch.device("cpu" if config.model.dtype == "float32" else "cuda")),
-    )
+    planned = torch.device("cpu" if config.model.dtype == "float32" else "cuda")  # what the config is for
+    memory = memory_plan(dims, keep=keep, **plan_sizes(config, dims, world, planned))
+    elsewhere = "" if planned.type == device.type else f", on a {planned.type} device"
     adapters = adapter_parameters(config.model, dims)
     epochs = config.train.epochs_per_step
     group_flops = update_flops(dims, prompt, completions, shared=shared, adapters=adapters)
@@ -62,7 +60,7 @@ def plan_text(config: Config) -> str:
         f"micro-batches {math.ceil(packed / ranks / budget)} a step and rank, of at most {budget:,} tokens "
         f"(train.token_budget), if every prompt and completion is as long as allowed\n"
         f"layers        {layers}\n"
-        f"sampling      {engine_choice(config, world.device).text}\n"
+        f"sampling      {engine_choice(config, planned).text}{elsewhere}\n"
         f"work          {flops / 1e12:,.3g} TFLOP for a step's forward and backward\n"
         f"memory        {memory.peak:.1f} GiB a rank (estimate): rollout {memory.rollout:.1f}, update {memory.update:.1f}, "
         f"optimizer step {memory.optimizer_step:.1f}"

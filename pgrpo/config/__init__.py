@@ -1,6 +1,6 @@
 """The schema, and the only way into it: ``load_config``. Imports neither torch nor transformers."""
 
-from pgrpo.config.load import check_world_size, find_file, load_config, packaged, to_yaml
+from pgrpo.config.load import check_world_size, find_file, fit_world_size, load_config, packaged, to_yaml
 from pgrpo.config.schema import (
     CheckpointConfig,
     Config,
@@ -38,6 +38,7 @@ __all__ = [
     "TrainConfig",
     "check_world_size",
     "find_file",
+    "fit_world_size",
     "load_config",
     "packaged",
     "redact",

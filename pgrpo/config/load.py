@@ -15,11 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pgrpo.config import secrets
 from pgrpo.config.presets import PRESETS
-from pgrpo.config.rules import REDACTED, check_values, check_world_size, leaves
+from pgrpo.config.rules import REDACTED, check_values, check_world_size, fit_world_size, leaves
 from pgrpo.config.schema import Config, ConfigError
 from pgrpo.config.source import Source, one_line, read_file, read_mapping, read_override
 
-__all__ = ["check_world_size", "find_file", "load_config", "packaged", "to_yaml"]
+__all__ = ["check_world_size", "find_file", "fit_world_size", "load_config", "packaged", "to_yaml"]
 
 RECIPE_SECTIONS = ("data", "prompt", "rollout", "rewards")
 RECIPE_ROLLOUT = ("max_completion_tokens", "temperature", "top_p", "top_k", "stop")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from pgrpo.config.schema import Config, ConfigError
@@ -198,6 +198,13 @@ def check_world_size(config: Config, world_size: int) -> None:
             f"model.fsdp_size: {size} does not divide the number of ranks, {world_size}; "
             f"valid: {_divisors(world_size)}, or null (all)"
         )
+
+
+def fit_world_size(config: Config, world_size: int) -> Config:
+    """For commands that train nothing: one copy of the weights over all ranks where ``model.fsdp_size`` does not divide them."""
+    if config.model.fsdp_size and world_size % config.model.fsdp_size:
+        return replace(config, model=replace(config.model, fsdp_size=None))
+    return config
 
 
 def _divisors(number: int) -> str:

@@ -234,7 +234,7 @@ class EvalConfig:
     rows: int = 128
     """Held-out prompts."""
     samples: int = 1
-    """Completions of each, sampled as in training unless `temperature` is set; pass@k has each power of two up to this as k."""
+    """Completions of each, sampled as in training unless `temperature` is set; pass@k is for powers of two up to this, and this."""
     greedy: bool = True
     """One greedy completion of each prompt beside those (`eval/greedy/...`)."""
     temperature: float | None = None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from pgrpo.config import Config
 from pgrpo.types import Group, Prompt, SamplingParams
 
 
@@ -50,3 +51,15 @@ def sample_seeds(*path: int | str, group_size: int) -> list[int]:
         key = "/".join(map(str, (*path, sample))).encode()
         seeds.append(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
     return seeds
+
+
+def sampling_params(config: Config, temperature: float | None = None) -> SamplingParams:
+    """How the config says to sample."""
+    rollout = config.rollout
+    return SamplingParams(
+        max_completion_tokens=rollout.max_completion_tokens,
+        temperature=rollout.temperature if temperature is None else temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop=tuple(rollout.stop),
+    )

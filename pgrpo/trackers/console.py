@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +11,8 @@ from rich import box
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+
+from pgrpo.config import redact
 
 Row = dict[str, Any]
 
@@ -41,6 +45,17 @@ def printable(text: str, encoding: str = "utf-8") -> str:
     """``text`` with all but printable characters and newlines escaped, so that a model cannot steer the terminal."""
     shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
     return shown.encode(encoding, "backslashreplace").decode(encoding)
+
+
+class Terminal(logging.Handler):
+    """Warnings where no ``Trackers`` show them, secrets redacted. As ``logging.lastResort`` it is used only there."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = redact(f"{record.levelname.lower()}: {record.getMessage()}")
+        print(printable(text, sys.stderr.encoding or "utf-8"), file=sys.stderr)
 
 
 def number(value: float | None) -> str:

@@ -7,7 +7,7 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,18 @@ import torch
 
 from pgrpo import distributed
 from pgrpo.advantages import step_advantages
-from pgrpo.checkpoint import CheckpointError, open_run_dir, set_aside_after
+from pgrpo.checkpoint import CheckpointError, check_shared, open_run_dir, set_aside_after
 from pgrpo.config import Config, check_world_size, to_yaml
 from pgrpo.distributed import World
-from pgrpo.evaluate import evaluate, save_results
 from pgrpo.flops import peak_flops
 from pgrpo.metrics import group_metrics
 from pgrpo.optim import learning_rate, set_learning_rate
 from pgrpo.record import writing
-from pgrpo.rollout.base import sample_seeds
 from pgrpo.stopping import Stopped
 from pgrpo.trackers import Trackers, check_services
-from pgrpo.training.placement import engine_choice, engine_name
-from pgrpo.training.run import Run, build_run, eval_temperature, group_cost, run_folder, sampling_params
+from pgrpo.training.evaluation import evaluate_run
+from pgrpo.training.placement import engine_choice, engine_name, vllm_memory_share
+from pgrpo.training.run import Run, agree_on_run_dir, build_run, group_cost, run_folder
 from pgrpo.training.sample import sample_step
 from pgrpo.training.signals import stop_signals
 from pgrpo.training.update import NonFiniteError
@@ -239,37 +238,6 @@ def _dump(run: Run, groups: Sequence[Group]) -> str:
     return f"{file} has the batch"
 
 
-def evaluate_run(run: Run, out: Path | None = None) -> dict[str, float]:
-    """Numbers on the held-out split; the same prompts and random numbers each time. Rank 0 writes all completions and a summary
-    to ``out``, without it to the run folder's ``eval/step_N``."""
-    config = run.config
-    params = sampling_params(config, eval_temperature(config))
-    with run.engine.awake():
-        evaluation = evaluate(
-            run.engine.generate,
-            run.held_out,
-            params,
-            [sample_seeds(config.seed, "eval", i, group_size=config.eval.samples) for i in range(len(run.held_out))],
-            run.rewards,
-            run.world,
-            greedy=config.eval.greedy,
-        )
-    if run.world.is_main:
-        about = {
-            "step": run.step,
-            "model": config.model.path,
-            "prompts": len(run.held_out),
-            "samples": config.eval.samples,
-        }
-        split = {"path": config.data.eval_path or config.data.path, "split": config.data.eval_split}
-        about |= {"data": split, "seed": config.seed, "sampling": asdict(params)}
-        if out:
-            save_results(out, evaluation, about, "{fix}, or set another --out")
-        else:
-            save_results(run.run_dir / "eval" / f"step_{run.step}", evaluation, about)
-    return evaluation.metrics
-
-
 def _summary(run: Run) -> str:
     total = sum(p.numel() for p in run.policy.parameters())
     trained = sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
@@ -278,10 +246,17 @@ def _summary(run: Run) -> str:
     return (
         f"{run.config.model.path}: {parameters}, {run.config.model.attention} attention on the "
         f"{run.policy.attention.kernel} kernel ({run.policy.attention.reason}), "
-        f"{engine_choice(run.config, run.world.device).text}, "
+        f"{engine_choice(run.config, run.world.device).text}{_memory_share(run)}, "
         f"{rollout.prompts_per_step} prompts x {rollout.group_size} completions a step, "
         f"{run.world.size} x {run.world.device.type}, {len(run.stream)} prompts, run folder {run.run_dir}"
     )
+
+
+def _memory_share(run: Run) -> str:
+    """What vLLM was given, which somebody may want to change."""
+    if engine_name(run.config, run.world.device) == "embedded":
+        return ""
+    return f" with gpu_memory_utilization {vllm_memory_share(run.config, run.dims, run.world):.2f}"
 
 
 def _peak_memory(run: Run) -> float:
@@ -305,10 +280,11 @@ def _built(
 
 @contextmanager
 def _run_folder(config: Config, world: World, resume: bool) -> Iterator[None]:
-    """Rank 0 holds the run folder's lock."""
+    """Rank 0 holds the run folder's lock; all ranks see the folder."""
     check_world_size(config, world.size)
-    if not world.is_main:
-        yield
-        return
-    with open_run_dir(run_folder(config), resume):
+    agree_on_run_dir(config, world)
+    with ExitStack() as stack:
+        folder = run_folder(config)
+        world.together(lambda: stack.enter_context(open_run_dir(folder, resume)) if world.is_main else None)
+        world.together(lambda: check_shared(folder))
         yield

@@ -16,7 +16,6 @@ from pgrpo import checkpoint
 from pgrpo.config import Config, ConfigError
 from pgrpo.data import PromptStream, load_prompts
 from pgrpo.distributed import World
-from pgrpo.evaluate import metric_names
 from pgrpo.flops import ModelDims, update_flops
 from pgrpo.lora import LogprobsOf, adapter_parameters, check_lora, without_adapters
 from pgrpo.optim import build_optimizer
@@ -26,9 +25,10 @@ from pgrpo.rng import rng_state, seed_all, set_rng_state
 from pgrpo.rollout.base import RolloutEngine
 from pgrpo.training import state
 from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine
+from pgrpo.training.evaluation import check_keep_best
 from pgrpo.training.placement import attention_choice, check_device, place_policy, place_reference
 from pgrpo.training.update import Updater
-from pgrpo.types import Group, Prompt, SamplingParams
+from pgrpo.types import Group, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +155,11 @@ class Run:
         return path is not None
 
 
+def agree_on_run_dir(config: Config, world: World) -> None:
+    """All ranks take rank 0's: `${now:...}` in it may differ between them. A collective call."""
+    config.run_dir = world.gather([config.run_dir])[0]
+
+
 def run_folder(config: Config) -> Path:
     return Path(config.run_dir).expanduser()
 
@@ -193,33 +198,6 @@ def build_run(
     canary = build_canary(config, world, policy, engine)
     updater = Updater(config, world, policy, reference, optimizer, cost=lambda group: group_cost(dims, group, config))
     return Run(config, world, dims, stream, held_out, runner, policy, engine, canary, updater)
-
-
-def check_keep_best(config: Config, rewards: RewardRunner) -> None:
-    """ConfigError: evaluation has no metric ``checkpoint.keep_best``."""
-    if (name := config.checkpoint.keep_best) is None:
-        return
-    params = sampling_params(config, eval_temperature(config))
-    there = metric_names(rewards, params, config.eval.samples, greedy=config.eval.greedy)
-    if name not in there:
-        raise ConfigError(f"checkpoint.keep_best: {name} is no metric of an evaluation; there are {', '.join(there)}")
-
-
-def eval_temperature(config: Config) -> float:
-    """Of an evaluation's samples."""
-    return config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
-
-
-def sampling_params(config: Config, temperature: float | None = None) -> SamplingParams:
-    """How the config says to sample."""
-    rollout = config.rollout
-    return SamplingParams(
-        max_completion_tokens=rollout.max_completion_tokens,
-        temperature=rollout.temperature if temperature is None else temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        stop=tuple(rollout.stop),
-    )
 
 
 def initial_model(policy: Policy, config: Config, world: World) -> LogprobsOf:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 
 from pgrpo.advantages import has_spread
-from pgrpo.rollout.base import sample_seeds
-from pgrpo.training.run import Run, sampling_params
+from pgrpo.rollout.base import sample_seeds, sampling_params
+from pgrpo.training.run import Run
 from pgrpo.types import Group, Prompt
 
 log = logging.getLogger(__name__)

@@ -60,23 +60,19 @@ def find(root: Path, resume: str | Path, world: World) -> Path | None:
     """The checkpoint that ``resume`` means, verified; rank 0 reads it, all ranks get its answer. None: there is none.
 
     Raises:
-        ConfigError, CheckpointError: a named one does not exist, or is broken.
+        ConfigError, CheckpointError: a named one does not exist, or is broken; ``RankFailed`` on the other ranks.
     """
-    found: Path | None = None
-    error: Exception | None = None
-    if world.is_main:
-        try:
-            found = checkpoint.latest(root) if resume in ("auto", "best") else Path(resume)
-            if found and resume == "best":
-                found = _best(found)
-            if found and resume != "auto":
-                checkpoint.open_saved(found).__exit__()
-        except (ConfigError, CheckpointError) as e:
-            error = e
-    found, error = world.gather([(found, error)])[0]
-    if error:
-        raise error
-    return found
+
+    def verified() -> Path | None:
+        found = checkpoint.latest(root) if resume in ("auto", "best") else Path(resume)
+        if found and resume == "best":
+            found = _best(found)
+        if found and resume != "auto":
+            checkpoint.open_saved(found).__exit__()
+        return found
+
+    # Reading a large one takes minutes, which ranks may wait for here, and not in a collective call of NCCL's.
+    return world.gather([world.together(lambda: verified() if world.is_main else None)])[0]
 
 
 def _best(newest: Path) -> Path:

@@ -203,3 +203,12 @@ def test_a_whole_run_on_several_ranks_equals_that_on_one(ranks, changes, tmp_pat
         assert one[2]["kl"] > one[3]["kl"] > 0  # the reference was refreshed in between
     prompts = [[json.loads(line)["completion"] for line in text.splitlines()] for text in texts]
     assert prompts[0] == prompts[1]
+
+
+def test_ranks_share_a_run_folder_that_is_named_after_the_time(tiny_model, tmp_path, launch):
+    keys = [f"model.path={tiny_model}", f"run_dir={tmp_path}/run_${{now:%f}}", "train.steps=1", "eval.every=0"]
+    keys += ["rollout.prompts_per_step=2", "rollout.group_size=2", "track.console=false"]
+    result = launch(["-m", "pgrpo", "train", "--config", "quickstart", *keys], 2)
+    assert result.returncode == 0, result.stderr
+    (folder,) = tmp_path.glob("run_*")
+    assert (folder / "checkpoints" / "step_1" / "manifest.json").is_file() and (folder / "metrics.jsonl").is_file()

@@ -20,7 +20,17 @@ import pytest
 import torch
 
 from pgrpo import checkpoint
-from pgrpo.checkpoint import CheckpointError, latest, list_steps, load, open_run_dir, prune, save, set_aside_after
+from pgrpo.checkpoint import (
+    CheckpointError,
+    check_shared,
+    latest,
+    list_steps,
+    load,
+    open_run_dir,
+    prune,
+    save,
+    set_aside_after,
+)
 from pgrpo.config import ConfigError
 
 
@@ -338,6 +348,13 @@ HOLD_LOCK = """
     print("held", flush=True)
     sys.stdin.read()
 """
+
+
+def test_a_run_folder_that_another_node_does_not_see_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="does not see the folder that the first rank made"):
+        check_shared(tmp_path / "run", patience_s=0.2)
+    with open_run_dir(tmp_path / "run", resume=False):
+        check_shared(tmp_path / "run", patience_s=0.0)
 
 
 @pytest.mark.faults

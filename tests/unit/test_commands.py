@@ -387,6 +387,31 @@ def test_eval_takes_a_checkpoints_weights_alone(model, tmp_path):
     assert trained != evaluate(config(model, tmp_path, *other))
 
 
+def test_check_and_eval_run_a_config_of_many_gpus_on_one_device(model, tmp_path, capsys):
+    """Two copies of eight shards each, say; and what only a training's evaluations must have is not asked for."""
+    many = config(model, tmp_path, "model.dtype=bfloat16", "model.fsdp_size=8", "eval.rows=2")
+    metrics = evaluate(replace(many, checkpoint=replace(many.checkpoint, keep_best="eval/pass@64")))
+    assert 0 <= metrics["eval/pass@1"] <= 1
+    check(many)
+    assert "on 1 rank(s)" in capsys.readouterr().out
+
+
+def test_warnings_of_a_command_show_no_secret_and_steer_no_terminal(model, tmp_path, launch):
+    (tmp_path / "own.py").write_text(
+        "def judge(completions, api_key, **_):\n    raise ValueError(f'401 for {api_key} \\x1b[31mred')\n"
+    )
+    function = f"{{function: {tmp_path}/own.py:judge, args: {{api_key: '${{oc.env:MY_KEY}}'}}}}"
+    keys = [f"model.path={model}", f"run_dir={tmp_path / 'run'}", "eval.rows=2", "rewards.on_error=mask"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MY_KEY", "sk-very-secret-0123456789")
+        for command in ("eval", "check"):
+            command_line = ["-m", "pgrpo", command, "--config", "quickstart", *keys, f"rewards.functions=[{function}]"]
+            done = launch(command_line, 1)
+            shown = done.stdout + done.stderr
+            assert "401 for (redacted) \\x1b[31mred" in shown, shown
+            assert "secret" not in shown and "\x1b[31m" not in shown
+
+
 def test_eval_counts_rewards_that_fail(model, tmp_path, caplog):
     (tmp_path / "own.py").write_text(
         "import math\n"

@@ -78,6 +78,7 @@ def test_a_compiler_that_does_not_fit_is_told_of(monkeypatch):
         RuntimeError, match=r"cannot be imported \(ModuleNotFoundError: No module named 'cutlass.cute'\): pip"
     ):
         kernels._flash4()
+    assert "cannot be imported" in str(kernels.import_error("flash4")) and kernels.import_error("builtin") is None
 
 
 def test_auto_checkpointing_on_a_gpu_spares_the_last_layers(monkeypatch):

@@ -1,6 +1,7 @@
 """Whole runs of two and four ranks with vLLM: an engine a rank, or one engine that two share."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_several_ranks(launch, model, tmp_path, monkeypatch, ranks, tensor_paral
         f"run_dir={tmp_path / 'run'}",
     ]
     keys += ["train.steps=3", "rollout.prompts_per_step=4", "rollout.group_size=8", "optim.lr=1e-3", "eval.every=0"]
-    keys += ["rollout.engine=vllm", "rollout.canary_every=1", "track.console=false"]
+    keys += ["rollout.engine=vllm", "rollout.canary_every=1", "track.console=false", "track.completions=32"]
     keys += [
         f"rollout.enforce_eager={EAGER}",
         "model.compile=false",
@@ -59,6 +60,10 @@ def test_several_ranks(launch, model, tmp_path, monkeypatch, ranks, tensor_paral
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3]
+    lines = (tmp_path / "run" / "completions.jsonl").read_text().splitlines()
+    for step in (1, 2, 3):  # ranks that share an engine sample each its own prompts
+        prompts = Counter(row["prompt"] for row in map(json.loads, lines) if row["step"] == step)
+        assert len(prompts) == 4 and set(prompts.values()) == {8}
     for row in rows:
         assert row["sampling/sampling_logp_difference/max"] < TOLERANCE
     for row in rows[1:]:

@@ -1,0 +1,61 @@
+"""Evaluation of a run: its prompts, sampling and files, and the metric that ``checkpoint.keep_best`` names."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pgrpo.config import Config, ConfigError
+from pgrpo.evaluate import evaluate, metric_names, save_results
+from pgrpo.rewards.run import RewardRunner
+from pgrpo.rollout.base import sample_seeds, sampling_params
+
+if TYPE_CHECKING:
+    from pgrpo.training.run import Run
+
+
+def evaluate_run(run: Run, out: Path | None = None) -> dict[str, float]:
+    """Numbers on the held-out split; the same prompts and random numbers each time. Rank 0 writes all completions and a summary
+    to ``out``, without it to the run folder's ``eval/step_N``."""
+    config = run.config
+    params = sampling_params(config, _temperature(config))
+    with run.engine.awake():
+        evaluation = evaluate(
+            run.engine.generate,
+            run.held_out,
+            params,
+            [sample_seeds(config.seed, "eval", i, group_size=config.eval.samples) for i in range(len(run.held_out))],
+            run.rewards,
+            run.world,
+            greedy=config.eval.greedy,
+        )
+    if run.world.is_main:
+        about = {
+            "step": run.step,
+            "model": config.model.path,
+            "prompts": len(run.held_out),
+            "samples": config.eval.samples,
+        }
+        split = {"path": config.data.eval_path or config.data.path, "split": config.data.eval_split}
+        about |= {"data": split, "seed": config.seed, "sampling": asdict(params)}
+        if out:
+            save_results(out, evaluation, about, "{fix}, or set another --out")
+        else:
+            save_results(run.run_dir / "eval" / f"step_{run.step}", evaluation, about)
+    return evaluation.metrics
+
+
+def check_keep_best(config: Config, rewards: RewardRunner) -> None:
+    """ConfigError: evaluation has no metric ``checkpoint.keep_best``."""
+    if (name := config.checkpoint.keep_best) is None:
+        return
+    params = sampling_params(config, _temperature(config))
+    there = metric_names(rewards, params, config.eval.samples, greedy=config.eval.greedy)
+    if name not in there:
+        raise ConfigError(f"checkpoint.keep_best: {name} is no metric of an evaluation; there are {', '.join(there)}")
+
+
+def _temperature(config: Config) -> float:
+    """Of an evaluation's samples."""
+    return config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
