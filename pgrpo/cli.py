@@ -182,8 +182,8 @@ def doctor() -> None:
 
 def main() -> None:
     """Run the command line. The one place that decides what a process exits with."""
-    # As an exception, so that whatever is open is closed; training puts its own handler on top, which saves first.
     logging.lastResort = Terminal()
+    # As an exception, so that whatever is open is closed; training puts its own handler on top, which saves first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()  # exits by itself with 0, with 2 on a wrong command line, with 130 on Ctrl-C
