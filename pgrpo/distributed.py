@@ -61,6 +61,13 @@ class World:
         count = len(items) // self.size
         return items[self.rank * count : (self.rank + 1) * count]
 
+    def from_main(self, item: T) -> T:
+        """Rank 0's item, on every rank. A collective call, not on the GPUs."""
+        box: list[Any] = [item]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
     def gather(self, items: list[T]) -> list[T]:
         """Every rank's items on every rank, in rank order."""
         if self.size == 1:

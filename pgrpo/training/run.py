@@ -157,7 +157,7 @@ class Run:
 
 def agree_on_run_dir(config: Config, world: World) -> None:
     """All ranks take rank 0's: `${now:...}` in it may differ between them. A collective call."""
-    config.run_dir = world.gather([config.run_dir])[0]
+    config.run_dir = world.from_main(config.run_dir)
 
 
 def run_folder(config: Config) -> Path:

@@ -72,7 +72,7 @@ def find(root: Path, resume: str | Path, world: World) -> Path | None:
         return found
 
     # Reading a large one takes minutes, which ranks may wait for here, and not in a collective call of NCCL's.
-    return world.gather([world.together(lambda: verified() if world.is_main else None)])[0]
+    return world.from_main(world.together(lambda: verified() if world.is_main else None))
 
 
 def _best(newest: Path) -> Path:
