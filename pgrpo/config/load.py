@@ -167,7 +167,7 @@ def _finish_paths(config: Config) -> None:
     if config.model.path.startswith("~"):
         config.model.path = str(Path(config.model.path).expanduser())
     if config.model.path and Path(config.model.path).is_dir():
-        config.model.path = str(Path(config.model.path).resolve())
+        config.model.path = str(Path(config.model.path).absolute())
     targets = [(config.data, "path", "data.path"), (config.data, "eval_path", "data.eval_path")]
     targets += [(f, "function", f"rewards.functions[{i}].function") for i, f in enumerate(config.rewards.functions)]
     for owner, name, key in targets:

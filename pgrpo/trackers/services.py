@@ -38,8 +38,9 @@ def check_services(config: Config) -> None:
         _summary_writer()
     if config.track.wandb:
         wandb = _wandb()
-        online = wandb.setup().settings.mode == "online"
-        if online and not wandb.login(prompt=False, verify=False):
+        can_start = wandb.setup().settings.mode != "online" or wandb.login(prompt=False, verify=False)
+        wandb.teardown()  # the run reads its settings anew
+        if not can_start:
             raise ConfigError("track.wandb=true: wandb has no login; run `wandb login`, or set WANDB_MODE=offline")
 
 

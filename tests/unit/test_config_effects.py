@@ -275,6 +275,7 @@ def observe(folder, tmp_path, monkeypatch, caplog, capsys):
         monkeypatch.setattr(loader, "from_pretrained", record("loaded", loader.from_pretrained))
     monkeypatch.setattr(datasets, "load_dataset", record("datasets", lambda path, name, **_: sums))
     monkeypatch.setattr(wandb, "init", record("wandb", lambda **_: FakeWandb()))
+    monkeypatch.setenv("WANDB_MODE", "offline")  # else it would ask for a login
 
     def count_attention(module: torch.nn.Module, _: Any) -> None:
         seen["attention_calls"] = seen.get("attention_calls", 0) + type(module).__name__.endswith("Attention")

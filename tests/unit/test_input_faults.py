@@ -161,7 +161,8 @@ def test_row_42_a_bad_jsonl_line_is_named(refused):
 
 def test_row_43_without_a_chat_template_the_raw_prompt_is_named(refused):
     assert refused('prompt={template: null, messages: [{role: user, content: "{q}"}]}') == (
-        "prompt.messages: the tokenizer of tiny has no chat template; give a raw prompt with prompt.template instead"
+        f"prompt.messages: the tokenizer of {Path.cwd() / 'tiny'} has no chat template; "
+        "give a raw prompt with prompt.template instead"
     )
 
 
@@ -171,7 +172,10 @@ def test_row_44_a_pad_token_that_is_missing_is_derived_and_said(train, caplog):
     path = changed_tokenizer(lambda tokenizer: setattr(tokenizer, "pad_token", None))
     assert AutoTokenizer.from_pretrained("changed").pad_token is None
     assert train(path, "run_dir=without")[0] == 0
-    assert "model.path=changed: the tokenizer has no pad token; its eos token <eos> is taken" in caplog.text
+    assert (
+        f"model.path={Path.cwd() / 'changed'}: the tokenizer has no pad token; its eos token <eos> is taken"
+        in caplog.text
+    )
     one, other = (
         [json.loads(line) for line in (Path(run) / "completions.jsonl").read_text().splitlines()]
         for run in ("with", "without")
@@ -296,7 +300,7 @@ def test_row_49_code_that_comes_with_a_model_runs_only_when_asked(refused, train
     code = f"open({str(Path.cwd() / 'RAN')!r}, 'w')\nfrom transformers import Qwen3Config\nclass OwnConfig(Qwen3Config): pass\n"
     Path("own/code.py").write_text(code)
     said = refused("model.path=own")
-    assert said.startswith("model.path=own: cannot load")
+    assert said.startswith(f"model.path={Path.cwd() / 'own'}: cannot load")
     assert said.endswith(
         ": it comes with Python code of its own; read that, and set model.trust_remote_code=true to run it"
     )
@@ -322,7 +326,8 @@ def test_row_49_a_pinned_revision_is_what_is_loaded(refused, train, monkeypatch,
 
 def test_row_51_a_tokenizer_with_more_tokens_than_the_model(refused):
     assert refused(changed_tokenizer(lambda tokenizer: tokenizer.add_tokens(["a", "b"]))) == (
-        "model.path=changed: its tokenizer has 16 tokens, the model only 14: resize the model's embeddings, or use the "
+        f"model.path={Path.cwd() / 'changed'}: its tokenizer has 16 tokens, the model only 14: "
+        "resize the model's embeddings, or use the "
         "tokenizer that it was trained with"
     )
 
