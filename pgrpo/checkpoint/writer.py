@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.launcher.api import LaunchConfig
 
 from pgrpo.checkpoint.files import CheckpointError, Files, dump_scalars, write_shards
 from pgrpo.checkpoint.folder import abandon, begin, prune, publish
@@ -23,8 +22,8 @@ from pgrpo.shards import Shard
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-CAN_WAIT = hasattr(LaunchConfig, "shutdown_timeout")
-"""Whether this PyTorch's torchrun waits as long as it is told to: 2.12 and newer."""
+CAN_WAIT = torch.__version__ >= (2, 12)
+"""Whether this PyTorch's torchrun waits as long as it is told to. To ask its launcher would mean to import it in every rank."""
 
 
 class Writer:
