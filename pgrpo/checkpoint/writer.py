@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from pgrpo.checkpoint.files import CheckpointError, Files, dump_scalars, write_shards
 from pgrpo.checkpoint.folder import abandon, begin, prune, publish
@@ -22,7 +23,7 @@ from pgrpo.shards import Shard
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-CAN_WAIT = torch.__version__ >= (2, 12)
+CAN_WAIT = TorchVersion(torch.__version__) >= (2, 12)
 """Whether this PyTorch's torchrun waits as long as it is told to. To ask its launcher would mean to import it in every rank."""
 
 
