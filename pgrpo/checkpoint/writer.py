@@ -23,7 +23,7 @@ from pgrpo.shards import Shard
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-CAN_WAIT = TorchVersion(torch.__version__) >= (2, 12)
+CAN_WAIT = TorchVersion(torch.__version__) >= "2.12"
 """Whether this PyTorch's torchrun waits as long as it is told to. To ask its launcher would mean to import it in every rank."""
 
 
