@@ -152,6 +152,11 @@ def all_ranks_know(error: BaseException | None) -> bool:
     return False
 
 
+def world_size() -> int:
+    """Ranks that ``torchrun`` started, this one among them; 1 without it. Known before ``start``."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def start(fsdp_size: int | None = None) -> Iterator[World]:
     """Join the process group that ``torchrun`` set up (NCCL on GPUs, gloo on CPUs), or be the only process; leave at the end.
@@ -159,7 +164,7 @@ def start(fsdp_size: int | None = None) -> Iterator[World]:
     Args:
         fsdp_size: ranks that share one copy of the weights (``World.fsdp_size``).
     """
-    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, size = int(os.environ.get("RANK", "0")), world_size()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 
 import torch
@@ -13,7 +12,7 @@ from pgrpo.batch import build_batch
 from pgrpo.commands.plan import plan_text
 from pgrpo.config import Config, check_world_size, fit_world_size, redact
 from pgrpo.data import load_prompts
-from pgrpo.distributed import start
+from pgrpo.distributed import start, world_size
 from pgrpo.exactness import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_groups
 from pgrpo.policy import Policy, load_model
 from pgrpo.rollout.base import sample_seeds, sampling_params
@@ -36,8 +35,8 @@ def check(config: Config) -> None:
     Raises:
         RuntimeError: grouped attention differs from the untouched model, or a seeded bug is not noticed.
     """
-    config = fit_world_size(config, ranks := int(os.environ.get("WORLD_SIZE", "1")))
-    check_world_size(config, ranks)
+    config = fit_world_size(config, world_size())
+    check_world_size(config, world_size())
     with start(config.model.fsdp_size) as world, build_run(config, world) as run:
         console = Console(markup=False, highlight=False, quiet=not world.is_main)
         _show_lengths(run, config, console)

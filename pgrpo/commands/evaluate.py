@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pgrpo.config import Config, ConfigError, fit_world_size
-from pgrpo.distributed import World, start
+from pgrpo.distributed import World, start, world_size
 from pgrpo.training.evaluation import evaluate_run
 from pgrpo.training.run import Run, agree_on_run_dir, build_run
 
@@ -31,7 +30,7 @@ def evaluate(config: Config, checkpoint: str | None = None, out: Path | None = N
         raise ConfigError("data.eval_split is not set: name the held-out split, or a file in data.eval_path")
     # Building a run reads the held-out split only if it is evaluated, and what training alone needs if the config says so.
     config = replace(
-        fit_world_size(config, int(os.environ.get("WORLD_SIZE", "1"))),
+        fit_world_size(config, world_size()),
         eval=replace(config.eval, every=config.eval.every or 1),
         loss=replace(config.loss, kl_coef=0.0),
         checkpoint=replace(config.checkpoint, keep_best=None),

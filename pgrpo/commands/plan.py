@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from pgrpo.config import Config, check_world_size, to_yaml
-from pgrpo.distributed import World
+from pgrpo.distributed import World, world_size
 from pgrpo.flops import ModelDims, computed_tokens, memory_plan, parameter_count, rho, update_flops
 from pgrpo.lora import adapter_parameters, check_lora
 from pgrpo.policy import check_supported, load_hf_config
@@ -19,7 +19,7 @@ from pgrpo.types import Keep
 
 def plan(config: Config) -> None:
     """Print the resolved config and the plan, once."""
-    check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_world_size(config, world_size())
     costs = plan_text(config)  # first: a config that it refuses is not shown
     if os.environ.get("RANK", "0") != "0":
         return
@@ -31,7 +31,7 @@ def plan_text(config: Config) -> str:
     """Tokens, micro-batches and memory of a step whose prompts and completions are all as long as is allowed."""
     rollout, budget = config.rollout, config.train.token_budget
     prompt, completion = config.data.max_prompt_tokens, rollout.max_completion_tokens
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = world_size()
     hf_config = load_hf_config(config.model)
     check_supported(hf_config, prompt + completion)
     dims = ModelDims.from_config(hf_config)
