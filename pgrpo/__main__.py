@@ -1,6 +1,12 @@
-"""``python -m pgrpo``, and so ``torchrun -m pgrpo``."""
+"""``python -m pgrpo``, and so ``torchrun -m pgrpo``; the command ``pgrpo`` is the same."""
 
 from pgrpo.cli import main
+from pgrpo.leaving import run_and_leave
+
+
+def run() -> None:
+    run_and_leave(main)
+
 
 if __name__ == "__main__":
-    main()
+    run()

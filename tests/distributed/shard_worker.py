@@ -12,6 +12,7 @@ from torch import nn
 from pgrpo import checkpoint
 from pgrpo.config import OptimConfig
 from pgrpo.distributed import copy_full, full_tensor, place, start
+from pgrpo.leaving import run_and_leave
 from pgrpo.optim import build_optimizer, load_optimizer_shards, optimizer_shards
 from pgrpo.shards import shard_of, whole
 
@@ -84,4 +85,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -8,6 +8,7 @@ import torch
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed import copy_full, full_tensor, start
 from pgrpo.exactness import tokens_as_groups
+from pgrpo.leaving import run_and_leave
 from pgrpo.offload import local
 from pgrpo.optim import build_optimizer
 from pgrpo.policy import Policy
@@ -108,4 +109,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_and_leave(main)

@@ -18,6 +18,7 @@ LAYERS = {
         "flops",
         "functions",
         "intervals",
+        "leaving",
         "logprobs",
         "logprobs_triton",
         "loss",

@@ -36,7 +36,7 @@ def reward(completions, **_):
 WATCH = """\
 import os, sys
 from pathlib import Path
-from pgrpo import cli
+from pgrpo.__main__ import run
 from pgrpo.rollout.embedded import EmbeddedEngine
 from pgrpo.training import loop
 from pgrpo.training.update import Updater
@@ -52,7 +52,7 @@ watch(loop, "one_step", lambda run: now.append(run.step))
 watch(loop, "evaluate_run", lambda run: (now.append("eval"), phase == "eval" and run.step == 2)[1])
 watch(EmbeddedEngine, "_generate_wave", lambda *_: phase == "rollout" and now[-1] == 1)
 watch(Updater, "backward", lambda *_: phase == "update" and now[-1] == 1)
-cli.main()
+run()
 """
 
 

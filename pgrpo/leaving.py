@@ -1,0 +1,53 @@
+"""How a process ends that has taken part in collective calls."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+
+def run_and_leave(main: Callable[[], object]) -> NoReturn:
+    """Call ``main`` as the whole of this process, and exit with what it exits with (0 when it returns).
+
+    A thread of gloo may hold a tensor of a collective call for a while after the call, and needs the interpreter to let go of
+    it. If that is being taken down by then, CPython before 3.14 ends the thread inside C++, and the process aborts: "terminate
+    called without an active exception", -6 as the exit code of work that is done (https://github.com/pytorch/pytorch/issues/190489).
+    ``destroy_process_group`` ends the threads only where nothing refers to the group any more; caches of DTensor do. So where
+    there are such threads, everything that was registered for the exit is done and the process ends without taking the
+    interpreter down.
+    """
+    code: str | int | None = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    if not gloo_threads():
+        sys.exit(code)
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # a pipe that nobody reads, a full disk
+        code = code or 120  # as Python exits
+    os._exit(code or 0)
+
+
+def gloo_threads() -> int:
+    """How many threads of this process run gloo's collective calls. Linux tells; elsewhere 0."""
+    count = 0
+    for thread in Path("/proc/self/task").glob("*"):
+        with suppress(OSError):  # it has ended since
+            count += (thread / "comm").read_text().startswith("pt_gloo")
+    return count

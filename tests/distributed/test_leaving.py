@@ -1,0 +1,73 @@
+"""A rank that is done exits with 0, also where a thread of gloo still holds a tensor."""
+
+import subprocess
+import sys
+
+import pytest
+
+HELD = """
+import atexit, threading, time
+import torch
+import torch.distributed as dist
+from pgrpo.leaving import run_and_leave
+
+held, leaving = threading.Event(), threading.Event()
+atexit.register(leaving.set)
+
+
+class Held(torch.Tensor):
+    def __del__(self):  # run by the thread of gloo, which is the last to let go of it
+        held.set()
+        leaving.wait()
+        time.sleep(0.05)  # it wants the interpreter back when that would be going down
+
+
+def main():
+    global group
+    dist.init_process_group("gloo")
+    group = dist.group.WORLD  # as the caches of DTensor do: destroying it does not end its threads
+    if dist.get_rank() == 0:
+        dist.all_reduce(torch.ones(3).as_subclass(Held), async_op=True)
+        assert held.wait(60)
+    else:
+        time.sleep(0.5)  # rank 0 has nothing but the thread hold the tensor by then
+        dist.all_reduce(torch.ones(3))
+    dist.destroy_process_group()
+
+
+run_and_leave(main)
+"""
+
+
+def test_a_tensor_that_gloo_still_holds_does_not_abort_a_rank_that_is_done(tmp_path, launch):
+    script = tmp_path / "held.py"
+    script.write_text(HELD)
+    result = launch([script], 2)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "message"),
+    [
+        ("return 7", 0, ""),
+        ("sys.exit()", 0, ""),
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit('no such file')", 1, "no such file\n"),
+    ],
+)
+@pytest.mark.parametrize("threads", [0, 2])
+def test_the_exit_code_and_what_was_registered_for_the_exit(body, code, message, threads):
+    script = f"""
+import atexit, sys, threading, time
+from pgrpo import leaving
+
+def main():
+    atexit.register(print, "registered")
+    threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
+    {body}
+
+leaving.gloo_threads = lambda: {threads}
+leaving.run_and_leave(main)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "thread\nregistered\n", message)
