@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import os
+import ctypes
 import sys
 import threading
 from collections.abc import Callable
@@ -19,8 +19,8 @@ def run_and_leave(main: Callable[[], object]) -> NoReturn:
     it. If that is being taken down by then, CPython before 3.14 ends the thread inside C++, and the process aborts: "terminate
     called without an active exception", -6 as the exit code of work that is done (https://github.com/pytorch/pytorch/issues/190489).
     ``destroy_process_group`` ends the threads only where nothing refers to the group any more; caches of DTensor do. So where
-    there are such threads, everything that was registered for the exit is done and the process ends without taking the
-    interpreter down.
+    there are such threads, all that was registered for the exit is done, in Python and in C (vLLM removes shared memory there),
+    but the interpreter is not taken down: the thread waits for it until the process has ended.
     """
     code: str | int | None = 0
     try:
@@ -41,7 +41,8 @@ def run_and_leave(main: Callable[[], object]) -> NoReturn:
         sys.stderr.flush()
     except OSError:  # a pipe that nobody reads, a full disk
         code = code or 120  # as Python exits
-    os._exit(code or 0)
+    ctypes.PyDLL(None).exit(code or 0)  # C's exit, by this thread, which keeps the interpreter
+    raise AssertionError("C's exit does not return")
 
 
 def gloo_threads() -> int:

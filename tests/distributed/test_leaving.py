@@ -58,8 +58,12 @@ def test_a_tensor_that_gloo_still_holds_does_not_abort_a_rank_that_is_done(tmp_p
 @pytest.mark.parametrize("threads", [0, 2])
 def test_the_exit_code_and_what_was_registered_for_the_exit(body, code, message, threads):
     script = f"""
-import atexit, sys, threading, time
+import atexit, ctypes, sys, threading, time
 from pgrpo import leaving
+
+libc = ctypes.CDLL(None)
+libc.strdup.restype = ctypes.c_void_p
+libc.__cxa_atexit(libc.puts, ctypes.c_void_p(libc.strdup(b"registered in C")), None)
 
 def main():
     atexit.register(print, "registered")
@@ -70,4 +74,4 @@ leaving.gloo_threads = lambda: {threads}
 leaving.run_and_leave(main)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
-    assert (done.returncode, done.stdout, done.stderr) == (code, "thread\nregistered\n", message)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "thread\nregistered\nregistered in C\n", message)
