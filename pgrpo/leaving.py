@@ -20,14 +20,15 @@ def run_and_leave(main: Callable[[], object]) -> NoReturn:
     called without an active exception", -6 as the exit code of work that is done (https://github.com/pytorch/pytorch/issues/190489).
     ``destroy_process_group`` ends the threads only where nothing refers to the group any more; caches of DTensor do. So where
     there are such threads, all that was registered for the exit is done, in Python and in C (vLLM removes shared memory there),
-    but the interpreter is not taken down: the thread waits for it until the process has ended.
+    but the interpreter is not taken down: the thread waits for it until the process has ended. Not on a GPU, where gloo carries
+    a few numbers that were let go of long before, and what libraries do at the exit is best done in its usual order.
     """
     code: str | int | None = 0
     try:
         main()
     except SystemExit as end:
         code = end.code
-    if not gloo_threads():
+    if not gloo_threads() or on_gpu():
         sys.exit(code)
     if isinstance(code, str):
         print(code, file=sys.stderr)
@@ -52,3 +53,9 @@ def gloo_threads() -> int:
         with suppress(OSError):  # it has ended since
             count += (thread / "comm").read_text().startswith("pt_gloo")
     return count
+
+
+def on_gpu() -> bool:
+    """Whether this process has used one."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_initialized()

@@ -55,8 +55,8 @@ def test_a_tensor_that_gloo_still_holds_does_not_abort_a_rank_that_is_done(tmp_p
         ("sys.exit('no such file')", 1, "no such file\n"),
     ],
 )
-@pytest.mark.parametrize("threads", [0, 2])
-def test_the_exit_code_and_what_was_registered_for_the_exit(body, code, message, threads):
+@pytest.mark.parametrize(("threads", "on_gpu"), [(0, False), (2, False), (2, True)])
+def test_the_exit_code_and_what_was_registered_for_the_exit(body, code, message, threads, on_gpu):
     script = f"""
 import atexit, ctypes, sys, threading, time
 from pgrpo import leaving
@@ -70,8 +70,16 @@ def main():
     threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
     {body}
 
+class Object:
+    def __del__(self):
+        print("taken down")
+
+kept = Object()
 leaving.gloo_threads = lambda: {threads}
+leaving.on_gpu = lambda: {on_gpu}
 leaving.run_and_leave(main)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
-    assert (done.returncode, done.stdout, done.stderr) == (code, "thread\nregistered\nregistered in C\n", message)
+    taken_down = "" if threads and not on_gpu else "taken down\n"
+    registered = f"thread\nregistered\n{taken_down}registered in C\n"
+    assert (done.returncode, done.stdout, done.stderr) == (code, registered, message)
