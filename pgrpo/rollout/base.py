@@ -54,7 +54,7 @@ def sample_seeds(*path: int | str, group_size: int) -> list[int]:
 
 
 def sampling_params(config: Config, temperature: float | None = None) -> SamplingParams:
-    """How the config says to sample."""
+    """How the config says to sample; without a temperature at the rollout's."""
     rollout = config.rollout
     return SamplingParams(
         max_completion_tokens=rollout.max_completion_tokens,

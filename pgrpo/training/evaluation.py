@@ -19,7 +19,7 @@ def evaluate_run(run: Run, out: Path | None = None) -> dict[str, float]:
     """Numbers on the held-out split; the same prompts and random numbers each time. Rank 0 writes all completions and a summary
     to ``out``, without it to the run folder's ``eval/step_N``."""
     config = run.config
-    params = sampling_params(config, _temperature(config))
+    params = sampling_params(config, config.eval.temperature)
     with run.engine.awake():
         evaluation = evaluate(
             run.engine.generate,
@@ -50,12 +50,7 @@ def check_keep_best(config: Config, rewards: RewardRunner) -> None:
     """ConfigError: evaluation has no metric ``checkpoint.keep_best``."""
     if (name := config.checkpoint.keep_best) is None:
         return
-    params = sampling_params(config, _temperature(config))
+    params = sampling_params(config, config.eval.temperature)
     there = metric_names(rewards, params, config.eval.samples, greedy=config.eval.greedy)
     if name not in there:
         raise ConfigError(f"checkpoint.keep_best: {name} is no metric of an evaluation; there are {', '.join(there)}")
-
-
-def _temperature(config: Config) -> float:
-    """Of an evaluation's samples."""
-    return config.rollout.temperature if config.eval.temperature is None else config.eval.temperature
