@@ -1,7 +1,7 @@
 """``python -m pgrpo``, and so ``torchrun -m pgrpo``; the command ``pgrpo`` is the same."""
 
 from pgrpo.cli import main
-from pgrpo.leaving import run_and_leave
+from pgrpo.process.exit import run_and_leave
 
 
 def run() -> None:

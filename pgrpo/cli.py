@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import typer
 
 from pgrpo.config import Config, ConfigError, load_config, redact
-from pgrpo.trackers import Terminal
+from pgrpo.tracking import Terminal
 
 app = typer.Typer(
     help="GRPO that computes each prompt once.",

@@ -1,4 +1,4 @@
-"""Measure both plans of grouped attention over a grid of shapes and fit the constants of ``pgrpo/attention/plan.py``. Needs a GPU.
+"""Measure both plans of grouped attention over many shapes and fit the constants of ``pgrpo/attention/choose.py``. Needs a GPU.
 
     python scripts/attention_plans.py [--kernel auto] [--heads 32 --kv-heads 8 --head-dim 128] [--json FILE]
 
@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pgrpo.attention.choose import AttentionChoice, PassPlan
 from pgrpo.attention.grouped import grouped_attention
-from pgrpo.attention.kernels import choose_kernel
+from pgrpo.attention.kernels.flash import choose_kernel
 from pgrpo.attention.layout import PackedLayout
-from pgrpo.attention.plan import AttentionChoice, PassPlan
 
 PROMPTS, COMPLETIONS, GROUP_SIZES = (32, 128, 512, 1024, 2048, 4096), (256, 1024, 4096), (4, 16)
 MOST_TOKENS = 40_000

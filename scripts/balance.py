@@ -22,13 +22,14 @@ from pathlib import Path
 
 import torch
 
-from pgrpo.batch import build_batch
 from pgrpo.commands.bench import random_model
 from pgrpo.config import load_config
-from pgrpo.distributed import World, share_out
-from pgrpo.exactness import tokens_as_groups
-from pgrpo.flops import ModelDims, update_flops
-from pgrpo.training.placement import wrap
+from pgrpo.distributed.world import World
+from pgrpo.model.proof import tokens_as_groups
+from pgrpo.packing.balance import share_out
+from pgrpo.packing.batch import build_batch
+from pgrpo.planning.flops import ModelDims, update_flops
+from pgrpo.planning.placement import wrap
 from pgrpo.types import Group
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,10 +20,10 @@ import torch
 
 from pgrpo.checkpoint import Writer, save
 from pgrpo.config import load_config
-from pgrpo.distributed import start
-from pgrpo.optim import build_optimizer, optimizer_shards
-from pgrpo.shards import shard_of
-from pgrpo.training.placement import place_policy
+from pgrpo.distributed.shards import shard_of
+from pgrpo.distributed.world import start
+from pgrpo.planning.placement import place_policy
+from pgrpo.training.optim import build_optimizer, optimizer_shards
 
 
 def main() -> None:

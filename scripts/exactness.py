@@ -15,10 +15,10 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pgrpo.batch import build_batch
 from pgrpo.config import ModelConfig
-from pgrpo.exactness import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_groups
-from pgrpo.policy import Policy, load_model
+from pgrpo.model.policy import Policy, load_model
+from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_groups
+from pgrpo.packing.batch import build_batch
 
 PROMPTS = [
     "What is the capital of France?",

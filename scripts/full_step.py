@@ -27,10 +27,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from pgrpo.config import Config, load_config
-from pgrpo.distributed import start
-from pgrpo.flops import GIB
-from pgrpo.rollout import vllm_start
-from pgrpo.rollout.vllm import VLLMEngine
+from pgrpo.distributed.world import start
+from pgrpo.planning.flops import GIB
+from pgrpo.rollout.vllm import start as vllm_start
+from pgrpo.rollout.vllm.engine import VLLMEngine
 from pgrpo.training.loop import one_step
 from pgrpo.training.run import Run, build_run
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pgrpo.logprobs import token_logprobs
+from pgrpo.model.logprobs import token_logprobs
 
 GIB = 2**30
 

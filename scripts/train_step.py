@@ -24,10 +24,11 @@ import torch
 from pgrpo.commands.bench import random_groups, random_model
 from pgrpo.commands.bench_report import Shape
 from pgrpo.config import Config, load_config
-from pgrpo.distributed import World, place, start
-from pgrpo.flops import GIB, ModelDims, forward_flops
-from pgrpo.optim import build_optimizer
-from pgrpo.training.placement import compute_dtype, decoder_layers, kept_by_layer, wrap
+from pgrpo.distributed.fsdp import place
+from pgrpo.distributed.world import World, start
+from pgrpo.planning.flops import GIB, ModelDims, forward_flops
+from pgrpo.planning.placement import compute_dtype, decoder_layers, kept_by_layer, wrap
+from pgrpo.training.optim import build_optimizer
 from pgrpo.training.run import group_cost
 from pgrpo.training.update import Updater
 

@@ -22,10 +22,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pgrpo.attention.kernels import varlen_backward, varlen_forward
+from pgrpo.attention.kernels.flash import varlen_backward, varlen_forward
+from pgrpo.attention.kernels.segments import Segments
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.attention.merge import copy_rows, merge_, sum_copies
-from pgrpo.attention.segments import Segments
 
 
 def grouped_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, scale: float) -> Tensor:

@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from pgrpo.attention.plan import AttentionChoice
+from pgrpo.attention.choose import AttentionChoice
 
 
 @dataclass(frozen=True, slots=True)

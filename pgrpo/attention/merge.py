@@ -14,7 +14,7 @@ from torch import Tensor
 def merge_(out_QHD: Tensor, lse_HQ: Tensor, out_p_QHD: Tensor, lse_p_HQ: Tensor) -> None:
     """Merge attention over a second set of keys into ``out`` and ``lse``, in place. Weights are taken in the LSE's precision."""
     if out_QHD.device.type == "cuda":
-        from pgrpo.attention import triton_kernels
+        from pgrpo.attention.kernels import triton_merge as triton_kernels
 
         triton_kernels.merge_(out_QHD, lse_HQ, out_p_QHD, lse_p_HQ)
     else:
@@ -33,7 +33,7 @@ def merge_plain_(out_QHD: Tensor, lse_HQ: Tensor, out_p_QHD: Tensor, lse_p_HQ: T
 def copy_rows(k_TKD: Tensor, v_TKD: Tensor, source_C: Tensor) -> tuple[Tensor, Tensor]:
     """Rows ``source_C`` (int64) of keys and values: [C, K, D] each."""
     if k_TKD.device.type == "cuda":
-        from pgrpo.attention import triton_kernels
+        from pgrpo.attention.kernels import triton_merge as triton_kernels
 
         return triton_kernels.copy_rows(k_TKD, v_TKD, source_C)
     return k_TKD.index_select(0, source_C), v_TKD.index_select(0, source_C)
@@ -51,7 +51,7 @@ def sum_copies(
         offsets: [T + 1] int32, where each row's copies begin in ``order_C``.
     """
     if dk_CKD.device.type == "cuda":
-        from pgrpo.attention import triton_kernels
+        from pgrpo.attention.kernels import triton_merge as triton_kernels
 
         return triton_kernels.sum_copies(dk_CKD, dv_CKD, order_C, offsets)
     rows = len(offsets) - 1

@@ -20,7 +20,6 @@ tensor's shape from the shards that it finds (one that is lost makes the tensor 
 
 from pgrpo.checkpoint.files import CheckpointError, Saved, load, open_saved, verify
 from pgrpo.checkpoint.folder import PREFIX, latest, list_steps, prune, save, set_aside_after, tidy
-from pgrpo.checkpoint.lock import check_shared, lock_run_dir, open_run_dir
 from pgrpo.checkpoint.writer import Writer
 
 __all__ = [
@@ -28,12 +27,9 @@ __all__ = [
     "CheckpointError",
     "Saved",
     "Writer",
-    "check_shared",
     "latest",
     "list_steps",
     "load",
-    "lock_run_dir",
-    "open_run_dir",
     "open_saved",
     "prune",
     "save",

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pgrpo.config import ConfigError
-from pgrpo.shards import Shard
+from pgrpo.distributed.shards import Shard
 
 PREFIX = "step_"
 MANIFEST, SCALARS = "manifest.json", "scalars.json"

@@ -25,7 +25,7 @@ from pgrpo.checkpoint.files import (
     write_shards,
 )
 from pgrpo.config import ConfigError
-from pgrpo.shards import whole
+from pgrpo.distributed.shards import whole
 
 log = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from torch.torch_version import TorchVersion
 
 from pgrpo.checkpoint.files import CheckpointError, Files, dump_scalars, write_shards
 from pgrpo.checkpoint.folder import abandon, begin, prune, publish
-from pgrpo.distributed import World
-from pgrpo.shards import Shard
+from pgrpo.distributed.shards import Shard
+from pgrpo.distributed.world import World
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -15,16 +15,16 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pgrpo.attention.interface import ATTENTION_NAME
+from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.commands.bench_methods import METHODS, Job, why_not
 from pgrpo.commands.bench_report import Row, Shape, make_report, print_rows, write_report
 from pgrpo.config import Config, ConfigError
-from pgrpo.distributed import World, start
-from pgrpo.exactness import tokens_as_groups
-from pgrpo.flops import GIB, ModelDims, flop_ratio, forward_flops, mfu, rho, update_flops
-from pgrpo.lora import adapter_parameters, add_adapters, check_lora
-from pgrpo.policy import Policy, check_supported, load_hf_config, load_model
-from pgrpo.training.placement import check_device, compute_dtype, is_compiled, wrap
+from pgrpo.distributed.world import World, start
+from pgrpo.model.lora import adapter_parameters, add_adapters, check_lora
+from pgrpo.model.policy import Policy, check_supported, load_hf_config, load_model
+from pgrpo.model.proof import tokens_as_groups
+from pgrpo.planning.flops import GIB, ModelDims, flop_ratio, forward_flops, mfu, rho, update_flops
+from pgrpo.planning.placement import check_device, compute_dtype, is_compiled, wrap
 from pgrpo.types import Group, Keep
 
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}

@@ -15,14 +15,14 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
-from pgrpo.attention.interface import ATTENTION_NAME
-from pgrpo.attention.kernels import varlen_backward, varlen_forward
-from pgrpo.attention.segments import Segments
-from pgrpo.batch import build_batch
-from pgrpo.layers import set_up_layers
-from pgrpo.logprobs import token_logprobs
-from pgrpo.policy import Policy, logit_scale
-from pgrpo.training.placement import decoder_layers
+from pgrpo.attention.hook import ATTENTION_NAME
+from pgrpo.attention.kernels.flash import varlen_backward, varlen_forward
+from pgrpo.attention.kernels.segments import Segments
+from pgrpo.model.logprobs import token_logprobs
+from pgrpo.model.policy import Policy, logit_scale
+from pgrpo.model.recompute import set_up_layers
+from pgrpo.packing.batch import build_batch
+from pgrpo.planning.placement import decoder_layers
 from pgrpo.types import Group, Keep
 
 METHODS = ("grouped", "repeated_packed", "repeated_padded", "concat", "prefix_grouper", "prefix_grouper_ours")

@@ -8,15 +8,15 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from pgrpo.batch import build_batch
 from pgrpo.commands.plan import plan_text
 from pgrpo.config import Config, check_world_size, fit_world_size, redact
 from pgrpo.data import load_prompts
-from pgrpo.distributed import start, world_size
-from pgrpo.exactness import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_groups
-from pgrpo.policy import Policy, load_model
+from pgrpo.distributed.world import start, world_size
+from pgrpo.model.policy import Policy, load_model
+from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_groups
+from pgrpo.packing.batch import build_batch
 from pgrpo.rollout.base import sample_seeds, sampling_params
-from pgrpo.trackers import printable
+from pgrpo.tracking import printable
 from pgrpo.training.run import Run, build_run, load_tokenizer
 from pgrpo.types import Group
 

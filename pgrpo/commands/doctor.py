@@ -8,9 +8,9 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from rich.console import Console
 
-from pgrpo.attention.kernels import FASTEST_FIRST, choose_kernel, import_error, why_not
-from pgrpo.flops import GIB, peak_flops
-from pgrpo.rewards.sandbox import SandboxError, find_sandbox
+from pgrpo.attention.kernels.flash import FASTEST_FIRST, choose_kernel, import_error, why_not
+from pgrpo.planning.flops import GIB, peak_flops
+from pgrpo.sandbox.run import SandboxError, find_sandbox
 
 PACKAGES = ("pgrpo", "torch", "transformers", "datasets", "omegaconf", "math-verify")
 OPTIONAL = {

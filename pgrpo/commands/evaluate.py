@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pgrpo.config import Config, ConfigError, fit_world_size
-from pgrpo.distributed import World, start, world_size
+from pgrpo.distributed.world import World, start, world_size
 from pgrpo.training.evaluation import evaluate_run
 from pgrpo.training.run import Run, agree_on_run_dir, build_run
 

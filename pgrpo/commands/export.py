@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from pgrpo.checkpoint import PREFIX, CheckpointError, latest, load
 from pgrpo.config import ConfigError, ModelConfig
-from pgrpo.lora import add_adapters, merge_adapters
-from pgrpo.policy import load_hf_config
+from pgrpo.model.lora import add_adapters, merge_adapters
+from pgrpo.model.policy import load_hf_config
 
 
 def export(

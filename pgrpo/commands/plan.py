@@ -9,11 +9,12 @@ import torch
 from rich.console import Console
 
 from pgrpo.config import Config, check_world_size, to_yaml
-from pgrpo.distributed import World, world_size
-from pgrpo.flops import ModelDims, computed_tokens, memory_plan, parameter_count, rho, update_flops
-from pgrpo.lora import adapter_parameters, check_lora
-from pgrpo.policy import check_supported, load_hf_config
-from pgrpo.training.placement import attention_choice, engine_choice, is_compiled, kept_by_layer, plan_sizes
+from pgrpo.distributed.world import World, world_size
+from pgrpo.model.lora import adapter_parameters, check_lora
+from pgrpo.model.policy import check_supported, load_hf_config
+from pgrpo.planning.flops import ModelDims, computed_tokens, parameter_count, rho, update_flops
+from pgrpo.planning.memory import memory_plan
+from pgrpo.planning.placement import attention_choice, engine_choice, is_compiled, kept_by_layer, plan_sizes
 from pgrpo.types import Keep
 
 

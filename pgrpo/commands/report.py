@@ -21,7 +21,7 @@ from typing import Any
 
 from pgrpo.commands.curves import PANELS, Panel, Rows, names_of, read_rows
 from pgrpo.config import ConfigError
-from pgrpo.trackers import printable
+from pgrpo.tracking import printable
 
 MAX_POINTS = 600  # of a curve; more are averaged
 MAX_SAMPLES = 3000  # of training, and as many again of evaluations

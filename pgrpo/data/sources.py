@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pgrpo.config import ConfigError, DataConfig
-from pgrpo.functions import is_function, load_function
+from pgrpo.config.functions import is_function, load_function
 
 Row = dict[str, Any]
 

@@ -9,6 +9,6 @@ that it failed on that one alone. A parameter called
 ``column`` holds the name of a column that the function reads; that it exists is checked before the model is loaded.
 """
 
-from pgrpo.rewards.run import RewardError, RewardReport, RewardRunner
+from pgrpo.rewards.runner import RewardError, RewardReport, RewardRunner
 
 __all__ = ["RewardError", "RewardReport", "RewardRunner"]

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from pgrpo.config import ConfigError, RewardConfig
-from pgrpo.functions import is_function, load_function
+from pgrpo.config.functions import is_function, load_function
 
 BUILT_IN = {
     "exact_match": "pgrpo.rewards.answers:exact_match",

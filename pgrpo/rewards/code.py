@@ -8,7 +8,7 @@ import textwrap
 from typing import Any
 
 from pgrpo.rewards.pool import GradingThreads, graders
-from pgrpo.rewards.sandbox import Limits, Sandbox, find_sandbox
+from pgrpo.sandbox.run import Limits, Sandbox, find_sandbox
 
 _LANGUAGES = ("", "python", "python3", "py")
 

@@ -11,17 +11,19 @@ from typing import Protocol
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from pgrpo.batch import build_batch
 from pgrpo.config import Config, ConfigError
-from pgrpo.distributed import World
-from pgrpo.flops import ModelDims
-from pgrpo.policy import Policy
-from pgrpo.rollout import canary, vllm, vllm_start
+from pgrpo.distributed.world import World
+from pgrpo.model.policy import Policy
+from pgrpo.model.weights import full_weights, weight_names
+from pgrpo.packing.batch import build_batch
+from pgrpo.planning.flops import ModelDims
+from pgrpo.planning.placement import compute_dtype, engine_choice, engine_name, vllm_memory_share
 from pgrpo.rollout.base import RolloutEngine
-from pgrpo.rollout.embedded import EmbeddedEngine
-from pgrpo.training.placement import compute_dtype, engine_choice, engine_name, vllm_memory_share
+from pgrpo.rollout.embedded.engine import EmbeddedEngine
+from pgrpo.rollout.vllm import canary
+from pgrpo.rollout.vllm import engine as vllm
+from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.types import Group
-from pgrpo.weights import full_weights, weight_names
 
 log = logging.getLogger(__name__)
 VLLM_KEYS = (

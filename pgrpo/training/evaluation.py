@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pgrpo.config import Config, ConfigError
-from pgrpo.evaluate import evaluate, metric_names, save_results
-from pgrpo.rewards.run import RewardRunner
+from pgrpo.rewards.runner import RewardRunner
 from pgrpo.rollout.base import sample_seeds, sampling_params
+from pgrpo.training.evaluate import evaluate, metric_names, save_results
 
 if TYPE_CHECKING:
     from pgrpo.training.run import Run

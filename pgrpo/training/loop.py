@@ -14,22 +14,23 @@ from typing import Any
 
 import torch
 
-from pgrpo import distributed
-from pgrpo.advantages import step_advantages
-from pgrpo.checkpoint import CheckpointError, check_shared, open_run_dir, set_aside_after
+from pgrpo.algorithm.advantages import step_advantages
+from pgrpo.algorithm.metrics import group_metrics
+from pgrpo.checkpoint import CheckpointError, set_aside_after, tidy
 from pgrpo.config import Config, check_world_size, to_yaml
-from pgrpo.distributed import World
-from pgrpo.flops import peak_flops
-from pgrpo.metrics import group_metrics
-from pgrpo.optim import learning_rate, set_learning_rate
-from pgrpo.record import writing
-from pgrpo.stopping import Stopped
-from pgrpo.trackers import Trackers, check_services
+from pgrpo.distributed import world as distributed
+from pgrpo.distributed.world import World
+from pgrpo.planning.flops import peak_flops
+from pgrpo.planning.placement import engine_choice, engine_name, vllm_memory_share
+from pgrpo.process.lock import check_shared, open_run_dir
+from pgrpo.process.signals import stop_signals
+from pgrpo.process.stopping import Stopped
+from pgrpo.tracking import Trackers, check_services
+from pgrpo.tracking.record import writing
 from pgrpo.training.evaluation import evaluate_run
-from pgrpo.training.placement import engine_choice, engine_name, vllm_memory_share
+from pgrpo.training.optim import learning_rate, set_learning_rate
 from pgrpo.training.run import Run, agree_on_run_dir, build_run, group_cost, run_folder
 from pgrpo.training.sample import sample_step
-from pgrpo.training.signals import stop_signals
 from pgrpo.training.update import NonFiniteError
 from pgrpo.types import Group
 
@@ -287,4 +288,5 @@ def _run_folder(config: Config, world: World, resume: bool) -> Iterator[None]:
         folder = run_folder(config)
         world.together(lambda: stack.enter_context(open_run_dir(folder, resume)) if world.is_main else None)
         world.together(lambda: check_shared(folder))
+        world.together(lambda: tidy(folder / "checkpoints") if world.is_main else None)
         yield

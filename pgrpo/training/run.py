@@ -15,18 +15,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from pgrpo import checkpoint
 from pgrpo.config import Config, ConfigError
 from pgrpo.data import PromptStream, load_prompts
-from pgrpo.distributed import World
-from pgrpo.flops import ModelDims, update_flops
-from pgrpo.lora import LogprobsOf, adapter_parameters, check_lora, without_adapters
-from pgrpo.optim import build_optimizer
-from pgrpo.policy import Policy, load_error, load_hf_config
-from pgrpo.rewards.run import RewardRunner
-from pgrpo.rng import rng_state, seed_all, set_rng_state
+from pgrpo.distributed.world import World
+from pgrpo.model.lora import LogprobsOf, adapter_parameters, check_lora, without_adapters
+from pgrpo.model.policy import Policy, load_error, load_hf_config
+from pgrpo.planning.flops import ModelDims, update_flops
+from pgrpo.planning.placement import attention_choice, check_device, place_policy, place_reference
+from pgrpo.process.rng import rng_state, seed_all, set_rng_state
+from pgrpo.rewards.runner import RewardRunner
 from pgrpo.rollout.base import RolloutEngine
-from pgrpo.training import state
+from pgrpo.training import checkpointing as state
 from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine
 from pgrpo.training.evaluation import check_keep_best
-from pgrpo.training.placement import attention_choice, check_device, place_policy, place_reference
+from pgrpo.training.optim import build_optimizer
 from pgrpo.training.update import Updater
 from pgrpo.types import Group, Prompt
 

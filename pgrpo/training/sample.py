@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pgrpo.advantages import has_spread
+from pgrpo.algorithm.advantages import has_spread
 from pgrpo.rollout.base import sample_seeds, sampling_params
 from pgrpo.training.run import Run
 from pgrpo.types import Group, Prompt

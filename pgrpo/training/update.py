@@ -11,15 +11,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pgrpo.advantages import has_spread
-from pgrpo.batch import GroupedBatch, build_batch
+from pgrpo.algorithm.advantages import has_spread
+from pgrpo.algorithm.loss import Counts, policy_loss, rollout_correction
 from pgrpo.config import Config
-from pgrpo.distributed import World, reshard, share_out
-from pgrpo.lora import LogprobsOf
-from pgrpo.loss import Counts, policy_loss, rollout_correction
-from pgrpo.optim import clip_gradients
-from pgrpo.policy import Policy
-from pgrpo.shards import shard_of
+from pgrpo.distributed.fsdp import reshard
+from pgrpo.distributed.shards import shard_of
+from pgrpo.distributed.world import World
+from pgrpo.model.lora import LogprobsOf
+from pgrpo.model.policy import Policy
+from pgrpo.packing.balance import share_out
+from pgrpo.packing.batch import GroupedBatch, build_batch
+from pgrpo.training.optim import clip_gradients
 from pgrpo.types import Group
 
 log = logging.getLogger(__name__)

@@ -11,10 +11,11 @@ from torch import nn
 
 from pgrpo import checkpoint
 from pgrpo.config import OptimConfig
-from pgrpo.distributed import copy_full, full_tensor, place, start
-from pgrpo.leaving import run_and_leave
-from pgrpo.optim import build_optimizer, load_optimizer_shards, optimizer_shards
-from pgrpo.shards import shard_of, whole
+from pgrpo.distributed.fsdp import copy_full, full_tensor, place
+from pgrpo.distributed.shards import shard_of, whole
+from pgrpo.distributed.world import start
+from pgrpo.process.exit import run_and_leave
+from pgrpo.training.optim import build_optimizer, load_optimizer_shards, optimizer_shards
 
 SHAPES = {"wide": (5, 3), "vector": (3,), "one": (1, 2), "long": (13,)}  # none divides by 2, 3 and 4
 

@@ -9,7 +9,7 @@ HELD = """
 import atexit, threading, time
 import torch
 import torch.distributed as dist
-from pgrpo.leaving import run_and_leave
+from pgrpo.process.exit import run_and_leave
 
 held, leaving = threading.Event(), threading.Event()
 atexit.register(leaving.set)
@@ -59,7 +59,7 @@ def test_a_tensor_that_gloo_still_holds_does_not_abort_a_rank_that_is_done(tmp_p
 def test_the_exit_code_and_what_was_registered_for_the_exit(body, code, message, threads, on_gpu):
     script = f"""
 import atexit, ctypes, sys, threading, time
-from pgrpo import leaving
+from pgrpo.process import exit as leaving
 
 libc = ctypes.CDLL(None)
 libc.strdup.restype = ctypes.c_void_p

@@ -6,13 +6,14 @@ import sys
 import torch
 
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
-from pgrpo.distributed import copy_full, full_tensor, start
-from pgrpo.exactness import tokens_as_groups
-from pgrpo.leaving import run_and_leave
-from pgrpo.offload import local
-from pgrpo.optim import build_optimizer
-from pgrpo.policy import Policy
-from pgrpo.training.placement import place_policy
+from pgrpo.distributed.fsdp import copy_full, full_tensor
+from pgrpo.distributed.world import start
+from pgrpo.model.policy import Policy
+from pgrpo.model.proof import tokens_as_groups
+from pgrpo.planning.placement import place_policy
+from pgrpo.process.exit import run_and_leave
+from pgrpo.training.offload import local
+from pgrpo.training.optim import build_optimizer
 from pgrpo.training.run import initial_model
 from pgrpo.training.update import Updater, count
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.grouped import grouped_attention
-from pgrpo.attention.kernels import FASTEST_FIRST, choose_kernel, why_not
+from pgrpo.attention.kernels.flash import FASTEST_FIRST, choose_kernel, why_not
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.attention.merge import copy_rows, merge_, merge_plain_, sum_copies
-from pgrpo.attention.plan import AttentionChoice
 from pgrpo.attention.reference import reference_attention
-from pgrpo.logprobs import token_logprobs
+from pgrpo.model.logprobs import token_logprobs
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -84,7 +84,7 @@ def test_copied_rows():
 @pytest.mark.parametrize("vocabulary", [1000, 49152, 151936])
 def test_logprobs(vocabulary, scale, monkeypatch):
     """Two and a half chunks; log-probs, entropy and gradients, and nothing for a frozen head."""
-    from pgrpo import logprobs
+    from pgrpo.model import logprobs
 
     monkeypatch.setitem(logprobs.LOGITS_PER_CHUNK, "cuda", 100 * vocabulary)
     torch.manual_seed(0)

@@ -8,15 +8,17 @@ import pytest
 import torch
 import transformers
 
-from pgrpo import layers, offload
-from pgrpo.attention.kernels import choose_kernel
-from pgrpo.attention.plan import AttentionChoice
-from pgrpo.batch import build_batch
-from pgrpo.distributed import World, place, start
-from pgrpo.exactness import reference_logprobs, tokens_as_groups
-from pgrpo.offload import OffloadedAdamW
-from pgrpo.optim import load_optimizer_shards, optimizer_shards
-from pgrpo.policy import ATTENTION_NAME, Policy
+from pgrpo.attention.choose import AttentionChoice
+from pgrpo.attention.kernels.flash import choose_kernel
+from pgrpo.distributed.fsdp import place
+from pgrpo.distributed.world import World, start
+from pgrpo.model import recompute as layers
+from pgrpo.model.policy import ATTENTION_NAME, Policy
+from pgrpo.model.proof import reference_logprobs, tokens_as_groups
+from pgrpo.packing.batch import build_batch
+from pgrpo.training import offload
+from pgrpo.training.offload import OffloadedAdamW
+from pgrpo.training.optim import load_optimizer_shards, optimizer_shards
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)

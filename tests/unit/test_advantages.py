@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pgrpo.advantages import EPS, group_advantages, has_spread, standard_deviation, step_advantages
+from pgrpo.algorithm.advantages import EPS, group_advantages, has_spread, standard_deviation, step_advantages
 
 
 def test_by_hand():

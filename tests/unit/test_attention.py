@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.grouped import grouped_attention
 from pgrpo.attention.layout import PackedLayout
-from pgrpo.attention.plan import AttentionChoice
 from pgrpo.attention.reference import attention_mask, reference_attention
 
 LENGTHS = [

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgrpo.batch import _first_fit, build_batch, fill_micro_batches, packed_tokens, select, split_to_budget
-from pgrpo.distributed import share_out
+from pgrpo.packing.balance import _first_fit, fill_micro_batches, select, share_out, split_to_budget
+from pgrpo.packing.batch import build_batch, packed_tokens
 from pgrpo.types import Completion, Group, Prompt
 
 

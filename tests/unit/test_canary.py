@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from pgrpo.rollout.canary import CONTEXT, SAMPLES, TOKENS, CanaryError, Slope, check, pick, regress
+from pgrpo.rollout.vllm.canary import CONTEXT, SAMPLES, TOKENS, CanaryError, Slope, check, pick, regress
 from pgrpo.types import Completion, Group, Prompt
 
 NOISE, CHANGE, COUNT = 0.03, 0.03, SAMPLES * TOKENS

@@ -22,16 +22,16 @@ import torch
 from pgrpo import checkpoint
 from pgrpo.checkpoint import (
     CheckpointError,
-    check_shared,
     latest,
     list_steps,
     load,
-    open_run_dir,
     prune,
     save,
     set_aside_after,
+    tidy,
 )
 from pgrpo.config import ConfigError
+from pgrpo.process.lock import check_shared, open_run_dir
 
 
 def small(step: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -343,7 +343,7 @@ def test_other_errors_stay_what_they_are(tmp_path, monkeypatch):
 HOLD_LOCK = """
     import sys
     from pathlib import Path
-    from pgrpo.checkpoint import open_run_dir
+    from pgrpo.process.lock import open_run_dir
     lock = open_run_dir(Path(sys.argv[1]), resume=False)
     print("held", flush=True)
     sys.stdin.read()
@@ -386,6 +386,7 @@ def test_row_14_a_run_dir_with_files_needs_resume(tmp_path):
     leftover = tmp_path / "checkpoints" / ".writing-step_3"
     leftover.mkdir(parents=True)
     open_run_dir(tmp_path, resume=True).close()
+    tidy(tmp_path / "checkpoints")
     assert not leftover.exists()
     with pytest.raises(ConfigError, match=r"not empty"):
         open_run_dir(tmp_path, resume=False)

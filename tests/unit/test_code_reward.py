@@ -11,7 +11,7 @@ from pgrpo.config import ConfigError, RewardConfig
 from pgrpo.rewards import RewardRunner
 from pgrpo.rewards import code as module
 from pgrpo.rewards.code import Code, extract_code
-from pgrpo.rewards.sandbox import SandboxError, find_sandbox
+from pgrpo.sandbox.run import SandboxError, find_sandbox
 
 pytestmark = pytest.mark.timeout(120)
 ADD = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0", "assert add(2, 2) == 4"]
@@ -140,6 +140,6 @@ def test_row_39_code_runs_only_where_the_recipe_asks(monkeypatch: pytest.MonkeyP
 
 def test_a_sandbox_that_fails_is_no_zero(monkeypatch: pytest.MonkeyPatch):
     find_sandbox()
-    monkeypatch.setattr("pgrpo.rewards.sandbox.Sandbox.run", lambda *_: (_ for _ in ()).throw(SandboxError("broken")))
+    monkeypatch.setattr("pgrpo.sandbox.run.Sandbox.run", lambda *_: (_ for _ in ()).throw(SandboxError("broken")))
     result = score(block("x = 1"), ADD)
     assert isinstance(result, SandboxError)

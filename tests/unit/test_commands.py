@@ -20,7 +20,7 @@ from pgrpo.commands.check import check
 from pgrpo.commands.evaluate import evaluate
 from pgrpo.commands.plan import plan
 from pgrpo.config import Config, ConfigError, load_config
-from pgrpo.distributed import World
+from pgrpo.distributed.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 

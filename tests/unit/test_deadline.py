@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from pgrpo.deadline import deadline
+from pgrpo.process.deadline import deadline
 
 HANG = """
 import time
-from pgrpo.deadline import deadline
+from pgrpo.process.deadline import deadline
 with deadline(0.5, "vLLM's weight push", "rollout.vllm_deadline_s"):
     time.sleep(60)
 """

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pgrpo.rollout.delivery import Delivery, DeliveryError, bit_sum, sources_of
+from pgrpo.rollout.vllm.delivery import Delivery, DeliveryError, bit_sum, sources_of
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 

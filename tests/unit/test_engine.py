@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from pgrpo.config import Config, ConfigError, DataConfig, ModelConfig, RolloutConfig
-from pgrpo.distributed import World
-from pgrpo.flops import GIB, ModelDims, parameter_count
-from pgrpo.rollout import vllm_start
-from pgrpo.training import engine, placement
+from pgrpo.distributed.world import World
+from pgrpo.planning import placement
+from pgrpo.planning.flops import GIB, ModelDims, parameter_count
+from pgrpo.rollout.vllm import start as vllm_start
+from pgrpo.training import engine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 QWEN3_4B = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, True, 0, True, False)

@@ -13,9 +13,9 @@ import torch
 
 import pgrpo
 from pgrpo import checkpoint
-from pgrpo.rollout.canary import CanaryError
-from pgrpo.rollout.delivery import DeliveryError
-from pgrpo.rollout.vllm import EngineError
+from pgrpo.rollout.vllm.canary import CanaryError
+from pgrpo.rollout.vllm.delivery import DeliveryError
+from pgrpo.rollout.vllm.engine import EngineError
 
 pytestmark = pytest.mark.faults
 ROOT = Path(__file__).resolve().parents[2]

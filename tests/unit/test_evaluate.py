@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from pgrpo.algorithm.intervals import mean_interval, wilson
 from pgrpo.config import RewardConfig
-from pgrpo.distributed import World
-from pgrpo.evaluate import evaluate, numbers_of_samples, save_results
-from pgrpo.intervals import mean_interval, wilson
-from pgrpo.rewards.run import RewardReport, RewardRunner
+from pgrpo.distributed.world import World
+from pgrpo.rewards.runner import RewardReport, RewardRunner
+from pgrpo.training.evaluate import evaluate, numbers_of_samples, save_results
 from pgrpo.types import Completion, Group, Prompt, SamplingParams
 
 WORLD = World(0, 1, torch.device("cpu"))

@@ -7,12 +7,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from pgrpo.attention.interface import ATTENTION_NAME, UnsupportedAttentionError
-from pgrpo.batch import build_batch
+from pgrpo.attention.hook import ATTENTION_NAME, UnsupportedAttentionError
 from pgrpo.config import ConfigError, ModelConfig
-from pgrpo.exactness import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_groups
-from pgrpo.layers import set_up_layers
-from pgrpo.policy import SUPPORTED, Policy, check_supported, load_model
+from pgrpo.model.policy import SUPPORTED, Policy, check_supported, load_model
+from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_groups
+from pgrpo.model.recompute import set_up_layers
+from pgrpo.packing.batch import build_batch
 
 SMALL = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -13,10 +13,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pgrpo import flops
 from pgrpo.config import ModelConfig
-from pgrpo.flops import ModelDims
-from pgrpo.lora import add_adapters
+from pgrpo.model.lora import add_adapters
+from pgrpo.planning import flops, memory
+from pgrpo.planning.flops import ModelDims
 from pgrpo.types import Keep
 
 QWEN3_4B = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
@@ -186,10 +186,10 @@ def test_activations_are_what_autograd_keeps(
     assert least <= saved / length / planned <= most
 
 
-def plan(dims: ModelDims, keep: Keep = "full", **changes) -> flops.MemoryPlan:
+def plan(dims: ModelDims, keep: Keep = "full", **changes) -> memory.MemoryPlan:
     """Of layers that all compute the same again."""
     sizes: dict[str, Any] = {"token_budget": 1, "dtype_bytes": 2} | changes
-    return flops.memory_plan(dims, keep=[keep for _ in range(dims.layers)], **sizes)
+    return memory.memory_plan(dims, keep=[keep for _ in range(dims.layers)], **sizes)
 
 
 def test_memory_plan() -> None:
@@ -226,7 +226,7 @@ def test_memory_plan_of_checkpointing_and_offload() -> None:
     assert plan(dims, keep="none").layer_backward == pytest.approx(gradients)
     parts: list[tuple[int, Keep]] = [(5, "full"), (10, "attention"), (21, "none")]
     layers: list[Keep] = [mode for count, mode in parts for _ in range(count)]
-    mixed = flops.memory_plan(dims, token_budget=1, dtype_bytes=2, keep=layers).activations
+    mixed = memory.memory_plan(dims, token_budget=1, dtype_bytes=2, keep=layers).activations
     assert mixed == pytest.approx(sum(count * plan(dims, keep=mode).activations / 36 for count, mode in parts))
     offloaded = plan(dims, offload=True)
     assert (offloaded.moments, offloaded.weights, offloaded.gradients) == (0, attention.weights, attention.gradients)
@@ -258,7 +258,7 @@ def test_the_plan_of_an_update_is_what_was_measured_on_a_gpu(file: str, row: int
     """At most 0.7 GiB more, and never less."""
     dims = QWEN3_4B
     measured = json.loads((Path(__file__).parents[2] / "benchmarks" / file).read_text())["rows"][row]
-    planned = flops.memory_plan(
+    planned = memory.memory_plan(
         dims,
         token_budget=4096 + 8 * 1024,
         keep=[mode for mode, count in measured["layers"].items() for _ in range(count)],
@@ -277,18 +277,18 @@ def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
     sizes: dict[str, Any] = {"token_budget": 16384, "dtype_bytes": 2, "offload": True}
 
     def peak(keep: Sequence[Keep]) -> float:
-        return flops.memory_plan(dims, keep=keep, **sizes).peak
+        return memory.memory_plan(dims, keep=keep, **sizes).peak
 
     cases: list[tuple[Keep, Keep, float]] = [("attention", "none", 73.0), ("full", "attention", 40.0)]
     for more, less, capacity in cases:
-        keep = flops.fewest_layers_again(dims, capacity, **sizes)
+        keep = memory.fewest_layers_again(dims, capacity, **sizes)
         count = keep.count(more)
         assert 0 < count < 36
         assert keep == sorted(keep, key=[more, less].index)
         fewer: list[Keep] = [*keep[1:], less]
         assert peak(keep) <= capacity < peak(fewer)
-    assert flops.fewest_layers_again(dims, 1000.0, **sizes) == ["none"] * 36
-    assert flops.fewest_layers_again(dims, 10.0, **sizes) == ["full"] * 36
+    assert memory.fewest_layers_again(dims, 1000.0, **sizes) == ["none"] * 36
+    assert memory.fewest_layers_again(dims, 10.0, **sizes) == ["full"] * 36
 
 
 def test_memory_plan_of_lora() -> None:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from pgrpo import cli, policy
+from pgrpo import cli
+from pgrpo.model import policy
 
 pytestmark = pytest.mark.faults
 RECIPE = """\

@@ -6,12 +6,12 @@ import pytest
 import torch
 import transformers
 
-from pgrpo import layers
-from pgrpo.batch import build_batch
 from pgrpo.config import ModelConfig
-from pgrpo.exactness import tokens_as_groups
-from pgrpo.lora import add_adapters, without_adapters
-from pgrpo.policy import ATTENTION_NAME, Policy
+from pgrpo.model import recompute as layers
+from pgrpo.model.lora import add_adapters, without_adapters
+from pgrpo.model.policy import ATTENTION_NAME, Policy
+from pgrpo.model.proof import tokens_as_groups
+from pgrpo.packing.batch import build_batch
 
 LAYERS = 3
 

@@ -1,57 +1,44 @@
-"""A file imports only from lower layers, or from its own folder. Walks every import, also those inside functions."""
+"""A file imports only from lower layers, and no file imports itself by way of others.
+
+Walks every import, those inside functions and under TYPE_CHECKING too."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS = {
-    0: {"types", "config"},
-    1: {
-        "attention",
-        "advantages",
-        "batch",
-        "flops",
-        "functions",
-        "intervals",
-        "leaving",
-        "logprobs",
-        "logprobs_triton",
-        "loss",
-        "record",
-        "rng",
-        "shards",
-        "stopping",
-        "deadline",
-    },
-    2: {"data", "distributed", "exactness", "layers", "lora", "metrics", "offload", "rewards", "trackers"},
-    3: {"checkpoint", "evaluate", "optim", "policy", "rollout", "weights"},
-    4: {"training"},
-    5: {"commands", ""},  # "" is pgrpo/__init__.py, the Python face
-    6: {"cli"},
-    7: {"__main__"},
-}
-LAYER = {name: layer for layer, names in LAYERS.items() for name in names}
-# The exceptions: a batch carries the layout that attention reads; a file's GPU kernels lie beside it.
-SAME_LAYER = {("batch", "attention"), ("logprobs", "logprobs_triton")}
+PACKAGE = ROOT / "pgrpo"
+LAYERS = [  # bottom first; a file imports from its own folder and from those before it
+    "types", "config", "process", "algorithm", "attention", "packing", "sandbox", "tracking", "planning", "distributed", "model",
+    "rewards", "data", "rollout", "checkpoint", "planning/placement", "training", "", "commands", "cli", "__main__",
+]  # fmt: skip
+"""A folder, a file at the top, or a file that lies above the rest of its folder; "" is pgrpo/__init__.py, the Python face."""
+PURE = {"types", "algorithm", "attention", "packing"}
+"""Tensors in, tensors out: these import no package that models, data or engines come from."""
 ONLY_IN = {
-    "vllm": {"rollout/vllm_start.py"},
-    "wandb": {"trackers/services.py"},
+    "vllm": {"rollout/vllm/start.py"},
+    "wandb": {"tracking/services.py"},
     "matplotlib": {"commands/plot.py"},
     "datasets": {"data/*"},
-    "peft": {"lora.py"},
+    "peft": {"model/lora.py"},
 }
-FILES = sorted((ROOT / "pgrpo").rglob("*.py"))
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def unit(path: Path) -> str:
-    """The part of the layer table that a file belongs to: 'loss' for loss.py, 'rollout' for rollout/base.py."""
-    first = path.relative_to(ROOT / "pgrpo").parts[0]
-    return "" if first == "__init__.py" else first.removesuffix(".py")
+def unit(module: str) -> str:
+    """The entry of LAYERS that a module of pgrpo belongs to: 'rollout' for pgrpo.rollout.base."""
+    path = module.removeprefix("pgrpo").strip(".").replace(".", "/")
+    return path if path in LAYERS else path.split("/")[0]
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
 def imports(source: str) -> Iterator[tuple[str, str]]:
@@ -64,51 +51,77 @@ def imports(source: str) -> Iterator[tuple[str, str]]:
             yield from ((node.module or "", alias.name) for alias in node.names)
 
 
-def violations(path: Path, source: str) -> list[str]:
-    here, relative = unit(path), path.relative_to(ROOT / "pgrpo")
-    if here not in LAYER:
-        return [f"{relative}: give pgrpo.{here} a layer in {Path(__file__).name}"]
-    layer, found = LAYER[here], []
+def own_imports(source: str) -> set[str]:
+    """Modules of pgrpo that a file imports: ``from pgrpo.rollout import base`` gives pgrpo.rollout.base."""
+    known = {module_of(path) for path in FILES}
+    found = set()
     for module, name in imports(source):
-        package, *rest = module.split(".")
-        if package == "pgrpo":
-            other = rest[0] if rest else name
-            if other != here and (here, other) not in SAME_LAYER and LAYER.get(other, LAYER[""]) >= layer:
-                found.append(f"{relative} (layer {layer}) imports pgrpo.{other} (layer {LAYER.get(other)})")
-            if layer == 1 and other == "config" and name != "ConfigError":
-                found.append(f"{relative}: layer 1 never sees a config object, only ConfigError")
-        elif layer <= 1 and package in {"transformers", "datasets", "wandb", "vllm"}:
-            found.append(f"{relative}: layer {layer} imports {package}")
-        elif layer == 0 and package == "torch":
-            found.append(f"{relative}: layer 0 imports torch")
-        if package in ONLY_IN and not any(relative.match(pattern) for pattern in ONLY_IN[package]):
+        if module.split(".")[0] == "pgrpo":
+            found.add(f"{module}.{name}" if f"{module}.{name}" in known else module)
+    return found
+
+
+def violations(path: Path, source: str) -> list[str]:
+    relative, here = str(path.relative_to(PACKAGE)), unit(module_of(path))
+    if here not in LAYERS:
+        return [f"{relative}: give {here} a place in LAYERS of {Path(__file__).name}"]
+    above = LAYERS[LAYERS.index(here) + 1 :]
+    found = [
+        f"{relative} imports {other}, which lies above it" for other in own_imports(source) if unit(other) in above
+    ]
+    for module, _ in imports(source):
+        package = module.split(".")[0]
+        if here in PURE and package in {"transformers", "datasets", "wandb", "vllm"}:
+            found.append(f"{relative} imports {package}")
+        if here in {"types", "config"} and package == "torch":
+            found.append(f"{relative} imports torch")
+        if package in ONLY_IN and not any(path.relative_to(PACKAGE).match(pattern) for pattern in ONLY_IN[package]):
             found.append(f"{relative}: only {', '.join(ONLY_IN[package])} may import {package}")
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / "pgrpo")))
-def test_imports_only_lower_layers(path: Path) -> None:
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_file_imports_from_lower_layers_only(path: Path) -> None:
     assert violations(path, path.read_text()) == []
+
+
+@pytest.mark.xfail(strict=True, reason="a layout calls the attention it describes; checkpoints know the run")
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    graph = {module_of(path): own_imports(path.read_text()) for path in FILES}
+    assert cycle(graph) is None
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str] | None:
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return None
 
 
 @pytest.mark.parametrize(
     ("file", "source", "count"),
     [
-        ("loss.py", "from pgrpo.types import Group", 0),
-        ("loss.py", "from pgrpo.batch import build_batch", 1),
-        ("loss.py", "from pgrpo.config import LossConfig", 1),
-        ("functions.py", "from pgrpo.config import ConfigError", 0),
-        ("loss.py", "def f():\n    import transformers", 1),
+        ("algorithm/loss.py", "from pgrpo.types import Group", 0),
+        ("algorithm/loss.py", "from pgrpo.packing.batch import build_batch", 1),
+        ("algorithm/loss.py", "from pgrpo.config import LossConfig", 0),
+        ("algorithm/loss.py", "def f():\n    import transformers", 1),
         ("config/load.py", "from pgrpo.config.rules import leaves", 0),
         ("config/load.py", "import torch.nn", 1),
-        ("policy.py", "from pgrpo import rollout", 1),
-        ("policy.py", "import pgrpo", 1),
-        ("trackers/services.py", "import wandb", 0),
-        ("train/loop.py", "import wandb", 1),
-        ("train/loop.py", "from pgrpo.cli import app", 1),
+        ("model/policy.py", "from pgrpo import rollout", 1),
+        ("model/policy.py", "import pgrpo", 1),
+        ("planning/memory.py", "from pgrpo.planning import placement", 1),
+        ("tracking/services.py", "import wandb", 0),
+        ("training/update.py", "import wandb", 1),
+        ("training/update.py", "from pgrpo.cli import app", 1),
         ("cli.py", "from pgrpo.commands.plot import plot", 0),
         ("novel.py", "", 1),
     ],
 )
 def test_the_rule_itself(file: str, source: str, count: int) -> None:
-    assert len(violations(ROOT / "pgrpo" / file, source)) == count
+    assert len(violations(PACKAGE / file, source)) == count
+
+
+def test_a_circle_is_found() -> None:
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": set()}) is None
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) is not None

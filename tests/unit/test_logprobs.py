@@ -7,8 +7,8 @@ import textwrap
 import pytest
 import torch
 
-from pgrpo import logprobs
-from pgrpo.logprobs import token_logprobs
+from pgrpo.model import logprobs
+from pgrpo.model.logprobs import token_logprobs
 
 L, E, V = 23, 8, 37
 
@@ -145,7 +145,7 @@ def test_peak_memory_is_far_below_the_full_logits():
     """151936 tokens of vocabulary, 2048 rows: full float32 logits are 1.2 GB (and a plain forward and backward hold several)."""
     script = textwrap.dedent("""
         import resource, torch
-        from pgrpo.logprobs import token_logprobs
+        from pgrpo.model.logprobs import token_logprobs
         torch.set_num_threads(1)
         rows, hidden_size, vocabulary = 2048, 64, 151936
         hidden = torch.randn(rows, hidden_size, requires_grad=True)

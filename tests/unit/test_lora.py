@@ -13,19 +13,20 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from pgrpo import checkpoint
-from pgrpo.batch import build_batch
 from pgrpo.checkpoint import CheckpointError
 from pgrpo.commands.evaluate import evaluate
 from pgrpo.commands.export import export
 from pgrpo.commands.plan import plan
 from pgrpo.config import Config, ConfigError, ModelConfig, load_config
-from pgrpo.distributed import full_tensor, place, reshard, start
-from pgrpo.exactness import gradients, reference_logprobs, tokens_as_groups
-from pgrpo.flops import ModelDims
-from pgrpo.lora import add_adapters, check_lora, merge_adapters, without_adapters
-from pgrpo.policy import SUPPORTED, Policy, load_model
+from pgrpo.distributed.fsdp import full_tensor, place, reshard
+from pgrpo.distributed.world import start
+from pgrpo.model.lora import add_adapters, check_lora, merge_adapters, without_adapters
+from pgrpo.model.policy import SUPPORTED, Policy, load_model
+from pgrpo.model.proof import gradients, reference_logprobs, tokens_as_groups
+from pgrpo.packing.batch import build_batch
+from pgrpo.planning.flops import ModelDims
+from pgrpo.planning.placement import place_policy
 from pgrpo.training.loop import one_step
-from pgrpo.training.placement import place_policy
 from pgrpo.training.run import build_run
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pgrpo.config.presets import PRESETS
-from pgrpo.loss import (
+from pgrpo.algorithm.loss import (
     Aggregate,
     Correction,
     Counts,
@@ -19,6 +18,7 @@ from pgrpo.loss import (
     rollout_correction,
     token_weights,
 )
+from pgrpo.config.presets import PRESETS
 
 AGGREGATES: list[Aggregate] = ["token", "sample", "constant"]
 CORRECTIONS: list[Correction] = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]

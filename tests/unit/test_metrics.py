@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from pgrpo.metrics import group_metrics, pass_at_k
+from pgrpo.algorithm.metrics import group_metrics, pass_at_k
 from pgrpo.types import Completion, Group, Prompt
 
 

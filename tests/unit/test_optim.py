@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from pgrpo.config import OptimConfig
-from pgrpo.optim import (
+from pgrpo.training.optim import (
     build_optimizer,
     clip_gradients,
     learning_rate,

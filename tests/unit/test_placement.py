@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pgrpo.attention import kernels
-from pgrpo.attention.kernels import choose_kernel
-from pgrpo.attention.plan import AttentionChoice
+from pgrpo.attention.choose import AttentionChoice
+from pgrpo.attention.kernels import flash as kernels
+from pgrpo.attention.kernels.flash import choose_kernel
 from pgrpo.config import Config, ConfigError, ModelConfig
-from pgrpo.distributed import World
-from pgrpo.flops import ModelDims
-from pgrpo.training.placement import attention_choice, check_device, is_compiled, kept_by_layer
+from pgrpo.distributed.world import World
+from pgrpo.planning.flops import ModelDims
+from pgrpo.planning.placement import attention_choice, check_device, is_compiled, kept_by_layer
 
 DIMS = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

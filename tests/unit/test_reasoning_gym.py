@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pgrpo.functions import load_function
+from pgrpo.config.functions import load_function
 from pgrpo.rewards import reasoning_gym as module
 from pgrpo.rewards.reasoning_gym import EVALUATES, EVALUATES_BY_SYMPY, ReasoningGym, check_task
 

@@ -12,8 +12,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pgrpo.config import load_config
+from pgrpo.config.functions import load_function
 from pgrpo.data import load_prompts
-from pgrpo.functions import load_function
 from pgrpo.rewards import RewardRunner
 from pgrpo.types import Completion, Group
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pgrpo.batch import build_batch
 from pgrpo.config import load_config
-from pgrpo.distributed import World, start
-from pgrpo.exactness import tokens_as_groups
-from pgrpo.optim import build_optimizer
-from pgrpo.training.placement import place_policy, place_reference
+from pgrpo.distributed.world import World, start
+from pgrpo.model.proof import tokens_as_groups
+from pgrpo.packing.batch import build_batch
+from pgrpo.planning.placement import place_policy, place_reference
+from pgrpo.training.optim import build_optimizer
 from pgrpo.training.run import build_run
 from pgrpo.training.update import Updater
 
@@ -68,12 +68,12 @@ def test_two_bytes_a_weight_give_the_bits_of_float32_masters(tiny_model, tmp_pat
 
 def test_offload_reaches_fsdp(tiny_model, tmp_path, monkeypatch):
     """Every sharded module of the reference, and none of the policy's."""
-    from pgrpo import distributed
+    from pgrpo.distributed import fsdp
 
     homes = []
-    shard = distributed.fully_shard
+    shard = fsdp.fully_shard
     monkeypatch.setattr(
-        distributed, "fully_shard", lambda *a, **k: homes.append(type(k["offload_policy"]).__name__) or shard(*a, **k)
+        fsdp, "fully_shard", lambda *a, **k: homes.append(type(k["offload_policy"]).__name__) or shard(*a, **k)
     )
     config = config_of(tiny_model, tmp_path, "model.dtype=bfloat16", "loss.kl_coef=0.1")
     config.loss.ref_offload = "cpu"

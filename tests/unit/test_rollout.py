@@ -8,10 +8,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from pgrpo.attention.interface import ATTENTION_NAME
-from pgrpo.policy import Policy
+from pgrpo.attention.hook import ATTENTION_NAME
+from pgrpo.model.policy import Policy
 from pgrpo.rollout.base import sample_seeds
-from pgrpo.rollout.embedded import EmbeddedEngine
+from pgrpo.rollout.embedded.engine import EmbeddedEngine
 from pgrpo.types import Prompt, SamplingParams
 
 EOS = 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pgrpo.rollout.base import sample_seeds
-from pgrpo.rollout.sampling import draw, sampling_logprobs, uniforms
+from pgrpo.rollout.embedded.sampling import draw, sampling_logprobs, uniforms
 from pgrpo.types import SamplingParams
 
 PROBS = [0.35, 0.02, 0.28, 0.0, 0.2, 0.1, 0.05]

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from pgrpo.rewards import sandbox as module
-from pgrpo.rewards.sandbox import Limits, Result, Sandbox, SandboxError, find_sandbox
+from pgrpo.sandbox import run as module
+from pgrpo.sandbox.run import Limits, Result, Sandbox, SandboxError, find_sandbox
 
 pytestmark = pytest.mark.timeout(120)
 TIGHT = Limits(wall_s=3.0, cpu_s=2, memory_mb=128, disk_mb=4, output_kb=64, threads=16)
@@ -388,7 +388,7 @@ def test_row_39_many_at_once_do_not_meet(sandbox: Sandbox):
 def test_row_39_a_killed_trainer_leaves_nothing(tmp_path: Path):
     script = tmp_path / "trainer.py"
     script.write_text(
-        "from pgrpo.rewards.sandbox import find_sandbox, Limits\n"
+        "from pgrpo.sandbox.run import find_sandbox, Limits\n"
         "print('started', flush=True)\n"
         "find_sandbox().run('import time; time.sleep(60)', '', Limits(wall_s=4.321))\n"
     )

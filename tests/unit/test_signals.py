@@ -171,8 +171,8 @@ def test_row_18_a_signal_that_another_thread_took_reaches_the_main_thread(blocke
 
 TAKEN_ELSEWHERE = """\
 import signal, sys, threading, time
-from pgrpo.stopping import StopFlag, Stopped
-from pgrpo.training.signals import stop_signals
+from pgrpo.process.stopping import StopFlag, Stopped
+from pgrpo.process.signals import stop_signals
 flag, lock = StopFlag(), threading.Lock()
 other = threading.Thread(target=time.sleep, args=(100,), daemon=True)
 def send():

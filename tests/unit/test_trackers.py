@@ -18,8 +18,8 @@ from rich.console import Console
 
 import pgrpo
 from pgrpo.config import Config, ConfigError, RewardConfig
-from pgrpo.trackers import Trackers, check_services, printable
-from pgrpo.trackers import run as trackers_run
+from pgrpo.tracking import Trackers, check_services, printable
+from pgrpo.tracking import run as trackers_run
 from pgrpo.types import Completion, Group, Prompt
 
 HOSTILE = "[bold red]5[/bold red] \x1b[2J\x07 \u202e :smile: é\nnext"
@@ -420,7 +420,7 @@ def test_wandb_is_not_imported_unless_asked(tmp_path):
     import subprocess
     import sys
 
-    code = "import sys, pgrpo.trackers; assert not {'wandb', 'torch', 'tensorboard'} & set(sys.modules)"
+    code = "import sys, pgrpo.tracking; assert not {'wandb', 'torch', 'tensorboard'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

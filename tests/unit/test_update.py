@@ -11,14 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pgrpo.advantages import has_spread, step_advantages
-from pgrpo.batch import build_batch
+from pgrpo.algorithm.advantages import has_spread, step_advantages
+from pgrpo.algorithm.loss import policy_loss
+from pgrpo.algorithm.metrics import group_metrics
 from pgrpo.config import load_config
-from pgrpo.distributed import World
-from pgrpo.exactness import reference_logprobs, tokens_as_groups
-from pgrpo.loss import policy_loss
-from pgrpo.metrics import group_metrics
-from pgrpo.policy import Policy
+from pgrpo.distributed.world import World
+from pgrpo.model.policy import Policy
+from pgrpo.model.proof import reference_logprobs, tokens_as_groups
+from pgrpo.packing.batch import build_batch
 from pgrpo.training.run import build_run
 from pgrpo.training.sample import sample_step
 from pgrpo.training.update import count

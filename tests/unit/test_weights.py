@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pgrpo.config import ModelConfig
-from pgrpo.lora import add_adapters, merge_adapters
-from pgrpo.weights import _round_stochastically, full_weights, weight_names
+from pgrpo.model.lora import add_adapters, merge_adapters
+from pgrpo.model.weights import _round_stochastically, full_weights, weight_names
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

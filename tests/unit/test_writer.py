@@ -16,8 +16,8 @@ import pgrpo
 from pgrpo.checkpoint import CheckpointError, Writer, latest, list_steps, load, tidy, verify
 from pgrpo.checkpoint import writer as writer_module
 from pgrpo.config import ConfigError
-from pgrpo.distributed import World
-from pgrpo.shards import whole
+from pgrpo.distributed.shards import whole
+from pgrpo.distributed.world import World
 
 WORLD = World(0, 1, torch.device("cpu"))
 
@@ -115,8 +115,8 @@ KILLED = """
     import os, signal, sys, torch
     from pathlib import Path
     from pgrpo.checkpoint import Writer
-    from pgrpo.distributed import World
-    from pgrpo.shards import whole
+    from pgrpo.distributed.world import World
+    from pgrpo.distributed.shards import whole
 
     def killing(function, left):
         def call(*args, **kwargs):

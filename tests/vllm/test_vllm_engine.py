@@ -10,18 +10,18 @@ import pytest
 import torch
 import transformers
 
-from pgrpo.batch import build_batch
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
-from pgrpo.distributed import start
-from pgrpo.exactness import tokens_as_groups
-from pgrpo.policy import Policy, load_model
-from pgrpo.rollout import canary
+from pgrpo.distributed.world import start
+from pgrpo.model.policy import Policy, load_model
+from pgrpo.model.proof import tokens_as_groups
+from pgrpo.model.weights import full_weights, weight_names
+from pgrpo.packing.batch import build_batch
+from pgrpo.process.stopping import Stopped
 from pgrpo.rollout.base import sample_seeds
-from pgrpo.rollout.delivery import DeliveryError
-from pgrpo.rollout.vllm import EngineError, VLLMEngine
-from pgrpo.stopping import Stopped
+from pgrpo.rollout.vllm import canary
+from pgrpo.rollout.vllm.delivery import DeliveryError
+from pgrpo.rollout.vllm.engine import EngineError, VLLMEngine
 from pgrpo.types import Group, Prompt, SamplingParams
-from pgrpo.weights import full_weights, weight_names
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 if torch.cuda.is_available():

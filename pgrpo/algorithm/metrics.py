@@ -1,0 +1,41 @@
+"""Numbers that describe a step's groups, under TRL's names where it has one."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from pgrpo.algorithm.advantages import has_spread
+from pgrpo.types import Group
+
+
+def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards and completion lengths (tokens). Samples whose reward is None are left out of reward numbers."""
+    completions = [c for g in groups for c in g.completions]
+    lengths = [len(c.token_ids) for c in completions]
+    rewards = [[r for r in g.rewards if r is not None] for g in groups]
+    metrics = {
+        "reward": _mean([r for group in rewards for r in group]),
+        "reward_std": _mean([statistics.stdev(group) for group in rewards if len(group) > 1]),
+        "frac_reward_zero_std": _mean([not has_spread(g.rewards) for g in groups]),
+        "completions/mean_length": _mean(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": _mean([c.finish_reason == "length" for c in completions]),
+    }
+    for name in groups[0].reward_parts:
+        values = [v for g in groups for v in g.reward_parts[name] if v is not None]
+        metrics[f"rewards/{name}/mean"] = _mean(values)
+    return metrics
+
+
+def pass_at_k(correct: int, samples: int, k: int) -> float:
+    """Unbiased estimate of the chance that at least one of k samples is correct (Codex, arXiv 2107.03374, equation 1)."""
+    failure = 1.0
+    for i in range(k):
+        failure *= max(samples - correct - i, 0) / (samples - i)
+    return 1.0 - failure
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

@@ -1,0 +1,161 @@
+"""Log-probs and entropy of chosen tokens straight from hidden states, a chunk of rows at a time: full logits never exist.
+
+L completion tokens, C of them in a chunk, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOGITS_PER_CHUNK = {"cpu": 2**25, "cuda": 2**30}
+"""Logits held at once: 128 MiB of float32 on a CPU, 2 GiB of bfloat16 on a GPU, where the head's product wants many rows and its
+gradient is read and written once a chunk."""
+
+
+def chunk_bytes(device_type: str) -> int:
+    """Most memory that one chunk takes, with its temporaries."""
+    return LOGITS_PER_CHUNK[device_type] * {"cpu": 16, "cuda": 2}[device_type]
+
+
+class TokenLogprobs(NamedTuple):
+    """``logprobs`` [L] and ``entropy`` [L] (None unless asked for), float32 (float64 for float64 inputs), in nats."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+
+
+def token_logprobs(
+    hidden_LE: Tensor, weight_VE: Tensor, target_ids_L: Tensor, scale: float = 1.0, *, entropy: bool = False
+) -> TokenLogprobs:
+    """Log-softmax of ``scale * hidden @ weight.T`` at the target ids.
+
+    The backward computes each chunk of logits again instead of keeping it, and no product that is not asked for (a frozen head
+    has no gradient). Logits are products in the inputs' precision; softmax and sums run in float32 at least.
+
+    Args:
+        hidden_LE: [L, E] hidden states, one row for each token to score.
+        weight_VE: [V, E] the language-model head.
+        target_ids_L: [L] int64.
+        scale: factor of the logits: the model's own logit scaling over the sampling temperature.
+        entropy: also return the entropy of each row's distribution. Its gradient shares the backward's pass over the logits, and
+            costs nothing when nobody asks for it.
+    """
+    logprobs_L, entropy_L = _ChunkedLogprobs.apply(hidden_LE, weight_VE, target_ids_L, scale, entropy)
+    return TokenLogprobs(logprobs_L, entropy_L if entropy else None)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_LE, weight_VE, target_ids_L, scale, want_entropy):
+        dtype = torch.promote_types(hidden_LE.dtype, torch.float32)
+        logprobs_L = hidden_LE.new_empty(len(hidden_LE), dtype=dtype)
+        lse_L = torch.empty_like(logprobs_L)
+        entropy_L = torch.empty_like(logprobs_L) if want_entropy else None
+        for rows in _chunks(hidden_LE, weight_VE):
+            logits_CV = hidden_LE[rows] @ weight_VE.T
+            logprobs_L[rows], lse_L[rows], entropy_C = row_statistics(
+                logits_CV, target_ids_L[rows], scale, want_entropy
+            )
+            if entropy_L is not None:
+                entropy_L[rows] = entropy_C
+            del logits_CV  # before the next chunk's are made
+        ctx.save_for_backward(hidden_LE, weight_VE, target_ids_L, lse_L, entropy_L)
+        ctx.scale = scale
+        ctx.set_materialize_grads(False)  # None tells that the loss has no entropy in it
+        return logprobs_L, entropy_L
+
+    @staticmethod
+    def backward(ctx, dlogprobs_L, dentropy_L):
+        hidden_LE, weight_VE, target_ids_L, lse_L, entropy_L = ctx.saved_tensors
+        dlogprobs_L = torch.zeros_like(lse_L) if dlogprobs_L is None else dlogprobs_L
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        dhidden_LE = torch.empty_like(hidden_LE) if needs_hidden else None
+        chunks = _chunks(hidden_LE, weight_VE)
+        dweight_VE = None
+        if needs_weight and len(chunks) != 1:  # contributions are summed in float32 at least
+            dweight_VE = torch.zeros_like(weight_VE, dtype=lse_L.dtype)
+        for rows in chunks:
+            logits_CV = hidden_LE[rows] @ weight_VE.T
+            entropies = None if dentropy_L is None else (entropy_L[rows], dentropy_L[rows])
+            dlogits_CV = to_logit_gradient_(
+                logits_CV, target_ids_L[rows], lse_L[rows], dlogprobs_L[rows], ctx.scale, entropies
+            )
+            if dhidden_LE is not None:
+                torch.mm(dlogits_CV, weight_VE, out=dhidden_LE[rows])
+            if dweight_VE is not None:
+                _add_product(dweight_VE, dlogits_CV.T, hidden_LE[rows])
+            elif needs_weight:
+                dweight_VE = dlogits_CV.T @ hidden_LE
+            del logits_CV, dlogits_CV
+        return dhidden_LE, None if dweight_VE is None else dweight_VE.to(weight_VE.dtype), None, None, None
+
+
+def row_statistics(
+    logits_CV: Tensor, target_ids_C: Tensor, scale: float, want_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob of the target, log-sum-exp and entropy (anything unless wanted) of each row of ``scale * logits``: [C] each.
+
+    ``logits_CV`` is used up."""
+    if logits_CV.device.type == "cuda":
+        from pgrpo.model import logprobs_triton
+
+        return logprobs_triton.row_statistics(logits_CV, target_ids_C, scale, want_entropy)
+    logits_CV = _scaled(logits_CV, scale)
+    lse_C = logits_CV.logsumexp(-1)
+    logprobs_C = logits_CV.gather(-1, target_ids_C.unsqueeze(-1)).squeeze(-1) - lse_C
+    entropy_C = lse_C
+    if want_entropy:  # -sum p log p, with log p = logits - lse
+        logits_CV -= lse_C.unsqueeze(-1)
+        entropy_C = -(logits_CV.exp() * logits_CV).sum(-1)
+    return logprobs_C, lse_C, entropy_C
+
+
+def to_logit_gradient_(
+    logits_CV: Tensor,
+    target_ids_C: Tensor,
+    lse_C: Tensor,
+    dlogprobs_C: Tensor,
+    scale: float,
+    entropies: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """``d logprob / d logits = scale * (onehot - p)``, times ``dlogprobs``, in the logits' dtype. ``logits_CV`` is used up.
+
+    ``entropies``, the entropy and the gradient on it, [C] each, adds ``d entropy / d logits = -scale * p * (log p + entropy)``."""
+    if logits_CV.device.type == "cuda":
+        from pgrpo.model import logprobs_triton
+
+        return logprobs_triton.to_logit_gradient_(logits_CV, target_ids_C, lse_C, dlogprobs_C, scale, entropies)
+    logp_CV = _scaled(logits_CV, scale).sub_(lse_C.unsqueeze(-1))
+    if entropies is None:
+        dlogits_CV = logp_CV.exp_().mul_(-dlogprobs_C.unsqueeze(-1))
+    else:
+        entropy_C1, dentropy_C1 = (x.unsqueeze(-1) for x in entropies)
+        p_CV = logp_CV.exp()
+        dlogits_CV = logp_CV.add_(entropy_C1).mul_(dentropy_C1).add_(dlogprobs_C.unsqueeze(-1)).mul_(p_CV).neg_()
+    dlogits_CV.scatter_add_(-1, target_ids_C.unsqueeze(-1), dlogprobs_C.unsqueeze(-1).to(dlogits_CV.dtype))
+    return dlogits_CV.mul_(scale).to(logits_CV.dtype)
+
+
+def _scaled(logits_CV: Tensor, scale: float) -> Tensor:
+    logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    return logits_CV if scale == 1.0 else logits_CV.mul_(scale)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b`` in ``total``'s precision."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+def _chunks(hidden_LE: Tensor, weight_VE: Tensor) -> list[slice]:
+    """Equal parts of the rows, so that no product is left with a few."""
+    tokens, limit = len(hidden_LE), max(1, LOGITS_PER_CHUNK[hidden_LE.device.type] // len(weight_VE))
+    rows = -(-tokens // max(1, -(-tokens // limit)))
+    return [slice(start, start + rows) for start in range(0, tokens, max(1, rows))]

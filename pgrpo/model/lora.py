@@ -1,0 +1,87 @@
+"""LoRA (arXiv 2106.09685): the model's weights stay as they are, small adapters beside its linear layers are trained (peft)."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.model.logprobs import TokenLogprobs
+from pgrpo.packing.batch import GroupedBatch
+from pgrpo.planning.flops import ModelDims, lora_parameter_count
+
+LogprobsOf = Callable[[GroupedBatch], TokenLogprobs]
+
+
+def check_lora(config: ModelConfig, dims: ModelDims) -> None:
+    """Refuse what cannot be adapted, before a weight is loaded.
+
+    Raises:
+        ConfigError: peft is not installed, or a name in ``model.lora_targets`` is no linear layer of the model.
+    """
+    if config.lora_rank and importlib.util.find_spec("peft") is None:
+        raise ConfigError(f"model.lora_rank={config.lora_rank}: LoRA needs peft: pip install 'pgrpo[lora]'")
+    for name in config.lora_targets:
+        if name not in dims.linear_layers:
+            raise ConfigError(
+                f"model.lora_targets: {name!r} is no linear layer of {config.path}; "
+                f"it may be {', '.join(dims.linear_layers)}"
+            )
+
+
+def adapter_parameters(config: ModelConfig, dims: ModelDims) -> int:
+    """How many parameters the adapters have; 0 without LoRA."""
+    return lora_parameter_count(dims, config.lora_rank, _targets(config, dims)) if config.lora_rank else 0
+
+
+def add_adapters(model: PreTrainedModel, config: ModelConfig, seed: int) -> None:
+    """Freeze the model, which keeps its class, and put new adapters, float32 at least, into its linear layers. They change
+    nothing yet.
+
+    Args:
+        model: on any device, in any precision.
+        config: rank, alpha and targets.
+        seed: of the adapters' values: the same on all ranks, whatever was drawn before.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    targets = _targets(config, ModelDims.from_config(model.config))
+    lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)  # pyright: ignore[reportArgumentType]
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        inject_adapter_in_model(lora, model)  # pyright: ignore[reportArgumentType]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def merge_adapters(model: PreTrainedModel) -> None:
+    """Add the adapters to the weights that they stand beside; what is left is an ordinary model."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge()  # pyright: ignore[reportCallIssue]
+            model.set_submodule(name, layer.get_base_layer())
+    del model.peft_config
+
+
+def without_adapters(policy: LogprobsOf) -> LogprobsOf:
+    """The initial model, without a second copy of its weights: ``policy`` (a module) with its adapters' output times 0."""
+    from peft.helpers import rescale_adapter_scale
+
+    assert isinstance(policy, nn.Module)
+
+    def run(batch: GroupedBatch) -> TokenLogprobs:
+        with rescale_adapter_scale(policy, 0.0):
+            return policy(batch)
+
+    return run
+
+
+def _targets(config: ModelConfig, dims: ModelDims) -> list[str]:
+    return config.lora_targets or list(dims.linear_layers)

@@ -1,0 +1,168 @@
+"""A transformers model whose attention is grouped: packed batch in, log-probs of the completion tokens out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from pgrpo.attention.choose import AttentionChoice
+from pgrpo.attention.hook import ATTENTION_NAME, AttentionPlan, attention_forward
+from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.model.logprobs import TokenLogprobs, token_logprobs
+from pgrpo.packing.batch import GroupedBatch
+
+AttentionInterface.register(ATTENTION_NAME, attention_forward)
+
+SUPPORTED = ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+"""``model_type`` of the architectures whose log-probs and gradients are tested against the untouched model."""
+
+
+class Policy(nn.Module):
+    """Wraps a causal language model; everything that touches its weights goes through a method of this class, so that a
+    sharded root gathers them.
+
+    Args:
+        model: loaded with ``attn_implementation="pgrpo"`` (``load_model``).
+        temperature: log-probs are those of the distribution that is sampled from: logits are divided by it.
+        attention: how to compute it; batches are built for it (``build_batch(..., attention=policy.attention)``).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, temperature: float = 1.0, attention: AttentionChoice | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+        self.attention = attention or AttentionChoice()
+        self.logit_scale = logit_scale(model.config)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, batch: GroupedBatch, *, entropy: bool = False, temperature: float | None = None) -> TokenLogprobs:
+        """Log-probs [L] (and entropy [L]) of the batch's completion tokens; ``batch.unpack`` makes them per-sample rows.
+        ``temperature``: another one than the policy's."""
+        hidden_TE = self._hidden(batch.input_ids, batch.position_ids, batch.layout)
+        # index_select, not indexing: its backward adds up the shared prompt row in a fixed order.
+        hidden_LE = hidden_TE.index_select(0, batch.logit_index)
+        scale = self.logit_scale / (self.temperature if temperature is None else temperature)
+        return token_logprobs(hidden_LE, self._head_weight(), batch.target_ids, scale, entropy=entropy)
+
+    def next_logits(self, input_ids_T: Tensor, position_ids_T: Tensor, plan: AttentionPlan, rows_B: Tensor) -> Tensor:
+        """Logits [B, V] of the model's own forward (no temperature) at the given packed rows."""
+        hidden_TE = self._hidden(input_ids_T, position_ids_T, plan)
+        logits_BV = hidden_TE.index_select(0, rows_B) @ self._head_weight().T
+        return logits_BV if self.logit_scale == 1.0 else logits_BV * self.logit_scale
+
+    def _hidden(self, input_ids_T: Tensor, position_ids_T: Tensor, plan: AttentionPlan) -> Tensor:
+        output = self.model.base_model(
+            input_ids=input_ids_T.unsqueeze(0),
+            position_ids=position_ids_T.unsqueeze(0),
+            attention_plan=plan,
+            use_cache=False,
+        )
+        return output.last_hidden_state.squeeze(0)
+
+    def _head_weight(self) -> Tensor:
+        return self.model.lm_head.weight  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+
+
+def load_model(config: ModelConfig, max_sample: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model on the CPU, ready for ``Policy``.
+
+    Args:
+        config: which model.
+        max_sample: the longest sample of the run, in tokens; a sliding window shorter than it is refused.
+        dtype: of its weights: float32 for those that are trained (master weights).
+
+    Raises:
+        ConfigError: the model cannot be loaded, or computes something that grouped attention does not (named).
+    """
+    check_supported(load_hf_config(config), max_sample)
+    model = AutoModelForCausalLM.from_pretrained(
+        config.path,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        dtype=dtype,
+        attn_implementation=ATTENTION_NAME,
+    )
+    if model.lm_head.bias is not None:
+        raise ConfigError(f"model.path={config.path}: a language-model head with a bias is not supported")
+    return model.train()  # no dropout (checked above)
+
+
+def load_hf_config(config: ModelConfig) -> PretrainedConfig:
+    """The model's config.json.
+
+    Raises:
+        ConfigError: there is none at ``model.path``.
+    """
+    try:
+        return AutoConfig.from_pretrained(
+            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.path={config.path}: cannot load this model: {load_error(error)}") from error
+
+
+def load_error(error: Exception) -> str:
+    """Why ``from_pretrained`` failed, in one line and with our key."""
+    if "trust_remote_code" in str(error):
+        return "it comes with Python code of its own; read that, and set model.trust_remote_code=true to run it"
+    reason = str(error).strip().splitlines()[0].removesuffix(".")
+    return f"{reason}; give a folder that from_pretrained loads, or a hub name"
+
+
+def check_supported(config: PretrainedConfig, max_sample: int) -> None:
+    """Refuse, by name, what grouped attention would get wrong.
+
+    Raises:
+        ConfigError: with the model's property and what to do.
+    """
+
+    def refuse(what: str) -> None:
+        raise ConfigError(f"model.path: {config.model_type} model: {what}")
+
+    if config.model_type not in SUPPORTED:
+        refuse(f"this architecture is not supported (proven and supported: {', '.join(SUPPORTED)})")
+    for key in ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"):
+        if getattr(config, key, 0.0):
+            refuse(f"{key}={getattr(config, key)} is not supported: set it to 0 in the model's config.json")
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, key, None):
+            refuse(f"{key}={getattr(config, key)} is not supported")
+    rope_types = _rope_types(getattr(config, "rope_parameters", None) or {})
+    if length_dependent := rope_types & {"longrope", "dynamic"}:
+        refuse(
+            f"RoPE of type {length_dependent.pop()} depends on the longest sample of a batch, which is not supported"
+        )
+    window = _sliding_window(config)
+    if window is not None and window < max_sample:
+        refuse(
+            f"its sliding window of {window} tokens is shorter than the longest sample of {max_sample}: "
+            f"data.max_prompt_tokens + rollout.max_completion_tokens must be at most {window}"
+        )
+
+
+def _rope_types(rope_parameters: dict[str, Any]) -> set[str]:
+    """The RoPE types of a model; ``rope_parameters`` is one set of them, or one for each kind of layer."""
+    nested = [v for v in rope_parameters.values() if isinstance(v, dict)]
+    return {str(p.get("rope_type", p.get("type", "default"))) for p in nested or [rope_parameters]}
+
+
+def _sliding_window(config: PretrainedConfig) -> int | None:
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is not None and "sliding_attention" not in layer_types:
+        return None
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    return getattr(config, "sliding_window", None)
+
+
+def logit_scale(config: PretrainedConfig) -> float:
+    """What the model's own forward multiplies its logits by (Granite divides them by ``logits_scaling``)."""
+    return 1.0 / getattr(config, "logits_scaling", 1.0)

@@ -1,0 +1,107 @@
+"""Is grouped attention exact on this model? Compares it with the untouched model, and with bugs that must be noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from pgrpo.packing.batch import GroupedBatch
+from pgrpo.types import Completion, Group, Prompt
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two computations of the same numbers are apart.
+
+    Attributes:
+        logprob: largest |d logprob| over all completion tokens, in nats.
+        gradient: norm of the difference of all gradients over the norm of the reference's.
+    """
+
+    logprob: float
+    gradient: float
+
+
+def reference_logprobs(model: nn.Module, groups: Sequence[Group], temperature: float = 1.0) -> Tensor:
+    """[L] log-probs of all completion tokens, from the logits of an untouched model, one unpadded sample a call.
+
+    Args:
+        model: ``AutoModelForCausalLM`` as transformers loads it (sdpa).
+        groups: in the order in which they are packed.
+        temperature: logits are divided by it.
+    """
+    device = next(model.parameters()).device
+    rows = []
+    for group in groups:
+        start = len(group.prompt.token_ids)
+        for completion in group.completions:
+            if completion.token_ids:
+                ids = torch.tensor([group.prompt.token_ids + completion.token_ids], device=device)
+                logprobs = (model(input_ids=ids).logits[0, start - 1 : -1] / temperature).log_softmax(-1)
+                rows.append(logprobs.gather(-1, ids[0, start:, None]).squeeze(-1))
+    return torch.cat(rows)
+
+
+def gradients(logprobs: Tensor, module: nn.Module) -> list[Tensor]:
+    """Gradients of a fixed random combination of log-probs, one for each trained parameter; none is left in ``.grad``."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(len(logprobs), generator=generator, dtype=torch.float64).to(logprobs)
+    return list(torch.autograd.grad((weights * logprobs).sum(), [p for p in module.parameters() if p.requires_grad]))
+
+
+def difference(
+    policy: nn.Module, batch: GroupedBatch, wanted: Tensor, wanted_gradients: Sequence[Tensor]
+) -> Difference:
+    """Of the policy's log-probs and gradients on a batch from those that are wanted."""
+    logprobs: Tensor = policy(batch).logprobs
+    got = gradients(logprobs, policy)
+    pairs = list(zip(got, wanted_gradients, strict=True))
+    error = sum((g.double() - w.double()).square().sum() for g, w in pairs)
+    size = sum(w.double().square().sum() for _, w in pairs)
+    largest = (logprobs.detach().double() - wanted.detach().double()).abs().max()
+    return Difference(largest.item(), (error / size).sqrt().item())  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def sees_its_neighbour(batch: GroupedBatch) -> GroupedBatch:
+    """Seeded bug: the second completion of the first group attends to the first."""
+    cu_seqlens, layout = batch.layout.cu_seqlens, batch.layout
+    boundary = len(layout.cu_seqlens_prefix)  # between the first two suffixes
+    merged = torch.cat([cu_seqlens[:boundary], cu_seqlens[boundary + 1 :]])
+    numbers = layout.numbers.clone()
+    numbers[1] = merged.diff().max()
+    return replace(batch, layout=replace(layout, cu_seqlens=merged, numbers=numbers))
+
+
+def positions_go_on(batch: GroupedBatch) -> GroupedBatch:
+    """Seeded bug: position ids do not restart."""
+    return replace(batch, position_ids=torch.arange(len(batch.position_ids), device=batch.position_ids.device))
+
+
+def wrong_first_row(batch: GroupedBatch) -> GroupedBatch:
+    """Seeded bug: the first token of the first completion is predicted by the row before the last prompt row."""
+    wrong = batch.logit_index.clone()
+    wrong[0] -= 1
+    return replace(batch, logit_index=wrong)
+
+
+SEEDED_BUGS: dict[str, Callable[[GroupedBatch], GroupedBatch]] = {
+    "a completion sees its neighbour": sees_its_neighbour,
+    "positions do not restart": positions_go_on,
+    "wrong row for the first token": wrong_first_row,
+}
+"""What a comparison must notice, or it proves nothing. The first group needs a prompt of two tokens, a completion that is not
+empty and then one of two tokens: what a single token attends to predicts nothing."""
+
+
+def tokens_as_groups(prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]]) -> list[Group]:
+    """Groups of given tokens, with rewards that differ, for comparisons and benchmarks."""
+    groups = []
+    for index, (prompt, samples) in enumerate(zip(prompts, completions, strict=True)):
+        made = [Completion(ids, [0.0] * len(ids), [True] * len(ids), "stop", "") for ids in samples]
+        rewards: list[float | None] = [float(i) for i in range(len(made))]
+        centre = (len(made) - 1) / 2
+        groups.append(Group(Prompt(index, "", prompt), made, rewards, {}, [i - centre for i in range(len(made))]))
+    return groups

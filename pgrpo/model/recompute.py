@@ -1,0 +1,76 @@
+"""How a model's decoder layers run on packed batches: compiled or not, and what they keep for the backward."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.fx.experimental._config
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from pgrpo.attention.layout import PackedLayout
+from pgrpo.types import Keep
+
+
+def set_up_layers(layers: Iterable[nn.Module], keep: Sequence[Keep], *, compiled: bool) -> None:
+    """Make each layer run its packed forwards as told; other forwards (sampling) stay what they were.
+
+    Hooks of the layer (FSDP2's) stay outside: they see one forward and one backward.
+
+    Args:
+        layers: decoder layers whose forward takes ``attention_plan`` as a keyword.
+        keep: one entry a layer.
+        compiled: with ``torch.compile`` for dynamic shapes; one compilation for all layers of a kind and gradient mode.
+    """
+    for layer, kept in zip(layers, keep, strict=True):
+        run = _runner(kept, compiled)
+        layer.forward = partial(_forward, layer, run, _runner("none", compiled))  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _forward(
+    layer: nn.Module, run: Callable[..., Tensor], run_without_grad: Callable[..., Tensor], *args: Any, **kwargs: Any
+) -> Tensor:
+    if not isinstance(kwargs.get("attention_plan"), PackedLayout):
+        return _plain(layer, *args, **kwargs)
+    return (run if torch.is_grad_enabled() else run_without_grad)(layer, *args, **kwargs)
+
+
+@cache
+def _runner(kept: Keep, compiled: bool) -> Callable[..., Tensor]:
+    run = {"none": _plain, "attention": _keeping_attention, "full": _keeping_inputs}[kept]
+    if not compiled:
+        return run
+    compiled_run = torch.compile(run, dynamic=True, fullgraph=True)
+
+    def run_compiled(*args: Any, **kwargs: Any) -> Tensor:
+        # Two lengths that are equal in the first batch (of groups, of tokens) need not be in the next.
+        with torch.fx.experimental._config.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
+            return compiled_run(*args, **kwargs)
+
+    return run_compiled
+
+
+def _plain(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    return type(layer).forward(layer, *args, **kwargs)
+
+
+# It warns, whatever is checkpointed, of operations in place, which layers have none of.
+logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+
+
+def _keeping_attention(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    contexts = partial(create_selective_checkpoint_contexts, _attention_is_kept)
+    return checkpoint(_plain, layer, *args, use_reentrant=False, context_fn=contexts, **kwargs)  # pyright: ignore[reportReturnType]
+
+
+def _keeping_inputs(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    return checkpoint(_plain, layer, *args, use_reentrant=False, **kwargs)  # pyright: ignore[reportReturnType]
+
+
+def _attention_is_kept(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = op is torch.ops.pgrpo.grouped_attention.default
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

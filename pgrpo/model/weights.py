@@ -1,0 +1,69 @@
+"""A policy's weights under the names of a Hugging Face checkpoint, whole, for an engine that loads such names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from pgrpo.distributed.fsdp import reshard
+
+BASE, ADAPTER = ".base_layer.", ".lora_"
+"""Parts of the parameter names that peft gives to a linear layer and to the adapter beside it."""
+
+
+def weight_names(model: nn.Module) -> set[str]:
+    """The names that ``full_weights`` yields; one of those that share a tensor (tied embeddings)."""
+    return {name.replace(BASE, ".") for name, _ in model.named_parameters() if ADAPTER not in name}
+
+
+@torch.no_grad()
+def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every weight in the order of the layers, one at a time, LoRA adapters merged into theirs.
+
+    A collective call where weights are sharded: every rank must consume it to its end. Shards are cast before they are
+    gathered, which halves the traffic.
+
+    Args:
+        model: a causal language model, sharded or not.
+        dtype: of the tensors, which are on the model's device.
+    """
+    reshard(model)
+    for name, parameter in model.named_parameters():
+        if ADAPTER in name:
+            continue
+        if BASE not in name:
+            yield name, _whole(parameter.to(dtype))
+            continue
+        weight = _whole(parameter)
+        if name.endswith("weight"):
+            weight = weight.float() + _adapter(model.get_submodule(name.partition(BASE)[0]))
+            weight = _round_stochastically(weight) if dtype == torch.bfloat16 else weight
+        yield name.replace(BASE, "."), weight.to(dtype)
+
+
+def _adapter(layer: Any) -> Tensor:
+    """What a LoRA layer adds to its weight [out, in], float32 (arXiv 2106.09685, equation 3)."""
+    delta = torch.zeros((), device=layer.weight.device)
+    for adapter, scale in layer.scaling.items():
+        a_RI, b_OR = (_whole(matrix[adapter].weight).float() for matrix in (layer.lora_A, layer.lora_B))
+        delta = delta + scale * (b_OR @ a_RI)
+    return delta
+
+
+def _round_stochastically(x: Tensor) -> Tensor:
+    """float32 to bfloat16 values (still float32), up or down with the probability that makes the mean exact (arXiv 1502.02551).
+
+    What a young adapter adds is less than half a unit in the last place of most bfloat16 weights: rounded to nearest, it would
+    not be in the sum at all. The same random numbers each time: what does not change is rounded alike in every push.
+    """
+    generator = torch.Generator(x.device).manual_seed(0)
+    noise = torch.randint(2**16, x.shape, generator=generator, device=x.device, dtype=torch.int32)
+    return ((x.contiguous().view(torch.int32) + noise) & -(2**16)).view(torch.float32)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()

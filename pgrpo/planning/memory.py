@@ -1,0 +1,168 @@
+"""GPU memory that a run takes, estimated from the model's sizes. Integers only, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pgrpo.planning.flops import ModelDims, parameter_count
+from pgrpo.types import Keep
+
+GIB = 2**30
+
+OFFLOAD_SCRATCH = 3 * 2 * 4 * 2**26
+"""Bytes: three pieces of two float32 moments (``offload.PIECE``) are on the GPU at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Estimated GiB on one device. Not in it: the CUDA context (about 0.5), fragmentation, what else runs there.
+
+    Attributes:
+        weights, gradients, moments: float32, this rank's share; moments are Adam's two. With LoRA the weights are in the compute
+            dtype, and gradients and moments those of the adapters.
+        reference: weights of the frozen initial model, in the compute dtype, and its gathered embedding and head; 0 without a KL
+            term, and with LoRA, whose weights are that model.
+        gathered: copies of weights in the compute dtype, while in use: the embedding and head, and two layers.
+        activations: what the forward of a full micro-batch keeps (with LoRA up to a fifth less, which is not counted).
+        logprobs: chunks of logits, and the head's float32 gradient if it has one; the backward begins with them.
+        layer_backward: of the layers after that, one at a time: what it computes again, gradients of its copies, and the head's.
+        reductions: of hybrid sharding: a micro-batch's float32 gradients on their way between the copies, all of which FSDP2 holds
+            until its backward ends, when the activations are gone; 0 with one copy.
+        adam_scratch: temporaries of the optimizer step: none of the fused one (GPU), as large as what is trained on a CPU; with
+            moments in host memory, the pieces of them that are on their way.
+        kv_cache: of the embedded sampler, with all completions at full length.
+    """
+
+    weights: float
+    gradients: float
+    moments: float
+    reference: float
+    gathered: float
+    activations: float
+    logprobs: float
+    layer_backward: float
+    reductions: float
+    adam_scratch: float
+    kv_cache: float
+
+    @property
+    def rollout(self) -> float:
+        return self.weights + self.moments + self.reference + self.gathered + self.kv_cache
+
+    @property
+    def update(self) -> float:
+        held = self.weights + self.gradients + self.moments + self.reference
+        begin = self.activations + max(self.logprobs, self.layer_backward)
+        return held + self.gathered + max(begin, self.reductions + self.layer_backward)
+
+    @property
+    def optimizer_step(self) -> float:
+        return self.weights + self.gradients + self.moments + self.reference + self.adam_scratch
+
+    @property
+    def peak(self) -> float:
+        return max(self.rollout, self.update, self.optimizer_step)
+
+
+def memory_plan(
+    dims: ModelDims,
+    *,
+    token_budget: int,
+    keep: Sequence[Keep],
+    dtype_bytes: int,
+    compiled: bool = False,
+    ranks: int = 1,
+    copies: int = 1,
+    adapters: int = 0,
+    reference: bool = False,
+    ref_offload: bool = False,
+    offload: bool = False,
+    concurrent: int = 0,
+    group_size: int = 1,
+    prompt_tokens: int = 0,
+    completion_tokens: int = 0,
+    logit_chunk_bytes: int = 2**30,
+) -> MemoryPlan:
+    """Estimate the memory of a run.
+
+    Args:
+        token_budget: packed tokens in one micro-batch.
+        keep: one entry a layer: what it computes again.
+        dtype_bytes: of the compute dtype: 2 (bfloat16) or 4 (float32).
+        compiled: whether the layers are, and so keep less for the backward.
+        ranks: devices that weights, gradients and moments are split over.
+        copies: how many such sets of devices there are (hybrid sharding).
+        adapters: how many parameters are trained with LoRA; 0: all of the model's.
+        reference: whether there is a KL term to the initial model.
+        ref_offload: whether that model lives in host memory, but for its gathered embedding and head.
+        offload: whether the moments live in host memory.
+        concurrent, group_size, prompt_tokens, completion_tokens: of the embedded sampler; 0 for another one.
+        logit_chunk_bytes: logits (and temporaries of their size) that the log-prob head holds at once.
+    """
+    weights = trained = 4 * parameter_count(dims) / ranks
+    embedding = dims.vocab * dims.hidden
+    # The root's embedding and head stay gathered; of the layers, one is in use while the next arrives.
+    root = 0 if ranks == 1 and dtype_bytes == 4 else embedding * (1 if dims.tied else 2)
+    two_layers, head = root and 2 * dims.layer_matrix, embedding
+    gathered, gradients = root + two_layers, two_layers
+    if adapters:
+        weights, trained = (dtype_bytes * parameter_count(dims) + 4 * adapters) / ranks, 4 * adapters / ranks
+        head, gradients = 0, root and 2 * adapters // dims.layers
+        gathered += gradients
+    layer = _layer_activations(dims, dtype_bytes, compiled=compiled)
+    kept: dict[Keep, int] = {"none": layer, "full": dims.hidden * dtype_bytes}
+    # Attention outputs with their float32 log-sum-exps, beside the layer's input.
+    kept["attention"] = kept["full"] + dims.heads * (dims.head_dim * dtype_bytes + 4)
+    again = 0 if set(keep) == {"none"} else layer
+    kv_row = 2 * dims.layers * dims.kv_heads * dims.head_dim * dtype_bytes
+    kv_rows = concurrent * completion_tokens + -(-concurrent // group_size) * prompt_tokens
+    parts = MemoryPlan(
+        weights=weights,
+        gradients=trained,
+        moments=0 if offload else 2 * trained,
+        # Its root stays gathered through the updates.
+        reference=dtype_bytes * (root + (0 if ref_offload else parameter_count(dims) / ranks))
+        if reference and not adapters
+        else 0,
+        gathered=gathered * dtype_bytes,
+        activations=sum(kept[mode] for mode in keep) * token_budget,
+        logprobs=logit_chunk_bytes + head * (4 + dtype_bytes),
+        layer_backward=again * token_budget + (gradients + head) * dtype_bytes,
+        reductions=trained if copies > 1 else 0,
+        adam_scratch=OFFLOAD_SCRATCH if offload else trained if dtype_bytes == 4 else 0,
+        kv_cache=kv_row * kv_rows,
+    )
+    return MemoryPlan(*(getattr(parts, name) / GIB for name in MemoryPlan.__slots__))
+
+
+def fewest_layers_again(dims: ModelDims, capacity_gib: float, **sizes: Any) -> list[Keep]:
+    """What ``activation_checkpointing: auto`` does: ``attention`` in as few layers as make ``memory_plan(dims, **sizes)`` fit; if
+    all of them are not enough, ``full`` in as few, or else in all.
+
+    Layers that compute more again come first: what the last ones keep is needed first in the backward, and gone before all
+    gradients are there."""
+    steps: list[tuple[Keep, Keep]] = [("attention", "none"), ("full", "attention")]
+    keep: list[Keep] = []
+    for more, less in steps:
+        for count in range(dims.layers + 1):
+            keep = [more if layer < count else less for layer in range(dims.layers)]
+            if memory_plan(dims, keep=keep, **sizes).peak <= capacity_gib:
+                return keep
+    return keep
+
+
+def _layer_activations(dims: ModelDims, dtype_bytes: int, *, compiled: bool) -> int:
+    """Bytes a token that the backward of one layer needs: eager, from counting what autograd keeps of transformers' layers;
+    compiled, what matrix products and attention need, as the compiler computes what is between them again."""
+    q, kv = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
+    norms = 2 * dims.hidden * (4 + 2 * dtype_bytes)  # the float32 input, the normalised and the scaled output
+    attention = (2 * q + 2 * kv) * dtype_bytes
+    head_norms = (q + kv) * (4 + dtype_bytes) if dims.head_norms else 0
+    mlp = 4 * dims.intermediate * dtype_bytes  # gate, its silu, up, their product
+    if compiled:
+        norms = 2 * dims.hidden * 2 * dtype_bytes  # input and output
+        head_norms = (q + kv) * dtype_bytes if dims.head_norms else 0  # input
+        mlp = 3 * dims.intermediate * dtype_bytes  # gate, up, their product
+    return norms + attention + head_norms + mlp

@@ -1,0 +1,77 @@
+"""One run at a time in a run folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from pathlib import Path
+from typing import IO
+
+from pgrpo.config import ConfigError
+
+
+def lock_run_dir(run_dir: Path) -> IO[str]:
+    """Take the run folder for this process, until the result is closed or the process ends.
+
+    ConfigError if another process has it.
+
+    A record lock (``lockf``) is not inherited by children, so a reward worker that outlives a killed run holds nothing.
+    """
+    lock = open(Path(run_dir) / ".lock", "a+")  # noqa: SIM115 - stays open, that is the lock
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        owner = lock.read().strip() or "unknown"
+        lock.close()
+        raise ConfigError(
+            f"run_dir={run_dir}: another run ({owner}) is using it; stop that run or set another run_dir"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+    lock.flush()
+    return lock
+
+
+def check_shared(run_dir: Path, patience_s: float = 60.0) -> None:
+    """Refuse a run folder that only the first node sees, where the first rank has just taken it.
+
+    Args:
+        patience_s: seconds that a network disk may take to show a new file.
+
+    Raises:
+        ConfigError: the folder's lock does not turn up on this node.
+    """
+    deadline = time.monotonic() + patience_s
+    while not (run_dir / ".lock").exists():
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"run_dir={run_dir}: {socket.gethostname()} does not see the folder that the first rank made; every rank writes "
+                "its part of a checkpoint there: set run_dir to a folder that all nodes share"
+            )
+        time.sleep(0.1)
+
+
+def open_run_dir(run_dir: Path, resume: bool) -> IO[str]:
+    """Make and lock the run folder and return the lock; call it on rank 0 and keep the result until the run ends.
+
+    Raises:
+        ConfigError: the folder is in use, cannot be made, or has files in it while ``resume`` is false. What ``pgrpo eval`` wrote
+            of the model before its training may be there.
+    """
+    run_dir = Path(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in run_dir.iterdir()} - {"eval"}
+        # Without resume a folder that is not a run's gets no lock file of ours.
+        lock = lock_run_dir(run_dir) if resume or ".lock" in names or not names else None
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir}: cannot be used ({error.strerror}); set another run_dir") from error
+    if names - {".lock"} and not resume:
+        if lock is not None:
+            lock.close()
+        raise ConfigError(f"run_dir={run_dir}: not empty; go on with that run (--resume auto), or set another run_dir")
+    assert lock is not None
+    return lock

@@ -1,0 +1,107 @@
+"""The vLLM that is installed here: whether it is one that is supported, and how an engine starts in this process.
+
+What this file knows of vLLM's insides, on the versions in ``SUPPORTED``:
+- ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` runs the engine in this process, and ``distributed_executor_backend="external_launcher"`` on
+  the process group that exists, with tensor-parallel groups of neighbouring ranks and the rank from the environment.
+- It seeds this process's generators. ``logprobs_mode="processed_logprobs"`` gives log-probs after temperature, top-k and top-p;
+  prompt log-probs are before them.
+- Beside sleep mode, its own all-reduce kernels and their fusion with norms end in an illegal memory access once there are CUDA
+  graphs (two H100s): ranks that share an engine sum by NCCL.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from pgrpo.config import Config, ConfigError
+from pgrpo.distributed.world import World
+from pgrpo.process.deadline import deadline
+from pgrpo.process.rng import rng_state, set_rng_state
+from pgrpo.rollout.vllm.requests import DEADLINE, vllm_errors
+
+SUPPORTED = {"cuda": "0.26", "cpu": "0.32"}
+"""The vLLM version that is tested on a kind of device."""
+
+
+def is_installed() -> bool:
+    spec = importlib.util.find_spec("vllm")
+    return spec is not None and spec.origin is not None  # not a mere folder of that name on the path
+
+
+def package() -> Any:
+    """vLLM; not ``import vllm``, which type checkers take for the file beside this one."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of each layer that has no weights of its own
+    os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
+    return importlib.import_module("vllm")
+
+
+def check_version(config: Config, device: torch.device) -> None:
+    """Refuse a vLLM that nobody tried on such a device.
+
+    Raises:
+        ConfigError: with the version that is supported and the key to override.
+    """
+    version, tested = package().__version__, SUPPORTED[device.type]
+    if not version.startswith(f"{tested}.") and not config.rollout.allow_untested_vllm:
+        raise ConfigError(
+            f"rollout.engine=vllm: vLLM {version} was not tested on a {device.type} device, {tested} was: install that, or set "
+            "rollout.allow_untested_vllm=true, or rollout.engine=embedded"
+        )
+
+
+def prepare(config: Config, world: World) -> None:
+    """What must be there before ``start``: a version that is supported, the rank in the environment, a process group.
+
+    Raises:
+        ConfigError: vLLM is of an untested version.
+    """
+    for name, value in (("RANK", world.rank), ("LOCAL_RANK", world.device.index or 0), ("WORLD_SIZE", world.size)):
+        os.environ.setdefault(name, str(value))
+    check_version(config, world.device)
+    if not dist.is_initialized():
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+
+
+def start(config: Config, memory_share: float, *, sleeps: bool) -> Any:
+    """An ``LLM`` whose weights are still to come. A collective call.
+
+    Args:
+        memory_share: of the GPU's memory, for weights, keys and values (vLLM's ``gpu_memory_utilization``).
+        sleeps: whether it is to give its memory up.
+
+    Raises:
+        EngineError: it cannot be started as configured.
+    """
+    model, rollout, state = config.model, config.rollout, rng_state()
+    with deadline(rollout.vllm_deadline_s, "starting vLLM", DEADLINE), vllm_errors("start"):
+        llm = package().LLM(
+            model=model.path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=model.dtype,
+            load_format="dummy",  # the first push brings them
+            seed=config.seed,
+            distributed_executor_backend="external_launcher",
+            tensor_parallel_size=rollout.tensor_parallel_size,
+            disable_custom_all_reduce=True,
+            compilation_config={"pass_config": {"fuse_allreduce_rms": False}},
+            max_model_len=config.data.max_prompt_tokens + rollout.max_completion_tokens,
+            max_num_seqs=rollout.max_concurrent,
+            gpu_memory_utilization=memory_share,
+            enforce_eager=rollout.enforce_eager,
+            enable_prefix_caching=True,
+            enable_sleep_mode=sleeps,
+            logprobs_mode="processed_logprobs",
+            generation_config="vllm",  # no sampling defaults from the model's folder
+        )
+    set_rng_state(state)
+    return llm

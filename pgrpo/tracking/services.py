@@ -1,0 +1,148 @@
+"""wandb and tensorboard: numbers of every step, and completions as a table."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from omegaconf import OmegaConf
+
+from pgrpo.config import Config, ConfigError, to_yaml
+from pgrpo.tracking.console import number, printable
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+class Service(Protocol):
+    """What it raises is caught, and ends its part in the run."""
+
+    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+    def completions(self, step: int, rows: Sequence[Row]) -> None:
+        """``rows`` as in completions.jsonl."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def check_services(config: Config) -> None:
+    """Refuse a service that is not installed, and wandb without a login; nothing is sent. Called before a model is loaded.
+
+    Raises:
+        ConfigError: with what to install or set.
+    """
+    if config.track.tensorboard:
+        _summary_writer()
+    if config.track.wandb:
+        wandb = _wandb()
+        can_start = wandb.setup().settings.mode != "online" or wandb.login(prompt=False, verify=False)
+        wandb.teardown()  # the run reads its settings anew
+        if not can_start:
+            raise ConfigError("track.wandb=true: wandb has no login; run `wandb login`, or set WANDB_MODE=offline")
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            "track.tensorboard=true: tensorboard is not installed; pip install 'pgrpo[tensorboard]'"
+        ) from None
+    return SummaryWriter
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError("track.wandb=true: wandb is not installed; pip install 'pgrpo[wandb]'") from None
+    return wandb
+
+
+class Tensorboard:
+    """Event files in ``run_dir/tensorboard``; what an earlier, longer run logged after ``step`` is hidden (-1: nothing).
+
+    Raises:
+        ConfigError: tensorboard is not installed.
+    """
+
+    def __init__(self, run_dir: Path, step: int):
+        self._writer = _summary_writer()(str(run_dir / "tensorboard"), purge_step=step + 1 if step >= 0 else None)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def completions(self, step: int, rows: Sequence[Row]) -> None:
+        self._writer.add_text("completions", "\n\n---\n\n".join(map(_markdown, rows)), step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A wandb run that was started. ``run_id`` finds it again."""
+
+    def __init__(self, run: Any, table: type):
+        self._run, self._table, self.run_id = run, table, run.id
+        # Our own step axis: wandb's internal one drops rows that a resumed run logs again.
+        run.define_metric("*", step_metric="step")
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log({"step": step, **metrics})
+
+    def completions(self, step: int, rows: Sequence[Row]) -> None:
+        table = [_flat(step, row) for row in rows]
+        data = [list(row.values()) for row in table]
+        self._run.log({"step": step, "completions": self._table(columns=list(table[0]), data=data)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def start_wandb(config: Config, run_dir: Path, run_id: str | None) -> Wandb | None:
+    """Start a run, or go on with ``run_id``; None, with a warning, where it cannot be reached. WANDB_MODE=offline is heeded.
+
+    Raises:
+        ConfigError: wandb is not installed, or has no login.
+    """
+    wandb = _wandb()
+    try:
+        run = wandb.init(
+            project=config.track.wandb_project,
+            name=run_dir.resolve().name,
+            dir=run_dir,
+            id=run_id,
+            resume="allow",
+            config=OmegaConf.to_container(OmegaConf.create(to_yaml(config))),  # type: ignore[arg-type]
+            allow_val_change=True,
+            settings=wandb.Settings(console="off"),
+        )
+    except wandb.errors.CommError as error:
+        log.warning("wandb cannot be reached (%s): the run goes on without it", error)
+        return None
+    except wandb.errors.UsageError as error:
+        raise ConfigError(f"track.wandb=true: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
+    return Wandb(run, wandb.Table)
+
+
+def _flat(step: int, row: Row) -> Row:
+    """One line of a table, by column."""
+    texts = {name: row[name].encode("utf-8", "backslashreplace").decode() for name in ("prompt", "completion")}
+    parts = {f"rewards/{name}": value for name, value in row["parts"].items()}
+    numbers = {"reward": row["reward"], **parts, "advantage": row["advantage"]}
+    return {"step": step, **texts, **numbers, "finish_reason": row["finish_reason"]}
+
+
+def _markdown(row: Row) -> str:
+    """A sample as markdown. Indented text is code: nothing that a model wrote is read as markdown or HTML."""
+    numbers = {"reward": row["reward"], **row["parts"], "advantage": row["advantage"]}
+    head = "  ".join(f"{name} {number(value)}" for name, value in numbers.items()) + f"  {row['finish_reason']}"
+    texts = [("prompt", row["prompt"]), ("completion", row["completion"]), ("rewards", head)]
+    return "\n\n".join(
+        f"{name}\n\n" + "\n".join(f"    {line}" for line in printable(t).split("\n")) for name, t in texts
+    )
