@@ -37,7 +37,7 @@ WATCH = """\
 import os, sys
 from pathlib import Path
 from pgrpo.__main__ import run
-from pgrpo.rollout.embedded import EmbeddedEngine
+from pgrpo.rollout.embedded.engine import EmbeddedEngine
 from pgrpo.training import loop
 from pgrpo.training.update import Updater
 phase, marker, now = os.environ["PHASE"], Path(os.environ["MARKER"]), []
