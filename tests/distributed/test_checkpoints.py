@@ -84,7 +84,7 @@ def test_adapters_of_one_rank_go_on_with_two(model, tmp_path):
 
 
 @pytest.mark.faults
-def test_row_05_one_ranks_checkpoint_goes_on_with_two(model, whole, tmp_path):
+def test_a_checkpoint_of_one_rank_resumes_on_two(model, whole, tmp_path):
     train(model, tmp_path / "run", "train.steps=2")
     printed = train(model, tmp_path / "run", ranks=2, resume=True)
     assert "saved on 1 ranks, going on with 2" in printed
@@ -102,7 +102,7 @@ def test_row_05_one_ranks_checkpoint_goes_on_with_two(model, whole, tmp_path):
 
 
 @pytest.mark.faults
-def test_row_05_shards_are_read_by_any_other_number_of_ranks(tmp_path):
+def test_shards_are_read_by_any_other_number_of_ranks(tmp_path):
     """Each reads what the one before wrote, weights and moments, bit for bit, and writes its own shards; with two copies of
     the weights on 4 ranks, the first copy's ranks do."""
     worker, before = Path(__file__).with_name("shard_worker.py"), ""

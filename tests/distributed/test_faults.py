@@ -62,7 +62,7 @@ def rank_1(process, marker):
     return int(marker.read_text())
 
 
-def test_row_20_a_number_that_is_not_finite_on_one_rank_skips_the_update_on_both(tiny_model, tmp_path):
+def test_nan_on_one_rank_skips_the_update_on_both(tiny_model, tmp_path):
     process = start(tiny_model, tmp_path, NAN="1")
     code, printed = wait(process, tmp_path, 200)
     assert code == 0, printed
@@ -72,7 +72,7 @@ def test_row_20_a_number_that_is_not_finite_on_one_rank_skips_the_update_on_both
     assert {t.item() for name, t in saved["optimizer"].items() if name.endswith(".step")} == {2}
 
 
-def test_row_17_a_signal_to_one_rank_stops_both_with_a_save(tiny_model, tmp_path):
+def test_a_signal_to_one_rank_stops_both_with_a_save(tiny_model, tmp_path):
     process = start(tiny_model, tmp_path, "checkpoint.every=0", SLEEP=str(tmp_path / "marker"))
     pid = rank_1(process, tmp_path / "marker")
     sent = time.monotonic()
@@ -85,7 +85,7 @@ def test_row_17_a_signal_to_one_rank_stops_both_with_a_save(tiny_model, tmp_path
     assert time.monotonic() - sent < 20
 
 
-def test_row_19_one_rank_dies_and_the_other_exits_in_bounded_time(tiny_model, tmp_path):
+def test_when_one_rank_dies_the_other_exits_in_bounded_time(tiny_model, tmp_path):
     process = start(tiny_model, tmp_path, SLEEP=str(tmp_path / "marker"))
     pid = rank_1(process, tmp_path / "marker")
     died = time.monotonic()
@@ -108,7 +108,7 @@ def assert_both_stopped_after_step_2(process, folder, message):
     assert checkpoint.latest(folder / "run" / "checkpoints") == folder / "run" / "checkpoints" / "step_2"
 
 
-def test_row_34_a_reward_that_raises_on_one_rank_stops_both_with_a_save(tiny_model, tmp_path):
+def test_a_reward_that_raises_on_one_rank_stops_both_with_a_save(tiny_model, tmp_path):
     process = start(tiny_model, tmp_path, "checkpoint.every=0", RAISE="1")
     assert_both_stopped_after_step_2(process, tmp_path, "it raised ValueError: odd")
 
@@ -121,7 +121,7 @@ def test_row_34_a_reward_that_raises_on_one_rank_stops_both_with_a_save(tiny_mod
         ("stale:3@1", "CanaryError: canary: the slope of (engine - new) on (old - new) log-probs is "),
     ],
 )
-def test_row_24_an_engine_that_fails_on_one_rank_stops_both_with_a_save(tiny_model, tmp_path, fault, message):
+def test_an_engine_that_fails_on_one_rank_stops_both_with_a_save(tiny_model, tmp_path, fault, message):
     """In a rollout, in the middle of a push in which both ranks gather each tensor, and in the canary (see tests/fakes/vllm)."""
     more = [
         "checkpoint.every=0",

@@ -75,7 +75,7 @@ def test_standard_deviation_of_fewer_than_two_is_zero():
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 @pytest.mark.parametrize("value", [0.1, 1.1, -7.3, 1e300, 5e-324])
 @pytest.mark.parametrize("size", [1, 3, 7, 8])
-def test_row_32_equal_rewards_give_exactly_zero(scale, value, size, baseline):
+def test_equal_rewards_give_advantages_of_exactly_zero(scale, value, size, baseline):
     assert not has_spread([value] * size)
     assert step_advantages([[value] * size, [0.5] * size], scale, baseline)[0] == [0.0] * size
 

@@ -105,7 +105,7 @@ class Hostile:
 @pytest.mark.faults
 @pytest.mark.parametrize("name", [".metadata", "extra.pkl", "model.0.safetensors", "scalars.json", "manifest.json"])
 @pytest.mark.parametrize("manifest_agrees", [True, False])
-def test_row_15_a_hostile_pickle_is_never_unpickled(tmp_path, name, manifest_agrees):
+def test_a_hostile_pickle_is_never_unpickled(tmp_path, name, manifest_agrees):
     """Beside the files it is not looked at; in the place of one it is refused, also where the manifest has its sum."""
     path, struck = save(tmp_path, 1, small(1), {}), tmp_path / "struck"
     hostile = pickle.dumps(Hostile(f"touch {struck}"))
@@ -128,7 +128,7 @@ def test_row_15_a_hostile_pickle_is_never_unpickled(tmp_path, name, manifest_agr
 @pytest.mark.parametrize("file", ["model.0.safetensors", "optimizer.0.safetensors", "scalars.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 @pytest.mark.faults
-def test_row_09_damage_is_refused_and_latest_falls_back(tmp_path, caplog, file, damage):
+def test_a_damaged_checkpoint_is_refused_and_latest_falls_back(tmp_path, caplog, file, damage):
     for step in (1, 2):
         save(tmp_path, step, small(step), {"step": step})
     bad = tmp_path / "step_2" / file
@@ -173,7 +173,7 @@ def test_manifest_cannot_point_elsewhere(tmp_path):
 
 
 @pytest.mark.faults
-def test_row_12_a_missing_step_lists_those_that_exist(tmp_path):
+def test_a_missing_step_is_an_error_that_lists_the_steps_that_exist(tmp_path):
     with pytest.raises(ConfigError, match="none"):
         load(tmp_path / "step_1")
     for step in (10, 9):
@@ -193,7 +193,7 @@ def test_steps_are_numbers_not_names(tmp_path):
 
 
 @pytest.mark.faults
-def test_row_11_prune_never_removes_the_last_good_one(tmp_path):
+def test_prune_never_removes_the_last_verified_checkpoint(tmp_path):
     for step in range(1, 6):
         save(tmp_path, step, small(step), {})
     for step in (3, 4, 5):
@@ -228,7 +228,7 @@ def test_going_on_from_an_older_step_sets_newer_ones_aside(tmp_path, caplog):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.faults
-def test_row_21_broken_weights_are_not_saved(tmp_path, bad):
+def test_nan_or_inf_weights_are_not_saved(tmp_path, bad):
     save(tmp_path, 1, small(1), {})
     tensors = small(2)
     tensors["model"]["w"][1, 1] = bad
@@ -263,7 +263,7 @@ ENDLESS_SAVES = """
 
 
 @pytest.mark.faults
-def test_row_06_sigkill_during_a_write_leaves_the_previous_one(tmp_path):
+def test_sigkill_during_a_write_leaves_the_previous_checkpoint(tmp_path):
     """Killed at several points of the save: whatever is named step_N verifies, and the leftovers go."""
     save(tmp_path, 1, small(1), {"step": 1})
     caught_writing = 0
@@ -302,7 +302,7 @@ LIMITED_SAVE = """
 
 
 @pytest.mark.faults
-def test_row_10_a_write_beyond_the_limit_of_the_process(tmp_path):
+def test_a_write_beyond_the_file_size_limit_keeps_old_checkpoints(tmp_path):
     save(tmp_path, 1, small(1), {"step": 1})
     process = python(LIMITED_SAVE, tmp_path, stderr=subprocess.PIPE)
     _, printed = process.communicate(timeout=60)
@@ -313,7 +313,7 @@ def test_row_10_a_write_beyond_the_limit_of_the_process(tmp_path):
 
 
 @pytest.mark.faults
-def test_row_10_a_full_disk(tmp_path):
+def test_a_full_disk_keeps_old_checkpoints_and_names_path_and_bytes(tmp_path):
     """On a 1 MiB tmpfs, where the system lets this test mount one."""
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
     mount = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -358,7 +358,7 @@ def test_a_run_folder_that_another_node_does_not_see_is_refused(tmp_path):
 
 
 @pytest.mark.faults
-def test_row_52_a_second_run_in_one_folder_is_refused(tmp_path):
+def test_a_second_run_in_one_run_folder_is_refused(tmp_path):
     run_dir = tmp_path / "run"
     process = python(HOLD_LOCK, run_dir, stdin=subprocess.PIPE)
     assert process.stdout is not None and process.stdin is not None
@@ -378,7 +378,7 @@ def test_row_52_a_second_run_in_one_folder_is_refused(tmp_path):
 
 
 @pytest.mark.faults
-def test_row_14_a_run_dir_with_files_needs_resume(tmp_path):
+def test_a_run_folder_with_files_needs_resume(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ConfigError, match=r"not empty.*--resume auto"):
         open_run_dir(tmp_path, resume=False)

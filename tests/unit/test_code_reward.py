@@ -120,7 +120,7 @@ def test_tests_that_are_none(tests: Any):
 
 
 @pytest.mark.faults
-def test_row_39_without_a_sandbox_the_run_stops_at_its_start(monkeypatch: pytest.MonkeyPatch):
+def test_without_a_sandbox_the_run_stops_at_its_start(monkeypatch: pytest.MonkeyPatch):
     def none() -> None:
         raise SandboxError("there is no sandbox on this machine (...)")
 
@@ -130,7 +130,7 @@ def test_row_39_without_a_sandbox_the_run_stops_at_its_start(monkeypatch: pytest
 
 
 @pytest.mark.faults
-def test_row_39_code_runs_only_where_the_recipe_asks(monkeypatch: pytest.MonkeyPatch):
+def test_code_runs_only_where_the_recipe_asks(monkeypatch: pytest.MonkeyPatch):
     def used() -> None:
         raise AssertionError("a sandbox was looked for")
 

@@ -63,7 +63,7 @@ def saved(folder):
     return [path.name for path in paths if checkpoint.verify(path)]
 
 
-def test_row_24_an_engine_that_dies_ends_the_run_with_the_last_step_saved(train, tmp_path, caplog):
+def test_an_engine_that_dies_ends_the_run_with_the_last_step_saved(train, tmp_path, caplog):
     with pytest.raises(EngineError, match=r"^vLLM failed in rollout: RuntimeError: the device is lost$"):
         train("step:11")  # in the third step
     assert "failed after step 2 of 4, saved; go on with --resume auto" in caplog.text
@@ -84,11 +84,11 @@ def hang(tiny_model, tmp_path, fault, what):
     assert saved(tmp_path)[-1] in ("step_1", "step_2")
 
 
-def test_row_25_a_rollout_that_hangs_ends_the_run_at_its_deadline(tiny_model, tmp_path):
+def test_a_rollout_that_hangs_ends_the_run_at_its_deadline(tiny_model, tmp_path):
     hang(tiny_model, tmp_path, "hang:9", "a vLLM rollout")
 
 
-def test_row_26_a_push_that_stalls_ends_the_run_at_its_deadline(tiny_model, tmp_path):
+def test_a_push_that_stalls_ends_the_run_at_its_deadline(tiny_model, tmp_path):
     hang(tiny_model, tmp_path, "stall:3", "vLLM's weight push")
 
 
@@ -101,13 +101,13 @@ def test_row_26_a_push_that_stalls_ends_the_run_at_its_deadline(tiny_model, tmp_
         ("stale", CanaryError, r"the slope of \(engine - new\) on \(old - new\) log-probs is (1\.0|0\.9)"),
     ],
 )
-def test_row_27_weights_that_do_not_arrive_stop_the_run(train, tmp_path, fault, error, message):
+def test_weights_that_do_not_arrive_stop_the_run(train, tmp_path, fault, error, message):
     with pytest.raises(error, match=message):
         train(f"{fault}:3")
     assert steps(tmp_path) == [1, 2] and saved(tmp_path) == ["step_2"]
 
 
-def test_row_28_a_completion_that_vllm_gives_up_is_sampled_again(train, tmp_path, caplog):
+def test_a_completion_that_vllm_aborts_is_sampled_again(train, tmp_path, caplog):
     train("give_up:6", "track.completions=16")
     assert caplog.text.count("vLLM gave up completions of 1 of 4 prompts (abort): they are sampled again") == 1
     rows = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
@@ -115,7 +115,7 @@ def test_row_28_a_completion_that_vllm_gives_up_is_sampled_again(train, tmp_path
     assert all((row["reward"] > 0) == bool(row["completion"]) for row in rows)
 
 
-def test_row_28_one_that_it_always_gives_up_stops_the_run(train, tmp_path):
+def test_a_completion_that_vllm_always_aborts_stops_the_run(train, tmp_path):
     with pytest.raises(EngineError, match=r"gave up completions of 1 of 4 prompts \(abort\), 3 times in a row"):
         train("refuse:12")
     assert steps(tmp_path) == [1, 2] and saved(tmp_path) == ["step_2"]

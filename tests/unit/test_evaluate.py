@@ -116,7 +116,7 @@ def test_files_have_every_completion_and_the_summary(tmp_path):
 
 
 @pytest.mark.faults
-def test_row_10_a_disk_that_is_full_when_an_evaluation_is_written(tmp_path):
+def test_a_full_disk_while_an_evaluation_is_written_is_named(tmp_path):
     got = evaluate(generate, PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=False)
     save_results(tmp_path, got, {"step": 3})
     before = (tmp_path / "samples.jsonl").read_bytes()

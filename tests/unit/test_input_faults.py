@@ -116,7 +116,7 @@ def test_nothing_is_wrong_with_what_is_spoilt_below(train):
     assert train()[::2] == (0, True)
 
 
-def test_row_30_a_prompt_over_the_limit_is_an_error_or_left_out_or_cut_and_counted(refused, train, caplog):
+def test_an_overlong_prompt_is_refused_dropped_or_truncated_and_counted(refused, train, caplog):
     write_rows("rows.jsonl", [*ROWS, {"q": "11111+22", "answer": "11133"}, {"q": "11111+2", "answer": "11113"}])
     assert refused() == (
         f"row 4 of data.path={Path.cwd() / 'rows.jsonl'}: the prompt has 9 tokens, data.max_prompt_tokens is 8 (1 of 6 rows are "
@@ -129,7 +129,7 @@ def test_row_30_a_prompt_over_the_limit_is_an_error_or_left_out_or_cut_and_count
         assert f"prompts over 8 tokens: {count}" in caplog.text
 
 
-def test_row_40_a_column_that_is_missing_is_named_beside_those_that_exist(refused):
+def test_a_missing_column_is_named_with_the_columns_that_exist(refused):
     assert refused('prompt.template="{question}="') == (
         "prompt.template: the data has no column `{question}`; it has q, answer; write {{ and }} for literal braces"
     )
@@ -142,7 +142,7 @@ def test_row_40_a_column_that_is_missing_is_named_beside_those_that_exist(refuse
     )
 
 
-def test_row_41_no_rows_or_fewer_than_one_step_takes(refused):
+def test_no_rows_or_fewer_rows_than_one_step_needs_is_an_error(refused):
     write_rows("rows.jsonl", [])
     assert refused() == f"data.path={Path.cwd() / 'rows.jsonl'} has no rows; name a file with rows"
     write_rows("rows.jsonl", ROWS[:3])
@@ -151,7 +151,7 @@ def test_row_41_no_rows_or_fewer_than_one_step_takes(refused):
     )
 
 
-def test_row_42_a_bad_jsonl_line_is_named(refused):
+def test_a_bad_jsonl_line_is_named_by_file_and_number(refused):
     with Path("rows.jsonl").open("a") as file:
         file.write('{"q": "1+1", "answer": "2"\n')
     file = Path.cwd() / "rows.jsonl"
@@ -160,14 +160,14 @@ def test_row_42_a_bad_jsonl_line_is_named(refused):
     assert refused() == f"{file}, line 1: a row must be a JSON object, not list; write one JSON object a line"
 
 
-def test_row_43_without_a_chat_template_the_raw_prompt_is_named(refused):
+def test_a_tokenizer_without_a_chat_template_leads_to_the_raw_prompt_option(refused):
     assert refused('prompt={template: null, messages: [{role: user, content: "{q}"}]}') == (
         f"prompt.messages: the tokenizer of {Path.cwd() / 'tiny'} has no chat template; "
         "give a raw prompt with prompt.template instead"
     )
 
 
-def test_row_44_a_pad_token_that_is_missing_is_derived_and_said(train, caplog):
+def test_a_missing_pad_token_is_derived_and_logged(train, caplog):
     """Training is the same as with one: nothing is padded."""
     assert train("run_dir=with")[0] == 0
     path = changed_tokenizer(lambda tokenizer: setattr(tokenizer, "pad_token", None))
@@ -198,7 +198,7 @@ CODE = "!!python/object/apply:os.system ['touch HACKED']"
         ("steps: 1", f"steps: {CODE}", f"train.steps={CODE}", "tag '!!python/object/apply:os.system' is not supported"),
     ],
 )  # fmt: skip
-def test_row_45_typos_wrong_types_duplicates_and_python_tags(refused, old, new, override, message):
+def test_typos_wrong_types_duplicate_keys_and_python_tags_exit_with_2(refused, old, new, override, message):
     said = refused(override)
     assert said.startswith(f"override {override!r}: ") and message in said
     spoil("config.yaml", old, new)
@@ -225,7 +225,7 @@ def test_row_45_typos_wrong_types_duplicates_and_python_tags(refused, old, new, 
         ("rows.jsonl", CODE, "recipe.yaml:2: tag '!!python/object/apply:os.system' is not supported"),
     ],
 )
-def test_row_45_in_a_recipe(refused, old, new, message):
+def test_mistakes_in_a_recipe_exit_with_2(refused, old, new, message):
     spoil("recipe.yaml", old, new)
     assert refused().startswith(message)
     assert not Path("HACKED").exists()
@@ -244,7 +244,7 @@ def test_row_45_in_a_recipe(refused, old, new, message):
         ("data.name", "true", "True, true or false"),
     ],
 )
-def test_row_46_text_that_yaml_reads_as_something_else_is_refused_with_its_quoted_form(refused, key, value, kind):
+def test_text_that_yaml_reads_as_a_number_or_bool_is_refused_with_its_quoted_form(refused, key, value, kind):
     """In an override, a config and a recipe."""
     said, name = f"{key}: {value} reads as {kind}, not text; quote it: ", key.partition(".")[2]
     override = f"{key}={value}"
@@ -276,13 +276,13 @@ def test_row_46_text_that_yaml_reads_as_something_else_is_refused_with_its_quote
         ),
     ],
 )
-def test_row_46_numbers_that_are_not_what_they_look_like(refused, key, old, value, message):
+def test_numbers_that_yaml_reads_differently_or_that_are_not_finite_are_refused(refused, key, old, value, message):
     assert message in refused(f"{key}={value}")
     spoil("config.yaml", old, f"{key.partition('.')[2]}: {value}")
     assert message in refused()
 
 
-def test_row_47_sizes_that_do_not_divide_list_valid_ones_in_prompts(refused, monkeypatch):
+def test_sizes_that_do_not_divide_list_valid_values_in_prompts(refused, monkeypatch):
     assert refused("rollout.prompts_per_step=12", "train.updates_per_step=5") == (
         "train.updates_per_step: 5 does not divide rollout.prompts_per_step, 12 prompts; "
         "it may be 1, 2, 3, 4, 6, 12, or set rollout.prompts_per_step to 5, 10, 15, 20"
@@ -293,7 +293,7 @@ def test_row_47_sizes_that_do_not_divide_list_valid_ones_in_prompts(refused, mon
     )
 
 
-def test_row_49_code_that_comes_with_a_model_runs_only_when_asked(refused, train):
+def test_remote_code_of_a_model_runs_only_when_asked(refused, train):
     shutil.copytree("tiny", "own")
     config = json.loads(Path("own/config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "code.OwnConfig"}}
@@ -310,7 +310,7 @@ def test_row_49_code_that_comes_with_a_model_runs_only_when_asked(refused, train
     assert Path("RAN").exists()
 
 
-def test_row_49_a_pinned_revision_is_what_is_loaded(refused, train, monkeypatch, folder):
+def test_a_pinned_revision_is_loaded(refused, train, monkeypatch, folder):
     """A hub's cache in which the newest revision has a tokenizer that does not fit."""
     changed_tokenizer(lambda tokenizer: tokenizer.add_tokens(["a", "b"]))
     cache = folder / "hub" / "models--own--model"
@@ -325,7 +325,7 @@ def test_row_49_a_pinned_revision_is_what_is_loaded(refused, train, monkeypatch,
     assert code == 0, printed
 
 
-def test_row_51_a_tokenizer_with_more_tokens_than_the_model(refused):
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(refused):
     assert refused(changed_tokenizer(lambda tokenizer: tokenizer.add_tokens(["a", "b"]))) == (
         f"model.path={Path.cwd() / 'changed'}: its tokenizer has 16 tokens, the model only 14: "
         "resize the model's embeddings, or use the "
@@ -340,7 +340,7 @@ def reward(completions, key, **_):
 
 
 @pytest.mark.parametrize("on_error", ["raise", "mask"])
-def test_row_48_a_secret_is_in_no_file_log_or_message(train, folder, monkeypatch, caplog, capsys, on_error):
+def test_a_secret_is_in_no_file_log_or_message(train, folder, monkeypatch, caplog, capsys, on_error):
     """Not even when the reward that was given it puts it into its error."""
     monkeypatch.setenv("OWN_KEY", "sk-5ecret-5ecret")
     Path("own.py").write_text(OWN)

@@ -178,7 +178,7 @@ def test_closing_ends_the_trying_and_what_did_not_begin(judge: Judge):
 
 
 @pytest.mark.faults
-def test_row_48_the_key_does_not_follow_a_redirection(judge: Judge):
+def test_the_api_key_does_not_follow_a_redirect(judge: Judge):
     judge.reply = lambda text, n: (302, f"{judge.url}/elsewhere")
     [error] = ask(judge, "a")
     assert "HTTP 404" in str(error)
@@ -186,7 +186,7 @@ def test_row_48_the_key_does_not_follow_a_redirection(judge: Judge):
 
 
 @pytest.mark.faults
-def test_row_48_the_key_is_in_no_message_of_the_run(judge: Judge):
+def test_the_api_key_is_in_no_message_of_the_run(judge: Judge):
     from pgrpo.types import Completion, Group, Prompt
 
     judge.reply = lambda text, n: (400, f"Bearer {KEY} is bad")

@@ -198,7 +198,7 @@ EVERYTHING = {"kl_coef": 0.1, "entropy_coef": 0.1, "correction": "sequence_trunc
 @pytest.mark.parametrize(
     "keys", [*({"aggregate": a} | EVERYTHING for a in AGGREGATES), {"objective": "cispo"}], ids=str
 )
-def test_row_22_what_lies_under_the_mask_is_never_seen(bad, where, keys):
+def test_masked_tokens_never_reach_loss_or_gradients(bad, where, keys):
     values = [x.float() if x.is_floating_point() else x for x in tensors(case(1))]
     spoiled = list(values)
     spoiled[where] = torch.where(values[3], values[where], bad)

@@ -42,7 +42,7 @@ def rows(run_dir):
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_row_20_updates_that_are_not_finite_are_skipped_and_counted(tiny_model, tmp_path):
+def test_nan_or_inf_updates_are_skipped_and_counted(tiny_model, tmp_path):
     run = train(tiny_model, tmp_path / "run", "train.max_skipped_updates=2", reward=spoiled(2, 3, 5))
     assert [row["skipped_updates"] for row in rows(run)] == [0, 1, 1, 0, 1, 0]
     saved = [checkpoint.load(run / "checkpoints" / f"step_{step}")[0] for step in range(1, 7)]
@@ -53,7 +53,7 @@ def test_row_20_updates_that_are_not_finite_are_skipped_and_counted(tiny_model, 
     assert all(t.isfinite().all() for named in saved for t in (named["model"] | named["optimizer"]).values())
 
 
-def test_row_20_too_many_in_a_row_stop_the_run_with_the_batch(tiny_model, tmp_path):
+def test_too_many_skipped_updates_in_a_row_stop_the_run_with_the_batch(tiny_model, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(NonFiniteError, match=r"3 updates in a row .*max_skipped_updates=2\).*bad_batch_step_5\.json"):
         train(tiny_model, run, "train.max_skipped_updates=2", reward=spoiled(1, 3, 4, 5))
@@ -66,7 +66,7 @@ def test_row_20_too_many_in_a_row_stop_the_run_with_the_batch(tiny_model, tmp_pa
     assert all(t.isfinite().all() for t in checkpoint.load(newest)[0]["model"].values())
 
 
-def test_row_20_a_batch_that_cannot_be_written_hides_nothing(tiny_model, tmp_path):
+def test_a_batch_that_cannot_be_written_does_not_hide_the_failure(tiny_model, tmp_path):
     run, spoil = tmp_path / "run", spoiled(2)
 
     def reward(completions, **columns):

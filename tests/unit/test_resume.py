@@ -65,7 +65,7 @@ def assert_equal_checkpoints(one, other):
     ],
 )
 @pytest.mark.faults
-def test_row_01_resumed_in_the_middle_equals_uninterrupted(tiny_model, tmp_path, changes):
+def test_a_run_resumed_in_the_middle_equals_the_uninterrupted_run(tiny_model, tmp_path, changes):
     whole = train(tiny_model, tmp_path / "whole", **changes)
     parts = tmp_path / "parts"
     train(tiny_model, parts, **changes)
@@ -125,7 +125,7 @@ def test_a_run_stops_at_its_target_reward(tiny_model, tmp_path, caplog):
 
 
 @pytest.mark.faults
-def test_row_02_generators_that_rewards_draw_from_go_on(tiny_model, tmp_path):
+def test_random_generators_that_rewards_draw_from_go_on_where_they_were(tiny_model, tmp_path):
     def noisy(completions, **_):
         return [float(c.count("1")) + random.random() + np.random.rand() + float(torch.rand(())) for c in completions]
 
@@ -147,7 +147,7 @@ def test_row_02_generators_that_rewards_draw_from_go_on(tiny_model, tmp_path):
 
 
 @pytest.mark.faults
-def test_row_04_prompts_go_on_where_they_were(tiny_model, tmp_path):
+def test_prompts_go_on_where_they_were(tiny_model, tmp_path):
     """Every prompt once an epoch, over an interruption in the middle of one."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"a": 10 + n, "b": 11, "answer": str(21 + n)}) + "\n" for n in range(12)))
@@ -166,7 +166,7 @@ def test_row_04_prompts_go_on_where_they_were(tiny_model, tmp_path):
 
 
 @pytest.mark.faults
-def test_row_13_a_changed_config_is_printed_and_what_cannot_change_is_refused(tiny_model, tmp_path, caplog):
+def test_a_changed_config_is_printed_and_what_cannot_change_is_refused(tiny_model, tmp_path, caplog):
     train(tiny_model, tmp_path / "run", steps=3)
     with caplog.at_level("WARNING"):
         train(tiny_model, tmp_path / "run", steps=4, resume="auto", **{"optim.lr": 1e-5})
@@ -185,7 +185,7 @@ def test_row_13_a_changed_config_is_printed_and_what_cannot_change_is_refused(ti
 
 
 @pytest.mark.faults
-def test_row_23_out_of_memory_names_sizes_and_keys(tiny_model, tmp_path):
+def test_out_of_memory_names_sizes_and_keys(tiny_model, tmp_path):
     """The process is left a few megabytes before its first update."""
     code = """
 import resource, sys
@@ -244,7 +244,7 @@ def test_two_runs_from_one_seed_are_bit_equal_and_another_seed_differs(tiny_mode
 
 
 @pytest.mark.faults
-def test_row_14_a_run_folder_in_use_is_refused_and_resume_auto_starts_an_empty_one(tiny_model, tmp_path):
+def test_a_used_run_folder_is_refused_and_resume_auto_starts_an_empty_one(tiny_model, tmp_path):
     train(tiny_model, tmp_path / "run", steps=1, resume="auto")
     with pytest.raises(pgrpo.ConfigError, match="--resume auto"):
         train(tiny_model, tmp_path / "run", steps=1)
@@ -262,7 +262,7 @@ def test_a_folder_with_a_run_in_it_exits_with_2(tiny_model, tmp_path):
 
 
 @pytest.mark.faults
-def test_row_03_resumed_at_the_end_of_an_epoch_in_another_process(tiny_model, tmp_path):
+def test_a_run_resumed_at_the_end_of_an_epoch_gets_a_full_next_epoch(tiny_model, tmp_path):
     """Four prompts an epoch, one epoch a step; the second half runs in a process that has never seen the first."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"a": a, "b": 11, "answer": str(a + 11)}) + "\n" for a in (10, 25, 31, 88)))

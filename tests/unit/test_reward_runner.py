@@ -281,7 +281,7 @@ def test_configured_functions_keep_their_state(module: Callable[..., RewardConfi
 
 @pytest.mark.faults
 @pytest.mark.timeout(60)
-def test_row_35_a_function_that_hangs_is_killed(module: Callable[..., RewardConfig]):
+def test_a_reward_function_that_hangs_is_killed_at_its_deadline(module: Callable[..., RewardConfig]):
     with pytest.raises(
         RewardError, match=r"`hang` .* failed on .* timeout_s=0\.5 and was killed \(rewards\.functions\[0\]"
     ):
@@ -303,7 +303,9 @@ def test_row_35_a_function_that_hangs_is_killed(module: Callable[..., RewardConf
         ("divide", r"ZeroDivisionError: division by zero \(.*mine\.py, line 12\)"),
     ],
 )
-def test_row_34_a_function_that_fails_in_its_process(module: Callable[..., RewardConfig], name: str, message: str):
+def test_a_reward_function_that_fails_in_its_process_is_named(
+    module: Callable[..., RewardConfig], name: str, message: str
+):
     with pytest.raises(
         RewardError, match=rf"reward `{name}` \(rewards\.functions\[0\]\) failed on a completion of row 10: .*{message}"
     ):
@@ -393,7 +395,7 @@ def one_bad_completion(result: Callable, message: str):
         (lambda c: [1.0 / (t != "bad") for t in c], r"ZeroDivisionError: .*test_reward_runner\.py, line \d+"),
     ],
 )
-def test_row_34_a_reward_that_raises_on_one_completion(result: Callable, message: str):
+def test_a_reward_that_raises_on_one_completion_shows_the_sample(result: Callable, message: str):
     one_bad_completion(result, message)
 
 
@@ -407,7 +409,7 @@ def test_row_34_a_reward_that_raises_on_one_completion(result: Callable, message
         (lambda c: [[1.0] if t == "bad" else 1.0 for t in c], r"returned \[1\.0\], not a finite number or None"),
     ],
 )
-def test_row_36_a_reward_that_is_no_number(result: Callable, message: str):
+def test_a_reward_that_is_not_a_finite_number_shows_the_sample(result: Callable, message: str):
     one_bad_completion(result, message)
 
 
@@ -419,7 +421,7 @@ def test_row_36_a_reward_that_is_no_number(result: Callable, message: str):
         (lambda c: [1.0 for t in c for _ in range(1 + (t == "bad"))], "returned 2 values for 1 completions"),
     ],
 )
-def test_row_37_too_few_or_too_many_rewards(result: Callable, message: str):
+def test_too_few_or_too_many_rewards_are_an_error(result: Callable, message: str):
     one_bad_completion(result, message)
 
 
@@ -435,14 +437,14 @@ def test_row_37_too_few_or_too_many_rewards(result: Callable, message: str):
         ([[1.0], [1.0]], "not a list|returned 2 values for 1 completions"),
     ],
 )
-def test_row_37_one_number_or_another_thing_for_all(result: Any, message: str):
+def test_one_number_for_the_whole_batch_is_an_error(result: Any, message: str):
     with pytest.raises(RewardError, match=message):
         score(lambda completions: result, ["a", "b", "c"])
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("result", [math.nan, math.inf, "1.0", ValueError("odd")])
-def test_row_36_an_entry_that_is_no_number_is_not_asked_for_again(result: Any):
+def test_a_non_numeric_reward_is_not_computed_a_second_time(result: Any):
     calls = []
 
     def mine(completions):
@@ -454,7 +456,7 @@ def test_row_36_an_entry_that_is_no_number_is_not_asked_for_again(result: Any):
 
 
 @pytest.mark.faults
-def test_row_36_none_for_a_sample_is_no_failure_and_none_for_all_is():
+def test_none_for_one_sample_is_allowed_and_none_for_all_is_an_error():
     assert score(lambda completions: [None, 1.0], ["a", "b"]) == [[None, 1.0]]
     with pytest.raises(RewardError, match="returned None, not a list with one entry a completion"):
         score(lambda completions: None, ["a", "b"])

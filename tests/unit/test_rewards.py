@@ -172,7 +172,7 @@ def maths() -> Iterator[Math]:
 
 @pytest.mark.faults
 @pytest.mark.timeout(120)
-def test_row_38_math_off_the_main_thread(maths: Math):
+def test_math_scores_right_off_the_main_thread(maths: Math):
     cases = [
         ("42", "the answer is 42", 1),
         ("42", r"so \boxed{84/2}", 1),
@@ -201,7 +201,7 @@ def test_row_38_math_off_the_main_thread(maths: Math):
 
 @pytest.mark.faults
 @pytest.mark.timeout(120)
-def test_row_38_math_grades_in_parallel_on_several_threads(maths: Math):
+def test_math_grades_in_parallel_on_several_threads(maths: Math):
     """Two threads grade at once, each of their slow samples has its own deadline, and nothing waits for their sum."""
     maths(["1"], answer=["1"])  # starts the workers
     results: dict[int, list[float]] = {}

@@ -93,7 +93,7 @@ def test_the_standard_library_works(sandbox: Sandbox):
 
 
 @pytest.mark.faults
-def test_row_39_fork_bomb(sandbox: Sandbox):
+def test_a_fork_bomb_is_stopped(sandbox: Sandbox):
     result = run(sandbox, "import os\nwhile True: os.fork()")
     assert result.status == 1
     assert "PermissionError: [Errno 1] Operation not permitted" in result.stderr
@@ -111,7 +111,7 @@ def test_row_39_fork_bomb(sandbox: Sandbox):
         "import os; os.execv('/proc/self/exe', ['python'])",
     ],
 )
-def test_row_39_other_processes(sandbox: Sandbox, start: str):
+def test_other_processes_cannot_be_started(sandbox: Sandbox, start: str):
     result = run(sandbox, start)
     assert (result.end, result.status) == ("exit", 1)
     assert "Error" in result.stderr
@@ -119,7 +119,7 @@ def test_row_39_other_processes(sandbox: Sandbox, start: str):
 
 
 @pytest.mark.faults
-def test_row_39_files_of_the_user_and_the_system(sandbox: Sandbox, tmp_path: Path):
+def test_files_of_the_user_and_the_system_cannot_be_read_or_written(sandbox: Sandbox, tmp_path: Path):
     secret = tmp_path / "secret"
     secret.write_text("key")
     own = [str(secret), str(Path.home()), str(Path.home() / ".ssh"), str(Path.cwd()), str(Path(__file__)), "/tmp"]
@@ -139,7 +139,7 @@ def test_row_39_files_of_the_user_and_the_system(sandbox: Sandbox, tmp_path: Pat
 
 
 @pytest.mark.faults
-def test_row_39_symlinks_and_mounts_lead_nowhere(sandbox: Sandbox):
+def test_symlinks_and_mounts_do_not_leave_the_sandbox(sandbox: Sandbox):
     program = """
         import ctypes, os
         os.symlink("/etc/shadow", "a"); os.symlink("/proc/1/root", "b"); os.symlink("../../../../root", "c")
@@ -158,7 +158,7 @@ def test_row_39_symlinks_and_mounts_lead_nowhere(sandbox: Sandbox):
 
 
 @pytest.mark.faults
-def test_row_39_network(sandbox: Sandbox):
+def test_the_network_cannot_be_reached(sandbox: Sandbox):
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.5)
         program = f"""
@@ -179,7 +179,9 @@ def test_row_39_network(sandbox: Sandbox):
 
 
 @pytest.mark.faults
-def test_row_39_network_without_the_system_call_filter(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch):
+def test_the_network_cannot_be_reached_even_without_the_system_call_filter(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+):
     """The network namespace holds by itself."""
     monkeypatch.setattr(module, "_JAIL", module._JAIL.replace("\n    filter_system_calls()\n", "\n"))
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -190,7 +192,7 @@ def test_row_39_network_without_the_system_call_filter(sandbox: Sandbox, monkeyp
 
 
 @pytest.mark.faults
-def test_row_39_unix_sockets_of_the_machine(sandbox: Sandbox, tmp_path: Path):
+def test_unix_sockets_of_the_machine_cannot_be_reached(sandbox: Sandbox, tmp_path: Path):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("\0pgrpo-test-abstract")  # has no file: only a network namespace hides it
         server.listen()
@@ -199,7 +201,7 @@ def test_row_39_unix_sockets_of_the_machine(sandbox: Sandbox, tmp_path: Path):
 
 
 @pytest.mark.faults
-def test_row_39_environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch):
+def test_the_environment_of_the_trainer_is_not_visible(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WANDB_API_KEY", "hunter2")
     result = run(
         sandbox, "import os\nprint(dict(os.environ))\ntry: print(open('/proc/1/environ').read())\nexcept OSError: pass"
@@ -218,14 +220,14 @@ def test_row_39_environment(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch):
         "import mmap\nx = mmap.mmap(-1, 1 << 30)",
     ],
 )
-def test_row_39_memory(sandbox: Sandbox, hog: str):
+def test_memory_is_limited(sandbox: Sandbox, hog: str):
     result = run(sandbox, hog)
     assert result.end == "exit"
     assert ("MemoryError" in result.stderr or "Cannot allocate memory" in result.stderr) or result.status == 128 + 24
 
 
 @pytest.mark.faults
-def test_row_39_memory_outside_the_address_space(sandbox: Sandbox):
+def test_memory_outside_the_address_space_is_limited(sandbox: Sandbox):
     program = """
         import ctypes, os
         libc = ctypes.CDLL(None, use_errno=True)
@@ -237,14 +239,14 @@ def test_row_39_memory_outside_the_address_space(sandbox: Sandbox):
 
 
 @pytest.mark.faults
-def test_row_39_infinite_loop(sandbox: Sandbox):
+def test_an_infinite_loop_is_stopped(sandbox: Sandbox):
     result = run(sandbox, "while True: pass", limits=Limits(wall_s=20, cpu_s=1))
     assert (result.end, result.status) == ("exit", 128 + 24)  # SIGXCPU
     assert result.wall_s > 0.9
 
 
 @pytest.mark.faults
-def test_row_39_infinite_loop_that_ignores_the_signal(sandbox: Sandbox):
+def test_an_infinite_loop_that_ignores_signals_is_stopped(sandbox: Sandbox):
     limits = Limits(wall_s=20, cpu_s=1)
     program = """
         import signal
@@ -261,7 +263,7 @@ def test_row_39_infinite_loop_that_ignores_the_signal(sandbox: Sandbox):
 @pytest.mark.parametrize(
     "wait", ["import time; time.sleep(1000)", "import os; os.close(1); os.close(2); os.read(os.pipe()[0], 1)"]
 )
-def test_row_39_sleeps_forever(sandbox: Sandbox, wait: str):
+def test_a_program_that_sleeps_forever_is_stopped(sandbox: Sandbox, wait: str):
     result = run(sandbox, wait)
     assert result.end == "time"
     assert 2.9 < result.wall_s < 4
@@ -270,7 +272,7 @@ def test_row_39_sleeps_forever(sandbox: Sandbox, wait: str):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_row_39_output_without_end(sandbox: Sandbox, stream: str):
+def test_endless_output_is_cut(sandbox: Sandbox, stream: str):
     result = run(sandbox, f"import sys\nwhile True: sys.{stream}.write('x' * 10_000)")
     assert result.end == "output"
     assert len(getattr(result, stream)) == 64 << 10
@@ -278,7 +280,7 @@ def test_row_39_output_without_end(sandbox: Sandbox, stream: str):
 
 
 @pytest.mark.faults
-def test_row_39_huge_files(sandbox: Sandbox):
+def test_huge_files_cannot_be_written(sandbox: Sandbox):
     one = run(sandbox, "f = open('x', 'wb')\nwhile True: f.write(bytes(1 << 20))")
     assert one.status == 1
     assert "OSError: [Errno 27] File too large" in one.stderr or "[Errno 28] No space left" in one.stderr
@@ -299,7 +301,7 @@ def test_row_39_huge_files(sandbox: Sandbox):
 
 
 @pytest.mark.faults
-def test_row_39_kills_what_it_can_reach(sandbox: Sandbox):
+def test_killing_every_reachable_process_harms_nothing_outside(sandbox: Sandbox):
     program = f"""
         import os, signal
         for pid in (1, os.getppid(), {os.getpid()}, {os.getppid()}):
@@ -315,7 +317,7 @@ def test_row_39_kills_what_it_can_reach(sandbox: Sandbox):
 
 
 @pytest.mark.faults
-def test_row_39_threads(sandbox: Sandbox):
+def test_the_number_of_threads_is_limited(sandbox: Sandbox):
     program = """
         import threading, time
         started = 0
@@ -333,7 +335,7 @@ def test_row_39_threads(sandbox: Sandbox):
 
 
 @pytest.mark.faults
-def test_row_39_ptrace_and_memory_of_others(sandbox: Sandbox):
+def test_ptrace_and_the_memory_of_other_processes_are_refused(sandbox: Sandbox):
     program = f"""
         import ctypes, os
         libc = ctypes.CDLL(None, use_errno=True)
@@ -345,7 +347,7 @@ def test_row_39_ptrace_and_memory_of_others(sandbox: Sandbox):
 
 
 @pytest.mark.faults
-def test_row_39_limits_cannot_be_raised(sandbox: Sandbox):
+def test_limits_cannot_be_raised_from_inside(sandbox: Sandbox):
     program = """
         import resource
         for name in ("AS", "CPU", "FSIZE", "NOFILE", "NPROC"):
@@ -358,7 +360,7 @@ def test_row_39_limits_cannot_be_raised(sandbox: Sandbox):
 
 
 @pytest.mark.faults
-def test_row_39_crashes(sandbox: Sandbox):
+def test_a_crash_is_a_failed_program_and_nothing_else(sandbox: Sandbox):
     assert run(sandbox, "import ctypes; ctypes.string_at(0)").status == 128 + 11
     assert run(sandbox, "import os; os.abort()").status == 128 + 6
     deep = run(sandbox, "import sys; sys.setrecursionlimit(10**9)\ndef f(): f()\nf()")
@@ -367,7 +369,7 @@ def test_row_39_crashes(sandbox: Sandbox):
 
 
 @pytest.mark.faults
-def test_row_39_is_no_privileged_user(sandbox: Sandbox):
+def test_the_program_has_no_privileges(sandbox: Sandbox):
     program = "import os\nprint(os.getgroups() == [] or os.getuid(), os.access('/usr/lib', os.W_OK))\nos.setuid(12)"
     result = run(sandbox, program)
     assert result.stdout.split()[1] == "False"
@@ -375,7 +377,7 @@ def test_row_39_is_no_privileged_user(sandbox: Sandbox):
 
 
 @pytest.mark.faults
-def test_row_39_many_at_once_do_not_meet(sandbox: Sandbox):
+def test_programs_that_run_at_once_do_not_see_each_other(sandbox: Sandbox):
     program = (
         "import os, time\nprint(os.listdir('.'))\nopen('mine', 'w').write('x')\ntime.sleep(0.3)\nprint(os.listdir('.'))"
     )
@@ -385,7 +387,7 @@ def test_row_39_many_at_once_do_not_meet(sandbox: Sandbox):
 
 
 @pytest.mark.faults
-def test_row_39_a_killed_trainer_leaves_nothing(tmp_path: Path):
+def test_a_killed_trainer_leaves_no_programs_behind(tmp_path: Path):
     script = tmp_path / "trainer.py"
     script.write_text(
         "from pgrpo.sandbox.run import find_sandbox, Limits\n"
@@ -420,7 +422,7 @@ def test_row_39_a_killed_trainer_leaves_nothing(tmp_path: Path):
 
 
 @pytest.mark.faults
-def test_row_39_no_sandbox_runs_nothing(monkeypatch: pytest.MonkeyPatch):
+def test_without_a_sandbox_nothing_runs(monkeypatch: pytest.MonkeyPatch):
     module._find.cache_clear()
     started: list[object] = []
     try:
@@ -453,7 +455,7 @@ def test_row_39_no_sandbox_runs_nothing(monkeypatch: pytest.MonkeyPatch):
         (("mount(path, inside, None, MS_BIND | MS_REC)", 'mount("/", inside, None, MS_BIND | MS_REC)'), [], "."),
     ],
 )
-def test_row_39_a_sandbox_that_leaks_is_refused(
+def test_a_sandbox_that_leaks_is_refused(
     monkeypatch: pytest.MonkeyPatch, jail: tuple[str, str], options: list[str], message: str
 ):
     assert jail[0] in module._JAIL

@@ -112,7 +112,7 @@ def whole(tiny_model, tmp_path_factory):
         ("eval", signal.SIGTERM, 143),
     ],
 )
-def test_row_17_a_signal_in(tiny_model, tmp_path, whole, phase, signum, code):
+def test_a_signal_in_any_phase_stops_with_a_save(tiny_model, tmp_path, whole, phase, signum, code):
     run_dir = tmp_path / "run"
     process = start(tiny_model, run_dir, phase)
     wait_for(Path(f"{run_dir}.marker"), process)
@@ -143,7 +143,7 @@ def test_row_17_a_signal_in(tiny_model, tmp_path, whole, phase, signum, code):
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_row_18_a_second_ctrl_c_ends_everything_at_once(tiny_model, tmp_path, first):
+def test_a_second_ctrl_c_ends_everything_at_once(tiny_model, tmp_path, first):
     """Also what a reward's worker process had started."""
     process = start(tiny_model, tmp_path / "run", "reward")
     pids = wait_for(Path(f"{tmp_path / 'run'}.marker"), process)
@@ -160,7 +160,7 @@ def test_row_18_a_second_ctrl_c_ends_everything_at_once(tiny_model, tmp_path, fi
 
 
 @pytest.mark.parametrize("blocked", ["in its work", "elsewhere"])
-def test_row_18_a_signal_that_another_thread_took_reaches_the_main_thread(blocked):
+def test_a_signal_taken_by_another_thread_reaches_the_main_thread(blocked):
     """As after SIGCONT. Python's own handler runs in the main thread only, which waits for a lock here, without end."""
     done = subprocess.run(
         [sys.executable, "-c", TAKEN_ELSEWHERE, blocked], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False

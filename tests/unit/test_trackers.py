@@ -71,7 +71,7 @@ def test_metrics_rows_are_on_disk_when_the_step_is_over(tmp_path):
 
 
 @pytest.mark.faults
-def test_row_10_a_file_that_cannot_be_written_is_named(tmp_path):
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
     """By the row that does not fit, by closing it, and by going on with a run; what was written stays."""
     track = Trackers(make_config(), tmp_path)
     track.log(1, {"reward": 0.5})
@@ -225,7 +225,7 @@ def test_tensorboard_numbers_and_resume(tmp_path):
 
 
 @pytest.mark.faults
-def test_row_16_wandb_offline_run_is_written_and_resumed(tmp_path, monkeypatch):
+def test_a_wandb_offline_run_is_written_and_resumed(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_API_KEY", "")
@@ -425,7 +425,7 @@ def test_wandb_is_not_imported_unless_asked(tmp_path):
 
 
 @pytest.mark.faults
-def test_row_50_a_failing_tracker_warns_once_and_training_goes_on(tmp_path, caplog, monkeypatch):
+def test_a_failing_tracker_warns_once_and_training_goes_on(tmp_path, caplog, monkeypatch):
     track = Trackers(make_config(tensorboard=True), tmp_path)
 
     def fail(step, metrics):
@@ -440,7 +440,7 @@ def test_row_50_a_failing_tracker_warns_once_and_training_goes_on(tmp_path, capl
 
 
 @pytest.mark.faults
-def test_row_50_a_tracker_that_goes_down_in_a_run(tiny_model, tmp_path, monkeypatch, caplog):
+def test_a_tracker_that_goes_down_leaves_metrics_jsonl_complete(tiny_model, tmp_path, monkeypatch, caplog):
     """From the second step on tensorboard's disk is gone; the record of the run is whole."""
     from torch.utils.tensorboard import SummaryWriter
 

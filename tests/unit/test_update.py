@@ -233,7 +233,7 @@ def weights(run):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("aggregate", ["token", "sample", "constant"])
-def test_row_29_an_empty_completion_divides_nothing_by_zero(build, tiny_model, aggregate):
+def test_an_empty_completion_divides_nothing_by_zero(build, tiny_model, aggregate):
     """Gradients are those of the untouched model, where its row has no token; it counts as a sample."""
     run = build(f"loss.aggregate={aggregate}", "rollout.max_completion_tokens=5", "train.token_budget=64")
     groups = make_groups()
@@ -254,7 +254,7 @@ def test_row_29_an_empty_completion_divides_nothing_by_zero(build, tiny_model, a
 
 @pytest.mark.faults
 @pytest.mark.parametrize("more", [[], ["loss.kl_coef=0.1", "loss.entropy_coef=0.1"]])
-def test_row_29_nothing_but_empty_completions(build, more):
+def test_a_step_of_empty_completions_goes_on(build, more):
     run, groups = build(*more), make_groups()
     for group in groups:
         group.completions = [replace(c, token_ids=[], rollout_logprobs=[], mask=[]) for c in group.completions]
@@ -267,7 +267,7 @@ def test_row_29_nothing_but_empty_completions(build, more):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("more", [[], ["loss.kl_coef=0.1", "loss.entropy_coef=0.1"]])
-def test_row_31_every_completion_is_truncated_and_masked(build, caplog, more):
+def test_a_step_whose_completions_are_all_truncated_and_masked_goes_on(build, caplog, more):
     """Loss 0, no update, said; the next step learns as if it had not been."""
     run, groups = build("loss.mask_overlong=true", *more), make_groups()
     before = weights(run)
@@ -282,7 +282,7 @@ def test_row_31_every_completion_is_truncated_and_masked(build, caplog, more):
 
 
 @pytest.mark.faults
-def test_row_32_a_step_of_equal_rewards_does_no_update_and_says_so(build, caplog):
+def test_a_step_of_equal_rewards_skips_the_update_and_logs_it(build, caplog):
     """Eight times 0.1, whose computed mean is 0.09999999999999999."""
     run = build("rollout.group_size=8", rewards=[lambda completions, **_: [0.1] * len(completions)])
     groups, before = sample_step(run).groups, weights(run)
@@ -298,7 +298,7 @@ def test_row_32_a_step_of_equal_rewards_does_no_update_and_says_so(build, caplog
 
 
 @pytest.mark.faults
-def test_row_33_the_final_eos_is_in_the_loss_when_it_is_the_pad_token_too(build, tiny_model, tmp_path):
+def test_the_final_eos_is_in_the_loss_when_it_is_also_the_pad_token(build, tiny_model, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     eos = tokenizer.eos_token_id
     assert tokenizer.pad_token_id != eos

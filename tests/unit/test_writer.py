@@ -69,7 +69,7 @@ def test_the_best_stays(tmp_path):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_row_21_weights_that_are_not_finite_fail_the_save_and_the_next_call_says_so(tmp_path, bad):
+def test_nan_or_inf_weights_fail_the_save_and_the_next_call_raises(tmp_path, bad):
     writer, spoiled = Writer(tmp_path, WORLD, keep=2), sets(1.0, 2.0)
     writer.save(1, sets(1.0), {})
     spoiled["model"]["w1"].tensor[7, 7] = bad
@@ -83,7 +83,7 @@ def test_row_21_weights_that_are_not_finite_fail_the_save_and_the_next_call_says
 
 
 @pytest.mark.faults
-def test_row_08_a_checkpoint_gets_its_name_when_all_of_it_is_on_the_disk(tmp_path, monkeypatch):
+def test_a_checkpoint_gets_its_name_only_when_all_of_it_is_on_disk(tmp_path, monkeypatch):
     """Its files and its folder are synced before the rename and the folder above after it; until then another is the latest."""
     synced, renamed = [], []
     fsync, rename = os.fsync, os.rename
@@ -144,7 +144,7 @@ KILLED = """
 
 
 @pytest.mark.faults
-def test_row_07_sigkill_between_write_rename_and_prune(tmp_path):
+def test_sigkill_between_write_rename_and_prune_leaves_a_checkpoint_that_resumes(tmp_path):
     """Killed at the call itself: renames (to the name, away from it), the removals of pruning, syncs, new folders."""
     cases = [f"{call}:{count}" for call in ("rename", "rmdir", "unlink", "fsync", "mkdir") for count in (3, 4, 5, 6)]
     done = subprocess.run(

@@ -216,7 +216,7 @@ def slope(engine, policy, groups, push=True):
 
 
 @pytest.mark.faults
-def test_row_27_the_canary_sees_a_push_and_a_push_that_is_left_out(awake):
+def test_the_canary_detects_a_skipped_push(awake):
     engine, policy = awake
     groups = canary.pick(engine.generate(prompts(*"abcdefgh"), PARAMS, seeds(8, 2)), 15)
     pushed = slope(engine, policy, groups)
@@ -263,7 +263,7 @@ def every_name(policy):
 
 
 @pytest.mark.faults
-def test_row_27_each_dropped_tensor_is_noticed(engine, monkeypatch):
+def test_each_dropped_tensor_is_detected(engine, monkeypatch):
     vllm, policy = engine
     whole = vllm.weights
     with vllm.awake():
@@ -281,7 +281,7 @@ def test_row_27_each_dropped_tensor_is_noticed(engine, monkeypatch):
 
 
 @pytest.mark.faults
-def test_row_27_a_tensor_that_the_engine_does_not_write_is_noticed(engine, monkeypatch):
+def test_a_tensor_that_the_engine_does_not_write_is_detected(engine, monkeypatch):
     vllm, _ = engine
     with vllm.awake():
         model = type(vllm._model())
@@ -296,7 +296,7 @@ def test_row_27_a_tensor_that_the_engine_does_not_write_is_noticed(engine, monke
 
 
 @pytest.mark.faults
-def test_row_24_an_engine_that_dies_while_it_decodes_says_so_and_leaves_nothing(engine):
+def test_an_engine_that_dies_while_decoding_is_reported_and_leaves_no_processes(engine):
     """A layer raises at the third forward: the middle of a rollout. The fault gone, the engine goes on."""
     vllm, _ = engine
     calls = 0
