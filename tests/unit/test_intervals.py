@@ -21,6 +21,15 @@ def test_student_t_has_this_much_of_the_density_within(freedom):
     assert share == pytest.approx(0.95, abs=2e-4)
 
 
+@pytest.mark.parametrize("freedom", [1, 2, 15, 20, 63])
+def test_student_t_has_the_tail_of_a_normal_number_above_five(freedom):
+    """The canary's alarm: 2.866516e-7, one in 3.5 million (the same integral, of what lies above)."""
+    start = math.atan(student_t(freedom, 5.0) / math.sqrt(freedom))
+    tail, half = (np.linspace(low, math.pi / 2, 200_001) for low in (start, 0.0))
+    share = np.trapezoid(np.cos(tail) ** (freedom - 1), tail) / np.trapezoid(np.cos(half) ** (freedom - 1), half) / 2
+    assert share == pytest.approx(2.866516e-7, rel=0.02)
+
+
 def test_wilson_solves_its_equation():
     """The ends p of Wilson's interval are where (rate - p)^2 = z^2 p (1 - p) / n."""
     for rate, count in ((0.0, 20), (0.3, 10), (0.5, 128), (0.97, 256), (1.0, 5)):

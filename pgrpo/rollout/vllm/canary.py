@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+from pgrpo.algorithm.intervals import student_t
 from pgrpo.types import Group
 
 SAMPLES, CONTEXT, TOKENS = 64, 32, 64
@@ -76,18 +77,7 @@ def regress(old: Sequence[float], new: Sequence[float], engine: Sequence[float],
         others_xx, others_xy = map(sum, zip(*sums[:i], *sums[i + 1 :], strict=True))
         without.append(others_xy / others_xx)
     variance = (len(sums) - 1) / len(sums) * sum((slope - xy / xx) ** 2 for slope in without)
-    return Slope(xy / xx, math.sqrt(variance) * _student(len(sums) - 1) / SURE, noise)
-
-
-def _student(freedom: int) -> float:
-    """Where Student's t has the tail that a normal number has above ``SURE`` (Cornish-Fisher; Abramowitz and Stegun 26.7.5)."""
-    z, n = SURE, freedom
-    terms = (
-        (z**3 + z) / (4 * n),
-        (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2),
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3),
-    )
-    return z + sum(terms)
+    return Slope(xy / xx, math.sqrt(variance) * student_t(len(sums) - 1, SURE) / SURE, noise)
 
 
 def check(slope: Slope) -> None:
