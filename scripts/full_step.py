@@ -123,7 +123,7 @@ def steps(args: argparse.Namespace, report: Callable[[list[dict[str, Any]]], Non
                 config.model.attention = name
                 with device_memory(world.device) as used:
                     _, metrics = one_step(run)
-                run.step += 1
+                run.progress.step += 1
                 run.mark()
                 part = {key: metrics[key] for key in (*PARTS, *OTHERS) if key in metrics}
                 part["device_peak_gib"] = max(used)

@@ -72,19 +72,20 @@ class Faults:
     def watch(self) -> None:
         """Know the run's steps, and its micro-batches."""
         from pgrpo.training import loop
+        from pgrpo.training.checkpointing import Checkpoints
         from pgrpo.training.run import Run
         from pgrpo.training.update import Updater
 
-        step, restore, backward = loop.one_step, Run.restore, Updater.backward
+        step, restore, backward = loop.one_step, Checkpoints.restore, Updater.backward
 
         def watched_step(run: Run) -> Any:
-            if self._left and self._left[0]["step"] <= run.step:
-                self._inject(run.step)
+            if self._left and self._left[0]["step"] <= run.progress.step:
+                self._inject(run.progress.step)
             return step(run)
 
-        def watched_restore(run: Run, resume: Any) -> Any:
-            result = restore(run, resume)
-            note("restored", step=run.step)
+        def watched_restore(checkpoints: Checkpoints, resume: Any) -> Any:
+            result = restore(checkpoints, resume)
+            note("restored", step=checkpoints.progress.step)
             return result
 
         def spoiled_backward(updater: Updater, batch: Any, counts: Any) -> Any:
@@ -99,7 +100,7 @@ class Faults:
 
         replaced = (
             (loop, "one_step", watched_step),
-            (Run, "restore", watched_restore),
+            (Checkpoints, "restore", watched_restore),
             (Updater, "backward", spoiled_backward),
         )
         for owner, name, function in replaced:

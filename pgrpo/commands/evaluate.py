@@ -36,12 +36,12 @@ def evaluate(config: Config, checkpoint: str | None = None, out: Path | None = N
         checkpoint=replace(config.checkpoint, keep_best=None),
     )
     with start(config.model.fsdp_size) as world, _built(config, world) as run:
-        if checkpoint and not run.load_weights(checkpoint):
+        if checkpoint and not run.checkpoints.load_weights(checkpoint):
             raise ConfigError(f"--checkpoint {checkpoint}: run_dir={config.run_dir} has no checkpoint")
-        folder = out or run.run_dir / "eval" / f"step_{run.step}"
+        folder = out or run.run_dir / "eval" / f"step_{run.progress.step}"
         metrics = evaluate_run(run, folder)
     console = Console(quiet=not world.is_main)
-    name = f"{config.model.path} after step {run.step}" if checkpoint else config.model.path
+    name = f"{config.model.path} after step {run.progress.step}" if checkpoint else config.model.path
     console.print(_table(f"{name}: {len(run.held_out)} prompts x {config.eval.samples}", metrics))
     console.print(f"completions and summary: {folder}", soft_wrap=True)
     return metrics

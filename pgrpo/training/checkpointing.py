@@ -1,79 +1,188 @@
-"""What a checkpoint of a run holds, and how it is put back."""
+"""What a checkpoint of a run holds, when it is written, and how it is put back."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from pgrpo import checkpoint
 from pgrpo.checkpoint import CheckpointError, Saved
-from pgrpo.config import ConfigError, to_yaml
+from pgrpo.config import Config, ConfigError, to_yaml
+from pgrpo.data import PromptStream
 from pgrpo.distributed import fsdp
 from pgrpo.distributed.shards import Shard, shard_of, whole
 from pgrpo.distributed.world import World
 from pgrpo.model.policy import Policy
 from pgrpo.process.rng import rng_state, set_rng_state
 from pgrpo.training.optim import load_optimizer_shards, optimizer_shards
-
-if TYPE_CHECKING:
-    from pgrpo.training.run import Run
+from pgrpo.training.progress import Progress
+from pgrpo.training.update import Updater
 
 log = logging.getLogger(__name__)
 
 
-def shards_of(run: Run) -> dict[str, dict[str, Shard]]:
-    """What this rank writes: its part of the weights and moments (what several have, the first writes), and its generators."""
-    fsdp.reshard(run.policy)  # the last forward may have been an evaluation's
-    model = {name: shard_of(parameter) for name, parameter in _trained(run.policy).items()}
-    moments = optimizer_shards(run.updater.optimizer, run.policy.model)
-    sets = {"model": model, "optimizer": moments}
-    if reference := _refreshed_reference(run):
-        fsdp.reshard(reference)
-        sets["reference"] = {name: shard_of(parameter) for name, parameter in reference.model.named_parameters()}
-    mine = {
-        set_name: {n: s for n, s in shards.items() if s.is_written_by(run.world.rank)}
-        for set_name, shards in sets.items()
-    }
-    generators = {name: whole(state) for name, state in rng_state().items()}
-    return mine | {f"rng_{run.world.rank}": generators}
+class Checkpoints:
+    """A run's checkpoints: its own are written to ``root``, and it goes on from one of them or from another run's.
 
-
-def scalars_of(run: Run, tracker_state: Mapping[str, Any]) -> dict[str, Any]:
-    """The rest of a checkpoint, as JSON types."""
-    return {
-        "step": run.step,
-        "recent_rewards": [repr(reward) for reward in run.recent_rewards],  # as text: JSON has no nan
-        "stream": run.stream.state_dict(),
-        "trackers": dict(tracker_state),
-        "config": to_yaml(run.config),
-        "world_size": run.world.size,
-        "best": run.best,
-        "skipped_in_row": run.updater.skipped_in_row,
-        "unlogged": run.unlogged and {name: repr(float(value)) for name, value in run.unlogged.items()},
-    }
-
-
-def find(root: Path, resume: str | Path, world: World) -> Path | None:
-    """The checkpoint that ``resume`` means, verified; rank 0 reads it, all ranks get its answer. None: there is none.
-
-    Raises:
-        ConfigError, CheckpointError: a named one does not exist, or is broken; ``RankFailed`` on the other ranks.
+    A checkpoint holds weights, moments, a refreshed reference, every rank's generators, the position in the data, and
+    ``progress``, which is the run's own object.
     """
 
-    def verified() -> Path | None:
-        found = checkpoint.latest(root) if resume in ("auto", "best") else Path(resume)
-        if found and resume == "best":
-            found = _best(found)
-        if found and resume != "auto":
-            checkpoint.open_saved(found).__exit__()
-        return found
+    def __init__(
+        self, root: Path, config: Config, world: World, updater: Updater, stream: PromptStream, progress: Progress
+    ) -> None:
+        self._root, self._config, self._world = root, config, world
+        self._updater, self._stream, self.progress = updater, stream, progress
+        self._policy, self._optimizer = updater.policy, updater.optimizer
+        # Saved only where its weights are no longer the initial ones.
+        self._reference: Policy | None = None
+        if config.loss.ref_refresh_every and isinstance(updater.reference, Policy):
+            self._reference = updater.reference
+        self._writer: checkpoint.Writer | None = None
+        self._saved = -1
 
-    # Reading a large one takes minutes, which ranks may wait for here, and not in a collective call of NCCL's.
-    return world.from_main(world.together(lambda: verified() if world.is_main else None))
+    def save(self, tracker_state: Mapping[str, Any]) -> None:
+        """Begin to write ``step_N``, once the one before is written; it goes on while training does. A collective
+        call, each rank writes its shards. The same step again is written again only while its metrics wait.
+
+        Raises:
+            CheckpointError: the one before could not be written.
+        """
+        progress = self.progress
+        if self._saved == progress.step:
+            return
+        spare = [progress.best["step"]] if progress.best else []
+        self._opened().save(progress.step, self._shards(), self._scalars(tracker_state), spare)
+        self._saved = progress.step if progress.unlogged is None else -1
+
+    def reserve(self) -> None:
+        """Get host memory for the first save while training goes on. After an update: before it there are no moments."""
+        if self._writer is None:
+            self._opened().reserve(self._shards())
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is on the disk. CheckpointError: it could not be written."""
+        if self._writer is not None:
+            self._writer.wait()
+
+    @property
+    def failed(self) -> bool:
+        """Whether ``wait`` has an error to tell, known on this rank."""
+        return self._writer is not None and self._writer.failed
+
+    def restore(self, resume: str | Path | None) -> dict[str, Any] | None:
+        """Go on from a checkpoint (``auto``: this run's newest; ``best``), each rank with what it holds. Returns the trackers'
+        state; None at a fresh start.
+
+        Raises:
+            ConfigError, CheckpointError: there is no such checkpoint, it is broken, or of another model, adapters or data.
+        """
+        path = resume and self._find(resume)
+        if not path:
+            return None
+        progress, is_own = self.progress, path.parent.resolve() == self._root.resolve()
+        with checkpoint.open_saved(path, verified=True) as saved:
+            scalars = saved.scalars
+            _load_parameters("model", _trained(self._policy), saved)
+            if self._reference:
+                _load_parameters("reference", dict(self._reference.model.named_parameters()), saved)
+            names = saved.shapes("optimizer")
+            load_optimizer_shards(
+                self._optimizer, self._policy.model, names, lambda name, like: saved.read("optimizer", name, like)
+            )
+            self._stream.load_state_dict(scalars["stream"])
+            progress.load_state_dict(scalars)
+            self._updater.skipped_in_row = scalars["skipped_in_row"]
+            # Last: nothing above may draw from what this puts back.
+            if scalars["world_size"] == self._world.size:
+                own = f"rng_{self._world.rank}"
+                set_rng_state({name: saved.read(own, name) for name in saved.shapes(own)})
+        if self._world.is_main:
+            self._report(path, scalars)
+        self._world.barrier()
+        trackers = scalars["trackers"]
+        if not is_own:  # a run that starts from another one's weights has its own wandb run, and its own best
+            trackers, progress.best = trackers | {"wandb_id": None}, None
+        self._saved = progress.step if progress.unlogged is None and is_own else -1
+        return trackers
+
+    def load_weights(self, name: str | Path) -> bool:
+        """Take what a checkpoint, named as in ``restore``, trained, and its step; nothing else of the run changes. False: there
+        is none.
+
+        Raises:
+            ConfigError, CheckpointError: as ``restore``.
+        """
+        path = self._find(name)
+        if path is None:
+            return False
+        with checkpoint.open_saved(path, verified=True) as saved:
+            _load_parameters("model", _trained(self._policy), saved)
+            self.progress.step = saved.scalars["step"]
+        self._world.barrier()
+        return True
+
+    def _opened(self) -> checkpoint.Writer:
+        """The writer, built by the first use, a collective call."""
+        if self._writer is None:
+            self._writer = checkpoint.Writer(self._root, self._world, self._config.checkpoint.keep)
+        return self._writer
+
+    def _shards(self) -> dict[str, dict[str, Shard]]:
+        """What this rank writes: its part of weights and moments (what several have, the first writes), and its generators."""
+        fsdp.reshard(self._policy)  # the last forward may have been an evaluation's
+        model = {name: shard_of(parameter) for name, parameter in _trained(self._policy).items()}
+        sets = {"model": model, "optimizer": optimizer_shards(self._optimizer, self._policy.model)}
+        if self._reference:
+            fsdp.reshard(self._reference)
+            sets["reference"] = {name: shard_of(p) for name, p in self._reference.model.named_parameters()}
+        mine = {
+            set_name: {n: s for n, s in shards.items() if s.is_written_by(self._world.rank)}
+            for set_name, shards in sets.items()
+        }
+        return mine | {f"rng_{self._world.rank}": {name: whole(state) for name, state in rng_state().items()}}
+
+    def _scalars(self, tracker_state: Mapping[str, Any]) -> dict[str, Any]:
+        """The rest of a checkpoint, as JSON types."""
+        return {
+            **self.progress.state_dict(),
+            "skipped_in_row": self._updater.skipped_in_row,
+            "stream": self._stream.state_dict(),
+            "trackers": dict(tracker_state),
+            "config": to_yaml(self._config),
+            "world_size": self._world.size,
+        }
+
+    def _find(self, name: str | Path) -> Path | None:
+        """The checkpoint that ``name`` means, verified; rank 0 reads it, all ranks get its answer. None: there is none.
+
+        Raises:
+            ConfigError, CheckpointError: a named one does not exist, or is broken; ``RankFailed`` on the other ranks.
+        """
+
+        def verified() -> Path | None:
+            found = checkpoint.latest(self._root) if name in ("auto", "best") else Path(name)
+            if found and name == "best":
+                found = _best(found)
+            if found and name != "auto":
+                checkpoint.open_saved(found).__exit__()
+            return found
+
+        # Reading a large one takes minutes, which ranks may wait for here, and not in a collective call of NCCL's.
+        return self._world.from_main(self._world.together(lambda: verified() if self._world.is_main else None))
+
+    def _report(self, path: Path, scalars: Mapping[str, Any]) -> None:
+        config, ranks = self._config, self._world.size
+        log.warning("going on from %s: %d of %d steps done", path, self.progress.step, config.train.steps)
+        if scalars["world_size"] != ranks:
+            log.warning("saved on %d ranks, going on with %d", scalars["world_size"], ranks)
+        before, now = scalars["config"].splitlines(), to_yaml(config).splitlines()
+        for line in sorted(set(now) - set(before)):
+            log.warning("config differs from the checkpoint's: now %s", line.strip())
 
 
 def _best(newest: Path) -> Path:
@@ -82,63 +191,6 @@ def _best(newest: Path) -> Path:
     if best is None:
         raise ConfigError(f"best: {newest} knows of no best checkpoint; train with checkpoint.keep_best=eval/reward")
     return newest.with_name(f"step_{best['step']}")
-
-
-def put_back(run: Run, path: Path) -> dict[str, Any]:
-    """Read a verified checkpoint, each rank what it holds, and return the scalars.
-
-    Raises:
-        CheckpointError: it is of another model, or of other adapters.
-    """
-    with checkpoint.open_saved(path, verified=True) as saved:
-        _load_parameters("model", _trained(run.policy), saved)
-        if reference := _refreshed_reference(run):
-            _load_parameters("reference", dict(reference.model.named_parameters()), saved)
-        names = saved.shapes("optimizer")
-        optimizer, model = run.updater.optimizer, run.policy.model
-        load_optimizer_shards(optimizer, model, names, lambda name, like: saved.read("optimizer", name, like))
-        scalars = saved.scalars
-        run.stream.load_state_dict(scalars["stream"])
-        run.step, run.best = scalars["step"], scalars["best"]
-        run.recent_rewards = [float(reward) for reward in scalars["recent_rewards"]]
-        run.updater.skipped_in_row = scalars["skipped_in_row"]
-        unlogged = scalars["unlogged"]
-        run.unlogged = None if unlogged is None else {name: float(value) for name, value in unlogged.items()}
-        # Last: nothing above may draw from what this puts back.
-        if scalars["world_size"] == run.world.size:
-            own = f"rng_{run.world.rank}"
-            set_rng_state({name: saved.read(own, name) for name in saved.shapes(own)})
-    if run.world.is_main:
-        _report(run, path, scalars)
-    run.world.barrier()
-    return scalars
-
-
-def put_back_weights(run: Run, path: Path) -> None:
-    """Read what a verified checkpoint trained, each rank what it holds, and the step. Nothing else of the run changes.
-
-    Raises:
-        CheckpointError: it is of another model, or of other adapters.
-    """
-    with checkpoint.open_saved(path, verified=True) as saved:
-        _load_parameters("model", _trained(run.policy), saved)
-        run.step = saved.scalars["step"]
-    run.world.barrier()
-
-
-def _report(run: Run, path: Path, scalars: Mapping[str, Any]) -> None:
-    log.warning("going on from %s: %d of %d steps done", path, run.step, run.config.train.steps)
-    if scalars["world_size"] != run.world.size:
-        log.warning("saved on %d ranks, going on with %d", scalars["world_size"], run.world.size)
-    before, now = scalars["config"].splitlines(), to_yaml(run.config).splitlines()
-    for line in sorted(set(now) - set(before)):
-        log.warning("config differs from the checkpoint's: now %s", line.strip())
-
-
-def _refreshed_reference(run: Run) -> Policy | None:
-    """The reference model where its weights are no longer the initial ones."""
-    reference = run.updater.reference
-    return reference if run.config.loss.ref_refresh_every and isinstance(reference, Policy) else None
 
 
 def _load_parameters(set_name: str, parameters: Mapping[str, torch.nn.Parameter], saved: Saved) -> None:

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from pgrpo.algorithm.intervals import mean_interval, rate_interval
 from pgrpo.algorithm.metrics import group_metrics, pass_at_k
-from pgrpo.config import redact
+from pgrpo.config import Config, ConfigError, redact
 from pgrpo.distributed.world import World
 from pgrpo.rewards.runner import RewardRunner
+from pgrpo.rollout.base import sampling_params
 from pgrpo.tracking.record import TRAINING, writing
 from pgrpo.types import Completion, Group, Prompt, SamplingParams
 
@@ -76,6 +77,16 @@ def metric_names(rewards: RewardRunner, params: SamplingParams, samples: int, *,
     if greedy and params.temperature != 0:
         found += map(_greedy, names(1))
     return [f"eval/{name}" for name in found]
+
+
+def check_keep_best(config: Config, rewards: RewardRunner) -> None:
+    """ConfigError: evaluation has no metric ``checkpoint.keep_best``."""
+    if (name := config.checkpoint.keep_best) is None:
+        return
+    params = sampling_params(config, config.eval.temperature)
+    there = metric_names(rewards, params, config.eval.samples, greedy=config.eval.greedy)
+    if name not in there:
+        raise ConfigError(f"checkpoint.keep_best: {name} is no metric of an evaluation; there are {', '.join(there)}")
 
 
 def numbers_of_samples(samples: int) -> list[int]:

@@ -1,18 +1,13 @@
-"""Evaluation of a run: its prompts, sampling and files, and the metric that ``checkpoint.keep_best`` names."""
+"""Evaluation of a run: its prompts, sampling and files."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pgrpo.config import Config, ConfigError
-from pgrpo.rewards.runner import RewardRunner
 from pgrpo.rollout.base import sample_seeds, sampling_params
-from pgrpo.training.evaluate import evaluate, metric_names, save_results
-
-if TYPE_CHECKING:
-    from pgrpo.training.run import Run
+from pgrpo.training.evaluate import evaluate, save_results
+from pgrpo.training.run import Run
 
 
 def evaluate_run(run: Run, out: Path | None = None) -> dict[str, float]:
@@ -32,7 +27,7 @@ def evaluate_run(run: Run, out: Path | None = None) -> dict[str, float]:
         )
     if run.world.is_main:
         about = {
-            "step": run.step,
+            "step": run.progress.step,
             "model": config.model.path,
             "prompts": len(run.held_out),
             "samples": config.eval.samples,
@@ -42,15 +37,5 @@ def evaluate_run(run: Run, out: Path | None = None) -> dict[str, float]:
         if out:
             save_results(out, evaluation, about, "{fix}, or set another --out")
         else:
-            save_results(run.run_dir / "eval" / f"step_{run.step}", evaluation, about)
+            save_results(run.run_dir / "eval" / f"step_{run.progress.step}", evaluation, about)
     return evaluation.metrics
-
-
-def check_keep_best(config: Config, rewards: RewardRunner) -> None:
-    """ConfigError: evaluation has no metric ``checkpoint.keep_best``."""
-    if (name := config.checkpoint.keep_best) is None:
-        return
-    params = sampling_params(config, config.eval.temperature)
-    there = metric_names(rewards, params, config.eval.samples, greedy=config.eval.greedy)
-    if name not in there:
-        raise ConfigError(f"checkpoint.keep_best: {name} is no metric of an evaluation; there are {', '.join(there)}")

@@ -66,12 +66,13 @@ def train(
         stop_signals(world.stop),
         _built(config, world, rewards, dataset) as run,
     ):
-        tracker_state = run.restore(resume)
-        if run.step == 0 and tracker_state is None and config.eval.every:
-            run.unlogged = {}
+        tracker_state = run.checkpoints.restore(resume)
+        run.mark()
+        if run.progress.step == 0 and tracker_state is None and config.eval.every:
+            run.progress.unlogged = {}
         if resume and world.is_main:
             for folder in ("checkpoints", "eval"):
-                set_aside_after(run.run_dir / folder, run.step)
+                set_aside_after(run.run_dir / folder, run.progress.step)
         with (
             closing(Trackers(config, run.run_dir, resume=tracker_state)) if world.is_main else nullcontext() as trackers
         ):
@@ -83,79 +84,82 @@ def train(
 
 
 def _loop(run: Run, trackers: Trackers | None) -> None:
+    progress, total = run.progress, run.config.train.steps
     if trackers:
         trackers.message(_summary(run))
     try:
-        if run.unlogged is not None:
+        if progress.unlogged is not None:
             _finish_step(run, trackers)
         while not _is_done(run):
             run.world.check_stop()
             with _out_of_memory_explained(run):
-                groups, run.unlogged = one_step(run)
-            run.step += 1
-            run.recent_rewards = [*run.recent_rewards, run.unlogged["reward"]][-WINDOW:]
+                groups, progress.unlogged = one_step(run)
+            progress.step += 1
+            progress.recent_rewards = [*progress.recent_rewards, progress.unlogged["reward"]][-WINDOW:]
             if trackers:
-                trackers.completions(run.step, groups)
+                trackers.completions(progress.step, groups)
             _finish_step(run, trackers)
     except Stopped as stopped:
         _save_last_finished(run, trackers)
-        log.warning("stopped after step %d of %d, saved; go on with --resume auto", run.step, run.config.train.steps)
+        log.warning("stopped after step %d of %d, saved; go on with --resume auto", progress.step, total)
         raise SystemExit(128 + stopped.signum) from None
     except Exception as error:
         _rescue(run, trackers, error)
         raise
-    total, target = run.config.train.steps, run.config.train.target_reward
-    if run.step < total:
+    if progress.step < total:
+        target = run.config.train.target_reward
         text = "train.target_reward=%s reached: mean reward of the last %d steps %.4g; done after step %d of %d, saved"
-        log.warning(text, target, WINDOW, sum(run.recent_rewards) / WINDOW, run.step, total)
+        log.warning(text, target, WINDOW, sum(progress.recent_rewards) / WINDOW, progress.step, total)
 
 
 def _save_last_finished(run: Run, trackers: Trackers | None) -> None:
     """Drop the step that was begun and save the one before, durably."""
     run.drop()
-    run.save(trackers.state_dict() if trackers else {})
-    run.wait()
+    run.checkpoints.save(trackers.state_dict() if trackers else {})
+    run.checkpoints.wait()
 
 
 def _rescue(run: Run, trackers: Trackers | None, error: Exception) -> None:
     """Save the last finished step after a failure in the next one, if that has changed nothing yet and all ranks know of it."""
     known = run.world.size == 1 or isinstance(error, NonFiniteError) or distributed.all_ranks_know(error)
-    if not known or not run.step or run.updater.has_moved or isinstance(error, CheckpointError):
+    if not known or not run.progress.step or run.updater.has_moved or isinstance(error, CheckpointError):
         return
     try:
         _save_last_finished(run, trackers)
     except Exception as another:  # what ended the run is told by its own exception
-        log.error("step %d could not be saved: %s", run.step, another)
+        log.error("step %d could not be saved: %s", run.progress.step, another)
     else:
-        log.warning("failed after step %d of %d, saved; go on with --resume auto", run.step, run.config.train.steps)
+        log.warning(
+            "failed after step %d of %d, saved; go on with --resume auto", run.progress.step, run.config.train.steps
+        )
 
 
 def _is_done(run: Run) -> bool:
     """After the last step, or when rewards are good enough. All ranks see the same rewards."""
-    target, recent = run.config.train.target_reward, run.recent_rewards
+    target, recent = run.config.train.target_reward, run.progress.recent_rewards
     reached = target is not None and len(recent) == WINDOW and sum(recent) / WINDOW >= target
-    return reached or run.step >= run.config.train.steps
+    return reached or run.progress.step >= run.config.train.steps
 
 
 def _finish_step(run: Run, trackers: Trackers | None) -> None:
     """Evaluate, log and save, where it is time for it."""
-    config, done = run.config, _is_done(run)
+    config, progress, done = run.config, run.progress, _is_done(run)
     run.mark()
-    metrics, best = run.unlogged or {}, False
-    if config.eval.every and (run.step % config.eval.every == 0 or done):
+    metrics, best = progress.unlogged or {}, False
+    if config.eval.every and (progress.step % config.eval.every == 0 or done):
         metrics = metrics | evaluate_run(run)
-        best = run.is_best(metrics)
+        best = progress.is_best(config.checkpoint.keep_best, metrics)
     if trackers:
-        trackers.log(run.step, metrics)
-    run.unlogged = None
+        trackers.log(progress.step, metrics)
+    progress.unlogged = None
     run.mark()
-    due = config.checkpoint.every and run.step and run.step % config.checkpoint.every == 0
+    due = config.checkpoint.every and progress.step and progress.step % config.checkpoint.every == 0
     if due or best or done:
-        run.save(trackers.state_dict() if trackers else {})
-    elif run.step and config.checkpoint.every:
-        run.reserve()
-    if run.world.any(run.save_failed):
-        run.wait()
+        run.checkpoints.save(trackers.state_dict() if trackers else {})
+    elif progress.step and config.checkpoint.every:
+        run.checkpoints.reserve()
+    if run.world.any(run.checkpoints.failed):
+        run.checkpoints.wait()
 
 
 def one_step(run: Run) -> tuple[list[Group], dict[str, float]]:
@@ -164,7 +168,7 @@ def one_step(run: Run) -> tuple[list[Group], dict[str, float]]:
     started = time.perf_counter()
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    if config.loss.ref_refresh_every and run.step and run.step % config.loss.ref_refresh_every == 0:
+    if config.loss.ref_refresh_every and run.progress.step and run.progress.step % config.loss.ref_refresh_every == 0:
         run.updater.refresh_reference()
     sampled, loss = sample_step(run), config.loss
     if run.engine.counted_bytes:  # what an engine of its own took in the rollout is its affair
@@ -175,10 +179,10 @@ def one_step(run: Run) -> tuple[list[Group], dict[str, float]]:
         group.advantages = values
     scored = time.perf_counter()
 
-    lr = learning_rate(config.optim, run.step, config.train.steps)
+    lr = learning_rate(config.optim, run.progress.step, config.train.steps)
     set_learning_rate(run.updater.optimizer, lr)
     if run.canary:
-        run.canary.before_update(run.step, groups)
+        run.canary.before_update(run.progress.step, groups)
     try:
         metrics = group_metrics(sampled.all_groups) | run.updater.step(groups)
     except NonFiniteError as error:
@@ -217,8 +221,9 @@ def _out_of_memory_explained(run: Run) -> Iterator[None]:
         longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
         again = "" if config.model.activation_checkpointing == "full" else ", set model.activation_checkpointing=full"
         vllm = " or rollout.gpu_memory_utilization" if engine_name(config, run.world.device) == "vllm" else ""
+        reason = str(error).strip().splitlines()[0] if str(error) else "no more memory"
         raise RuntimeError(
-            f"out of memory in step {run.step + 1} ({str(error).strip().splitlines()[0] if str(error) else 'no more memory'}). "
+            f"out of memory in step {run.progress.step + 1} ({reason}). "
             f"A micro-batch has up to train.token_budget={config.train.token_budget} packed tokens in {dims.layers} layers of "
             f"{dims.hidden}, with model.activation_checkpointing={config.model.activation_checkpointing}; a rollout decodes "
             f"rollout.max_concurrent={config.rollout.max_concurrent} completions of up to "
@@ -230,7 +235,7 @@ def _out_of_memory_explained(run: Run) -> Iterator[None]:
 def _dump(run: Run, groups: Sequence[Group]) -> str:
     """Write all of a step's groups, the step that was not done, as JSON (with NaN, as Python reads it). Returns where they are:
     that they could not be written is no reason to keep quiet of what the batch is wanted for."""
-    file = run.run_dir / f"bad_batch_step_{run.step + 1}.json"
+    file = run.run_dir / f"bad_batch_step_{run.progress.step + 1}.json"
     try:
         if run.world.is_main:
             file.write_text(json.dumps([asdict(group) for group in groups], indent=1, default=str))

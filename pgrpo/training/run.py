@@ -1,18 +1,16 @@
-"""What a run is made of, how it is built from a config, and how it is saved and restored."""
+"""What a run is made of, and how it is built from a config."""
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pgrpo import checkpoint
+from pgrpo.checkpoint import CheckpointError
 from pgrpo.config import Config, ConfigError
 from pgrpo.data import PromptStream, load_prompts
 from pgrpo.distributed.world import World
@@ -23,10 +21,11 @@ from pgrpo.planning.placement import attention_choice, check_device, place_polic
 from pgrpo.process.rng import rng_state, seed_all, set_rng_state
 from pgrpo.rewards.runner import RewardRunner
 from pgrpo.rollout.base import RolloutEngine
-from pgrpo.training import checkpointing as state
+from pgrpo.training.checkpointing import Checkpoints
 from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine
-from pgrpo.training.evaluation import check_keep_best
+from pgrpo.training.evaluate import check_keep_best
 from pgrpo.training.optim import build_optimizer
+from pgrpo.training.progress import Progress
 from pgrpo.training.update import Updater
 from pgrpo.types import Group, Prompt
 
@@ -35,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """The pieces of a run. ``step`` counts the steps that are done; ``recent_rewards`` are the mean rewards of the last of them."""
+    """The pieces of a run, its progress, and its checkpoints."""
 
     config: Config
     world: World
@@ -47,16 +46,11 @@ class Run:
     engine: RolloutEngine
     canary: Canary | None
     updater: Updater
-    step: int = 0
-    recent_rewards: list[float] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-    """Step and value of the best evaluation so far, by ``checkpoint.keep_best``."""
-    unlogged: dict[str, float] | None = None
-    """Metrics of ``step``, as long as they wait for an evaluation."""
+    progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        self._writer: checkpoint.Writer | None = None
-        self._saved = -1
+        root = self.run_dir / "checkpoints"
+        self.checkpoints = Checkpoints(root, self.config, self.world, self.updater, self.stream, self.progress)
         self.mark()
 
     def __enter__(self) -> Self:
@@ -64,8 +58,8 @@ class Run:
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            self.wait()
-        except checkpoint.CheckpointError as error:
+            self.checkpoints.wait()
+        except CheckpointError as error:
             if kind is None:
                 raise
             log.error("the last checkpoint was not written: %s", error)  # what ended the run is told by its exception
@@ -89,70 +83,6 @@ class Run:
         self.stream.load_state_dict(stream)
         set_rng_state(generators)
         self.updater.optimizer.zero_grad()
-
-    def is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether an evaluation of a trained model is the best so far; it is noted, and its checkpoint kept."""
-        name = self.config.checkpoint.keep_best
-        if name is None or self.step == 0 or not metrics[name] > (self.best["value"] if self.best else -math.inf):
-            return False
-        self.best = {"step": self.step, "value": metrics[name]}
-        log.info("step %d is the best so far: %s %.4g", self.step, name, metrics[name])
-        return True
-
-    def save(self, tracker_state: Mapping[str, Any]) -> None:
-        """Begin to write ``checkpoints/step_N``, once the one before is written; it goes on while training does. A collective
-        call, each rank writes its shards. The same step again is written again only while its metrics wait.
-
-        Raises:
-            CheckpointError: the one before could not be written.
-        """
-        if self._saved == self.step:
-            return
-        spare = [self.best["step"]] if self.best else []
-        self.writer.save(self.step, state.shards_of(self), state.scalars_of(self, tracker_state), spare)
-        self._saved = self.step if self.unlogged is None else -1
-
-    @cached_property
-    def writer(self) -> checkpoint.Writer:
-        """Built by the first use, a collective call."""
-        self._writer = checkpoint.Writer(self.run_dir / "checkpoints", self.world, self.config.checkpoint.keep)
-        return self._writer
-
-    def reserve(self) -> None:
-        """Get host memory for the first save while training goes on. After an update: before it there are no moments."""
-        if self._writer is None:
-            self.writer.reserve(state.shards_of(self))
-
-    def wait(self) -> None:
-        """Until the checkpoint that is being written is on the disk. CheckpointError: it could not be written."""
-        if self._writer is not None:
-            self._writer.wait()
-
-    @property
-    def save_failed(self) -> bool:
-        """Whether ``wait`` has an error to tell, known on this rank."""
-        return self._writer is not None and self._writer.failed
-
-    def restore(self, resume: str | Path | None) -> dict[str, Any] | None:
-        """Go on from a checkpoint (``auto``: this run's newest; ``best``). Returns the trackers' state; None at a fresh start."""
-        path = resume and state.find(self.run_dir / "checkpoints", resume, self.world)
-        if not path:
-            return None
-        scalars = state.put_back(self, path)
-        trackers = scalars["trackers"]
-        is_own = path.parent.resolve() == (self.run_dir / "checkpoints").resolve()
-        if not is_own:  # a run that starts from another one's weights has its own wandb run, and its own best
-            trackers, self.best = trackers | {"wandb_id": None}, None
-        self._saved = self.step if self.unlogged is None and is_own else -1
-        self.mark()
-        return trackers
-
-    def load_weights(self, checkpoint: str | Path) -> bool:
-        """Take the weights, and no more, of a checkpoint, named as in ``restore``; False: there is none."""
-        path = state.find(self.run_dir / "checkpoints", checkpoint, self.world)
-        if path:
-            state.put_back_weights(self, path)
-        return path is not None
 
 
 def agree_on_run_dir(config: Config, world: World) -> None:

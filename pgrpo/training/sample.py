@@ -44,9 +44,8 @@ def sample_step(run: Run) -> Sampled:
 
     def round_of(count: int, first: int) -> list[Group]:
         prompts = run.stream.take(count)
-        seeds = [
-            sample_seeds(config.seed, run.step, first + i, group_size=config.rollout.group_size) for i in range(count)
-        ]
+        step, size = run.progress.step, config.rollout.group_size
+        seeds = [sample_seeds(config.seed, step, first + i, group_size=size) for i in range(count)]
         return _generate_and_score(run, prompts, seeds, timings)
 
     with run.engine.awake():

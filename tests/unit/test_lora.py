@@ -190,8 +190,8 @@ def test_a_run_trains_saves_and_exports_adapters_on_frozen_weights(dtype, tiny, 
     (tmp_path / "config.yaml").write_text(f"model: {{path: {tiny}, dtype: {dtype}, lora_rank: 4}}\n")
     with start() as world, build_run(config, world, rewards=[digits]) as run:
         steps = [one_step(run)[1] for _ in range(3)]
-        run.step = 3
-        run.save({})
+        run.progress.step = 3
+        run.checkpoints.save({})
         reshard(run.policy)
         frozen = {n: full_tensor(p) for n, p in run.policy.model.named_parameters() if not p.requires_grad}
         assert frozen
@@ -227,7 +227,7 @@ def test_eval_reads_the_adapters_of_a_checkpoint_and_refuses_others(tiny, tmp_pa
     with start() as world, build_run(config, world, rewards=[digits]) as run:
         for parameter in run.policy.parameters():
             parameter.data += 0.3 * parameter.requires_grad  # so that it says something else than the model
-        run.save({})
+        run.checkpoints.save({})
     folder = str(tmp_path / "checkpoints" / "step_0")
     plain, trained = evaluate(config), evaluate(config, folder)
     assert plain["eval/completions/mean_length"] != trained["eval/completions/mean_length"]
