@@ -16,7 +16,7 @@ PassPlan = Literal["two_calls", "concat"]
 TWO_CALLS_NS_PER_MIB = 7700.0
 CONCAT_NS_PER_MIB = 4760.0
 """Time that a plan adds to forward and backward of one layer, for each MiB (bf16) of completion rows' queries (two calls) or of
-copied keys and values (concat). Measured by scripts/attention_plans.py on an H100 with flash4, see
+copied keys and values (concat). Measured by benchmarks/attention_plans.py on an H100 with flash4, see
 benchmarks/h100_attention_plans.json: they pick the faster plan in 29 of 30 shapes, at worst one that takes 1.06 times as long."""
 TWO_CALLS_NS = 155_000.0
 """... and for the additional launches of two calls."""

@@ -1,4 +1,4 @@
-"""A short soak; ``python scripts/soak.py`` is the long one."""
+"""A short soak; ``python benchmarks/soak.py`` is the long one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = {"sigkill", "sigterm", "reward_raise", "reward_hang", "nan_loss", "nan_g
 @pytest.mark.faults
 def test_soak(tmp_path):
     """Each kind of fault once, in a run that they stop and in one whose data they change."""
-    command = [sys.executable, "scripts/soak.py", "--steps", "60", "--json", str(tmp_path / "soak.json")]
+    command = [sys.executable, "benchmarks/soak.py", "--steps", "60", "--json", str(tmp_path / "soak.json")]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
         capture_output=True, text=True, check=False,

@@ -1,4 +1,4 @@
-"""scripts/effects.py: what it measures of trained weights, against one sample at a time; what it compares can be run."""
+"""benchmarks/effects.py: what it measures of trained weights, against one sample at a time; what it compares can be run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pgrpo.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = runpy.run_path(str(ROOT / "scripts" / "effects.py"))
+SCRIPT = runpy.run_path(str(ROOT / "benchmarks" / "effects.py"))
 ROWS = [{"a": 12, "b": 34, "answer": "46"}, {"a": 77, "b": 55, "answer": "132"}]
 
 

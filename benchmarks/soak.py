@@ -1,6 +1,6 @@
 """The quick start's run under random faults, ended by a shell loop, compared with the same run undisturbed.
 
-    python scripts/soak.py [--steps 1000] [--seed 0] [--json soak.json] [--log soak.log]
+    python benchmarks/soak.py [--steps 1000] [--seed 0] [--json soak.json] [--log soak.log]
 
 Three runs of ``pgrpo train --config quickstart.yaml`` on the CPU, one thread each:
 
@@ -92,7 +92,7 @@ def main() -> None:
     differences = _differences(folder / "undisturbed" / "disk" / "run", folder / "stopped" / "disk" / "run", args.steps)
     runs["stopped"]["bit_equal_to_undisturbed"] = not differences
     summary = {
-        "command": f"python scripts/soak.py --steps {args.steps} --seed {args.seed}",
+        "command": f"python benchmarks/soak.py --steps {args.steps} --seed {args.seed}",
         "versions": {name: version(name) for name in ("pgrpo", "torch", "transformers", "safetensors")}
         | {"python": platform.python_version()},
         "full_disk": "tmpfs" if os.environ.get(NAMESPACE) == "own" else "limit on the size of files",

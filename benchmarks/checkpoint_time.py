@@ -1,6 +1,6 @@
 """How long a checkpoint keeps training waiting: written in the background (as runs do it), and written while training waits.
 
-    python scripts/checkpoint_time.py [--config smollm2_135m] [--saves 4] [--out FOLDER] [key=value ...]
+    python benchmarks/checkpoint_time.py [--config smollm2_135m] [--saves 4] [--out FOLDER] [key=value ...]
 
 Builds the config's model with AdamW, gives it one update's worth of moments, and saves both ways, in turns. In the background: the
 seconds until ``save`` returns, which is the copy to host memory (which was reserved ahead, as runs do it after their first step).

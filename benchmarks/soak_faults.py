@@ -1,4 +1,4 @@
-"""``pgrpo`` with faults: what scripts/soak.py starts in its place. Nothing of pgrpo is changed on the disk; its functions are
+"""``pgrpo`` with faults: what benchmarks/soak.py starts in its place. Nothing of pgrpo is changed on the disk; its functions are
 wrapped in this process, to know which step it is at and to spoil a number.
 
 The folder that ``SOAK_DIR`` names holds ``plan.json``, the list of faults in their order. A fault is struck off, in

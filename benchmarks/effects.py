@@ -1,7 +1,7 @@
 """What reward weights, dynamic sampling and the KL term do: short runs of the quick start's model, three seeds each, on a CPU.
 
     python scripts/make_tiny_model.py
-    python scripts/effects.py [--only weights,resampling,kl] [--steps 150] [--seeds 0,1,2] [--json benchmarks/effects.json]
+    python benchmarks/effects.py [--only weights,resampling,kl] [--steps 150] [--seeds 0,1,2] [--json benchmarks/effects.json]
 
 - weights: two rewards that disagree on every sum below 100, exact match and "three digits", with weights 1 and 0, 0 and 1, 1 and 1.
 - resampling: three of four rows have an answer that nothing matches, so that their groups never have spread.

@@ -1,6 +1,6 @@
 """Peak memory of log-probs and entropy at a large vocabulary, forward and backward, beside the full logits that never exist.
 
-    python scripts/logprob_memory.py [--tokens 8192] [--vocabulary 151936] [--hidden 1024] [--dtype float32]
+    python benchmarks/logprob_memory.py [--tokens 8192] [--vocabulary 151936] [--hidden 1024] [--dtype float32]
 
 On a GPU it is what PyTorch allocated; on a CPU the resident memory of this process. Either way without the inputs.
 """

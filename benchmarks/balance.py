@@ -1,7 +1,7 @@
 """How evenly a step's work is shared out among ranks, on simulated lengths with a long tail.
 
-    python scripts/balance.py --json benchmarks/balance.json                # needs no GPU
-    python scripts/balance.py --on-gpu --ranks 2 4 --steps 3 --json FILE
+    python benchmarks/balance.py --json benchmarks/balance.json                # needs no GPU
+    python benchmarks/balance.py --on-gpu --ranks 2 4 --steps 3 --json FILE
 
 Prompts and completions are log-normal, cut off at the maximum (a few completions per hundred run into it, as those of a
 reasoning model do). Work is what `pgrpo train` shares out by: the FLOPs of a group's forward and backward. Ranks that hold

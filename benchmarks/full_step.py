@@ -1,8 +1,8 @@
 """Whole training steps, rollout included, of a model's shape with random weights (so that completions run to their limit).
 
-    python scripts/full_step.py --shape-of benchmarks/qwen3_4b --config qwen3_4b.yaml --prompts 32 --prompt 4096 \
+    python benchmarks/full_step.py --shape-of benchmarks/qwen3_4b --config qwen3_4b.yaml --prompts 32 --prompt 4096 \
         --completion 1024 --group-size 8 [--attention grouped repeated] [--steps 2] [--plain] [--json FILE] [key=value ...]
-    torchrun --nproc-per-node 2 scripts/full_step.py ... optim.offload=none
+    torchrun --nproc-per-node 2 benchmarks/full_step.py ... optim.offload=none
 
 Makes a model folder beside the run folder, from config.json alone, trains on random prompts, and prints the median of each part
 of a step, for both ways of attention in turn. A small step of each before, which compiles, is left out.
