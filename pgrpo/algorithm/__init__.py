@@ -1,3 +1,3 @@
-"""GRPO's mathematics, tensors in, tensors out: ``advantages.py``, ``loss.py``, and the numbers that are logged
-(``metrics.py``).
+"""The mathematics of GRPO, tensors in and tensors out, without models or config files: ``advantages.py``, ``loss.py`` (begin
+there), metrics of a step (``metrics.py``) and confidence intervals (``intervals.py``).
 """

@@ -1,5 +1,5 @@
 """Attention over packed groups, in which each prompt is stored and computed once.
 
-``reference.py`` is the spec, ``grouped.py`` the fast path, ``kernels.py`` the flash kernels it runs on, ``layout.py`` the
-geometry they share, ``interface.py`` the door through which transformers models reach them.
+Begin with ``layout.py`` (which rows attend to which) and ``reference.py`` (the specification, dense and slow). ``grouped.py`` is
+the fast path, ``choose.py`` picks one of its two ways, ``kernels/`` has the flash kernels, and transformers calls ``hook.py``.
 """

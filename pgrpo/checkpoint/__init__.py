@@ -11,11 +11,13 @@
 A checkpoint is written under a hidden name, synced to the disk and renamed, so a ``step_N`` that exists was once
 complete; the manifest tells whether it still is. Nothing here pickles: tensors are safetensors, the rest is JSON.
 
-``files`` writes and reads one folder, ``folder`` keeps the folders of a run, ``writer`` writes while training goes on, ``lock``
-keeps a second run out, which is what makes cleaning up after a killed write safe.
+Begin with ``files.py``, which writes and reads one folder. ``folder.py`` manages the folders of a run, ``writer.py`` writes in the
+background while training continues. The lock of the run folder (``process/lock.py``) keeps a second run out, so that cleaning
+up after a killed write is safe.
 
-Why not ``torch.distributed.checkpoint``: its safetensors writer plans over the process group in the thread that writes, takes a
-tensor's shape from the shards that it finds (one that is lost makes the tensor smaller), and leaves sums and renaming to us.
+Why not ``torch.distributed.checkpoint``: its safetensors writer plans over the process group in the thread that writes, and takes a
+tensor's shape from the shards that it finds, so that a lost shard makes the tensor smaller. Checksums and renaming would still
+be ours.
 """
 
 from pgrpo.checkpoint.files import CheckpointError, Saved, load, open_saved, verify

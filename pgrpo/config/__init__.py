@@ -1,4 +1,6 @@
-"""The schema, and the only way into it: ``load_config``. Imports neither torch nor transformers."""
+"""The config: ``schema.py`` has every key (begin there), ``load_config`` is the only way to make a config from a YAML.
+Imports neither torch nor transformers, so that wrong input is refused at once.
+"""
 
 from pgrpo.config.load import check_world_size, find_file, fit_world_size, load_config, packaged, to_yaml
 from pgrpo.config.schema import (

@@ -1,8 +1,8 @@
-"""Data set -> prompts, and the order in which training takes them.
+"""Turns a data set into prompts, and decides the order in which training takes them.
 
-``load_prompts`` reads the rows, fills in the template, applies the chat template and tokenizes: everything that can be
-wrong with a user's data is found here, before any model weight is loaded. ``PromptStream`` deals the prompts out, epoch
-after epoch, and can be resumed.
+``load_prompts`` (begin there) reads the rows, fills in the template, applies the chat template and tokenizes. It finds
+everything that can be wrong with a user's data before any weight is loaded. ``PromptStream`` hands out the prompts, epoch after
+epoch, and can be resumed.
 """
 
 from __future__ import annotations

@@ -1,3 +1,3 @@
-"""Several processes: the ranks of a run (``world.py``), FSDP2 around a policy (``fsdp.py``), and which part of a tensor a
-rank holds (``shards.py``).
+"""Training on several GPUs: the ranks of a run and what they exchange (``world.py``, begin there), FSDP2 around a policy
+(``fsdp.py``), and the part of a tensor that a rank holds (``shards.py``).
 """

@@ -1,3 +1,3 @@
-"""The policy: a transformers model whose attention is grouped, log-probs of completion tokens out of it, and what surrounds
-it: recomputation, LoRA, the names of its weights, and the proof that it is exact. Begin with ``policy.py``.
+"""The policy: a transformers model with grouped attention that returns log-probs of completion tokens. Also activation
+checkpointing, LoRA, its weights under checkpoint names, and the comparison with the untouched model. Begin with ``policy.py``.
 """

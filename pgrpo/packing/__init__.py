@@ -1,3 +1,3 @@
-"""Samples into packed tensors that hold each prompt once (``batch.py``), filled to the token budget and shared out among
-ranks (``balance.py``).
+"""Packs samples into tensors that hold each prompt once (``batch.py``, begin there), and divides a step's groups into
+micro-batches of the token budget for each rank (``balance.py``).
 """

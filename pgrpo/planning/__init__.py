@@ -1,3 +1,3 @@
-"""What a step costs, before it runs: FLOPs (``flops.py``), GPU memory (``memory.py``), and how a model is placed on its
-device because of them (``placement.py``).
+"""Predicts the cost of a step before it runs: FLOPs (``flops.py``) and GPU memory (``memory.py``). ``placement.py`` uses both
+to choose kernel, compilation and activation checkpointing, and puts the model on its device. Begin with ``flops.py``.
 """

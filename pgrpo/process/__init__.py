@@ -1,3 +1,3 @@
-"""How a run ends: signals, stopping at the next safe point, deadlines for calls that hang, the process's exit, and the lock
-of a run folder.
+"""How a process starts and ends: stop signals, deadlines for calls that hang, the exit code, random generators, and the lock of
+a run folder. Begin with ``signals.py``.
 """

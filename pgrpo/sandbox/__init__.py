@@ -1,3 +1,3 @@
-"""Runs programs that a model wrote: no network, no files of this machine, bounded in every resource. Begin with ``run.py``;
-``jail.py`` is what runs inside.
+"""Runs programs that a model wrote, without network, without files of this machine, and with a limit on every resource.
+Begin with ``run.py``, which starts a program from outside; ``jail.py`` runs inside and confines itself first.
 """

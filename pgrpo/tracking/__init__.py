@@ -1,4 +1,6 @@
-"""Where a run's numbers go: metrics.jsonl and completions.jsonl always; terminal, wandb and tensorboard when asked for."""
+"""Writes a run's metrics and completions: to metrics.jsonl and completions.jsonl always; to the terminal, wandb and tensorboard as
+configured. Begin with ``run.py``.
+"""
 
 from pgrpo.tracking.console import Terminal, printable
 from pgrpo.tracking.run import Trackers

@@ -1,4 +1,6 @@
-"""Training: ``loop.py`` is the loop, ``run.py`` what a run is made of and how it is saved, ``update.py`` one step's updates."""
+"""Training. Begin with ``loop.py``, the training loop. ``sample.py`` samples and scores a step's groups, ``update.py`` does its
+optimizer steps, ``run.py`` builds a run from its config, ``checkpointing.py`` saves and restores it.
+"""
 
 from pgrpo.training.loop import train
 

@@ -1,1 +1,3 @@
-"""Flash attention behind one pair of signatures (``flash.py``), on GPUs and on CPUs, and Triton kernels for the merge."""
+"""Flash attention on GPUs and CPUs behind one pair of functions, and Triton kernels that merge two attention results.
+Begin with ``flash.py``.
+"""

@@ -1,3 +1,3 @@
-"""Sampling with vLLM in the trainer's processes. Begin with ``engine.py``; ``start.py`` starts it, ``delivery.py`` and
-``canary.py`` make sure of its weights.
+"""Samples with vLLM in the trainer's processes. Begin with ``engine.py``. ``start.py`` starts vLLM, ``requests.py`` translates
+prompts and completions, ``delivery.py`` and ``canary.py`` verify that vLLM has the policy's current weights.
 """
