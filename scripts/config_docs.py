@@ -22,6 +22,7 @@ from pgrpo.config.load import RECIPE_ROLLOUT
 from pgrpo.config.presets import PRESETS
 from pgrpo.config.source import hints
 
+LIMITS = ("least", "above", "most")
 FILE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 INTRO = """\
 # Configuration
@@ -61,6 +62,16 @@ def kind(hint: Any) -> str:
     return {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}.get(hint, "mapping")
 
 
+def limits(field: Field[Any]) -> str:
+    """`, 1 to 65536` or `, above 0, at most 1`; nothing for what has no range."""
+    if "most" not in field.metadata:
+        return ""
+    least, above, most = (
+        re.sub(r"(?<=1)0{6,}$", lambda m: f"e{len(m[0])}", f"{field.metadata[n] or 0:.0f}") for n in LIMITS
+    )
+    return f", above {above}, at most {most}" if field.metadata["least"] is None else f", {least} to {most}"
+
+
 def default(field: Field[Any]) -> str:
     value = field.default_factory() if field.default_factory is not MISSING else field.default
     return "required" if value == "???" else f"`{literal(value)}`"
@@ -80,7 +91,7 @@ def rows(section: type, prefix: str) -> Iterator[str]:
         if hint is None or is_dataclass(hint):
             continue
         words = re.sub(r"`+", "`", text[field.name]).replace("|", r"\|")
-        yield f"| `{prefix}{field.name}` | {kind(hint)} | {default(field)} | {words} |"
+        yield f"| `{prefix}{field.name}` | {kind(hint)}{limits(field)} | {default(field)} | {words} |"
         if get_origin(hint) is list and is_dataclass(item := get_args(hint)[0]):
             yield from rows(item, f"{prefix}{field.name}[i].")  # pyright: ignore[reportArgumentType]
 

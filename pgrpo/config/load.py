@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pgrpo.config import secrets
+from pgrpo.config.interpolation import check_interpolations
 from pgrpo.config.presets import PRESETS
 from pgrpo.config.rules import REDACTED, check_values, check_world_size, fit_world_size, leaves
 from pgrpo.config.schema import Config, ConfigError
@@ -51,6 +52,7 @@ def load_config(
     OmegaConf.register_resolver("now", lambda pattern: datetime.now().strftime(pattern), use_cache=True, replace=True)
     try:
         layers = [_anchored(item) for item in sources]
+        check_interpolations([*layers, *(_nested(key, value) for key, value in changes)])
         merged = _merge(layers, changes)
         if preset := merged.loss.preset:
             _refuse_idle_preset(preset, main, changes)
@@ -59,7 +61,7 @@ def load_config(
             merged.data.path = PYTHON
         _refuse_missing(merged, main)
         config = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, OverflowError) as error:
+    except (OmegaConfBaseException, OverflowError, RecursionError) as error:
         key = f"{full_key}: " if (full_key := getattr(error, "full_key", None)) else ""
         raise ConfigError(f"{key}{one_line(error)}; correct it, or write \\${{ for a literal ${{") from error
     assert isinstance(config, Config)
@@ -76,6 +78,13 @@ def _merge(layers: Sequence[Mapping[str, Any]], changes: Sequence[tuple[str, Any
         OmegaConf.update(merged, key, value, merge=True)
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _nested(key: str, value: Any) -> Any:
+    """``a.b[0]`` and a value -> {a: {b: {0: value}}}."""
+    for part in reversed(re.findall(r"\w+", key)):
+        value = {part: value}
+    return value
 
 
 def to_yaml(config: Config) -> str:

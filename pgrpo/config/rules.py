@@ -9,52 +9,6 @@ from typing import Any
 
 from pgrpo.config.schema import Config, ConfigError
 
-AT_LEAST = {
-    "seed": 0,
-    "model.fsdp_size": 1,
-    "model.lora_rank": 0,
-    "data.max_prompt_tokens": 1,
-    "rollout.prompts_per_step": 1,
-    "rollout.group_size": 2,
-    "rollout.max_completion_tokens": 1,
-    "rollout.top_k": 0,
-    "rollout.resample_limit": 0,
-    "rollout.max_concurrent": 1,
-    "rollout.tensor_parallel_size": 1,
-    "rollout.canary_every": 0,
-    "loss.kl_coef": 0,
-    "loss.ref_refresh_every": 0,
-    "loss.entropy_coef": 0,
-    "loss.rollout_correction_cap": 1,
-    "optim.lr": 0,
-    "optim.warmup_steps": 0,
-    "optim.weight_decay": 0,
-    "optim.max_grad_norm": 0,
-    "train.steps": 1,
-    "train.updates_per_step": 1,
-    "train.epochs_per_step": 1,
-    "train.token_budget": 1,
-    "train.max_skipped_updates": 0,
-    "eval.every": 0,
-    "eval.rows": 1,
-    "eval.samples": 1,
-    "eval.temperature": 0,
-    "checkpoint.every": 0,
-    "checkpoint.keep": 1,
-    "track.completions": 0,
-    "track.console_every": 1,
-}
-ABOVE_ZERO = (
-    "model.lora_alpha",
-    "rollout.temperature",
-    "rollout.top_p",
-    "rollout.gpu_memory_utilization",
-    "rollout.vllm_deadline_s",
-    "loss.clip_low",
-    "loss.clip_high",
-    "optim.eps",
-)
-AT_MOST = {"rollout.top_p": 1, "rollout.gpu_memory_utilization": 1}
 NEEDS = {
     "model.lora_alpha": ("model.lora_rank", 0),
     "model.lora_targets": ("model.lora_rank", 0),
@@ -64,6 +18,8 @@ NEEDS = {
     "loss.rollout_correction_cap": ("loss.rollout_correction", "none"),
 }
 """A key that has no effect while another has this value."""
+MOST_SAMPLES, MOST_HELD_OUT = 2**20, 2**24
+"""Completions of a step, and of an evaluation, which are all in memory at once."""
 REDACTED = "(redacted)"
 ROLES = ("system", "user", "assistant")
 
@@ -84,27 +40,14 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def check_values(config: Config, *, rewards_from_python: bool) -> None:
     """Raise ConfigError for the first value out of range or at odds with another."""
-    values = dict(leaves(config))
-    for key, value in values.items():
+    for key, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}: {value} is not a finite number; give a finite one")
         if value == "":
             raise ConfigError(f"{key}: '' is empty; give a value, or leave the key out")
         if value == REDACTED:
             raise ConfigError(f"{key}: {value!r} was redacted when this file was written; add {key}=VALUE")
-    for key, least in AT_LEAST.items():
-        if values[key] is not None and values[key] < least:
-            raise ConfigError(f"{key}: {values[key]} is too small; it must be at least {least}")
-    for key in ABOVE_ZERO:
-        if values[key] is not None and values[key] <= 0:
-            why = " (greedy sampling has nothing to learn from)" if key == "rollout.temperature" else ""
-            raise ConfigError(f"{key}: {values[key]} is too small; it must be above 0{why}")
-    for key, most in AT_MOST.items():
-        if values[key] is not None and values[key] > most:
-            raise ConfigError(f"{key}: {values[key]} is too large; it must be at most {most}")
-    for i, reward in enumerate(config.rewards.functions):
-        if reward.timeout_s <= 0:
-            raise ConfigError(f"rewards.functions[{i}].timeout_s: {reward.timeout_s} is too small; it must be above 0")
+    _check_ranges(config, "")
     for i, beta in enumerate(config.optim.betas):
         if not 0 <= beta < 1:
             raise ConfigError(f"optim.betas[{i}]: {beta} is out of range; it must be at least 0 and below 1")
@@ -121,6 +64,28 @@ def check_values(config: Config, *, rewards_from_python: bool) -> None:
         raise ConfigError(
             f"eval.every: {config.eval.every} needs held-out rows; set data.eval_path or data.eval_split, or every to 0"
         )
+
+
+def _check_ranges(section: Any, prefix: str) -> None:
+    """Raise ConfigError for a number that is not in the range that ``number`` gave its field."""
+    for field in fields(section):
+        value, key, limits = getattr(section, field.name), prefix + field.name, field.metadata
+        for i, item in enumerate(value if isinstance(value, list) else [value]):
+            if is_dataclass(item):
+                _check_ranges(item, f"{key}[{i}]." if isinstance(value, list) else f"{key}.")
+        if "most" not in limits or value is None:
+            continue
+        if limits["least"] is not None and value < limits["least"]:
+            raise ConfigError(f"{key}: {value} is too small; it must be at least {_plain(limits['least'])}")
+        if limits["above"] is not None and value <= limits["above"]:
+            why = " (greedy sampling has nothing to learn from)" if key == "rollout.temperature" else ""
+            raise ConfigError(f"{key}: {value} is too small; it must be above {limits['above']}{why}")
+        if value > limits["most"]:
+            raise ConfigError(f"{key}: {value} is too large; it must be at most {_plain(limits['most'])}")
+
+
+def _plain(limit: float) -> str:
+    return f"{limit:.0f}" if limit == round(limit) else f"{limit}"
 
 
 def _check_needs(config: Config) -> None:
@@ -144,6 +109,19 @@ def _value(config: Config, key: str) -> Any:
 
 def _check_sizes(config: Config) -> None:
     prompts, updates = config.rollout.prompts_per_step, config.train.updates_per_step
+    for name, most, counts in (
+        (
+            "rollout.group_size",
+            MOST_SAMPLES,
+            {"rollout.prompts_per_step": prompts, "rollout.group_size": config.rollout.group_size},
+        ),
+        ("eval.samples", MOST_HELD_OUT, {"eval.rows": config.eval.rows, "eval.samples": config.eval.samples}),
+    ):
+        if (product := math.prod(counts.values())) > most:
+            raise ConfigError(
+                f"{name}: {' x '.join(counts)} is {' x '.join(map(str, counts.values()))} = {product} completions at once; "
+                f"lower one of them, the product must be at most {most}"
+            )
     if prompts % updates:
         raise ConfigError(
             f"train.updates_per_step: {updates} does not divide rollout.prompts_per_step, {prompts} prompts; "

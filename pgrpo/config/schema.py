@@ -17,6 +17,14 @@ class ConfigError(Exception):
         return text if len(text) <= 1000 else f"{text[:600]} [...] {text[-300:]}"
 
 
+MOST_TOKENS, MOST_STEPS, MOST_SECONDS = 2**20, 10**9, 1e7
+
+
+def number(default: Any, *, least: float | None = None, above: float | None = None, most: float) -> Any:
+    """A field that holds a number in a range. ``most`` is beyond every use, and small enough that memory and time bear it."""
+    return field(default=default, metadata={"least": least, "above": above, "most": most})
+
+
 @dataclass
 class ModelConfig:
     path: str = MISSING
@@ -35,13 +43,13 @@ class ModelConfig:
     activation_checkpointing: Literal["none", "attention", "full", "auto"] = "auto"
     """What the backward computes again: nothing; all of a layer but attention; or all of it. `auto` (none on a CPU) computes
     again, all but attention, in as few layers as the memory plan needs, and all in as few where that is not enough."""
-    fsdp_size: int | None = None
+    fsdp_size: int | None = number(None, least=1, most=65536)
     """How many neighbouring ranks one copy of the weights is split over (hybrid sharding); gradients are averaged over the copies.
     On several nodes, the GPUs of one node. None: all ranks."""
-    lora_rank: int = 0
+    lora_rank: int = number(0, least=0, most=4096)
     """LoRA: train adapters of this rank beside the linear layers, and leave the weights as they are, held in `dtype`. 0 trains all
     weights."""
-    lora_alpha: float = 32.0
+    lora_alpha: float = number(32.0, above=0, most=1e6)
     """An adapter's output is multiplied by `lora_alpha / lora_rank`."""
     lora_targets: list[str] = field(default_factory=list)
     """Names of the linear layers that get adapters, such as `q_proj`. Empty: all in the decoder layers."""
@@ -66,7 +74,7 @@ class DataConfig:
     """Branch, tag or commit of a hub data set."""
     shuffle: bool = True
     """A new seeded order in each epoch. False keeps the order of the rows."""
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: int = number(1024, least=1, most=MOST_TOKENS)
     """The longest prompt."""
     overlong: Literal["error", "drop", "truncate"] = "error"
     """What to do with a longer prompt: stop, leave it out, or keep its last `max_prompt_tokens` tokens. Counted."""
@@ -97,36 +105,36 @@ class RolloutConfig:
     engine: Literal["auto", "vllm", "embedded"] = "auto"
     """`vllm` runs vLLM in the trainer's processes, `embedded` samples with the policy's own transformers model. `auto` takes
     vLLM where it is installed and there is a GPU."""
-    prompts_per_step: int = 32
+    prompts_per_step: int = number(32, least=1, most=2**17)
     """Prompts in one step, over all ranks."""
-    group_size: int = 8
+    group_size: int = number(8, least=2, most=2**14)
     """Completions of each prompt."""
-    max_completion_tokens: int = 256
+    max_completion_tokens: int = number(256, least=1, most=MOST_TOKENS)
     """The longest completion."""
-    temperature: float = 1.0
+    temperature: float = number(1.0, above=0, most=1e3)
     """Sampling temperature; the policy's log-probs use it too."""
-    top_p: float = 1.0
+    top_p: float = number(1.0, above=0, most=1)
     """Sample from the smallest set of tokens with this probability. 1 is off."""
-    top_k: int = 0
+    top_k: int = number(0, least=0, most=2**24)
     """Sample from the k likeliest tokens. 0 is off."""
     stop: list[str] = field(default_factory=list)
     """Strings that end a completion. Not part of the text that rewards read."""
-    resample_limit: int = 0
+    resample_limit: int = number(0, least=0, most=1000)
     """Rounds of fresh prompts in the place of groups whose rewards are all equal (dynamic sampling, DAPO). What is still
     equal then is kept. 0 is off."""
-    max_concurrent: int = 256
+    max_concurrent: int = number(256, least=1, most=2**17)
     """Completions that are decoded at once; bounds the memory of keys and values."""
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = number(1, least=1, most=1024)
     """GPUs, of neighbouring ranks, that share one vLLM engine. 1: an engine on every GPU."""
-    gpu_memory_utilization: float | None = None
+    gpu_memory_utilization: float | None = number(None, above=0, most=1)
     """Share of a GPU's memory for vLLM while it is awake. None: what the policy leaves between updates
     by the memory plan, less 4 GiB for CUDA graphs."""
     enforce_eager: bool = False
     """Start vLLM without compilation and CUDA graphs: sooner, and slower ever after."""
-    canary_every: int = 10
+    canary_every: int = number(10, least=0, most=MOST_STEPS)
     """Steps between checks, by log-probs, that vLLM has the policy's new weights. Needs 16 different
     completions in a step. 0 is off."""
-    vllm_deadline_s: float = 1800.0
+    vllm_deadline_s: float = number(1800.0, above=0, most=MOST_SECONDS)
     """Seconds that one vLLM call (start, push, rollout, sleep) may take; then the run ends, with a message."""
     allow_untested_vllm: bool = False
     """Run on a vLLM version that pgrpo was not tested on."""
@@ -137,11 +145,11 @@ class RewardConfig:
     function: str = MISSING
     """Built-in name (`exact_match`, ...), `module:function` or `path/to/file.py:function` (relative to the recipe, then
     to the current folder)."""
-    weight: float = 1.0
+    weight: float = number(1.0, least=-1e6, most=1e6)
     """Factor in the total reward."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for the function."""
-    timeout_s: float = 600.0
+    timeout_s: float = number(600.0, above=0, most=MOST_SECONDS)
     """Seconds that one call of an own function may take; then its process is killed. `math` has `args.timeout_s`."""
 
 
@@ -161,9 +169,9 @@ class LossConfig:
     """What is clipped: each token's ratio of probabilities, or their geometric mean over the sample (GSPO)."""
     objective: Literal["clip", "cispo"] = "clip"
     """`clip`: a clipped token has no gradient (PPO, GRPO). `cispo`: the clipped ratio weighs every token's gradient."""
-    clip_low: float = 0.2
+    clip_low: float = number(0.2, above=0, most=1e6)
     """The ratio's lower clip is 1 - clip_low."""
-    clip_high: float = 0.2
+    clip_high: float = number(0.2, above=0, most=1e6)
     """The ratio's upper clip is 1 + clip_high."""
     aggregate: Literal["token", "sample", "constant"] = "token"
     """`token`: all tokens equal (DAPO). `sample`: mean in each sample first (GRPO). `constant`: sum over
@@ -174,38 +182,38 @@ class LossConfig:
     """Divide advantages by the standard deviation of the group's rewards, of all of the step's, or not (Dr. GRPO)."""
     mask_overlong: bool = False
     """Leave completions that were cut at `max_completion_tokens` out of the loss; they stay in every count (DAPO)."""
-    kl_coef: float = 0.0
+    kl_coef: float = number(0.0, least=0, most=1e6)
     """Weight of the KL to the reference model, at first the initial one. 0 loads no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Its estimate of a token: `k1` log-ratio, `k2` half its square, `k3` never negative and unbiased (GRPO)."""
-    ref_refresh_every: int = 0
+    ref_refresh_every: int = number(0, least=0, most=MOST_STEPS)
     """Steps after which the reference becomes the current policy (checkpoints then hold both). 0: never."""
     ref_offload: Literal["none", "cpu"] = "none"
     """`cpu` keeps the reference model in host memory; its layers visit the GPU one at a time. Saves 2 bytes a parameter."""
-    entropy_coef: float = 0.0
+    entropy_coef: float = number(0.0, least=0, most=1e6)
     """Weight of an entropy bonus."""
     rollout_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
     """Weigh tokens by the trainer's probability over the sampler's, of the token or its whole sample: `truncate` takes at most
     `rollout_correction_cap` (TIS), `mask` drops what is not within [1/cap, cap] (MIS). The difference is logged in any case."""
-    rollout_correction_cap: float = 2.0
+    rollout_correction_cap: float = number(2.0, least=1, most=1e6)
     """The largest weight."""
 
 
 @dataclass
 class OptimConfig:
-    lr: float = 1e-6
+    lr: float = number(1e-6, least=0, most=1e3)
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """After warm-up: stay, or go to 0 at the last step."""
-    warmup_steps: int = 0
+    warmup_steps: int = number(0, least=0, most=MOST_STEPS)
     """Steps of linear warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's betas."""
-    eps: float = 1e-8
+    eps: float = number(1e-8, above=0, most=1)
     """AdamW's epsilon."""
-    weight_decay: float = 0.0
+    weight_decay: float = number(0.0, least=0, most=1e3)
     """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = number(1.0, least=0, most=1e9)
     """Gradient norm above which gradients are scaled down. 0 is off."""
     offload: Literal["none", "cpu"] = "none"
     """`cpu` keeps AdamW's moments in host memory; they visit the GPU once an update. Saves 8 bytes a parameter."""
@@ -213,39 +221,39 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    steps: int = MISSING
+    steps: int = number(MISSING, least=1, most=MOST_STEPS)
     """Steps: rollout, reward, update."""
-    updates_per_step: int = 1
+    updates_per_step: int = number(1, least=1, most=2**17)
     """Optimizer steps in an epoch of a step; each takes an equal share of the step's prompts."""
-    epochs_per_step: int = 1
+    epochs_per_step: int = number(1, least=1, most=1000)
     """Passes over a step's completions."""
-    token_budget: int = 16384
+    token_budget: int = number(16384, least=1, most=2**26)
     """The most packed tokens in one micro-batch on one rank."""
-    target_reward: float | None = None
+    target_reward: float | None = number(None, least=-1e9, most=1e9)
     """Save and stop early once the mean reward of the last 10 steps is at least this."""
-    max_skipped_updates: int = 3
+    max_skipped_updates: int = number(3, least=0, most=MOST_STEPS)
     """Updates in a row that are skipped because their loss or gradients are not finite; one more stops the run. 0: none is."""
 
 
 @dataclass
 class EvalConfig:
-    every: int = 0
+    every: int = number(0, least=0, most=MOST_STEPS)
     """Steps between evaluations on the held-out split; also before the first and after the last. 0 is off."""
-    rows: int = 128
+    rows: int = number(128, least=1, most=2**20)
     """Held-out prompts."""
-    samples: int = 1
+    samples: int = number(1, least=1, most=2**14)
     """Completions of each, sampled as in training unless `temperature` is set; pass@k is for powers of two up to this, and this."""
     greedy: bool = True
     """One greedy completion of each prompt beside those (`eval/greedy/...`)."""
-    temperature: float | None = None
+    temperature: float | None = number(None, least=0, most=1e3)
     """Temperature of the samples. None takes the rollout's; 0 makes them greedy, and no other greedy one is made."""
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = 0
+    every: int = number(0, least=0, most=MOST_STEPS)
     """Steps between checkpoints. 0 saves only at the end (and on Ctrl-C)."""
-    keep: int = 2
+    keep: int = number(2, least=1, most=10**6)
     """Newest checkpoints to keep."""
     keep_best: str | None = None
     """Also save and keep the checkpoint that evaluation found best (highest), by this metric, such as `eval/reward`."""
@@ -255,10 +263,10 @@ class CheckpointConfig:
 class TrackConfig:
     console: bool = True
     """Live metrics and a table of completions on the terminal."""
-    completions: int = 4
+    completions: int = number(4, least=0, most=2**17)
     """Completions logged each step in completions.jsonl, and every `console_every` steps on the console, in wandb and in
     tensorboard."""
-    console_every: int = 10
+    console_every: int = number(10, least=1, most=MOST_STEPS)
     """Steps between console reports, and between tables of completions in wandb and tensorboard."""
     wandb: bool = False
     """Log to Weights & Biases as well."""
@@ -274,7 +282,7 @@ class Config:
     """Task YAML, by path or by name: its keys go under this file's."""
     run_dir: str = MISSING
     """Where the run keeps its files. `~` and `${now:%Y%m%d}` work."""
-    seed: int = 0
+    seed: int = number(0, least=0, most=2**62)
     """All randomness derives from it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

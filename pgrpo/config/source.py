@@ -29,6 +29,8 @@ KINDS = {
     dict: "a mapping",
     list: "a list",
 }
+DEEPEST, MOST_VALUES, MOST_CHARACTERS = 50, 10_000, 2**18
+"""Of one file or override."""
 Marks = dict[str, tuple[int, str | None]]
 
 
@@ -80,7 +82,7 @@ def read_mapping(mapping: Mapping[str, Any]) -> Source:
     """Check a Python mapping, as ``read_file`` does."""
     try:
         values = OmegaConf.to_container(OmegaConf.create(dict(mapping)))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError) as error:
         raise ConfigError(f"config: {one_line(error)}; use plain values, and \\${{ for a literal ${{") from error
     assert isinstance(values, dict)
     source = Source({str(name): value for name, value in values.items()}, "", Path.cwd())
@@ -110,33 +112,67 @@ def read_override(override: str) -> tuple[str, Any]:
     return key, value
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML for which 1e-6 is a number and a date is text. Refuses what no config has while it reads: anchors, tags, and nesting
+    and sizes that would cost time and memory."""
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self._name, self._depth, self._count = name, 0, 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()
+        place = _at(self._name, event.start_mark.line + 1)
+        if event.anchor:
+            raise ConfigError(
+                f"{place}: anchor {event.anchor!r} is not supported; write ${{other.key}} to refer to a key"
+            )
+        if tag := getattr(event, "tag", None):
+            tag = tag.replace("tag:yaml.org,2002:", "!!")
+            raise ConfigError(f"{place}: tag {tag!r} is not supported; remove it")
+        self._depth += 1
+        self._count += 1
+        if self._depth > DEEPEST:
+            raise ConfigError(f"{place}: nested too deeply; remove some brackets")
+        if self._count > MOST_VALUES:
+            raise ConfigError(f"{place}: more than {MOST_VALUES} keys and values; put what is data into the data set")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?(\d[\d_]*\.[\d_]*(e[-+]?\d+)?|\d[\d_]*e[-+]?\d+|\.\d[\d_]*(e[-+]?\d+)?"
+        r"|\d[\d_]*(:[0-5]?\d)+\.[\d_]*|\.inf)$|\.nan$",
+        re.IGNORECASE | re.ASCII,
+    ),
+    list("-+0123456789."),
+)
+
+
 def parse(text: str, name: str, key: str = "") -> tuple[Marks, Any]:
     """YAML text -> (marks, value), without duplicate keys, tags, anchors or second documents."""
+    if len(text) > MOST_CHARACTERS:
+        raise ConfigError(f"{name}: longer than {MOST_CHARACTERS} characters; put what is data into the data set")
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            place = _at(name, event.start_mark.line + 1 if event.start_mark else 1)
-            if anchor := getattr(event, "anchor", None):
-                raise ConfigError(
-                    f"{place}: anchor {anchor!r} is not supported; write ${{other.key}} to refer to a key"
-                )
-            if tag := getattr(event, "tag", None):
-                tag = tag.replace("tag:yaml.org,2002:", "!!")
-                raise ConfigError(f"{place}: tag {tag!r} is not supported; remove it")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        loader = _Loader(text, name)
+        root = loader.get_single_node()
         marks = dict(_marks(root, root.start_mark.line + 1, key, name)) if root else {}
-        # OmegaConf's own reader, for which 1e-6 is a number, through an override, which takes any YAML.
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index]
+        return marks, loader.construct_document(root) if root else None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = _at(name, mark.line + 1) if mark else name
         raise ConfigError(
             f"{place}: not YAML: {getattr(error, 'problem', None) or one_line(error)}; quote text"
         ) from error
-    except (OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(f"{name}: {one_line(error)}; write \\${{ for a literal ${{") from error
-    except RecursionError as error:
-        raise ConfigError(f"{name}: nested too deeply; remove some brackets") from error
-    return marks, value
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"{name}: {one_line(error)}; write a shorter number") from error
 
 
 def _marks(node: yaml.Node, line: int, key: str, name: str) -> Iterator[tuple[str, tuple[int, str | None]]]:
@@ -275,4 +311,6 @@ def valid_keys() -> tuple[str, ...]:
 
 def one_line(error: BaseException) -> str:
     """The first line of an error's message."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import re
-from dataclasses import replace
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +19,7 @@ from omegaconf import OmegaConf
 from pgrpo.config import Config, ConfigError, LossConfig, check_world_size, find_file, load_config, packaged, to_yaml
 from pgrpo.config.names import FOREIGN
 from pgrpo.config.presets import PRESETS
-from pgrpo.config.rules import ABOVE_ZERO, AT_LEAST, REDACTED, leaves
+from pgrpo.config.rules import REDACTED, leaves
 from pgrpo.config.source import valid_keys
 
 BASE: dict[str, Any] = {
@@ -389,6 +391,73 @@ def test_bad_yaml(text: str, message: str, folder: Path) -> None:
     assert message in refused(write(folder / "c.yaml", text))
 
 
+def test_what_would_take_too_long_or_too_much_memory_is_refused_at_once(folder: Path) -> None:
+    started = time.process_time()
+    nested = write(folder / "nested.yaml", "a: " + "[" * 100_000)
+    assert refused(nested) == f"{nested}:1: nested too deeply; remove some brackets"
+    assert "nested too deeply" in refused(BASE, "rollout.stop=" + "{a: " * 20_000)
+    many = write(folder / "many.yaml", YAML + f"rollout: {{stop: [{'x, ' * 10_000}]}}\n")
+    assert refused(many).startswith(f"{many}:7: more than 10000 keys and values; put what is data into the data set")
+    assert "longer than 262144 characters" in refused(BASE, f"prompt.template={'x' * 300_000}")
+    laugh = ["a0: &a0 [x, x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))]
+    assert "anchor 'a0' is not supported" in refused(write(folder / "laugh.yaml", "\n".join(laugh)))
+    deep: Any = 1
+    for _ in range(50_000):
+        deep = [deep]
+    assert refused({**BASE, "rollout": {"stop": deep}}).startswith("config: nested too deeply; ")
+    assert time.process_time() - started < 3
+
+
+@pytest.mark.parametrize(
+    ("first", "others"),
+    [
+        ("x", "${{.a{0}}}${{.a{0}}}"),
+        ("", "${{.a{0}}}${{.a{0}}}"),  # resolves to nothing, and would take as long
+        ("x", "${{prompt.chat_template_kwargs.a{0}}}${{oc.env:NOT_SET,${{.a{0}}}}}"),
+        ("${oc.env:PGRPO_LONG}", "${{.a{0}}}${{.a{0}}}"),
+        ({"x": "y"}, {"x": "${{..a{0}.x}}", "y": "${{..a{0}}}"}),
+    ],
+)
+def test_interpolations_that_grow_are_refused_at_once(first: Any, others: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGRPO_LONG", "x" * 1000)
+    form = (lambda i: {k: v.format(i) for k, v in others.items()}) if isinstance(others, dict) else others.format
+    arguments = {"a0": first} | {f"a{i}": form(i - 1) for i in range(1, 60)}
+    prompt = {"messages": [{"role": "user", "content": "{q}"}], "chat_template_kwargs": arguments}
+    started = time.process_time()
+    message = refused({**BASE, "prompt": prompt})
+    assert re.match(
+        r"prompt\.chat_template_kwargs\.a\d+.*: once each \$\{\.\.\.\} in it is replaced it has more than 1048576 characters",
+        message,
+    )
+    overrides = [f"prompt.chat_template_kwargs.{key}={value}" for key, value in arguments.items()]
+    if isinstance(others, str) and first:
+        chat = {"messages": prompt["messages"]}
+        assert "more than 1048576 characters" in refused({**BASE, "prompt": chat}, *overrides)
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("text", ["${oc.create:a}", "${oc.decode:a}", "${a${seed}}", "${oc.select:seed}", "${nope:1}"])
+def test_interpolations_whose_size_cannot_be_told_are_refused(text: str) -> None:
+    message = refused(BASE, f"prompt.template={text}")
+    assert (
+        "is not supported, only ${key}, ${oc.env:NAME} and ${now:FORMAT}; correct it, or write \\${ for a literal"
+        in message
+    )
+
+
+def test_interpolations_that_stay_small_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PGRPO_A", "a${seed}")
+    kwargs = {
+        "a": "${oc.env:PGRPO_A}", "b": "${.a}${.a}", "c": "${oc.env:PGRPO_NONE,${seed}}", "d": "${rewards.functions[0].function}",
+        "e": r"\${nope:x} ${now:%Y}", "f": {"g": "${..b}"}, "h": "${.f}",
+    }  # fmt: skip
+    prompt = {"messages": [{"role": "user", "content": "{q}"}], "chat_template_kwargs": kwargs}
+    got = load_config({**BASE, "prompt": prompt}).prompt.chat_template_kwargs
+    assert got["b"] == "a${seed}a${seed}"
+    assert (str(got["c"]), got["d"], got["h"]) == ("0", "exact_match", {"g": got["b"]})
+    assert re.fullmatch(r"\$\{nope:x\} 20\d\d", got["e"])
+
+
 def test_unreadable_file(folder: Path) -> None:
     (folder / "c.yaml").write_bytes(b"\xff\xfe\x00")
     assert "cannot be read as UTF-8 text" in refused(folder / "c.yaml")
@@ -425,27 +494,60 @@ def test_recipe_sections(folder: Path) -> None:
 # --- refusals: ranges and combinations
 
 
-def test_every_number_of_the_schema_has_a_range() -> None:
-    numbers = {key for key, value in leaves(load_config(BASE)) if type(value) in (int, float)}
-    numbers |= {"eval.temperature", "model.fsdp_size", "rollout.gpu_memory_utilization"}  # None unless set
-    free = {
-        "rewards.functions[0].weight",
-        "rewards.functions[0].timeout_s",
-        "optim.betas[0]",
-        "optim.betas[1]",
-    }  # any finite number; a check of its own
-    assert numbers - free == {*AT_LEAST, *ABOVE_ZERO}
+def numbers(schema: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Dotted name, type and range of every field of the schema that holds a number."""
+    types = get_type_hints(schema)
+    for item in fields(schema):
+        hint = types[item.name]
+        if is_dataclass(inner := (get_args(hint) or (hint,))[0]):
+            yield from numbers(inner, f"{prefix}{item.name}{'[0]' if get_args(hint) else ''}.")
+        elif {int, float} & {hint, *get_args(hint)}:
+            yield f"{prefix}{item.name}", hint, item.metadata
 
 
-@pytest.mark.parametrize("key", AT_LEAST)
+NUMBERS = {key: (hint, metadata) for key, hint, metadata in numbers()}
+
+
+def test_the_walk_finds_every_number() -> None:
+    found = {key.partition("[")[0] for key, value in leaves(load_config(BASE)) if type(value) in (int, float)}
+    found |= {
+        "eval.temperature",
+        "model.fsdp_size",
+        "rollout.gpu_memory_utilization",
+        "train.target_reward",
+    }  # None unless set
+    assert found == {key.partition("[")[0] for key in NUMBERS}
+    assert {"rewards.functions[0].weight", "rewards.functions[0].timeout_s", "optim.betas"} <= NUMBERS.keys()
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_every_number_has_a_largest_value_and_floats_are_finite(key: str) -> None:
+    hint, metadata = NUMBERS[key]
+    value = "[0.9, {}]" if key == "optim.betas" else "{}"
+    for text in ("1" + "0" * 20, "9" * 400, *([] if hint is int else ["1.0e+20", ".inf", "-.inf", ".nan"])):
+        message = refused(BASE, f"{key}={value.format(text)}")
+        assert key in message
+        assert re.search(
+            "too large; it must be at most|out of range|not a finite number|not a (whole )?number", message
+        )
+    if key != "optim.betas":
+        assert math.isfinite(metadata["most"])
+        value = 10**20 if int in (hint, *get_args(hint)) else 1e20
+        most = f"it must be at most {metadata['most']:.0f}"
+        assert refused(BASE, f"{key}=1{'0' * 20}") == f"{key}: {value} is too large; {most}"
+
+
+@pytest.mark.parametrize("key", [key for key, (_, m) in NUMBERS.items() if m.get("least") is not None])
 def test_at_least(key: str) -> None:
-    least = AT_LEAST[key]
-    assert refused(BASE, f"{key}={least - 1}").startswith(f"{key}: {least - 1}")
-    assert f"must be at least {least}" in refused(BASE, f"{key}={least - 1}")
+    least = NUMBERS[key][1]["least"]
+    message = refused(BASE, f"{key}={least - 1}")
+    assert message.startswith(f"{key}: {least - 1}")
+    assert f"must be at least {least:.0f}" in message
 
 
-@pytest.mark.parametrize("key", ABOVE_ZERO)
+@pytest.mark.parametrize("key", [key for key, (_, m) in NUMBERS.items() if m.get("above") is not None])
 def test_above_zero(key: str) -> None:
+    assert NUMBERS[key][1]["above"] == 0
     assert "it must be above 0" in refused(BASE, f"{key}=0")
 
 
@@ -454,6 +556,12 @@ def test_above_zero(key: str) -> None:
     [
         (["rollout.top_p=1.5"], "rollout.top_p: 1.5 is too large; it must be at most 1"),
         (["optim.betas=[0.9, 1.0]"], "optim.betas[1]: 1.0 is out of range"),
+        (
+            ["rollout.prompts_per_step=2048", "rollout.group_size=1024"],
+            "rollout.group_size: rollout.prompts_per_step x rollout.group_size is 2048 x 1024 = 2097152 completions at once; "
+            "lower one of them, the product must be at most 1048576",
+        ),
+        (["eval.rows=1000000", "eval.samples=17"], "eval.samples: eval.rows x eval.samples is 1000000 x 17 = 17000000"),
         (
             ["optim.betas=[0.9, .nan]"],
             "override 'optim.betas=[0.9, .nan]': optim.betas[1]: .nan is not a finite number",
