@@ -12,6 +12,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
@@ -98,7 +99,7 @@ def draw_mask(axes: Axes, theme: str) -> None:
     edges, prompts = starts(), dict(zip("AB", starts(), strict=False))
     for (label, group, tokens), start in zip(segments(), edges, strict=False):
         own = np.tril(np.ones((tokens, tokens), bool))
-        color = matplotlib.colors.to_rgba((PROMPT if label == group else COMPLETION)[group])
+        color = to_rgba((PROMPT if label == group else COMPLETION)[group])
         rgb[start : start + tokens, start : start + tokens][own] = color
         if label != group:
             rgb[start : start + tokens, prompts[group] : prompts[group] + LENGTH[group]] = (*color[:3], 0.55)
