@@ -1,8 +1,8 @@
-"""Two ways to let completions see their prompt, and which of them is faster for a batch of given lengths.
+"""Two exact ways to let completions attend to their prompt, and a cost model that picks the faster one for given lengths.
 
-``two calls`` copies nothing, but passes over all completion rows twice. ``concat`` copies the prompt's keys and values in front
-of each completion's (one call; the method of PrefixGrouper), which is cheap where prompts are short and completions long.
-Both compute each prompt once everywhere else, and both are exact.
+``two_calls`` copies nothing, but reads all completion rows twice. ``concat`` copies the prompt's keys and values in front of each
+completion's and makes one call (the method of PrefixGrouper), which is cheap where prompts are short and completions long. All
+other operations compute each prompt once in both.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ PassPlan = Literal["two_calls", "concat"]
 
 TWO_CALLS_NS_PER_MIB = 7700.0
 CONCAT_NS_PER_MIB = 4760.0
-"""Time that a plan adds to forward and backward of one layer, for each MiB (bf16) of completion rows' queries (two calls) or of
-copied keys and values (concat). Measured by benchmarks/attention_plans.py on an H100 with flash4, see
-benchmarks/h100_attention_plans.json: they pick the faster plan in 29 of 30 shapes, at worst one that takes 1.06 times as long."""
+"""Time that each way adds to forward and backward of one layer, for each MiB (bf16) of completion rows' queries (two_calls) or of
+copied keys and values (concat). Measured by benchmarks/attention_plans.py on an H100 with flash4. In its 30 shapes
+(benchmarks/h100_attention_plans.json) these constants pick the faster way 29 times, and once one that takes 1.06 times as long."""
 TWO_CALLS_NS = 155_000.0
-"""... and for the additional launches of two calls."""
+"""Time that two_calls adds for its additional kernel launches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,10 @@ class AttentionChoice:
     """How a policy's attention is computed on its device.
 
     Attributes:
-        kernel: a name in ``kernels.py``.
+        kernel: a name in ``kernels/flash.py``.
         heads, kv_heads, head_dim: of the model.
-        plan: ``auto`` picks the faster one for each batch.
-        reason: why this kernel was taken.
+        plan: the way; ``auto`` picks the faster one for each batch.
+        reason: why this kernel was chosen, for the log.
     """
 
     kernel: str = "builtin"
@@ -41,7 +41,7 @@ class AttentionChoice:
     reason: str = ""
 
     def choose(self, prefix_lens: Sequence[int], suffix_lens: Sequence[Sequence[int]]) -> PassPlan:
-        """The plan for groups with these prefix lengths [N] and suffix lengths [N][G]."""
+        """The way for groups with these prefix lengths [N] and suffix lengths [N][G]."""
         if self.plan != "auto":
             return self.plan
         suffix_rows = sum(map(sum, suffix_lens))

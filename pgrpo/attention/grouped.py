@@ -1,6 +1,6 @@
 """Grouped attention: each prompt's keys and values are stored once and read by all of its completions.
 
-Two flash calls on slices of the packed rows, without a copy of any K or V, merged by their log-sum-exps:
+Two flash calls on slices of the packed rows, which copy no K or V, merged by their log-sum-exps:
 
 1. causal self-attention over every segment, prefixes and suffixes alike;
 2. all suffix rows of a group against the group's prefix, not causal.
@@ -9,10 +9,10 @@ With out, lse of call 1 and out_p, lse_p of call 2, a softmax over both sets of 
 ``lse* = logaddexp(lse, lse_p)``, ``out* = exp(lse - lse*) out + exp(lse_p - lse*) out_p``.
 
 The backward is exact with the same two calls. A flash backward computes ``P = exp(s - lse)`` and
-``delta = rowsum(dout * out)`` (FlashAttention-2, arXiv 2307.08691, algorithm 2); given the merged ``lse*`` and ``out*``, each
-call's P is its own part of the joint softmax, so that each returns its own share of dq, dk and dv.
+``delta = rowsum(dout * out)`` (FlashAttention-2, arXiv 2307.08691, algorithm 2). Given the merged ``lse*`` and ``out*``, the P of
+each call is its part of the joint softmax, so that each call returns its part of dq, dk and dv.
 
-Where prompts are short (``plan.py``), one call on copied keys is faster than two and a merge.
+Where prompts are short (``choose.py``), one call on copied keys is faster than two calls and a merge.
 
 T packed rows, Np of them prefix rows; H query heads, K key/value heads, D head dim.
 """
@@ -51,7 +51,8 @@ def grouped_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: Packe
     return out_THD
 
 
-# Two custom ops (forward, backward) of tensors and numbers only: torch.compile and selective checkpointing see one node each.
+# Two custom ops (forward, backward) that take tensors and numbers only, so that torch.compile and selective checkpointing see one
+# node each.
 
 
 @torch.library.custom_op("pgrpo::grouped_attention", mutates_args=())
@@ -62,12 +63,14 @@ def _grouped_attention(
     numbers: Tensor, scale: float, kernel: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     prefix_rows, max_seqlen, max_prefix, max_group, max_copied = numbers.tolist()
-    if max_copied:
+    if max_copied:  # one call: each suffix's queries against a copy of its prefix and its own keys
         keys = Segments(cu_seqlens, cu_copied, max_seqlen, max_copied)
         return varlen_forward(q, *copy_rows(k, v, source), keys, True, scale, kernel)
+    # Call 1: every segment attends causally to itself.
     within = Segments(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     out_THD, lse_HT = varlen_forward(q, k, v, within, True, scale, kernel)
     if 0 < prefix_rows < len(q):
+        # Call 2: all suffix rows of a group attend to all of its prefix.
         np = prefix_rows
         across = Segments(cu_group, cu_prefix, max_group, max_prefix)
         out_p, lse_p = varlen_forward(q[np:], k[:np], v[:np], across, False, scale, kernel)

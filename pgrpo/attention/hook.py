@@ -1,4 +1,6 @@
-"""The attention function that transformers models call. It needs a layout, and refuses all that it cannot compute exactly."""
+"""The attention function that transformers models call. It requires a layout, and refuses everything that it would not compute
+exactly.
+"""
 
 from __future__ import annotations
 

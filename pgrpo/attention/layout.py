@@ -24,8 +24,8 @@ class PackedLayout:
         cu_seqlens_prefix: [groups + 1] int32, the prefix segments alone.
         cu_seqlens_group: [groups + 1] int32, rows of the suffix block by group, counted from the suffix block's start.
         numbers: [5] int64 on the CPU: rows of the prefix block, the longest segment, the longest prefix, the most suffix rows of
-            one group, the longest copied segment. A tensor, so that compiled code does not depend on the values.
-        copies: the prefixes copied in front of their suffixes, or stand-ins (``max_copied`` 0).
+            one group, the longest copied segment. A tensor, so that torch.compile does not specialise on the values.
+        copies: how prefixes are copied in front of their suffixes; placeholders where they are not (last of ``numbers`` 0).
         max_sample: the longest sample, prompt and completion together.
         kernel: name of the flash kernel to use.
     """
@@ -71,7 +71,7 @@ class PackedLayout:
         return int(self.numbers[0])
 
     def attend(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float, layer: int) -> Tensor:
-        """Grouped attention over the packed rows: [T, H, D]. ``layer`` is not used: a packed batch keeps no cache."""
+        """Grouped attention over the packed rows: [T, H, D]. ``layer`` is unused: a packed batch has no cache."""
         from pgrpo.attention.grouped import grouped_attention
 
         return grouped_attention(q_THD, k_TKD, v_TKD, self, scale)
@@ -79,10 +79,10 @@ class PackedLayout:
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """Keys of the ``concat`` plan: every segment's own rows, a suffix's behind a copy of its prefix. C copied rows.
+    """Key rows of ``concat``: those of every segment, with a copy of its prefix in front of each suffix. C copied rows.
 
     Attributes:
-        source: [C] int64, the packed row that each is a copy of.
+        source: [C] int64, the packed row of which each copied row is a copy.
         order: [C] int32, the copies sorted by their source.
         offsets: [T + 1] int32, where each packed row's copies begin in ``order``.
         cu_seqlens: [segments + 1] int32, starts of the key segments.
@@ -101,7 +101,7 @@ class Copies:
         row = prefix_starts[-1]
         for start, prefix, suffixes in zip(prefix_starts, prefix_lens, suffix_lens, strict=False):
             for suffix in suffixes:
-                if suffix:  # one without rows asks nothing, so it gets no keys
+                if suffix:  # an empty suffix has no queries, so it gets no keys
                     ranges += [torch.arange(start, start + prefix), torch.arange(row, row + suffix)]
                 lengths.append(prefix + suffix if suffix else 0)
                 row += suffix
@@ -113,9 +113,9 @@ class Copies:
 
     @staticmethod
     def none(device: torch.device | str) -> Copies:
-        """Stand-ins of a length above 1: compiled code treats lengths of 0 and 1 as constants."""
-        stand_ins = [torch.zeros(2, dtype=torch.int32, device=device) for _ in range(3)]
-        return Copies(torch.zeros(2, dtype=torch.int64, device=device), *stand_ins)
+        """Placeholders of length 2: torch.compile treats lengths of 0 and 1 as constants."""
+        placeholders = [torch.zeros(2, dtype=torch.int32, device=device) for _ in range(3)]
+        return Copies(torch.zeros(2, dtype=torch.int64, device=device), *placeholders)
 
 
 def cumulative(lengths: Sequence[int], device: torch.device | str) -> Tensor:

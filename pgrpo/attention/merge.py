@@ -1,6 +1,6 @@
-"""Joining attention over two sets of keys by their log-sum-exps; copying keys, and adding up the copies' gradients.
+"""Merges attention over two sets of keys by their log-sum-exps; copies keys, and adds up the gradients of the copies.
 
-One memory pass each on a GPU (Triton); the plain versions beside them are the spec, and what a CPU runs.
+On a GPU each is one pass over memory (Triton). The plain versions beside them are the specification, and run on a CPU.
 
 Q query rows, H query heads, T packed rows, C copied rows, K key/value heads, D head dim.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def merge_(out_QHD: Tensor, lse_HQ: Tensor, out_p_QHD: Tensor, lse_p_HQ: Tensor) -> None:
-    """Merge attention over a second set of keys into ``out`` and ``lse``, in place. Weights are taken in the LSE's precision."""
+    """Merge attention over a second set of keys into ``out`` and ``lse``, in place. The weights have the LSE's precision."""
     if out_QHD.device.type == "cuda":
         from pgrpo.attention.kernels import triton_merge as triton_kernels
 
@@ -46,7 +46,7 @@ def sum_copies(
 
     Args:
         dk_CKD: [C, K, D]; dv_CKD alike.
-        source_C: [C] int64, the row that each copy was made of.
+        source_C: [C] int64, the row of which each copy was made.
         order_C: [C] int32, the copies sorted by their source.
         offsets: [T + 1] int32, where each row's copies begin in ``order_C``.
     """

@@ -1,4 +1,4 @@
-"""Dense masked softmax over a packed batch: slow, obvious, and the spec for every fast path.
+"""Dense masked softmax over a packed batch: slow and obvious. This is the specification that every fast path is compared with.
 
 T packed rows, H query heads, K key/value heads, D head dim.
 """
@@ -14,7 +14,7 @@ from pgrpo.attention.layout import PackedLayout
 
 
 def attention_mask(layout: PackedLayout) -> Tensor:
-    """[T, T] bool, True where the row may attend to the column, read straight off the layout's definition."""
+    """[T, T] bool, True where the row may attend to the column, as the layout defines it."""
     starts = layout.cu_seqlens.tolist()
     prefixes = layout.cu_seqlens_prefix.tolist()
     groups = layout.cu_seqlens_group.tolist()

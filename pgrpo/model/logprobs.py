@@ -1,4 +1,4 @@
-"""Log-probs and entropy of chosen tokens straight from hidden states, a chunk of rows at a time: full logits never exist.
+"""Log-probs and entropy of chosen tokens from hidden states, in chunks of rows, so that the full logits never exist.
 
 L completion tokens, C of them in a chunk, E hidden size, V vocabulary.
 """
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 LOGITS_PER_CHUNK = {"cpu": 2**25, "cuda": 2**30}
-"""Logits held at once: 128 MiB of float32 on a CPU, 2 GiB of bfloat16 on a GPU, where the head's product wants many rows and its
-gradient is read and written once a chunk."""
+"""Logits in memory at once: 128 MiB of float32 on a CPU, 2 GiB of bfloat16 on a GPU. A GPU needs many rows for an efficient product
+with the head, and reads and writes the head's gradient once a chunk."""
 
 
 def chunk_bytes(device_type: str) -> int:
-    """Most memory that one chunk takes, with its temporaries."""
+    """The most memory that one chunk takes, temporaries included."""
     return LOGITS_PER_CHUNK[device_type] * {"cpu": 16, "cuda": 2}[device_type]
 
 
@@ -32,16 +32,16 @@ def token_logprobs(
 ) -> TokenLogprobs:
     """Log-softmax of ``scale * hidden @ weight.T`` at the target ids.
 
-    The backward computes each chunk of logits again instead of keeping it, and no product that is not asked for (a frozen head
-    has no gradient). Logits are products in the inputs' precision; softmax and sums run in float32 at least.
+    The backward recomputes each chunk of logits instead of keeping it, and skips products that nobody needs (a frozen head has no
+    gradient). Logits are computed in the inputs' precision; softmax and sums in float32 at least.
 
     Args:
         hidden_LE: [L, E] hidden states, one row for each token to score.
         weight_VE: [V, E] the language-model head.
         target_ids_L: [L] int64.
         scale: factor of the logits: the model's own logit scaling over the sampling temperature.
-        entropy: also return the entropy of each row's distribution. Its gradient shares the backward's pass over the logits, and
-            costs nothing when nobody asks for it.
+        entropy: also return the entropy of each row's distribution. Its gradient shares the backward's pass over the logits and
+            is skipped when the loss does not use it.
     """
     logprobs_L, entropy_L = _ChunkedLogprobs.apply(hidden_LE, weight_VE, target_ids_L, scale, entropy)
     return TokenLogprobs(logprobs_L, entropy_L if entropy else None)
@@ -61,10 +61,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
             )
             if entropy_L is not None:
                 entropy_L[rows] = entropy_C
-            del logits_CV  # before the next chunk's are made
+            del logits_CV  # free the memory before the next chunk is computed
         ctx.save_for_backward(hidden_LE, weight_VE, target_ids_L, lse_L, entropy_L)
         ctx.scale = scale
-        ctx.set_materialize_grads(False)  # None tells that the loss has no entropy in it
+        ctx.set_materialize_grads(False)  # a gradient of None means that the loss does not use the entropy
         return logprobs_L, entropy_L
 
     @staticmethod
@@ -96,9 +96,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
 def row_statistics(
     logits_CV: Tensor, target_ids_C: Tensor, scale: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob of the target, log-sum-exp and entropy (anything unless wanted) of each row of ``scale * logits``: [C] each.
+    """Log-prob of the target, log-sum-exp and entropy of each row of ``scale * logits``: [C] each.
 
-    ``logits_CV`` is used up."""
+    The entropy is undefined unless wanted. Overwrites ``logits_CV``."""
     if logits_CV.device.type == "cuda":
         from pgrpo.model import logprobs_triton
 
@@ -121,9 +121,9 @@ def to_logit_gradient_(
     scale: float,
     entropies: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """``d logprob / d logits = scale * (onehot - p)``, times ``dlogprobs``, in the logits' dtype. ``logits_CV`` is used up.
+    """``d logprob / d logits = scale * (onehot - p)``, times ``dlogprobs``, in the logits' dtype. Overwrites ``logits_CV``.
 
-    ``entropies``, the entropy and the gradient on it, [C] each, adds ``d entropy / d logits = -scale * p * (log p + entropy)``."""
+    ``entropies`` (the entropy and its gradient, [C] each) adds ``d entropy / d logits = -scale * p * (log p + entropy)``."""
     if logits_CV.device.type == "cuda":
         from pgrpo.model import logprobs_triton
 
@@ -155,7 +155,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _chunks(hidden_LE: Tensor, weight_VE: Tensor) -> list[slice]:
-    """Equal parts of the rows, so that no product is left with a few."""
+    """Slices of about equal length, so that no product has only a few rows."""
     tokens, limit = len(hidden_LE), max(1, LOGITS_PER_CHUNK[hidden_LE.device.type] // len(weight_VE))
     rows = -(-tokens // max(1, -(-tokens // limit)))
     return [slice(start, start + rows) for start in range(0, tokens, max(1, rows))]

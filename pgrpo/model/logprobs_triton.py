@@ -1,4 +1,4 @@
-"""Triton kernels of ``logprobs.py``: one read of a chunk of logits each. Imported on a GPU only."""
+"""Triton kernels of ``logprobs.py``, each of which reads a chunk of logits once. Imported on a GPU only."""
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
@@ -51,7 +51,7 @@ def _statistics_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
-    # Every lane keeps a maximum and sums of its own; they are joined after the last block.
+    # Every lane has its own maximum and sums; they are merged after the last block.
     top = tl.full((BLOCK,), -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)

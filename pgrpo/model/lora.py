@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): the model's weights stay as they are, small adapters beside its linear layers are trained (peft)."""
+"""LoRA (arXiv 2106.09685): trains small adapters beside the linear layers and leaves the model's weights unchanged (peft)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LogprobsOf = Callable[[GroupedBatch], TokenLogprobs]
 
 
 def check_lora(config: ModelConfig, dims: ModelDims) -> None:
-    """Refuse what cannot be adapted, before a weight is loaded.
+    """Refuse a LoRA config that cannot work, before any weight is loaded.
 
     Raises:
-        ConfigError: peft is not installed, or a name in ``model.lora_targets`` is no linear layer of the model.
+        ConfigError: peft is not installed, or ``model.lora_targets`` names something that is not a linear layer of the model.
     """
     if config.lora_rank and importlib.util.find_spec("peft") is None:
         raise ConfigError(f"model.lora_rank={config.lora_rank}: LoRA needs peft: pip install 'pgrpo[lora]'")
@@ -34,18 +34,18 @@ def check_lora(config: ModelConfig, dims: ModelDims) -> None:
 
 
 def adapter_parameters(config: ModelConfig, dims: ModelDims) -> int:
-    """How many parameters the adapters have; 0 without LoRA."""
+    """Number of parameters of the adapters; 0 without LoRA."""
     return lora_parameter_count(dims, config.lora_rank, _targets(config, dims)) if config.lora_rank else 0
 
 
 def add_adapters(model: PreTrainedModel, config: ModelConfig, seed: int) -> None:
-    """Freeze the model, which keeps its class, and put new adapters, float32 at least, into its linear layers. They change
-    nothing yet.
+    """Freeze the model and insert new adapters, in float32 at least, into its linear layers. The model keeps its class, and its
+    output, because new adapters add zero.
 
     Args:
         model: on any device, in any precision.
         config: rank, alpha and targets.
-        seed: of the adapters' values: the same on all ranks, whatever was drawn before.
+        seed: of the adapters' initial values, which are therefore the same on all ranks.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -60,7 +60,7 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, seed: int) -> None
 
 
 def merge_adapters(model: PreTrainedModel) -> None:
-    """Add the adapters to the weights that they stand beside; what is left is an ordinary model."""
+    """Add the adapters to the weights of their layers and remove them; the result is an ordinary model."""
     from peft.tuners.lora import LoraLayer
 
     for name, layer in list(model.named_modules()):
@@ -71,7 +71,7 @@ def merge_adapters(model: PreTrainedModel) -> None:
 
 
 def without_adapters(policy: LogprobsOf) -> LogprobsOf:
-    """The initial model, without a second copy of its weights: ``policy`` (a module) with its adapters' output times 0."""
+    """The initial model without a second copy of its weights: ``policy`` (a module) with the output of its adapters times 0."""
     from peft.helpers import rescale_adapter_scale
 
     assert isinstance(policy, nn.Module)

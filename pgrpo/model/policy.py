@@ -1,4 +1,4 @@
-"""A transformers model whose attention is grouped: packed batch in, log-probs of the completion tokens out."""
+"""A transformers model with grouped attention: takes a packed batch, returns log-probs of its completion tokens."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from pgrpo.packing.batch import GroupedBatch
 AttentionInterface.register(ATTENTION_NAME, attention_forward)
 
 SUPPORTED = ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
-"""``model_type`` of the architectures whose log-probs and gradients are tested against the untouched model."""
+"""``model_type`` of the architectures whose log-probs and gradients are compared with the untouched model in tests."""
 
 
 class Policy(nn.Module):
-    """Wraps a causal language model; everything that touches its weights goes through a method of this class, so that a
-    sharded root gathers them.
+    """Wraps a causal language model. Everything that reads its weights is a method of this class: with FSDP2 only a call of the
+    root module gathers sharded weights.
 
     Args:
         model: loaded with ``attn_implementation="pgrpo"`` (``load_model``).
-        temperature: log-probs are those of the distribution that is sampled from: logits are divided by it.
-        attention: how to compute it; batches are built for it (``build_batch(..., attention=policy.attention)``).
+        temperature: logits are divided by it, so that log-probs are those of the distribution that the rollout samples from.
+        attention: how attention is computed; batches must be built for it (``build_batch(..., attention=policy.attention)``).
     """
 
     def __init__(
@@ -44,16 +44,17 @@ class Policy(nn.Module):
         return next(self.parameters()).device
 
     def forward(self, batch: GroupedBatch, *, entropy: bool = False, temperature: float | None = None) -> TokenLogprobs:
-        """Log-probs [L] (and entropy [L]) of the batch's completion tokens; ``batch.unpack`` makes them per-sample rows.
-        ``temperature``: another one than the policy's."""
+        """Log-probs [L] (and entropy [L]) of the batch's completion tokens; ``batch.unpack`` turns them into rows of samples.
+        ``temperature`` replaces the policy's."""
         hidden_TE = self._hidden(batch.input_ids, batch.position_ids, batch.layout)
-        # index_select, not indexing: its backward adds up the shared prompt row in a fixed order.
+        # The last prompt row occurs once for each completion. The backward of index_select adds up its gradients in a fixed order;
+        # that of indexing does not, and would not be bit-stable.
         hidden_LE = hidden_TE.index_select(0, batch.logit_index)
         scale = self.logit_scale / (self.temperature if temperature is None else temperature)
         return token_logprobs(hidden_LE, self._head_weight(), batch.target_ids, scale, entropy=entropy)
 
     def next_logits(self, input_ids_T: Tensor, position_ids_T: Tensor, plan: AttentionPlan, rows_B: Tensor) -> Tensor:
-        """Logits [B, V] of the model's own forward (no temperature) at the given packed rows."""
+        """Logits [B, V] at the given packed rows, as the model's own forward computes them (without temperature)."""
         hidden_TE = self._hidden(input_ids_T, position_ids_T, plan)
         logits_BV = hidden_TE.index_select(0, rows_B) @ self._head_weight().T
         return logits_BV if self.logit_scale == 1.0 else logits_BV * self.logit_scale
@@ -76,11 +77,11 @@ def load_model(config: ModelConfig, max_sample: int, dtype: torch.dtype = torch.
 
     Args:
         config: which model.
-        max_sample: the longest sample of the run, in tokens; a sliding window shorter than it is refused.
-        dtype: of its weights: float32 for those that are trained (master weights).
+        max_sample: the longest sample of the run, in tokens; a shorter sliding window is refused.
+        dtype: of the weights; float32 for weights that are trained (master weights).
 
     Raises:
-        ConfigError: the model cannot be loaded, or computes something that grouped attention does not (named).
+        ConfigError: the model cannot be loaded, or has a property that grouped attention does not support (named).
     """
     check_supported(load_hf_config(config), max_sample)
     model = AutoModelForCausalLM.from_pretrained(
@@ -92,14 +93,14 @@ def load_model(config: ModelConfig, max_sample: int, dtype: torch.dtype = torch.
     )
     if model.lm_head.bias is not None:
         raise ConfigError(f"model.path={config.path}: a language-model head with a bias is not supported")
-    return model.train()  # no dropout (checked above)
+    return model.train()  # there is no dropout: check_supported refuses it
 
 
 def load_hf_config(config: ModelConfig) -> PretrainedConfig:
     """The model's config.json.
 
     Raises:
-        ConfigError: there is none at ``model.path``.
+        ConfigError: ``model.path`` has none.
     """
     try:
         return AutoConfig.from_pretrained(
@@ -110,7 +111,7 @@ def load_hf_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def load_error(error: Exception) -> str:
-    """Why ``from_pretrained`` failed, in one line and with our key."""
+    """Why ``from_pretrained`` failed, in one line, with the config key that changes it."""
     if "trust_remote_code" in str(error):
         return "it comes with Python code of its own; read that, and set model.trust_remote_code=true to run it"
     reason = str(error).strip().splitlines()[0].removesuffix(".")
@@ -118,10 +119,10 @@ def load_error(error: Exception) -> str:
 
 
 def check_supported(config: PretrainedConfig, max_sample: int) -> None:
-    """Refuse, by name, what grouped attention would get wrong.
+    """Refuse, by name, properties of a model that grouped attention would compute wrongly.
 
     Raises:
-        ConfigError: with the model's property and what to do.
+        ConfigError: names the property and what to do.
     """
 
     def refuse(what: str) -> None:
@@ -149,7 +150,7 @@ def check_supported(config: PretrainedConfig, max_sample: int) -> None:
 
 
 def _rope_types(rope_parameters: dict[str, Any]) -> set[str]:
-    """The RoPE types of a model; ``rope_parameters`` is one set of them, or one for each kind of layer."""
+    """The RoPE types of a model. ``rope_parameters`` is one mapping, or one mapping for each kind of layer."""
     nested = [v for v in rope_parameters.values() if isinstance(v, dict)]
     return {str(p.get("rope_type", p.get("type", "default"))) for p in nested or [rope_parameters]}
 
@@ -164,5 +165,5 @@ def _sliding_window(config: PretrainedConfig) -> int | None:
 
 
 def logit_scale(config: PretrainedConfig) -> float:
-    """What the model's own forward multiplies its logits by (Granite divides them by ``logits_scaling``)."""
+    """Factor that the model's own forward applies to its logits (Granite divides them by ``logits_scaling``)."""
     return 1.0 / getattr(config, "logits_scaling", 1.0)

@@ -1,4 +1,6 @@
-"""Is grouped attention exact on this model? Compares it with the untouched model, and with bugs that must be noticed."""
+"""Proves that grouped attention is exact on a model: compares it with the untouched model, and with seeded bugs that the same
+comparison must detect.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,10 @@ from pgrpo.types import Completion, Group, Prompt
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two computations of the same numbers are apart.
+    """How much two computations of the same log-probs and gradients differ.
 
     Attributes:
-        logprob: largest |d logprob| over all completion tokens, in nats.
+        logprob: the largest absolute difference over all completion tokens, in nats.
         gradient: norm of the difference of all gradients over the norm of the reference's.
     """
 
@@ -46,7 +48,7 @@ def reference_logprobs(model: nn.Module, groups: Sequence[Group], temperature: f
 
 
 def gradients(logprobs: Tensor, module: nn.Module) -> list[Tensor]:
-    """Gradients of a fixed random combination of log-probs, one for each trained parameter; none is left in ``.grad``."""
+    """Gradients of a fixed random combination of log-probs, one for each trained parameter. Leaves ``.grad`` alone."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(len(logprobs), generator=generator, dtype=torch.float64).to(logprobs)
     return list(torch.autograd.grad((weights * logprobs).sum(), [p for p in module.parameters() if p.requires_grad]))
@@ -55,7 +57,7 @@ def gradients(logprobs: Tensor, module: nn.Module) -> list[Tensor]:
 def difference(
     policy: nn.Module, batch: GroupedBatch, wanted: Tensor, wanted_gradients: Sequence[Tensor]
 ) -> Difference:
-    """Of the policy's log-probs and gradients on a batch from those that are wanted."""
+    """Difference between the policy's log-probs and gradients on a batch and the wanted ones."""
     logprobs: Tensor = policy(batch).logprobs
     got = gradients(logprobs, policy)
     pairs = list(zip(got, wanted_gradients, strict=True))
@@ -92,12 +94,13 @@ SEEDED_BUGS: dict[str, Callable[[GroupedBatch], GroupedBatch]] = {
     "positions do not restart": positions_go_on,
     "wrong row for the first token": wrong_first_row,
 }
-"""What a comparison must notice, or it proves nothing. The first group needs a prompt of two tokens, a completion that is not
-empty and then one of two tokens: what a single token attends to predicts nothing."""
+"""A comparison that does not detect each of these proves nothing. The first group needs a prompt of at least two tokens, a
+completion that is not empty, and then one of at least two tokens: the last row of a completion predicts nothing, so a bug in the
+attention of its only row would not show."""
 
 
 def tokens_as_groups(prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]]) -> list[Group]:
-    """Groups of given tokens, with rewards that differ, for comparisons and benchmarks."""
+    """Groups of the given tokens, with rewards that differ, for comparisons and benchmarks."""
     groups = []
     for index, (prompt, samples) in enumerate(zip(prompts, completions, strict=True)):
         made = [Completion(ids, [0.0] * len(ids), [True] * len(ids), "stop", "") for ids in samples]

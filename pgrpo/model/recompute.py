@@ -1,4 +1,4 @@
-"""How a model's decoder layers run on packed batches: compiled or not, and what they keep for the backward."""
+"""Runs a model's decoder layers on packed batches: compiled or not, and with activation checkpointing layer by layer."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from pgrpo.types import Keep
 
 
 def set_up_layers(layers: Iterable[nn.Module], keep: Sequence[Keep], *, compiled: bool) -> None:
-    """Make each layer run its packed forwards as told; other forwards (sampling) stay what they were.
+    """Replace the forward of each layer on packed batches; other forwards (sampling) are unchanged.
 
-    Hooks of the layer (FSDP2's) stay outside: they see one forward and one backward.
+    Hooks of the layer (FSDP2's) stay outside: they see one forward and one backward, whatever is recomputed.
 
     Args:
         layers: decoder layers whose forward takes ``attention_plan`` as a keyword.
-        keep: one entry a layer.
-        compiled: with ``torch.compile`` for dynamic shapes; one compilation for all layers of a kind and gradient mode.
+        keep: one entry a layer: what its backward recomputes.
+        compiled: use ``torch.compile`` with dynamic shapes; all layers of a kind share one compilation for each gradient mode.
     """
     for layer, kept in zip(layers, keep, strict=True):
         run = _runner(kept, compiled)
@@ -47,7 +47,8 @@ def _runner(kept: Keep, compiled: bool) -> Callable[..., Tensor]:
     compiled_run = torch.compile(run, dynamic=True, fullgraph=True)
 
     def run_compiled(*args: Any, **kwargs: Any) -> Tensor:
-        # Two lengths that are equal in the first batch (of groups, of tokens) need not be in the next.
+        # By default two sizes that are equal in the first batch (groups and tokens, say) are compiled as one symbol.
+        # They may differ in the next batch, so give each size a symbol of its own.
         with torch.fx.experimental._config.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
             return compiled_run(*args, **kwargs)
 
@@ -58,7 +59,7 @@ def _plain(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     return type(layer).forward(layer, *args, **kwargs)
 
 
-# It warns, whatever is checkpointed, of operations in place, which layers have none of.
+# PyTorch warns about in-place ops in every checkpointed region. Our layers have none, so silence that logger.
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 

@@ -1,4 +1,4 @@
-"""A policy's weights under the names of a Hugging Face checkpoint, whole, for an engine that loads such names."""
+"""A policy's weights, unsharded and under the names of a Hugging Face checkpoint, for an engine that loads such names."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.distributed.tensor import DTensor
 from pgrpo.distributed.fsdp import reshard
 
 BASE, ADAPTER = ".base_layer.", ".lora_"
-"""Parts of the parameter names that peft gives to a linear layer and to the adapter beside it."""
+"""Parts of the names that peft gives to the parameters of a linear layer and of its adapter."""
 
 
 def weight_names(model: nn.Module) -> set[str]:
-    """The names that ``full_weights`` yields; one of those that share a tensor (tied embeddings)."""
+    """The names that ``full_weights`` yields. Of names that share a tensor (tied embeddings) only one."""
     return {name.replace(BASE, ".") for name, _ in model.named_parameters() if ADAPTER not in name}
 
 
@@ -24,8 +24,8 @@ def weight_names(model: nn.Module) -> set[str]:
 def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of every weight in the order of the layers, one at a time, LoRA adapters merged into theirs.
 
-    A collective call where weights are sharded: every rank must consume it to its end. Shards are cast before they are
-    gathered, which halves the traffic.
+    A collective call where weights are sharded: every rank must consume the iterator to its end. Shards are cast before they
+    are gathered, which halves the traffic.
 
     Args:
         model: a causal language model, sharded or not.
@@ -46,7 +46,7 @@ def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
 
 
 def _adapter(layer: Any) -> Tensor:
-    """What a LoRA layer adds to its weight [out, in], float32 (arXiv 2106.09685, equation 3)."""
+    """The matrix that a LoRA layer adds to its weight: [out, in], float32 (arXiv 2106.09685, equation 3)."""
     delta = torch.zeros((), device=layer.weight.device)
     for adapter, scale in layer.scaling.items():
         a_RI, b_OR = (_whole(matrix[adapter].weight).float() for matrix in (layer.lora_A, layer.lora_B))
@@ -55,10 +55,11 @@ def _adapter(layer: Any) -> Tensor:
 
 
 def _round_stochastically(x: Tensor) -> Tensor:
-    """float32 to bfloat16 values (still float32), up or down with the probability that makes the mean exact (arXiv 1502.02551).
+    """Round float32 to bfloat16 values (returned as float32), up or down with the probability that makes the mean exact
+    (arXiv 1502.02551).
 
-    What a young adapter adds is less than half a unit in the last place of most bfloat16 weights: rounded to nearest, it would
-    not be in the sum at all. The same random numbers each time: what does not change is rounded alike in every push.
+    A young adapter adds less than half a unit in the last place of most bfloat16 weights, so rounding to nearest would drop it. The
+    random numbers are the same each time, so that an unchanged weight is rounded alike in every push.
     """
     generator = torch.Generator(x.device).manual_seed(0)
     noise = torch.randint(2**16, x.shape, generator=generator, device=x.device, dtype=torch.int32)

@@ -1,7 +1,7 @@
-"""What a step costs: matrix-product FLOPs, counted exactly, and GPU memory, estimated. Integers only, no tensors.
+"""FLOPs of the matrix products of a step, counted exactly. Integers only, no tensors.
 
 P prompt tokens, R tokens of one completion, G completions of a prompt. *Grouped* (``shared``) computes the prompt once,
-*repeated* once a completion. Only useful work counts: no padding, nothing that checkpointing computes again.
+*repeated* once for each completion. Padding and recomputation are not counted.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any
 
 GIB = 2**30
 UPDATE_OVER_FORWARD = 3
-"""A backward is two products for each one of the forward. Attention too is counted so: that a flash backward computes
-the scores again, which others count as 2.5 times the forward, is recomputation."""
+"""The backward has two products for each product of the forward. This holds for attention too: a flash backward also recomputes the
+scores (others count its backward as 2.5 times the forward), and recomputation is not counted."""
 
 
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
     "L40S": 362, "L4": 121, "A10G": 70, "A10": 125, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip
-"""Dense bfloat16 rate of data sheets, in TFLOP/s, by a part of the device's name; the first match counts."""
+"""Dense bfloat16 rate in TFLOP/s, from data sheets, by a part of the device's name; the first match counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelDims:
-    """Sizes of a decoder with gated MLPs. ``biases``: how many in one layer; ``head_norms``: of q and k (Qwen3);
-    ``fused``: q, k and v are one matrix, and gate and up (Phi-3)."""
+    """Sizes of a decoder with gated MLPs. ``biases``: bias elements in one layer; ``head_norms``: q and k are normalised by head
+    (Qwen3); ``fused``: q, k and v are one matrix, and so are gate and up (Phi-3)."""
 
     layers: int
     hidden: int
@@ -51,7 +51,7 @@ class ModelDims:
 
         def size(name: str) -> int:
             if not isinstance(values.get(name), int):
-                raise ValueError(f"the model's config has no {name}: it is not a decoder that pgrpo knows")
+                raise ValueError(f"the model's config has no {name}: pgrpo does not support this kind of model")
             return values[name]
 
         hidden, heads, intermediate = size("hidden_size"), size("num_attention_heads"), size("intermediate_size")
@@ -59,7 +59,7 @@ class ModelDims:
         head_dim = values.get("head_dim") or hidden // heads
         qkv_rows = (heads + 2 * kv_heads) * head_dim
         biases = 0
-        if values.get("model_type") == "qwen2":  # always biased, without a key that says so
+        if values.get("model_type") == "qwen2":  # q, k and v always have biases; no key says so
             biases += qkv_rows
         if values.get("attention_bias"):
             biases += qkv_rows + hidden
@@ -71,7 +71,7 @@ class ModelDims:
 
     @property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of one layer's matrices, by the names that transformers gives them."""
+        """(inputs, outputs) of each matrix of one layer, by transformers' names."""
         hidden, q, kv = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
         if self.fused:
             return {
@@ -97,7 +97,7 @@ class ModelDims:
 
 
 def parameter_count(dims: ModelDims) -> int:
-    """All parameters; a head tied to the embedding counts once."""
+    """Number of parameters; a head tied to the embedding is counted once."""
     layer = dims.layer_matrix + 2 * dims.hidden + dims.biases + (2 * dims.head_dim if dims.head_norms else 0)
     return dims.layers * layer + dims.hidden + dims.vocab * dims.hidden * (1 if dims.tied else 2)
 
@@ -108,12 +108,12 @@ def lora_parameter_count(dims: ModelDims, rank: int, targets: Iterable[str]) -> 
 
 
 def computed_tokens(prompt: int, completions: Sequence[int], *, shared: bool = True) -> int:
-    """Tokens that run through the layers for one prompt and completions of the given lengths."""
+    """Tokens that the layers compute for one prompt and completions of the given lengths."""
     return prompt * (1 if shared else len(completions)) + sum(completions)
 
 
 def attention_pairs(prompt: int, completions: Sequence[int], *, shared: bool = True) -> int:
-    """Pairs (query, key): causal in the prompt and in each completion; a completion also sees all of the prompt."""
+    """Pairs (query, key): causal in the prompt and in each completion; a completion also attends to the whole prompt."""
     causal = prompt * (prompt + 1) // 2
     suffixes = sum(n * prompt + n * (n + 1) // 2 for n in completions)
     return causal * (1 if shared else len(completions)) + suffixes
@@ -122,10 +122,10 @@ def attention_pairs(prompt: int, completions: Sequence[int], *, shared: bool = T
 def forward_flops(
     dims: ModelDims, prompt: int, completions: Sequence[int], *, shared: bool = True, adapters: int = 0
 ) -> int:
-    """FLOPs (a multiplication and an addition are two) of one group's log-probs.
+    """FLOPs of one group's log-probs; a multiplication and an addition are two FLOPs.
 
-    Linear layers, and ``adapters`` parameters of LoRA, on each computed token; attention on each pair; the head on completion
-    tokens only.
+    Counts linear layers (and ``adapters`` parameters of LoRA) for each computed token, attention for each pair, and the head for
+    completion tokens only.
     """
     matrices = dims.layers * dims.layer_matrix + adapters
     linear = 2 * matrices * computed_tokens(prompt, completions, shared=shared)
@@ -136,8 +136,8 @@ def forward_flops(
 def update_flops(
     dims: ModelDims, prompt: int, completions: Sequence[int], *, shared: bool = True, adapters: int = 0
 ) -> int:
-    """FLOPs of one group's forward and backward: ``UPDATE_OVER_FORWARD`` times the forward's. With LoRA (``adapters``: how many
-    parameters are trained) the frozen weights have no gradient: their backward is one product, as large as the forward's."""
+    """FLOPs of one group's forward and backward: ``UPDATE_OVER_FORWARD`` times the forward's. With LoRA (``adapters``: number
+    of trained parameters) the frozen weights have no gradient, so that their backward is one product, as large as the forward's."""
     forward = forward_flops(dims, prompt, completions, shared=shared, adapters=adapters)
     if not adapters:
         return UPDATE_OVER_FORWARD * forward
@@ -152,12 +152,12 @@ def _attention_flops(dims: ModelDims, prompt: int, completions: Sequence[int], s
 
 
 def rho(prompt: int, completions: Sequence[int]) -> float:
-    """Tokens that a repeated-prompt trainer computes over tokens that pgrpo computes."""
+    """Tokens computed with repeated prompts over tokens computed with shared prompts."""
     return computed_tokens(prompt, completions, shared=False) / computed_tokens(prompt, completions)
 
 
 def flop_ratio(dims: ModelDims, prompt: int, completions: Sequence[int]) -> float:
-    """FLOPs repeated over FLOPs grouped: the ceiling of the speed-up."""
+    """FLOPs with repeated prompts over FLOPs with shared prompts: the upper bound of the speed-up."""
     return forward_flops(dims, prompt, completions, shared=False) / forward_flops(dims, prompt, completions)
 
 

@@ -1,4 +1,4 @@
-"""GPU memory that a run takes, estimated from the model's sizes. Integers only, no tensors."""
+"""Estimates the GPU memory of a run from the sizes of its model. Numbers only, no tensors."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from pgrpo.types import Keep
 GIB = 2**30
 
 OFFLOAD_SCRATCH = 3 * 2 * 4 * 2**26
-"""Bytes: three pieces of two float32 moments (``offload.PIECE``) are on the GPU at once."""
+"""Bytes: three pieces of two float32 moments (``training/offload.py``, ``PIECE``) are on the GPU at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Estimated GiB on one device. Not in it: the CUDA context (about 0.5), fragmentation, what else runs there.
+    """Estimated GiB on one device. Excludes the CUDA context (about 0.5), fragmentation and other processes.
 
     Attributes:
-        weights, gradients, moments: float32, this rank's share; moments are Adam's two. With LoRA the weights are in the compute
-            dtype, and gradients and moments those of the adapters.
-        reference: weights of the frozen initial model, in the compute dtype, and its gathered embedding and head; 0 without a KL
-            term, and with LoRA, whose weights are that model.
-        gathered: copies of weights in the compute dtype, while in use: the embedding and head, and two layers.
-        activations: what the forward of a full micro-batch keeps (with LoRA up to a fifth less, which is not counted).
-        logprobs: chunks of logits, and the head's float32 gradient if it has one; the backward begins with them.
-        layer_backward: of the layers after that, one at a time: what it computes again, gradients of its copies, and the head's.
-        reductions: of hybrid sharding: a micro-batch's float32 gradients on their way between the copies, all of which FSDP2 holds
-            until its backward ends, when the activations are gone; 0 with one copy.
-        adam_scratch: temporaries of the optimizer step: none of the fused one (GPU), as large as what is trained on a CPU; with
-            moments in host memory, the pieces of them that are on their way.
-        kv_cache: of the embedded sampler, with all completions at full length.
+        weights, gradients, moments: this rank's share, in float32; moments are the two of Adam. With LoRA the weights are in the
+            compute dtype, and gradients and moments are those of the adapters.
+        reference: weights of the frozen initial model in the compute dtype, and its gathered embedding and head. 0 without a KL
+            term, and 0 with LoRA, where the policy's own weights are the initial model.
+        gathered: unsharded copies of weights in the compute dtype, while in use: the embedding and head, and two layers.
+        activations: tensors that the forward of a full micro-batch keeps for the backward. With LoRA there are up to a fifth
+            less, which this ignores.
+        logprobs: a chunk of logits, and the head's float32 gradient if it has one. The backward begins with them.
+        layer_backward: the rest of the backward, one layer at a time: recomputed activations, gradients of its gathered copies,
+            and the head's gradient.
+        reductions: with hybrid sharding, a micro-batch's float32 gradients that are reduced over the replicas. FSDP2 holds all of
+            them until the backward ends, when the activations are freed. 0 with one replica.
+        adam_scratch: temporaries of the optimizer step: none with fused AdamW (GPU); as large as the trained parameters on a CPU;
+            the pieces in transit where the moments are in host memory.
+        kv_cache: keys and values of the embedded engine, with all completions at full length.
     """
 
     weights: float
@@ -89,21 +91,21 @@ def memory_plan(
 
     Args:
         token_budget: packed tokens in one micro-batch.
-        keep: one entry a layer: what it computes again.
+        keep: one entry a layer: what its backward recomputes.
         dtype_bytes: of the compute dtype: 2 (bfloat16) or 4 (float32).
-        compiled: whether the layers are, and so keep less for the backward.
+        compiled: whether the layers are compiled; compiled layers keep less for the backward.
         ranks: devices that weights, gradients and moments are split over.
-        copies: how many such sets of devices there are (hybrid sharding).
-        adapters: how many parameters are trained with LoRA; 0: all of the model's.
+        copies: number of replicas (hybrid sharding).
+        adapters: number of parameters that LoRA trains; 0 trains all of the model's.
         reference: whether there is a KL term to the initial model.
-        ref_offload: whether that model lives in host memory, but for its gathered embedding and head.
-        offload: whether the moments live in host memory.
-        concurrent, group_size, prompt_tokens, completion_tokens: of the embedded sampler; 0 for another one.
+        ref_offload: whether that model is in host memory, except its gathered embedding and head.
+        offload: whether the moments are in host memory.
+        concurrent, group_size, prompt_tokens, completion_tokens: of the embedded engine; concurrent is 0 for another engine.
         logit_chunk_bytes: logits (and temporaries of their size) that the log-prob head holds at once.
     """
     weights = trained = 4 * parameter_count(dims) / ranks
     embedding = dims.vocab * dims.hidden
-    # The root's embedding and head stay gathered; of the layers, one is in use while the next arrives.
+    # FSDP's root keeps embedding and head gathered. Of the layers, one is in use while the next one is gathered.
     root = 0 if ranks == 1 and dtype_bytes == 4 else embedding * (1 if dims.tied else 2)
     two_layers, head = root and 2 * dims.layer_matrix, embedding
     gathered, gradients = root + two_layers, two_layers
@@ -113,7 +115,7 @@ def memory_plan(
         gathered += gradients
     layer = _layer_activations(dims, dtype_bytes, compiled=compiled)
     kept: dict[Keep, int] = {"none": layer, "full": dims.hidden * dtype_bytes}
-    # Attention outputs with their float32 log-sum-exps, beside the layer's input.
+    # Attention outputs with their float32 log-sum-exps, and the layer's input.
     kept["attention"] = kept["full"] + dims.heads * (dims.head_dim * dtype_bytes + 4)
     again = 0 if set(keep) == {"none"} else layer
     kv_row = 2 * dims.layers * dims.kv_heads * dims.head_dim * dtype_bytes
@@ -122,7 +124,7 @@ def memory_plan(
         weights=weights,
         gradients=trained,
         moments=0 if offload else 2 * trained,
-        # Its root stays gathered through the updates.
+        # The reference's root stays gathered during the updates.
         reference=dtype_bytes * (root + (0 if ref_offload else parameter_count(dims) / ranks))
         if reference and not adapters
         else 0,
@@ -138,11 +140,11 @@ def memory_plan(
 
 
 def fewest_layers_again(dims: ModelDims, capacity_gib: float, **sizes: Any) -> list[Keep]:
-    """What ``activation_checkpointing: auto`` does: ``attention`` in as few layers as make ``memory_plan(dims, **sizes)`` fit; if
-    all of them are not enough, ``full`` in as few, or else in all.
+    """Implements ``activation_checkpointing: auto``: the setting with the least recomputation whose memory plan fits.
 
-    Layers that compute more again come first: what the last ones keep is needed first in the backward, and gone before all
-    gradients are there."""
+    Tries ``attention`` in as few layers as possible; if ``attention`` in all layers is not enough, ``full`` in as few layers as
+    possible; if nothing fits, ``full`` in all. The first layers recompute more than the last ones: the backward needs the
+    activations of the last layers first, and frees them before all gradients exist."""
     steps: list[tuple[Keep, Keep]] = [("attention", "none"), ("full", "attention")]
     keep: list[Keep] = []
     for more, less in steps:
@@ -154,8 +156,8 @@ def fewest_layers_again(dims: ModelDims, capacity_gib: float, **sizes: Any) -> l
 
 
 def _layer_activations(dims: ModelDims, dtype_bytes: int, *, compiled: bool) -> int:
-    """Bytes a token that the backward of one layer needs: eager, from counting what autograd keeps of transformers' layers;
-    compiled, what matrix products and attention need, as the compiler computes what is between them again."""
+    """Bytes a token that one layer keeps for its backward. Eager: counted from what autograd saves in transformers' layers.
+    Compiled: what matrix products and attention need; the compiler recomputes everything between them."""
     q, kv = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
     norms = 2 * dims.hidden * (4 + 2 * dtype_bytes)  # the float32 input, the normalised and the scaled output
     attention = (2 * q + 2 * kv) * dtype_bytes

@@ -1,4 +1,5 @@
-"""How a model is put on this rank's device: which attention kernel, compiled or not, what is computed again, how it is sharded."""
+"""Puts a model on this rank's device: chooses the attention kernel, compilation, recomputation and engine, and shards the
+weights."""
 
 from __future__ import annotations
 
@@ -24,19 +25,20 @@ from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.types import Keep
 
 USABLE_SHARE = 0.92
-"""Of a GPU's memory: the rest is for the CUDA context, libraries and fragmentation."""
+"""Share of a GPU's memory that may be planned. The rest is for the CUDA context, libraries and fragmentation."""
 SLEEPING_VLLM_GIB = 4.0
-"""What vLLM holds of a GPU's memory while it sleeps, and beyond its share while it is awake: CUDA graphs, workspaces, libraries.
-3.6 of Qwen3-4B with 256 sequences on an H100."""
+"""GPU memory that vLLM holds while it sleeps, and beyond its share while it is awake: CUDA graphs, workspaces, libraries.
+Measured: 3.6 GiB for Qwen3-4B with 256 sequences on an H100."""
 CPU_SHARE = 0.2
-"""Of the host's memory, for vLLM's weights, keys and values where there is no GPU."""
+"""Share of the host's memory for vLLM's weights, keys and values where there is no GPU."""
 
 
 def place_policy(config: Config, world: World) -> Policy:
-    """The model on this rank's device, sharded where needed; with LoRA frozen, in the compute dtype, and with new adapters.
+    """The model on this rank's device, sharded where there are several ranks. With LoRA it is frozen, in the compute dtype, and
+    has new adapters.
 
     Raises:
-        ConfigError: it cannot run as the config says, on this device.
+        ConfigError: the model cannot run on this device as configured.
     """
     max_sample = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
     if config.model.lora_rank:
@@ -50,8 +52,9 @@ def place_policy(config: Config, world: World) -> Policy:
 
 
 def place_reference(config: Config, world: World) -> Policy:
-    """The initial model for the KL term: frozen, sharded as the policy is, and held in the dtype that its forward computes in,
-    which gives the bits that float32 weights would give there. ``loss.ref_offload=cpu``: from host memory, layer by layer."""
+    """The initial model for the KL term: frozen, sharded like the policy, and in the compute dtype, which gives the same bits as
+    float32 weights that are cast in each forward. With ``loss.ref_offload=cpu`` it is in host memory and visits the GPU layer by
+    layer."""
     model = load_model(
         config.model, config.data.max_prompt_tokens + config.rollout.max_completion_tokens, compute_dtype(config)
     )
@@ -62,7 +65,7 @@ def place_reference(config: Config, world: World) -> Policy:
 
 
 def wrap(model: PreTrainedModel, config: Config, world: World) -> Policy:
-    """A policy whose layers run as the config says; its weights stay where they are."""
+    """A policy whose layers run as configured. Does not move the weights."""
     dims = ModelDims.from_config(model.config)
     policy = Policy(model, config.rollout.temperature, attention_choice(config, dims, world.device))
     set_up_layers(decoder_layers(model), kept_by_layer(config, dims, world), compiled=is_compiled(config, world.device))
@@ -70,7 +73,7 @@ def wrap(model: PreTrainedModel, config: Config, world: World) -> Policy:
 
 
 def check_device(config: Config, device: torch.device) -> None:
-    """Refuse what this device cannot do, before a weight is loaded."""
+    """Refuse what this device cannot do, before any weight is loaded."""
     if device.type == "cuda" and config.model.dtype == "float32":
         raise ConfigError(
             "model.dtype=float32: flash attention on a GPU computes in bfloat16: set model.dtype=bfloat16"
@@ -85,12 +88,12 @@ def compute_dtype(config: Config) -> torch.dtype:
 
 
 def is_compiled(config: Config, device: torch.device) -> bool:
-    """``model.compile``, which is for GPUs unless set."""
+    """``model.compile``; unless it is set, true on a GPU only."""
     return device.type == "cuda" if config.model.compile is None else config.model.compile
 
 
 def attention_choice(config: Config, dims: ModelDims, device: torch.device) -> AttentionChoice:
-    """Kernel and plan of the policy's attention.
+    """How the policy's attention is computed: kernel, and one of its two ways.
 
     Raises:
         ConfigError: ``model.attention_kernel`` cannot run here.
@@ -104,7 +107,7 @@ def attention_choice(config: Config, dims: ModelDims, device: torch.device) -> A
 
 
 def kept_by_layer(config: Config, dims: ModelDims, world: World) -> list[Keep]:
-    """What each layer computes again in the backward."""
+    """What the backward recomputes in each layer."""
     mode = config.model.activation_checkpointing
     if mode != "auto":
         return [mode] * dims.layers
@@ -117,7 +120,7 @@ def kept_by_layer(config: Config, dims: ModelDims, world: World) -> list[Keep]:
 
 
 class EngineChoice(NamedTuple):
-    """What samples, and why."""
+    """The engine that samples, and why it was chosen."""
 
     name: Literal["vllm", "embedded"]
     reason: str
@@ -129,7 +132,7 @@ class EngineChoice(NamedTuple):
 
 
 def engine_choice(config: Config, device: torch.device) -> EngineChoice:
-    """``rollout.engine``; for ``auto`` vLLM where it is installed and there is a GPU."""
+    """``rollout.engine``; ``auto`` is vLLM where it is installed and there is a GPU."""
     if config.rollout.engine != "auto":
         return EngineChoice(config.rollout.engine, "asked for")
     if device.type != "cuda":
@@ -144,10 +147,11 @@ def engine_name(config: Config, device: torch.device) -> Literal["vllm", "embedd
 
 
 def vllm_memory_share(config: Config, dims: ModelDims, world: World) -> float:
-    """``rollout.gpu_memory_utilization``, or what the policy leaves of this GPU's memory between updates, by the memory plan.
+    """``rollout.gpu_memory_utilization``; unless it is set, the share of this GPU's memory that the policy leaves free between
+    updates, from the memory plan.
 
     Raises:
-        ConfigError: that does not hold the engine's weights and one group.
+        ConfigError: the engine's weights and one group do not fit into it.
     """
     if (share := config.rollout.gpu_memory_utilization) is not None:
         return share
@@ -155,7 +159,7 @@ def vllm_memory_share(config: Config, dims: ModelDims, world: World) -> float:
         return CPU_SHARE
     total = torch.cuda.get_device_properties(world.device).total_memory / GIB
     sizes = plan_sizes(config, dims, world, world.device)
-    plan = memory_plan(dims, keep=["none" for _ in range(dims.layers)], **sizes)  # what is held does not depend on it
+    plan = memory_plan(dims, keep=["none" for _ in range(dims.layers)], **sizes)  # `keep` matters for updates only
     held = plan.weights + plan.moments + plan.reference
     share = USABLE_SHARE - (held + SLEEPING_VLLM_GIB) / total
     rollout, width = config.rollout, compute_dtype(config).itemsize
@@ -173,7 +177,7 @@ def vllm_memory_share(config: Config, dims: ModelDims, world: World) -> float:
 
 
 def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.device) -> dict[str, Any]:
-    """What ``flops.memory_plan`` asks about a run, but for its checkpointing."""
+    """Arguments of ``memory_plan``, except activation checkpointing."""
     rollout = config.rollout
     samples = rollout.prompts_per_step * rollout.group_size
     return {

@@ -1,7 +1,7 @@
-"""PyTorch's CPU flash kernel behind the variable-length interface of ``kernels.py``; also for float64.
+"""PyTorch's CPU flash kernel behind the variable-length interface of ``flash.py``; also for float64.
 
-The kernel takes equal-length sequences [n, H, Q, D], dies (SIGFPE) on empty ones, and one call a segment is slow; so segments
-are batched by their lengths, and empty ones are never passed on.
+The kernel takes sequences of equal length [n, H, Q, D] and dies (SIGFPE) on empty ones; one call a segment would be slow. So
+segments are batched by their lengths, and empty ones are skipped.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Rows = slice | Tensor
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, seg: Segments, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """``kernels.varlen_forward`` on the CPU."""
+    """``flash.varlen_forward`` on the CPU."""
     out_QHD = torch.zeros_like(q, memory_format=torch.contiguous_format)
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lse_HQ = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=lse_dtype)
     for n, q_len, k_len, q_rows, k_rows in _buckets(seg):
         queries, keys, values = _batched(q, q_rows, n), _batched(k, k_rows, n), _batched(v, k_rows, n)
-        earlier = k_len - q_len if causal else 0  # keys before the first query's own: seen by every query
+        earlier = k_len - q_len if causal else 0  # keys before the first query's position: every query attends to them
         out, lse = dense_forward(queries, keys[:, :, earlier:], values[:, :, earlier:], causal, scale)
         out_rows, lse_rows = _flat(out), lse.transpose(0, 1).flatten(1)
         if earlier:
@@ -38,7 +38,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, seg: Segments, causal: bool, scale:
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seg: Segments, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``kernels.varlen_backward`` on the CPU."""
+    """``flash.varlen_backward`` on the CPU."""
     dq_QHD, dk_SKD, dv_SKD = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for n, q_len, k_len, q_rows, k_rows in _buckets(seg):
         queries, keys, values = _batched(q, q_rows, n), _batched(k, k_rows, n), _batched(v, k_rows, n)
@@ -70,9 +70,9 @@ def _buckets(seg: Segments) -> list[tuple[int, int, int, Rows, Rows]]:
     return _equal_length_buckets(tuple(seg.cu_q.tolist()), tuple(seg.cu_k.tolist()))
 
 
-@lru_cache(maxsize=64)  # every layer asks the same question, forward and backward
+@lru_cache(maxsize=64)  # every layer calls this with the same lengths, in forward and backward
 def _equal_length_buckets(cu_q: tuple[int, ...], cu_k: tuple[int, ...]) -> list[tuple[int, int, int, Rows, Rows]]:
-    """(n, query length, key length, query rows, key rows) of each pair of lengths that occurs."""
+    """(n, query length, key length, query rows, key rows) for each pair of lengths that occurs."""
     members: dict[tuple[int, int], list[int]] = {}
     for i in range(len(cu_q) - 1):
         lengths = cu_q[i + 1] - cu_q[i], cu_k[i + 1] - cu_k[i]
@@ -85,7 +85,7 @@ def _equal_length_buckets(cu_q: tuple[int, ...], cu_k: tuple[int, ...]) -> list[
 
 
 def _rows(starts: list[int], length: int) -> Rows:
-    """Rows of segments of one length: a slice (no copy) where they lie side by side, else an index."""
+    """Rows of segments of one length: a slice (no copy) where they are adjacent, else an index."""
     if starts[-1] - starts[0] == (len(starts) - 1) * length:
         return slice(starts[0], starts[-1] + length)
     return (torch.tensor(starts)[:, None] + torch.arange(length)).flatten()

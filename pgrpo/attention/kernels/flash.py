@@ -1,11 +1,11 @@
-"""The flash kernels behind one pair of signatures; an LSE is all that grouped attention asks of a kernel.
+"""The flash kernels behind one pair of functions. Grouped attention needs only a kernel that returns its log-sum-exp (LSE).
 
 - ``builtin``: PyTorch's own, which is FlashAttention-2 on a GPU and ``cpu_flash.py`` on a CPU. Nothing to install.
 - ``flash4``: the package flash-attn-4 (Hopper, Blackwell), ``pip install 'pgrpo[flash]'``.
 
 Q query rows, S key rows, H query heads, K key/value heads (H is a multiple of K), D head dim, n sequences of one length.
 Log-sum-exps are of the scaled scores, natural logarithm, [H, Q] float32 (float64 for float64 inputs); -inf with output 0 for a
-row that sees no key. Causal means that the last query row sees the last key (bottom-right).
+row without keys. Causal masks are aligned at the end: the last query row attends to the last key (bottom-right).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FASTEST_FIRST: tuple[KernelName, ...] = ("flash4", "builtin")
 
 
 class KernelChoice(NamedTuple):
-    """A kernel that can run, and why it was taken."""
+    """A kernel that can run, and why it was chosen."""
 
     name: KernelName
     reason: str
@@ -36,10 +36,10 @@ class KernelChoice(NamedTuple):
 def choose_kernel(
     wanted: KernelName | Literal["auto"], device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> KernelChoice:
-    """The kernel of that name, or with ``auto`` the fastest that can run here.
+    """The kernel of that name; for ``auto`` the fastest that can run here.
 
     Raises:
-        ValueError: it cannot run on this device, dtype and head dim; the message says why.
+        ValueError: the kernel cannot run on this device, dtype and head dim; the message says why.
     """
     if wanted != "auto":
         if why := why_not(wanted, device, dtype, head_dim):
@@ -54,7 +54,7 @@ def choose_kernel(
 
 
 def why_not(name: KernelName, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """What keeps a kernel from running on this device, dtype and head dim; None if nothing does."""
+    """Why a kernel cannot run on this device, dtype and head dim; None if it can."""
     if device.type == "cpu":
         return None if name == "builtin" else "it needs a CUDA GPU"
     if dtype not in (torch.bfloat16, torch.float16):
@@ -74,7 +74,7 @@ def why_not(name: KernelName, device: torch.device, dtype: torch.dtype, head_dim
 
 
 def import_error(name: KernelName) -> str | None:
-    """What keeps a kernel's package, which is there, from being imported. Takes seconds; ``why_not`` does not ask."""
+    """Why the installed package of a kernel cannot be imported; None if it can. Takes seconds, so ``why_not`` does not call it."""
     try:
         if name == "flash4":
             _flash4()
@@ -85,11 +85,11 @@ def import_error(name: KernelName) -> str | None:
 
 @cache
 def _flash4() -> Any:
-    # Its compiler warns at length, for each kernel, that the unused argument aux_data has no value.
+    # The compiler of flash-attn-4 warns for each kernel, at length, that the unused argument aux_data has no value.
     warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)
     try:
         return importlib.import_module("flash_attn.cute.interface")
-    except Exception as error:  # whatever its compiler raises where their versions do not fit
+    except Exception as error:  # its compiler raises all kinds of exceptions when versions do not fit
         raise RuntimeError(
             f"flash-attn-4 is installed but cannot be imported ({type(error).__name__}: {error}): pip install 'pgrpo[flash]' has "
             "versions that fit each other, or set model.attention_kernel=builtin"
@@ -99,7 +99,7 @@ def _flash4() -> Any:
 def varlen_forward(
     q_QHD: Tensor, k_SKD: Tensor, v_SKD: Tensor, seg: Segments, causal: bool, scale: float, kernel: str = "builtin"
 ) -> tuple[Tensor, Tensor]:
-    """Attention of each query segment to its own key segment: output [Q, H, D] and LSE [H, Q]."""
+    """Attention of each query segment to its key segment: output [Q, H, D] and LSE [H, Q]."""
     if q_QHD.device.type == "cpu":
         return cpu_flash.forward(q_QHD, k_SKD, v_SKD, seg, causal, scale)
     if kernel == "flash4":
@@ -108,7 +108,7 @@ def varlen_forward(
             max_seqlen_k=seg.max_k, softmax_scale=scale, causal=causal, return_lse=True,
         )  # fmt: skip
         return out_QHD, lse_HQ
-    # A longest query of 1 sends the kernel down a path of its own, which reshapes as if no segment were empty.
+    # With max_q 1 the kernel takes a special path, which reshapes as if no segment were empty.
     max_q = max(seg.max_q, 2)
     out_QHD, lse_HQ, *_ = aten._flash_attention_forward(
         q_QHD, k_SKD, v_SKD, seg.cu_q, seg.cu_k, max_q, seg.max_k, 0.0, causal, False, scale=scale
@@ -120,7 +120,7 @@ def varlen_backward(
     dout_QHD: Tensor, q_QHD: Tensor, k_SKD: Tensor, v_SKD: Tensor, out_QHD: Tensor, lse_HQ: Tensor,
     seg: Segments, causal: bool, scale: float, kernel: str = "builtin",
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq [Q, H, D], dk [S, K, D], dv [S, K, D]. ``out`` and ``lse`` may be those of a softmax over more keys than these."""
+    """dq [Q, H, D], dk [S, K, D], dv [S, K, D]. ``out`` and ``lse`` may come from a softmax over more keys than these."""
     if q_QHD.device.type == "cpu":
         return cpu_flash.backward(dout_QHD, q_QHD, k_SKD, v_SKD, out_QHD, lse_HQ, seg, causal, scale)
     if kernel == "flash4":
@@ -129,7 +129,7 @@ def varlen_backward(
             cu_seqlens_q=seg.cu_q, cu_seqlens_k=seg.cu_k, max_seqlen_q=seg.max_q, max_seqlen_k=seg.max_k,
         )  # fmt: skip
         return dq, dk, dv
-    # The flash kernels draw no random numbers without dropout; the two rng arguments are only looked at with it.
+    # Without dropout the flash kernels draw no random numbers and ignore the two rng arguments.
     unused = torch.empty(0, dtype=torch.uint64, device=q_QHD.device)
     dq, dk, dv = aten._flash_attention_backward(
         dout_QHD.contiguous(), q_QHD, k_SKD, v_SKD, out_QHD.contiguous(), lse_HQ.contiguous(),

@@ -1,4 +1,4 @@
-"""Which rows a variable-length attention call pairs up."""
+"""Query and key rows of a variable-length attention call."""
 
 from __future__ import annotations
 

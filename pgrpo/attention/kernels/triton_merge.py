@@ -1,4 +1,4 @@
-"""Triton versions of ``merge.py``. Imported on a GPU only; PyTorch's CUDA builds bring Triton along."""
+"""Triton versions of ``merge.py``. Imported on a GPU only; PyTorch's CUDA builds include Triton."""
 
 # pyright: reportMissingImports=false, reportIndexIssue=false
 
