@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from rich.console import Console
 
-from pgrpo.attention.kernels.flash import FASTEST_FIRST, choose_kernel, import_error, why_not
+from pgrpo.attention.kernels.flash import FASTEST_FIRST, choose_kernel, why_not
 from pgrpo.planning.flops import GIB, peak_flops
 from pgrpo.sandbox.run import SandboxError, find_sandbox
 
@@ -57,7 +57,7 @@ def doctor() -> None:
 def _kernels(console: Console, device: torch.device, dtype: torch.dtype) -> None:
     for head_dim in HEAD_DIMS:
         for name in FASTEST_FIRST:
-            why = why_not(name, device, dtype, head_dim) or import_error(name)
+            why = why_not(name, device, dtype, head_dim)
             console.print(f"  head dim {head_dim}: {name} " + (f"cannot run: {why}" if why else "can run"))
         try:
             console.print(f"  head dim {head_dim}: auto takes {choose_kernel('auto', device, dtype, head_dim).name}")

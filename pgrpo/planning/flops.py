@@ -17,10 +17,12 @@ scores (others count its backward as 2.5 times the forward), and recomputation i
 
 
 PEAK_TFLOPS = {
-    "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
-    "L40S": 362, "L4": 121, "A10G": 70, "A10": 125, "RTX A6000": 155, "RTX 5090": 210, "RTX 4090": 165, "RTX 3090": 71,
+    "B200": 2250, "GH200 480GB": 989, "H200": 989, "H100 80GB HBM3": 989, "H100 PCIe": 756, "H100 NVL": 835,
+    "A100-SXM4-40GB": 312, "A100-SXM4-80GB": 312, "A100-PCIE-40GB": 312, "A100 80GB PCIe": 312,
+    "L40S": 362, "L40": 181, "L4": 121, "A10G": 70, "A10": 125, "RTX A6000": 155,
+    "GeForce RTX 5090": 210, "GeForce RTX 4090": 165, "GeForce RTX 3090": 71,
 }  # fmt: skip
-"""Dense bfloat16 rate in TFLOP/s, from data sheets, by a part of the device's name; the first match counts."""
+"""Dense bfloat16 rate in TFLOP/s, from data sheets, by the whole name that CUDA gives the device, without "NVIDIA "."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,8 +164,10 @@ def flop_ratio(dims: ModelDims, prompt: int, completions: Sequence[int]) -> floa
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a GPU by the name that CUDA gives it; None when it is not in ``PEAK_TFLOPS``."""
-    return next((tera * 1e12 for part, tera in PEAK_TFLOPS.items() if part in device_name), None)
+    """Dense bfloat16 FLOP/s of a GPU by the name that CUDA gives it; None when ``PEAK_TFLOPS`` has no such name: a similar name
+    may be of a GPU of another rate."""
+    tera = PEAK_TFLOPS.get(device_name.removeprefix("NVIDIA "))
+    return tera * 1e12 if tera else None
 
 
 def mfu(flops: float, seconds: float, peak: float) -> float:

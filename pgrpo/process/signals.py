@@ -24,7 +24,12 @@ def stop_signals(flag: StopFlag) -> Iterator[None]:
     Python runs a handler in the main thread alone, once that has come back from the call it is in; and a signal that
     another thread took does not end such a call. So a thread of its own reads the signals too: it needs nobody for the
     second one, and at the first one it interrupts the main thread's call until the handler has run.
+
+    In a thread that is not the main one nothing is done: Python lets only the main one set handlers, so signals are the caller's.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     read, write = os.pipe()
     os.set_blocking(write, False)
     before = {s: signal.signal(s, lambda signum, _: flag.set(signum)) for s in _STOPS}

@@ -139,7 +139,15 @@ def test_ratios() -> None:
 
 @pytest.mark.parametrize(
     ("name", "tera"),
-    [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA L40S", 362), ("NVIDIA L4", 121)],
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L4", 121),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA GeForce RTX 4090", 165),
+    ],
 )
 def test_peak_and_mfu(name: str, tera: float) -> None:
     peak = flops.peak_flops(name)
@@ -148,8 +156,15 @@ def test_peak_and_mfu(name: str, tera: float) -> None:
     assert flops.mfu(tera * 1e12, 2.0, peak) == 0.5
 
 
-def test_unknown_device_has_no_peak() -> None:
-    assert flops.peak_flops("Some CPU") is None
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Some CPU", "", "NVIDIA L400", "NVIDIA A1000", "NVIDIA A10M", "NVIDIA A100X", "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "NVIDIA GB200", "NVIDIA H200 NVL",
+    ],
+)  # fmt: skip
+def test_a_device_that_only_resembles_a_known_one_has_no_peak(name: str) -> None:
+    assert flops.peak_flops(name) is None
 
 
 @pytest.mark.parametrize(("rank", "least", "most"), [(0, 0.97, 1.03), (4, 0.8, 1.0)])

@@ -1,5 +1,6 @@
 """Kernel, plan, compilation and checkpointing that a config resolves to on a device."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.kernels import flash as kernels
 from pgrpo.attention.kernels.flash import choose_kernel
+from pgrpo.commands import doctor
 from pgrpo.config import Config, ConfigError, ModelConfig
 from pgrpo.distributed.world import World
 from pgrpo.planning.flops import ModelDims
@@ -60,6 +62,7 @@ def test_a_named_kernel_that_cannot_run_is_an_error_that_says_why():
 def test_kernels_of_a_gpu(monkeypatch, capability, dtype, head_dim, installed, chosen, reason):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(kernels, "_flash4", lambda: None)
     if chosen is None:
         with pytest.raises(ValueError, match=reason):
             choose_kernel("auto", GPU, dtype, head_dim)
@@ -69,16 +72,75 @@ def test_kernels_of_a_gpu(monkeypatch, capability, dtype, head_dim, installed, c
         assert reason in choice.reason
 
 
-def test_a_compiler_that_does_not_fit_is_told_of(monkeypatch):
-    def broken(name):
-        raise ModuleNotFoundError("No module named 'cutlass.cute'")
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """A machine that says it has a Hopper GPU, and ``install(files)``, which puts files of a package flash_attn on the path."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    properties = SimpleNamespace(name="NVIDIA L40 of another kind", total_memory=2**36, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.syspath_prepend(tmp_path)
+    kernels._flash4.cache_clear()
 
-    monkeypatch.setattr("importlib.import_module", broken)
-    with pytest.raises(
-        RuntimeError, match=r"cannot be imported \(ModuleNotFoundError: No module named 'cutlass.cute'\): pip"
-    ):
-        kernels._flash4()
-    assert "cannot be imported" in str(kernels.import_error("flash4")) and kernels.import_error("builtin") is None
+    def install(files):
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+
+    yield install
+    kernels._flash4.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        del sys.modules[name]
+
+
+NO_CUTLASS = "import cutlass_that_is_not_there"
+DAMAGED = {
+    "the package": ({"flash_attn/__init__.py": "raise ImportError('undefined symbol: _Z')"}, "ImportError: undefined symbol: _Z"),
+    "its parent": (
+        {"flash_attn/__init__.py": "raise OSError('libcudart.so.11')", "flash_attn/cute/__init__.py": ""},
+        "OSError: libcudart.so.11",
+    ),
+    "a folder": (
+        {"flash_attn/__init__.py": "", "flash_attn/cute/__init__.py": NO_CUTLASS, "flash_attn/cute/interface.py": ""},
+        "ModuleNotFoundError: No module named 'cutlass_that_is_not_there'",
+    ),
+    "the interface": (
+        {"flash_attn/__init__.py": "", "flash_attn/cute/__init__.py": "", "flash_attn/cute/interface.py": "def f(:"},
+        "SyntaxError: ",
+    ),
+    "half of it": (
+        {"flash_attn/__init__.py": "", "flash_attn/cute/__init__.py": ""},
+        "ModuleNotFoundError: No module named 'flash_attn.cute.interface'",
+    ),
+    "no package": ({"flash_attn.py": ""}, "ModuleNotFoundError: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_flash_attn_is_a_reason_for_auto_and_one_line_for_flash4(hopper, damage):
+    files, reason = DAMAGED[damage]
+    hopper(files)
+    choice = choose_kernel("auto", GPU, torch.bfloat16, 128)
+    assert choice.name == "builtin"
+    assert choice.reason.startswith(f"not flash4: flash-attn-4 is installed but cannot be imported ({reason}")
+    assert choice.reason.endswith("): pip install 'pgrpo[flash]' has versions that fit each other")
+    with pytest.raises(ConfigError) as error:
+        attention_choice(config(attention_kernel="flash4"), DIMS, GPU)
+    expected = f"model.attention_kernel=flash4: flash4 cannot run here: flash-attn-4 is installed but cannot be imported ({reason}"
+    assert str(error.value).startswith(expected)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_doctor_goes_on_when_flash_attn_is_damaged(hopper, capsys):
+    hopper(DAMAGED["the package"][0])
+    doctor.doctor()
+    shown = capsys.readouterr().out
+    for head_dim in (64, 128):
+        cannot = "cannot run: flash-attn-4 is installed but cannot be imported (ImportError: undefined symbol: _Z)"
+        assert f"  head dim {head_dim}: flash4 {cannot}" in shown
+        assert f"  head dim {head_dim}: auto takes builtin\n" in shown
+    assert "bfloat16 rate unknown: no perf/mfu in the metrics" in shown
 
 
 def test_auto_checkpointing_on_a_gpu_spares_the_last_layers(monkeypatch):

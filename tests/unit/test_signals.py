@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+import pgrpo
 from pgrpo import checkpoint
 
 pytestmark = pytest.mark.faults
@@ -190,3 +193,29 @@ with stop_signals(flag), lock:
     except Stopped as stopped:
         print("Stopped", stopped.signum)
 """
+
+
+def test_a_training_runs_in_a_thread_whose_signals_are_the_callers(tiny_model, tmp_path):
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGURG)}
+    config = {
+        "recipe": "addition", "run_dir": str(tmp_path / "run"), "model": {"path": str(tiny_model), "dtype": "float32"},
+        "rollout": {"prompts_per_step": 2, "group_size": 2, "max_completion_tokens": 2}, "train": {"steps": 1, "token_budget": 100},
+        "rewards": {"functions": [{"function": "math"}, {"function": str(write_own(tmp_path)) + ":reward"}]},
+        "eval": {"every": 1, "rows": 2}, "track": {"console": False},
+    }  # fmt: skip
+    with ThreadPoolExecutor(1) as pool:
+        folder = pool.submit(pgrpo.train, config, rewards=[later]).result(timeout=120)
+    assert [row["step"] for row in rows(folder)] == [0, 1]
+    assert checkpoint.latest(folder / "checkpoints") == folder / "checkpoints" / "step_1"
+    assert {signum: signal.getsignal(signum) for signum in before} == before
+
+
+def write_own(folder):
+    """A reward of a worker process."""
+    (folder / "own.py").write_text("def reward(completions):\n    return [1.0 for _ in completions]\n")
+    return folder / "own.py"
+
+
+async def later(completions, **_):
+    await asyncio.sleep(0)
+    return [float(i) for i, _ in enumerate(completions)]

@@ -61,25 +61,27 @@ def why_not(name: KernelName, device: torch.device, dtype: torch.dtype, head_dim
         return f"it computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
     major, minor = torch.cuda.get_device_capability(device)
     if name == "flash4":
-        if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
-            return "the package flash-attn-4 is not installed (pip install 'pgrpo[flash]')"
         if major not in (9, 10, 11):
             return f"compute capability {major}.{minor} is neither Hopper nor Blackwell of a data centre (9.x to 11.x)"
         if head_dim > 128 or head_dim % 8:
             return f"head dim {head_dim} is not a multiple of 8 up to 128"
-        return None
+        return _import_error()
     if major < 8:
         return f"compute capability {major}.{minor} is older than Ampere (8.0)"
     return None if head_dim <= 256 and head_dim % 8 == 0 else f"head dim {head_dim} is not a multiple of 8 up to 256"
 
 
-def import_error(name: KernelName) -> str | None:
-    """Why the installed package of a kernel cannot be imported; None if it can. Takes seconds, so ``why_not`` does not call it."""
+def _import_error() -> str | None:
+    """Why flash-attn-4 cannot be imported; None if it can, which takes seconds. A damaged package raises all kinds of exceptions,
+    some when it is only looked for."""
     try:
-        if name == "flash4":
-            _flash4()
-    except RuntimeError as error:
-        return str(error)
+        if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
+            return "the package flash-attn-4 is not installed (pip install 'pgrpo[flash]')"
+        _flash4()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        fix = "pip install 'pgrpo[flash]' has versions that fit each other"
+        return f"flash-attn-4 is installed but cannot be imported ({reason}): {fix}"
     return None
 
 
@@ -87,13 +89,7 @@ def import_error(name: KernelName) -> str | None:
 def _flash4() -> Any:
     # The compiler of flash-attn-4 warns for each kernel, at length, that the unused argument aux_data has no value.
     warnings.filterwarnings("ignore", message="Argument aux_data .* cannot be converted", category=UserWarning)
-    try:
-        return importlib.import_module("flash_attn.cute.interface")
-    except Exception as error:  # its compiler raises all kinds of exceptions when versions do not fit
-        raise RuntimeError(
-            f"flash-attn-4 is installed but cannot be imported ({type(error).__name__}: {error}): pip install 'pgrpo[flash]' has "
-            "versions that fit each other, or set model.attention_kernel=builtin"
-        ) from error
+    return importlib.import_module("flash_attn.cute.interface")
 
 
 def varlen_forward(
