@@ -20,15 +20,18 @@ tensor's shape from the shards that it finds, so that a lost shard makes the ten
 be ours.
 """
 
-from pgrpo.checkpoint.files import CheckpointError, Saved, load, open_saved, verify
+from pgrpo.checkpoint.files import Saved, load, open_saved, verify
 from pgrpo.checkpoint.folder import PREFIX, latest, list_steps, prune, save, set_aside_after, tidy
+from pgrpo.checkpoint.forms import COUNT, CheckpointError, check
 from pgrpo.checkpoint.writer import Writer
 
 __all__ = [
+    "COUNT",
     "PREFIX",
     "CheckpointError",
     "Saved",
     "Writer",
+    "check",
     "latest",
     "list_steps",
     "load",

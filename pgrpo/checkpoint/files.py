@@ -6,18 +6,21 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import combinations
 from math import prod
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pgrpo.checkpoint.forms import COUNT, CheckpointError, parse
 from pgrpo.config import ConfigError
 from pgrpo.distributed.shards import Shard
 
@@ -27,10 +30,7 @@ CUT = "cut"
 """Key in a safetensors file's metadata: JSON, name -> [shape of the whole, offset], of the tensors that are a part."""
 Files = dict[str, dict[str, Any]]
 """File name -> its size and sha256, as the manifest has them."""
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, or is not what was written. The message names the file."""
+MANIFEST_FORM = {"step": COUNT, "files": {str: {"size": COUNT, "sha256": str}}}
 
 
 def write_shards(folder: Path, rank: int, sets: Mapping[str, Mapping[str, Shard]]) -> Files:
@@ -88,18 +88,17 @@ class Saved:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.scalars: dict[str, Any] = json.loads((path / SCALARS).read_text())
+        self.scalars: dict[str, Any] = parse((path / SCALARS).read_text(), dict, path / SCALARS)
         self._open = ExitStack()
-        self._parts: dict[str, dict[str, list[tuple[Any, tuple[int, ...]]]]] = {}  # set -> name -> (file, offset)
-        self._shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-        for name in json.loads((path / MANIFEST).read_text())["files"]:
-            if name.endswith(".safetensors"):
-                self._index(name)
-        for set_name, parts in self._parts.items():
-            for name, pieces in parts.items():
-                there = sum(prod(file.get_slice(name).get_shape()) for file, _ in pieces)
-                if there != prod(self._shapes[set_name][name]):
-                    raise CheckpointError(f"{path}: a part of {name} in {set_name} is missing")
+        self._parts: dict[str, dict[str, list[_Part]]] = {}  # set -> tensor name -> its parts
+        with ExitStack() as opened:  # closed again unless all of it is sound
+            for name in parse((path / MANIFEST).read_text(), MANIFEST_FORM, path / MANIFEST)["files"]:
+                if name.endswith(".safetensors"):
+                    self._index(opened, path / name)
+            for set_name, named in self._parts.items():
+                for name, parts in named.items():
+                    _check_cover(parts, f"{path}: {name} in {set_name}")
+            self._open = opened.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -113,41 +112,80 @@ class Saved:
 
     def shapes(self, set_name: str) -> dict[str, tuple[int, ...]]:
         """Tensor name -> shape of the whole, of a set; empty if there is no such set."""
-        return self._shapes.get(set_name, {})
+        return {name: parts[0].shape for name, parts in self._parts.get(set_name, {}).items()}
 
     def read(self, set_name: str, name: str, like: Shard | None = None) -> Tensor:
-        """The part of a tensor that lies where ``like`` lies (None: all of it), on the CPU, whoever wrote it in what parts."""
-        shape = self._shapes[set_name][name]
+        """The part of a tensor that lies where ``like`` lies (None: all of it), on the CPU, whoever wrote it in what parts.
+
+        Raises:
+            CheckpointError: there is no such tensor, or the whole that ``like`` is a part of has another shape.
+        """
+        parts = self._parts.get(set_name, {}).get(name)
+        if not parts:
+            raise CheckpointError(f"{self.path}: has no {name} in {set_name}")
+        shape = parts[0].shape
+        if like and like.shape != shape:
+            raise CheckpointError(f"{self.path}: {name} in {set_name} is {list(shape)} there, {list(like.shape)} here")
         start = like.offset if like else (0,) * len(shape)
         size = tuple(like.tensor.shape) if like else shape
         result: Tensor | None = None
-        for file, offset in self._parts[set_name][name]:
-            piece = file.get_slice(name)
-            length = piece.get_shape()
-            if not shape or (start == offset and list(size) == length):
-                return file.get_tensor(name)
-            low = [max(a, b) for a, b in zip(start, offset, strict=True)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(start, size, offset, length, strict=True)]
+        for part in parts:
+            if not shape or (start == part.offset and size == part.size):
+                return part.file.get_tensor(name)
+            low = [max(a, b) for a, b in zip(start, part.offset, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(start, size, part.offset, part.size, strict=True)]
             if any(a >= b for a, b in zip(low, high, strict=True)):
                 continue
-            values = piece[_box(low, high, offset)]
+            values = part.file.get_slice(name)[_box(low, high, part.offset)]
             whole = result if result is not None else values.new_empty(size)
             whole[_box(low, high, start)] = values
             result = whole
-        return result if result is not None else torch.empty(size)
+        # Parts cover the whole: nothing of them lies in ``like`` only where it is empty.
+        return result if result is not None else parts[0].file.get_slice(name)[:0].new_empty(size)
 
-    def _index(self, file_name: str) -> None:
+    def _index(self, opened: ExitStack, path: Path) -> None:
         # Read as bytes of known types: nothing in the file can run.
-        file = self._open.enter_context(safe_open(self.path / file_name, framework="pt"))
-        cut = json.loads((file.metadata() or {}).get(CUT, "{}"))
-        set_name = file_name.rsplit(".", 2)[0]
-        for name in file.keys():  # noqa: SIM118 - not a dict
-            shape, offset = cut.get(name) or (
-                file.get_slice(name).get_shape(),
-                [0] * len(file.get_slice(name).get_shape()),
+        file = opened.enter_context(safe_open(path, framework="pt"))
+        names = list(file.keys())
+        cut = parse((file.metadata() or {}).get(CUT, "{}"), {str: [[COUNT]]}, f"{path}: {CUT}")
+        if strange := [name for name, box in cut.items() if name not in names or len(box) != 2]:
+            raise CheckpointError(f"{path}: {CUT}: {strange[0]!a} is no part of a tensor")
+        own = self._parts.setdefault(path.name.rsplit(".", 2)[0], {})
+        for name in names:
+            piece = file.get_slice(name)
+            size = piece.get_shape()
+            shape, offset = cut.get(name) or (size, [0] * len(size))
+            own.setdefault(name, []).append(
+                _Part(file, tuple(offset), tuple(size), tuple(shape), str(piece.get_dtype()))
             )
-            self._parts.setdefault(set_name, {}).setdefault(name, []).append((file, tuple(offset)))
-            self._shapes.setdefault(set_name, {})[name] = tuple(shape)
+
+
+class _Part(NamedTuple):
+    """A box of a tensor, in one file: where it begins in the whole, its size, and the whole's shape."""
+
+    file: Any
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _check_cover(parts: Sequence[_Part], where: str) -> None:
+    """CheckpointError unless the parts make up a whole: of one shape and dtype, inside of it, disjoint, with no gap."""
+    shape = parts[0].shape
+    if any(part.shape != shape or part.dtype != parts[0].dtype or len(part.size) != len(shape) for part in parts):
+        raise CheckpointError(f"{where}: its parts are of different tensors")
+    if prod(max(n, 1) for n in shape) >= 2**62 or any(
+        len(part.offset) != len(shape) or any(o + n > m for o, n, m in zip(part.offset, part.size, shape, strict=True))
+        for part in parts
+    ):
+        raise CheckpointError(f"{where}: a part of it lies outside of its shape {list(shape)}")
+    if sum(prod(part.size) for part in parts) != prod(shape):
+        raise CheckpointError(f"{where}: a part of it is missing")
+    for one, other in combinations([part for part in parts if prod(part.size)], 2):
+        boxes = zip(one.offset, one.size, other.offset, other.size, strict=True)
+        if all(a < b + m and b < a + n for a, n, b, m in boxes):
+            raise CheckpointError(f"{where}: two parts of it overlap")
 
 
 def open_saved(path: Path, *, verified: bool = False) -> Saved:
@@ -189,32 +227,34 @@ def verify(path: Path) -> list[str]:
     """Read every byte of a checkpoint and return its file names; CheckpointError names the first file that is wrong."""
     manifest = path / MANIFEST
     try:
-        content = json.loads(manifest.read_text())
-        step, files = content["step"], dict(content["files"])
-        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{manifest}: unreadable ({type(error).__name__}: {error})") from error
-    if path.name.startswith(PREFIX) and path.name != f"{PREFIX}{step}":
-        raise CheckpointError(f"{manifest}: is of step {step}, the folder is {path.name}")
-    if SCALARS not in expected:
-        raise CheckpointError(f"{manifest}: does not list {SCALARS}")
-    for name, (size, _) in expected.items():
-        file = path / name
-        if Path(name).name != name or not file.is_file():
-            raise CheckpointError(f"{file}: missing")
-        if file.stat().st_size != size:
-            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, {size} were written")
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        for name, sha256 in zip(expected, threads.map(lambda name: _sha256(path / name), expected), strict=True):
-            if sha256 != expected[name][1]:
-                raise CheckpointError(f"{path / name}: content changed since it was written (sha256 differs)")
+        content = parse(manifest.read_text(), MANIFEST_FORM, manifest)
+        step, expected = content["step"], content["files"]
+        if path.name.startswith(PREFIX) and path.name != f"{PREFIX}{step}":
+            raise CheckpointError(f"{manifest}: is of step {step}, the folder is {path.name}")
+        if unlisted := {SCALARS, *(file.name for file in path.glob("*.safetensors"))} - expected.keys():
+            raise CheckpointError(f"{manifest}: does not list {min(unlisted)}")
+        for name, entry in expected.items():
+            if not re.fullmatch(r"[\w.-]{1,200}", name, re.ASCII):
+                raise CheckpointError(f"{manifest}: lists {name!a:.80}: missing, it is no name of a file here")
+            file = path / name
+            if not file.is_file():
+                raise CheckpointError(f"{file}: missing")
+            if file.stat().st_size != entry["size"]:
+                raise CheckpointError(f"{file}: {file.stat().st_size} bytes, {entry['size']} were written")
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            for name, sha256 in zip(expected, threads.map(lambda name: _sha256(path / name), expected), strict=True):
+                if sha256 != expected[name]["sha256"]:
+                    raise CheckpointError(f"{path / name}: content changed since it was written (sha256 differs)")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
     return list(expected)
 
 
 def list_steps(root: Path) -> list[int]:
-    """Steps that have a folder in ``root``, ascending, verified or not."""
-    names = [entry.name.removeprefix(PREFIX) for entry in root.glob(f"{PREFIX}*")] if root.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal())
+    """Steps that have a folder in ``root``, ascending, verified or not. ``step_007``, files and symbolic links are none."""
+    entries = list(root.glob(f"{PREFIX}*")) if root.is_dir() else []
+    names = [entry.name.removeprefix(PREFIX) for entry in entries if entry.is_dir() and not entry.is_symlink()]
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name))
 
 
 def sync(path: Path) -> None:

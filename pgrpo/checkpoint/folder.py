@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -15,7 +16,6 @@ from pgrpo.checkpoint.files import (
     MANIFEST,
     PREFIX,
     SCALARS,
-    CheckpointError,
     Files,
     dump_scalars,
     list_steps,
@@ -24,6 +24,7 @@ from pgrpo.checkpoint.files import (
     write,
     write_shards,
 )
+from pgrpo.checkpoint.forms import CheckpointError
 from pgrpo.config import ConfigError
 from pgrpo.distributed.shards import whole
 
@@ -61,6 +62,8 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sca
 def begin(root: Path, step: int) -> Path:
     """The folder that all ranks write a checkpoint into, made by the first of them."""
     folder = root / f"{WRITING}{PREFIX}{step}"
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder}: is a symbolic link, which is not written through; remove it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -83,12 +86,11 @@ def publish(root: Path, step: int, files: Files, scalars: str) -> Path:
     write(folder / MANIFEST, len(manifest), lambda: (folder / MANIFEST).write_text(manifest))
     sync(folder)
     replaced = root / f"{REPLACED}{final.name}"
-    if final.exists():
+    if os.path.lexists(final):
         final.rename(replaced)
     folder.rename(final)
     sync(root)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    remove(replaced)
     return final
 
 
@@ -102,9 +104,9 @@ def latest(root: Path) -> Path | None:
     return _newest_good(Path(root), list_steps(Path(root)))
 
 
-def prune(root: Path, keep: int, spare: Collection[int] = ()) -> None:
+def prune(root: Path, keep: int, spare: Collection[int] = (), written: Collection[int] = ()) -> None:
     """Remove all but the newest ``keep`` checkpoints (>= 1) and those of the steps ``spare``; if none of the newest verifies,
-    the newest that does stays too."""
+    the newest that does stays too. ``written``: steps that this process has just written, whose files need not be read again."""
     if keep < 1:
         raise ConfigError(f"checkpoint.keep={keep}: must be at least 1")
     root = Path(root)
@@ -112,13 +114,14 @@ def prune(root: Path, keep: int, spare: Collection[int] = ()) -> None:
     old, kept = [step for step in steps[:-keep] if step not in spare], steps[-keep:]
     if not old:
         return
-    spared = None if _newest_good(root, kept) else _newest_good(root, steps[:-keep])
+    is_good = not set(written).isdisjoint(kept) or _newest_good(root, kept)
+    spared = None if is_good else _newest_good(root, steps[:-keep])
     for step in old:
         path = root / f"{PREFIX}{step}"
         if path != spared:
             # Renamed first, so that a kill halfway leaves no half-removed step_N.
             path.rename(root / f"{WRITING}{path.name}")
-            shutil.rmtree(root / f"{WRITING}{path.name}")
+            remove(root / f"{WRITING}{path.name}")
 
 
 def set_aside_after(root: Path, step: int) -> None:
@@ -128,8 +131,7 @@ def set_aside_after(root: Path, step: int) -> None:
     """
     for newer in [s for s in list_steps(root) if s > step]:
         path, aside = root / f"{PREFIX}{newer}", root / f"abandoned_{PREFIX}{newer}"
-        if aside.exists():
-            shutil.rmtree(aside)
+        remove(aside)
         path.rename(aside)
         log.warning("%s is newer than step %d, from which this run goes on: renamed to %s", path, step, aside.name)
 
@@ -138,13 +140,21 @@ def tidy(root: Path) -> None:
     """Undo what a killed ``save`` or ``prune`` left. Only the holder of the run's lock may call this."""
     for replaced in root.glob(f"{REPLACED}*"):
         original = root / replaced.name.removeprefix(REPLACED)
-        if original.exists():
-            shutil.rmtree(replaced)
+        if os.path.lexists(original):
+            remove(replaced)
         else:
             replaced.rename(original)
     for leftover in root.glob(f"{WRITING}*"):
         log.warning("%s: removed, left by a killed run", leftover)
-        shutil.rmtree(leftover)
+        remove(leftover)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, a file, or a symbolic link, but never what a link points to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _newest_good(root: Path, steps: list[int]) -> Path | None:

@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from pgrpo.checkpoint.files import CheckpointError, Files, dump_scalars, write_shards
+from pgrpo.checkpoint.files import Files, dump_scalars, write_shards
 from pgrpo.checkpoint.folder import abandon, begin, prune, publish
+from pgrpo.checkpoint.forms import CheckpointError
 from pgrpo.distributed.shards import Shard
 from pgrpo.distributed.world import World
 
@@ -135,7 +136,7 @@ class Writer:
         if self._world.is_main and not reasons:
             try:
                 publish(root, step, {name: entry for part, _ in written for name, entry in part.items()}, scalars)
-                prune(root, self._keep, spare)
+                prune(root, self._keep, spare, written=[step])
             except Exception as error:
                 reasons = [_text(error)]
         reasons = self._gather(reasons)[0]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from pgrpo.config import ConfigError
@@ -47,21 +51,32 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position and what it is a position in, as JSON types."""
-        return {"epoch": self._epoch, "offset": self._offset, **self._identity()}
+        return {"epoch": self._epoch, "offset": self._offset, **self._identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position. ``ConfigError`` if it belongs to another size, seed or shuffle: the order differs."""
-        for name, now in self._identity().items():
-            if state[name] != now:
-                raise ConfigError(
-                    f"cannot resume: the checkpoint's data has {name} {state[name]}, this run's has {now}; "
-                    "keep the data set, seed and data.* of the first run, or start a new run_dir"
-                )
+        """Go to a saved position. ``ConfigError`` if it is one in other rows, or in another order of them."""
+        if difference := self.difference(state):
+            raise ConfigError(
+                f"cannot resume: {difference}; keep the data set, seed and data.* of the first run, or go on from the "
+                "checkpoint's weights in a new run: another run_dir, and --resume with the checkpoint's path"
+            )
         self._epoch, self._offset = state["epoch"], state["offset"]
         self._order = self._order_of(self._epoch)
 
+    def difference(self, state: Mapping[str, Any]) -> str | None:
+        """Why a saved position means nothing here: size, seed, shuffle or the rows' content are others. None: it does."""
+        for name, now in self._identity.items():
+            if (before := state.get(name)) != now:
+                what = f"{name} (a hash of their content)" if name == "rows" else name
+                return f"the checkpoint's data has {what} {before}, this run's has {now}"
+        if state["offset"] > len(self._prompts):
+            return f"the checkpoint's position, {state['offset']}, is beyond the {len(self._prompts)} prompts"
+        return None
+
+    @cached_property
     def _identity(self) -> dict[str, Any]:
-        return {"size": len(self._prompts), "seed": self._seed, "shuffle": self._shuffle}
+        rows = content_hash(prompt.columns for prompt in self._prompts)
+        return {"size": len(self._prompts), "seed": self._seed, "shuffle": self._shuffle, "rows": rows}
 
     def _order_of(self, epoch: int) -> list[int]:
         order = range(len(self._prompts))
@@ -70,3 +85,16 @@ class PromptStream:
         # Sorted by random() rather than shuffle(): only random() is promised to stay the same across Python versions.
         rng = random.Random(f"{self._seed}/{epoch}")
         return sorted(order, key=lambda _: rng.random())
+
+
+def content_hash(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Of what stands in the rows, in order: the same in every process, wherever equal rows come from."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, default=_as_json, skipkeys=True).encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _as_json(value: Any) -> Any:
+    """Arrays as lists; of what else JSON has not, the text without addresses."""
+    return value.tolist() if hasattr(value, "tolist") else re.sub(r" at 0x[0-9a-f]+", "", str(value))

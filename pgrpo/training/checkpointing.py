@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pgrpo import checkpoint
-from pgrpo.checkpoint import CheckpointError, Saved
+from pgrpo.checkpoint import COUNT, CheckpointError, Saved
 from pgrpo.config import Config, ConfigError, to_yaml
 from pgrpo.data import PromptStream
 from pgrpo.distributed import fsdp
@@ -23,6 +23,19 @@ from pgrpo.training.progress import Progress
 from pgrpo.training.update import Updater
 
 log = logging.getLogger(__name__)
+
+FORM = {
+    "step": COUNT,
+    "recent_rewards": [str],
+    "best": ({"step": COUNT, "value": float},),
+    "unlogged": ({str: str},),
+    "skipped_in_row": COUNT,
+    "stream": {"epoch": COUNT, "offset": COUNT},
+    "trackers": {"step": int, "wandb_id": (str,)},
+    "config": str,
+    "world_size": COUNT,
+}
+"""The form of a checkpoint's scalars, for ``checkpoint.check``."""
 
 
 class Checkpoints:
@@ -87,6 +100,7 @@ class Checkpoints:
         progress, is_own = self.progress, path.parent.resolve() == self._root.resolve()
         with checkpoint.open_saved(path, verified=True) as saved:
             scalars = saved.scalars
+            checkpoint.check(scalars, FORM, path)
             _load_parameters("model", _trained(self._policy), saved)
             if self._reference:
                 _load_parameters("reference", dict(self._reference.model.named_parameters()), saved)
@@ -94,13 +108,20 @@ class Checkpoints:
             load_optimizer_shards(
                 self._optimizer, self._policy.model, names, lambda name, like: saved.read("optimizer", name, like)
             )
-            self._stream.load_state_dict(scalars["stream"])
-            progress.load_state_dict(scalars)
+            # Another run's weights may go on with other data; this run's own position would mean nothing in it.
+            if not is_own and (difference := self._stream.difference(scalars["stream"])):
+                log.warning("%s: training begins at the first of this run's prompts", difference)
+            else:
+                self._stream.load_state_dict(scalars["stream"])
             self._updater.skipped_in_row = scalars["skipped_in_row"]
-            # Last: nothing above may draw from what this puts back.
-            if scalars["world_size"] == self._world.size:
-                own = f"rng_{self._world.rank}"
-                set_rng_state({name: saved.read(own, name) for name in saved.shapes(own)})
+            try:
+                progress.load_state_dict(scalars)
+                # Last: nothing above may draw from what this puts back.
+                if scalars["world_size"] == self._world.size:
+                    own = f"rng_{self._world.rank}"
+                    set_rng_state({name: saved.read(own, name) for name in saved.shapes(own)})
+            except (ValueError, KeyError, TypeError, RuntimeError) as error:
+                raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
         if self._world.is_main:
             self._report(path, scalars)
         self._world.barrier()
@@ -122,6 +143,7 @@ class Checkpoints:
             return False
         with checkpoint.open_saved(path, verified=True) as saved:
             _load_parameters("model", _trained(self._policy), saved)
+            checkpoint.check(saved.scalars, {"step": COUNT}, path)
             self.progress.step = saved.scalars["step"]
         self._world.barrier()
         return True
@@ -165,7 +187,7 @@ class Checkpoints:
         """
 
         def verified() -> Path | None:
-            found = checkpoint.latest(self._root) if name in ("auto", "best") else Path(name)
+            found = checkpoint.latest(self._root) if name in ("auto", "best") else Path(name).resolve()
             if found and name == "best":
                 found = _best(found)
             if found and name != "auto":
@@ -187,6 +209,7 @@ class Checkpoints:
 
 def _best(newest: Path) -> Path:
     with checkpoint.open_saved(newest, verified=True) as saved:
+        checkpoint.check(saved.scalars, {"best": FORM["best"]}, newest)
         best = saved.scalars["best"]
     if best is None:
         raise ConfigError(f"best: {newest} knows of no best checkpoint; train with checkpoint.keep_best=eval/reward")

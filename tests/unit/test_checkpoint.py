@@ -8,7 +8,9 @@ import json
 import logging
 import os
 import pickle
+import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +32,10 @@ from pgrpo.checkpoint import (
     set_aside_after,
     tidy,
 )
+from pgrpo.checkpoint.files import dump_scalars, write_shards
+from pgrpo.checkpoint.folder import begin, publish
 from pgrpo.config import ConfigError
+from pgrpo.distributed.shards import Shard, whole
 from pgrpo.process.lock import check_shared, open_run_dir
 
 
@@ -392,3 +397,181 @@ def test_a_run_folder_with_files_needs_resume(tmp_path):
         open_run_dir(tmp_path, resume=False)
     with pytest.raises(ConfigError, match=r"run_dir=.*metrics\.jsonl: cannot be used"):
         open_run_dir(tmp_path / "metrics.jsonl", resume=False)
+
+
+SCALARS = {"step": 1, "best": {"step": 1, "value": 0.5}, "names": ["a", "b"], "none": None}
+WHOLE = {
+    "model": {"w": torch.arange(24.0).reshape(6, 4), "row": torch.arange(3.0), "none": torch.zeros(0, 5)},
+    "rng_0": {"x": torch.tensor(7)},
+}
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory):
+    """A small checkpoint whose weights are cut in two."""
+    root, files = tmp_path_factory.mktemp("two"), {}
+    for rank, (low, high) in enumerate(((0, 4), (4, 6))):
+        model = {"w": Shard(WHOLE["model"]["w"][low:high].clone(), (6, 4), (low, 0))}
+        sets = {"model": model}
+        if rank == 0:
+            model |= {name: whole(WHOLE["model"][name]) for name in ("row", "none")}
+            sets["rng_0"] = {"x": whole(WHOLE["rng_0"]["x"])}
+        files |= write_shards(begin(root, 1), rank, sets)
+    return publish(root, 1, files, dump_scalars(SCALARS))
+
+
+def loads_or_refuses(path):
+    """Whether it loads, and then equal to what was written; the one other way is CheckpointError with one line."""
+    refused = None
+    try:
+        tensors, scalars = load(path)
+    except CheckpointError as error:
+        refused = str(error)
+    if refused is not None:
+        assert "\n" not in refused and "step_1" in refused
+        return False
+    assert scalars == SCALARS and {s: set(named) for s, named in tensors.items()} == {
+        s: set(n) for s, n in WHOLE.items()
+    }
+    assert all(
+        torch.equal(tensors[s][n], t) and tensors[s][n].dtype == t.dtype for s in WHOLE for n, t in WHOLE[s].items()
+    )
+    return True
+
+
+def reseal(path, name, content):
+    """Write a file, and its size and sum into the manifest."""
+    (path / name).write_bytes(content)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.faults
+def test_damage_of_any_byte_range_is_refused_or_changes_nothing(of_two_ranks, tmp_path):
+    rng, outcomes = random.Random(0), []
+    path = Path(shutil.copytree(of_two_ranks, tmp_path / "step_1"))
+    for file in sorted(path.iterdir()):
+        content = file.read_bytes()
+        for start in range(0, len(content), 8):
+            end = start + rng.randint(1, 24)
+            middle = rng.choice(
+                [b"", bytes(end - start), rng.randbytes(end - start), b"[" * 100_000, b'"', content[:9]]
+            )
+            file.write_bytes(content[:start] + middle + content[end:])
+            outcomes.append(loads_or_refuses(path))
+        file.write_bytes(content)
+    assert loads_or_refuses(path) and len(outcomes) > 150 and outcomes.count(False) > 0.95 * len(outcomes)
+
+
+ODD_VALUES = [None, True, -1, 0, 1, 1.5, 2**62, 10**30, "", "1", "w", "\ud800", [], [[]], {}, {"w": 1}, "DEEP"]
+
+
+def fields(value, path=()):
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from fields(inner, (*path, key))
+
+
+def changed(value, path, new):
+    """A copy in which the field at ``path`` is ``new``; without it, if ``new`` is Ellipsis."""
+    if not path:
+        return new
+    copy = value.copy()
+    if len(path) == 1 and new is ...:
+        del copy[path[0]]
+    else:
+        copy[path[0]] = changed(value[path[0]], path[1:], new)
+    return copy
+
+
+def variants(value):
+    """JSON of ``value`` with each of its fields, and keys, damaged in every way."""
+    for path in fields(value):
+        for new in [*ODD_VALUES, *([...] if path else [])]:
+            yield json.dumps(changed(value, path, new)).replace('"DEEP"', "[" * 100_000)
+        if path and isinstance(path[-1], str):
+            yield json.dumps(value).replace(json.dumps(path[-1]) + ":", '"other":', 1)
+
+
+@pytest.mark.faults
+def test_damage_of_any_field_of_the_manifest_is_refused_or_changes_nothing(of_two_ranks, tmp_path):
+    path = Path(shutil.copytree(of_two_ranks, tmp_path / "step_1"))
+    texts = list(variants(json.loads((path / "manifest.json").read_text())))
+    for text in texts:
+        (path / "manifest.json").write_text(text)
+        loads_or_refuses(path)
+    assert len(texts) > 200
+
+
+@pytest.mark.faults
+def test_damage_of_the_index_of_parts_is_refused_though_all_sums_agree(of_two_ranks, tmp_path):
+    """Shape and offset of a part: nothing that was not written is ever returned."""
+    path = Path(shutil.copytree(of_two_ranks, tmp_path / "step_1"))
+    for rank in (0, 1):
+        name = f"model.{rank}.safetensors"
+        content = (of_two_ranks / name).read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        cut = json.loads(header["__metadata__"]["cut"])
+        assert cut == {"w": [[6, 4], [0 if rank == 0 else 4, 0]]}
+        refused = []
+        for text in variants(cut):
+            changed_header = json.dumps(changed(header, ("__metadata__", "cut"), text)).encode()
+            reseal(path, name, len(changed_header).to_bytes(8, "little") + changed_header + content[8 + length :])
+            refused.append(not loads_or_refuses(path))
+        assert sum(refused) > 0.9 * len(refused) > 80
+        reseal(path, name, content)
+    assert loads_or_refuses(path)
+
+
+@pytest.mark.faults
+def test_a_part_beyond_the_whole_or_of_another_tensor_is_refused(of_two_ranks):
+    with checkpoint.open_saved(of_two_ranks) as saved:
+        empty = saved.read("model", "w", Shard(torch.zeros(0, 4), (6, 4), (6, 0)))
+        assert empty.shape == (0, 4) and empty.dtype == torch.float32
+        for shape, name in (((6, 5), "w"), ((6,), "w"), ((8, 4), "w"), ((6, 4), "v")):
+            like = Shard(torch.zeros(shape), shape, (0,) * len(shape))
+            with pytest.raises(CheckpointError, match=r"is \[6, 4\] there|has no v in model"):
+                saved.read("model", name, like)
+
+
+@pytest.mark.faults
+def test_names_that_are_not_ours_are_left_alone(tmp_path):
+    """Every later save and prune works, and nobody's folder is touched."""
+    root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    for step in (1, 2):
+        save(root, step, small(step), {})
+    save(elsewhere, 9, small(9), {})
+    odd = ["step_007", "step_", "step_-3", "step_1.5", "step_٣", "step_" + "9" * 200, "step_1_old", "Step_4"]
+    for name in odd:
+        (root / name).mkdir()
+    (root / "step_8").write_text("a file")
+    (root / "step_9").symlink_to(elsewhere / "step_9")
+    (root / "step_10").symlink_to(tmp_path / "nowhere")
+    assert list_steps(root) == [1, 2] and latest(root) == root / "step_2"
+    set_aside_after(root, 2)
+    tidy(root)
+    save(root, 3, small(3), {})
+    prune(root, 1)
+    assert list_steps(root) == [3]
+    assert {entry.name for entry in root.iterdir()} == {*odd, "step_3", "step_8", "step_9", "step_10"}
+    assert load(elsewhere / "step_9")[0]["model"]["w"][0, 0] == 9
+
+
+@pytest.mark.faults
+def test_links_where_a_checkpoint_is_written_or_removed_are_not_followed(tmp_path):
+    root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    save(elsewhere, 5, small(5), {})
+    root.mkdir()
+    for name in ("step_5", ".writing-step_6", ".replaced-step_7", "abandoned_step_8"):
+        (root / name).symlink_to(elsewhere / "step_5")
+    with pytest.raises(CheckpointError, match=r"\.writing-step_6: is a symbolic link"):
+        begin(root, 6)
+    for step in (5, 6, 8):  # a link of a checkpoint's name gives way to it
+        save(root, step, small(step), {})
+    set_aside_after(root, 7)
+    assert list_steps(root) == [5, 6] and not list(root.glob(".writing*"))
+    assert not (root / "step_5").is_symlink() and not (root / "abandoned_step_8").is_symlink()
+    assert load(elsewhere / "step_5")[0]["model"]["w"][0, 0] == 5

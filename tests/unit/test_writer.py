@@ -14,6 +14,7 @@ import torch
 
 import pgrpo
 from pgrpo.checkpoint import CheckpointError, Writer, latest, list_steps, load, tidy, verify
+from pgrpo.checkpoint import files as files_module
 from pgrpo.checkpoint import writer as writer_module
 from pgrpo.config import ConfigError
 from pgrpo.distributed.shards import whole
@@ -57,6 +58,19 @@ def test_torchrun_would_kill_a_slow_save(tmp_path, monkeypatch, caplog, can_wait
     save(3)
     assert [advice in record.getMessage() for record in caplog.records] == [True]
     assert "took 20 s to write, and torchrun kills the ranks 30 s after" in caplog.text
+
+
+def test_a_save_reads_each_of_its_files_once_and_no_older_checkpoint(tmp_path, monkeypatch):
+    """Also where it removes an old one, which it does only beside a newer one that is sound."""
+    hashed, sha256 = [], files_module._sha256
+    monkeypatch.setattr(files_module, "_sha256", lambda file: (hashed.append(file.stat().st_size), sha256(file))[1])
+    writer, written = Writer(tmp_path, WORLD, keep=2), []
+    for step in range(1, 5):
+        writer.save(step, sets(step, -step), {})
+        writer.wait()
+        written += [file.stat().st_size for file in (tmp_path / f"step_{step}").iterdir()]
+    assert list_steps(tmp_path) == [3, 4]
+    assert sum(hashed) == sum(written) > 4 * 800_000
 
 
 def test_the_best_stays(tmp_path):
