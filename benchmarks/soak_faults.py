@@ -92,7 +92,7 @@ class Faults:
             sums, largest = backward(updater, batch, counts)
             kind, self._nan = self._nan, ""
             if kind == "nan_loss":
-                sums[0] = float("nan")
+                sums = sums._replace(loss=sums.loss * float("nan"))
             elif kind == "nan_gradient":
                 gradient = next(p.grad for p in updater.policy.parameters() if p.grad is not None)
                 gradient.view(-1)[0] = float("nan")

@@ -39,7 +39,8 @@ class Completion:
 
     Attributes:
         token_ids: R completion tokens; the final eos is one of them. May be empty.
-        rollout_logprobs: R log-probs (natural logarithm) of the distribution that each token was really sampled from.
+        rollout_logprobs: R log-probs (natural logarithm) by the sampler, at the sampling temperature and over the whole vocabulary,
+            before top-k and top-p: the same distribution that the trainer's log-probs are of.
         mask: R flags. False marks a token that the policy did not sample (tool output, say): it is read, and takes no loss.
         finish_reason: ``stop`` (eos or a stop string) or ``length`` (the limit came first).
         text: the completion without special tokens and without the stop string; what rewards read.

@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pgrpo.config import LossConfig
+
 Ratio = Literal["token", "sequence"]
 Objective = Literal["clip", "cispo"]
 Aggregate = Literal["token", "sample", "constant"]
@@ -33,6 +35,8 @@ class LossOutput(NamedTuple):
     clipped_low: Tensor
     clipped_high: Tensor
     kl: Tensor
+    corrected: Tensor
+    """Tokens that ``rollout_correction`` truncated or masked."""
 
 
 def policy_loss(
@@ -41,19 +45,12 @@ def policy_loss(
     advantages_B: Tensor,
     mask_BR: Tensor,
     counts: Counts,
+    config: LossConfig,
+    max_completion_tokens: int,
     *,
-    ratio: Ratio = "token",
-    objective: Objective = "clip",
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    aggregate: Aggregate = "token",
-    max_completion_tokens: int = 1,
+    rollout_logprobs_BR: Tensor | None = None,
     ref_logprobs_BR: Tensor | None = None,
-    kl_coef: float = 0.0,
-    kl_estimator: KlEstimator = "k3",
     entropy_BR: Tensor | None = None,
-    entropy_coef: float = 0.0,
-    correction_BR: Tensor | None = None,
 ) -> LossOutput:
     """``- sum_i w_i [ c_i * J_i - kl_coef * KL_i + entropy_coef * H_i ]`` over masked tokens i.
 
@@ -65,81 +62,87 @@ def policy_loss(
         advantages_B: [B], one number a sample.
         mask_BR: [B, R] bool, True on tokens that count. Entries elsewhere may hold anything, inf and nan too.
         counts: tokens and samples of the whole update, over all ranks.
-        ratio: see ``importance_ratio``.
-        objective: J, see ``surrogate``.
-        clip_low: the ratio is clipped below at 1 - clip_low; clip_high: above at 1 + clip_high (apart: DAPO, arXiv 2503.14476,
-            equation 10).
-        aggregate: w, see ``token_weights``; max_completion_tokens: the fixed length of ``constant``.
+        config: the section ``loss``. Its terms: J is ``surrogate``, KL ``kl_estimate``, c ``rollout_correction`` (1 without one), w
+            ``token_weights``.
+        max_completion_tokens: the fixed length that ``aggregate="constant"`` divides by.
+        rollout_logprobs_BR: [B, R] of the sampler; needed for a ``rollout_correction``.
         ref_logprobs_BR: [B, R] of the reference model; needed when ``kl_coef`` is not 0.
-        kl_coef: weight of the KL estimate; kl_estimator: see ``kl_estimate``.
-        entropy_BR: [B, R] entropy H of each token's distribution; needed when ``entropy_coef`` is not 0.
-        entropy_coef: weight of the entropy bonus (PPO, arXiv 1707.06347, equation 9).
-        correction_BR: [B, R] factor c of each token's objective, from ``rollout_correction``. None is 1.
+        entropy_BR: [B, R] entropy H of each token's distribution; needed when ``entropy_coef`` is not 0 (PPO, arXiv 1707.06347,
+            equation 9).
+
+    Raises:
+        ValueError: a term's input is not there.
     """
     # Masked before exp: an overflow there would turn into nan gradients, even under a mask applied later.
-    log_ratio_BR = torch.where(mask_BR, logprobs_BR - old_logprobs_BR, 0.0)
-    ratio_BR = importance_ratio(log_ratio_BR, mask_BR, ratio)
+    log_ratio_BR = log_importance_ratio(torch.where(mask_BR, logprobs_BR - old_logprobs_BR, 0.0), mask_BR, config.ratio)
     advantages_B1 = advantages_B.unsqueeze(-1)
-    masked_logprobs_BR = torch.where(mask_BR, logprobs_BR, 0.0)
-    objective_BR = surrogate(ratio_BR, masked_logprobs_BR, advantages_B1, clip_low, clip_high, objective)
-    if correction_BR is not None:
+    objective_BR = surrogate(log_ratio_BR, torch.where(mask_BR, logprobs_BR, 0.0), advantages_B1, config)
+
+    corrected_BR = torch.zeros_like(mask_BR)
+    if config.rollout_correction != "none":
+        if rollout_logprobs_BR is None:
+            raise ValueError(f"rollout_correction={config.rollout_correction} needs rollout_logprobs")
+        correction_BR, corrected_BR = rollout_correction(
+            old_logprobs_BR, rollout_logprobs_BR, mask_BR, config.rollout_correction, config.rollout_correction_cap
+        )
         objective_BR = objective_BR * correction_BR
 
-    kl_BR = torch.zeros_like(ratio_BR)
-    if kl_coef:
+    kl_BR = torch.zeros_like(log_ratio_BR)
+    if config.kl_coef:
         if ref_logprobs_BR is None:
-            raise ValueError(f"kl_coef={kl_coef} needs ref_logprobs")
-        kl_BR = kl_estimate(torch.where(mask_BR, ref_logprobs_BR - logprobs_BR, 0.0), kl_estimator)
-        objective_BR = objective_BR - kl_coef * kl_BR
-    if entropy_coef:
+            raise ValueError(f"kl_coef={config.kl_coef} needs ref_logprobs")
+        kl_BR = kl_estimate(torch.where(mask_BR, ref_logprobs_BR - logprobs_BR, 0.0), config.kl_estimator)
+        objective_BR = objective_BR - config.kl_coef * kl_BR
+    if config.entropy_coef:
         if entropy_BR is None:
-            raise ValueError(f"entropy_coef={entropy_coef} needs entropy")
-        objective_BR = objective_BR + entropy_coef * torch.where(mask_BR, entropy_BR, 0.0)
+            raise ValueError(f"entropy_coef={config.entropy_coef} needs entropy")
+        objective_BR = objective_BR + config.entropy_coef * torch.where(mask_BR, entropy_BR, 0.0)
 
-    weights_BR = token_weights(mask_BR, counts, aggregate, max_completion_tokens).to(objective_BR.dtype)
+    weights_BR = token_weights(mask_BR, counts, config.aggregate, max_completion_tokens).to(objective_BR.dtype)
     with torch.no_grad():
+        ratio_BR = log_ratio_BR.exp()
         # Where the clip takes effect: CISPO's does on either sign of the advantage.
-        low_B1 = advantages_B1 != 0 if objective == "cispo" else advantages_B1 < 0
-        high_B1 = advantages_B1 != 0 if objective == "cispo" else advantages_B1 > 0
-        low_BR = mask_BR & (ratio_BR < 1 - clip_low) & low_B1
-        high_BR = mask_BR & (ratio_BR > 1 + clip_high) & high_B1
+        low_B1 = advantages_B1 != 0 if config.objective == "cispo" else advantages_B1 < 0
+        high_B1 = advantages_B1 != 0 if config.objective == "cispo" else advantages_B1 > 0
+        low_BR = mask_BR & (ratio_BR < 1 - config.clip_low) & low_B1
+        high_BR = mask_BR & (ratio_BR > 1 + config.clip_high) & high_B1
     return LossOutput(
         loss=-(weights_BR * objective_BR).sum(),
         clipped_low=low_BR.sum(),
         clipped_high=high_BR.sum(),
         kl=kl_BR.detach().sum(),
+        corrected=corrected_BR.sum(),
     )
 
 
-def importance_ratio(log_ratio_BR: Tensor, mask_BR: Tensor, ratio: Ratio) -> Tensor:
-    """[B, R] of ``exp(logprobs - old_logprobs)``; ``log_ratio_BR`` is 0 off the mask.
+def log_importance_ratio(log_ratio_BR: Tensor, mask_BR: Tensor, ratio: Ratio) -> Tensor:
+    """[B, R] logarithm of the ratio r that is clipped; ``log_ratio_BR`` is ``logprobs - old_logprobs``, 0 off the mask.
 
-    ``token``: each token's own (GRPO). ``sequence``: the geometric mean over the sample's tokens, on each of them (GSPO,
+    ``token``: each token's own (GRPO). ``sequence``: of the geometric mean over the sample's tokens, on each of them (GSPO,
     arXiv 2507.18071, equation 7).
     """
-    if ratio == "sequence":
-        tokens_B1 = mask_BR.sum(-1, keepdim=True).clamp(min=1)
-        log_ratio_BR = (log_ratio_BR.sum(-1, keepdim=True) / tokens_B1).expand_as(log_ratio_BR)
-    return log_ratio_BR.exp()
+    if ratio == "token":
+        return log_ratio_BR
+    tokens_B1 = mask_BR.sum(-1, keepdim=True).clamp(min=1)
+    return (log_ratio_BR.sum(-1, keepdim=True) / tokens_B1).expand_as(log_ratio_BR)
 
 
-def surrogate(
-    ratio_BR: Tensor,
-    logprobs_BR: Tensor,
-    advantages_B1: Tensor,
-    clip_low: float,
-    clip_high: float,
-    objective: Objective,
-) -> Tensor:
+def surrogate(log_ratio_BR: Tensor, logprobs_BR: Tensor, advantages_B1: Tensor, config: LossConfig) -> Tensor:
     """[B, R] of what is maximised.
 
-    ``clip``: ``min(r A, clip(r) A)`` (PPO, arXiv 1707.06347, equation 7). A token whose ratio is clipped has no gradient.
+    ``clip``: ``min(r A, clip(r) A)`` (PPO, arXiv 1707.06347, equation 7). A token whose ratio is clipped has no gradient. The clip
+    is below at 1 - clip_low and above at 1 + clip_high (apart: DAPO, arXiv 2503.14476, equation 10).
     ``cispo``: ``stop_gradient(clip(r)) A logprob`` (MiniMax-M1, arXiv 2506.13585, equations 4 and 5). Every token has one.
     """
-    clipped_BR = ratio_BR.clamp(1 - clip_low, 1 + clip_high)
-    if objective == "cispo":
-        return clipped_BR.detach() * advantages_B1 * logprobs_BR
-    return torch.minimum(ratio_BR * advantages_B1, clipped_BR * advantages_B1)
+    low, high = 1 - config.clip_low, 1 + config.clip_high
+    ratio_BR = log_ratio_BR.detach().exp()
+    clipped_BR = ratio_BR.clamp(low, high)
+    if config.objective == "cispo":
+        return clipped_BR * advantages_B1 * logprobs_BR
+    is_clipped_BR = torch.where(advantages_B1 > 0, ratio_BR > high, ratio_BR < low) | (advantages_B1 == 0)
+    # A ratio beyond exp(88) is inf in float32, and the backward of exp gives 0 * inf = nan: a clipped one is left out before exp.
+    free_BR = torch.where(is_clipped_BR, 0.0, log_ratio_BR).exp()
+    return torch.where(is_clipped_BR, clipped_BR, free_BR) * advantages_B1
 
 
 def kl_estimate(d_BR: Tensor, estimator: KlEstimator) -> Tensor:
@@ -170,10 +173,13 @@ def rollout_correction(
     brings you off-policy RL training"; the estimator is Ionides', 2008). ``mask``: ``r`` where ``1/cap <= r <= cap``, else 0,
     masked importance sampling (MIS: Liu et al., 2025, "When speed kills stability"; IcePop is its two-sided token form).
 
+    A rollout log-prob that is not a finite number says nothing of the sampler: that token's ``r`` is 1, alone and in the product.
+
     Returns:
         [B, R] weight of each token's objective, without a gradient, and [B, R] bool, the tokens that were truncated or masked.
     """
-    log_ratio_BR = torch.where(mask_BR, old_logprobs_BR - rollout_logprobs_BR, 0.0).detach()
+    known_BR = mask_BR & rollout_logprobs_BR.isfinite()
+    log_ratio_BR = torch.where(known_BR, old_logprobs_BR - rollout_logprobs_BR, 0.0).detach()
     if correction in ("sequence_truncate", "sequence_mask"):
         log_ratio_BR = log_ratio_BR.sum(-1, keepdim=True).expand_as(log_ratio_BR)
     ratio_BR = log_ratio_BR.exp()

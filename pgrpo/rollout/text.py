@@ -25,7 +25,7 @@ def make_completions(
 
     Args:
         token_ids: of each completion, the final eos or the tokens of the stop string among them.
-        logprobs: one for each token, as it was sampled from.
+        logprobs: one for each token, see ``Completion.rollout_logprobs``.
         stopped: whether eos or a stop string ended it.
         stop: the stop strings.
     """

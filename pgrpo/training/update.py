@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pgrpo.algorithm.advantages import has_spread
-from pgrpo.algorithm.loss import Counts, policy_loss, rollout_correction
+from pgrpo.algorithm.loss import Counts, policy_loss
 from pgrpo.config import Config
 from pgrpo.distributed.fsdp import reshard
 from pgrpo.distributed.shards import shard_of
@@ -29,6 +30,35 @@ log = logging.getLogger(__name__)
 
 class NonFiniteError(RuntimeError):
     """The loss or the gradient norm is nan or inf, too often in a row; the weights were not changed by it."""
+
+
+class Sums(NamedTuple):
+    """Added up over the tokens in the loss: of a micro-batch, of an update, of a step. Each a float64 scalar."""
+
+    loss: Tensor
+    """The share of the global loss."""
+    tokens: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+    kl: Tensor
+    entropy: Tensor
+    corrected: Tensor
+    """Tokens whose weight ``loss.rollout_correction`` truncated or masked."""
+    unknown: Tensor
+    """Tokens whose ``rollout_logprobs`` are not finite. What follows is over the others."""
+    difference: Tensor
+    """``|old_logprobs - rollout_logprobs|``."""
+    importance: Tensor
+    """``exp(old_logprobs - rollout_logprobs)``."""
+
+
+class Outcome(NamedTuple):
+    """Of an update, over all ranks."""
+
+    sums: Sums
+    largest_difference: float
+    grad_norm: float
+    is_skipped: bool
 
 
 @dataclass
@@ -58,9 +88,10 @@ class Updater:
         every share is used once.
 
         Returns:
-            Metrics, averaged over the updates. Entropy, KL, clip ratios and what the sampler's log-probs differ by are those of the
-            groups that have a gradient, as no other is computed; without any they are left out. ``skipped_updates``: how many
-            were not done because loss or gradients are not finite; ``time/old_logprobs``: seconds of forwards without a gradient.
+            Metrics. ``loss`` and ``grad_norm`` are means over the updates. Entropy, KL, clip ratios and the difference to the
+            sampler's log-probs are means over the tokens of all updates, in groups that have a gradient, as no other is computed;
+            without any they are left out. ``skipped_updates``: how many were not done because loss or gradients are not finite;
+            ``time/old_logprobs``: seconds of forwards without a gradient.
 
         Raises:
             NonFiniteError: ``train.max_skipped_updates`` in a row were skipped, and this is one more. On all ranks.
@@ -74,18 +105,17 @@ class Updater:
         self.world.synchronize()
         old_logprobs = {"time/old_logprobs": time.perf_counter() - started}
         updates = list(zip(batches, map(count, shares), strict=True)) * self.config.train.epochs_per_step
-        metrics = []
-        for update in updates:
-            # Once the first update has moved the weights, the step cannot be dropped any more.
-            metrics.append(self._update(*update, can_stop=not metrics))
+        # Once the first update has moved the weights, the step cannot be dropped any more.
+        outcomes = [self._update(*update, can_stop=i == 0) for i, update in enumerate(updates)]
         if isinstance(self.reference, Policy):
             reshard(self.reference)  # its last forward had no backward: what it gathered would lie beside the rollout
-        values: dict[str, list[float]] = {}
-        for name, value in (item for m in metrics for item in m.items()):
-            values.setdefault(name, []).append(value)
-        means = {name: sum(found) / len(found) for name, found in values.items()}
-        means["skipped_updates"] = sum(m["skipped_updates"] for m in metrics)
-        return means | old_logprobs | self._token_counts([b for batch, _ in updates for b in batch])
+        metrics = {
+            "loss": sum(o.sums.loss.item() for o in outcomes) / len(outcomes),
+            "grad_norm": sum(o.grad_norm for o in outcomes) / len(outcomes),
+            "skipped_updates": float(sum(o.is_skipped for o in outcomes)),
+        }
+        metrics |= self._token_means(_add(o.sums for o in outcomes), max(o.largest_difference for o in outcomes))
+        return metrics | old_logprobs | self._token_counts([b for batch, _ in updates for b in batch])
 
     def refresh_reference(self) -> None:
         """The reference becomes a copy of the policy as it is now."""
@@ -125,9 +155,9 @@ class Updater:
         ]
         return replace(group, completions=masked)
 
-    def backward(self, batch: GroupedBatch, counts: Counts) -> tuple[Tensor, Tensor]:
-        """Add one micro-batch's gradient. Returns [9] sums over its tokens and a [1] maximum (``_summarise``)."""
-        config = self.config.loss
+    def backward(self, batch: GroupedBatch, counts: Counts) -> tuple[Sums, Tensor]:
+        """Add one micro-batch's gradient. Returns sums over its tokens, and the largest difference among them, a float64 scalar."""
+        config = self.config
         ref_logprobs = None
         if self.reference is not None:
             # First: with LoRA it is the policy itself, whose backward should find its last forward.
@@ -137,70 +167,58 @@ class Updater:
         logprobs, entropy = batch.unpack(flat_logprobs), batch.unpack(flat_entropy)
         if batch.old_logprobs is None:
             batch.old_logprobs = logprobs.detach()
-        old_logprobs, rollout_logprobs = batch.old_logprobs, batch.rollout_logprobs
-        correction, corrected = None, torch.zeros_like(batch.mask)
-        if config.rollout_correction != "none":
-            correction, corrected = rollout_correction(
-                old_logprobs, rollout_logprobs, batch.mask, config.rollout_correction, config.rollout_correction_cap
-            )
         output = policy_loss(
             logprobs,
-            old_logprobs,
+            batch.old_logprobs,
             batch.advantages,
             batch.mask,
             counts,
-            ratio=config.ratio,
-            objective=config.objective,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            aggregate=config.aggregate,
-            max_completion_tokens=self.config.rollout.max_completion_tokens,
+            config.loss,
+            config.rollout.max_completion_tokens,
+            rollout_logprobs_BR=batch.rollout_logprobs,
             ref_logprobs_BR=ref_logprobs,
-            kl_coef=config.kl_coef,
-            kl_estimator=config.kl_estimator,
             entropy_BR=entropy,
-            entropy_coef=config.entropy_coef,
-            correction_BR=correction,
         )
         (output.loss * self.world.size).backward()  # sharded gradients are averaged over ranks
         with torch.no_grad():
-            difference = torch.where(batch.mask, old_logprobs - rollout_logprobs, 0.0)
-            importance = torch.where(batch.mask, difference.exp(), 0.0)
-            sums = [
-                output.loss, batch.mask.sum(), output.clipped_low, output.clipped_high, output.kl,
-                torch.where(batch.mask, entropy, 0.0).sum(), difference.abs().sum(), importance.sum(), corrected.sum(),
-            ]  # fmt: skip
+            known = batch.mask & batch.rollout_logprobs.isfinite()
+            difference = torch.where(known, batch.old_logprobs - batch.rollout_logprobs, 0.0)
+            sums = Sums(
+                loss=output.loss.detach(),
+                tokens=batch.mask.sum(),
+                clipped_low=output.clipped_low,
+                clipped_high=output.clipped_high,
+                kl=output.kl,
+                entropy=torch.where(batch.mask, entropy, 0.0).sum(),
+                corrected=output.corrected,
+                unknown=(batch.mask & ~known).sum(),
+                difference=difference.abs().sum(),
+                importance=torch.where(known, difference.exp(), 0.0).sum(),
+            )
             largest = difference.abs().amax() if difference.numel() else difference.new_zeros(())
-            return torch.stack([s.detach().double() for s in sums]), largest.double().view(1)
+            return Sums(*(value.double() for value in sums)), largest.double()
 
-    def _update(self, batches: Sequence[GroupedBatch], counts: Counts, can_stop: bool) -> dict[str, float]:
+    def _update(self, batches: Sequence[GroupedBatch], counts: Counts, can_stop: bool) -> Outcome:
         """One optimizer step, or none when no group has spread. ``can_stop``: a stop signal ends it between micro-batches."""
-        sums = torch.zeros(9, dtype=torch.float64, device=self.world.device)
-        largest = torch.zeros(1, dtype=torch.float64, device=self.world.device)
+        zero = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        sums, largest = Sums(*[zero] * len(Sums._fields)), zero
         for batch in batches:
             if can_stop:
                 self.world.check_stop()
             batch_sums, batch_largest = self.backward(batch, counts)
-            sums += batch_sums
-            largest = torch.maximum(largest, batch_largest)
+            sums, largest = _add([sums, batch_sums]), torch.maximum(largest, batch_largest)
         grad_norm = clip_gradients(self.policy, self.config.optim.max_grad_norm) if batches else 0.0
-        metrics = _summarise(self.world.sum(sums), self.world.max(largest)) | {"grad_norm": grad_norm}
-        if self.reference is None:
-            metrics.pop("kl", None)  # not measured
-        corrected = metrics.pop("corrected", None)
-        if corrected is not None and self.config.loss.rollout_correction != "none":
-            masks = self.config.loss.rollout_correction in ("token_mask", "sequence_mask")
-            metrics[f"sampling/frac_{'masked' if masks else 'truncated'}"] = corrected
+        sums = Sums(*self.world.sum(torch.stack(sums)))
         if not batches and self.world.is_main:
             log.warning(
                 "no update: in no group do rewards differ between completions that count, so nothing is learned"
             )
-        is_sound = not batches or self._is_finite(metrics["loss"], grad_norm)
+        is_sound = not batches or self._is_finite(sums.loss.item(), grad_norm)
         if batches and is_sound:
             self.has_moved = True
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return metrics | {"skipped_updates": float(not is_sound)}
+        return Outcome(sums, self.world.max(largest.view(1)).item(), grad_norm, not is_sound)
 
     def _is_finite(self, loss: float, grad_norm: float) -> bool:
         """Whether an update may be done. Both numbers are sums over all ranks, so that all of them say the same."""
@@ -217,6 +235,40 @@ class Updater:
                 "Lower optim.lr or optim.max_grad_norm, or go on from an older checkpoint"
             )
         return False
+
+    def _token_means(self, sums: Sums, largest_difference: float) -> dict[str, float]:
+        """Metrics of a step's tokens in the loss. Says so when a correction left none of them."""
+        if (
+            not sums.tokens
+        ):  # no zeros: an entropy of 0 would look like a collapse, a difference of 0 like a perfect sampler
+            return {}
+        loss = self.config.loss
+        means = {
+            "clip_ratio/low_mean": sums.clipped_low / sums.tokens,
+            "clip_ratio/high_mean": sums.clipped_high / sums.tokens,
+            "entropy": sums.entropy / sums.tokens,
+        }
+        if self.reference is not None:
+            means["kl"] = sums.kl / sums.tokens
+        known = sums.tokens - sums.unknown
+        if known:
+            means["sampling/sampling_logp_difference/mean"] = sums.difference / known
+            means["sampling/importance_sampling_ratio/mean"] = sums.importance / known
+        masks = loss.rollout_correction in ("token_mask", "sequence_mask")
+        if loss.rollout_correction != "none":
+            means[f"sampling/frac_{'masked' if masks else 'truncated'}"] = sums.corrected / sums.tokens
+        if masks and sums.corrected == sums.tokens and self.world.is_main:
+            log.warning(
+                "loss.rollout_correction=%s masked every token of this step, so its rewards teach nothing: the sampler's log-probs "
+                "differ from the trainer's by %.3g on average, at most by %.3g. Raise loss.rollout_correction_cap=%s, or look for "
+                "the reason of the difference",
+                loss.rollout_correction, means["sampling/sampling_logp_difference/mean"], largest_difference,
+                loss.rollout_correction_cap,
+            )  # fmt: skip
+        metrics = {name: mean.item() for name, mean in means.items()}
+        if known:
+            metrics["sampling/sampling_logp_difference/max"] = largest_difference
+        return metrics | {"sampling/nonfinite_logprobs": sums.unknown.item()}
 
     def _token_counts(self, batches: Sequence[GroupedBatch]) -> dict[str, float]:
         packed = sum(len(b.input_ids) for b in batches)
@@ -239,18 +291,5 @@ def count(groups: Sequence[Group]) -> Counts:
     return Counts(tokens=tokens, samples=sum(len(g.completions) for g in groups))
 
 
-def _summarise(sums: Tensor, largest: Tensor) -> dict[str, float]:
-    loss, tokens, clipped_low, clipped_high, kl, entropy, difference, importance, corrected = sums.tolist()
-    if not tokens:  # no zeros: an entropy of 0 would look like a collapse, a difference of 0 like a perfect sampler
-        return {"loss": loss}
-    return {
-        "loss": loss,
-        "clip_ratio/low_mean": clipped_low / tokens,
-        "clip_ratio/high_mean": clipped_high / tokens,
-        "kl": kl / tokens,
-        "entropy": entropy / tokens,
-        "sampling/sampling_logp_difference/mean": difference / tokens,
-        "sampling/sampling_logp_difference/max": largest.item(),
-        "sampling/importance_sampling_ratio/mean": importance / tokens,
-        "corrected": corrected / tokens,
-    }
+def _add(parts: Iterable[Sums]) -> Sums:
+    return Sums(*torch.stack([torch.stack(part) for part in parts]).sum(0))

@@ -15,7 +15,7 @@ from pgrpo.process.exit import run_and_leave
 from pgrpo.training.offload import local
 from pgrpo.training.optim import build_optimizer
 from pgrpo.training.run import initial_model
-from pgrpo.training.update import Updater, count
+from pgrpo.training.update import Sums, Updater, count
 
 
 def long_tailed_groups():
@@ -94,7 +94,8 @@ def main():
         batches = updater.micro_batches(groups)
         if changes.get("off_policy"):
             go_off_policy(policy, batches)
-        sums = world.sum(torch.stack([updater.backward(batch, count(groups))[0] for batch in batches]).sum(0))
+        own = [torch.stack(updater.backward(batch, count(groups))[0]) for batch in batches]
+        sums = dict(zip(Sums._fields, world.sum(torch.stack(own).sum(0)).tolist(), strict=True))
         result = {
             name: full_tensor(p.grad).clone() for name, p in policy.model.named_parameters() if p.grad is not None
         }

@@ -38,12 +38,12 @@ def test_ranks(on_ranks, model, copies):
     def error(result):
         return ((gradient(result) - gradient(one)).norm() / gradient(one).norm()).item()
 
-    print(f"{ranks} GPUs, {copies} copies: loss {several['sums'][0]:.6f} against {one['sums'][0]:.6f} on one")
+    print(f"{ranks} GPUs, {copies} copies: loss {several['sums']['loss']:.6f} against {one['sums']['loss']:.6f} on one")
     print(
         f"relative gradient error {error(several):.1e}; the same micro-batches cut otherwise on one: {error(other_cut):.1e}"
     )
-    assert several["sums"][1] == one["sums"][1] > 100  # tokens
-    assert several["sums"][0].item() == pytest.approx(one["sums"][0].item(), rel=1e-2, abs=1e-4)
+    assert several["sums"]["tokens"] == one["sums"]["tokens"] > 100
+    assert several["sums"]["loss"] == pytest.approx(one["sums"]["loss"], rel=1e-2, abs=1e-4)
     assert several["held"] == pytest.approx(one["held"] * copies / ranks, rel=0.02)
     # No more than what another order of bfloat16 operations does on one GPU.
     assert error(several) <= 2 * error(other_cut) < 0.05

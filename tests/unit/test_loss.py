@@ -12,12 +12,13 @@ from pgrpo.algorithm.loss import (
     Aggregate,
     Correction,
     Counts,
-    importance_ratio,
     kl_estimate,
+    log_importance_ratio,
     policy_loss,
     rollout_correction,
     token_weights,
 )
+from pgrpo.config import LossConfig
 from pgrpo.config.presets import PRESETS
 
 AGGREGATES: list[Aggregate] = ["token", "sample", "constant"]
@@ -106,10 +107,9 @@ def tensors(rows):
 def run(values, counts, correction=None, cap=2.0, **keys):
     """``policy_loss`` as the trainer calls it."""
     logp, old, ref, mask, advantages, entropy, rollout = values
-    weights = rollout_correction(old, rollout, mask, correction, cap)[0] if correction else None
+    config = LossConfig(rollout_correction=correction or "none", rollout_correction_cap=cap, **keys)
     return policy_loss(
-        logp, old, advantages, mask, counts, max_completion_tokens=LENGTH, ref_logprobs_BR=ref, entropy_BR=entropy,
-        correction_BR=weights, **keys,
+        logp, old, advantages, mask, counts, config, LENGTH, rollout_logprobs_BR=rollout, ref_logprobs_BR=ref, entropy_BR=entropy
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def test_gradient_by_finite_differences_of_the_papers(keys):
         values = tensors(rows)
         low, high = 1 - keys.get("clip_low", 0.2), 1 + keys.get("clip_high", 0.2)
         log_ratio = torch.where(values[3], values[0] - values[1], 0.0)
-        ratios = importance_ratio(log_ratio, values[3], keys.get("ratio", "token"))
+        ratios = log_importance_ratio(log_ratio, values[3], keys.get("ratio", "token")).exp()
         assert min((ratios - low).abs().min(), (ratios - high).abs().min()) > 1e-5, "a ratio lies on the kink"
         values[0].requires_grad_()
         values[5].requires_grad_()
@@ -156,7 +156,8 @@ def test_clipping_stops_a_tokens_gradient_and_cispo_does_not():
     gradients = {}
     for objective in ("clip", "cispo"):
         logp = torch.tensor([[2.0, 1.0, 0.9]], dtype=torch.float64).log().requires_grad_()
-        policy_loss(logp, old, torch.ones(1), mask, Counts(1, 1), objective=objective, clip_high=0.5).loss.backward()
+        config = LossConfig(objective=objective, clip_high=0.5)
+        policy_loss(logp, old, torch.ones(1), mask, Counts(1, 1), config, LENGTH).loss.backward()
         gradients[objective] = logp.grad
     assert gradients["clip"][0].tolist() == pytest.approx([0, -1, -0.9])
     assert gradients["cispo"][0].tolist() == pytest.approx([-1.5, -1, -0.9])
@@ -168,7 +169,8 @@ def test_gradient_on_policy_is_that_of_plain_policy_gradient(ratio, objective):
     logp, _, _, mask, advantages, *_ = tensors(case(3))
     leaf = logp.clone().requires_grad_()
     tokens = int(mask.sum())
-    policy_loss(leaf, logp, advantages, mask, Counts(tokens, 4), ratio=ratio, objective=objective).loss.backward()
+    config = LossConfig(ratio=ratio, objective=objective)
+    policy_loss(leaf, logp, advantages, mask, Counts(tokens, 4), config, LENGTH).loss.backward()
     torch.testing.assert_close(leaf.grad, mask * -advantages.unsqueeze(-1) / tokens, rtol=1e-12, atol=1e-15)
 
 
@@ -238,17 +240,17 @@ def test_clipped_tokens_and_kl_by_hand():
     advantages = torch.tensor([-1.0, 1.0, 0.0])
     old = torch.full_like(ratio, -1.0)
     inputs = (old + ratio.log(), old, advantages, mask, Counts(11, 3))
-    out = policy_loss(*inputs, ref_logprobs_BR=old + ratio.log() + math.log(2.0), kl_coef=1.0)
+    out = policy_loss(*inputs, LossConfig(kl_coef=1.0), LENGTH, ref_logprobs_BR=old + ratio.log() + math.log(2.0))
     assert out.clipped_low.item() == 2  # low ratios of the negative sample
     assert out.clipped_high.item() == 1  # the masked one is not counted, nor those of the sample without an advantage
     assert out.kl.item() == pytest.approx(11 * (2 - math.log(2) - 1))
     # Negative sample: 0.8 + 0.8 + 1.5 + 1.1, against it 0.5 + 1.2 + 0.9.
     assert out.loss.item() == pytest.approx((0.8 + 0.8 + 1.5 + 1.1 - 0.5 - 1.2 - 0.9) / 11 + (2 - math.log(2) - 1))
     assert not any(x.requires_grad for x in out[1:])
-    out = policy_loss(*inputs, objective="cispo")  # the weight is clipped on either side
+    out = policy_loss(*inputs, LossConfig(objective="cispo"), LENGTH)  # the weight is clipped on either side
     assert (out.clipped_low.item(), out.clipped_high.item()) == (3, 2)
     # Geometric means of the three samples: 0.80 (4 tokens), 0.88 (3 tokens), 0.93.
-    out = policy_loss(*inputs, ratio="sequence", clip_low=0.15, clip_high=0.15)
+    out = policy_loss(*inputs, LossConfig(ratio="sequence", clip_low=0.15, clip_high=0.15), LENGTH)
     assert (out.clipped_low.item(), out.clipped_high.item()) == (4, 0)
 
 
@@ -279,6 +281,47 @@ def test_a_hopeless_mismatch_is_truncated_or_masked_without_nan():
         assert flags.all()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_a_rollout_logprob_that_is_no_number_leaves_its_token_s_factor_at_1(correction, bad):
+    """As if the sampler had said what the trainer says; loss and gradient are finite."""
+    clean = tensors(case(5))
+    mask, old = clean[3], clean[1]
+    i, t = mask.nonzero()[0].tolist()
+    outs = []
+    for value in (bad, old[i, t].item()):
+        values = [x.clone() for x in clean]
+        values[6][i, t] = value
+        leaf = values[0].requires_grad_()
+        factor, flags = rollout_correction(old, values[6], mask, correction, 1.3)
+        if correction.startswith("token"):
+            assert factor[i, t] == 1 and not flags[i, t]
+        out = run([leaf, *values[1:]], Counts(9, 4), correction=correction, cap=1.3)
+        out.loss.backward()
+        outs.append([*(x.detach() for x in out), leaf.grad, factor, flags])
+    assert all(x.isfinite().all() for x in outs[0])
+    for got, wanted in zip(*outs, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("objective", ["clip", "cispo"])
+def test_a_ratio_that_overflows_is_clipped_without_nan(objective, ratio):
+    """exp(90) is inf in float32. A sample each: clipped above, below (exp(-90)), without an advantage, and one in range."""
+    logp = torch.tensor([[-1.0], [-91.0], [-1.0], [-1.0]], requires_grad=True)
+    old = torch.tensor([[-91.0], [-1.0], [-91.0], [-1.1]])
+    mask, advantages = torch.ones(4, 1, dtype=torch.bool), torch.tensor([2.0, -2.0, 0.0, 2.0])
+    config = LossConfig(objective=objective, ratio=ratio)
+    out = policy_loss(logp, old, advantages, mask, Counts(4, 4), config, LENGTH)
+    out.loss.backward()
+    assert logp.grad is not None
+    if objective == "clip":
+        assert out.loss.item() == pytest.approx(-(1.2 * 2 - 0.8 * 2 + 0 + 2 * math.exp(0.1)) / 4)
+        assert logp.grad.flatten().tolist() == pytest.approx([0, 0, 0, -2 * math.exp(0.1) / 4])
+    else:  # every token has a gradient: the clipped ratio times the advantage
+        assert logp.grad.flatten().tolist() == pytest.approx([-1.2 * 2 / 4, 0.8 * 2 / 4, 0, -2 * math.exp(0.1) / 4])
+
+
 def test_token_weights_by_hand():
     mask = torch.tensor([[True, True, False], [True, False, False], [False] * 3])
     weights = {a: token_weights(mask, Counts(12, 6), a, 5) for a in AGGREGATES}
@@ -294,14 +337,21 @@ def test_an_empty_batch_has_no_loss_and_no_gradient(shape, keys):
     mask = torch.zeros(shape, dtype=torch.bool)
     out = run((logp, zeros, zeros, mask, torch.ones(shape[0]), zeros, zeros), Counts(0, 0), **keys)
     out.loss.backward()
-    assert [x.item() for x in out] == [0, 0, 0, 0]
+    assert [x.item() for x in out] == [0, 0, 0, 0, 0]
     assert logp.grad is not None
     assert logp.grad.abs().sum() == 0
 
 
-@pytest.mark.parametrize(("key", "needed"), [("kl_coef", "ref_logprobs"), ("entropy_coef", "entropy")])
-def test_what_a_term_needs_must_be_there(key, needed):
+@pytest.mark.parametrize(
+    ("key", "value", "needed"),
+    [
+        ("kl_coef", 0.1, "ref_logprobs"),
+        ("entropy_coef", 0.1, "entropy"),
+        ("rollout_correction", "token_mask", "rollout_logprobs"),
+    ],
+)
+def test_what_a_term_needs_must_be_there(key, value, needed):
     x = torch.zeros(1, 1)
-    keys: dict[str, Any] = {key: 0.1}
-    with pytest.raises(ValueError, match=f"{key}=0.1 needs {needed}"):
-        policy_loss(x, x, torch.ones(1), x == 0, Counts(1, 1), **keys)
+    keys: dict[str, Any] = {key: value}
+    with pytest.raises(ValueError, match=f"{key}={value} needs {needed}"):
+        policy_loss(x, x, torch.ones(1), x == 0, Counts(1, 1), LossConfig(**keys), LENGTH)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pgrpo.algorithm.advantages import has_spread, step_advantages
 from pgrpo.algorithm.loss import policy_loss
 from pgrpo.algorithm.metrics import group_metrics
-from pgrpo.config import load_config
+from pgrpo.config import LossConfig, load_config
 from pgrpo.distributed.world import World
 from pgrpo.model.policy import Policy
 from pgrpo.model.proof import reference_logprobs, tokens_as_groups
@@ -80,7 +80,7 @@ def test_updates_and_epochs_equal_the_long_way(build, tiny_model, updates, epoch
         logprobs, share = rows(reference_logprobs(model, shares[i]), shares[i]), shares[i]
         mask = rows(torch.ones_like(old[i]), share).bool()
         advantages = torch.tensor([a for g in share for a in g.advantages])
-        out = policy_loss(logprobs, rows(old[i], share), advantages, mask, count(share), ratio=ratio)
+        out = policy_loss(logprobs, rows(old[i], share), advantages, mask, count(share), LossConfig(ratio=ratio), 1)
         clipped += int(out.clipped_low + out.clipped_high)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -169,13 +169,18 @@ def test_a_refreshed_reference_is_the_policy(build):
     assert not any(p.requires_grad for p in run.updater.reference.parameters())
 
 
-def test_what_a_rollout_correction_did_is_logged(build):
-    groups = make_groups()
-    run = build("loss.rollout_correction=token_mask", "loss.rollout_correction_cap=1.5", "optim.lr=0")
+def as_sampled(run, groups):
+    """The groups, with the policy's own log-probs as the sampler's."""
     with torch.no_grad():
         flat = run.policy(build_batch(groups)).logprobs.tolist()
     for completion in (c for g in groups for c in g.completions):
         completion.rollout_logprobs = [flat.pop(0) for _ in completion.token_ids]
+    return groups
+
+
+def test_what_a_rollout_correction_did_is_logged(build):
+    run = build("loss.rollout_correction=token_mask", "loss.rollout_correction_cap=1.5", "optim.lr=0")
+    groups = as_sampled(run, make_groups())
     assert run.updater.step(groups)["sampling/frac_masked"] == 0
     groups[0].completions[0].rollout_logprobs[0] -= 1.0
     tokens = count(groups).tokens
@@ -184,6 +189,75 @@ def test_what_a_rollout_correction_did_is_logged(build):
     assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(1, abs=1e-4)
     assert "sampling/frac_truncated" not in metrics
     assert "corrected" not in metrics
+
+
+def test_over_updates_a_maximum_is_a_maximum_and_means_are_by_tokens(build):
+    """With weights that stay, two updates of unequal lengths log what one update of all groups does."""
+    keys = (
+        "optim.lr=0",
+        "loss.kl_coef=0.1",
+        "loss.rollout_correction=token_truncate",
+        "loss.rollout_correction_cap=1.05",
+    )
+    one, two = build(*keys), build(*keys, "train.updates_per_step=2")
+    groups = as_sampled(one, make_groups())
+    for completion in (c for g in groups[:2] for c in g.completions):
+        for values in (completion.token_ids, completion.mask, completion.rollout_logprobs):
+            del values[1:]
+    tokens = [count(share).tokens for share in (groups[:2], groups[2:])]
+    assert tokens[0] < tokens[1] / 2
+    groups[0].completions[0].rollout_logprobs[0] -= 0.1
+    groups[3].completions[0].rollout_logprobs[0] -= 9.9
+    wanted, got = one.updater.step(groups), two.updater.step(groups)
+    assert got["sampling/sampling_logp_difference/max"] == pytest.approx(9.9, abs=1e-4)
+    assert got["sampling/sampling_logp_difference/mean"] == pytest.approx(10.0 / sum(tokens), rel=1e-4)
+    assert got["sampling/frac_truncated"] == pytest.approx(2 / sum(tokens))
+    for name in ("entropy", "kl", "sampling/importance_sampling_ratio/mean", "sampling/sampling_logp_difference/max"):
+        assert got[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-9), name
+
+
+@pytest.mark.parametrize("correction", ["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+def test_rollout_logprobs_that_are_no_numbers_are_counted_and_left_out_of_the_sampler_s_metrics(build, correction):
+    run = build(f"loss.rollout_correction={correction}", "train.updates_per_step=2", "optim.lr=0")
+    groups = as_sampled(run, make_groups())
+    groups[0].completions[0].rollout_logprobs[0] = math.nan
+    groups[3].completions[1].rollout_logprobs[0] = -math.inf
+    metrics = run.updater.step(groups)
+    assert metrics["sampling/nonfinite_logprobs"] == 2
+    assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] > 0
+    assert all(math.isfinite(value) for value in metrics.values()), metrics
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-5
+    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize(("correction", "warnings"), [("token_mask", 1), ("sequence_mask", 1), ("token_truncate", 0)])
+def test_a_step_in_which_a_correction_masks_everything_says_so(build, caplog, correction, warnings):
+    run = build(f"loss.rollout_correction={correction}", "train.updates_per_step=2")
+    groups = as_sampled(run, make_groups())
+    run.updater.step(groups)
+    assert "masked every token" not in caplog.text
+    for completion in (c for g in groups for c in g.completions):
+        completion.rollout_logprobs = [x - 5 for x in completion.rollout_logprobs]
+    metrics = run.updater.step(groups)
+    assert caplog.text.count(f"loss.rollout_correction={correction} masked every token of this step") == warnings
+    assert (metrics["grad_norm"] == 0) == bool(warnings)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [("top_p=0.9",), ("top_p=0.95", "top_k=5"), ("top_k=3", "temperature=0.6"), ("temperature=1.7", "top_p=0.7"), ()],
+    ids=str,
+)
+def test_where_the_sampler_is_the_policy_no_setting_of_the_sampling_makes_a_ratio(build, sampling):
+    keys = [f"rollout.{key}" for key in sampling]
+    run = build("loss.rollout_correction=sequence_mask", "loss.rollout_correction_cap=1.01", *keys)
+    groups = sample_step(run).groups
+    for group, values in zip(groups, step_advantages([g.rewards for g in groups]), strict=True):
+        group.advantages = values
+    metrics = run.updater.step(groups)
+    assert metrics["sampling/sampling_logp_difference/max"] < 1e-5
+    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-5)
+    assert metrics["sampling/frac_masked"] == 0 and metrics["grad_norm"] > 0
 
 
 def test_groups_without_spread_are_sampled_again(build):
@@ -245,8 +319,8 @@ def test_an_empty_completion_divides_nothing_by_zero(build, tiny_model, aggregat
     logprobs, mask = rows(flat, groups), rows(torch.ones_like(flat), groups).bool()
     assert not mask.any(1)[[1, 11, 12]].any() and mask.any(1).sum() == 13
     advantages = torch.tensor([a for g in groups for a in g.advantages])
-    options = {"aggregate": aggregate, "max_completion_tokens": 5}
-    policy_loss(logprobs, logprobs.detach(), advantages, mask, count(groups), **options).loss.backward()
+    loss = LossConfig(aggregate=aggregate)
+    policy_loss(logprobs, logprobs.detach(), advantages, mask, count(groups), loss, 5).loss.backward()
     assert_close(gradients(run, groups), {n: p.grad for n, p in Policy(model).named_parameters() if p.grad is not None})
     metrics = group_metrics(groups) | run.updater.step(groups)
     assert all(math.isfinite(value) for value in metrics.values()), metrics

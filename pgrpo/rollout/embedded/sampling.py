@@ -10,12 +10,16 @@ from torch import Tensor
 from pgrpo.types import SamplingParams
 
 
+def at_temperature(logits_BV: Tensor, params: SamplingParams) -> Tensor:
+    """[B, V] float32 logits over the temperature; temperature 0 leaves them as they are."""
+    logits_BV = logits_BV.float()
+    return logits_BV if params.temperature in (0.0, 1.0) else logits_BV / params.temperature
+
+
 def sampling_logprobs(logits_BV: Tensor, params: SamplingParams) -> Tensor:
     """[B, V] float32 log-probs of the distribution that is sampled from: temperature, then top-k, then top-p (the order of
-    vLLM and transformers), renormalised; -inf on tokens that cannot be drawn. Temperature 0 leaves the logits unscaled."""
-    logits_BV = logits_BV.float()
-    if params.temperature not in (0.0, 1.0):
-        logits_BV = logits_BV / params.temperature
+    vLLM and transformers), renormalised; -inf on tokens that cannot be drawn."""
+    logits_BV = at_temperature(logits_BV, params)
     if 0 < params.top_k < logits_BV.shape[-1]:
         kth_B1 = logits_BV.topk(params.top_k, dim=-1).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < kth_B1, float("-inf"))
@@ -29,7 +33,8 @@ def sampling_logprobs(logits_BV: Tensor, params: SamplingParams) -> Tensor:
 
 
 def draw(logits_BV: Tensor, params: SamplingParams, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Token ids [B] and their log-probs [B], by inversion of the cumulative distribution at ``uniform_B`` (in [0, 1))."""
+    """Token ids [B], by inversion of the cumulative distribution at ``uniform_B`` (in [0, 1)), and their log-probs [B] at the
+    temperature, before top-k and top-p: what the trainer's are compared with."""
     logprobs_BV = sampling_logprobs(logits_BV, params)
     if params.temperature == 0.0:
         token_B1 = logprobs_BV.argmax(-1, keepdim=True)
@@ -38,6 +43,8 @@ def draw(logits_BV: Tensor, params: SamplingParams, uniform_B: Tensor) -> tuple[
         threshold_B1 = uniform_B.double().unsqueeze(-1) * cdf_BV[:, -1:]
         # right=True: the first token whose cumulative probability exceeds the threshold, so never one of probability 0.
         token_B1 = torch.searchsorted(cdf_BV, threshold_B1, right=True)
+    if params.top_k or params.top_p < 1.0:
+        logprobs_BV = at_temperature(logits_BV, params).log_softmax(-1)
     return token_B1.squeeze(-1), logprobs_BV.gather(-1, token_B1).squeeze(-1)
 
 
