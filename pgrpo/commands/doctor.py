@@ -10,7 +10,8 @@ from rich.console import Console
 
 from pgrpo.attention.kernels.flash import FASTEST_FIRST, choose_kernel, why_not
 from pgrpo.planning.flops import GIB, peak_flops
-from pgrpo.sandbox.run import SandboxError, find_sandbox
+from pgrpo.sandbox.find import find_sandbox
+from pgrpo.sandbox.run import SandboxError
 
 PACKAGES = ("pgrpo", "torch", "transformers", "datasets", "omegaconf", "math-verify")
 OPTIONAL = {

@@ -90,11 +90,8 @@ def from_config(config: RewardConfig, key: str) -> Reward:
         return reward
     reward.built_in, reward.is_penalty = True, name in PENALTIES
     # Without completions a built-in only looks at its arguments: a bad pattern is found now, before the first rollout.
-    column = config.args.get("column", "answer")
     try:
-        parameters = inspect.signature(function).parameters.values()
-        columns = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-        function(**reward.arguments({name: [] for name in (*GIVEN, *columns, column)}))
+        function(**reward.arguments({name: [] for name in (*GIVEN, *reward.columns)}))
     except Exception as error:
         raise ConfigError(f"{key}.args of {name}: {error}") from error
     return reward

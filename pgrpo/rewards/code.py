@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import textwrap
-from typing import Any
+from functools import cache, lru_cache
+from typing import Any, Literal
 
 from pgrpo.rewards.pool import GradingThreads, graders
-from pgrpo.sandbox.run import Limits, Sandbox, find_sandbox
+from pgrpo.sandbox.called import called
+from pgrpo.sandbox.calls import run_tests
+from pgrpo.sandbox.find import find_sandbox
+from pgrpo.sandbox.run import Limits, Sandbox
 
+log = logging.getLogger("pgrpo")
+Isolation = Literal["process", "same_process"]
 _LANGUAGES = ("", "python", "python3", "py")
 
-# The program of statement tests: the completion's code first (not as __main__, so that its own demo does not run), then,
-# read only now, each test in the same names. The mark is known only here: code that exits early cannot have printed it.
+# The program of ``isolation: same_process``: the completion's code first (not as __main__, so that its own demo does not
+# run), then, read only now, each test in the same names.
 _HARNESS = """
 import io, json, sys
 _code, _input, sys.stdin = {code!r}, sys.stdin, io.StringIO()
@@ -38,7 +45,10 @@ class Code:
     program reads and what it must print (``[{"input": ..., "output": ...}]``, or ``{"inputs": [...], "outputs": [...]}``),
     as values or as JSON text. Printed lines are compared without spaces at their ends.
 
-    Statements run in the program's own process, so code that sets out to cheat can pass them; pairs are compared outside.
+    Statements run in another process than the program, whose functions they call. Arguments and results cross as plain data
+    (numbers, texts, bytes, None, lists, tuples, dicts, sets; iterators of those); a subclass arrives as what it extends, what
+    a call does to its arguments is not seen. Tests that need more, such as instances of the program's classes, are an error:
+    ``isolation: same_process`` runs them in the program's process, where a model can learn to cheat every test.
     """
 
     __name__ = "code"
@@ -54,6 +64,7 @@ class Code:
         partial: bool = False,
         timeout_s: float = 10.0,
         memory_mb: int = 512,
+        isolation: Isolation = "process",
         **columns: list[Any],
     ) -> list[float | Exception]:
         """Score the completions, several at a time.
@@ -63,14 +74,25 @@ class Code:
             partial: score the share of tests that pass.
             timeout_s: of one run (a pair, or all statements), in wall and in CPU seconds; a longer one fails.
             memory_mb: of one run.
+            isolation: of statements: `process` runs them apart from the program; in `same_process` a program can cheat.
         """
+        if column not in columns:
+            raise ValueError(
+                f"needs the column `{column}`; there is {', '.join(columns) or 'none'} (args.column names it)"
+            )
+        if isolation not in ("process", "same_process"):
+            raise ValueError(f"isolation is process or same_process, not {isolation!r}")
         sandbox = find_sandbox()
+        if isolation == "same_process":
+            _warn(
+                "code: args.isolation is same_process: tests run in the program's own process, so a model can cheat them"
+            )
         limits = Limits(wall_s=timeout_s, cpu_s=max(1, round(timeout_s)), memory_mb=memory_mb)
         tests = [_tests(value, column) for value in columns[column]]
 
         def score(sample: tuple[str, list[Any]]) -> float | Exception:
             try:
-                return _score(sandbox, limits, *sample, partial)
+                return _score(sandbox, limits, *sample, partial, isolation)
             except Exception as error:  # of the sandbox, not of the program
                 return error
 
@@ -126,12 +148,14 @@ def _text(value: Any) -> str:
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _score(sandbox: Sandbox, limits: Limits, completion: str, tests: list[Any], partial: bool) -> float:
+def _score(
+    sandbox: Sandbox, limits: Limits, completion: str, tests: list[Any], partial: bool, isolation: Isolation
+) -> float:
     code = extract_code(completion)
     if code is None:
         return 0.0
     if isinstance(tests[0], str):
-        passed = _run_statements(sandbox, limits, code, tests)
+        passed = (_run_apart if isolation == "process" else _run_together)(sandbox, limits, code, tests)
     else:
         passed = 0
         for given, wanted in tests:
@@ -143,7 +167,41 @@ def _score(sandbox: Sandbox, limits: Limits, completion: str, tests: list[Any], 
     return passed / len(tests) if partial else float(passed == len(tests))
 
 
-def _run_statements(sandbox: Sandbox, limits: Limits, code: str, tests: list[str]) -> int:
+def _run_apart(sandbox: Sandbox, limits: Limits, code: str, tests: list[str]) -> int:
+    marks = run_tests(sandbox, code, tests, _called(tuple(tests)), limits) or ""
+    if "x" in marks:
+        raise ValueError(_refusal("they pass an object of their own, such as a function"))
+    if "o" in marks:
+        _warn(
+            "code: a program returned an object that is no plain data, so its test failed; if tests need such objects, "
+            "set args.isolation: same_process (a model can cheat it)"
+        )
+    return marks.count("1")
+
+
+@lru_cache(1024)
+def _called(tests: tuple[str, ...]) -> list[str]:
+    """Once a row, not once a completion."""
+    try:
+        return called(tests)
+    except ValueError as error:
+        raise ValueError(_refusal(str(error))) from error
+
+
+def _refusal(reason: str) -> str:
+    return (
+        f"these tests cannot run apart from the program: {reason}. args.isolation: same_process runs them in the program's "
+        "own process, where a model can cheat them"
+    )
+
+
+@cache
+def _warn(text: str) -> None:
+    """Once a process."""
+    log.warning(text)
+
+
+def _run_together(sandbox: Sandbox, limits: Limits, code: str, tests: list[str]) -> int:
     mark = secrets.token_hex(16)
     result = sandbox.run(_HARNESS.format(code=code), json.dumps({"tests": tests, "mark": mark}), limits)
     last = result.stdout.rstrip("\n").rpartition("\n")[2]

@@ -1,3 +1,5 @@
-"""Runs programs that a model wrote, without network, without files of this machine, and with a limit on every resource.
-Begin with ``run.py``, which starts a program from outside; ``jail.py`` runs inside and confines itself first.
+"""Runs programs that a model wrote: no network, no files of this machine, bounded in every resource.
+
+Begin with ``run.py`` (one program) and ``calls.py`` (tests that call a program's functions from another sandbox).
+``launchers.py`` makes the namespaces, ``jail.py`` runs inside them, ``find.py`` tries what works on this machine.
 """

@@ -1,20 +1,22 @@
-"""Inside the sandbox: the last steps down, then the program. Standard library only; ``sandbox.py`` sends it as text.
+"""Inside the sandbox: the last steps down, then the program. Standard library only; ``run.py`` sends it as text, and a call
+of ``main``. It imports little (``_signal``, not ``signal``), because imports are most of what a program's start costs.
 
 The order is: a file system with nothing in it but Python (where the launcher has not made one), another user, no
-capabilities, a supervisor that ends everything after the wall time, and in its child the limits, the system call filter
-and the program. The program is one process (threads are allowed), so that its limits are those of everything it does.
+capabilities, a supervisor that ends everything when its time is over or the trainer is gone, and in its child the limits,
+the system call filter and the program. The program is one process (threads are allowed), so that its limits are those of
+everything it does.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
-import platform
 import resource
-import signal
+import select
 import struct
 import sys
+import time
+from _signal import ITIMER_REAL, SIGALRM, SIGKILL, setitimer, signal  # pyright: ignore[reportMissingImports]
 
 # System calls that a program has no business with, by number on (x86_64, aarch64). None: there is no such call.
 DENIED = {
@@ -31,6 +33,7 @@ DENIED = {
     "io_uring_register": (427, 427), "personality": (135, 92), "fanotify_init": (300, 262), "mknod": (133, None),
     "mknodat": (259, 33), "modify_ldt": (154, None), "quotactl": (179, 60), "acct": (163, 89),
     "kexec_load": (246, 104), "init_module": (175, 105), "finit_module": (313, 273),
+    "syslog": (103, 116),
 }  # fmt: skip
 CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
@@ -74,7 +77,13 @@ def make_root(spec: dict) -> None:
         mount(path, inside, None, MS_BIND | MS_REC)
         read_only(inside, recursive=True)
     os.mkdir(root + "/work")
-    mount("none", root + "/work", "tmpfs", MS_NOSUID | MS_NODEV, f"size={spec['disk']},nr_inodes=1024,mode=1777")
+    mount(
+        "none",
+        root + "/work",
+        "tmpfs",
+        MS_NOSUID | MS_NODEV,
+        f"size={spec['disk']},nr_inodes={spec['files']},mode=1777",
+    )
     os.chdir(root)
     call("pivot_root", b".", b".")
     call("umount2", b".", MNT_DETACH)
@@ -91,7 +100,7 @@ def drop_privileges(uid: int | None) -> None:
     header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)  # _LINUX_CAPABILITY_VERSION_3
     call("capset", header, nothing)
     prctl(38, 1)  # PR_SET_NO_NEW_PRIVS
-    prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: changing the user cleared what the launcher had set
+    prctl(1, SIGKILL)  # PR_SET_PDEATHSIG: changing the user cleared what the launcher had set
 
 
 def prctl(option: int, value: int, pointer: object = None) -> None:
@@ -100,7 +109,7 @@ def prctl(option: int, value: int, pointer: object = None) -> None:
 
 def filter_system_calls() -> None:
     """A seccomp filter for this process and its threads: no other process or program, no socket but a local one."""
-    column, audit = ARCHITECTURES[platform.machine()]
+    column, audit = ARCHITECTURES[os.uname().machine]
     allow, kill, error = 0x7FFF0000, 0x80000000, 0x00050000
     load, equal, at_least, has_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
     rules = [(load, 0, 0, 4), (equal, 1, 0, audit), (give, 0, 0, kill), (load, 0, 0, 0)]  # architecture, then number
@@ -134,10 +143,23 @@ def limit(spec: dict) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (spec["cpu"], spec["cpu"] + 1))
 
 
-def supervise(child: int, wall: float) -> None:
-    """Wait for the program; end it, and with this process everything else in here, after ``wall`` seconds."""
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(124))
-    signal.setitimer(signal.ITIMER_REAL, wall)
+def supervise(child: int, spec: dict) -> None:
+    """Wait for the program. End it, and with this process everything else in here, after ``wall`` seconds, when the trainer
+    has died, or when it made more than ``files`` files (where the file system itself does not bound them)."""
+    end = time.monotonic() + spec["wall"]
+    trainer = select.poll()
+    trainer.register(spec["ready_fd"], 0)  # an error: nobody can read it any more
+
+    def look(*_: object) -> None:
+        space = os.statvfs("/work")
+        if time.monotonic() > end or trainer.poll(0):
+            os._exit(124)
+        if space.f_files - space.f_ffree > spec["files"]:
+            os.write(2, b"OSError: more than %d files\n" % spec["files"])
+            os._exit(1)
+
+    signal(SIGALRM, look)
+    setitimer(ITIMER_REAL, 0.02, 0.02)
     while True:
         pid, status = os.wait()
         if pid == child:
@@ -145,8 +167,7 @@ def supervise(child: int, wall: float) -> None:
             os._exit(code if code >= 0 else 128 - code)
 
 
-def main() -> None:
-    spec = json.loads(sys.argv[1])
+def main(spec: dict) -> None:
     with open(spec["program_fd"], encoding="utf-8") as file:
         source = file.read()
     if spec["make_root"]:
@@ -155,7 +176,7 @@ def main() -> None:
     drop_privileges(spec["uid"])
     child = os.fork()
     if child:
-        supervise(child, spec["wall"])
+        supervise(child, spec)
     import site  # after the fork: it is the program that may want `exit`
 
     site.setquit()
@@ -166,9 +187,8 @@ def main() -> None:
     code = compile("", "main.py", "exec")  # the machinery is loaded before the filter closes
     limit(spec)
     filter_system_calls()
+    os.write(spec["ready_fd"], b"1")
+    os.close(spec["ready_fd"])
     code = compile(source, "main.py", "exec")
     names = {"__name__": "__main__", "__builtins__": __builtins__, "__file__": "main.py"}
     exec(code, names)
-
-
-main()
