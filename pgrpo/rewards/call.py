@@ -91,7 +91,9 @@ def from_config(config: RewardConfig, key: str) -> Reward:
     reward.built_in, reward.is_penalty = True, name in PENALTIES
     # Without completions a built-in only looks at its arguments: a bad pattern is found now, before the first rollout.
     try:
-        function(**reward.arguments({name: [] for name in (*GIVEN, *reward.columns)}))
+        parameters = inspect.signature(function).parameters
+        options = {name for name, p in parameters.items() if p.kind is not p.POSITIONAL_OR_KEYWORD}
+        function(**reward.arguments({name: [] for name in {*GIVEN, *parameters, *reward.columns} - options}))
     except Exception as error:
         raise ConfigError(f"{key}.args of {name}: {error}") from error
     return reward

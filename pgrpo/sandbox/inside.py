@@ -1,5 +1,5 @@
 """The two ends of the line between tests and program, each in a sandbox of its own. Standard library only; ``calls.py`` sends
-it as text, and a call of ``ask`` or ``answer``. No ``typing``: its import is a tenth of what a program's start costs.
+it as text, and a call of ``ask`` or ``answer``.
 
 A call's arguments and its result cross as JSON and are made anew on the other side, in exact plain types: the tests never
 hold an object of the program.
@@ -14,6 +14,10 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 
+TYPE_CHECKING = False  # importing `typing` would take a tenth of a program's start
+if TYPE_CHECKING:
+    from typing import Any
+
 LONGEST = 1 << 24  # bytes of one message
 MOST_ITEMS = 10_000  # of an iterator
 
@@ -26,7 +30,7 @@ class NoAnswer(BaseException):
     """The program answered nothing that can be read. No test catches it by ``except Exception``."""
 
 
-def encode(value: object):
+def encode(value: object) -> Any:
     """What JSON holds: a number, text or list, or {kind: ...}. A subclass becomes what it extends. ``NotPlain``."""
     if value is None or isinstance(value, bool):
         return value
@@ -55,7 +59,7 @@ def encode(value: object):
     raise NotPlain(type(value).__name__)
 
 
-def decode(data):
+def decode(data: Any) -> Any:
     """The inverse of ``encode``; any ``Exception`` for what ``encode`` does not write."""
     if isinstance(data, list):
         return [decode(item) for item in data]
@@ -80,7 +84,7 @@ class Line:
         self.writer.write(json.dumps(message).encode() + b"\n")
         self.writer.flush()
 
-    def receive(self):
+    def receive(self) -> Any:
         """``NoAnswer``: the other end has closed, or this is no message."""
         try:
             return decode(json.loads(self.reader.readline(LONGEST)))
@@ -120,7 +124,7 @@ def ask(fd: int) -> None:
     """Run the tests of standard input; print one mark each: 1 passed, 0 failed, o failed because the program returned an
     object of its own, x cannot run because it passes one of the test's own."""
     work, line, marks = json.load(sys.stdin), Line(fd), ""
-    names: dict[str, object] = {"__name__": "tests"}
+    names: dict[str, Any] = {"__name__": "tests"}
     names |= {name: line.function(name) for name in work["functions"]}
     for test in work["tests"]:
         line.fault, mark = "", "0"
@@ -139,7 +143,7 @@ def answer(fd: int, source: str) -> None:
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
     line = Line(fd)
-    names: dict[str, object] = {"__name__": "solution"}
+    names: dict[str, Any] = {"__name__": "solution"}
     exec(compile(source, "solution.py", "exec"), names)
     while True:
         try:
