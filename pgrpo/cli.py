@@ -99,35 +99,27 @@ def bench(
         list[str] | None,
         typer.Option(metavar="P,R,G[,N]", help="Prompt and completion tokens, group size, groups. May be repeated."),
     ] = None,
-    methods: Annotated[str, typer.Option(help="Comma-separated; without: all that can run here.")] = "",
     checkpointing: Annotated[
-        str, typer.Option(help="What layers compute again in the backward: of none, attention, full; comma-separated.")
+        Literal["none", "attention", "full"],
+        typer.Option(help="What layers compute again in the backward."),
     ] = "none",
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Make weights up from the model's config.json alone.")
     ] = False,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 5,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the rows there as well.")
-    ] = None,
-    profile_file: Annotated[
-        Path | None, typer.Option("--profile", metavar="FILE", help="Write the time of each kernel of an update there.")
-    ] = None,
 ) -> None:
     """Time grouped against repeated prompts on this machine."""
     shapes = [_shape(text) for text in shape or ["512,32,8"]]
-    from pgrpo.commands.bench import METHODS, bench
+    from pgrpo.commands.bench import bench
     from pgrpo.commands.bench_report import Shape
 
+    settings = _load(config, overrides)
     bench(
-        _load(config, overrides),
-        [Shape(*numbers) for numbers in shapes],
-        methods=methods.split(",") if methods else METHODS,
-        checkpointing=checkpointing.split(","),
+        settings,
+        [Shape(*sizes) for sizes in shapes],
+        keep=checkpointing,
         random_weights=random_weights,
         repeats=repeats,
-        json_file=json_file,
-        profile_file=profile_file,
     )
 
 

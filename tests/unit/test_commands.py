@@ -1,26 +1,19 @@
-"""check, bench and eval on the quick start's model with random weights."""
+"""check and eval on the quick start's model with random weights."""
 
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import pgrpo
-from pgrpo.commands import bench as bench_module
-from pgrpo.commands import bench_methods as methods_module
 from pgrpo.commands import check as check_module
-from pgrpo.commands.bench import bench
-from pgrpo.commands.bench_report import Row, Shape
 from pgrpo.commands.check import check
 from pgrpo.commands.evaluate import evaluate
 from pgrpo.commands.plan import plan
 from pgrpo.config import Config, ConfigError, load_config
-from pgrpo.distributed.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -134,126 +127,6 @@ def test_check_notices_that_it_proves_nothing(model, tmp_path, monkeypatch):
     monkeypatch.setitem(check_module.SEEDED_BUGS, "wrong row for the first token", lambda batch: batch)
     with pytest.raises(RuntimeError, match="did not notice a seeded bug: wrong row for the first token"):
         check(config(model, tmp_path))
-
-
-def test_bench_rows(model, tmp_path):
-    held = torch.ones(2**28)  # one GiB that a measured process must not be charged with
-    shape = Shape(prompt=24, completion=4, group_size=8, groups=2)
-    nowhere = config(model, tmp_path, "data.path=/nowhere")
-    rows = bench(nowhere, [shape], repeats=2, json_file=tmp_path / "b.json", profile_file=tmp_path / "profile.txt")
-    assert "pgrpo::grouped_attention_backward" in (tmp_path / "profile.txt").read_text()
-    report = json.loads((tmp_path / "b.json").read_text())
-    assert report.keys() == {"device", "versions", "rows"}
-    assert report["versions"].keys() == {"python", "torch", "transformers"}
-    assert [Row(**row) for row in report["rows"]] == rows
-    assert [row.method for row in rows] == ["grouped", "repeated_packed", "repeated_padded", "concat"]
-    # One layer: q and o 64 x 64, k and v 64 x 32, three matrices 64 x 256; two layers. The head: 64 x 14, 32 completion tokens.
-    matrices, head, pair = 2 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 256), 2 * 64 * 14 * 32, 4 * 2 * 64
-    pairs_once, pairs_behind = 24 * 25 // 2, 8 * (4 * 24 + 4 * 5 // 2)
-    grouped = matrices * (24 + 32) + pair * (pairs_once + pairs_behind) + head
-    repeated = matrices * (8 * 28) + pair * (8 * pairs_once + pairs_behind) + head
-    for row in rows:
-        assert (row.prompt, row.completion, row.group_size, row.groups) == (24, 4, 8, 2)
-        assert row.checkpointing == "none"
-        assert row.rho == 8 * 28 / (24 + 32)
-        assert row.flop_ratio == repeated / grouped
-        assert row.max_dlogprob <= 1e-5
-        assert row.old_ms > 0
-        assert row.update_ms > 0
-        # The rate, by which useful work was divided, is that of one matrix product for both.
-        rates = 2 * grouped / row.old_ms / row.mfu_old, 3 * 2 * grouped / row.update_ms / row.mfu_update
-        assert rates[0] == pytest.approx(rates[1])
-        assert 0 < row.peak_gib < 0.5
-    assert rows[0].max_dlogprob == 0
-    assert len({field.name for field in fields(Row)}) == len(report["rows"][0])
-    assert held.sum() > 0
-
-
-def test_bench_adds_to_a_file_of_the_same_machine_and_no_other(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_module, "ProcessPoolExecutor", _NoPool)
-    file = tmp_path / "b.json"
-
-    def shapes() -> list[int]:
-        return [row["prompt"] for row in json.loads(file.read_text())["rows"]]
-
-    for prompt, wanted in ((8, [8]), (9, [8, 9]), (8, [9, 8])):
-        bench(config(model, tmp_path), [Shape(prompt, 3, 2)], methods=["grouped"], repeats=1, json_file=file)
-        assert shapes() == wanted
-    file.write_text(file.read_text().replace('"device": "', '"device": "another '))
-    with pytest.raises(ConfigError, match="has rows of device another CPU"):
-        bench(config(model, tmp_path), [Shape(8, 3, 2)], methods=["grouped"], repeats=1, json_file=file)
-
-
-def test_bench_shows_a_difference(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_module, "ProcessPoolExecutor", _NoPool)
-    build = methods_module.build_batch
-    monkeypatch.setattr(
-        methods_module,
-        "build_batch",
-        lambda groups, share_prompts, **kwargs: (broken(build) if share_prompts else build)(
-            groups, share_prompts=share_prompts, **kwargs
-        ),
-    )
-    rows = bench(config(model, tmp_path), [Shape(8, 3, 2)], methods=["repeated_packed", "repeated_padded"], repeats=1)
-    assert rows[0].max_dlogprob == 0
-    assert len(rows) == 3
-    assert min(row.max_dlogprob for row in rows[1:]) > 1e-3
-
-
-def test_bench_of_lora_counts_no_gradient_of_frozen_weights(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_module, "ProcessPoolExecutor", _NoPool)
-    lora = config(model, tmp_path, "model.lora_rank=4", "model.lora_targets=[q_proj]")
-    for row in bench(lora, [Shape(24, 4, 8)], methods=["repeated_padded"], repeats=1):
-        # As above, with one group; q is 64 x 64, so that its adapter has 4 x 128 parameters in each of two layers.
-        linear, adapter = 2 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 256) * (24 + 32), 2 * 2 * 4 * 128 * (24 + 32)
-        head, attention = 2 * 64 * 14 * 32, 4 * 2 * 64 * (24 * 25 // 2 + 8 * (4 * 24 + 4 * 5 // 2))
-        old = (linear + adapter + head + attention) / row.old_ms / row.mfu_old
-        update = (2 * (linear + head) + 3 * (adapter + attention)) / row.update_ms / row.mfu_update
-        assert old == pytest.approx(update)
-        assert row.max_dlogprob <= 1e-5
-    with pytest.raises(ConfigError, match="'q_pro' is no linear layer"):
-        bench(config(model, tmp_path, "model.lora_rank=4", "model.lora_targets=[q_pro]"), [Shape(8, 3, 2)])
-
-
-def test_bench_random_weights_and_checkpointing(model, tmp_path, monkeypatch):
-    """Random weights need nothing but config.json; every shape is timed with each checkpointing."""
-    monkeypatch.setattr(bench_module, "ProcessPoolExecutor", _NoPool)
-    (tmp_path / "shape").mkdir()
-    (tmp_path / "shape" / "config.json").write_text((Path(model) / "config.json").read_text())
-    shapes = [Shape(8, 3, 2), Shape(5, 2, 3, 2)]
-    rows = bench(
-        config(tmp_path / "shape", tmp_path), shapes, methods=["grouped"], checkpointing=["attention", "none"],
-        random_weights=True, repeats=1,
-    )  # fmt: skip
-    got = [(row.prompt, row.checkpointing, row.method) for row in rows]
-    assert got == [(p, keep, "grouped") for p in (8, 5) for keep in ("none", "attention")]
-
-
-class _NoPool:
-    """In place of the processes that measure memory."""
-
-    def __init__(self, *_, **__): ...
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_): ...
-    def submit(self, *_):
-        return self
-
-    def result(self):
-        return 0.0
-
-
-def test_bench_refuses_before_it_works(model, tmp_path, monkeypatch):
-    with pytest.raises(ConfigError, match="there is no folder"):
-        bench(config(model, tmp_path), [Shape(8, 3, 2)], json_file=tmp_path / "none" / "b.json")
-    with pytest.raises(ConfigError, match="'fastest' is not a method"):
-        bench(config(model, tmp_path), [Shape(8, 3, 2)], methods=["fastest"])
-    with pytest.raises(ConfigError, match="'some' is none of none, attention, full"):
-        bench(config(model, tmp_path), [Shape(8, 3, 2)], checkpointing=["some"])
-    monkeypatch.setattr(bench_module, "start", lambda: nullcontext(World(0, 2, torch.device("cpu"))))
-    with pytest.raises(ConfigError, match="without torchrun"):
-        bench(config(model, tmp_path), [Shape(8, 3, 2)])
 
 
 REWARD = """

@@ -1,9 +1,9 @@
-"""The ways to compute a group's log-probs that ``pgrpo bench`` compares, each as a function of no arguments."""
+"""The ways to compute a group's log-probs that policy.py compares."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,10 +18,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.attention.kernels.flash import varlen_backward, varlen_forward
 from pgrpo.attention.kernels.segments import Segments
+from pgrpo.commands.bench import Job, Packed
 from pgrpo.model.logprobs import token_logprobs
 from pgrpo.model.policy import Policy, logit_scale
-from pgrpo.model.recompute import set_up_layers
-from pgrpo.packing.batch import build_batch
 from pgrpo.planning.placement import decoder_layers
 from pgrpo.types import Group, Keep
 
@@ -31,72 +30,65 @@ PEER_ATTENTION = "prefix_grouper_attention"
 PEER_KERNEL = "pgrpo_bench_flash"
 
 
-def why_not(method: str, device: torch.device, groups: Sequence[Group]) -> str | None:
+def why_not(method: str, device: torch.device) -> str | None:
     """What keeps a method from running here; None if nothing does."""
-    if method in PEERS:
-        if device.type != "cuda":
-            return "it is compared on a GPU"
-        if importlib.util.find_spec("prefix_grouper") is None:
-            return "the package is not installed (pip install prefix-grouper)"
-        if len({(len(g.prompt.token_ids), *(len(c.token_ids) for c in g.completions)) for g in groups}) > 1:
-            return "its best case has no padding: groups must be alike"
+    if method in PEERS and device.type != "cuda":
+        return "it is compared on a GPU"
+    if method in PEERS and importlib.util.find_spec("prefix_grouper") is None:
+        return "the package is not installed (pip install prefix-grouper)"
     return None
 
 
-class Job:
-    """One method, ready to run. All methods share one copy of the weights, so that each one's peak memory is its own.
+def make_job(policy: Policy, method: str, groups: list[Group]) -> Job:
+    """A method of ``METHODS``, ready to run. All share one copy of the weights, so that each one's peak memory is its own.
 
     ``grouped``, ``repeated_packed`` and ``concat`` (every completion's own copy of its prompt's keys and values, the method of
     PrefixGrouper) run on our kernels, layers and log-probs. ``repeated_padded`` is a right-padded batch through transformers' own
     sdpa; ``prefix_grouper`` the package as verl called it: eager layers, full logits; ``prefix_grouper_ours`` the package given our
     kernel, compiled layers and chunked log-probs. These three checkpoint whole layers if at all.
     """
+    if method == "repeated_padded":
+        return TheirLayers(policy.model, "sdpa", _Padded(groups, policy.device).logprobs)
+    if method == "prefix_grouper":
+        return TheirLayers(policy.model, PEER_ATTENTION, _PrefixGrouper(groups, policy.device).logprobs)
+    if method == "prefix_grouper_ours":
+        logprobs = partial(_PrefixGrouper(groups, policy.device).chunked_logprobs, kernel=policy.attention.kernel)
+        return TheirLayers(policy.model, PEER_ATTENTION, logprobs, torch.compile(_run, dynamic=False))
+    attention = replace(policy.attention, plan="concat") if method == "concat" else None
+    return Packed(policy, groups, share_prompts=method != "repeated_packed", attention=attention)
 
-    def __init__(self, policy: Policy, method: str, groups: list[Group]) -> None:
-        self.model, self.attention = policy.model, ATTENTION_NAME
-        self.layers = list(decoder_layers(policy.model))
-        self.own_layers = method in ("repeated_padded", *PEERS)
-        self.run_layer: Callable[..., Any] = _run
-        self.forward: Callable[[], Tensor]
-        if method == "repeated_padded":
-            self.attention, padded = "sdpa", _Padded(groups, policy.device)
-            self.forward = partial(padded.logprobs, self.model)
-        elif method == "prefix_grouper":
-            self.attention, peer = PEER_ATTENTION, _PrefixGrouper(groups, policy.device)
-            self.forward = partial(peer.logprobs, self.model)
-        elif method == "prefix_grouper_ours":
-            self.attention, peer = PEER_ATTENTION, _PrefixGrouper(groups, policy.device)
-            self.forward = partial(peer.chunked_logprobs, self.model, policy.attention.kernel)
-            self.run_layer = torch.compile(_run, dynamic=False)
-        else:
-            choice = replace(policy.attention, plan="concat") if method == "concat" else policy.attention
-            share = method != "repeated_packed"
-            batch = build_batch(groups, share_prompts=share, device=policy.device, attention=choice)
-            self.forward = lambda: policy(batch).logprobs
+
+class TheirLayers:
+    """A method that runs transformers' own layers, one after the other, and checkpoints whole layers unless told ``none``."""
+
+    def __init__(
+        self, model: PreTrainedModel, attention: str, logprobs: Callable[[PreTrainedModel], Tensor],
+        run_layer: Callable[..., Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.attention, self.logprobs, self.run_layer = model, attention, logprobs, run_layer or _run
 
     def old(self) -> Tensor:
         with torch.no_grad(), self._set_up("none"):
-            return self.forward()
+            return self.logprobs(self.model)
 
     def update(self, keep: Keep, compiled: bool) -> None:
-        if not self.own_layers:
-            set_up_layers(self.layers, [keep for _ in self.layers], compiled=compiled)
         with self._set_up(keep):
-            self.forward().mean().backward()
+            self.logprobs(self.model).mean().backward()
         self.model.zero_grad(set_to_none=True)
 
     @contextmanager
     def _set_up(self, keep: Keep) -> Iterator[None]:
-        """The method's attention, and for a method with layers of its own whole-layer checkpointing unless ``none``."""
+        layers = list(decoder_layers(self.model))
+        before: list[Any] = [layer.forward for layer in layers]
         self.model.set_attn_implementation(self.attention)
-        before: list[Any] = [layer.forward for layer in self.layers]
-        for layer in self.layers if self.own_layers else ():
+        for layer in layers:
             run = partial(self.run_layer, layer)
             layer.forward = run if keep == "none" else partial(checkpoint, run, use_reentrant=False)
         try:
             yield
         finally:
-            for layer, forward in zip(self.layers, before, strict=True):
+            self.model.set_attn_implementation(ATTENTION_NAME)
+            for layer, forward in zip(layers, before, strict=True):
                 layer.forward = forward
 
 
