@@ -21,7 +21,7 @@ OPTIONAL = {
     "wandb": "tracking",
     "tensorboard": "tracking",
     "reasoning-gym": "procedural tasks",
-    "prefix-grouper": "a comparison in pgrpo bench",
+    "prefix-grouper": "a comparison in benchmarks/policy.py",
 }
 HEAD_DIMS = (64, 128, 256)
 
