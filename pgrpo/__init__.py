@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pgrpo.config import Config, ConfigError, load_config
+from pgrpo.process.threads import wait_passively
 
 __all__ = ["Config", "ConfigError", "load_config", "train"]
 
@@ -31,6 +32,7 @@ def train(
     Raises:
         ConfigError: the input is wrong; nothing was trained.
     """
+    wait_passively()
     from pgrpo.training import train as run
 
     if not isinstance(config, Config):
