@@ -118,7 +118,8 @@ class RolloutConfig:
     top_k: int = number(0, least=0, most=2**24)
     """Sample from the k likeliest tokens. 0 is off."""
     stop: list[str] = field(default_factory=list)
-    """Strings that end a completion. Not part of the text that rewards read."""
+    """Strings that end a completion. Not part of the text that rewards read. A special token, such as `<|im_end|>`, is
+    one more end token."""
     resample_limit: int = number(0, least=0, most=1000)
     """Rounds of fresh prompts in the place of groups whose rewards are all equal (dynamic sampling, DAPO). What is still
     equal then is kept. 0 is off."""

@@ -21,6 +21,7 @@ from pgrpo.planning.placement import attention_choice, check_device, place_polic
 from pgrpo.process.rng import rng_state, seed_all, set_rng_state
 from pgrpo.rewards.runner import RewardRunner
 from pgrpo.rollout.base import RolloutEngine
+from pgrpo.rollout.ends import check_turn_end, end_token_ids
 from pgrpo.training.checkpointing import Checkpoints
 from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine
 from pgrpo.training.evaluate import check_keep_best
@@ -124,7 +125,11 @@ def build_run(
     policy = place_policy(config, world)
     reference = initial_model(policy, config, world) if config.loss.kl_coef else None
     optimizer = build_optimizer(policy, config.optim)
-    engine = build_engine(config, world, policy, tokenizer, end_token_ids(policy, tokenizer))
+    generation_eos = getattr(policy.model.generation_config, "eos_token_id", None)
+    end_ids = end_token_ids(tokenizer, generation_eos, config.rollout.stop)
+    if world.is_main:
+        check_turn_end(tokenizer, config.prompt, end_ids)
+    engine = build_engine(config, world, policy, tokenizer, end_ids)
     canary = build_canary(config, world, policy, engine)
     updater = Updater(config, world, policy, reference, optimizer, cost=lambda group: group_cost(dims, group, config))
     return Run(config, world, dims, stream, held_out, runner, policy, engine, canary, updater)
@@ -135,20 +140,6 @@ def initial_model(policy: Policy, config: Config, world: World) -> LogprobsOf:
     if config.model.lora_rank:
         return without_adapters(policy)
     return place_reference(config, world)
-
-
-def end_token_ids(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end a completion: the tokenizer's, and those that the model's generation config adds.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    ids: set[int] = set()
-    for eos in (tokenizer.eos_token_id, getattr(policy.model.generation_config, "eos_token_id", None)):
-        ids |= {eos} if isinstance(eos, int) else set(eos or ())  # pyright: ignore[reportAssignmentType]
-    if not ids:
-        raise ConfigError("model.path: neither the tokenizer nor generation_config.json has an eos token: add one")
-    return sorted(ids)
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:

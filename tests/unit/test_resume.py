@@ -1,6 +1,7 @@
 """A run that was interrupted and resumed equals the uninterrupted one, bit for bit (one thread, on the CPU)."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ import torch
 
 import pgrpo
 from pgrpo import checkpoint
+from pgrpo.training.update import NonFiniteError, Updater
 
 ROOT = Path(__file__).resolve().parents[2]
 VOLATILE = ("time/", "perf/")
@@ -92,6 +94,21 @@ def test_the_refreshed_reference_and_the_position_in_the_data_are_restored(tiny_
     assert any(not torch.equal(initial[name], now[name]) for name in now)
     offset = sum(4 + row["resampling/groups"] for row in rows[:3])
     assert scalars["stream"]["offset"] == offset > 12
+
+
+def test_skipped_updates_in_a_row_are_counted_on_over_a_resume(tiny_model, tmp_path, monkeypatch):
+    backward = Updater.backward
+
+    def spoiled(*arguments):
+        sums, largest = backward(*arguments)
+        return sums._replace(loss=sums.loss * math.nan), largest
+
+    monkeypatch.setattr(Updater, "backward", spoiled)
+    changes = {"train.max_skipped_updates": 2, "checkpoint.every": 1, "optim.schedule": "constant"}
+    train(tiny_model, tmp_path / "run", steps=2, **changes)
+    with pytest.raises(NonFiniteError, match="in 3 updates in a row"):
+        train(tiny_model, tmp_path / "run", resume="auto", steps=9, **changes)
+    assert len(metrics(tmp_path / "run")) == 2
 
 
 def test_steps_without_any_reward_are_saved(tiny_model, tmp_path):

@@ -112,6 +112,32 @@ def assert_close(got, wanted):
         torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("aggregate", ["token", "sample"])
+def test_tokens_that_the_policy_did_not_sample_are_read_and_neither_in_the_loss_nor_counted(
+    build, tiny_model, aggregate
+):
+    """Partial masks, values and gradients against the untouched model, one unpadded sample a call, written out."""
+    run, groups = build(f"loss.aggregate={aggregate}"), make_groups()
+    generator = torch.Generator().manual_seed(1)
+    for completion in (c for g in groups for c in g.completions):
+        completion.mask = (torch.rand(len(completion.mask), generator=generator) < 0.6).tolist()
+    masks = [c.mask for g in groups for c in g.completions]
+    kept = sum(map(sum, masks))
+    assert 0 < kept < 0.8 * sum(map(len, masks)) and any(not any(mask) for mask in masks)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation="sdpa")
+    loss = torch.zeros(())
+    for group in groups:
+        for completion, advantage in zip(group.completions, group.advantages, strict=True):
+            ids, prompt = completion.token_ids, group.prompt.token_ids
+            logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+            logp = logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0][torch.tensor(completion.mask)]
+            weight = 1 / kept if aggregate == "token" else 1 / max(len(logp), 1) / len(masks)
+            loss = loss - weight * (advantage * (logp - logp.detach()).exp()).sum()
+    loss.backward()
+    assert_close(gradients(run, groups), {n: p.grad for n, p in Policy(model).named_parameters() if p.grad is not None})
+    assert run.updater.step(groups)["loss"] == pytest.approx(loss.item(), abs=1e-6)
+
+
 def cut(groups, *where):
     """The groups with some completions cut at the limit."""
     groups = copy.deepcopy(groups)

@@ -1,0 +1,63 @@
+"""Which tokens end a completion: eos, those of the generation config, stop strings that are special tokens."""
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from pgrpo.config import ConfigError, MessageConfig, PromptConfig, load_config
+from pgrpo.distributed.world import World
+from pgrpo.rollout.ends import check_turn_end, end_token_ids
+from pgrpo.training.run import build_run
+from pgrpo.training.sample import sample_step
+
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+CHAT = PromptConfig(messages=[MessageConfig("user", "{q}")])
+
+
+def make_tokenizer(template=CHATML, special=("<eos>", "<|im_start|>", "<|im_end|>")):
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(["<pad>", *special, *"0123456789+="])}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", chat_template=template,
+        additional_special_tokens=list(special[1:]),
+    )  # fmt: skip
+
+
+def test_a_special_token_among_the_stop_strings_is_an_end_token():
+    tokenizer = make_tokenizer()
+    assert end_token_ids(tokenizer, None, []) == [1]
+    assert end_token_ids(tokenizer, [1, 2], ["7", "x"]) == [1, 2]
+    assert end_token_ids(tokenizer, 1, ["<|im_end|>", "7"]) == [1, 3]
+    with pytest.raises(ConfigError, match=r"rollout.stop: .* would never be found.*write '<\|im_end\|>' alone"):
+        end_token_ids(tokenizer, 1, ["<|im_end|>\n"])
+
+
+@pytest.mark.parametrize(
+    ("template", "ends", "prompt", "warned"),
+    [
+        (CHATML, [1], CHAT, True),
+        (CHATML, [1, 3], CHAT, False),
+        (CHATML, [1], PromptConfig(template="{q}"), False),
+        (CHATML.replace("<|im_end|>", " <eos>"), [1], CHAT, False),
+        (CHATML.replace("<|im_end|>", ""), [1], CHAT, False),  # no token ends a turn
+        ("{{ raise_exception('no') }}", [1], CHAT, False),
+    ],
+)
+def test_a_template_whose_turns_end_with_another_token_is_warned_of(caplog, template, ends, prompt, warned):
+    check_turn_end(make_tokenizer(template), prompt, ends)
+    assert ("chat template ends a turn with '<|im_end|>', which does not end a completion" in caplog.text) == warned
+
+
+def test_a_completion_stops_at_a_stop_string_that_is_a_special_token(tiny_model, tmp_path):
+    """The tiny model's <pad> is special, not its eos, and a random model samples it."""
+    keys = [f"model.path={tiny_model}", f"run_dir={tmp_path / 'run'}", "eval.every=0", "rollout.prompts_per_step=8"]
+    keys += ["rollout.max_completion_tokens=24", "rollout.stop=['<pad>']"]
+    with build_run(load_config("quickstart", keys), World(0, 1, torch.device("cpu"))) as run:
+        completions = [c for g in sample_step(run).groups for c in g.completions]
+    stopped = [c for c in completions if 0 in c.token_ids]
+    assert len(stopped) > 4
+    for completion in stopped:
+        assert completion.token_ids.index(0) == len(completion.token_ids) - 1
+        assert completion.finish_reason == "stop" and "pad" not in completion.text
