@@ -19,7 +19,7 @@ class Prompt:
     """One row of the data set, rendered.
 
     Attributes:
-        index: row number in the data set, before shuffling; what sampling seeds are derived from.
+        index: row number in the data set, before shuffling; names the row in errors and in files of an evaluation.
         text: the text that the model reads (chat template applied).
         token_ids: ``text`` tokenized, at least one token.
         columns: the data set's row, handed to reward functions.

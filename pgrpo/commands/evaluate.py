@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pgrpo.config import Config, ConfigError, fit_world_size
 from pgrpo.distributed.world import World, start, world_size
-from pgrpo.training.evaluation import evaluate_run
+from pgrpo.training.evaluation import evaluate_run, own_folder
 from pgrpo.training.run import Run, agree_on_run_dir, build_run
 
 
@@ -38,7 +38,7 @@ def evaluate(config: Config, checkpoint: str | None = None, out: Path | None = N
     with start(config.model.fsdp_size) as world, _built(config, world) as run:
         if checkpoint and not run.checkpoints.load_weights(checkpoint):
             raise ConfigError(f"--checkpoint {checkpoint}: run_dir={config.run_dir} has no checkpoint")
-        folder = out or run.run_dir / "eval" / f"step_{run.progress.step}"
+        folder = out or own_folder(run)
         metrics = evaluate_run(run, folder)
     console = Console(quiet=not world.is_main)
     name = f"{config.model.path} after step {run.progress.step}" if checkpoint else config.model.path

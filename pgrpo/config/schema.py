@@ -60,8 +60,8 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     path: str = MISSING
-    """Data set: a .jsonl, .parquet or .csv file (relative to the recipe, then to the current folder), a hub name,
-    or a Python function that returns rows (`file.py:function` or `module:function`)."""
+    """Data set: a .jsonl, .json, .csv, .tsv (each also with .gz behind it, all UTF-8) or .parquet file (relative to the recipe,
+    then to the current folder), a hub name, or a Python function that returns rows (`file.py:function` or `module:function`)."""
     name: str | None = None
     """Configuration of a hub data set (gsm8k has `main`)."""
     split: str = "train"
@@ -241,7 +241,7 @@ class EvalConfig:
     every: int = number(0, least=0, most=MOST_STEPS)
     """Steps between evaluations on the held-out split; also before the first and after the last. 0 is off."""
     rows: int = number(128, least=1, most=2**20)
-    """Held-out prompts."""
+    """Held-out rows that are looked at, from the first on."""
     samples: int = number(1, least=1, most=2**14)
     """Completions of each, sampled as in training unless `temperature` is set; pass@k is for powers of two up to this, and this."""
     greedy: bool = True

@@ -38,6 +38,7 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     held_out: bool = False,
+    first: int | None = None,
     dataset: Iterable[Mapping[str, Any]] | None = None,
 ) -> LoadedPrompts:
     """Read, render and tokenize a data set.
@@ -47,6 +48,7 @@ def load_prompts(
         prompt: how a row becomes text.
         tokenizer: of the model that will be trained.
         held_out: read ``data.eval_path`` / ``data.eval_split`` instead of the training rows.
+        first: look at no more than the first rows, this many. None: at all.
         dataset: rows in memory (a ``datasets.Dataset`` or a list of dicts), instead of ``data.path``.
 
     Raises:
@@ -58,6 +60,7 @@ def load_prompts(
         raise ConfigError(
             f"{source} has no rows; name a file with rows" if dataset is None else f"{source} has no rows"
         )
+    rows = rows[:first]
     rendered = render_prompts(rows, prompt, tokenizer)
     prompts: list[Prompt] = []
     dropped = truncated = 0

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from pgrpo.config import ConfigError, DataConfig
 from pgrpo.config.functions import is_function, load_function
@@ -23,16 +26,17 @@ def read_rows(data: DataConfig, held_out: bool) -> tuple[list[Row], str]:
         split = data.eval_split or data.split
         if data.eval_path is not None:
             path, key = data.eval_path, "data.eval_path"
-    suffix = Path(path).suffix.lower()
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    suffix = Path(path.lower().removesuffix(".gz")).suffix
     if is_function(path):
         return _call(path, split, key), f"{key}={path} (split {split})"
-    if suffix in readers:
+    if suffix in READERS:
         if held_out and data.eval_path is None:
             raise ConfigError(f"data.eval_split={split} means nothing for the file {path}: set data.eval_path")
         if not Path(path).expanduser().is_file():
             raise ConfigError(f"{key}: no file {path}")
-        return check_rows(readers[suffix](Path(path).expanduser()), f"{key}={path}"), f"{key}={path}"
+        return check_rows(READERS[suffix](Path(path).expanduser()), f"{key}={path}"), f"{key}={path}"
+    if Path(path).expanduser().is_file():
+        raise ConfigError(f"{key}={path}: files are read if they end in {', '.join(READERS)} (or these and .gz)")
     same = path == data.path
     rows = _read_hub(path, data.name if same else None, split, data.revision if same else None, key)
     return rows, f"{key}={path} (split {split})"
@@ -40,7 +44,7 @@ def read_rows(data: DataConfig, held_out: bool) -> tuple[list[Row], str]:
 
 def _read_jsonl(path: Path) -> Iterator[Any]:
     """Read with ``json``, not Arrow, which turns strings that look like dates into dates and refuses mixed types."""
-    with path.open(encoding="utf-8-sig") as file:
+    with _text(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -50,6 +54,8 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
                 raise ConfigError(
                     f"{path}, line {number}: not JSON: {error.msg} (column {error.colno}); write one JSON object a line"
                 ) from error
+            except RecursionError:
+                raise ConfigError(f"{path}, line {number}: nested too deeply") from None
             if not isinstance(row, dict):
                 raise ConfigError(
                     f"{path}, line {number}: a row must be a JSON object, not {type(row).__name__}; write one JSON object a line"
@@ -59,7 +65,10 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
 
 def _read_json(path: Path) -> list[Any]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        with _text(path) as file:
+            rows = json.load(file)
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
     except json.JSONDecodeError as error:
         hint = "; one object a line is .jsonl" if error.msg == "Extra data" else ""
         raise ConfigError(f"{path}, line {error.lineno}: not JSON: {error.msg}{hint}") from error
@@ -70,8 +79,9 @@ def _read_json(path: Path) -> list[Any]:
 
 def _read_csv(path: Path) -> Iterator[Row]:
     """Every value is a string, as it stands in the file: type guessing would turn an answer ``007`` into 7."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+    with _text(path) as file:
+        is_tabbed = path.name.lower().removesuffix(".gz").endswith(".tsv")
+        reader = csv.DictReader(file, strict=True, delimiter="\t" if is_tabbed else ",")
         try:
             for row in reader:
                 if None in row or None in row.values():
@@ -90,6 +100,32 @@ def _read_parquet(path: Path) -> list[Any]:
         return read_table(path).to_pylist()
     except (ArrowException, OSError) as error:
         raise ConfigError(f"{path}: not Parquet: {error}") from error
+
+
+READERS = {
+    ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet
+}  # fmt: skip
+"""The end of a file's name, without .gz -> its reader."""
+
+
+@contextmanager
+def _text(path: Path) -> Iterator[TextIO]:
+    """A file of text, ``.gz`` or plain. ConfigError, with the line, where it is not UTF-8."""
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    try:
+        with cast("TextIO", opener(path, "rt", encoding="utf-8-sig", newline="")) as file:
+            yield file
+    except UnicodeDecodeError:
+        with opener(path, "rb") as raw:
+            for number, line in enumerate(raw, start=1):
+                try:
+                    line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    fix = f"save the file as UTF-8 (iconv -f UTF-16 or -f LATIN1 -t UTF-8 {path.name})"
+                    raise ConfigError(f"{path}, line {number}: not UTF-8 ({error.reason}); {fix}") from None
+        raise
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
 
 
 def _read_hub(path: str, name: str | None, split: str, revision: str | None, key: str) -> list[Row]:
@@ -123,4 +159,11 @@ def check_rows(rows: Any, source: str) -> list[Row]:
         if not isinstance(row, Mapping) or not all(isinstance(name, str) for name in row):
             raise ConfigError(f"{source}: row {index} must be a dict with column names as keys, not {row!r:.80}")
         columns.update(dict.fromkeys(row))
+        try:
+            json.dumps(row, ensure_ascii=False, skipkeys=True, default=lambda _: None).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.start + 1]
+            raise ConfigError(
+                f"{source}: row {index} has half of a surrogate pair ({half!a}), which is no text; repair the row"
+            ) from None
     return [{name: row.get(name) for name in columns} for row in rows]

@@ -105,6 +105,7 @@ def save_results(folder: Path, evaluation: Evaluation, about: Mapping[str, Any],
     for name, text in (("samples.jsonl", "".join(lines)), ("summary.json", summary)):
         part = folder / f".{name}.{os.getpid()}"
         with writing(folder / name, advice):
+            part.unlink(missing_ok=True)  # a link of this name would be written through
             try:  # a lone surrogate becomes its JSON escape
                 part.write_text(redact(text), encoding="utf-8", errors="backslashreplace")
                 part.replace(folder / name)

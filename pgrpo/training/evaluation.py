@@ -37,5 +37,13 @@ def evaluate_run(run: Run, out: Path | None = None) -> dict[str, float]:
         if out:
             save_results(out, evaluation, about, "{fix}, or set another --out")
         else:
-            save_results(run.run_dir / "eval" / f"step_{run.progress.step}", evaluation, about)
+            save_results(own_folder(run), evaluation, about)
     return evaluation.metrics
+
+
+def own_folder(run: Run) -> Path:
+    """The run folder's ``eval/step_N``. A symbolic link of that name is removed, so that nothing is written through it."""
+    folder = run.run_dir / "eval" / f"step_{run.progress.step}"
+    if folder.is_symlink():
+        folder.unlink(missing_ok=True)
+    return folder

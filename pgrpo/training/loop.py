@@ -8,7 +8,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -238,10 +238,15 @@ def _dump(run: Run, groups: Sequence[Group]) -> str:
     file = run.run_dir / f"bad_batch_step_{run.progress.step + 1}.json"
     try:
         if run.world.is_main:
-            file.write_text(json.dumps([asdict(group) for group in groups], indent=1, default=str))
+            file.write_text(json.dumps(list(groups), indent=1, skipkeys=True, default=_as_json))
     except OSError as error:
         return f"{file}, for the batch, could not be written ({error.strerror})"
     return f"{file} has the batch"
+
+
+def _as_json(value: Any) -> Any:
+    """A dataclass as a dict, not copied (columns may hold what cannot be); anything else that JSON has not as text."""
+    return {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else str(value)
 
 
 def _summary(run: Run) -> str:

@@ -190,8 +190,8 @@ def training_prompts(
 
 
 def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The first ``eval.rows`` held-out prompts."""
-    return load_prompts(config.data, config.prompt, tokenizer, held_out=True).prompts[: config.eval.rows]
+    """The prompts of the first ``eval.rows`` held-out rows. Later rows are not looked at."""
+    return load_prompts(config.data, config.prompt, tokenizer, held_out=True, first=config.eval.rows).prompts
 
 
 def group_cost(dims: ModelDims, group: Group, config: Config) -> float:

@@ -1,5 +1,6 @@
 """Rows -> prompts: sources, templates, lengths, and what a user's mistakes are answered with."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -8,8 +9,9 @@ from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from pgrpo.config import ConfigError, DataConfig, MessageConfig, PromptConfig
+from pgrpo.config import ConfigError, DataConfig, MessageConfig, PromptConfig, load_config
 from pgrpo.data import load_prompts
+from pgrpo.training.run import held_out_prompts
 
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ mood }}"
 CHAT += "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -120,6 +122,61 @@ def test_bad_files(tmp_path: Path, name: str, content: str, message: str):
     (tmp_path / name).write_text(content)
     with pytest.raises(ConfigError, match=message):
         load_prompts(data(tmp_path / name), raw(), make_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"question": "é"}\n{"question": "ü"}\n'.encode("utf-16"), r"a\.jsonl, line 1: not UTF-8 .*save the file as"),
+        ("a.jsonl", b'{"question": "a"}\n{"question": "\xfc"}\n', r"a\.jsonl, line 2: not UTF-8 .*iconv .* a\.jsonl\)"),
+        ("a.csv", b"question,answer\n1,2\n\xfc,4\n", r"a\.csv, line 3: not UTF-8"),
+        ("a.json", b'[{"question": "a"},\n{"question": "\xfc"}]', r"a\.json, line 2: not UTF-8"),
+        ("a.jsonl.gz", gzip.compress(b'{"question": "a"}\n{"question": "\xfc"}\n'), r"a\.jsonl\.gz, line 2: not UTF-8"),
+        ("a.jsonl.gz", gzip.compress(b'{"question": "a"}\n' * 99)[:-20], r"a\.jsonl\.gz: cannot be read"),
+        ("a.jsonl.gz", b'{"question": "a"}\n', r"a\.jsonl\.gz: cannot be read \(Not a gzipped file"),
+        ("a.jsonl", b'{"question": "1"}\n{"question": "\\ud83d"}\n', r"a\.jsonl: row 1 has half of a surrogate pair \('\\ud83d'\)"),
+        ("a.json", b'[{"question": [{"content": "\\udc00"}]}]', r"a\.json: row 0 has half of a surrogate pair"),
+        ("a.jsonl", b'{"question": ' + b"[" * 100_000 + b"\n", r"a\.jsonl, line 1: nested too deeply"),
+        ("a.json", b"[" * 100_000, r"a\.json: nested too deeply"),
+        ("a.txt", b"question\n", r"a\.txt: files are read if they end in \.jsonl, \.json, \.csv, \.tsv, \.parquet \(or"),
+    ],
+)  # fmt: skip
+def test_files_in_another_encoding_and_rows_that_are_no_text(tmp_path: Path, name: str, content: bytes, message: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load_prompts(data(tmp_path / name), raw(), make_tokenizer())
+
+
+def test_rows_of_python_with_half_a_surrogate_pair():
+    with pytest.raises(ConfigError, match=r"^dataset: row 1 has half of a surrogate pair \('\\ud83d'\)"):
+        load([ROWS[0], {"question": "1", "answer": "a\ud83d"}])
+
+
+def test_tabs_and_gzip_are_read(tmp_path: Path):
+    text = "".join(json.dumps(row) + "\n" for row in ROWS)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    tabbed = "question\tanswer\r\n" + "".join(f"{row['question']}\t{row['answer']}\r\n" for row in ROWS)
+    (tmp_path / "a.tsv").write_bytes(b"\xef\xbb\xbf" + tabbed.encode())
+    (tmp_path / "b.tsv.gz").write_bytes(gzip.compress(tabbed.encode()))
+    expected = load(ROWS).prompts
+    assert load_prompts(data(tmp_path / "a.jsonl.gz"), raw(), make_tokenizer()).prompts == expected
+    for name in ("a.tsv", "b.tsv.gz"):
+        got = load_prompts(data(tmp_path / name), raw(), make_tokenizer()).prompts
+        assert [p.token_ids for p in got] == [p.token_ids for p in expected]
+        assert got[3].columns == {"question": "3+3", "answer": "6"}
+
+
+def test_no_more_than_the_first_rows_are_looked_at(tmp_path: Path):
+    """``eval.rows`` of them: one that is far too long, or no chat, behind them stops nothing."""
+    rows = [*ROWS[:3], {"question": "1" * 500, "answer": "1"}, {"question": None, "answer": "1"}]
+    loaded = load_prompts(data(max_prompt_tokens=20), raw(), make_tokenizer(), first=3, dataset=rows)
+    assert [p.columns for p in loaded.prompts] == ROWS[:3]
+    with pytest.raises(ConfigError, match=r"row 3 of dataset: the prompt has 50\d tokens"):
+        load_prompts(data(max_prompt_tokens=20), raw(), make_tokenizer(), first=4, dataset=rows)
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = [f"data.eval_path={tmp_path / 'held.jsonl'}", "data.max_prompt_tokens=20", "prompt.template='{question}='"]
+    config = load_config("quickstart", [*keys, "prompt.messages=[]", "eval.rows=3"])
+    assert [p.columns for p in held_out_prompts(config, make_tokenizer())] == ROWS[:3]
 
 
 def test_missing_file():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import resource
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from pgrpo.config import RewardConfig
 from pgrpo.distributed.world import World
 from pgrpo.rewards.runner import RewardReport, RewardRunner
 from pgrpo.training.evaluate import evaluate, numbers_of_samples, save_results
+from pgrpo.training.evaluation import own_folder
 from pgrpo.types import Completion, Group, Prompt, SamplingParams
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -120,15 +123,37 @@ def test_a_full_disk_while_an_evaluation_is_written_is_named(tmp_path):
     got = evaluate(generate, PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=False)
     save_results(tmp_path, got, {"step": 3})
     before = (tmp_path / "samples.jsonl").read_bytes()
-    (tmp_path / f".samples.jsonl.{os.getpid()}").symlink_to("/dev/full")
-    with pytest.raises(RuntimeError, match=r"samples\.jsonl: cannot be written \(No space left on device\)"):
-        save_results(tmp_path, got, {"step": 6})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(RuntimeError, match=r"samples\.jsonl: cannot be written \(File too large\); .*make room"):
+            save_results(tmp_path, got, {"step": 6})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "samples.jsonl").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["samples.jsonl", "summary.json"], "nothing half-written"
     with pytest.raises(
         RuntimeError, match=r"null/x: cannot be written \(Not a directory\); see that /dev/null is there and can be"
     ):
         save_results(Path("/dev/null/x"), got, {"step": 6}, "{fix}, or set another --out")
+
+
+@pytest.mark.faults
+def test_links_among_a_runs_evaluations_are_not_written_through(tmp_path):
+    elsewhere, run_dir = tmp_path / "elsewhere", tmp_path / "run"
+    elsewhere.mkdir()
+    (elsewhere / "samples.jsonl").write_text("mine")
+    (run_dir / "eval").mkdir(parents=True)
+    (run_dir / "eval" / "step_3").symlink_to(elsewhere)
+    run = SimpleNamespace(run_dir=run_dir, progress=SimpleNamespace(step=3))
+    folder, got = own_folder(run), evaluate(generate, PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=False)
+    for name in ("samples.jsonl", f".summary.json.{os.getpid()}"):
+        folder.mkdir(exist_ok=True)
+        (folder / name).symlink_to(elsewhere / "samples.jsonl")
+        save_results(folder, got, {"step": 3})
+        assert not (folder / "samples.jsonl").is_symlink() and not (folder / "summary.json").is_symlink()
+    assert [p.name for p in elsewhere.iterdir()] == ["samples.jsonl"]
+    assert (elsewhere / "samples.jsonl").read_text() == "mine" and not folder.is_symlink()
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import threading
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import pgrpo
 from pgrpo import checkpoint
+from pgrpo.distributed.world import World
+from pgrpo.training.loop import _dump
+from pgrpo.training.progress import Progress
 from pgrpo.training.update import NonFiniteError
+from pgrpo.types import Completion, Group, Prompt
 
 pytestmark = pytest.mark.faults
 
@@ -78,3 +86,18 @@ def test_a_batch_that_cannot_be_written_does_not_hide_the_failure(tiny_model, tm
         train(tiny_model, run, "train.max_skipped_updates=0", reward=reward)
     newest = checkpoint.latest(run / "checkpoints")
     assert newest is not None and newest.name == "step_1"
+
+
+def test_the_batch_holds_all_of_its_numbers_whatever_its_rows_hold(tmp_path):
+    """Log-probs of the sampler that are nan, and columns that JSON has no form for and that cannot be copied."""
+    columns = {"lock": threading.Lock(), "of pairs": {(1, 2): 3}, "set": {1}, "half": "\ud83d", "answer": "4"}
+    done = Completion([5, 6, 7], [-0.5, math.nan, -math.inf], [True, True, False], "stop", "2+2")
+    group = Group(Prompt(3, "2+2=", [1, 2], columns), [done], [math.nan], {"f": [None]}, [0.25])
+    run: Any = SimpleNamespace(run_dir=tmp_path, progress=Progress(step=4), world=World(0, 1, torch.device("cpu")))
+    assert _dump(run, [group]).endswith("bad_batch_step_5.json has the batch")
+    [read] = json.loads((tmp_path / "bad_batch_step_5.json").read_text())
+    completion = read["completions"][0]
+    assert str(completion["rollout_logprobs"]) == "[-0.5, nan, -inf]" and str(read["rewards"]) == "[nan]"
+    assert completion["token_ids"] == [5, 6, 7] and completion["mask"] == [True, True, False]
+    assert read["prompt"]["token_ids"] == [1, 2] and read["prompt"]["index"] == 3 and read["advantages"] == [0.25]
+    assert read["prompt"]["columns"]["half"] == "\ud83d" and read["prompt"]["columns"]["answer"] == "4"
