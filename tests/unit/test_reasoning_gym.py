@@ -13,9 +13,19 @@ import pytest
 
 from pgrpo.config.functions import load_function
 from pgrpo.rewards import reasoning_gym as module
-from pgrpo.rewards.reasoning_gym import EVALUATES, EVALUATES_BY_SYMPY, ReasoningGym, check_task
+from pgrpo.rewards.reasoning_gym import TASKS, ReasoningGym, check_task
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "reasoning_tasks.py"
+EVALUATE = {
+    *("binary_matrix", "n_queens", "spiral_matrix", "string_insertion"),  # eval
+    *(
+        "countdown",
+        "intermediate_integration",
+        "polynomial_multiplication",
+        "puzzle24",
+        "simple_integration",
+    ),  # by sympy
+}
 pytestmark = pytest.mark.timeout(120)
 
 
@@ -51,24 +61,42 @@ def called(function: Any) -> set[str]:
     return {f.id if isinstance(f, ast.Name) else f.attr for f in calls if isinstance(f, ast.Name | ast.Attribute)}
 
 
-def test_the_scorers_that_evaluate_answers_are_these(gym: Any):
-    """From the source of what is installed; another version that adds one fails here."""
+def reached(cls: Any) -> set[str]:
+    """Names that a scorer calls, itself or by way of functions and methods of its own file."""
+    file, names, todo = inspect.getmodule(cls), set(), {"score_answer"}
+    while todo:
+        name = todo.pop()
+        names.add(name)
+        for function in (getattr(cls, name, None), getattr(file, name, None)):
+            if inspect.isfunction(function) and function.__module__.startswith("reasoning_gym"):
+                todo |= called(function) - names
+    return names
+
+
+def test_scorers_on_the_list_do_not_run_the_answer(gym: Any):
+    """From the source of what is installed: a version whose scorer of a known task begins to evaluate fails here."""
     from reasoning_gym.factory import DATASETS  # pyright: ignore[reportMissingImports]
 
-    dangerous = {"eval", "exec", "parse_expr", "sympify", "compile", "loads", "literal_eval"}
-    found = {name: called(cls.score_answer) & dangerous for name, (cls, _) in DATASETS.items()}
-    ours = {"number_sorting"}  # evaluates the answer of the data set
-    assert {name for name, calls in found.items() if "eval" in calls} - ours == EVALUATES
-    assert {name for name, calls in found.items() if "parse_expr" in calls} == EVALUATES_BY_SYMPY
-    assert all(calls <= {"eval", "parse_expr", "loads"} for calls in found.values())
+    dangerous = {"eval", "exec", "parse_expr", "sympify", "literal_eval", "import_module", "__import__"}
+    found = {name for name, (cls, _) in DATASETS.items() if reached(cls) & dangerous}
+    ours = {"number_sorting", "bitwise_arithmetic"}  # evaluate a text of the data set
+    assert found - ours == EVALUATE
+    assert len(TASKS) == 96
+    assert not TASKS & EVALUATE
+    assert DATASETS.keys() >= TASKS
 
 
-@pytest.mark.parametrize("task", sorted(EVALUATES | EVALUATES_BY_SYMPY))
-def test_tasks_that_run_the_answer_are_refused_by_name(gym: Any, reward: ReasoningGym, task: str, tmp_path: Path):
+@pytest.mark.parametrize("task", [*sorted(EVALUATE), "added_later"])
+def test_tasks_not_on_the_list_are_refused_by_name(
+    gym: Any, reward: ReasoningGym, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from reasoning_gym.factory import DATASETS  # pyright: ignore[reportMissingImports]
+
+    monkeypatch.setitem(DATASETS, "added_later", DATASETS["n_queens"])
     trace = tmp_path / "ran"
     attack = f"<answer>__import__('pathlib').Path({str(trace)!r}).touch()</answer>"
     with pytest.raises(
-        ValueError, match=rf"scores `{task}` with (eval|sympy\.parse_expr), .*: refused|which is eval, .*: refused"
+        ValueError, match=rf"scorer of `{task}` runs the model's answer as code, or is not known .*: refused"
     ):
         reward([attack], [task], [{"answer": "1", "metadata": {}}], [{}])
     assert not trace.exists()
@@ -137,5 +165,5 @@ def test_rows_of_the_recipe(gym: Any, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="train and eval"):
         rows("test")
     monkeypatch.setitem(rows.__globals__["TASKS"], "n_queens", {})
-    with pytest.raises(ValueError, match="`n_queens` with eval"):
+    with pytest.raises(ValueError, match="scorer of `n_queens` runs"):
         rows("train")
