@@ -15,7 +15,7 @@ RUN := runs/quickstart
 	$(BIN)/pip install --no-build-isolation --no-deps -e .
 	touch $@
 
-# A model that learns two-digit addition on the CPU, from nothing to a plot. Each run replaces the one before.
+# A model that learns two-digit addition on the CPU, from installation to a plot. Each run replaces the one before.
 quickstart: .venv/stamp
 	rm -rf $(RUN)
 	$(BIN)/python scripts/make_tiny_model.py

@@ -11,7 +11,7 @@ from fractions import Fraction
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 SIZES = {"train": 10_000, "eval": 500}
-LONGEST = 100  # characters; four numbers below 100 need far fewer, and a parser must not be fed a novel
+LONGEST = 100  # characters of an expression; four numbers below 100 need far fewer
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
@@ -78,7 +78,7 @@ def evaluate(expression: str) -> tuple[Fraction, Counter[int]]:
 
 
 def reward(completions: list[str], numbers: list[str], target: list[int]) -> list[float]:
-    """1 for an answer that is right, 0.1 for one that is written as asked (`<answer>...</answer>`, parsable), else 0.
+    """1 for a right answer, 0.1 for a wrong one in the requested form (`<answer>...</answer>`, parsable), else 0.
 
     Right: the last ``<answer>`` is an expression worth exactly ``target`` that uses each number once and no other.
     """

@@ -1,4 +1,4 @@
-"""Problems of reasoning-gym: any of its tasks whose scorer does not run what the model wrote."""
+"""Problems of reasoning-gym. Any of its tasks may be used whose scorer does not run text that the model wrote as code."""
 
 from __future__ import annotations
 

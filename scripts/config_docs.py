@@ -1,4 +1,4 @@
-"""Write docs/config.md: every key of the schema with its type, its default and the text below it, and the presets.
+"""Write docs/config.md: every key of the schema with its type, default and description, and the presets.
 
 python scripts/config_docs.py           # writes docs/config.md
 python scripts/config_docs.py --print   # prints it
@@ -37,7 +37,7 @@ prints what came out. `None` in a text is `null` in a YAML.
 
 
 def texts(section: type) -> dict[str, str]:
-    """Field -> the string literal below it, on one line."""
+    """Field -> its description (the string literal below it), on one line."""
     body = ast.parse(inspect.getsource(section)).body[0]
     assert isinstance(body, ast.ClassDef)
     found = {}
@@ -49,7 +49,7 @@ def texts(section: type) -> dict[str, str]:
 
 
 def kind(hint: Any) -> str:
-    """A type as a reader of YAML calls it."""
+    """Name of a type for a reader of YAML."""
     options = get_args(hint)
     if type(None) in options:
         return f"{' or '.join(kind(option) for option in options if option is not type(None))}, or `null`"
@@ -84,7 +84,7 @@ def literal(value: Any) -> str:
 
 
 def rows(section: type, prefix: str) -> Iterator[str]:
-    """A table row for each key; those of the items of a list of mappings come after it."""
+    """A table row for each key. The keys of a list of mappings follow the key of the list."""
     text = texts(section)
     for field in fields(section):
         hint = hints(section).get(field.name)
@@ -101,7 +101,7 @@ def table(section: type, prefix: str) -> str:
 
 
 def presets() -> str:
-    """What each preset sets, beside the defaults; ``PRESETS`` all set the same keys."""
+    """Table of the values that each preset sets, with the defaults. All presets set the same keys."""
     keys = list(next(iter(PRESETS.values())))
     columns = [{field.name: field.default for field in fields(schema.LossConfig)}, *PRESETS.values()]
     assert all(list(preset) == keys for preset in PRESETS.values())

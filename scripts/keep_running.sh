@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Train to the end, whatever happens on the way: after each failure go on from the newest checkpoint, until pgrpo exits with 0.
+# Trains until pgrpo exits with 0: after each failure it restarts from the newest checkpoint.
 #   scripts/keep_running.sh RUN_DIR --config quickstart.yaml checkpoint.every=10 [KEY=VALUE ...]
-# Gives up on wrong input (exit code 2), on Ctrl-C (130), and after $TRIES (5) failures in a row that brought no new checkpoint.
+# Gives up on wrong input (exit code 2), on Ctrl-C (130), and after $TRIES (5) failures in a row without a new checkpoint.
 # Several GPUs: PGRPO="torchrun --nproc-per-node 8 -m pgrpo" scripts/keep_running.sh ...
-# A signal to torchrun leaves the ranks $TORCH_ELASTIC_SHUTDOWN_TIMEOUT (600) seconds to save, from PyTorch 2.12 on (2.11: 30).
+# After a signal torchrun gives the ranks $TORCH_ELASTIC_SHUTDOWN_TIMEOUT (600) seconds to save, from PyTorch 2.12 on (2.11: 30).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 interrupted=
-trap 'interrupted=1' INT # what torchrun exits with after Ctrl-C is 1
-run_dir=${1:?give the run folder, then what pgrpo train takes} failures=0 before=
+trap 'interrupted=1' INT # needed because torchrun exits with 1 after Ctrl-C
+run_dir=${1:?give the run folder, then the arguments of pgrpo train} failures=0 before=
 shift
 while true; do
     ${PGRPO:-pgrpo} train "$@" run_dir="$run_dir" --resume auto

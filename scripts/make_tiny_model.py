@@ -1,8 +1,8 @@
-"""Make a 125,000-parameter Qwen3 that adds badly: what the CPU quick start begins from.
+"""Make a 125,000-parameter Qwen3 that adds badly: the initial model of the CPU quick start.
 
-A random model never samples a right sum, so GRPO has nothing to reinforce. A short SUPERVISED WARM START (next-token
-training on two-digit sums from the recipe's training split) teaches it the format and brings sampled exact match to
-about 0.1; all that it learns after that, it learns by GRPO. Takes a few seconds; the same seed gives the same model.
+A random model never samples a right sum, so GRPO would have nothing to reinforce. A short SUPERVISED WARM START (next-token
+training on two-digit sums from the recipe's training split) teaches the format and brings sampled exact match to about 0.1.
+Everything after that is learned by GRPO. Takes a few seconds; the same seed gives the same model.
 
     python scripts/make_tiny_model.py [--out .cache/tiny_qwen3] [--seed 0]
 """
@@ -42,7 +42,7 @@ def make_model() -> Qwen3ForCausalLM:
         head_dim=16,
         max_position_embeddings=64,
         tie_word_embeddings=True,
-        initializer_range=0.05,  # from the usual 0.02, so narrow a model starts slowly, and unevenly between seeds
+        initializer_range=0.05,  # with the usual 0.02 so narrow a model learns slowly at first, and differently for each seed
         pad_token_id=VOCABULARY.index("<pad>"),
         eos_token_id=VOCABULARY.index("<eos>"),
         bos_token_id=None,
@@ -70,7 +70,7 @@ def warm_start(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows
 
 @torch.no_grad()
 def sampled_exact_match(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict]) -> float:
-    """Share of right answers, one sample a row at temperature 1. All prompts must be equally long."""
+    """Share of right answers, one sample a row at temperature 1. All prompts must have the same length."""
     inputs = tokenizer([f"{row['a']}+{row['b']}=" for row in rows], return_tensors="pt")
     output = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
         input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, do_sample=True, max_new_tokens=4
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and the batches (default %(default)s)")
     args = parser.parse_args()
 
-    torch.set_num_threads(1)  # the same sums in the same order on every machine; more threads do not help at this size
+    torch.set_num_threads(1)  # sums in the same order on every machine; more threads do not help at this size
     torch.manual_seed(args.seed)
     rows = runpy.run_path(str(RECIPE))["rows"]
     tokenizer, model = make_tokenizer(), make_model()

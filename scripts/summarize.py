@@ -1,4 +1,5 @@
-"""Say in three lines what a run learned: reward over its first and its last steps; or more of several runs, as JSON.
+"""Print in three lines what a run learned: its reward over the first and the last steps. With --json write more, for several
+runs.
 
 python scripts/summarize.py RUN_DIR ... [--steps 20] [--json FILE [--device NAME]]
 """
@@ -18,7 +19,7 @@ KEYS = {
     "model": ("dtype", "attention"), "rollout": ("prompts_per_step", "group_size", "max_completion_tokens"),
     "optim": ("lr",), "train": ("steps", "token_budget"),
 }  # fmt: skip
-"""Of the config, what a run is told by."""
+"""Keys of the config that are written for each run."""
 NOISE = "sampling/sampling_logp_difference/"
 
 
@@ -31,7 +32,7 @@ def read(run_dir: Path) -> list[Row]:
 
 
 def ends(rows: list[Row], name: str, steps: int) -> tuple[float, float]:
-    """Means over the first and the last ``steps`` rows, of those that have the number."""
+    """Means of a metric over the first and the last ``steps`` rows; rows without it are ignored."""
     begin, end = ([row[name] for row in part if row.get(name) is not None] for part in (rows[:steps], rows[-steps:]))
     return fmean(begin), fmean(end)
 
@@ -50,13 +51,14 @@ def summarize(run_dir: Path, steps: int = 20) -> str:
 
 
 def figures(run_dir: Path, steps: int) -> dict[str, Any]:
-    """Every evaluation, rewards, medians of a step's times, and how far the sampler's log-probs are from the trainer's."""
+    """All evaluations, rewards, medians of the times of a step, and differences between the sampler's and the trainer's
+    log-probs."""
     everything, config = read(run_dir), yaml.safe_load((run_dir / "config.yaml").read_text())
     rows = [row for row in everything if row.get("reward") is not None]
     steps = min(steps, len(rows))
     times = [name for name in rows[-1] if name.startswith("time/")]
 
-    def all_of(name: str, rows: list[Row]) -> list[float]:  # a number that was not finite is null
+    def all_of(name: str, rows: list[Row]) -> list[float]:  # a metric that was not finite is null in the file
         return [row[name] for row in rows if row.get(name) is not None]
 
     thirds = [rows[i * len(rows) // 3 : (i + 1) * len(rows) // 3] for i in range(3)]
@@ -90,7 +92,7 @@ def main() -> None:
     parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--device", help="what the runs were on, for the JSON")
+    parser.add_argument("--device", help="name of the device, for the JSON")
     args = parser.parse_args()
     for run_dir in args.run_dirs:
         print(summarize(run_dir, args.steps))

@@ -1,4 +1,4 @@
-"""``pgrpo check``: try a config on a few samples, and prove that grouped attention is exact on its model."""
+"""``pgrpo check``: tries a config on a few samples, and proves that grouped attention is exact on its model."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from pgrpo.types import Group
 
 SAMPLES = 4
 COMPARED_TOKENS = 64
-"""Of each completion: enough to show any bug, and the untouched model's full logits stay small."""
+"""Tokens of each completion that are compared: enough to show any bug, few enough for the untouched model's full logits."""
 LARGEST_LOGPROB_DIFFERENCE = 1e-3
 LARGEST_GRADIENT_DIFFERENCE = 1e-3
-"""Float32 rounding through tens of layers stays well below both; a wrong mask, position or row is far above."""
+"""Rounding of float32 through tens of layers stays well below both limits; a wrong mask, position or row is far above them."""
 
 
 def check(config: Config) -> None:
@@ -33,7 +33,7 @@ def check(config: Config) -> None:
     untouched model in float32. Leaves no run folder.
 
     Raises:
-        RuntimeError: grouped attention differs from the untouched model, or a seeded bug is not noticed.
+        RuntimeError: grouped attention differs from the untouched model, or a seeded bug is not detected.
     """
     config = fit_world_size(config, world_size())
     check_world_size(config, world_size())
@@ -44,13 +44,13 @@ def check(config: Config) -> None:
         _show_samples(groups, console)
         console.print(plan_text(config), soft_wrap=True)
         _prove(config, groups, console)
-        console.print("all is well")
+        console.print("all checks passed")
 
 
 def _show_lengths(run: Run, config: Config, console: Console) -> None:
     lengths = sorted(len(p.token_ids) for p in run.stream.take(len(run.stream)))
     data, over = config.data, "none"
-    if data.overlong != "error":  # which stops before this at the first one
+    if data.overlong != "error":  # with "error" the first overlong prompt has stopped the command before
         loaded = load_prompts(data, config.prompt, load_tokenizer(config))
         over = f"{loaded.dropped} (dropped)" if data.overlong == "drop" else f"{loaded.truncated} (truncated)"
     console.print(
@@ -61,8 +61,8 @@ def _show_lengths(run: Run, config: Config, console: Console) -> None:
 
 
 def _sample(run: Run, config: Config, console: Console) -> list[Group]:
-    """Two completions of each of the first prompts, scored. A failed reward ends it, unless ``rewards.on_error=mask`` lets a run
-    go on: then it is shown."""
+    """Two completions of each of the first prompts, scored. A reward that fails ends the command, or with
+    ``rewards.on_error=mask`` is shown."""
     prompts = run.stream.take(SAMPLES)
     seeds = [sample_seeds(config.seed, "check", i, group_size=2) for i in range(len(prompts))]
     with run.engine.awake():
@@ -91,7 +91,8 @@ def _shown(text: str) -> str:
 
 
 def _prove(config: Config, groups: list[Group], console: Console) -> None:
-    """On the CPU, in float32, where rounding cannot hide a bug; without LoRA's adapters, which attention knows nothing of."""
+    """Compare on the CPU in float32, where rounding cannot hide a bug. LoRA's adapters are left out: they do not change
+    attention."""
     model = config.model
     untouched = AutoModelForCausalLM.from_pretrained(
         model.path,
@@ -121,9 +122,9 @@ def _prove(config: Config, groups: list[Group], console: Console) -> None:
         got = difference(policy, seed_bug(build_batch(tokens)), *wanted)
         console.print(f"seeded bug, {name}: {got.logprob:.1e} nats, gradient {got.gradient:.1e}")
         if got.gradient <= LARGEST_GRADIENT_DIFFERENCE:
-            raise RuntimeError(f"the comparison did not notice a seeded bug: {name}")
+            raise RuntimeError(f"the comparison did not detect a seeded bug: {name}")
 
 
 def _comparable(token_ids: list[int]) -> list[int]:
-    """At least two tokens: in a shorter prompt or completion the seeded bugs would change nothing."""
+    """Repeat a single token, so that there are at least two: in a shorter prompt or completion the seeded bugs change nothing."""
     return token_ids if len(token_ids) > 1 else (token_ids or [0]) * 2

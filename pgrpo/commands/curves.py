@@ -1,4 +1,4 @@
-"""What of a run is drawn, and how its files are read."""
+"""The panels that ``pgrpo plot`` draws, and how it reads the files of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot. ``names`` are patterns of metric names; with several runs only the first that is found is drawn."""
+    """One plot. ``names`` are patterns of metric names; with several runs only the first matching metric is drawn."""
 
     title: str
     unit: str
@@ -42,7 +42,7 @@ PANELS = (
 
 
 def read_metrics(run_dir: Path) -> Rows:
-    """The rows of metrics.jsonl by ascending step, each step once, without a last line that is still being written."""
+    """The rows of metrics.jsonl in order of steps, one row a step. Ignores a last line that is still being written."""
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: no such run folder")
     path = run_dir / "metrics.jsonl"
@@ -57,10 +57,10 @@ def read_metrics(run_dir: Path) -> Rows:
 
 
 def read_rows(path: Path, given: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file, each with what is ``given`` and a ``step``, without a last line that is still being written.
+    """The rows of a JSONL file, each extended by ``given`` and with a ``step``. Ignores a last line that is still being written.
 
     Raises:
-        ConfigError: a line is no such row.
+        ConfigError: a line is not such a row.
     """
     with path.open(encoding="utf-8", newline="\n") as file:
         for number, line in enumerate(file, 1):
@@ -75,13 +75,13 @@ def read_rows(path: Path, given: Mapping[str, Any] | None = None) -> Iterator[di
 
 
 def names_of(panel: Panel, rows: Iterable[dict[str, Any]]) -> list[str]:
-    """The panel's metrics that the rows have, in its order."""
+    """The panel's metrics that occur in the rows, in the order of the panel."""
     known = {name for row in rows for name, value in row.items() if value is not None}
     matches = [name for pattern in panel.names for name in sorted(known) if fnmatchcase(name, pattern)]
     return list(dict.fromkeys(matches))
 
 
 def interval_names(name: str) -> tuple[str, str] | None:
-    """The metrics that are the ends of a held-out metric's confidence interval."""
+    """Names of the metrics that hold the bounds of a held-out metric's confidence interval."""
     kind, _, rest = name.partition("/")
     return (f"eval/ci95_low/{rest}", f"eval/ci95_high/{rest}") if kind == "eval" else None

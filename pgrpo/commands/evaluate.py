@@ -28,7 +28,7 @@ def evaluate(config: Config, checkpoint: str | None = None, out: Path | None = N
     """
     if not (config.data.eval_path or config.data.eval_split):
         raise ConfigError("data.eval_split is not set: name the held-out split, or a file in data.eval_path")
-    # Building a run reads the held-out split only if it is evaluated, and what training alone needs if the config says so.
+    # A run reads the held-out split only if eval.every is set. The reference model and keep_best are for training only.
     config = replace(
         fit_world_size(config, world_size()),
         eval=replace(config.eval, every=config.eval.every or 1),
@@ -53,7 +53,7 @@ def _built(config: Config, world: World) -> Run:
 
 
 def _table(title: str, metrics: Mapping[str, float]) -> Table:
-    """A row a metric; a column for samples, and one for greedy completions if there are any."""
+    """One row a metric; a column for sampled completions, and one for greedy completions if there are any."""
     modes = {"sampled": ""} | (
         {"greedy": "greedy/"} if any(name.startswith("eval/greedy/") for name in metrics) else {}
     )

@@ -1,4 +1,4 @@
-"""``pgrpo export``: the model of a checkpoint as a Hugging Face folder, which ``from_pretrained`` and vLLM load."""
+"""``pgrpo export``: writes the model of a checkpoint as a Hugging Face folder that ``from_pretrained`` and vLLM load."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from pgrpo.model.policy import load_hf_config
 def export(
     run_dir: Path, out: Path, step: int | None = None, dtype: Literal["float32", "bfloat16"] = "float32"
 ) -> Path:
-    """Write weights, config, generation config and tokenizer to ``out``, whole or not at all, and return it.
+    """Write weights, config, generation config and tokenizer to ``out``, completely or not at all, and return it.
 
     Args:
-        run_dir: the run; its config.yaml names the model that training started from, which gives all but the weights. With LoRA
-            it gives those too, and the checkpoint's adapters are added to them.
+        run_dir: the run folder. Its config.yaml names the initial model, from which everything except the weights is taken. With
+            LoRA the weights are the initial model's too, and the checkpoint's adapters are added to them.
         out: a folder that does not exist, or is empty.
-        step: which checkpoint. None takes the newest that verifies.
-        dtype: of the written weights. float32 is what checkpoints hold; bfloat16 rounds them and halves the size.
+        step: which checkpoint. None takes the newest one that is undamaged.
+        dtype: of the written weights. Checkpoints hold float32; bfloat16 rounds it and halves the size.
 
     Raises:
         ConfigError: not a run folder, no such checkpoint, or ``out`` is in use.
-        CheckpointError: the checkpoint is broken, or is of another model.
+        CheckpointError: the checkpoint is damaged, or belongs to another model.
     """
     run_dir, out = Path(run_dir), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -41,10 +41,10 @@ def export(
     root = run_dir / "checkpoints"
     path = latest(root) if step is None else root / f"{PREFIX}{step}"
     if path is None:
-        raise ConfigError(f"{root}: no checkpoint that can be read")
+        raise ConfigError(f"{root}: there is no readable checkpoint")
     weights = load(path, only=("model",))[0].get("model")
     if weights is None:
-        raise CheckpointError(f"{path}: holds no tensor set named model")
+        raise CheckpointError(f"{path}: has no tensor set named model")
     build = build_merged_model if source.lora_rank else build_model
     model = build(source, weights, path).to(getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(
@@ -55,7 +55,7 @@ def export(
     try:
         model.save_pretrained(writing)
         tokenizer.save_pretrained(writing)
-        # safetensors makes files that only their owner can read; a server may run as somebody else.
+        # safetensors creates files that only their owner can read; a server may run as another user.
         for file in writing.glob("*.safetensors"):
             file.chmod((writing / "config.json").stat().st_mode)
         writing.rename(out)
@@ -65,9 +65,9 @@ def export(
 
 
 def build_model(source: ModelConfig, weights: Mapping[str, Tensor], path: Path) -> PreTrainedModel:
-    """The model that ``source`` names, with ``weights`` as its own; tied weights are given under any one name."""
+    """The model that ``source`` names, with ``weights``; tied weights may have any one of their names."""
     config = load_hf_config(source)
-    with torch.device("meta"):  # nothing is allocated or initialised only to be replaced
+    with torch.device("meta"):  # allocates and initialises nothing: the weights are assigned below
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=source.trust_remote_code, dtype=torch.float32
         )
@@ -82,7 +82,7 @@ def build_model(source: ModelConfig, weights: Mapping[str, Tensor], path: Path) 
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: is not of the model {source.path}: {reason}") from error
+        raise CheckpointError(f"{path}: this is not a checkpoint of the model {source.path}: {reason}") from error
     model.tie_weights()
     if model.can_generate() and (generation := _generation_config(source)):
         model.generation_config = generation
@@ -90,7 +90,8 @@ def build_model(source: ModelConfig, weights: Mapping[str, Tensor], path: Path) 
 
 
 def build_merged_model(source: ModelConfig, adapters: Mapping[str, Tensor], path: Path) -> PreTrainedModel:
-    """The model that ``source`` names, as LoRA trained it: its weights in the precision of the run, and the adapters on top."""
+    """The model that ``source`` names with LoRA adapters merged in. Its weights are rounded to the run's precision first, as in
+    training."""
     load_hf_config(source)
     model = AutoModelForCausalLM.from_pretrained(
         source.path,
@@ -101,12 +102,12 @@ def build_merged_model(source: ModelConfig, adapters: Mapping[str, Tensor], path
     add_adapters(model, source, seed=0)
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if differing := sorted(wanted ^ adapters.keys()):
-        raise CheckpointError(f"{path}: is not of adapters of {source.path}: {differing[:3]} are not in both")
+        raise CheckpointError(f"{path}: these are not adapters of {source.path}: {differing[:3]} are not in both")
     try:
         model.load_state_dict(adapters, strict=False)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path}: is not of adapters of {source.path}: {reason}") from error
+        raise CheckpointError(f"{path}: these are not adapters of {source.path}: {reason}") from error
     merge_adapters(model)
     return model
 
@@ -115,7 +116,7 @@ def _model_config(run_dir: Path) -> ModelConfig:
     file = run_dir / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{run_dir}: not a run folder, it has no config.yaml")
-    # Only the model: secrets of other sections are redacted in this file, which load_config refuses.
+    # Read the section `model` only: other sections may have redacted secrets, which load_config refuses.
     section = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(file).model)
     return OmegaConf.to_object(section)  # type: ignore[return-value]
 
@@ -125,5 +126,5 @@ def _generation_config(source: ModelConfig) -> GenerationConfig | None:
         return GenerationConfig.from_pretrained(
             source.path, revision=source.revision or "main", trust_remote_code=source.trust_remote_code
         )
-    except OSError:  # the model has no generation_config.json: transformers derives one from config.json
+    except OSError:  # the model has no generation_config.json; transformers derives one from config.json
         return None

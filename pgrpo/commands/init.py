@@ -1,4 +1,4 @@
-"""``pgrpo init NAME``: a config, its recipe, and the files that the recipe uses, copied to the current folder."""
+"""``pgrpo init NAME``: copies a config, its recipe, and the files that the recipe uses to the current folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from pgrpo.config import ConfigError, find_file, load_config
 
 
 def init(name: str) -> None:
-    """Copy, print what was written and the command that uses it. ConfigError if a file of that name is here already."""
+    """Copy the files; print their names and the command that uses them.
+
+    Raises:
+        ConfigError: a file of that name exists already.
+    """
     source = find_file("configs", name)
     config = load_config(source)
     copies = {Path(source.name): source}

@@ -1,4 +1,4 @@
-"""``pgrpo train --dry-run``: the resolved config and what a step of it costs. Reads the model's config.json, no weights."""
+"""``pgrpo train --dry-run``: prints the resolved config and the cost of a step. Reads the model's config.json, but no weights."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from pgrpo.types import Keep
 def plan(config: Config) -> None:
     """Print the resolved config and the plan, once."""
     check_world_size(config, world_size())
-    costs = plan_text(config)  # first: a config that it refuses is not shown
+    costs = plan_text(config)  # before printing: a config that this refuses is not shown
     if os.environ.get("RANK", "0") != "0":
         return
-    # Lines stay whole, so that what is shown can be pasted into a file.
+    # Do not wrap lines, so that the output can be pasted into a file.
     Console(markup=False, highlight=False, emoji=False).print(f"{to_yaml(config)}\n{costs}", soft_wrap=True)
 
 
 def plan_text(config: Config) -> str:
-    """Tokens, micro-batches and memory of a step whose prompts and completions are all as long as is allowed."""
+    """Tokens, micro-batches and memory of a step in which every prompt and completion is as long as allowed."""
     rollout, budget = config.rollout, config.train.token_budget
     prompt, completion = config.data.max_prompt_tokens, rollout.max_completion_tokens
     ranks = world_size()
@@ -44,7 +44,7 @@ def plan_text(config: Config) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = World(0, ranks, device, fsdp_size=config.model.fsdp_size)
     keep, layers = _layers(config, dims, world)
-    planned = torch.device("cpu" if config.model.dtype == "float32" else "cuda")  # what the config is for
+    planned = torch.device("cpu" if config.model.dtype == "float32" else "cuda")  # the device that the config is for
     memory = memory_plan(dims, keep=keep, **plan_sizes(config, dims, world, planned))
     elsewhere = "" if planned.type == device.type else f", on a {planned.type} device"
     adapters = adapter_parameters(config.model, dims)
@@ -69,14 +69,14 @@ def plan_text(config: Config) -> str:
 
 
 def _layers(config: Config, dims: ModelDims, world: World) -> tuple[list[Keep], str]:
-    """What each layer computes again in the backward, and how layers run in words."""
+    """What the backward recomputes in each layer, and a description of how layers run."""
     choice = attention_choice(config, dims, world.device)
     keep: list[Keep] = kept_by_layer(config, dims, world)
     note = ""
     automatic = config.model.activation_checkpointing == "auto"
     if automatic and world.device.type == "cpu" and config.model.dtype != "float32":
         keep = ["attention" for _ in keep]
-        note = "; auto decides on the GPU, this is a careful guess"
+        note = "; auto decides on the GPU, this is a conservative guess"
     counts = [f"{mode} in {keep.count(mode)} of {dims.layers}" for mode in ("full", "attention") if mode in keep]
     compiled = "compiled" if is_compiled(config, world.device) else "not compiled"
     return (

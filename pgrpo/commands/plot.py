@@ -1,4 +1,4 @@
-"""``pgrpo plot``: a run, or several beside each other, as one PNG and (one run) one self-contained HTML page."""
+"""``pgrpo plot``: draws one run, or several for comparison, as a PNG; one run also as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pgrpo.config import ConfigError
 
 COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626", "#0891b2", "#ca8a04", "#64748b")
 INK, FAINT = "#1f2937", "#9ca3af"
-FEW = 40  # points that are drawn themselves, not smoothed
+FEW = 40  # a curve with fewer points is drawn without smoothing
 
 
 def plot(run_dirs: Path | Sequence[Path], out: Path | None = None) -> list[Path]:
@@ -31,7 +31,7 @@ def plot(run_dirs: Path | Sequence[Path], out: Path | None = None) -> list[Path]
         The files that were written.
 
     Raises:
-        ConfigError: a folder is missing, or has no metrics to draw.
+        ConfigError: a folder does not exist, or has no metrics to draw.
     """
     folders = [Path(run_dirs)] if isinstance(run_dirs, str | Path) else [Path(run_dir) for run_dir in run_dirs]
     if not folders:
@@ -49,7 +49,7 @@ def plot(run_dirs: Path | Sequence[Path], out: Path | None = None) -> list[Path]
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over a twentieth of the run; NaN entries take no part."""
+    """Centred running mean over a twentieth of the run; ignores NaN."""
     half = len(values) // 40
     kernel = np.ones(2 * half + 1)
     known = np.isfinite(values)
@@ -59,7 +59,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def draw(runs: dict[str, Rows]) -> Figure:
-    """A grid of the panels that have data, for runs by label."""
+    """A grid of the panels that have data. ``runs``: rows of metrics by label."""
     every = [row for rows in runs.values() for row in rows]
     found = [(panel, names) for panel in PANELS if (names := names_of(panel, every))]
     if not found:
@@ -86,7 +86,8 @@ def draw(runs: dict[str, Rows]) -> Figure:
             _stack(axes, next(iter(runs.values())), names)
         else:
             rows = next(iter(runs.values()))
-            # Equal series (a reward that is the only one) are one line under all of their names: none hides another.
+            # Equal series (the total reward and the only reward function, say) become one line with all names, so that none hides
+            # another.
             same: dict[tuple, list[str]] = {}
             for name in names:
                 same.setdefault(tuple((row["step"], row.get(name)) for row in rows), []).append(name)
@@ -111,8 +112,8 @@ def _label(folder: Path, folders: list[Path]) -> str:
 
 
 def _legend(labels: list[str]) -> dict[str, str]:
-    """Name in the legend of each run. Where there are more runs than colors, those whose names differ in a last number only
-    (the seed, say) are one: ``grpo_0`` and ``grpo_1`` are ``grpo_*``."""
+    """Label in the legend for each run. With more runs than colors, runs whose names differ only in a final number (the seed,
+    say) share a label: ``grpo_0`` and ``grpo_1`` become ``grpo_*``."""
     if len(labels) <= len(COLORS):
         return {label: label for label in labels}
     return {label: re.sub(r"\d+$", "*", label) for label in labels}

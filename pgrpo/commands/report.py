@@ -1,8 +1,8 @@
-"""A run as one HTML page that needs nothing but a browser: curves, completions to browse, the config.
+"""A run as one HTML page that needs only a browser: curves, completions to search and filter, the config.
 
-Numbers and texts travel as JSON in an inert script element, and the page's own script (report.js), which the content security
-policy names by its hash, shows them as text: nothing that a model wrote can run, load anything, or be read as markup. A page
-holds so much at most (below), and says what it leaves out.
+The page embeds numbers and texts as JSON in an inert script element. Its own script (report.js), which the content security policy
+allows by hash, shows them as text. So nothing that a model wrote can run, load anything, or be parsed as markup. The size of a page
+is limited (constants below); a page says what it leaves out.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pgrpo.commands.curves import PANELS, Panel, Rows, names_of, read_rows
 from pgrpo.config import ConfigError
 from pgrpo.tracking import printable
 
-MAX_POINTS = 600  # of a curve; more are averaged
-MAX_SAMPLES = 3000  # of training, and as many again of evaluations
-MAX_CHARACTERS = 3_000_000  # of each of these, about
-SHORTEST = 400  # characters that are left of a text whatever MAX_CHARACTERS says
+MAX_POINTS = 600  # points of a curve; a longer curve is averaged
+MAX_SAMPLES = 3000  # samples from training, and as many from evaluations
+MAX_CHARACTERS = 3_000_000  # total length of the texts from training, and of those from evaluations
+SHORTEST = 400  # a text is never cut below this many characters
 SOURCES = ("training", "held out, sampled", "held out, greedy")
 MODES = {"sampled": 1, "greedy": 2}
 
@@ -37,7 +37,7 @@ def page(run_dir: Path, rows: Rows) -> str:
     """The page of a run with these rows of metrics.
 
     Raises:
-        ConfigError: a line of a completions file is not a row of it.
+        ConfigError: a line of a completions file is not a valid row.
     """
     config = run_dir / "config.yaml"
     text = config.read_text(encoding="utf-8") if config.is_file() else "config.yaml is missing"
@@ -84,7 +84,7 @@ def page(run_dir: Path, rows: Rows) -> str:
         style_hash=_hash(style),
         script=script.read_text(encoding="utf-8"),
         script_hash=_hash(script),
-        # Whatever is in it, this JSON has no "<": it cannot end its script element, nor begin a comment.
+        # Without "<" the JSON cannot end its script element or begin a comment, whatever the texts contain.
         data=json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
         numbers="".join(f"<tr><td>{_html(k)}</td><td>{v:.6g}</td></tr>" for k, v in sorted(last.items())),
         config=_html(text),
@@ -93,7 +93,8 @@ def page(run_dir: Path, rows: Rows) -> str:
 
 
 def _panel(panel: Panel, names: list[str], series: Mapping[str, Any]) -> dict[str, Any]:
-    """Equal series (a reward that is the only one) are one curve under both names; what all names begin with is left out."""
+    """Equal series (the total reward and the only reward function, say) are one curve with both names. A common first part of all
+    names is left out of the labels."""
     equal: dict[str, list[str]] = {}
     for name in names:
         equal.setdefault(name if panel.stacked else repr(series[name]), []).append(name)
@@ -114,7 +115,7 @@ def _panel(panel: Panel, names: list[str], series: Mapping[str, Any]) -> dict[st
 
 
 def _series(rows: Rows) -> tuple[dict[str, tuple[list[int], list[float]]], list[str]]:
-    """Steps and values of each metric, of a long run means over steps, and a note that says so."""
+    """Steps and values of each metric; for a long run, means over several steps, and a note that says so."""
     names = sorted({name for row in rows for name in row if name != "step"})
     series, widest = {}, 1
     for name in names:
@@ -129,9 +130,9 @@ def _series(rows: Rows) -> tuple[dict[str, tuple[list[int], list[float]]], list[
 
 
 def _read_samples(files: Sequence[Path], name: str) -> tuple[list[Sample], list[str]]:
-    """Samples of some steps, evenly spread and with the last one, cut to what a page may hold, and notes that say so.
+    """Samples of some steps, evenly spaced and including the last one, cut to the limits of a page, with notes that say so.
 
-    The files are read twice, and never held: the first time they are only counted.
+    Reads the files twice, the first time only to count, so that they are never held in memory.
     """
     counts = Counter(sample["step"] for sample in _all_samples(files))
     total, steps = counts.total(), sorted(counts)
@@ -140,7 +141,7 @@ def _read_samples(files: Sequence[Path], name: str) -> tuple[list[Sample], list[
         every += 1
         kept = steps[::-1][::every]
     wanted = set(kept)
-    stride = -(-sum(counts[step] for step in kept) // MAX_SAMPLES)  # above 1 where a single step has more
+    stride = -(-sum(counts[step] for step in kept) // MAX_SAMPLES)  # above 1 if a single step has more than MAX_SAMPLES
     candidates = (sample for sample in _all_samples(files) if sample["step"] in wanted)
     samples = list(islice(candidates, 0, None, max(stride, 1)))
     notes = []
@@ -153,7 +154,7 @@ def _read_samples(files: Sequence[Path], name: str) -> tuple[list[Sample], list[
             text = str(sample.get(field, ""))
             over = len(text) - room
             cut += over > 0
-            # Of a prompt the end tells more, of a completion the end too: that is where its answer is.
+            # Keep the end: of a prompt it is more specific, and of a completion it has the answer.
             sample[field] = _text(text if over <= 0 else f"[{over:,} characters left out] {text[over:]}")
     if cut:
         notes.append(f"{cut:,} texts of {name} are cut to their last {room:,} characters; the file has all of them.")
@@ -161,7 +162,7 @@ def _read_samples(files: Sequence[Path], name: str) -> tuple[list[Sample], list[
 
 
 def _all_samples(files: Iterable[Path]) -> Iterable[Sample]:
-    """Rows of completions.jsonl, or of samples.jsonl of evaluations, whose folders say their step."""
+    """Rows of completions.jsonl, or of samples.jsonl of evaluations. The step of the latter is in the name of their folder."""
     return chain.from_iterable(
         read_rows(path, {"step": _step_of(path)} if path.name == "samples.jsonl" else {})
         for path in files
@@ -177,7 +178,7 @@ def _step_of(samples: Path) -> int:
 
 
 def _tiles(rows: Rows) -> list[dict[str, str]]:
-    """What a reader wants to know first."""
+    """The numbers at the top of the page."""
     tiles = []
 
     def ends(name: str) -> tuple[float, float] | None:
@@ -212,7 +213,7 @@ def _duration(seconds: float) -> str:
 
 
 def _subtitle(rows: Rows, config: str) -> str:
-    """Of the config only the model's path, as it stands there; a page of a broken config is a page."""
+    """The model's path and the last step. Reads the path from the text, so that a run with a broken config still has a page."""
     lines = config.splitlines()
     start = lines.index("model:") + 1 if "model:" in lines else len(lines)
     model = next((line.partition(":")[2].strip() for line in lines[start:] if line.strip().startswith("path:")), "")
@@ -220,12 +221,12 @@ def _subtitle(rows: Rows, config: str) -> str:
 
 
 def _short(value: float | None) -> float | None:
-    """Six digits: what a curve shows, and no more in the file."""
+    """Round to six digits, which is all that a curve shows, to keep the file small."""
     return None if value is None else float(f"{value:.6g}")
 
 
 def _text(text: str) -> str:
-    """With characters that cannot be seen escaped, but tabs and line ends."""
+    """Escape unprintable characters, except tabs and line ends."""
     return "\t".join(map(printable, str(text).split("\t")))
 
 
@@ -234,5 +235,5 @@ def _html(text: str) -> str:
 
 
 def _hash(file: Path) -> str:
-    """What a content security policy calls an inline style or script."""
+    """The sha256, in base64, by which a content security policy allows an inline style or script."""
     return base64.b64encode(hashlib.sha256(file.read_bytes()).digest()).decode()

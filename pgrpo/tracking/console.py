@@ -1,4 +1,4 @@
-"""What the terminal shows of a step, and how text of a model is made harmless there."""
+"""Shows a step on the terminal, and escapes text that a model wrote."""
 
 from __future__ import annotations
 
@@ -35,20 +35,22 @@ HEADLINES = (
     "eval/pass@*",
     "eval/greedy/pass@1",
 )
-"""Patterns of what the terminal shows of a step; the files have everything."""
+"""Patterns of the metrics that the terminal shows; the files have all metrics."""
 
 WIDEST = 600
-"""Characters of a prompt (its end) and of a completion (its start) that the terminal shows."""
+"""The terminal shows so many characters of a prompt (its end) and of a completion (its start)."""
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
-    """``text`` with all but printable characters and newlines escaped, so that a model cannot steer the terminal."""
+    """``text`` with everything except printable characters and newlines escaped, so that a model cannot send control sequences to
+    the terminal."""
     shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
     return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class Terminal(logging.Handler):
-    """Warnings where no ``Trackers`` show them, secrets redacted. As ``logging.lastResort`` it is used only there."""
+    """Prints warnings where no ``Trackers`` do, with secrets redacted. Installed as ``logging.lastResort``, so that it is used
+    only there."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -79,7 +81,7 @@ def completions_table(rows: Sequence[Row], encoding: str) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("finish", no_wrap=True)
     for row in rows:
-        # Text and not str: model text is never read as markup.
+        # Text instead of str, so that rich never parses a model's text as markup.
         table.add_row(
             Text(printable(_end(row["prompt"]), encoding)),
             Text(printable(_start(row["completion"]), encoding)),

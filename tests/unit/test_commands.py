@@ -44,7 +44,7 @@ def test_check_passes_and_leaves_nothing(model, tmp_path, capsys):
     assert "memory " in shown
     assert "grouped against the untouched model" in shown
     assert "repeated against the untouched model" in shown
-    assert shown.endswith("all is well\n")
+    assert shown.endswith("all checks passed\n")
     assert not (tmp_path / "run").exists()
 
 
@@ -110,7 +110,7 @@ def test_check_of_lora_says_what_is_trained(model, tmp_path, capsys):
     check(config(model, tmp_path, "model.lora_rank=4", "model.lora_targets=[q_proj]"))
     shown = capsys.readouterr().out
     assert "124,160 parameters, float32, frozen; LoRA trains 1,024 beside them" in shown
-    assert shown.endswith("all is well\n")
+    assert shown.endswith("all checks passed\n")
 
 
 def test_check_passes_when_every_completion_is_one_token(model, tmp_path):
@@ -125,7 +125,7 @@ def test_check_notices_a_wrong_logit_index(model, tmp_path, monkeypatch):
 
 def test_check_notices_that_it_proves_nothing(model, tmp_path, monkeypatch):
     monkeypatch.setitem(check_module.SEEDED_BUGS, "wrong row for the first token", lambda batch: batch)
-    with pytest.raises(RuntimeError, match="did not notice a seeded bug: wrong row for the first token"):
+    with pytest.raises(RuntimeError, match="did not detect a seeded bug: wrong row for the first token"):
         check(config(model, tmp_path))
 
 

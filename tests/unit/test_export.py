@@ -138,7 +138,7 @@ def test_weights_of_another_model_are_refused(tmp_path, change, message):
     tensors, scalars = checkpoint.load(run / "checkpoints" / "step_2")
     change(tensors["model"])
     checkpoint.save(run / "checkpoints", 3, tensors, scalars)
-    with pytest.raises(CheckpointError, match=rf"step_3: is not of the model .*initial: .*{message}"):
+    with pytest.raises(CheckpointError, match=rf"step_3: this is not a checkpoint of the model .*initial: .*{message}"):
         export(run, tmp_path / "out")
 
 
@@ -153,7 +153,7 @@ def test_clear_errors(tmp_path):
             export(run, used)
     (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
     (tmp_path / "empty" / "config.yaml").write_text((run / "config.yaml").read_text())
-    with pytest.raises(ConfigError, match="no checkpoint that can be read"):
+    with pytest.raises(ConfigError, match="there is no readable checkpoint"):
         export(tmp_path / "empty", tmp_path / "out")
     (run / "config.yaml").write_text("model:\n  path: /no/such/model\n")
     with pytest.raises(ConfigError, match=r"model\.path=/no/such/model: cannot load"):

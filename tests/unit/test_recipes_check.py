@@ -92,7 +92,7 @@ def test_recipe_passes_check(name: str, model: Path, tmp_path: Path, capsys: pyt
             f"{function} 0.0" in line or f"{function} -" in line or f"{function} 1.0" in line for line in rewards
         )
     assert " tokens, median " in shown
-    assert shown.endswith("all is well\n")
+    assert shown.endswith("all checks passed\n")
 
 
 def test_every_recipe_that_reads_a_data_set_says_its_columns() -> None:
@@ -122,4 +122,4 @@ def test_check_shows_a_masked_reward_and_goes_on(
         in shown
     )
     assert shown.count("--- reward None") == 4
-    assert shown.endswith("all is well\n")
+    assert shown.endswith("all checks passed\n")
