@@ -140,6 +140,7 @@ def test_bad_files(tmp_path: Path, name: str, content: str, message: str):
         ("a.json", b"[" * 100_000, r"a\.json: nested too deeply"),
         ("a.txt", b"question\n", r"a\.txt: files are read if they end in \.jsonl, \.json, \.csv, \.tsv, \.parquet \(or"),
     ],
+    ids=["utf-16", "latin-1", "csv", "json", "gz", "gz cut off", "no gz", "half a pair", "half inside", "deep", "deep json", "txt"],
 )  # fmt: skip
 def test_files_in_another_encoding_and_rows_that_are_no_text(tmp_path: Path, name: str, content: bytes, message: str):
     (tmp_path / name).write_bytes(content)

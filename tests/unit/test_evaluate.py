@@ -9,6 +9,7 @@ import resource
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_links_among_a_runs_evaluations_are_not_written_through(tmp_path):
     (elsewhere / "samples.jsonl").write_text("mine")
     (run_dir / "eval").mkdir(parents=True)
     (run_dir / "eval" / "step_3").symlink_to(elsewhere)
-    run = SimpleNamespace(run_dir=run_dir, progress=SimpleNamespace(step=3))
+    run: Any = SimpleNamespace(run_dir=run_dir, progress=SimpleNamespace(step=3))
     folder, got = own_folder(run), evaluate(generate, PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=False)
     for name in ("samples.jsonl", f".summary.json.{os.getpid()}"):
         folder.mkdir(exist_ok=True)
