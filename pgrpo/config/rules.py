@@ -163,13 +163,14 @@ def _check_prompt(config: Config) -> None:
             )
 
 
-def check_world_size(config: Config, world_size: int) -> None:
-    """Raise ConfigError unless ``world_size`` ranks can share out the prompts, and the copies of the weights, evenly."""
-    prompts = config.rollout.prompts_per_step
-    if prompts % world_size:
+def check_world_size(config: Config, world_size: int, dp_size: int | None = None) -> None:
+    """Raise ConfigError unless the ranks that hold different data (``dp_size``; all unless given) can share out the prompts, and
+    all ``world_size`` ranks the copies of the weights, evenly."""
+    prompts, dp_size = config.rollout.prompts_per_step, dp_size or world_size
+    if prompts % dp_size:
         raise ConfigError(
-            f"rollout.prompts_per_step: {prompts} prompts do not divide over {world_size} ranks; "
-            f"valid numbers of prompts: {_multiples(prompts, world_size)}"
+            f"rollout.prompts_per_step: {prompts} prompts do not divide over {dp_size} ranks; "
+            f"valid numbers of prompts: {_multiples(prompts, dp_size)}"
         )
     if (size := config.model.fsdp_size) and world_size % size:
         raise ConfigError(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -36,7 +38,7 @@ def place(
     (hybrid sharding), weights are gathered among the ranks that share one, and gradients averaged over the copies as well.
 
     Args:
-        module: the root. Gradients of a sharded root are *averaged* over ranks: scale the loss by ``world.size``.
+        module: the root. Gradients of a sharded root are *averaged* over ranks: scale the loss by ``world.dp_size``.
         layers: submodules that are gathered one at a time.
         dtype: what the forward and backward compute in. Gradients are reduced in float32.
         methods: names of methods beside ``forward`` that use the root's weights.
@@ -64,10 +66,27 @@ def place(
         register_fsdp_forward_method(module, name)
 
 
-def reshard(module: nn.Module) -> None:
-    """Make all parameters shards again, in float32. A forward without a backward (a rollout) leaves the root's gathered, in
-    the compute dtype: what ``parameters()`` then gives is not what the optimizer knows."""
-    for part in module.modules():
+class Root(Protocol):
+    """A module that ``place`` was given."""
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
+@contextmanager
+def no_gradient(root: Root) -> Iterator[None]:
+    """Every forward without a gradient belongs in here. FSDP2 keeps the root's parameters gathered from a forward to its backward;
+    where no backward comes they would lie beside an awake vLLM, so they are shards again at the end."""
+    with torch.no_grad():
+        try:
+            yield
+        finally:
+            reshard(root)
+
+
+def reshard(root: Root) -> None:
+    """Make all parameters shards again, in the dtype that they are held in. While gathered they are in the compute dtype, and what
+    ``parameters()`` gives is not what the optimizer knows."""
+    for part in root.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 

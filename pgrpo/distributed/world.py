@@ -33,6 +33,8 @@ class World:
     """A process group for numbers on the CPU, so that asking them does not wait for a GPU. None: the default group does it."""
     fsdp_size: int | None = None
     """How many neighbouring ranks one copy of the weights is split over. None: all."""
+    sequence_parallel_size: int = 1
+    """How many neighbouring ranks hold the same data. Every other number of ranks here counts processes."""
 
     @property
     def is_main(self) -> bool:
@@ -43,10 +45,27 @@ class World:
         """Parts that one copy of the weights is in; there are ``size / shards`` copies."""
         return self.fsdp_size or self.size
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This rank's contiguous part of items that every rank holds; sizes must divide."""
-        count = len(items) // self.size
-        return items[self.rank * count : (self.rank + 1) * count]
+    @property
+    def dp_size(self) -> int:
+        """Data-parallel size: how many ranks hold different data."""
+        return self.size // self.sequence_parallel_size
+
+    @property
+    def dp_rank(self) -> int:
+        """Whose data this rank holds, from 0 to ``dp_size - 1``."""
+        return self.rank // self.sequence_parallel_size
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first of the ranks that hold the same data: the one whose data are scored, gathered and counted."""
+        return self.rank % self.sequence_parallel_size == 0
+
+    def share(self, items: Sequence[T]) -> tuple[list[T], int]:
+        """This rank's contiguous part of items that every rank holds, as many on each rank, and how many of them are its own: the
+        rest are fillers, the last item again, of which nothing may be kept."""
+        count = -(-len(items) // self.dp_size)
+        part = list(items[self.dp_rank * count : (self.dp_rank + 1) * count])
+        return part + [items[-1]] * (count - len(part)), len(part)
 
     def from_main(self, item: T) -> T:
         """Rank 0's item, on every rank. A collective call, not on the GPUs."""
@@ -55,16 +74,40 @@ class World:
             dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
+    def scatter(self, make: Callable[[], Sequence[T]]) -> T:
+        """Item ``dp_rank`` of what rank 0 makes, which alone calls ``make``. A collective call, not on the GPUs.
+
+        Raises:
+            Exception: what ``make`` raised; ``RankFailed`` on the other ranks.
+        """
+        items: Any = self.together(lambda: make() if self.is_main else None)
+        box: list[Any] = [None]
+        if self.size == 1:
+            return items[0]
+        each = [items[rank // self.sequence_parallel_size] for rank in range(self.size)] if self.is_main else None
+        dist.scatter_object_list(box, each, src=0, group=self.control)
+        return box[0]
+
     def gather(self, items: list[T]) -> list[T]:
-        """Every rank's items on every rank, in rank order."""
+        """The items of every leading rank, on every rank, in rank order. A collective call, not on the GPUs."""
         if self.size == 1:
             return items
         parts: list[list[T]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(parts, items)
+        dist.all_gather_object(parts, items if self.leads else [], group=self.control)
         return [item for part in parts for item in part]
 
+    def to_main(self, items: list[T]) -> list[T]:
+        """The items of every leading rank, on rank 0, in rank order; none on the others. A collective call, not on the GPUs."""
+        if self.size == 1:
+            return items
+        parts: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(items if self.leads else [], parts, group=self.control)
+        return [item for part in parts or [] for item in part]
+
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over ranks."""
+        """Sum over leading ranks, in place."""
+        if not self.leads:
+            values.zero_()
         if self.size > 1:
             dist.all_reduce(values)
         return values

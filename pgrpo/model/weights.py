@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from pgrpo.distributed.fsdp import reshard
-
 BASE, ADAPTER = ".base_layer.", ".lora_"
 """Parts of the names that peft gives to the parameters of a linear layer and of its adapter."""
 
@@ -31,7 +29,6 @@ def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
         model: a causal language model, sharded or not.
         dtype: of the tensors, which are on the model's device.
     """
-    reshard(model)
     for name, parameter in model.named_parameters():
         if ADAPTER in name:
             continue

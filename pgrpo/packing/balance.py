@@ -11,7 +11,7 @@ from pgrpo.types import Group
 
 def share_out(
     groups: Sequence[Group],
-    world_size: int,
+    dp_size: int,
     token_budget: int,
     cost: Callable[[Group], float],
     *,
@@ -19,14 +19,13 @@ def share_out(
 ) -> list[list[list[Group]]]:
     """Micro-batches of every rank: ``plan[rank][i]`` is a list of groups of at most ``token_budget`` packed tokens.
 
-    Every rank computes the same plan from the same groups, so nothing is communicated. The costliest group goes to the rank
-    that has least so far (longest-processing-time rule). All ranks get the same number of micro-batches: a rank that is
-    short of some runs fillers, which cost as little as can be and weigh nothing in the loss.
+    The costliest group goes to the rank that has least so far (longest-processing-time rule). All ranks get the same number of
+    micro-batches: a rank that is short of some runs fillers, which cost as little as can be and weigh nothing in the loss.
     """
     pieces = [piece for group in groups for piece in split_to_budget(group, token_budget, share_prompts)]
     costs = [cost(piece) for piece in pieces]
-    loads = [0.0] * world_size
-    owned: list[list[Group]] = [[] for _ in range(world_size)]
+    loads = [0.0] * dp_size
+    owned: list[list[Group]] = [[] for _ in range(dp_size)]
     for i in sorted(range(len(pieces)), key=lambda i: -costs[i]):
         rank = loads.index(min(loads))
         owned[rank].append(pieces[i])
@@ -50,6 +49,15 @@ def weightless(group: Group) -> Group:
         rewards=[None],
         reward_parts={},
         advantages=[0.0],
+    )
+
+
+def without_text(group: Group) -> Group:
+    """What the loss needs of a group: no text, no columns of the data set."""
+    return replace(
+        group,
+        prompt=replace(group.prompt, text="", columns={}, messages=None),
+        completions=[replace(c, text="") for c in group.completions],
     )
 
 

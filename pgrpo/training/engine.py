@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from pgrpo.config import Config, ConfigError
+from pgrpo.distributed.fsdp import no_gradient
 from pgrpo.distributed.world import World
 from pgrpo.model.policy import Policy
 from pgrpo.model.weights import full_weights, weight_names
@@ -119,10 +119,10 @@ class Canary:
         self._new: list[float] | None = None
 
     def before_update(self, step: int, groups: Sequence[Group]) -> None:
-        """Remember some of the step's samples (the same on all ranks) and their log-probs. A collective call."""
+        """Remember some of the step's samples, which rank 0 has, and their log-probs. A collective call."""
         self._groups, self._new = [], None
         if step % self.every == 0:
-            self._groups = canary.pick(groups, self.most_tokens)
+            self._groups = self.world.from_main(canary.pick(groups, self.most_tokens))
             self._old = self._logprobs()
 
     def after_update(self) -> None:
@@ -147,10 +147,10 @@ class Canary:
             metrics |= {"canary/slope": slope.slope, "canary/slope_error": slope.error}
         return metrics
 
-    @torch.no_grad()
     def _logprobs(self) -> list[float]:
         batch = build_batch(self._groups, device=self.world.device, attention=self.policy.attention)
-        return self.policy(batch, temperature=1.0).logprobs.tolist()
+        with no_gradient(self.policy):
+            return self.policy(batch, temperature=1.0).logprobs.tolist()
 
 
 def build_canary(config: Config, world: World, policy: Policy, engine: RolloutEngine) -> Canary | None:

@@ -121,13 +121,9 @@ def _scored(
     rewards: RewardRunner,
     world: World,
 ) -> _Scored:
-    # Every rank must decode the same number of prompts: the last one is repeated, and left out of the result.
-    padded = -(-len(prompts) // world.size) * world.size
-    own = world.share(range(padded))
-    indices = [min(i, len(prompts) - 1) for i in own]
-    groups = generate([prompts[i] for i in indices], params, [seeds[i] for i in indices])
-    groups = [group for i, group in zip(own, groups, strict=True) if i < len(prompts)]
-    report = world.together(lambda: rewards.score(groups), break_off=True)
+    (own_prompts, count), (own_seeds, _) = world.share(prompts), world.share(seeds)
+    groups = generate(own_prompts, params, own_seeds)[:count]
+    report = world.together(lambda: rewards.score(groups if world.leads else []), break_off=True)
     if report.first_error:
         log.warning("evaluation: %d completions are left out; the first: %s", report.errors, report.first_error)
     return _Scored(world.gather(groups), sum(world.gather([report.errors])))

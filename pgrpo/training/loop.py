@@ -173,7 +173,7 @@ def one_step(run: Run) -> tuple[list[Group], dict[str, float]]:
     sampled, loss = sample_step(run), config.loss
     if run.engine.counted_bytes:  # what an engine of its own took in the rollout is its affair
         torch.cuda.reset_peak_memory_stats()
-    groups = sampled.groups
+    groups = sampled.groups  # rank 0 has them; the others get what they train on from the updater
     advantages = step_advantages([g.rewards for g in groups], loss.scale_advantages, loss.advantage_baseline)
     for group, values in zip(groups, advantages, strict=True):
         group.advantages = values
@@ -184,7 +184,8 @@ def one_step(run: Run) -> tuple[list[Group], dict[str, float]]:
     if run.canary:
         run.canary.before_update(run.progress.step, groups)
     try:
-        metrics = group_metrics(sampled.all_groups) | run.updater.step(groups)
+        rewards = world.from_main(group_metrics(sampled.all_groups) if world.is_main else {})
+        metrics = rewards | run.updater.step(groups)
     except NonFiniteError as error:
         raise NonFiniteError(f"{error}; {_dump(run, groups)}") from None
     if run.canary:
@@ -292,7 +293,7 @@ def _built(
 @contextmanager
 def _run_folder(config: Config, world: World, resume: bool) -> Iterator[None]:
     """Rank 0 holds the run folder's lock; all ranks see the folder."""
-    check_world_size(config, world.size)
+    check_world_size(config, world.size, world.dp_size)
     agree_on_run_dir(config, world)
     with ExitStack() as stack:
         folder = run_folder(config)

@@ -15,12 +15,12 @@ from torch import Tensor
 from pgrpo.algorithm.advantages import has_spread
 from pgrpo.algorithm.loss import Counts, policy_loss
 from pgrpo.config import Config
-from pgrpo.distributed.fsdp import reshard
+from pgrpo.distributed.fsdp import no_gradient
 from pgrpo.distributed.shards import shard_of
 from pgrpo.distributed.world import World
 from pgrpo.model.lora import LogprobsOf
 from pgrpo.model.policy import Policy
-from pgrpo.packing.balance import share_out
+from pgrpo.packing.balance import share_out, without_text
 from pgrpo.packing.batch import GroupedBatch, build_batch
 from pgrpo.training.optim import clip_gradients
 from pgrpo.types import Group
@@ -84,8 +84,8 @@ class Updater:
     """Whether an update has begun to change weights since the run was last marked."""
 
     def step(self, groups: Sequence[Group]) -> dict[str, float]:
-        """All of a step's updates, each on an equal share of the groups (which every rank holds, with advantages); in each epoch
-        every share is used once.
+        """All of a step's updates, each on an equal share of the groups (rank 0's, with advantages); in each epoch every share is
+        used once. A collective call.
 
         Returns:
             Metrics. ``loss`` and ``grad_norm`` are means over the updates. Entropy, KL, clip ratios and the difference to the
@@ -96,19 +96,19 @@ class Updater:
         Raises:
             NonFiniteError: ``train.max_skipped_updates`` in a row were skipped, and this is one more. On all ranks.
         """
-        size = len(groups) // self.config.train.updates_per_step
-        shares = [groups[i : i + size] for i in range(0, len(groups), size)]
+        updates_per_step = self.config.train.updates_per_step
+        size = len(groups) // updates_per_step
+        shares = [groups[i * size : (i + 1) * size] for i in range(updates_per_step)]
         batches = [self.micro_batches(share) for share in shares]
         started = time.perf_counter()
         for later in batches[1:]:  # those of the first update are the current ones, and kept for its next epochs
             self._record_old_logprobs(later)
         self.world.synchronize()
         old_logprobs = {"time/old_logprobs": time.perf_counter() - started}
-        updates = list(zip(batches, map(count, shares), strict=True)) * self.config.train.epochs_per_step
+        counts = self.world.from_main([count(share) for share in shares])
+        updates = list(zip(batches, counts, strict=True)) * self.config.train.epochs_per_step
         # Once the first update has moved the weights, the step cannot be dropped any more.
         outcomes = [self._update(*update, can_stop=i == 0) for i, update in enumerate(updates)]
-        if isinstance(self.reference, Policy):
-            reshard(self.reference)  # its last forward had no backward: what it gathered would lie beside the rollout
         metrics = {
             "loss": sum(o.sums.loss.item() for o in outcomes) / len(outcomes),
             "grad_norm": sum(o.grad_norm for o in outcomes) / len(outcomes),
@@ -120,23 +120,24 @@ class Updater:
     def refresh_reference(self) -> None:
         """The reference becomes a copy of the policy as it is now."""
         assert isinstance(self.reference, Policy)
-        for module in (self.policy, self.reference):
-            reshard(module)  # the last forward may have left the root's parameters gathered
         with torch.no_grad():
             for ours, new in zip(self.reference.parameters(), self.policy.parameters(), strict=True):
                 shard_of(ours).tensor.copy_(shard_of(new).tensor)  # cut alike; ours may lie in host memory
 
     def micro_batches(self, groups: Sequence[Group]) -> list[GroupedBatch]:
-        """This rank's micro-batches. A group without a gradient is left out; it stays in every count."""
-        config = self.config
-        groups = [self._in_the_loss(g) for g in groups if self.trains_on(g)]
+        """This rank's micro-batches of rank 0's groups. A group without a gradient is left out; it stays in every count. A
+        collective call."""
+        config, world = self.config, self.world
         share_prompts = config.model.attention == "grouped"
-        plan = share_out(groups, self.world.size, config.train.token_budget, self.cost, share_prompts=share_prompts)[
-            self.world.rank
-        ]
+
+        def plan() -> list[list[list[Group]]]:
+            trained = [self._in_the_loss(without_text(g)) for g in groups if self.trains_on(g)]
+            return share_out(trained, world.dp_size, config.train.token_budget, self.cost, share_prompts=share_prompts)
+
         attention = self.policy.attention
         return [
-            build_batch(b, share_prompts=share_prompts, device=self.world.device, attention=attention) for b in plan
+            build_batch(b, share_prompts=share_prompts, device=world.device, attention=attention)
+            for b in world.scatter(plan)
         ]
 
     def trains_on(self, group: Group) -> bool:
@@ -161,7 +162,7 @@ class Updater:
         ref_logprobs = None
         if self.reference is not None:
             # First: with LoRA it is the policy itself, whose backward should find its last forward.
-            with torch.no_grad():
+            with no_gradient(self.reference if isinstance(self.reference, Policy) else self.policy):
                 ref_logprobs = batch.unpack(self.reference(batch).logprobs)
         flat_logprobs, flat_entropy = self.policy(batch, entropy=True)
         logprobs, entropy = batch.unpack(flat_logprobs), batch.unpack(flat_entropy)
@@ -179,7 +180,7 @@ class Updater:
             ref_logprobs_BR=ref_logprobs,
             entropy_BR=entropy,
         )
-        (output.loss * self.world.size).backward()  # sharded gradients are averaged over ranks
+        (output.loss * self.world.dp_size).backward()  # sharded gradients are averaged over ranks
         with torch.no_grad():
             known = batch.mask & batch.rollout_logprobs.isfinite()
             difference = torch.where(known, batch.old_logprobs - batch.rollout_logprobs, 0.0)
@@ -278,11 +279,11 @@ class Updater:
         rho = repeated / packed if packed else 1.0
         return {"tokens/packed": packed, "tokens/repeated": repeated, "tokens/rho": rho}
 
-    @torch.no_grad()
     def _record_old_logprobs(self, batches: Sequence[GroupedBatch]) -> None:
-        for batch in batches:
-            self.world.check_stop()
-            batch.old_logprobs = batch.unpack(self.policy(batch).logprobs)
+        with no_gradient(self.policy):
+            for batch in batches:
+                self.world.check_stop()
+                batch.old_logprobs = batch.unpack(self.policy(batch).logprobs)
 
 
 def count(groups: Sequence[Group]) -> Counts:

@@ -105,6 +105,17 @@ def test_micro_batches_of_other_losses(compute, loss):
         assert 0 < want["sums"]["corrected"] < want["sums"]["tokens"]  # some were truncated or masked
 
 
+@pytest.mark.parametrize(("ranks", "together"), [(2, 2), (4, 2)])
+def test_ranks_that_hold_the_same_data_count_once(compute, ranks, together):
+    """Neighbours compute the same micro-batches; loss, counts and gradient are those of half as many ranks."""
+    changes = {"kl_coef": 0.3, "token_budget": 40}
+    got, want = compute(ranks, sequence_parallel_size=together, **changes), compute(ranks // together, **changes)
+    assert_same(got, want)
+    assert got["micro_batches"] == want["micro_batches"] > 1
+    for name in ("loss", "grad_norm", "entropy", "kl", "tokens/packed", "tokens/repeated"):
+        assert got["metrics"][name] == pytest.approx(want["metrics"][name], rel=1e-5, abs=1e-7), name
+
+
 def test_order_and_repeated_prompts(compute):
     assert_same(compute(reverse=True), compute(aggregate="token"))
     assert_same(compute(attention="repeated"), compute(aggregate="token"))

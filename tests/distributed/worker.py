@@ -1,7 +1,9 @@
-"""Run by every rank: gradients of one update, before the optimizer step, to a file. Arguments: model, output, JSON of changes."""
+"""Run by every rank: gradients of one update, before the optimizer step. As a script (on GPUs, under torchrun) it writes a file;
+arguments: model, output, JSON of changes."""
 
 import json
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -47,12 +49,10 @@ def go_off_policy(policy, batches):
         batch.rollout_logprobs = batch.unpack(logprobs + shift - 5 * shift.square())
 
 
-def main():
-    model, output, changes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-    torch.set_num_threads(1)
+def configure(model, changes):
     config = Config(
         model=ModelConfig(
-            path=model,
+            path=str(model),
             dtype=changes.get("dtype", "float32"),
             activation_checkpointing=changes.get("activation_checkpointing", "none"),
             compile=changes.get("compile"),
@@ -64,50 +64,75 @@ def main():
     for key in vars(config.loss).keys() & changes.keys():
         setattr(config.loss, key, changes[key])
     config.train.token_budget = changes.get("token_budget", 10000)
+    config.train.updates_per_step = changes.get("updates_per_step", 1)
+    config.train.epochs_per_step = changes.get("epochs_per_step", 1)
+    config.optim.lr = changes.get("lr", 1e-6)
     config.model.attention = changes.get("attention", "grouped")
     config.model.lora_rank = changes.get("lora_rank", 0)
-    with start(config.model.fsdp_size) as world:
-        policy = place_policy(config, world)
-        reference = None
-        if config.model.lora_rank:  # new adapters change nothing; these do
-            generator = torch.Generator().manual_seed(1)
-            for p in policy.parameters():
-                if p.requires_grad:
-                    copy_full(p, full_tensor(p) + 0.05 * torch.randn(p.shape, generator=generator))
-        if config.loss.kl_coef:
-            reference = initial_model(policy, config, world)
-        if isinstance(reference, Policy):
-            with torch.no_grad():
-                for p in reference.parameters():
-                    p.mul_(1.02)
-        config.train.updates_per_step = changes.get("updates_per_step", 1)
-        config.train.epochs_per_step = changes.get("epochs_per_step", 1)
-        config.optim.lr = changes.get("lr", 1e-6)
-        groups = long_tailed_groups()
-        groups = groups[: len(groups) - len(groups) % config.train.updates_per_step]
-        if changes.get("reverse"):
-            groups = groups[::-1]
-        optimizer = build_optimizer(policy, config.optim)
-        updater = Updater(
-            config, world, policy, reference, optimizer, lambda g: sum(len(c.token_ids) for c in g.completions)
-        )
-        batches = updater.micro_batches(groups)
-        if changes.get("off_policy"):
-            go_off_policy(policy, batches)
-        own = [torch.stack(updater.backward(batch, count(groups))[0]) for batch in batches]
-        sums = dict(zip(Sums._fields, world.sum(torch.stack(own).sum(0)).tolist(), strict=True))
-        result = {
-            name: full_tensor(p.grad).clone() for name, p in policy.model.named_parameters() if p.grad is not None
-        }
-        optimizer.zero_grad()
-        before = {name: full_tensor(p).clone() for name, p in policy.model.named_parameters()}
-        metrics = updater.step(groups)
-        after = {name: full_tensor(p) for name, p in policy.model.named_parameters()}
-        held = sum(local(p).numel() for p in policy.parameters())
-        if world.is_main:
-            saved = {"sums": sums, "gradients": result, "micro_batches": len(batches), "metrics": metrics}
-            moved = [name for name in before if not torch.equal(before[name], after[name])]
-            torch.save(saved | {"moved": moved, "names": list(before), "held": held}, output)
+    return config
+
+
+def one_update(world, model, changes):
+    """Sums and gradients of one update, and the metrics of another with its step. Groups are on rank 0 alone."""
+    config = configure(model, changes)
+    shape = {"fsdp_size": config.model.fsdp_size, "sequence_parallel_size": changes.get("sequence_parallel_size", 1)}
+    world = replace(world, **shape)
+    policy = place_policy(config, world)
+    reference = None
+    if config.model.lora_rank:  # new adapters change nothing; these do
+        generator = torch.Generator().manual_seed(1)
+        for p in policy.parameters():
+            if p.requires_grad:
+                copy_full(p, full_tensor(p) + 0.05 * torch.randn(p.shape, generator=generator))
+    if config.loss.kl_coef:
+        reference = initial_model(policy, config, world)
+    if isinstance(reference, Policy):
+        with torch.no_grad():
+            for p in reference.parameters():
+                p.mul_(1.02)
+    groups = long_tailed_groups()
+    groups = groups[: len(groups) - len(groups) % config.train.updates_per_step]
+    if changes.get("reverse"):
+        groups = groups[::-1]
+    counts = count(groups)
+    if not world.is_main:
+        groups = []
+    optimizer = build_optimizer(policy, config.optim)
+    updater = Updater(
+        config, world, policy, reference, optimizer, lambda g: sum(len(c.token_ids) for c in g.completions)
+    )
+    batches = updater.micro_batches(groups)
+    if changes.get("off_policy"):
+        go_off_policy(policy, batches)
+    own = [torch.stack(updater.backward(batch, counts)[0]) for batch in batches]
+    sums = dict(zip(Sums._fields, world.sum(torch.stack(own).sum(0)).tolist(), strict=True))
+    gradients = {name: full_tensor(p.grad).clone() for name, p in policy.model.named_parameters() if p.grad is not None}
+    optimizer.zero_grad()
+    before = {name: full_tensor(p).clone() for name, p in policy.model.named_parameters()}
+    metrics = updater.step(groups)
+    after = {name: full_tensor(p) for name, p in policy.model.named_parameters()}
+    return {
+        "sums": sums,
+        "gradients": gradients,
+        "micro_batches": len(batches),
+        "metrics": metrics,
+        "moved": [name for name in before if not torch.equal(before[name], after[name])],
+        "names": list(before),
+        "held": sum(local(p).numel() for p in policy.parameters()),
+    }
+
+
+def saved_by_main(world, model, changes, output):
+    found = one_update(world, model, changes)
+    if world.is_main:
+        torch.save(found, output)
+
+
+def main():
+    model, output, changes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    torch.set_num_threads(1)
+    with start() as world:
+        saved_by_main(world, model, changes, output)
 
 
 if __name__ == "__main__":

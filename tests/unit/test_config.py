@@ -627,6 +627,7 @@ def test_world_size() -> None:
         ConfigError, match=r"model.fsdp_size: 4 does not divide the number of ranks, 2; valid: 1, 2, or"
     ):
         check_world_size(loaded, 2)
+    check_world_size(load_config(BASE, ["rollout.prompts_per_step=2", "model.fsdp_size=4"]), 4, dp_size=2)
 
 
 # --- fuzz

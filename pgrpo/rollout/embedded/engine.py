@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pgrpo.distributed.fsdp import Root, no_gradient
 from pgrpo.rollout.embedded.cache import DecodeCache
 from pgrpo.rollout.embedded.sampling import draw, uniforms
 from pgrpo.rollout.text import Tokenizer, make_completions
@@ -24,7 +25,7 @@ CHECK_EVERY = 8
 """Tokens between looks at the stop signal, which ranks exchange."""
 
 
-class DecodingPolicy(Protocol):
+class DecodingPolicy(Root, Protocol):
     """The part of ``policy.Policy`` that sampling needs."""
 
     @property
@@ -71,7 +72,6 @@ class EmbeddedEngine:
     def close(self) -> None:
         """It holds nothing."""
 
-    @torch.no_grad()
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[Sequence[int]]
     ) -> list[Group]:
@@ -80,7 +80,8 @@ class EmbeddedEngine:
         wave = max(1, self.max_concurrent // len(seeds[0]))
         for start in range(0, len(prompts), wave):
             part = slice(start, start + wave)
-            completions = self._generate_wave(prompts[part], params, seeds[part])
+            with no_gradient(self.policy):
+                completions = self._generate_wave(prompts[part], params, seeds[part])
             groups += [Group(p, c) for p, c in zip(prompts[part], completions, strict=True)]
         return groups
 

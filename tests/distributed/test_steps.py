@@ -1,0 +1,73 @@
+"""A step on several ranks: what is scored, who is sent what, and which weights are whole when it is over."""
+
+import pickle
+
+import pytest
+import torch
+from stepping import forwards_without_a_gradient, sampled_step
+
+from pgrpo.distributed import world as distributed
+from pgrpo.distributed.world import World
+from pgrpo.packing.balance import without_text
+from pgrpo.rollout.base import sample_seeds
+from pgrpo.types import Completion, Group, Prompt
+
+
+@pytest.mark.parametrize(("size", "together"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)])
+def test_every_completion_is_scored_and_counted_once(processes, size, together):
+    """Two rounds of resampling, of one prompt each: all ranks decode, and only one of them a prompt that anybody asked for."""
+    on_ranks = processes(size)(sampled_step, together)
+    seeds = [sample_seeds(0, 5, i, group_size=2) for i in range(6)]
+    texts = [str(seed) for own in seeds for seed in own]
+    assert len(set(texts)) == 12
+    assert sorted(text for seen, *_ in on_ranks for text in seen) == sorted(texts)
+    _, groups, all_groups, metrics = on_ranks[0]
+    assert all_groups == [
+        (Prompt(i, f"prompt {i}", [1], {"answer": i}), [str(seed) for seed in seeds[i]]) for i in range(6)
+    ]
+    assert groups == [all_groups[i] for i in (0, 5, 2, 3)]
+    assert (metrics["rewards/errors"], metrics["resampling/rounds"], metrics["resampling/groups"]) == (1, 2, 2)
+    assert metrics["resampling/frac_reward_zero_std"] == 0
+    for _, theirs, all_of_theirs, _ in on_ranks[1:]:
+        assert theirs == all_of_theirs == []
+
+
+def test_objects_travel_over_the_cpu_group(monkeypatch):
+    """On GPUs the default group is NCCL's, which would take memory that an awake engine counts on."""
+    used = {}
+    for name in ("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "all_reduce"):
+        monkeypatch.setattr(distributed.dist, name, lambda *_, name=name, group=None, **__: used.update({name: group}))
+    world = World(0, 2, torch.device("cpu"), control="gloo")
+    world.from_main(1)
+    world.gather([1])
+    world.scatter(lambda: [1, 2])
+    monkeypatch.setattr(
+        distributed.dist,
+        "gather_object",
+        lambda _, parts, group: used.update(gather_object=group) or parts.__setitem__(slice(None), [[], []]),
+    )
+    world.to_main([1])
+    assert used == dict.fromkeys(used, "gloo") and len(used) == 5
+
+
+def test_a_rank_is_sent_no_text():
+    group = Group(
+        Prompt(3, "much text", [1, 2], {"answer": "42"}, [{"role": "user", "content": "much text"}]),
+        [Completion([4, 5], [-1.0, -2.0], [True, False], "length", "a long answer")],
+        [1.0], {"right": [1.0]}, [0.5],
+    )  # fmt: skip
+    sent = without_text(group)
+    for word in (b"much text", b"42", b"a long answer"):
+        assert word in pickle.dumps(group) and word not in pickle.dumps(sent)
+    assert (sent.prompt.token_ids, sent.advantages, sent.rewards) == ([1, 2], [0.5], [1.0])
+    (c,) = sent.completions
+    assert (c.token_ids, c.rollout_logprobs, c.mask, c.finish_reason) == ([4, 5], [-1.0, -2.0], [True, False], "length")
+
+
+@pytest.mark.parametrize("size", [2])
+def test_weights_are_shards_after_every_forward_without_a_gradient(processes, size, tiny_model, tmp_path):
+    """What a root holds whole lies beside an awake engine. A bare forward leaves it so, and computes the same numbers."""
+    for found, same_numbers in processes(size)(forwards_without_a_gradient, tiny_model, tmp_path / "run"):
+        assert len(found.pop("a bare forward")) > 1
+        assert not any(found.values()) and len(found) == 7
+        assert same_numbers
