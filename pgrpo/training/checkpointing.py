@@ -156,7 +156,7 @@ class Checkpoints:
 
     def _shards(self) -> dict[str, dict[str, Shard]]:
         """What this rank writes: its part of weights and moments (what several have, the first writes), and its generators."""
-        fsdp.reshard(self._policy)  # the last forward may have been an evaluation's
+        fsdp.reshard(self._policy)  # a step that failed may have left them gathered
         model = {name: shard_of(parameter) for name, parameter in _trained(self._policy).items()}
         sets = {"model": model, "optimizer": optimizer_shards(self._optimizer, self._policy.model)}
         if self._reference:

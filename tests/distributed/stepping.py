@@ -62,7 +62,7 @@ def sampled_step(world, together):
     judge = Judge()
     run = SimpleNamespace(
         config=config, world=replace(world, sequence_parallel_size=together), engine=Echo(), rewards=judge, canary=None,
-        step=5, stream=SimpleNamespace(take=lambda n: [next(rest) for _ in range(n)]),
+        progress=SimpleNamespace(step=5), stream=SimpleNamespace(take=lambda n: [next(rest) for _ in range(n)]),
     )  # fmt: skip
     step = sample_step(run)  # pyright: ignore[reportArgumentType]
     told = [[(g.prompt, [c.text for c in g.completions]) for g in groups] for groups in (step.groups, step.all_groups)]
