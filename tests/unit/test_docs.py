@@ -88,9 +88,10 @@ def fault_rows() -> dict[int, list[tuple[str, str]]]:
     return {int(row[0].strip("| ")): re.findall(r"\[`(\w+)`\]\(([^)]+)\)", row[-1]) for row in rows}
 
 
-def test_all_52_faults_have_a_row_with_a_test() -> None:
+def test_every_fault_has_a_number_and_a_test() -> None:
     rows = fault_rows()
-    assert list(rows) == list(range(1, 53))
+    assert len(rows) >= 65
+    assert sorted(rows) == list(range(1, len(rows) + 1))
     assert all(rows.values())
 
 
