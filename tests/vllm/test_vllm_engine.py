@@ -124,12 +124,31 @@ def test_n_samples_and_their_logprobs(awake):
     assert reported != pytest.approx(logprobs(policy, groups), abs=tolerance(policy)), "the temperature counts"
 
 
-def test_top_k_and_top_p_count_in_the_logprobs(awake):
-    engine, _ = awake
-    (group,) = engine.generate(prompts("a"), SamplingParams(max_completion_tokens=8, top_k=1), seeds(1, 2))
-    assert all(c.rollout_logprobs == pytest.approx([0.0] * len(c.token_ids)) for c in group.completions)
-    (group,) = engine.generate(prompts("a"), SamplingParams(max_completion_tokens=8, top_p=1e-4), seeds(1, 2))
-    assert all(c.rollout_logprobs == pytest.approx([0.0] * len(c.token_ids)) for c in group.completions)
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(16, top_k=1),
+        SamplingParams(16, top_p=1e-4),
+        SamplingParams(16, top_k=5, top_p=0.9),
+        SamplingParams(16, temperature=0.6, top_k=5),
+        SamplingParams(16, temperature=1.7, top_p=0.7),
+        SamplingParams(16, temperature=0.0, top_k=5),
+    ],
+    ids=str,
+)
+def test_logprobs_are_of_the_whole_distribution_whatever_top_k_and_top_p_cut(awake, params):
+    """At the sampling temperature: what the trainer's are of."""
+    engine, policy = awake
+    asked = prompts("1+1=", "some words", "abc")
+    groups = engine.generate(asked, params, seeds(3, 4))
+    reported = [x for g in groups for c in g.completions for x in c.rollout_logprobs]
+    ours = logprobs(policy, groups, temperature=params.temperature or 1.0)
+    assert reported == pytest.approx(ours, abs=tolerance(policy))
+    assert max(reported) < -0.01, "there is something to cut"
+    if params.top_k == 1 or params.top_p < 0.1:
+        assert all(g.completions[0].token_ids == g.completions[1].token_ids for g in groups)
+    scored = engine.score(groups)  # at temperature 1, right after another one
+    assert scored == pytest.approx(logprobs(policy, groups), abs=tolerance(policy))
 
 
 def test_the_same_seed_samples_the_same(awake):

@@ -11,6 +11,7 @@ What this file knows of vLLM's insides, on the versions in ``vllm_start.SUPPORTE
   all the while. Only one engine in a process can sleep. A CPU has no sleep.
 - The worker's ``reload_weights`` calls the model's ``load_weights`` once, with Hugging Face names, which returns the names of its
   own parameters that it wrote; one that it did not write is only warned of. ``packed_modules_mapping`` says which are fused.
+- Its runners get logits from the model's ``compute_logits``, outside of CUDA graphs, for sampling and for prompt log-probs.
 - On a CPU a linear layer's weight is packed away after loading, and cannot be read back; a head that is tied to the embedding
   is packed once, and a reload leaves that copy as it was.
 """
@@ -76,6 +77,7 @@ class VLLMEngine:
         self.sleeps = world.device.type == "cuda"
         self.max_model_len = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
         self.is_awake = False
+        self.divisor = 1.0
         self.timings: dict[str, float] = {}
         vllm_start.prepare(config, world)
         self.tp_size, self.tp_group = config.rollout.tensor_parallel_size, None
@@ -87,6 +89,7 @@ class VLLMEngine:
         allocated = self._allocated()
         self.llm = vllm_start.start(config, memory_share, sleeps=self.sleeps)
         self.requests = Requests(self.llm, self.seconds, self._stop_signal)
+        self._divide_logits()
         self._fall_asleep()
         self.counted_bytes = self._allocated() - allocated
 
@@ -143,7 +146,7 @@ class VLLMEngine:
         request = vllm_start.package().SamplingParams(
             n=1 if greedy else group_size,  # vLLM refuses several greedy samples: they are one, several times
             max_tokens=params.max_completion_tokens,
-            temperature=params.temperature,
+            temperature=0.0 if greedy else 1.0,  # ours divides the logits, see _divide_logits
             top_p=params.top_p,
             top_k=params.top_k,
             stop=list(params.stop),
@@ -154,7 +157,11 @@ class VLLMEngine:
             output_kind=vllm_start.package().sampling_params.RequestOutputKind.FINAL_ONLY,
         )
         self._check_awake()
-        outputs = self.requests.run_all([p.token_ids for p in prompts], request, seed=_joint_seed(seeds))
+        self.divisor = 1.0 if greedy else params.temperature
+        try:
+            outputs = self.requests.run_all([p.token_ids for p in prompts], request, seed=_joint_seed(seeds))
+        finally:
+            self.divisor = 1.0
         groups = []
         for prompt, output in zip(prompts[ours], outputs[ours], strict=True):
             samples = sorted(output.outputs, key=lambda sample: sample.index)
@@ -257,6 +264,18 @@ class VLLMEngine:
             raise
         self.world.check_stop()
         return result
+
+    def _divide_logits(self) -> None:
+        """Let the model itself apply the temperature, to all requests alike: then its raw log-probs, before top-k and top-p, are of
+        the distribution that the trainer's are of."""
+        model = self._model()
+        compute_logits = model.compute_logits
+
+        def divided(*args: Any, **kwargs: Any) -> Any:
+            logits = compute_logits(*args, **kwargs)
+            return logits if self.divisor == 1.0 else logits.float() / self.divisor
+
+        model.compute_logits = divided
 
     def _model(self) -> Any:
         return self.llm.apply_model(lambda model: model)[0]

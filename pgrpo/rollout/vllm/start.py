@@ -3,8 +3,9 @@
 What this file knows of vLLM's insides, on the versions in ``SUPPORTED``:
 - ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` runs the engine in this process, and ``distributed_executor_backend="external_launcher"`` on
   the process group that exists, with tensor-parallel groups of neighbouring ranks and the rank from the environment.
-- It seeds this process's generators. ``logprobs_mode="processed_logprobs"`` gives log-probs after temperature, top-k and top-p;
-  prompt log-probs are before them.
+- It seeds this process's generators. ``logprobs_mode="raw_logprobs"`` gives log-probs of the model's logits, before temperature,
+  top-k and top-p (0.26, 0.32; no mode gives them between temperature and top-k). With it FlashInfer would draw, on a GPU, unless
+  ``VLLM_USE_FLASHINFER_SAMPLER`` is 0: what is tested is PyTorch's own sampling, from this process's generators.
 - Beside sleep mode, its own all-reduce kernels and their fusion with norms end in an illegal memory access once there are CUDA
   graphs (two H100s): ranks that share an engine sum by NCCL.
 """
@@ -40,6 +41,7 @@ def package() -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of each layer that has no weights of its own
     os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
+    os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     return importlib.import_module("vllm")
 
 
@@ -100,7 +102,7 @@ def start(config: Config, memory_share: float, *, sleeps: bool) -> Any:
             enforce_eager=rollout.enforce_eager,
             enable_prefix_caching=True,
             enable_sleep_mode=sleeps,
-            logprobs_mode="processed_logprobs",
+            logprobs_mode="raw_logprobs",
             generation_config="vllm",  # no sampling defaults from the model's folder
         )
     set_rng_state(state)

@@ -35,7 +35,9 @@ def _fails(*kinds: str) -> bool:
 
 
 def SamplingParams(**settings):
-    return SimpleNamespace(**{"n": 1, "temperature": 1.0, "stop_token_ids": [], "prompt_logprobs": None, **settings})
+    return SimpleNamespace(
+        **{"n": 1, "temperature": 1.0, "top_k": 0, "stop_token_ids": [], "prompt_logprobs": None, **settings}
+    )
 
 
 class Model:
@@ -47,6 +49,12 @@ class Model:
             parameter.data.zero_()
         self.model, self.lm_head = self.hf.model, self.hf.lm_head
         self.lm_head.quant_method = SimpleNamespace(process_weights_after_loading=lambda layer: None)
+
+    def compute_logits(self, hidden):
+        return self.hf.lm_head(hidden)
+
+    def logits(self, ids):
+        return self.compute_logits(self.hf.model(torch.tensor([ids])).last_hidden_state[0])
 
     def named_parameters(self):
         for name, parameter in self.hf.named_parameters():
@@ -116,7 +124,7 @@ class LLM:
         if samples:
             output.outputs = [self._sample(i, prompt, request) for i in range(request.n)]
         else:
-            logprobs = self.model.hf(torch.tensor([prompt])).logits[0].log_softmax(-1)
+            logprobs = self.model.logits(prompt).log_softmax(-1)
             after = [{t: SimpleNamespace(logprob=logprobs[at, t].item())} for at, t in enumerate(prompt[1:])]
             output.prompt_logprobs = [None, *after]
         return [output]
@@ -124,9 +132,12 @@ class LLM:
     def _sample(self, index, prompt, request):
         ids, logprobs = [], []
         while len(ids) < request.max_tokens and not (ids and ids[-1] in request.stop_token_ids):
-            row = (self.model.hf(torch.tensor([prompt + ids])).logits[0, -1] / request.temperature).log_softmax(-1)
-            ids.append(int(torch.multinomial(row.exp(), 1)))
-            logprobs.append(row[ids[-1]].item())
+            row = self.model.logits(prompt + ids)[-1]  # log-probs are raw: before temperature, top-k and top-p
+            drawn_from = row / request.temperature
+            if request.top_k > 0:
+                drawn_from = drawn_from.masked_fill(drawn_from < drawn_from.topk(request.top_k).values[-1], -torch.inf)
+            ids.append(int(torch.multinomial(drawn_from.softmax(-1), 1)))
+            logprobs.append(row.log_softmax(-1)[ids[-1]].item())
         reason = "stop" if ids[-1] in request.stop_token_ids else "length"
         return SimpleNamespace(
             index=index, token_ids=ids, logprobs=SimpleNamespace(logprobs=logprobs), finish_reason=reason
