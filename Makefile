@@ -48,5 +48,6 @@ test-slow: .venv/stamp
 test-vllm: .venv-vllm/stamp
 	OMP_NUM_THREADS=2 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest -m vllm tests/vllm
 
+# What the targets above made, and no more: other runs and models are somebody's work.
 clean:
-	rm -rf .venv .venv-vllm .cache runs dist build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .cache/tiny_qwen3 $(RUN) .pytest_cache .ruff_cache .hypothesis

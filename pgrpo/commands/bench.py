@@ -186,7 +186,10 @@ def random_model(config: Config, max_sample: int, device: torch.device) -> PreTr
     check_supported(hf_config, max_sample)
     with device:
         model = AutoModelForCausalLM.from_config(
-            hf_config, dtype=compute_dtype(config), attn_implementation=ATTENTION_NAME
+            hf_config,
+            trust_remote_code=config.model.trust_remote_code,
+            dtype=compute_dtype(config),
+            attn_implementation=ATTENTION_NAME,
         )
     return model.train()
 

@@ -39,11 +39,12 @@ def plot(run_dirs: Path | Sequence[Path], out: Path | None = None) -> list[Path]
     runs = {_label(folder, folders): read_metrics(folder) for folder in folders}
     target = out or (folders[0] if len(folders) == 1 else Path())
     target.mkdir(parents=True, exist_ok=True)
-    png = target / "plot.png"
+    png, report = target / "plot.png", target / "report.html"
+    for file in (png, report) if len(folders) == 1 else (png,):
+        file.unlink(missing_ok=True)  # never written through a symbolic link
     draw(runs).savefig(png, dpi=150)
     if len(folders) > 1:
         return [png]
-    report = target / "report.html"
     report.write_text(page(folders[0], next(iter(runs.values()))), encoding="utf-8")
     return [png, report]
 

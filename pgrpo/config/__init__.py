@@ -20,9 +20,10 @@ from pgrpo.config.schema import (
     TrackConfig,
     TrainConfig,
 )
-from pgrpo.config.secrets import redact
+from pgrpo.config.secrets import REDACTED, redact, remember, to_json
 
 __all__ = [
+    "REDACTED",
     "CheckpointConfig",
     "Config",
     "ConfigError",
@@ -44,5 +45,7 @@ __all__ = [
     "load_config",
     "packaged",
     "redact",
+    "remember",
+    "to_json",
     "to_yaml",
 ]

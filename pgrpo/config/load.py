@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pgrpo.config import secrets
 from pgrpo.config.interpolation import check_interpolations
 from pgrpo.config.presets import PRESETS
-from pgrpo.config.rules import REDACTED, check_values, check_world_size, fit_world_size, leaves
+from pgrpo.config.rules import check_values, check_world_size, fit_world_size, leaves
 from pgrpo.config.schema import Config, ConfigError
 from pgrpo.config.source import Source, one_line, read_file, read_mapping, read_override
 
@@ -50,6 +50,7 @@ def load_config(
     recipe = dict(changes).get("recipe", main.values.get("recipe"))
     sources = [main] if recipe is None else [_read_recipe(recipe, main.folder), main]
     OmegaConf.register_resolver("now", lambda pattern: datetime.now().strftime(pattern), use_cache=True, replace=True)
+    OmegaConf.register_resolver("oc.env", secrets.environment, replace=True)
     try:
         layers = [_anchored(item) for item in sources]
         check_interpolations([*layers, *(_nested(key, value) for key, value in changes)])
@@ -63,10 +64,12 @@ def load_config(
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, OverflowError, RecursionError) as error:
         key = f"{full_key}: " if (full_key := getattr(error, "full_key", None)) else ""
-        raise ConfigError(f"{key}{one_line(error)}; correct it, or write \\${{ for a literal ${{") from error
+        raise ConfigError(f"{key}{one_line(error)}; correct it, or write \\${{ for a literal ${{") from None
     assert isinstance(config, Config)
     config.secret_keys = _secret_keys(_raw(merged), config)
-    secrets.remember(_raw(merged), config)
+    for key, value in leaves(config):
+        if secrets.is_named(key) and isinstance(value, str):
+            secrets.remember(value)
     _finish_paths(config)
     check_values(config, rewards_from_python=rewards_from_python)
     return config
@@ -97,8 +100,8 @@ def to_yaml(config: Config) -> str:
     values["recipe"] = None
 
     def clean(value: Any, key: str, name: str) -> Any:
-        if key in config.secret_keys or (secrets.NAMES.search(name) and isinstance(value, str)):
-            return REDACTED
+        if key in config.secret_keys or (secrets.is_named(name) and isinstance(value, str)):
+            return secrets.REDACTED
         if isinstance(value, dict):
             return {k: clean(v, f"{key}.{k}" if key else k, k) for k, v in value.items()}
         if isinstance(value, list | tuple):

@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from pgrpo.config.schema import Config, ConfigError
+from pgrpo.config.secrets import REDACTED
 
 NEEDS = {
     "model.lora_alpha": ("model.lora_rank", 0),
@@ -20,7 +21,6 @@ NEEDS = {
 """A key that has no effect while another has this value."""
 MOST_SAMPLES, MOST_HELD_OUT = 2**20, 2**24
 """Completions of a step, and of an evaluation, which are all in memory at once."""
-REDACTED = "(redacted)"
 ROLES = ("system", "user", "assistant")
 
 

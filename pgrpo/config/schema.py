@@ -7,12 +7,15 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
+from pgrpo.config.secrets import redact
+
 
 class ConfigError(Exception):
     """The user's input is wrong. The message is one line that names the key, the value and the fix (exit code 2)."""
 
     def __str__(self) -> str:
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+        said = redact(super().__str__())  # before it is escaped and cut, which would hide a secret, or half of one
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
         # A very long value would hide the key, before it, and the fix, behind it.
         return text if len(text) <= 1000 else f"{text[:600]} [...] {text[-300:]}"
 

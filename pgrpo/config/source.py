@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pgrpo.config.names import suggest
 from pgrpo.config.schema import Config, ConfigError
+from pgrpo.config.secrets import redact
 
 KINDS = {
     str: "text",
@@ -310,7 +311,7 @@ def valid_keys() -> tuple[str, ...]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
+    """The first line of an error's message, redacted: a secret may have several."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (redact(str(error)).splitlines() or [type(error).__name__])[0]

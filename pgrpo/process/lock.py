@@ -19,7 +19,8 @@ def lock_run_dir(run_dir: Path) -> IO[str]:
 
     A record lock (``lockf``) is not inherited by children, so a reward worker that outlives a killed run holds nothing.
     """
-    lock = open(Path(run_dir) / ".lock", "a+")  # noqa: SIM115 - stays open, that is the lock
+    # It stays open, that is the lock; a symbolic link in its place is not followed.
+    lock = open(Path(run_dir) / ".lock", "a+", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))  # noqa: SIM115
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -33,6 +34,12 @@ def lock_run_dir(run_dir: Path) -> IO[str]:
     lock.write(f"process {os.getpid()} on {socket.gethostname()}")
     lock.flush()
     return lock
+
+
+LEFTOVERS = (
+    "log.txt", "metrics.jsonl", "completions.jsonl", "config.yaml", "bad_batch_step_1.json", "checkpoints", "tensorboard", "wandb",
+)  # fmt: skip
+"""What a run makes before its first step is done. The next run in the folder replaces these, and goes on with log.txt."""
 
 
 def check_shared(run_dir: Path, patience_s: float = 60.0) -> None:
@@ -59,19 +66,28 @@ def open_run_dir(run_dir: Path, resume: bool) -> IO[str]:
 
     Raises:
         ConfigError: the folder is in use, cannot be made, or has files in it while ``resume`` is false. What ``pgrpo eval`` wrote
-            of the model before its training may be there.
+            of the model before its training may be there, and what a run left that ended before its first step was done.
     """
     run_dir = Path(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         names = {entry.name for entry in run_dir.iterdir()} - {"eval"}
+        if ".lock" in names and _finished_no_step(run_dir):  # a folder without a lock is not a run's
+            names -= set(LEFTOVERS)
         # Without resume a folder that is not a run's gets no lock file of ours.
         lock = lock_run_dir(run_dir) if resume or ".lock" in names or not names else None
     except OSError as error:
-        raise ConfigError(f"run_dir={run_dir}: cannot be used ({error.strerror}); set another run_dir") from error
+        raise ConfigError(f"run_dir={run_dir}: cannot be used ({error}); set another run_dir") from error
     if names - {".lock"} and not resume:
         if lock is not None:
             lock.close()
         raise ConfigError(f"run_dir={run_dir}: not empty; go on with that run (--resume auto), or set another run_dir")
     assert lock is not None
     return lock
+
+
+def _finished_no_step(run_dir: Path) -> bool:
+    """No checkpoint, and metrics of step 0 (the evaluation before training) at most."""
+    metrics = run_dir / "metrics.jsonl"
+    rows = metrics.read_bytes().splitlines() if metrics.is_file() else []
+    return all(row.startswith(b'{"step": 0,') for row in rows) and not any((run_dir / "checkpoints").glob("*"))

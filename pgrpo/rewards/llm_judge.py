@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
 import re
+import ssl
 import time
-import urllib.error
-import urllib.request
+from functools import cache
 from typing import Any
-from urllib.parse import urlsplit
 
+import httpx
+
+from pgrpo.config import redact, remember
 from pgrpo.rewards.pool import GradingThreads
 from pgrpo.types import Messages
 
@@ -24,6 +27,8 @@ TEMPLATE = """Rate an answer from 0 (wrong or useless) to 10 (perfect). What sta
 </answer>
 Give your reasons in a few sentences, then end with a line `Score: N`."""
 _RETRIED = {408, 409, 425, 429}  # and 5xx
+_LARGEST_REPLY = 4 * 2**20
+"""Bytes: far more than ``max_tokens`` of any judge."""
 
 
 class LlmJudge:
@@ -55,18 +60,20 @@ class LlmJudge:
         """What the judge says, over ``best``. A completion that gets no score in time is a failed sample, never a 0.
 
         Args:
-            url: up to and with `/v1`.
+            url: up to and with `/v1`. A redirect is refused: give the url that it leads to.
             model: name at the endpoint.
-            template: with `{prompt}` (of a chat: its last user message), `{completion}` and any column.
+            template: with `{prompt}` (of a chat: its last user message), `{completion}` and any column. A tag of the template, such
+                as `</answer>`, is written `&lt;/answer>` in these, so that they cannot end the template's own.
             pattern: its last match in the reply holds the score in group 1.
             best: the highest score; more (or less than 0) is a failed sample.
             key_env: the environment variable that holds the key; None sends none.
             concurrency: requests at once.
-            timeout_s: of one request; it is repeated, with growing pauses, on time-outs, broken connections, 429 and 5xx.
+            timeout_s: of one request, to the last byte of its reply; it is repeated, with growing pauses, on time-outs, broken
+                connections, 429 and 5xx.
             deadline_s: of one completion, with every repetition.
             max_tokens: of the reply.
         """
-        if urlsplit(url).scheme not in ("http", "https"):
+        if not url.startswith(("http://", "https://")):
             raise ValueError(f"url must begin with http:// or https://, not {url!r}")
         if concurrency < 1 or timeout_s <= 0 or deadline_s <= 0 or best <= 0:
             raise ValueError("concurrency, timeout_s, deadline_s and best must be above 0")
@@ -75,13 +82,17 @@ class LlmJudge:
         key = os.environ.get(key_env, "") if key_env else ""
         if key_env and not key:
             raise ValueError(f"the environment variable {key_env} is not set; set it, or key_env: null for no key")
+        remember(key)  # some endpoints repeat it in what they answer
         if not completions:
             return []
         questions = prompts if messages is None else [_question(chat) for chat in messages]
         texts = []
         for i, completion in enumerate(completions):
-            row = {name: values[i] for name, values in columns.items()}
-            texts.append(template.format_map(row | {"prompt": questions[i], "completion": completion}))
+            row = {name: values[i] for name, values in columns.items()} | {
+                "prompt": questions[i],
+                "completion": completion,
+            }
+            texts.append(template.format_map({name: _without_tags_of(template, value) for name, value in row.items()}))
 
         def judge(text: str) -> float | Exception:
             request = {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": max_tokens}
@@ -89,8 +100,7 @@ class LlmJudge:
                 reply = self._ask(f"{url.rstrip('/')}/chat/completions", request, key, timeout_s, deadline_s)
                 return _score(reply, pattern, best)
             except Exception as error:
-                # Some endpoints repeat the key in what they answer.
-                return RuntimeError(f"the judge failed: {_redact(str(error) or type(error).__name__, key)}")
+                return RuntimeError(f"the judge failed: {redact(str(error) or type(error).__name__)}")
 
         return self._threads.map(judge, texts, concurrency)
 
@@ -100,25 +110,28 @@ class LlmJudge:
 
     def _ask(self, url: str, body: dict[str, Any], key: str, timeout_s: float, deadline_s: float) -> str:
         """The reply's text. ``RuntimeError`` when the deadline passes, or at once on an answer that no repetition mends."""
-        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        if key:  # not to wherever a redirection leads
-            request.add_unredirected_header("Authorization", f"Bearer {key}")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         end = time.monotonic() + deadline_s
         attempt = 0
         while True:
             pause = min(2.0**attempt, 30.0) * random.uniform(0.5, 1.0)  # not all at once again
             try:
-                left = max(0.01, min(timeout_s, end - time.monotonic()))
-                with urllib.request.urlopen(request, timeout=left) as response:
-                    return json.load(response)["choices"][0]["message"]["content"] or ""
-            except urllib.error.HTTPError as error:
-                reason = f"{url}: HTTP {error.code}: {error.read(500).decode('utf-8', 'replace')}"
-                if error.code < 500 and error.code not in _RETRIED:
-                    raise RuntimeError(reason) from None
-                asked = error.headers.get("Retry-After", "")
+                response, data = asyncio.run(_post(url, body, headers, min(timeout_s, end - time.monotonic())))
+                if response.is_success:
+                    return json.loads(data)["choices"][0]["message"]["content"] or ""
+                reason = f"{url}: HTTP {response.status_code}: {redact(data.decode('utf-8', 'replace'))[:500]}"
+                if response.has_redirect_location:
+                    reason = (
+                        f"{url}: it redirects to {response.headers['location']}, which is not followed; correct the url"
+                    )
+                if response.status_code < 500 and response.status_code not in _RETRIED:
+                    raise RuntimeError(reason)
+                asked = response.headers.get("Retry-After", "")
                 pause = max(pause, float(asked)) if asked.isdigit() else pause
-            except OSError as error:
-                reason = f"{url}: {getattr(error, 'reason', None) or error or type(error).__name__}"
+            except TimeoutError:
+                reason = f"{url}: timed out"
+            except httpx.TransportError as error:
+                reason = f"{url}: {error or type(error).__name__}"
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 raise RuntimeError(f"{url}: not a chat completion ({type(error).__name__}: {error})") from None
             attempt += 1
@@ -128,6 +141,34 @@ class LlmJudge:
                 raise RuntimeError(f"{reason} (stopped)")
 
 
+async def _post(
+    url: str, body: dict[str, Any], headers: dict[str, str], seconds: float
+) -> tuple[httpx.Response, bytes]:
+    """The answer and its body. ``TimeoutError`` after this many seconds, whatever came until then; no redirect is followed."""
+    headers = headers | {"Accept-Encoding": "identity"}  # so that the bound is one of memory too
+    async with (
+        asyncio.timeout(seconds),
+        httpx.AsyncClient(verify=_tls(), timeout=None) as client,
+        client.stream("POST", url, json=body, headers=headers) as response,
+    ):
+        data = b""
+        async for part in response.aiter_raw():
+            data += part
+            if len(data) > _LARGEST_REPLY:
+                raise RuntimeError(f"{url}: a reply of more than {_LARGEST_REPLY >> 20} MiB is no judge's")
+        return response, data
+
+
+@cache
+def _tls() -> ssl.SSLContext:
+    return ssl.create_default_context()  # tens of milliseconds
+
+
+def _without_tags_of(template: str, value: Any) -> Any:
+    tags = "|".join(map(re.escape, set(re.findall(r"</?\s*(\w+)", template))))
+    return re.sub(rf"(?i)<(?=[\s/\\]*({tags})\b)", "&lt;", value) if tags and isinstance(value, str) else value
+
+
 def _question(chat: Messages) -> str:
     return next((message["content"] for message in reversed(chat) if message["role"] == "user"), chat[-1]["content"])
 
@@ -135,12 +176,8 @@ def _question(chat: Messages) -> str:
 def _score(reply: str, pattern: str, best: float) -> float:
     found = list(re.finditer(pattern, reply))
     if not found:
-        raise RuntimeError(f"no score in its reply {reply[-200:]!r}")
+        raise RuntimeError(f"no score in its reply {redact(reply)[-200:]!r}")
     score = float(found[-1][1])
     if not 0 <= score <= best:
         raise RuntimeError(f"the score {score:g} is not from 0 to {best:g}")
     return score / best
-
-
-def _redact(text: str, key: str) -> str:
-    return text.replace(key, "***") if key else text

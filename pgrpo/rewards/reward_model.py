@@ -34,6 +34,7 @@ class RewardModel:
         max_tokens: int | None = None,
         device: str | None = None,
         dtype: str = "auto",
+        trust_remote_code: bool = False,
     ) -> list[float | Exception]:
         """A chat prompt is rendered with the reward model's own chat template, another is read as it stands.
 
@@ -46,16 +47,17 @@ class RewardModel:
             device: None takes this rank's GPU, else the CPU. The memory plan does not know of the model: beside vLLM a GPU has
                 a few GiB to spare unless ``rollout.gpu_memory_utilization`` is lowered.
             dtype: of the weights: `auto` (as stored), `float32`, `bfloat16`.
+            trust_remote_code: run Python code that comes with the model. Without, such a model is refused.
 
         Raises:
             Unusable: the GPU has no room for it.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
-        tokenizer, limit = _tokenizer(model, revision, label, max_tokens)
+        tokenizer, limit = _tokenizer(model, revision, trust_remote_code, label, max_tokens)
         if not completions:
             return []  # the check of the arguments: no weights yet
-        key = (model, revision, device, dtype)
+        key = (model, revision, trust_remote_code, device, dtype)
         if self._loaded is None or self._loaded[0] != key:
             with _room_is_needed(model):
                 self._loaded = (key, _load(*key))
@@ -86,14 +88,20 @@ def _room_is_needed(model: str) -> Iterator[None]:
         ) from error
 
 
-def _tokenizer(model: str, revision: str | None, label: int, max_tokens: int | None) -> tuple[Any, int]:
+def _tokenizer(model: str, revision: str | None, trust: bool, label: int, max_tokens: int | None) -> tuple[Any, int]:
     """The tokenizer, and the longest text. ``ValueError`` when there is no such model or label."""
     from transformers import AutoConfig, AutoTokenizer
 
-    config: Any = AutoConfig.from_pretrained(model, revision=revision)
+    try:  # never without trust_remote_code: transformers would ask on the terminal
+        config: Any = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        fix = "read that, and set args.trust_remote_code: true to run it"
+        raise ValueError(f"{model} comes with Python code of its own; {fix}") from None
     if not 0 <= label < config.num_labels:
         raise ValueError(f"{model} has {config.num_labels} labels; there is no label {label}")
-    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
     positions = getattr(config, "max_position_embeddings", None) or 1 << 30
     limit = min(positions, int(min(tokenizer.model_max_length, 1 << 30)))
     if max_tokens is not None and not 1 <= max_tokens <= limit:
@@ -101,12 +109,14 @@ def _tokenizer(model: str, revision: str | None, label: int, max_tokens: int | N
     return tokenizer, max_tokens or limit
 
 
-def _load(model: str, revision: str | None, device: str | None, dtype: str) -> Any:
+def _load(model: str, revision: str | None, trust: bool, device: str | None, dtype: str) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    classifier: Any = AutoModelForSequenceClassification.from_pretrained(model, revision=revision, dtype=dtype)
+    classifier: Any = AutoModelForSequenceClassification.from_pretrained(
+        model, revision=revision, trust_remote_code=trust, dtype=dtype
+    )
     return classifier.to(device).eval()
 
 

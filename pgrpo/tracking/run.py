@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -20,10 +19,10 @@ from typing import IO, Any
 
 from rich.console import Console
 
-from pgrpo.config import Config, redact
+from pgrpo.config import Config, ConfigError, redact, to_json
 from pgrpo.tracking.console import HEADLINES, completions_table, metrics_panel, plain, printable
-from pgrpo.tracking.record import writing
-from pgrpo.tracking.services import Service, Tensorboard, start_wandb
+from pgrpo.tracking.record import appending, replacing, writing
+from pgrpo.tracking.services import Service, Tensorboard, Wandb
 from pgrpo.types import Group
 
 log = logging.getLogger(__name__)
@@ -48,20 +47,27 @@ class Trackers:
         self._track, self._steps = config.track, config.train.steps
         self._state: dict[str, Any] = {"step": -1, "wandb_id": None, **(resume or {})}
         self._console = Console(markup=False, highlight=False, emoji=False) if config.track.console else None
-        self._log_file = _open(run_dir / "log.txt")
+        self._log_file = appending(run_dir / "log.txt")
         self._handler = _WarningHandler(self)
         logging.getLogger("pgrpo").addHandler(self._handler)
         self._files = [self._log_file]
         self._services: dict[str, Service] = {}
+        if resume is None and (run_dir / "metrics.jsonl").exists():
+            log.warning(
+                "%s: an earlier try left no checkpoint; its metrics, completions and config are replaced, log.txt goes on",
+                run_dir,
+            )
         try:
             self._metrics_file = _reopen(run_dir / "metrics.jsonl", self._state["step"])
             self._files.append(self._metrics_file)
             self._completions_file = _reopen(run_dir / "completions.jsonl", self._state["step"])
             self._files.append(self._completions_file)
             if config.track.tensorboard:
-                self._services["tensorboard"] = Tensorboard(run_dir, self._state["step"])
-            if config.track.wandb and (wandb := start_wandb(config, run_dir, self._state["wandb_id"])):
-                self._services["wandb"], self._state["wandb_id"] = wandb, wandb.run_id
+                self._start("tensorboard", lambda: Tensorboard(run_dir, self._state["step"]))
+            if config.track.wandb:
+                self._start("wandb", lambda: Wandb(config, run_dir, self._state["wandb_id"]))
+            if isinstance(wandb := self._services.get("wandb"), Wandb):
+                self._state["wandb_id"] = wandb.run_id
         except BaseException:
             self.close()
             raise
@@ -84,7 +90,7 @@ class Trackers:
     def completions(self, step: int, groups: Sequence[Group]) -> None:
         """Record ``track.completions`` samples of a step, spread evenly over its groups. completions.jsonl has them of every step,
         the terminal, wandb and tensorboard of those that are reported."""
-        rows = [{"step": step, **row} for row in _pick(groups, self._track.completions)]
+        rows = redact([{"step": step, **row} for row in _pick(groups, self._track.completions)])
         for row in rows:
             _write_row(self._completions_file, row)
         if not rows or not self._reports(step):
@@ -129,6 +135,14 @@ class Trackers:
         with writing(self._log_file.name):
             self._log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {printable(text)}\n")
 
+    def _start(self, name: str, start: Callable[[], Service]) -> None:
+        try:
+            self._services[name] = start()
+        except ConfigError:
+            raise
+        except Exception as error:  # no network, a timeout, a bug of its own: none of it is worth a run
+            log.warning("%s did not start (%s: %s): the run goes on without it", name, type(error).__name__, error)
+
     def _tell_services(self, call: Callable[[Service], None]) -> None:
         for name, service in list(self._services.items()):
             try:
@@ -171,17 +185,11 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _open(path: Path, mode: str = "a") -> IO[str]:
-    # Line buffered: a row is in the file when its step is over. A lone surrogate becomes its JSON escape.
-    return path.open(mode, encoding="utf-8", errors="backslashreplace", buffering=1)
-
-
 def _reopen(path: Path, step: int) -> IO[str]:
     """Open a JSONL file to append, without rows after ``step`` and without a last line that a kill cut short."""
     if not path.exists():
-        return _open(path)
-    kept = path.with_suffix(".tmp")
-    with writing(kept), path.open(encoding="utf-8", newline="\n") as rows, _open(kept, "w") as out:
+        return appending(path)
+    with path.open(encoding="utf-8", newline="\n") as rows, replacing(path) as kept:
         for line in rows:
             try:
                 keep = line.endswith("\n") and json.loads(line)["step"] <= step
@@ -189,11 +197,10 @@ def _reopen(path: Path, step: int) -> IO[str]:
                 log.warning("%s: dropped a line that is not a row of it: %.80r", path, line)
                 continue
             if keep:
-                out.write(line)
-    os.replace(kept, path)
-    return _open(path)
+                kept.write(line)
+    return appending(path)
 
 
 def _write_row(file: IO[str], row: Row) -> None:
     with writing(file.name):
-        file.write(redact(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n")
+        file.write(to_json(row, ensure_ascii=False, allow_nan=False) + "\n")

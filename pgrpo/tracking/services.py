@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,8 +10,6 @@ from omegaconf import OmegaConf
 
 from pgrpo.config import Config, ConfigError, to_yaml
 from pgrpo.tracking.console import number, printable
-
-log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -63,14 +60,14 @@ def _wandb() -> Any:
 
 
 class Tensorboard:
-    """Event files in ``run_dir/tensorboard``; what an earlier, longer run logged after ``step`` is hidden (-1: nothing).
+    """Event files in ``run_dir/tensorboard``; what was logged there after ``step`` is hidden (-1: all of it).
 
     Raises:
         ConfigError: tensorboard is not installed.
     """
 
     def __init__(self, run_dir: Path, step: int):
-        self._writer = _summary_writer()(str(run_dir / "tensorboard"), purge_step=step + 1 if step >= 0 else None)
+        self._writer = _summary_writer()(str(run_dir / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -85,12 +82,28 @@ class Tensorboard:
 
 
 class Wandb:
-    """A wandb run that was started. ``run_id`` finds it again."""
+    """A wandb run that is started, or gone on with (``run_id``). WANDB_MODE=offline is heeded.
 
-    def __init__(self, run: Any, table: type):
-        self._run, self._table, self.run_id = run, table, run.id
+    Raises:
+        ConfigError: wandb is not installed.
+        Exception: anything else that ``wandb.init`` raises.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, run_id: str | None):
+        wandb = _wandb()
+        self._run = wandb.init(
+            project=config.track.wandb_project,
+            name=run_dir.resolve().name,
+            dir=run_dir,
+            id=run_id,
+            resume="allow",
+            config=OmegaConf.to_container(OmegaConf.create(to_yaml(config))),  # type: ignore[arg-type]
+            allow_val_change=True,
+            settings=wandb.Settings(console="off"),
+        )
+        self._table, self.run_id = wandb.Table, self._run.id
         # Our own step axis: wandb's internal one drops rows that a resumed run logs again.
-        run.define_metric("*", step_metric="step")
+        self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log({"step": step, **metrics})
@@ -102,32 +115,6 @@ class Wandb:
 
     def close(self) -> None:
         self._run.finish()
-
-
-def start_wandb(config: Config, run_dir: Path, run_id: str | None) -> Wandb | None:
-    """Start a run, or go on with ``run_id``; None, with a warning, where it cannot be reached. WANDB_MODE=offline is heeded.
-
-    Raises:
-        ConfigError: wandb is not installed, or has no login.
-    """
-    wandb = _wandb()
-    try:
-        run = wandb.init(
-            project=config.track.wandb_project,
-            name=run_dir.resolve().name,
-            dir=run_dir,
-            id=run_id,
-            resume="allow",
-            config=OmegaConf.to_container(OmegaConf.create(to_yaml(config))),  # type: ignore[arg-type]
-            allow_val_change=True,
-            settings=wandb.Settings(console="off"),
-        )
-    except wandb.errors.CommError as error:
-        log.warning("wandb cannot be reached (%s): the run goes on without it", error)
-        return None
-    except wandb.errors.UsageError as error:
-        raise ConfigError(f"track.wandb=true: {error}; run `wandb login`, or set WANDB_MODE=offline") from error
-    return Wandb(run, wandb.Table)
 
 
 def _flat(step: int, row: Row) -> Row:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +11,11 @@ from typing import Any, NamedTuple
 
 from pgrpo.algorithm.intervals import mean_interval, rate_interval
 from pgrpo.algorithm.metrics import group_metrics, pass_at_k
-from pgrpo.config import Config, ConfigError, redact
+from pgrpo.config import Config, ConfigError, to_json
 from pgrpo.distributed.world import World
 from pgrpo.rewards.runner import RewardRunner
 from pgrpo.rollout.base import sampling_params
-from pgrpo.tracking.record import TRAINING, writing
+from pgrpo.tracking.record import TRAINING, replacing, writing
 from pgrpo.types import Completion, Group, Prompt, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -100,17 +98,10 @@ def save_results(folder: Path, evaluation: Evaluation, about: Mapping[str, Any],
     with writing(folder, advice):
         folder.mkdir(parents=True, exist_ok=True)
     metrics = {name: value if math.isfinite(value) else None for name, value in evaluation.metrics.items()}
-    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False, default=str) + "\n" for row in evaluation.rows]
-    summary = json.dumps({**about, "metrics": metrics}, ensure_ascii=False, indent=1) + "\n"
-    for name, text in (("samples.jsonl", "".join(lines)), ("summary.json", summary)):
-        part = folder / f".{name}.{os.getpid()}"
-        with writing(folder / name, advice):
-            part.unlink(missing_ok=True)  # a link of this name would be written through
-            try:  # a lone surrogate becomes its JSON escape
-                part.write_text(redact(text), encoding="utf-8", errors="backslashreplace")
-                part.replace(folder / name)
-            finally:
-                part.unlink(missing_ok=True)
+    with replacing(folder / "samples.jsonl", advice) as file:
+        file.writelines(to_json(row, ensure_ascii=False, allow_nan=False) + "\n" for row in evaluation.rows)
+    with replacing(folder / "summary.json", advice) as file:
+        file.write(to_json({**about, "metrics": metrics}, ensure_ascii=False, indent=1) + "\n")
 
 
 def _scored(

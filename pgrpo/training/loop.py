@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import torch
 from pgrpo.algorithm.advantages import step_advantages
 from pgrpo.algorithm.metrics import group_metrics
 from pgrpo.checkpoint import CheckpointError, set_aside_after, tidy
-from pgrpo.config import Config, check_world_size, to_yaml
+from pgrpo.config import REDACTED, Config, check_world_size, redact, to_json, to_yaml
 from pgrpo.distributed import world as distributed
 from pgrpo.distributed.world import World
 from pgrpo.planning.flops import peak_flops
@@ -26,7 +24,7 @@ from pgrpo.process.lock import check_shared, open_run_dir
 from pgrpo.process.signals import stop_signals
 from pgrpo.process.stopping import Stopped
 from pgrpo.tracking import Trackers, check_services
-from pgrpo.tracking.record import writing
+from pgrpo.tracking.record import replacing
 from pgrpo.training.evaluation import evaluate_run
 from pgrpo.training.optim import learning_rate, set_learning_rate
 from pgrpo.training.run import Run, agree_on_run_dir, build_run, group_cost, run_folder
@@ -77,8 +75,8 @@ def train(
             closing(Trackers(config, run.run_dir, resume=tracker_state)) if world.is_main else nullcontext() as trackers
         ):
             if world.is_main:  # not before all of the input was found right, and the checkpoint this model's
-                with writing(file := run.run_dir / "config.yaml"):
-                    file.write_text(to_yaml(config))
+                with replacing(run.run_dir / "config.yaml") as file:
+                    file.write(to_yaml(config))
             _loop(run, trackers)
     return run_folder(config)
 
@@ -239,15 +237,16 @@ def _dump(run: Run, groups: Sequence[Group]) -> str:
     file = run.run_dir / f"bad_batch_step_{run.progress.step + 1}.json"
     try:
         if run.world.is_main:
-            file.write_text(json.dumps(list(groups), indent=1, skipkeys=True, default=_as_json))
-    except OSError as error:
-        return f"{file}, for the batch, could not be written ({error.strerror})"
+            rows = redact(list(groups))
+            for row in rows:
+                for part in (row["prompt"], *row["completions"]):
+                    if REDACTED in part["text"]:
+                        part["token_ids"] = REDACTED  # they are the secret too
+            with replacing(file, "{fix}") as out:
+                out.write(to_json(rows, indent=1, skipkeys=True))
+    except RuntimeError as error:
+        return f"the batch is lost: {error}"
     return f"{file} has the batch"
-
-
-def _as_json(value: Any) -> Any:
-    """A dataclass as a dict, not copied (columns may hold what cannot be); anything else that JSON has not as text."""
-    return {f.name: getattr(value, f.name) for f in fields(value)} if is_dataclass(value) else str(value)
 
 
 def _summary(run: Run) -> str:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -393,6 +394,7 @@ def test_a_run_folder_with_files_needs_resume(tmp_path):
     open_run_dir(tmp_path, resume=True).close()
     tidy(tmp_path / "checkpoints")
     assert not leftover.exists()
+    (tmp_path / "notes.txt").touch()
     with pytest.raises(ConfigError, match=r"not empty"):
         open_run_dir(tmp_path, resume=False)
     with pytest.raises(ConfigError, match=r"run_dir=.*metrics\.jsonl: cannot be used"):
@@ -575,3 +577,38 @@ def test_links_where_a_checkpoint_is_written_or_removed_are_not_followed(tmp_pat
     assert list_steps(root) == [5, 6] and not list(root.glob(".writing*"))
     assert not (root / "step_5").is_symlink() and not (root / "abandoned_step_8").is_symlink()
     assert load(elsewhere / "step_5")[0]["model"]["w"][0, 0] == 5
+
+
+LEFT = {"log.txt": "x", "config.yaml": "x", "completions.jsonl": '{"step": 1}\n', "bad_batch_step_1.json": "[]"}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("files", "is_free"),
+    [
+        ({".lock": ""}, True),
+        ({".lock": "", "metrics.jsonl": "", **LEFT}, True),
+        ({".lock": "", "metrics.jsonl": '{"step": 0, "eval/reward": 0.5}\n', "tensorboard/events": "x", **LEFT}, True),
+        ({".lock": "", "metrics.jsonl": '{"step": 0, "a": 1}\n{"step": 1, "a": 1}\n', **LEFT}, False),
+        ({".lock": "", "metrics.jsonl": "", "checkpoints/step_1/meta.json": "{}", **LEFT}, False),
+        ({".lock": "", "metrics.jsonl": "", "notes.txt": "mine", **LEFT}, False),
+        ({"metrics.jsonl": "", **LEFT}, False),  # somebody's folder: no run of ours took it
+    ],
+)
+def test_a_run_that_finished_no_step_does_not_block_the_next(tmp_path, files, is_free):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with nullcontext() if is_free else pytest.raises(ConfigError, match="not empty; go on with that run"):
+        open_run_dir(tmp_path, resume=False).close()
+    assert (tmp_path / "config.yaml").exists() == ("config.yaml" in files)
+
+
+@pytest.mark.faults
+def test_a_lock_that_is_a_symbolic_link_is_not_followed(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(ConfigError, match=r"run_dir=.*: cannot be used \(.*symbolic links: .*\.lock"):
+        open_run_dir(tmp_path / "run", resume=False)
+    assert (tmp_path / "victim").read_text() == "precious"

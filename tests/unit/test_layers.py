@@ -5,8 +5,12 @@ Walks every import, those inside functions and under TYPE_CHECKING too."""
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -125,3 +129,55 @@ def test_the_rule_itself(file: str, source: str, count: int) -> None:
 def test_a_circle_is_found() -> None:
     assert cycle({"a": {"b"}, "b": {"c"}, "c": set()}) is None
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) is not None
+
+
+DISTRIBUTIONS = {**packages_distributions(), "torch.utils.tensorboard": ["tensorboard"], "flash_attn": ["flash-attn-4"]}
+BROUGHT = ("pgrpo", "triton", "prefix_grouper")
+"""Not declared: torch's GPU builds bring their own triton, and ``pgrpo bench`` compares with prefix_grouper where it is found."""
+
+
+def third_party(source: str, *, everywhere: bool) -> set[str]:
+    """Packages, as pyproject.toml names them, that a file imports: at its top level, or ``everywhere`` in it, and by
+    ``import_module``."""
+    tree = ast.parse(source)
+    nodes = list(ast.walk(tree)) if everywhere else tree.body
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    modules |= {
+        call.args[0].value
+        for call in nodes
+        if isinstance(call, ast.Call) and ast.unparse(call.func).rpartition(".")[2] == "import_module"
+        if call.args and isinstance(call.args[0], ast.Constant) and isinstance(call.args[0].value, str)
+    }
+    found = set()
+    for module in modules:
+        module = module if module in DISTRIBUTIONS else module.split(".")[0]
+        if module not in sys.stdlib_module_names and module not in BROUGHT:
+            found.add(normal(DISTRIBUTIONS.get(module, [module])[0]))
+    return found
+
+
+def normal(requirement: str) -> str:
+    """'flash-attn-4' of 'flash_attn_4[cu13]==4.0'."""
+    return re.split(r"[^\w.-]", requirement)[0].lower().replace("_", "-")
+
+
+def test_imports_and_declared_dependencies_agree():
+    """A package that pgrpo imports is declared; one of an extra is imported only where it is needed, inside a function; and
+    nothing is declared that is not imported."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    core = {normal(requirement) for requirement in project["dependencies"]}
+    extras = {name: {normal(r) for r in given} for name, given in project["optional-dependencies"].items()}
+    optional = set().union(*(given for name, given in extras.items() if name != "dev"))
+    everywhere = set().union(*(third_party(path.read_text(), everywhere=True) for path in FILES))
+    at_once = set().union(*(third_party(path.read_text(), everywhere=False) for path in FILES))
+    assert everywhere - optional == core
+    assert at_once & optional == set()
+    assert {name for name, given in extras.items() if name != "dev" and not given & everywhere} == set()
+
+
+def test_an_undeclared_import_is_noticed():
+    assert third_party("def f():\n    import yaml, json\n    import_module('flash_attn.cute')", everywhere=True) == {
+        "pyyaml", "flash-attn-4"
+    }  # fmt: skip
+    assert third_party("import regex\ndef f():\n    import yaml", everywhere=False) == {"regex"}

@@ -81,7 +81,7 @@ def test_a_batch_that_cannot_be_written_does_not_hide_the_failure(tiny_model, tm
         (run / "bad_batch_step_2.json").mkdir(exist_ok=True)
         return spoil(completions, **columns)
 
-    message = r"grad_norm=.* in a row .*bad_batch_step_2\.json, for the batch, could not be written \(Is a directory\)"
+    message = r"grad_norm=.* in a row .*bad_batch_step_2\.json: cannot be written \(Is a directory\)"
     with pytest.raises(NonFiniteError, match=message):
         train(tiny_model, run, "train.max_skipped_updates=0", reward=reward)
     newest = checkpoint.latest(run / "checkpoints")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +129,38 @@ def test_mistakes_are_found_before_weights_are_read(
         args = {"model": str(folder)} | args
     with pytest.raises(ConfigError, match=rf"args of reward_model: .*{message}"):
         RewardRunner([RewardConfig("reward_model", args=args)], on_error="raise")
+
+
+@pytest.mark.faults
+def test_code_that_comes_with_a_reward_model_is_refused_without_asking(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Even where standard input would say y; with the key it is asked for, it runs."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    changed = json.loads((own / "config.json").read_text())
+    changed |= {"model_type": "own", "auto_map": {"AutoConfig": "code.Own"}}
+    (own / "config.json").write_text(json.dumps(changed))
+    (own / "code.py").write_text(
+        f"open({str(tmp_path / 'RAN')!r}, 'w')\nfrom transformers import Qwen2Config\nclass Own(Qwen2Config): pass\n"
+    )
+    args = {"model": str(own), "device": "cpu"}
+    message = r"args of reward_model: .*own comes with Python code of its own; .*args\.trust_remote_code: true"
+    with pytest.raises(ConfigError, match=message):
+        RewardRunner([RewardConfig("reward_model", args=args)], on_error="raise")
+    assert not (tmp_path / "RAN").exists()
+    RewardRunner([RewardConfig("reward_model", args={**args, "trust_remote_code": True})], on_error="raise").close()
+    assert (tmp_path / "RAN").exists()
+
+
+def test_every_loader_is_told_whether_to_run_a_models_code():
+    """None, the default of transformers, asks on the terminal."""
+    calls = []
+    for path in (Path(__file__).parents[2] / "pgrpo").rglob("*.py"):
+        for call in [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]:
+            name = ast.unparse(call.func)
+            if re.fullmatch(r"(Auto\w+|GenerationConfig)\.from_(pretrained|config)", name):
+                calls.append((path.name, name, "trust_remote_code" in [keyword.arg for keyword in call.keywords]))
+    assert len(calls) >= 12
+    assert [call for call in calls if not call[2]] == []

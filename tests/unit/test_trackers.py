@@ -4,12 +4,14 @@ import builtins
 import io
 import json
 import logging
+import os
 import resource
 import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 from rich.console import Console
 
 import pgrpo
-from pgrpo.config import Config, ConfigError, RewardConfig
+from pgrpo.config import Config, ConfigError, RewardConfig, secrets
 from pgrpo.tracking import Trackers, check_services, printable
 from pgrpo.tracking import run as trackers_run
 from pgrpo.types import Completion, Group, Prompt
@@ -83,7 +85,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
             track.log(2, {"reward": 0.5})
         with pytest.raises(RuntimeError, match=message.format("metrics.jsonl")):
             track.close()
-        with pytest.raises(RuntimeError, match=message.format("metrics.tmp")):
+        with pytest.raises(RuntimeError, match=message.format("metrics.jsonl")):
             Trackers(make_config(), tmp_path, resume={"step": 1})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -156,6 +158,7 @@ def test_without_state_the_files_start_anew(tmp_path):
         track.log(1, {"reward": 1})
         track.close()
     assert len(rows(tmp_path / "metrics.jsonl")) == 1
+    assert (tmp_path / "log.txt").read_text().count("an earlier try left no checkpoint; its metrics, ") == 1
     assert (tmp_path / "log.txt").read_text().count("step 1/20  reward 1\n") == 2  # log.txt keeps what happened
 
 
@@ -360,26 +363,111 @@ def test_wandb_online(tmp_path, monkeypatch):
     assert run.told[2][1] == pytest.approx({"step": 1, "reward": 0.5, "kl": float("nan")}, nan_ok=True)
 
 
-def test_wandb_that_cannot_be_reached_or_has_no_login(tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("error", ["CommError", "UsageError", TimeoutError, KeyError, "define_metric"])
+def test_a_wandb_that_does_not_start_is_a_warning_and_its_run_is_found_again(tmp_path, monkeypatch, caplog, error):
+    """Whatever it raises, and where: the run has its own files."""
     import wandb
-    from wandb.errors import CommError, UsageError
+    import wandb.errors
 
-    def fail(error):
-        def init(**_):
-            raise error
+    class Failing(OnlineRun):
+        def define_metric(self, name: str, step_metric: str) -> None:
+            raise RuntimeError("no route")
 
-        monkeypatch.setattr(wandb, "init", init)
+    def init(**_):
+        if error == "define_metric":
+            return Failing()
+        raise getattr(wandb.errors, error)("no route") if isinstance(error, str) else error("no route")
 
-    fail(CommError("no route"))
-    track = Trackers(make_config(wandb=True), tmp_path)
+    monkeypatch.setattr(wandb, "init", init)
+    track = Trackers(make_config(wandb=True), tmp_path, resume={"step": 0, "wandb_id": "abc123"})
     track.log(1, {"reward": 1.0})
     track.close()
-    assert "wandb cannot be reached (no route): the run goes on without it" in caplog.text
-    fail(UsageError("no API key configured"))
-    with pytest.raises(
-        ConfigError, match=r"track\.wandb=true: no API key .*run `wandb login`, or set WANDB_MODE=offline"
-    ):
-        Trackers(make_config(wandb=True), tmp_path)
+    assert "wandb did not start (" in caplog.text and "no route" in caplog.text
+    assert ": the run goes on without it" in (tmp_path / "log.txt").read_text()
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "reward": 1.0}]
+    assert track.state_dict() == {"step": 1, "wandb_id": "abc123"}
+
+
+def test_a_tensorboard_that_does_not_start_is_a_warning(tmp_path, caplog):
+    (tmp_path / "tensorboard").write_text("a file")
+    track = Trackers(make_config(tensorboard=True), tmp_path)
+    track.log(1, {"reward": 1.0})
+    track.close()
+    assert "tensorboard did not start (FileExistsError" in caplog.text
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "reward": 1.0}]
+
+
+SECRET = 'ab"c\\d\n<é>'
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_secret_in_a_prompt_reaches_no_tracker(tmp_path, monkeypatch, terminal):
+    """JSONL, terminal, tensorboard, wandb; with characters that each of them escapes in its own way."""
+    import wandb
+
+    monkeypatch.setattr(secrets, "_spellings", [])
+    secrets.remember(SECRET)
+    run = OnlineRun()
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    out = with_console(monkeypatch, terminal)
+    track = Trackers(make_config(console=True, tensorboard=True, wandb=True, completions=2), tmp_path)
+    groups = make_groups(1, 2)
+    groups[0].prompt.text = f"{SECRET} {'x' * 596}{SECRET}"  # the terminal shows the last 600 characters
+    groups[0].completions[0].text = f"it is {SECRET!r}"
+    track.completions(1, groups)
+    track.log(1, {"reward": 0.5})
+    track.message(f"401 for {SECRET}, {json.dumps({'key': SECRET})}, {json.dumps(repr(SECRET))}")
+    track.close()
+    table = run.told[1][1]["completions"].data
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    shown = [out.getvalue(), str(table), *(path.read_bytes().decode("utf-8", "replace") for path in files)]
+    assert len(shown) == 6
+    for text in shown:
+        assert 'ab"' not in text and "c\\d" not in text and 'b\\"c' not in text and "<é>" not in text, text
+    assert rows(tmp_path / "completions.jsonl")[0]["completion"] == "it is '(redacted)'"
+    assert table[0][2] == "it is '(redacted)'"
+    assert """401 for (redacted), {"key": "(redacted)"}, "'(redacted)'"\n""" in (tmp_path / "log.txt").read_text()
+
+
+def test_digits_of_a_secret_are_digits_of_a_number_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(secrets, "_spellings", [])
+    secrets.remember("123456")
+    track = Trackers(make_config(), tmp_path)
+    track.log(123456, {"n": 0.123456789})
+    groups = make_groups(1, 1)
+    groups[0].rewards, groups[0].prompt.text = [123456.5], "pin 123456"
+    track.completions(123456, groups)
+    track.close()
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 123456, "n": 0.123456789}]
+    [row] = rows(tmp_path / "completions.jsonl")
+    assert (row["step"], row["reward"], row["prompt"]) == (123456, 123456.5, "pin (redacted)")
+
+
+LINKS = ("log.txt", "metrics.jsonl", "completions.jsonl")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    "name", [*LINKS, *(f".{name}.{os.getpid()}" for name in LINKS), "metrics.tmp", "completions.tmp"]
+)
+def test_a_symbolic_link_in_the_run_folder_is_not_followed(tmp_path, name):
+    """A run that goes on writes each of its files anew; the link's target stays as it is."""
+    victim, run = tmp_path / "victim", tmp_path / "run"
+    victim.write_text('{"step": 1}\nprecious')
+    run.mkdir()
+    track = Trackers(make_config(), run)
+    track.log(1, {"reward": 1.0})
+    track.close()
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(victim)
+    message = r"log\.txt: cannot be written \(Too many levels of symbolic links\); .*; remove the symbolic link"
+    # log.txt is only appended to, never replaced.
+    with pytest.raises(RuntimeError, match=message) if name == "log.txt" else nullcontext():
+        track = Trackers(make_config(), run, resume={"step": 1})
+        track.log(2, {"reward": 1.0})
+        track.close()
+    assert victim.read_text() == '{"step": 1}\nprecious'
 
 
 def test_a_wandb_without_login_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
