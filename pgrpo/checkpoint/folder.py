@@ -81,6 +81,10 @@ def publish(root: Path, step: int, files: Files, scalars: str) -> Path:
     for name, entry in files.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != entry["size"]:
             raise CheckpointError(f"{folder / name}: missing; all ranks must see the same run_dir")
+    for stale in {
+        entry.name for entry in folder.iterdir()
+    } - files.keys():  # of a write that failed, by more ranks than now
+        remove(folder / stale)
     files |= write(folder / SCALARS, len(scalars), lambda: (folder / SCALARS).write_text(scalars))
     manifest = json.dumps({"step": step, "files": files}, indent=1)
     write(folder / MANIFEST, len(manifest), lambda: (folder / MANIFEST).write_text(manifest))

@@ -73,6 +73,16 @@ def test_a_save_reads_each_of_its_files_once_and_no_older_checkpoint(tmp_path, m
     assert sum(hashed) == sum(written) > 4 * 800_000
 
 
+def test_what_a_failed_write_left_is_no_part_of_the_next_one(tmp_path):
+    left = tmp_path / ".writing-step_1" / "model.7.safetensors"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    writer = Writer(tmp_path, WORLD, keep=1)
+    writer.save(1, sets(1.0), {})
+    writer.wait()
+    assert latest(tmp_path) == tmp_path / "step_1" and not (tmp_path / "step_1" / left.name).exists()
+
+
 def test_the_best_stays(tmp_path):
     writer = Writer(tmp_path, WORLD, keep=1)
     for step in (1, 2, 3, 4):
