@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pgrpo.attention.choose import AttentionChoice, PassPlan
+from pgrpo.attention.choose import AttentionChoice, Passes
 from pgrpo.attention.grouped import grouped_attention
 from pgrpo.attention.kernels.flash import choose_kernel
 from pgrpo.attention.layout import PackedLayout
@@ -57,9 +57,9 @@ def main() -> None:
         if not groups:
             continue
         lengths = [prompt] * groups, [[completion] * size] * groups
-        plans: tuple[PassPlan, ...] = ("two_calls", "concat")
+        plans: tuple[Passes, ...] = ("two_passes", "copied_keys")
         two_calls, concat = (
-            milliseconds(PackedLayout.from_lengths(*lengths, "cuda", AttentionChoice(kernel, plan=plan)), args)
+            milliseconds(PackedLayout.from_lengths(*lengths, "cuda", AttentionChoice(kernel, passes=plan)), args)
             for plan in plans
         )
         mib = 2 * args.head_dim / 2**20
@@ -79,7 +79,7 @@ def main() -> None:
         (r["concat_ms"] if pick else r["two_calls_ms"]) / min(r["concat_ms"], r["two_calls_ms"])
         for r, pick in zip(rows, picks, strict=True)
     ]
-    print(f"{kernel}: TWO_CALLS_NS={constants[0]:.0f} TWO_CALLS_NS_PER_MIB={constants[1]:.0f} ", end="")
+    print(f"{kernel}: TWO_PASSES_NS={constants[0]:.0f} TWO_PASSES_NS_PER_MIB={constants[1]:.0f} ", end="")
     print(f"CONCAT_NS_PER_MIB={constants[2]:.0f}")
     print(
         f"picks the faster plan in {sum(x == 1 for x in lost)} of {len(rows)} shapes, at worst {max(lost):.3f} times it"

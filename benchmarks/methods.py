@@ -22,7 +22,7 @@ from pgrpo.commands.bench import Job, Packed
 from pgrpo.model.logprobs import token_logprobs
 from pgrpo.model.policy import Policy, logit_scale
 from pgrpo.planning.placement import decoder_layers
-from pgrpo.types import Group, Keep
+from pgrpo.types import Group, Recompute
 
 METHODS = ("grouped", "repeated_packed", "repeated_padded", "concat", "prefix_grouper", "prefix_grouper_ours")
 PEERS = ("prefix_grouper", "prefix_grouper_ours")
@@ -54,7 +54,7 @@ def make_job(policy: Policy, method: str, groups: list[Group]) -> Job:
     if method == "prefix_grouper_ours":
         logprobs = partial(_PrefixGrouper(groups, policy.device).chunked_logprobs, kernel=policy.attention.kernel)
         return TheirLayers(policy.model, PEER_ATTENTION, logprobs, torch.compile(_run, dynamic=False))
-    attention = replace(policy.attention, plan="concat") if method == "concat" else None
+    attention = replace(policy.attention, passes="copied_keys") if method == "concat" else None
     return Packed(policy, groups, share_prompts=method != "repeated_packed", attention=attention)
 
 
@@ -71,13 +71,13 @@ class TheirLayers:
         with torch.no_grad(), self._set_up("none"):
             return self.logprobs(self.model)
 
-    def update(self, keep: Keep, compiled: bool) -> None:
+    def update(self, keep: Recompute, compiled: bool) -> None:
         with self._set_up(keep):
             self.logprobs(self.model).mean().backward()
         self.model.zero_grad(set_to_none=True)
 
     @contextmanager
-    def _set_up(self, keep: Keep) -> Iterator[None]:
+    def _set_up(self, keep: Recompute) -> Iterator[None]:
         layers = list(decoder_layers(self.model))
         before: list[Any] = [layer.forward for layer in layers]
         self.model.set_attn_implementation(self.attention)

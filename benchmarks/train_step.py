@@ -27,7 +27,7 @@ from pgrpo.config import Config, load_config
 from pgrpo.distributed.fsdp import place
 from pgrpo.distributed.world import World, start
 from pgrpo.planning.flops import GIB, ModelDims, forward_flops
-from pgrpo.planning.placement import compute_dtype, decoder_layers, kept_by_layer, wrap
+from pgrpo.planning.placement import compute_dtype, decoder_layers, recompute_by_layer, wrap
 from pgrpo.training.optim import build_optimizer
 from pgrpo.training.run import group_cost
 from pgrpo.training.update import Updater
@@ -45,7 +45,7 @@ def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str,
     policy = wrap(model, config, world)
     place(policy, decoder_layers(model), world, compute_dtype(config))
     dims = ModelDims.from_config(model.config)
-    keep = kept_by_layer(config, dims, world)
+    keep = recompute_by_layer(config, dims, world)
     optimizer = build_optimizer(policy, config.optim)
     updater = Updater(config, world, policy, None, optimizer, lambda group: group_cost(dims, group, config))
     groups = random_groups(shape, model.config.vocab_size)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
-Keep = Literal["none", "attention", "full"]
+Recompute = Literal["none", "attention", "full"]
 """What of a layer is computed again in the backward: nothing, all but attention, or all of it."""
 Messages = list[dict[str, str]]
 

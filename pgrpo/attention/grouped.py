@@ -1,18 +1,18 @@
 """Grouped attention: each prompt's keys and values are stored once and read by all of its completions.
 
-Two flash calls on slices of the packed rows, which copy no K or V, merged by their log-sum-exps:
+Two flash passes on slices of the packed rows, without a copy of any K or V, merged by their log-sum-exps:
 
 1. causal self-attention over every segment, prefixes and suffixes alike;
 2. all suffix rows of a group against the group's prefix, not causal.
 
-With out, lse of call 1 and out_p, lse_p of call 2, a softmax over both sets of keys is
+With out, lse of pass 1 and out_p, lse_p of pass 2, a softmax over both sets of keys is
 ``lse* = logaddexp(lse, lse_p)``, ``out* = exp(lse - lse*) out + exp(lse_p - lse*) out_p``.
 
-The backward is exact with the same two calls. A flash backward computes ``P = exp(s - lse)`` and
-``delta = rowsum(dout * out)`` (FlashAttention-2, arXiv 2307.08691, algorithm 2). Given the merged ``lse*`` and ``out*``, the P of
-each call is its part of the joint softmax, so that each call returns its part of dq, dk and dv.
+The backward is exact with the same two passes. A flash backward computes ``P = exp(s - lse)`` and
+``delta = rowsum(dout * out)`` (FlashAttention-2, arXiv 2307.08691, algorithm 2); given the merged ``lse*`` and ``out*``, each
+pass's P is its own part of the joint softmax, so that each returns its own share of dq, dk and dv.
 
-Where prompts are short (``choose.py``), one call on copied keys is faster than two calls and a merge.
+Where prompts are short (``choose.py``), one pass over copied keys is faster than two passes and a merge.
 
 T packed rows, Np of them prefix rows; H query heads, K key/value heads, D head dim.
 """
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pgrpo.attention.kernels.flash import varlen_backward, varlen_forward
 from pgrpo.attention.kernels.segments import Segments
-from pgrpo.attention.layout import PackedLayout
+from pgrpo.attention.layout import PackedLayout, Sizes
 from pgrpo.attention.merge import copy_rows, merge_, sum_copies
 
 
@@ -46,13 +46,12 @@ def grouped_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: Packe
         q_THD, k_TKD, v_TKD,
         layout.cu_seqlens, layout.cu_seqlens_prefix, layout.cu_seqlens_group,
         copies.source, copies.order, copies.offsets, copies.cu_seqlens,
-        layout.numbers, scale, layout.kernel,
+        layout.size_tensor, scale, layout.kernel,
     )  # fmt: skip
     return out_THD
 
 
-# Two custom ops (forward, backward) that take tensors and numbers only, so that torch.compile and selective checkpointing see one
-# node each.
+# One custom op for each direction, of tensors and numbers only: torch.compile and selective recomputation see one node each.
 
 
 @torch.library.custom_op("pgrpo::grouped_attention", mutates_args=())
@@ -60,19 +59,16 @@ def _grouped_attention(
     q: Tensor, k: Tensor, v: Tensor,
     cu_seqlens: Tensor, cu_prefix: Tensor, cu_group: Tensor,
     source: Tensor, order: Tensor, offsets: Tensor, cu_copied: Tensor,
-    numbers: Tensor, scale: float, kernel: str,
+    size_tensor: Tensor, scale: float, kernel: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    prefix_rows, max_seqlen, max_prefix, max_group, max_copied = numbers.tolist()
-    if max_copied:  # one call: each suffix's queries against a copy of its prefix and its own keys
-        keys = Segments(cu_seqlens, cu_copied, max_seqlen, max_copied)
+    sizes = Sizes.from_tensor(size_tensor)
+    if sizes.longest_copy:
+        keys = Segments(cu_seqlens, cu_copied, sizes.longest_segment, sizes.longest_copy)
         return varlen_forward(q, *copy_rows(k, v, source), keys, True, scale, kernel)
-    # Call 1: every segment attends causally to itself.
-    within = Segments(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    within = Segments(cu_seqlens, cu_seqlens, sizes.longest_segment, sizes.longest_segment)
     out_THD, lse_HT = varlen_forward(q, k, v, within, True, scale, kernel)
-    if 0 < prefix_rows < len(q):
-        # Call 2: all suffix rows of a group attend to all of its prefix.
-        np = prefix_rows
-        across = Segments(cu_group, cu_prefix, max_group, max_prefix)
+    if 0 < (np := sizes.prefix_rows) < len(q):
+        across = Segments(cu_group, cu_prefix, sizes.most_group_rows, sizes.longest_prefix)
         out_p, lse_p = varlen_forward(q[np:], k[:np], v[:np], across, False, scale, kernel)
         merge_(out_THD[np:], lse_HT[:, np:], out_p, lse_p)
     return out_THD, lse_HT
@@ -83,18 +79,17 @@ def _grouped_attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_seqlens: Tensor, cu_prefix: Tensor, cu_group: Tensor,
     source: Tensor, order: Tensor, offsets: Tensor, cu_copied: Tensor,
-    numbers: Tensor, scale: float, kernel: str,
+    size_tensor: Tensor, scale: float, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    prefix_rows, max_seqlen, max_prefix, max_group, max_copied = numbers.tolist()
-    if max_copied:
-        keys = Segments(cu_seqlens, cu_copied, max_seqlen, max_copied)
+    sizes = Sizes.from_tensor(size_tensor)
+    if sizes.longest_copy:
+        keys = Segments(cu_seqlens, cu_copied, sizes.longest_segment, sizes.longest_copy)
         dq, dk_C, dv_C = varlen_backward(dout, q, *copy_rows(k, v, source), out, lse, keys, True, scale, kernel)
         return dq.contiguous(), *sum_copies(dk_C, dv_C, source, order, offsets)
-    within = Segments(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    within = Segments(cu_seqlens, cu_seqlens, sizes.longest_segment, sizes.longest_segment)
     dq, dk, dv = varlen_backward(dout, q, k, v, out, lse, within, True, scale, kernel)
-    if 0 < prefix_rows < len(q):
-        np = prefix_rows
-        across = Segments(cu_group, cu_prefix, max_group, max_prefix)
+    if 0 < (np := sizes.prefix_rows) < len(q):
+        across = Segments(cu_group, cu_prefix, sizes.most_group_rows, sizes.longest_prefix)
         dq_p, dk_p, dv_p = varlen_backward(
             dout[np:], q[np:], k[:np], v[:np], out[np:], lse[:, np:], across, False, scale, kernel
         )

@@ -8,16 +8,23 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from pgrpo.attention.grouped import grouped_attention
+from pgrpo.attention.layout import PackedLayout
+
 ATTENTION_NAME = "pgrpo"
 
 
-class AttentionPlan(Protocol):
-    """Who attends to whom: a packed batch (``PackedLayout``) or a rollout in progress (``rollout.cache.DecodeCache``)."""
+class DecodingLayout(Protocol):
+    """A rollout in progress (``rollout.embedded.cache.DecodeCache``): keeps every layer's keys and values between calls."""
 
     @property
     def max_sample(self) -> int: ...
 
     def attend(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float, layer: int) -> Tensor: ...
+
+
+AttentionLayout = PackedLayout | DecodingLayout
+"""Who attends to whom."""
 
 
 class UnsupportedAttentionError(RuntimeError):
@@ -33,16 +40,16 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    attention_plan: AttentionPlan | None = None,
+    attention_layout: AttentionLayout | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, D], key and value [1, K, T, D] -> ([1, T, H, D], None).
 
     Raises:
-        UnsupportedAttentionError: no plan was passed, the batch is padded or not packed, or the layer wants dropout, a window
+        UnsupportedAttentionError: no layout was passed, the batch is padded or not packed, or the layer wants dropout, a window
             shorter than a sample, soft-capping or sinks.
     """
-    if attention_plan is None:
+    if attention_layout is None:
         raise UnsupportedAttentionError(
             "grouped attention was called without its layout: call the policy, not the bare model "
             "(for ordinary generation load the model with attn_implementation='sdpa')"
@@ -55,18 +62,18 @@ def attention_forward(
         raise UnsupportedAttentionError(
             f"attention dropout {dropout} is not supported: set it to 0 in the model's config"
         )
-    if sliding_window is not None and attention_plan.max_sample > sliding_window:
+    if sliding_window is not None and attention_layout.max_sample > sliding_window:
         raise UnsupportedAttentionError(
-            f"a sample of {attention_plan.max_sample} tokens is longer than the model's sliding window of {sliding_window}"
+            f"a sample of {attention_layout.max_sample} tokens is longer than the model's sliding window of {sliding_window}"
         )
     for name in ("softcap", "s_aux", "alibi"):
         if other.get(name) is not None:
             raise UnsupportedAttentionError(f"attention with {name!r} is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
-    out_THD = attention_plan.attend(_rows(query), _rows(key), _rows(value), scale, layer)
+    q_THD, k_TKD, v_TKD = (x_1HTD.squeeze(0).transpose(0, 1) for x_1HTD in (query, key, value))
+    if isinstance(attention_layout, PackedLayout):
+        out_THD = grouped_attention(q_THD, k_TKD, v_TKD, attention_layout, scale)
+    else:
+        layer: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
+        out_THD = attention_layout.attend(q_THD, k_TKD, v_TKD, scale, layer)
     return out_THD.unsqueeze(0), None
-
-
-def _rows(x_1HTD: Tensor) -> Tensor:
-    return x_1HTD.squeeze(0).transpose(0, 1)

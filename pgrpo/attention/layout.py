@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +18,14 @@ class PackedLayout:
     """All prefixes first, then all suffixes in the order of their groups.
 
     A suffix row attends to all of its own group's prefix and causally to its own suffix; a prefix row causally to its
-    prefix. Without prefixes (``num_prefix_rows`` 0) every segment is an ordinary causal sequence.
+    prefix. Without prefixes (no rows in the prefix block) every segment is an ordinary causal sequence.
 
     Attributes:
         cu_seqlens: [segments + 1] int32, starts of every segment (prefixes, then suffixes) and the end.
         cu_seqlens_prefix: [groups + 1] int32, the prefix segments alone.
         cu_seqlens_group: [groups + 1] int32, rows of the suffix block by group, counted from the suffix block's start.
-        numbers: [5] int64 on the CPU: rows of the prefix block, the longest segment, the longest prefix, the most suffix rows of
-            one group, the longest copied segment. A tensor, so that torch.compile does not specialise on the values.
-        copies: how prefixes are copied in front of their suffixes; placeholders where they are not (last of ``numbers`` 0).
+        size_tensor: [5] int64 on the CPU, a ``Sizes``. A tensor, so that compiled code does not depend on the values.
+        copies: the prefixes copied in front of their suffixes, or stand-ins (``longest_copy`` 0).
         max_sample: the longest sample, prompt and completion together.
         kernel: name of the flash kernel to use.
     """
@@ -33,7 +33,7 @@ class PackedLayout:
     cu_seqlens: Tensor
     cu_seqlens_prefix: Tensor
     cu_seqlens_group: Tensor
-    numbers: Tensor
+    size_tensor: Tensor
     copies: Copies
     max_sample: int
     kernel: str
@@ -51,35 +51,60 @@ class PackedLayout:
         choice = choice or AttentionChoice()
         flat_suffixes = [length for group in suffix_lens for length in group]
         group_rows = [sum(group) for group in suffix_lens]
-        concat = any(prefix_lens) and choice.choose(prefix_lens, suffix_lens) == "concat"
-        copies = Copies.of(prefix_lens, suffix_lens, device) if concat else Copies.none(device)
+        copied = any(prefix_lens) and choice.choose(prefix_lens, suffix_lens) == "copied_keys"
+        copies = Copies.of(prefix_lens, suffix_lens, device) if copied else Copies.none(device)
         max_sample = max((p + max(s, default=0) for p, s in zip(prefix_lens, suffix_lens, strict=True)), default=0)
-        longest = [[*prefix_lens, *flat_suffixes], prefix_lens, group_rows]
-        numbers = [sum(prefix_lens), *(max(lengths, default=0) for lengths in longest), max_sample if concat else 0]
+        sizes = Sizes(
+            prefix_rows=sum(prefix_lens),
+            longest_segment=max([*prefix_lens, *flat_suffixes], default=0),
+            longest_prefix=max(prefix_lens, default=0),
+            most_group_rows=max(group_rows, default=0),
+            longest_copy=max_sample if copied else 0,
+        )
         return PackedLayout(
             cu_seqlens=cumulative([*prefix_lens, *flat_suffixes], device),
             cu_seqlens_prefix=cumulative(prefix_lens, device),
             cu_seqlens_group=cumulative(group_rows, device),
-            numbers=torch.tensor(numbers, dtype=torch.int64),
+            size_tensor=sizes.to_tensor(),
             copies=copies,
             max_sample=max_sample,
             kernel=choice.kernel,
         )
 
     @property
-    def num_prefix_rows(self) -> int:
-        return int(self.numbers[0])
+    def sizes(self) -> Sizes:
+        return Sizes.from_tensor(self.size_tensor)
 
-    def attend(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float, layer: int) -> Tensor:
-        """Grouped attention over the packed rows: [T, H, D]. ``layer`` is unused: a packed batch has no cache."""
-        from pgrpo.attention.grouped import grouped_attention
 
-        return grouped_attention(q_THD, k_TKD, v_TKD, self, scale)
+class Sizes(NamedTuple):
+    """Sizes of a layout that kernels need on the CPU, in rows.
+
+    Attributes:
+        prefix_rows: rows of the prefix block.
+        longest_segment: the longest prefix or suffix.
+        longest_prefix: the longest prefix.
+        most_group_rows: the most suffix rows of one group.
+        longest_copy: the longest suffix with its prefix copied in front; 0 where no keys are copied.
+    """
+
+    prefix_rows: int
+    longest_segment: int
+    longest_prefix: int
+    most_group_rows: int
+    longest_copy: int
+
+    def to_tensor(self) -> Tensor:
+        """[5] int64 on the CPU."""
+        return torch.tensor(self, dtype=torch.int64)
+
+    @staticmethod
+    def from_tensor(size_tensor: Tensor) -> Sizes:
+        return Sizes(*size_tensor.tolist())
 
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """Key rows of ``concat``: those of every segment, with a copy of its prefix in front of each suffix. C copied rows.
+    """The copied keys: every segment's own rows, a suffix's behind a copy of its prefix. C copied rows.
 
     Attributes:
         source: [C] int64, the packed row of which each copied row is a copy.

@@ -18,7 +18,7 @@ def attention_mask(layout: PackedLayout) -> Tensor:
     starts = layout.cu_seqlens.tolist()
     prefixes = layout.cu_seqlens_prefix.tolist()
     groups = layout.cu_seqlens_group.tolist()
-    total, first_suffix_row = starts[-1], layout.num_prefix_rows
+    total, first_suffix_row = starts[-1], layout.sizes.prefix_rows
     mask_TT = torch.zeros(total, total, dtype=torch.bool)
     for start, end in pairwise(starts):
         mask_TT[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()

@@ -24,7 +24,7 @@ from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing.batch import build_batch
 from pgrpo.planning.flops import GIB, ModelDims, flop_ratio, forward_flops, mfu, rho, update_flops
 from pgrpo.planning.placement import check_device, compute_dtype, decoder_layers, is_compiled, wrap
-from pgrpo.types import Group, Keep
+from pgrpo.types import Group, Recompute
 
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 HEAD_START = 8
@@ -38,7 +38,7 @@ class Job(Protocol):
         """[L] log-probs without gradient, in the order of a packed batch."""
         ...
 
-    def update(self, keep: Keep, compiled: bool) -> None:
+    def update(self, keep: Recompute, compiled: bool) -> None:
         """A forward and a backward of their mean; ``keep`` says what the layers do not recompute."""
         ...
 
@@ -57,14 +57,14 @@ class Packed:
         with torch.no_grad():
             return self.policy(self.batch).logprobs
 
-    def update(self, keep: Keep, compiled: bool) -> None:
+    def update(self, keep: Recompute, compiled: bool) -> None:
         set_up_layers(self.layers, [keep for _ in self.layers], compiled=compiled)
         self.policy(self.batch).logprobs.mean().backward()
         self.policy.zero_grad(set_to_none=True)
 
 
 def bench(
-    config: Config, shapes: Sequence[Shape], *, keep: Keep = "none", random_weights: bool = False, repeats: int = 5
+    config: Config, shapes: Sequence[Shape], *, keep: Recompute = "none", random_weights: bool = False, repeats: int = 5
 ) -> list[Row]:
     """Time grouped against repeated prompts on random tokens, and print a table for each shape.
 
@@ -100,7 +100,7 @@ def bench(
 
 
 def time_jobs(
-    makers: Mapping[str, Callable[[], Job]], policy: Policy, shape: Shape, keep: Keep, config: Config, repeats: int
+    makers: Mapping[str, Callable[[], Job]], policy: Policy, shape: Shape, keep: Recompute, config: Config, repeats: int
 ) -> tuple[list[Row], float]:
     """Time jobs of one shape in turn; log-probs are compared with those of the first one that fits.
 

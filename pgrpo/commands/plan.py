@@ -14,8 +14,8 @@ from pgrpo.model.lora import adapter_parameters, check_lora
 from pgrpo.model.policy import check_supported, load_hf_config
 from pgrpo.planning.flops import ModelDims, computed_tokens, parameter_count, rho, update_flops
 from pgrpo.planning.memory import memory_plan
-from pgrpo.planning.placement import attention_choice, engine_choice, is_compiled, kept_by_layer, plan_sizes
-from pgrpo.types import Keep
+from pgrpo.planning.placement import attention_choice, engine_choice, is_compiled, plan_sizes, recompute_by_layer
+from pgrpo.types import Recompute
 
 
 def plan(config: Config) -> None:
@@ -68,10 +68,10 @@ def plan_text(config: Config) -> str:
     )
 
 
-def _layers(config: Config, dims: ModelDims, world: World) -> tuple[list[Keep], str]:
+def _layers(config: Config, dims: ModelDims, world: World) -> tuple[list[Recompute], str]:
     """What the backward recomputes in each layer, and a description of how layers run."""
     choice = attention_choice(config, dims, world.device)
-    keep: list[Keep] = kept_by_layer(config, dims, world)
+    keep: list[Recompute] = recompute_by_layer(config, dims, world)
     note = ""
     automatic = config.model.activation_checkpointing == "auto"
     if automatic and world.device.type == "cpu" and config.model.dtype != "float32":

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pgrpo.attention.choose import AttentionChoice
-from pgrpo.attention.hook import ATTENTION_NAME, AttentionPlan, attention_forward
+from pgrpo.attention.hook import ATTENTION_NAME, AttentionLayout, attention_forward
 from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.model.logprobs import TokenLogprobs, token_logprobs
 from pgrpo.packing.batch import GroupedBatch
@@ -53,17 +53,19 @@ class Policy(nn.Module):
         scale = self.logit_scale / (self.temperature if temperature is None else temperature)
         return token_logprobs(hidden_LE, self._head_weight(), batch.target_ids, scale, entropy=entropy)
 
-    def next_logits(self, input_ids_T: Tensor, position_ids_T: Tensor, plan: AttentionPlan, rows_B: Tensor) -> Tensor:
+    def next_logits(
+        self, input_ids_T: Tensor, position_ids_T: Tensor, layout: AttentionLayout, rows_B: Tensor
+    ) -> Tensor:
         """Logits [B, V] at the given packed rows, as the model's own forward computes them (without temperature)."""
-        hidden_TE = self._hidden(input_ids_T, position_ids_T, plan)
+        hidden_TE = self._hidden(input_ids_T, position_ids_T, layout)
         logits_BV = hidden_TE.index_select(0, rows_B) @ self._head_weight().T
         return logits_BV if self.logit_scale == 1.0 else logits_BV * self.logit_scale
 
-    def _hidden(self, input_ids_T: Tensor, position_ids_T: Tensor, plan: AttentionPlan) -> Tensor:
+    def _hidden(self, input_ids_T: Tensor, position_ids_T: Tensor, layout: AttentionLayout) -> Tensor:
         output = self.model.base_model(
             input_ids=input_ids_T.unsqueeze(0),
             position_ids=position_ids_T.unsqueeze(0),
-            attention_plan=plan,
+            attention_layout=layout,
             use_cache=False,
         )
         return output.last_hidden_state.squeeze(0)

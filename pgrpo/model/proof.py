@@ -72,9 +72,8 @@ def sees_its_neighbour(batch: GroupedBatch) -> GroupedBatch:
     cu_seqlens, layout = batch.layout.cu_seqlens, batch.layout
     boundary = len(layout.cu_seqlens_prefix)  # between the first two suffixes
     merged = torch.cat([cu_seqlens[:boundary], cu_seqlens[boundary + 1 :]])
-    numbers = layout.numbers.clone()
-    numbers[1] = merged.diff().max()
-    return replace(batch, layout=replace(layout, cu_seqlens=merged, numbers=numbers))
+    sizes = layout.sizes._replace(longest_segment=int(merged.diff().max()))
+    return replace(batch, layout=replace(layout, cu_seqlens=merged, size_tensor=sizes.to_tensor()))
 
 
 def positions_go_on(batch: GroupedBatch) -> GroupedBatch:

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from pgrpo.attention.layout import PackedLayout
-from pgrpo.types import Keep
+from pgrpo.types import Recompute
 
 
-def set_up_layers(layers: Iterable[nn.Module], keep: Sequence[Keep], *, compiled: bool) -> None:
+def set_up_layers(layers: Iterable[nn.Module], keep: Sequence[Recompute], *, compiled: bool) -> None:
     """Replace the forward of each layer on packed batches; other forwards (sampling) are unchanged.
 
     Hooks of the layer (FSDP2's) stay outside: they see one forward and one backward, whatever is recomputed.
 
     Args:
-        layers: decoder layers whose forward takes ``attention_plan`` as a keyword.
+        layers: decoder layers whose forward takes ``attention_layout`` as a keyword.
         keep: one entry a layer: what its backward recomputes.
         compiled: use ``torch.compile`` with dynamic shapes; all layers of a kind share one compilation for each gradient mode.
     """
@@ -34,13 +34,13 @@ def set_up_layers(layers: Iterable[nn.Module], keep: Sequence[Keep], *, compiled
 def _forward(
     layer: nn.Module, run: Callable[..., Tensor], run_without_grad: Callable[..., Tensor], *args: Any, **kwargs: Any
 ) -> Tensor:
-    if not isinstance(kwargs.get("attention_plan"), PackedLayout):
+    if not isinstance(kwargs.get("attention_layout"), PackedLayout):
         return _plain(layer, *args, **kwargs)
     return (run if torch.is_grad_enabled() else run_without_grad)(layer, *args, **kwargs)
 
 
 @cache
-def _runner(kept: Keep, compiled: bool) -> Callable[..., Tensor]:
+def _runner(kept: Recompute, compiled: bool) -> Callable[..., Tensor]:
     run = {"none": _plain, "attention": _keeping_attention, "full": _keeping_inputs}[kept]
     if not compiled:
         return run

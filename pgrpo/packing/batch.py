@@ -90,7 +90,7 @@ def build_batch(
     completions = [c for g in groups for c in g.completions]
     width = max((len(c.token_ids) for c in completions), default=0)
     prefix_ends = list(accumulate(len(p) for p in prefixes))
-    row = layout.num_prefix_rows  # where the next suffix starts
+    row = layout.sizes.prefix_rows  # where the next suffix starts
     logit_index: list[int] = []
     unpack_index: list[int] = []
     sample = 0

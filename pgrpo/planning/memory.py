@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pgrpo.planning.flops import ModelDims, parameter_count
-from pgrpo.types import Keep
+from pgrpo.types import Recompute
 
 GIB = 2**30
 
@@ -72,7 +72,7 @@ def memory_plan(
     dims: ModelDims,
     *,
     token_budget: int,
-    keep: Sequence[Keep],
+    keep: Sequence[Recompute],
     dtype_bytes: int,
     compiled: bool = False,
     ranks: int = 1,
@@ -114,7 +114,7 @@ def memory_plan(
         head, gradients = 0, root and 2 * adapters // dims.layers
         gathered += gradients
     layer = _layer_activations(dims, dtype_bytes, compiled=compiled)
-    kept: dict[Keep, int] = {"none": layer, "full": dims.hidden * dtype_bytes}
+    kept: dict[Recompute, int] = {"none": layer, "full": dims.hidden * dtype_bytes}
     # Attention outputs with their float32 log-sum-exps, and the layer's input.
     kept["attention"] = kept["full"] + dims.heads * (dims.head_dim * dtype_bytes + 4)
     again = 0 if set(keep) == {"none"} else layer
@@ -139,14 +139,14 @@ def memory_plan(
     return MemoryPlan(*(getattr(parts, name) / GIB for name in MemoryPlan.__slots__))
 
 
-def fewest_layers_again(dims: ModelDims, capacity_gib: float, **sizes: Any) -> list[Keep]:
+def fewest_recomputed_layers(dims: ModelDims, capacity_gib: float, **sizes: Any) -> list[Recompute]:
     """Implements ``activation_checkpointing: auto``: the setting with the least recomputation whose memory plan fits.
 
     Tries ``attention`` in as few layers as possible; if ``attention`` in all layers is not enough, ``full`` in as few layers as
     possible; if nothing fits, ``full`` in all. The first layers recompute more than the last ones: the backward needs the
     activations of the last layers first, and frees them before all gradients exist."""
-    steps: list[tuple[Keep, Keep]] = [("attention", "none"), ("full", "attention")]
-    keep: list[Keep] = []
+    steps: list[tuple[Recompute, Recompute]] = [("attention", "none"), ("full", "attention")]
+    keep: list[Recompute] = []
     for more, less in steps:
         for count in range(dims.layers + 1):
             keep = [more if layer < count else less for layer in range(dims.layers)]

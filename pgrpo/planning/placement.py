@@ -20,9 +20,9 @@ from pgrpo.model.lora import adapter_parameters, add_adapters
 from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.planning.flops import GIB, ModelDims, parameter_count
-from pgrpo.planning.memory import fewest_layers_again, memory_plan
+from pgrpo.planning.memory import fewest_recomputed_layers, memory_plan
 from pgrpo.rollout.vllm import start as vllm_start
-from pgrpo.types import Keep
+from pgrpo.types import Recompute
 
 USABLE_SHARE = 0.92
 """Share of a GPU's memory that may be planned. The rest is for the CUDA context, libraries and fragmentation."""
@@ -68,7 +68,9 @@ def wrap(model: PreTrainedModel, config: Config, world: World) -> Policy:
     """A policy whose layers run as configured. Does not move the weights."""
     dims = ModelDims.from_config(model.config)
     policy = Policy(model, config.rollout.temperature, attention_choice(config, dims, world.device))
-    set_up_layers(decoder_layers(model), kept_by_layer(config, dims, world), compiled=is_compiled(config, world.device))
+    set_up_layers(
+        decoder_layers(model), recompute_by_layer(config, dims, world), compiled=is_compiled(config, world.device)
+    )
     return policy
 
 
@@ -102,11 +104,11 @@ def attention_choice(config: Config, dims: ModelDims, device: torch.device) -> A
         kernel = choose_kernel(config.model.attention_kernel, device, compute_dtype(config), dims.head_dim)
     except ValueError as error:
         raise ConfigError(f"model.attention_kernel={config.model.attention_kernel}: {error}") from error
-    plan = "auto" if device.type == "cuda" else "two_calls"
-    return AttentionChoice(kernel.name, dims.heads, dims.kv_heads, dims.head_dim, plan, kernel.reason)
+    passes = "auto" if device.type == "cuda" else "two_passes"
+    return AttentionChoice(kernel.name, dims.heads, dims.kv_heads, dims.head_dim, passes, kernel.reason)
 
 
-def kept_by_layer(config: Config, dims: ModelDims, world: World) -> list[Keep]:
+def recompute_by_layer(config: Config, dims: ModelDims, world: World) -> list[Recompute]:
     """What the backward recomputes in each layer."""
     mode = config.model.activation_checkpointing
     if mode != "auto":
@@ -116,7 +118,7 @@ def kept_by_layer(config: Config, dims: ModelDims, world: World) -> list[Keep]:
     capacity = USABLE_SHARE * torch.cuda.get_device_properties(world.device).total_memory / GIB
     if engine_name(config, world.device) == "vllm":
         capacity -= SLEEPING_VLLM_GIB
-    return fewest_layers_again(dims, capacity, **plan_sizes(config, dims, world, world.device))
+    return fewest_recomputed_layers(dims, capacity, **plan_sizes(config, dims, world, world.device))
 
 
 class EngineChoice(NamedTuple):

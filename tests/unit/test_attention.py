@@ -40,11 +40,11 @@ def test_one_row_of_the_mask_by_hand():
     assert attention_mask(layout)[11].nonzero().flatten().tolist() == [3, 4, 11]
 
 
-@pytest.mark.parametrize("plan", ["two_calls", "concat"])
+@pytest.mark.parametrize("passes", ["two_passes", "copied_keys"])
 @pytest.mark.parametrize(("prefix_lens", "suffix_lens"), LENGTHS)
-def test_equals_the_dense_reference_in_fp64(prefix_lens, suffix_lens, plan):
-    layout = PackedLayout.from_lengths(prefix_lens, suffix_lens, choice=AttentionChoice(plan=plan))
-    assert bool(layout.numbers[-1]) == (plan == "concat" and any(prefix_lens))
+def test_equals_the_dense_reference_in_fp64(prefix_lens, suffix_lens, passes):
+    layout = PackedLayout.from_lengths(prefix_lens, suffix_lens, choice=AttentionChoice(passes=passes))
+    assert bool(layout.sizes.longest_copy) == (passes == "copied_keys" and any(prefix_lens))
     q, k, v, dout = inputs(int(layout.cu_seqlens[-1]), torch.float64)
     got = run(lambda q, k, v: grouped_attention(q, k, v, layout, 0.25), (q, k, v), dout)
     want = run(lambda q, k, v: reference_attention(q, k, v, layout, 0.25)[0], (q, k, v), dout)
@@ -52,11 +52,11 @@ def test_equals_the_dense_reference_in_fp64(prefix_lens, suffix_lens, plan):
         assert (a - b).abs().max() < 1e-13, name
 
 
-@pytest.mark.parametrize("plan", ["two_calls", "concat"])
+@pytest.mark.parametrize("passes", ["two_passes", "copied_keys"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("prefix_lens", "suffix_lens"), [([33, 20], [[20, 31], [11, 0, 22]]), ([128], [[40] * 8])])
-def test_low_precision_error_is_at_most_twice_that_of_a_plain_computation(dtype, prefix_lens, suffix_lens, plan):
-    layout = PackedLayout.from_lengths(prefix_lens, suffix_lens, choice=AttentionChoice(plan=plan))
+def test_low_precision_error_is_at_most_twice_that_of_a_plain_computation(dtype, prefix_lens, suffix_lens, passes):
+    layout = PackedLayout.from_lengths(prefix_lens, suffix_lens, choice=AttentionChoice(passes=passes))
     q, k, v, dout = inputs(int(layout.cu_seqlens[-1]), dtype)
 
     def reference(q, k, v):
@@ -76,5 +76,5 @@ def test_the_op_is_well_formed_for_compile_and_autograd():
     copies = (layout.copies.source, layout.copies.order, layout.copies.offsets, layout.copies.cu_seqlens)
     segments = (layout.cu_seqlens, layout.cu_seqlens_prefix, layout.cu_seqlens_group)
     op = torch.ops.pgrpo.grouped_attention.default
-    torch.library.opcheck(op, (q, k, v, *segments, *copies, layout.numbers, 0.25, "builtin"))
+    torch.library.opcheck(op, (q, k, v, *segments, *copies, layout.size_tensor, 0.25, "builtin"))
     torch.autograd.gradcheck(lambda q, k, v: grouped_attention(q, k, v, layout, 0.25), (q, k, v))

@@ -52,8 +52,8 @@ def test_the_worked_example():
     assert batch.layout.cu_seqlens_prefix.tolist() == [0, 3, 5]
     assert batch.layout.cu_seqlens_group.tolist() == [0, 5, 8]
     assert batch.layout.cu_seqlens.dtype == torch.int32
-    assert batch.layout.numbers.tolist() == [5, 3, 3, 5, 0]  # prefix rows, longest segment, prefix and group; no copies
-    assert (batch.layout.num_prefix_rows, batch.layout.max_sample) == (5, 6)
+    assert batch.layout.sizes == (5, 3, 3, 5, 0)  # prefix rows, longest segment, prefix and group; no copies
+    assert (batch.layout.sizes.prefix_rows, batch.layout.max_sample) == (5, 6)
     assert batch.logit_index.tolist() == [2, 5, 2, 7, 8, 4, 4, 11]
     assert batch.target_ids.tolist() == [21, 22, 31, 32, 33, 41, 51, 52]
     assert batch.unpack_index.tolist() == [0, 1, 3, 4, 5, 6, 9, 10]
@@ -71,7 +71,7 @@ def test_repeated_prompts_pack_every_sample_as_a_sequence():
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 1, 2, 3]
     lengths = batch.layout.cu_seqlens.diff()
     assert lengths[lengths > 0].tolist() == [5, 6, 3, 4]
-    assert batch.layout.num_prefix_rows == 0
+    assert batch.layout.sizes.prefix_rows == 0
     assert batch.logit_index.tolist() == [2, 3, 7, 8, 9, 12, 15, 16]
     shared = build_batch(worked_example())
     for name in ("target_ids", "unpack_index", "mask", "advantages", "rollout_logprobs"):

@@ -162,6 +162,6 @@ def test_the_bare_model_and_padded_batches_are_refused(tmp_path):
     plan = build_batch(tokens_as_groups([[3, 4]], [[[5]]])).layout
     ids = torch.tensor([[3, 4, 5]])
     with pytest.raises(UnsupportedAttentionError, match="packed row"):
-        model(input_ids=ids.repeat(2, 1), attention_plan=plan)
+        model(input_ids=ids.repeat(2, 1), attention_layout=plan)
     with pytest.raises(UnsupportedAttentionError, match="padding mask"):
-        model(input_ids=ids, attention_mask=torch.zeros(1, 1, 3, 3), attention_plan=plan)
+        model(input_ids=ids, attention_mask=torch.zeros(1, 1, 3, 3), attention_layout=plan)

@@ -17,7 +17,7 @@ from pgrpo.config import ModelConfig
 from pgrpo.model.lora import add_adapters
 from pgrpo.planning import flops, memory
 from pgrpo.planning.flops import ModelDims
-from pgrpo.types import Keep
+from pgrpo.types import Recompute
 
 QWEN3_4B = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
 SIZES = {
@@ -201,7 +201,7 @@ def test_activations_are_what_autograd_keeps(
     assert least <= saved / length / planned <= most
 
 
-def plan(dims: ModelDims, keep: Keep = "full", **changes) -> memory.MemoryPlan:
+def plan(dims: ModelDims, keep: Recompute = "full", **changes) -> memory.MemoryPlan:
     """Of layers that all compute the same again."""
     sizes: dict[str, Any] = {"token_budget": 1, "dtype_bytes": 2} | changes
     return memory.memory_plan(dims, keep=[keep for _ in range(dims.layers)], **sizes)
@@ -239,8 +239,8 @@ def test_memory_plan_of_checkpointing_and_offload() -> None:
     gradients = 2 * (2 * dims.layer_matrix + 151936 * 2560) / flops.GIB
     assert attention.layer_backward == pytest.approx(whole_layer + gradients)
     assert plan(dims, keep="none").layer_backward == pytest.approx(gradients)
-    parts: list[tuple[int, Keep]] = [(5, "full"), (10, "attention"), (21, "none")]
-    layers: list[Keep] = [mode for count, mode in parts for _ in range(count)]
+    parts: list[tuple[int, Recompute]] = [(5, "full"), (10, "attention"), (21, "none")]
+    layers: list[Recompute] = [mode for count, mode in parts for _ in range(count)]
     mixed = memory.memory_plan(dims, token_budget=1, dtype_bytes=2, keep=layers).activations
     assert mixed == pytest.approx(sum(count * plan(dims, keep=mode).activations / 36 for count, mode in parts))
     offloaded = plan(dims, offload=True)
@@ -291,19 +291,19 @@ def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
     dims = QWEN3_4B
     sizes: dict[str, Any] = {"token_budget": 16384, "dtype_bytes": 2, "offload": True}
 
-    def peak(keep: Sequence[Keep]) -> float:
+    def peak(keep: Sequence[Recompute]) -> float:
         return memory.memory_plan(dims, keep=keep, **sizes).peak
 
-    cases: list[tuple[Keep, Keep, float]] = [("attention", "none", 73.0), ("full", "attention", 40.0)]
+    cases: list[tuple[Recompute, Recompute, float]] = [("attention", "none", 73.0), ("full", "attention", 40.0)]
     for more, less, capacity in cases:
-        keep = memory.fewest_layers_again(dims, capacity, **sizes)
+        keep = memory.fewest_recomputed_layers(dims, capacity, **sizes)
         count = keep.count(more)
         assert 0 < count < 36
         assert keep == sorted(keep, key=[more, less].index)
-        fewer: list[Keep] = [*keep[1:], less]
+        fewer: list[Recompute] = [*keep[1:], less]
         assert peak(keep) <= capacity < peak(fewer)
-    assert memory.fewest_layers_again(dims, 1000.0, **sizes) == ["none"] * 36
-    assert memory.fewest_layers_again(dims, 10.0, **sizes) == ["full"] * 36
+    assert memory.fewest_recomputed_layers(dims, 1000.0, **sizes) == ["none"] * 36
+    assert memory.fewest_recomputed_layers(dims, 10.0, **sizes) == ["full"] * 36
 
 
 def test_memory_plan_of_lora() -> None:

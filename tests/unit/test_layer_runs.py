@@ -16,7 +16,7 @@ from pgrpo.packing.batch import build_batch
 LAYERS = 3
 
 
-def make_policy(keep: layers.Keep = "none", compiled=False, dtype=torch.float64, lora=False):
+def make_policy(keep: layers.Recompute = "none", compiled=False, dtype=torch.float64, lora=False):
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,

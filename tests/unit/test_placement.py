@@ -13,7 +13,7 @@ from pgrpo.commands import doctor
 from pgrpo.config import Config, ConfigError, ModelConfig
 from pgrpo.distributed.world import World
 from pgrpo.planning.flops import ModelDims
-from pgrpo.planning.placement import attention_choice, check_device, is_compiled, kept_by_layer
+from pgrpo.planning.placement import attention_choice, check_device, is_compiled, recompute_by_layer
 
 DIMS = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -25,9 +25,9 @@ def config(**model) -> Config:
 
 def test_a_cpu_runs_the_builtin_kernel_plainly():
     choice = attention_choice(config(dtype="float32"), DIMS, CPU)
-    assert (choice.kernel, choice.plan, choice.heads, choice.kv_heads, choice.head_dim) == (
+    assert (choice.kernel, choice.passes, choice.heads, choice.kv_heads, choice.head_dim) == (
         "builtin",
-        "two_calls",
+        "two_passes",
         32,
         8,
         128,
@@ -37,7 +37,7 @@ def test_a_cpu_runs_the_builtin_kernel_plainly():
     assert is_compiled(config(), GPU)
     assert is_compiled(config(compile=True), CPU)
     assert not is_compiled(config(compile=False), GPU)
-    assert kept_by_layer(config(), DIMS, World(0, 1, CPU)) == ["none"] * 36
+    assert recompute_by_layer(config(), DIMS, World(0, 1, CPU)) == ["none"] * 36
 
 
 def test_a_named_kernel_that_cannot_run_is_an_error_that_says_why():
@@ -148,12 +148,12 @@ def test_auto_checkpointing_on_a_gpu_spares_the_last_layers(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
     chosen = config()
     chosen.optim.offload = "cpu"
-    kept = kept_by_layer(chosen, DIMS, World(0, 1, GPU))
+    kept = recompute_by_layer(chosen, DIMS, World(0, 1, GPU))
     again = kept.count("attention")
     assert 0 < again < 36
     assert kept == ["attention"] * again + ["none"] * (36 - again)
     chosen.model.activation_checkpointing = "full"
-    assert kept_by_layer(chosen, DIMS, World(0, 1, GPU)) == ["full"] * 36
+    assert recompute_by_layer(chosen, DIMS, World(0, 1, GPU)) == ["full"] * 36
 
 
 def test_what_a_device_cannot_do_is_refused():
@@ -176,7 +176,7 @@ def test_what_a_device_cannot_do_is_refused():
 def test_the_plan_follows_the_lengths():
     """Short prompts and long completions are copied; long prompts are not."""
     choice = AttentionChoice("flash4", 32, 8, 128, "auto")
-    assert choice.choose([64], [[4096] * 4]) == "concat"
-    assert choice.choose([512], [[2048] * 8]) == "concat"
-    assert choice.choose([8192], [[256] * 8]) == "two_calls"
-    assert choice.choose([4096] * 4, [[256] * 16] * 4) == "two_calls"
+    assert choice.choose([64], [[4096] * 4]) == "copied_keys"
+    assert choice.choose([512], [[2048] * 8]) == "copied_keys"
+    assert choice.choose([8192], [[256] * 8]) == "two_passes"
+    assert choice.choose([4096] * 4, [[256] * 16] * 4) == "two_passes"

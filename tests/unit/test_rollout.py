@@ -47,9 +47,9 @@ class Counting:
     def device(self):
         return self.policy.device
 
-    def next_logits(self, input_ids_T, position_ids_T, plan, rows_B):
+    def next_logits(self, input_ids_T, position_ids_T, layout, rows_B):
         self.calls.append((len(input_ids_T), len(rows_B)))
-        return self.policy.next_logits(input_ids_T, position_ids_T, plan, rows_B)
+        return self.policy.next_logits(input_ids_T, position_ids_T, layout, rows_B)
 
 
 class Scripted:
@@ -61,7 +61,7 @@ class Scripted:
         self.scripts = scripts  # one for each prompt (of one token); the same token at the same position is said by one
         self.calls: list[list[int]] = []
 
-    def next_logits(self, input_ids_T, position_ids_T, plan, rows_B):
+    def next_logits(self, input_ids_T, position_ids_T, layout, rows_B):
         if not self.calls:
             following = [script[0] for script in self.scripts]
         else:

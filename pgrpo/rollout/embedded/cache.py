@@ -20,7 +20,7 @@ from pgrpo.attention.merge import merge_
 
 
 class DecodeCache:
-    """An attention plan (``attention.interface``) that is first shown all prompts, packed, and then one token a row.
+    """A layout (``attention.hook.DecodingLayout``) that is first shown all prompts, packed, and then one token a row.
 
     Args:
         prompt_lens: N prompt lengths.

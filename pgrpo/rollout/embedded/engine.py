@@ -31,7 +31,9 @@ class DecodingPolicy(Root, Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def next_logits(self, input_ids_T: Tensor, position_ids_T: Tensor, plan: DecodeCache, rows_B: Tensor) -> Tensor: ...
+    def next_logits(
+        self, input_ids_T: Tensor, position_ids_T: Tensor, layout: DecodeCache, rows_B: Tensor
+    ) -> Tensor: ...
 
 
 class EmbeddedEngine:
