@@ -89,7 +89,6 @@ def test_a_file_imports_from_lower_layers_only(path: Path) -> None:
     assert violations(path, path.read_text()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="a layout calls the attention it describes")
 def test_no_file_imports_itself_by_way_of_others() -> None:
     graph = {module_of(path): own_imports(path.read_text()) for path in FILES}
     assert cycle(graph) is None
