@@ -33,7 +33,7 @@ from pgrpo.distributed.world import World, start
 from pgrpo.model.policy import Policy
 from pgrpo.planning.flops import GIB
 from pgrpo.planning.placement import is_compiled
-from pgrpo.types import Keep
+from pgrpo.types import Recompute
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         "--shape", action="append", required=True, type=_shape, metavar="P,R,G[,N]", help="may be repeated"
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="without: all that can run here")
-    parser.add_argument("--checkpointing", nargs="+", choices=get_args(Keep), default=["none"])
+    parser.add_argument("--checkpointing", nargs="+", choices=get_args(Recompute), default=["none"])
     parser.add_argument("--random-weights", action="store_true", help="made up from the model's config.json alone")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -89,8 +89,8 @@ def _shape(text: str) -> Shape:
 
 
 def _resident_peaks(
-    config: Config, shapes: list[Shape], methods: list[str], checkpointing: list[Keep], random_weights: bool
-) -> dict[tuple[Shape, Keep, str], float]:
+    config: Config, shapes: list[Shape], methods: list[str], checkpointing: list[Recompute], random_weights: bool
+) -> dict[tuple[Shape, Recompute, str], float]:
     """GiB of each update, one child process at a time."""
     cpu = torch.device("cpu")
     peaks = {}
@@ -105,7 +105,7 @@ def _resident_peaks(
     return peaks
 
 
-def _peak_resident_gib(config: Config, method: str, shape: Shape, keep: Keep, random_weights: bool) -> float:
+def _peak_resident_gib(config: Config, method: str, shape: Shape, keep: Recompute, random_weights: bool) -> float:
     """Of one update, over what this process held before it loaded the model."""
     before, world = _resident_gib("VmRSS"), World(0, 1, torch.device("cpu"))
     policy = load(config, shape.prompt + shape.completion, world, random_weights)
@@ -122,7 +122,7 @@ def _resident_gib(field: str) -> float:
     return kib * 1024 / GIB
 
 
-def _profile(policy: Policy, shape: Shape, keep: Keep, config: Config, file: Path) -> None:
+def _profile(policy: Policy, shape: Shape, keep: Recompute, config: Config, file: Path) -> None:
     job = make_job(policy, "grouped", random_groups(shape, policy.model.config.vocab_size))
     job.update(keep, is_compiled(config, policy.device))
     with torch.profiler.profile() as profile:
