@@ -74,7 +74,8 @@ def redact(value: T) -> T:
     if is_dataclass(value):
         return redact({field.name: getattr(value, field.name) for field in fields(value)})  # pyright: ignore[reportReturnType]
     if isinstance(value, Mapping):
-        return {redact(key): redact(item) for key, item in value.items()}  # pyright: ignore[reportReturnType]
+        items: Any = {redact(key) if isinstance(key, str) else key: redact(item) for key, item in value.items()}
+        return items
     if isinstance(value, list | tuple):
         return [redact(item) for item in value]  # pyright: ignore[reportReturnType]
     return value

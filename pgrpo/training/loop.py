@@ -237,7 +237,7 @@ def _dump(run: Run, groups: Sequence[Group]) -> str:
     file = run.run_dir / f"bad_batch_step_{run.progress.step + 1}.json"
     try:
         if run.world.is_main:
-            rows = redact(list(groups))
+            rows: Any = redact(list(groups))
             for row in rows:
                 for part in (row["prompt"], *row["completions"]):
                     if REDACTED in part["text"]:

@@ -6,6 +6,7 @@ import copy
 import math
 import re
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -245,6 +246,23 @@ def test_secrets_are_redacted(monkeypatch: pytest.MonkeyPatch, folder: Path) -> 
     assert "s3cret" not in to_yaml(copy.deepcopy(loaded))
     assert "s3cret" not in to_yaml(replace(loaded, seed=1))
     assert f"model.path: '{REDACTED}' was redacted" in refused(write(folder / "c.yaml", text), "data.path=d")
+
+
+@pytest.mark.parametrize("name", ["KEY", "'KEY'", "${oc.env:NAME_OF}", "K${oc.env:REST}"])
+def test_a_secret_in_a_key_of_another_type_is_in_no_error(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """However the variable is written; also where it is cut, and where its characters are escaped."""
+    monkeypatch.setenv("KEY", 'sk-ab"c\\d\nsecond line')
+    monkeypatch.setenv("NAME_OF", "KEY")
+    monkeypatch.setenv("REST", "EY")
+    for changed in (
+        {"seed": f"${{oc.env:{name}}}"},
+        {"prompt": {"messages": [{"role": f"${{oc.env:{name}}}", "content": "x"}]}},
+    ):
+        with pytest.raises(ConfigError) as refused:
+            load_config({**BASE, **changed})
+        shown = "".join(traceback.format_exception(refused.value))
+        assert REDACTED in shown
+        assert "sk-ab" not in shown and "second line" not in shown
 
 
 # --- refusals: keys

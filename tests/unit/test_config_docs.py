@@ -103,3 +103,13 @@ def test_the_example_of_a_guide_loads(name: str, tmp_path: Path, monkeypatch: py
 def test_a_verl_override_is_answered() -> None:
     assert suggest("actor_rollout_ref.model.path", valid_keys()) == "here it is model.path"
     assert suggest("actor_rollout_ref.actor.optim.lr", valid_keys()) == "here it is optim.lr"
+
+
+def test_make_clean_leaves_runs_and_models_alone():
+    """Beside caches of tools it removes what the Makefile's own targets make, and of runs/ only the quick start's."""
+    makefile = (ROOT / "Makefile").read_text()
+    assert "RUN := runs/quickstart\n" in makefile
+    (rule,) = re.findall(r"^clean:\n((?:\t.*\n?)+)", makefile, re.MULTILINE)
+    assert rule.split() == [
+        "rm", "-rf", ".venv", ".venv-vllm", ".cache/tiny_qwen3", "$(RUN)", ".pytest_cache", ".ruff_cache", ".hypothesis"
+    ]  # fmt: skip
