@@ -17,6 +17,7 @@ import torch
 
 import pgrpo
 from pgrpo import checkpoint
+from pgrpo.config import secrets
 from pgrpo.distributed.world import World
 from pgrpo.training.loop import _dump
 from pgrpo.training.progress import Progress
@@ -101,3 +102,26 @@ def test_the_batch_holds_all_of_its_numbers_whatever_its_rows_hold(tmp_path):
     assert completion["token_ids"] == [5, 6, 7] and completion["mask"] == [True, True, False]
     assert read["prompt"]["token_ids"] == [1, 2] and read["prompt"]["index"] == 3 and read["advantages"] == [0.25]
     assert read["prompt"]["columns"]["half"] == "\ud83d" and read["prompt"]["columns"]["answer"] == "4"
+
+
+def test_a_dumped_batch_holds_no_secret_and_is_not_written_through_a_link(tmp_path, monkeypatch):
+    """Neither in a text, however JSON escapes it, nor in a column's own types, nor as token ids."""
+    secret = 'ab"c\\d'
+    monkeypatch.setattr(secrets, "_spellings", [])
+    secrets.remember(secret)
+    columns = {"set": {secret}, "list": [(secret,)], secret: 1, "n": 0.123456789}
+    texts = [secret, "4"]
+    done = [Completion([5 + i], [-0.5], [True], "stop", text) for i, text in enumerate(texts)]
+    group = Group(Prompt(3, f"key {secret}", [1, 2], columns), done, [1.0, 0.0])
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "bad_batch_step_5.json").symlink_to(tmp_path / "victim")
+    run: Any = SimpleNamespace(run_dir=tmp_path, progress=Progress(step=4), world=World(0, 1, torch.device("cpu")))
+    assert _dump(run, [group]).endswith("has the batch")
+    text = (tmp_path / "bad_batch_step_5.json").read_text()
+    [read] = json.loads(text)
+    assert "ab" not in text.replace('"bad', "") and "c\\\\d" not in text
+    assert read["prompt"]["columns"] == {
+        "set": "{'(redacted)'}", "list": [["(redacted)"]], "(redacted)": 1, "n": 0.123456789
+    }  # fmt: skip
+    assert [part["token_ids"] for part in (read["prompt"], *read["completions"])] == ["(redacted)", "(redacted)", [6]]
+    assert (tmp_path / "victim").read_text() == "precious"
