@@ -16,7 +16,7 @@ import select
 import struct
 import sys
 import time
-from _signal import ITIMER_REAL, SIGALRM, SIGKILL, setitimer, signal  # pyright: ignore[reportMissingImports]
+from _signal import ITIMER_REAL, SIG_IGN, SIGALRM, SIGINT, SIGKILL, setitimer, signal  # pyright: ignore[reportMissingImports]
 
 # System calls that a program has no business with, by number on (x86_64, aarch64). None: there is no such call.
 DENIED = {
@@ -35,7 +35,7 @@ DENIED = {
     "kexec_load": (246, 104), "init_module": (175, 105), "finit_module": (313, 273),
     "syslog": (103, 116),
 }  # fmt: skip
-CLONE, CLONE3, SOCKET = (56, 220), (435, 435), (41, 198)
+CLONE, CLONE3, SOCKET, PRLIMIT = (56, 220), (435, 435), (41, 198), (302, 261)
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
 
 EPERM, EACCES, ENOSYS = 1, 13, 38
@@ -121,10 +121,13 @@ def filter_system_calls() -> None:
         (equal, 0, 1, CLONE3[column]),
         (give, 0, 0, error | ENOSYS),
     ]  # its flags cannot be read; libc then uses clone
-    # 16: the first argument. clone: CLONE_THREAD only. socket: AF_UNIX only.
+    # 16: the first argument. clone: CLONE_THREAD only. socket: AF_UNIX only. prlimit64: of itself only, not of the
+    # supervisor, whose death would pass for a fault of the sandbox.
     rules += [(equal, 0, 4, CLONE[column]), (load, 0, 0, 16), (has_bit, 1, 0, 0x10000), (give, 0, 0, error | EPERM)]
     rules += [(give, 0, 0, allow)]
     rules += [(equal, 0, 4, SOCKET[column]), (load, 0, 0, 16), (equal, 1, 0, 1), (give, 0, 0, error | EACCES)]
+    rules += [(give, 0, 0, allow)]
+    rules += [(equal, 0, 4, PRLIMIT[column]), (load, 0, 0, 16), (equal, 1, 0, 0), (give, 0, 0, error | EPERM)]
     rules += [(give, 0, 0, allow), (give, 0, 0, allow)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
     program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(rules), ctypes.addressof(code)))
@@ -158,6 +161,7 @@ def supervise(child: int, spec: dict) -> None:
             os.write(2, b"OSError: more than %d files\n" % spec["files"])
             os._exit(1)
 
+    signal(SIGINT, SIG_IGN)  # the one signal that Python handles, so that the program could send it to here
     signal(SIGALRM, look)
     setitimer(ITIMER_REAL, 0.02, 0.02)
     while True:

@@ -295,6 +295,7 @@ def test_a_sandbox_that_fails_is_no_zero(monkeypatch: pytest.MonkeyPatch, tmp_pa
     def dies(self: Sandbox, program: str, *args: Any) -> Any:
         running = start(self, program, *args)
         if "answer(" in program.splitlines()[-1]:
+            running.wait_ready()
             running._process.kill()
             running._process.wait()
         return running
