@@ -12,6 +12,30 @@ from typing import Any
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 
+class Workers:
+    """``count`` worker processes, each call with a deadline of its own. They start with the first call and stay."""
+
+    def __init__(self, count: int, warm_up: Callable[[], None] | None = None) -> None:
+        # Not fork: the parent runs torch threads, which a forked child would find dead and their locks held.
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPool(count, initializer=warm_up, context=context)
+        self._waiting: set[ProcessFuture] = set()
+
+    def call(self, function: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float) -> ProcessFuture:
+        """Its result raises ``TimeoutError`` at the deadline, ``ProcessExpired`` where the process died by itself."""
+        future = self._pool.schedule(function, args=arguments, timeout=timeout_s)
+        self._waiting.add(future)
+        future.add_done_callback(self._waiting.discard)
+        return future
+
+    def close(self) -> None:
+        """End the processes; calls of other threads that wait for them raise ``CancelledError``."""
+        for future in list(self._waiting):  # a pool that stops leaves them unanswered
+            future.cancel()
+        self._pool.stop()
+        self._pool.join()
+
+
 class GradingPool:
     """Calls ``function`` in worker processes, which are started by the first call and stay.
 
@@ -22,43 +46,26 @@ class GradingPool:
 
     def __init__(self, function: Callable[..., Any], warm_up: Callable[[], None]) -> None:
         self._function, self._warm_up = function, warm_up
-        self._pool: ProcessPool | None = None
-        self._waiting: set[ProcessFuture] = set()
+        self._workers: Workers | None = None
 
     def grade(self, calls: Mapping[Any, tuple[Any, ...]], timeout_s: float) -> dict[Any, Any]:
         """Result by key of ``calls`` (key -> arguments); ``TimeoutError`` where it was killed at its deadline,
         ``ProcessExpired`` where its process died by itself (both as values, not raised)."""
-        futures = {
-            key: self._workers().schedule(self._function, args=arguments, timeout=timeout_s)
-            for key, arguments in calls.items()
-        }
-        self._waiting.update(futures.values())
+        workers = self._workers = self._workers or Workers(graders(), self._warm_up)
+        futures = {key: workers.call(self._function, arguments, timeout_s) for key, arguments in calls.items()}
         results = {}
-        try:
-            for key, future in futures.items():
-                try:
-                    results[key] = future.result()
-                except (TimeoutError, ProcessExpired) as error:
-                    results[key] = error
-        finally:
-            self._waiting.difference_update(futures.values())
+        for key, future in futures.items():
+            try:
+                results[key] = future.result()
+            except (TimeoutError, ProcessExpired) as error:
+                results[key] = error
         return results
 
     def close(self) -> None:
         """End the worker processes; calls of other threads that wait for them raise ``CancelledError``."""
-        for future in list(self._waiting):  # a pool that stops leaves them unanswered
-            future.cancel()
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
-            self._pool = None
-
-    def _workers(self) -> ProcessPool:
-        if self._pool is None:
-            # Not fork: the parent runs torch threads, which a forked child would find dead and their locks held.
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPool(graders(), initializer=self._warm_up, context=context)
-        return self._pool
+        if self._workers is not None:
+            self._workers.close()
+            self._workers = None
 
 
 class GradingThreads:

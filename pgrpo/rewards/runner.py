@@ -8,7 +8,6 @@ in the thread that scores, one after the other.
 from __future__ import annotations
 
 import math
-import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
@@ -16,10 +15,11 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, Self
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from pebble import ProcessExpired
 
 from pgrpo.config import ConfigError, RewardConfig
 from pgrpo.rewards.call import Caller, Reward, Unusable, describe, from_callable, from_config, work
+from pgrpo.rewards.pool import Workers
 from pgrpo.types import Completion, Group, Prompt
 
 Sample = tuple[Prompt, Completion]
@@ -66,8 +66,7 @@ class RewardRunner:
         self._on_error = on_error
         self._caller = Caller()
         self._closed = False
-        self._waiting: set[ProcessFuture] = set()
-        self._pools: dict[str, ProcessPool] = {}
+        self._pools: dict[str, Workers] = {}
 
     def correct(self, group: Group) -> list[bool]:
         """Which samples of a scored group are right: every reward that applies gave 1 or more, and one did apply. Penalties,
@@ -204,19 +203,17 @@ class RewardRunner:
             raise _CallError(f"it returned {len(result)} values for {len(samples)} completions")
         return result
 
-    def _pool(self, worker: str) -> ProcessPool:
+    def _pool(self, worker: str) -> Workers:
         """The process of a function's file or module: functions of one file share what it keeps."""
         if self._closed:
             raise RewardError("the rewards are closed")
         where = worker.rpartition(":")[0]
         if where not in self._pools:
-            # Not fork: this process runs torch threads, which a forked child would find dead and their locks held.
-            self._pools[where] = ProcessPool(1, context=multiprocessing.get_context("spawn"))
+            self._pools[where] = Workers(1)
         return self._pools[where]
 
     def _call_worker(self, reward: Reward, worker: str, arguments: dict[str, Any]) -> Any:
-        future = self._pool(worker).schedule(work, (worker, reward.key, arguments), timeout=reward.timeout_s)
-        self._waiting.add(future)
+        future = self._pool(worker).call(work, (worker, reward.key, arguments), reward.timeout_s)
         try:
             result, raised = future.result()
         except TimeoutError as error:
@@ -228,8 +225,6 @@ class RewardRunner:
             raise
         except Exception as error:
             raise _CallError(f"its arguments or result cannot cross a process: {describe(error)}") from error
-        finally:
-            self._waiting.discard(future)
         if raised is not None:
             raise _CallError(f"it raised {raised}")
         return result
@@ -237,12 +232,8 @@ class RewardRunner:
     def close(self) -> None:
         """End worker processes and threads, for good. Another call does nothing."""
         self._closed = True
-        # A pool that stops leaves its calls unanswered, and so the threads that wait for them.
-        for future in list(self._waiting):
-            future.cancel()
         for pool in self._pools.values():
-            pool.stop()
-            pool.join()
+            pool.close()
         self._pools.clear()
         self._caller.close()
         for reward in self._rewards:
