@@ -71,19 +71,19 @@ class TheirLayers:
         with torch.no_grad(), self._set_up("none"):
             return self.logprobs(self.model)
 
-    def update(self, keep: Recompute, compiled: bool) -> None:
-        with self._set_up(keep):
+    def update(self, recompute: Recompute, compiled: bool) -> None:
+        with self._set_up(recompute):
             self.logprobs(self.model).mean().backward()
         self.model.zero_grad(set_to_none=True)
 
     @contextmanager
-    def _set_up(self, keep: Recompute) -> Iterator[None]:
+    def _set_up(self, recompute: Recompute) -> Iterator[None]:
         layers = list(decoder_layers(self.model))
         before: list[Any] = [layer.forward for layer in layers]
         self.model.set_attn_implementation(self.attention)
         for layer in layers:
             run = partial(self.run_layer, layer)
-            layer.forward = run if keep == "none" else partial(checkpoint, run, use_reentrant=False)
+            layer.forward = run if recompute == "none" else partial(checkpoint, run, use_reentrant=False)
         try:
             yield
         finally:

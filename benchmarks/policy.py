@@ -70,10 +70,10 @@ def main(arguments: list[str] | None = None) -> list[Row]:
                     print(f"{method} is left out: {why}")
                 else:
                     makers[method] = partial(make_job, policy, method, groups)
-            for keep in args.checkpointing:
-                timed, rate = time_jobs(makers, policy, shape, keep, config, args.repeats)
+            for recompute in args.checkpointing:
+                timed, rate = time_jobs(makers, policy, shape, recompute, config, args.repeats)
                 for row in timed:
-                    row.peak_gib = peaks.get((shape, keep, row.method), row.peak_gib)
+                    row.peak_gib = peaks.get((shape, recompute, row.method), row.peak_gib)
                 rows += timed
                 if timed:
                     print_rows(timed, rate, config)
@@ -95,23 +95,23 @@ def _resident_peaks(
     cpu = torch.device("cpu")
     peaks = {}
     for shape in shapes:
-        for keep in checkpointing:
+        for recompute in checkpointing:
             for method in methods:
                 if why_not(method, cpu):
                     continue
                 with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                    future = pool.submit(_peak_resident_gib, config, method, shape, keep, random_weights)
-                    peaks[shape, keep, method] = future.result()
+                    future = pool.submit(_peak_resident_gib, config, method, shape, recompute, random_weights)
+                    peaks[shape, recompute, method] = future.result()
     return peaks
 
 
-def _peak_resident_gib(config: Config, method: str, shape: Shape, keep: Recompute, random_weights: bool) -> float:
+def _peak_resident_gib(config: Config, method: str, shape: Shape, recompute: Recompute, random_weights: bool) -> float:
     """Of one update, over what this process held before it loaded the model."""
     before, world = _resident_gib("VmRSS"), World(0, 1, torch.device("cpu"))
     policy = load(config, shape.prompt + shape.completion, world, random_weights)
     job = make_job(policy, method, random_groups(shape, policy.model.config.vocab_size))
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
-    job.update(keep, is_compiled(config, world.device))
+    job.update(recompute, is_compiled(config, world.device))
     return _resident_gib("VmHWM") - before
 
 
@@ -122,11 +122,11 @@ def _resident_gib(field: str) -> float:
     return kib * 1024 / GIB
 
 
-def _profile(policy: Policy, shape: Shape, keep: Recompute, config: Config, file: Path) -> None:
+def _profile(policy: Policy, shape: Shape, recompute: Recompute, config: Config, file: Path) -> None:
     job = make_job(policy, "grouped", random_groups(shape, policy.model.config.vocab_size))
-    job.update(keep, is_compiled(config, policy.device))
+    job.update(recompute, is_compiled(config, policy.device))
     with torch.profiler.profile() as profile:
-        job.update(keep, is_compiled(config, policy.device))
+        job.update(recompute, is_compiled(config, policy.device))
         World(0, 1, policy.device).synchronize()
     order = f"self_{policy.device.type}_time_total"
     file.write_text(profile.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=100))

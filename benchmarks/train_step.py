@@ -45,7 +45,7 @@ def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str,
     policy = wrap(model, config, world)
     place(policy, decoder_layers(model), world, compute_dtype(config))
     dims = ModelDims.from_config(model.config)
-    keep = recompute_by_layer(config, dims, world)
+    recompute = recompute_by_layer(config, dims, world)
     optimizer = build_optimizer(policy, config.optim)
     updater = Updater(config, world, policy, None, optimizer, lambda group: group_cost(dims, group, config))
     groups = random_groups(shape, model.config.vocab_size)
@@ -64,7 +64,7 @@ def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str,
         "ranks": world.size,
         "offload": config.optim.offload,
         "checkpointing": config.model.activation_checkpointing,
-        "layers": {mode: keep.count(mode) for mode in keep},
+        "layers": {mode: recompute.count(mode) for mode in recompute},
         "seconds": median,
         "tokens_per_s": metrics["tokens/packed"] / median,
         "samples_per_s": shape.groups * shape.group_size / median,

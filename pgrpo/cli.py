@@ -118,7 +118,7 @@ def bench(
     bench(
         settings,
         [Shape(*sizes) for sizes in shapes],
-        keep=checkpointing,
+        recompute=checkpointing,
         random_weights=random_weights,
         repeats=repeats,
     )

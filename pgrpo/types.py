@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
 Recompute = Literal["none", "attention", "full"]
-"""What of a layer is computed again in the backward: nothing, all but attention, or all of it."""
+"""What the backward recomputes in a layer: nothing, all but attention, or everything."""
 Messages = list[dict[str, str]]
 
 

@@ -38,8 +38,8 @@ class Job(Protocol):
         """[L] log-probs without gradient, in the order of a packed batch."""
         ...
 
-    def update(self, keep: Recompute, compiled: bool) -> None:
-        """A forward and a backward of their mean; ``keep`` says what the layers do not recompute."""
+    def update(self, recompute: Recompute, compiled: bool) -> None:
+        """A forward and a backward of their mean; ``recompute`` says what the backward of each layer recomputes."""
         ...
 
 
@@ -57,14 +57,19 @@ class Packed:
         with torch.no_grad():
             return self.policy(self.batch).logprobs
 
-    def update(self, keep: Recompute, compiled: bool) -> None:
-        set_up_layers(self.layers, [keep for _ in self.layers], compiled=compiled)
+    def update(self, recompute: Recompute, compiled: bool) -> None:
+        set_up_layers(self.layers, [recompute for _ in self.layers], compiled=compiled)
         self.policy(self.batch).logprobs.mean().backward()
         self.policy.zero_grad(set_to_none=True)
 
 
 def bench(
-    config: Config, shapes: Sequence[Shape], *, keep: Recompute = "none", random_weights: bool = False, repeats: int = 5
+    config: Config,
+    shapes: Sequence[Shape],
+    *,
+    recompute: Recompute = "none",
+    random_weights: bool = False,
+    repeats: int = 5,
 ) -> list[Row]:
     """Time grouped against repeated prompts on random tokens, and print a table for each shape.
 
@@ -74,7 +79,7 @@ def bench(
     A method that does not fit the device's memory is left out.
 
     Args:
-        keep: what the layers do not recompute in the backward (``model.activation_checkpointing``).
+        recompute: what the backward of each layer recomputes (``model.activation_checkpointing``).
         random_weights: make weights up from the model's config.json alone: speed does not depend on them.
 
     Raises:
@@ -91,7 +96,7 @@ def bench(
                     "grouped": lambda groups=groups: Packed(policy, groups, share_prompts=True),
                     "repeated": lambda groups=groups: Packed(policy, groups, share_prompts=False),
                 },
-                policy, shape, keep, config, repeats,
+                policy, shape, recompute, config, repeats,
             )  # fmt: skip
             if timed:
                 print_rows(timed, rate, config)
@@ -100,7 +105,12 @@ def bench(
 
 
 def time_jobs(
-    makers: Mapping[str, Callable[[], Job]], policy: Policy, shape: Shape, keep: Recompute, config: Config, repeats: int
+    makers: Mapping[str, Callable[[], Job]],
+    policy: Policy,
+    shape: Shape,
+    recompute: Recompute,
+    config: Config,
+    repeats: int,
 ) -> tuple[list[Row], float]:
     """Time jobs of one shape in turn; log-probs are compared with those of the first one that fits.
 
@@ -116,7 +126,7 @@ def time_jobs(
         try:  # compiles and warms up
             logprobs[method] = job.old()
             for _ in range(2):
-                job.update(keep, compiled)
+                job.update(recompute, compiled)
             jobs[method] = job
         except torch.OutOfMemoryError:
             policy.zero_grad(set_to_none=True)
@@ -132,7 +142,7 @@ def time_jobs(
             old[method].append(_milliseconds(job.old, device))
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            update[method].append(_milliseconds(lambda job=job: job.update(keep, compiled), device))
+            update[method].append(_milliseconds(lambda job=job: job.update(recompute, compiled), device))
             if device.type == "cuda":
                 peak[method] = torch.cuda.max_memory_allocated() / GIB
     rate = max(rate, _matmul_flops(device, config))
@@ -147,7 +157,7 @@ def time_jobs(
             Row(
                 **asdict(shape),
                 method=method,
-                checkpointing=keep,
+                checkpointing=recompute,
                 old_ms=old_ms,
                 update_ms=update_ms,
                 mfu_old=mfu(forward, old_ms / 1e3, rate),

@@ -43,9 +43,9 @@ def plan_text(config: Config) -> str:
     repeated = rollout.prompts_per_step * computed_tokens(prompt, completions, shared=False)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = World(0, ranks, device, fsdp_size=config.model.fsdp_size)
-    keep, layers = _layers(config, dims, world)
+    recompute, layers = _layers(config, dims, world)
     planned = torch.device("cpu" if config.model.dtype == "float32" else "cuda")  # the device that the config is for
-    memory = memory_plan(dims, keep=keep, **plan_sizes(config, dims, world, planned))
+    memory = memory_plan(dims, recompute=recompute, **plan_sizes(config, dims, world, planned))
     elsewhere = "" if planned.type == device.type else f", on a {planned.type} device"
     adapters = adapter_parameters(config.model, dims)
     epochs = config.train.epochs_per_step
@@ -71,16 +71,18 @@ def plan_text(config: Config) -> str:
 def _layers(config: Config, dims: ModelDims, world: World) -> tuple[list[Recompute], str]:
     """What the backward recomputes in each layer, and a description of how layers run."""
     choice = attention_choice(config, dims, world.device)
-    keep: list[Recompute] = recompute_by_layer(config, dims, world)
+    recompute: list[Recompute] = recompute_by_layer(config, dims, world)
     note = ""
     automatic = config.model.activation_checkpointing == "auto"
     if automatic and world.device.type == "cpu" and config.model.dtype != "float32":
-        keep = ["attention" for _ in keep]
+        recompute = ["attention" for _ in recompute]
         note = "; auto decides on the GPU, this is a conservative guess"
-    counts = [f"{mode} in {keep.count(mode)} of {dims.layers}" for mode in ("full", "attention") if mode in keep]
+    counts = [
+        f"{mode} in {recompute.count(mode)} of {dims.layers}" for mode in ("full", "attention") if mode in recompute
+    ]
     compiled = "compiled" if is_compiled(config, world.device) else "not compiled"
     return (
-        keep,
+        recompute,
         f"{compiled} here, {choice.kernel} attention kernel ({choice.reason}), activation checkpointing: "
         f"{', '.join(counts) or 'none'}{note}",
     )

@@ -16,18 +16,18 @@ from pgrpo.attention.layout import PackedLayout
 from pgrpo.types import Recompute
 
 
-def set_up_layers(layers: Iterable[nn.Module], keep: Sequence[Recompute], *, compiled: bool) -> None:
+def set_up_layers(layers: Iterable[nn.Module], recompute: Sequence[Recompute], *, compiled: bool) -> None:
     """Replace the forward of each layer on packed batches; other forwards (sampling) are unchanged.
 
     Hooks of the layer (FSDP2's) stay outside: they see one forward and one backward, whatever is recomputed.
 
     Args:
         layers: decoder layers whose forward takes ``attention_layout`` as a keyword.
-        keep: one entry a layer: what its backward recomputes.
+        recompute: one entry a layer: what its backward recomputes.
         compiled: use ``torch.compile`` with dynamic shapes; all layers of a kind share one compilation for each gradient mode.
     """
-    for layer, kept in zip(layers, keep, strict=True):
-        run = _runner(kept, compiled)
+    for layer, mode in zip(layers, recompute, strict=True):
+        run = _runner(mode, compiled)
         layer.forward = partial(_forward, layer, run, _runner("none", compiled))  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -40,8 +40,8 @@ def _forward(
 
 
 @cache
-def _runner(kept: Recompute, compiled: bool) -> Callable[..., Tensor]:
-    run = {"none": _plain, "attention": _keeping_attention, "full": _keeping_inputs}[kept]
+def _runner(mode: Recompute, compiled: bool) -> Callable[..., Tensor]:
+    run = {"none": _plain, "attention": _all_but_attention, "full": _everything}[mode]
     if not compiled:
         return run
     compiled_run = torch.compile(run, dynamic=True, fullgraph=True)
@@ -63,15 +63,15 @@ def _plain(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 
-def _keeping_attention(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    contexts = partial(create_selective_checkpoint_contexts, _attention_is_kept)
+def _all_but_attention(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    contexts = partial(create_selective_checkpoint_contexts, _save_attention)
     return checkpoint(_plain, layer, *args, use_reentrant=False, context_fn=contexts, **kwargs)  # pyright: ignore[reportReturnType]
 
 
-def _keeping_inputs(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+def _everything(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
     return checkpoint(_plain, layer, *args, use_reentrant=False, **kwargs)  # pyright: ignore[reportReturnType]
 
 
-def _attention_is_kept(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    kept = op is torch.ops.pgrpo.grouped_attention.default
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _save_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    is_attention = op is torch.ops.pgrpo.grouped_attention.default
+    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE

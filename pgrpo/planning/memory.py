@@ -72,11 +72,11 @@ def memory_plan(
     dims: ModelDims,
     *,
     token_budget: int,
-    keep: Sequence[Recompute],
+    recompute: Sequence[Recompute],
     dtype_bytes: int,
     compiled: bool = False,
     ranks: int = 1,
-    copies: int = 1,
+    replicas: int = 1,
     adapters: int = 0,
     reference: bool = False,
     ref_offload: bool = False,
@@ -91,11 +91,11 @@ def memory_plan(
 
     Args:
         token_budget: packed tokens in one micro-batch.
-        keep: one entry a layer: what its backward recomputes.
+        recompute: one entry a layer: what its backward recomputes.
         dtype_bytes: of the compute dtype: 2 (bfloat16) or 4 (float32).
         compiled: whether the layers are compiled; compiled layers keep less for the backward.
         ranks: devices that weights, gradients and moments are split over.
-        copies: number of replicas (hybrid sharding).
+        replicas: number of such sets of devices (hybrid sharding).
         adapters: number of parameters that LoRA trains; 0 trains all of the model's.
         reference: whether there is a KL term to the initial model.
         ref_offload: whether that model is in host memory, except its gathered embedding and head.
@@ -117,7 +117,7 @@ def memory_plan(
     kept: dict[Recompute, int] = {"none": layer, "full": dims.hidden * dtype_bytes}
     # Attention outputs with their float32 log-sum-exps, and the layer's input.
     kept["attention"] = kept["full"] + dims.heads * (dims.head_dim * dtype_bytes + 4)
-    again = 0 if set(keep) == {"none"} else layer
+    recomputed = 0 if set(recompute) == {"none"} else layer
     kv_row = 2 * dims.layers * dims.kv_heads * dims.head_dim * dtype_bytes
     kv_rows = concurrent * completion_tokens + -(-concurrent // group_size) * prompt_tokens
     parts = MemoryPlan(
@@ -129,10 +129,10 @@ def memory_plan(
         if reference and not adapters
         else 0,
         gathered=gathered * dtype_bytes,
-        activations=sum(kept[mode] for mode in keep) * token_budget,
+        activations=sum(kept[mode] for mode in recompute) * token_budget,
         logprobs=logit_chunk_bytes + head * (4 + dtype_bytes),
-        layer_backward=again * token_budget + (gradients + head) * dtype_bytes,
-        reductions=trained if copies > 1 else 0,
+        layer_backward=recomputed * token_budget + (gradients + head) * dtype_bytes,
+        reductions=trained if replicas > 1 else 0,
         adam_scratch=OFFLOAD_SCRATCH if offload else trained if dtype_bytes == 4 else 0,
         kv_cache=kv_row * kv_rows,
     )
@@ -146,13 +146,13 @@ def fewest_recomputed_layers(dims: ModelDims, capacity_gib: float, **sizes: Any)
     possible; if nothing fits, ``full`` in all. The first layers recompute more than the last ones: the backward needs the
     activations of the last layers first, and frees them before all gradients exist."""
     steps: list[tuple[Recompute, Recompute]] = [("attention", "none"), ("full", "attention")]
-    keep: list[Recompute] = []
+    recompute: list[Recompute] = []
     for more, less in steps:
         for count in range(dims.layers + 1):
-            keep = [more if layer < count else less for layer in range(dims.layers)]
-            if memory_plan(dims, keep=keep, **sizes).peak <= capacity_gib:
-                return keep
-    return keep
+            recompute = [more if layer < count else less for layer in range(dims.layers)]
+            if memory_plan(dims, recompute=recompute, **sizes).peak <= capacity_gib:
+                return recompute
+    return recompute
 
 
 def _layer_activations(dims: ModelDims, dtype_bytes: int, *, compiled: bool) -> int:

@@ -161,7 +161,9 @@ def vllm_memory_share(config: Config, dims: ModelDims, world: World) -> float:
         return CPU_SHARE
     total = torch.cuda.get_device_properties(world.device).total_memory / GIB
     sizes = plan_sizes(config, dims, world, world.device)
-    plan = memory_plan(dims, keep=["none" for _ in range(dims.layers)], **sizes)  # `keep` matters for updates only
+    plan = memory_plan(
+        dims, recompute=["none" for _ in range(dims.layers)], **sizes
+    )  # `recompute` matters for updates only
     held = plan.weights + plan.moments + plan.reference
     share = USABLE_SHARE - (held + SLEEPING_VLLM_GIB) / total
     rollout, width = config.rollout, compute_dtype(config).itemsize
@@ -187,7 +189,7 @@ def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.devi
         "dtype_bytes": compute_dtype(config).itemsize,
         "compiled": is_compiled(config, device),
         "ranks": world.shards,
-        "copies": world.size // world.shards,
+        "replicas": world.size // world.shards,
         "adapters": adapter_parameters(config.model, dims),
         "reference": bool(config.loss.kl_coef),
         "ref_offload": config.loss.ref_offload == "cpu",

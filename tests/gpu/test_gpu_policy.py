@@ -35,9 +35,9 @@ def make_model(attention, dtype):
         return transformers.AutoModelForCausalLM.from_config(CONFIG, attn_implementation=attention, dtype=dtype).train()
 
 
-def make_policy(keep: layers.Recompute = "none", compiled=False, dtype=torch.bfloat16, passes: Any = "auto"):
+def make_policy(recompute: layers.Recompute = "none", compiled=False, dtype=torch.bfloat16, passes: Any = "auto"):
     model = make_model(ATTENTION_NAME, dtype)
-    layers.set_up_layers(model.model.layers, [keep for _ in range(LAYERS)], compiled=compiled)
+    layers.set_up_layers(model.model.layers, [recompute for _ in range(LAYERS)], compiled=compiled)
     kernel = choose_kernel("auto", GPU, torch.bfloat16, 64)
     return Policy(model, attention=AttentionChoice(kernel.name, 8, 2, 64, passes, kernel.reason))
 
@@ -76,11 +76,11 @@ def test_bfloat16_is_no_further_from_float32_than_the_untouched_model(compiled, 
     assert ours <= 1.1 * theirs
 
 
-@pytest.mark.parametrize("keep", ["none", "attention", "full"])
-def test_compiled_and_checkpointed_gradients_agree_and_nothing_compiles_after_warm_up(keep):
+@pytest.mark.parametrize("recompute", ["none", "attention", "full"])
+def test_compiled_and_checkpointed_gradients_agree_and_nothing_compiles_after_warm_up(recompute):
     torch._dynamo.reset()
     layers._runner.cache_clear()
-    plain, compiled, rnd = make_policy(), make_policy(keep, compiled=True), random.Random(1)
+    plain, compiled, rnd = make_policy(), make_policy(recompute, compiled=True), random.Random(1)
 
     def compare(batch):
         got, wanted = gradients(compiled, batch), gradients(plain, batch)
@@ -99,8 +99,8 @@ def test_compiled_and_checkpointed_gradients_agree_and_nothing_compiles_after_wa
 
 def test_checkpointing_attention_takes_less_memory_than_none_and_more_than_full():
     peaks = []
-    for keep in ("none", "attention", "full"):
-        policy = make_policy(keep, compiled=True)
+    for recompute in ("none", "attention", "full"):
+        policy = make_policy(recompute, compiled=True)
         samples = tokens_as_groups([[7] * 4000], [[[8] * 2000] * 4])
         batch = build_batch(samples, device=GPU, attention=policy.attention)
         gradients(policy, batch)

@@ -92,7 +92,7 @@ def test_bench_of_lora_counts_no_gradient_of_frozen_weights(tiny_model):
 def test_bench_of_random_weights_needs_only_config_json(tiny_model, tmp_path):
     (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
     shapes = [Shape(8, 3, 2), Shape(5, 2, 3, 2)]
-    rows = bench(config(tmp_path), shapes, keep="attention", random_weights=True, repeats=1)
+    rows = bench(config(tmp_path), shapes, recompute="attention", random_weights=True, repeats=1)
     got = [(row.prompt, row.checkpointing, row.method) for row in rows]
     assert got == [(p, "attention", method) for p in (8, 5) for method in ("grouped", "repeated")]
 

@@ -195,16 +195,16 @@ def test_activations_are_what_autograd_keeps(
     saved = sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in constant)
 
     def activations(layers: int) -> float:
-        return plan(replace(dims, layers=layers), keep="none", dtype_bytes=dtype.itemsize).activations
+        return plan(replace(dims, layers=layers), recompute="none", dtype_bytes=dtype.itemsize).activations
 
     planned = (activations(2) - activations(1)) * flops.GIB
     assert least <= saved / length / planned <= most
 
 
-def plan(dims: ModelDims, keep: Recompute = "full", **changes) -> memory.MemoryPlan:
+def plan(dims: ModelDims, recompute: Recompute = "full", **changes) -> memory.MemoryPlan:
     """Of layers that all compute the same again."""
     sizes: dict[str, Any] = {"token_budget": 1, "dtype_bytes": 2} | changes
-    return memory.memory_plan(dims, keep=[keep for _ in range(dims.layers)], **sizes)
+    return memory.memory_plan(dims, recompute=[recompute for _ in range(dims.layers)], **sizes)
 
 
 def test_memory_plan() -> None:
@@ -221,7 +221,7 @@ def test_memory_plan() -> None:
     assert plan(dims, reference=True, ref_offload=True).reference == pytest.approx(root)
     assert plan(dims, reference=True, dtype_bytes=4).reference == one.weights
     assert plan(dims, ref_offload=True).reference == 0
-    assert plan(dims, token_budget=8192, keep="none").activations > 10 * one.activations
+    assert plan(dims, token_budget=8192, recompute="none").activations > 10 * one.activations
     sampled = plan(dims, concurrent=64, group_size=8, prompt_tokens=512, completion_tokens=1024)
     assert sampled.kv_cache == (64 * 1024 + 8 * 512) * 2 * 36 * 8 * 128 * 2 / 2**30
     assert one.peak == max(one.update, one.optimizer_step, one.rollout)
@@ -230,19 +230,19 @@ def test_memory_plan() -> None:
 
 def test_memory_plan_of_checkpointing_and_offload() -> None:
     dims = QWEN3_4B
-    attention = plan(dims, keep="attention")
+    attention = plan(dims, recompute="attention")
     # A token of a layer: its input (2560 bfloat16), attention's output (32 x 128 bfloat16) and log-sum-exps (32 float32).
     assert attention.activations == pytest.approx(36 * (2 * 2560 + 32 * (2 * 128 + 4)) / flops.GIB)
     assert plan(dims).activations == pytest.approx(36 * 2 * 2560 / flops.GIB)
     # The backward has one layer whole at a time, with gradients of two layers and of the head in bfloat16.
-    whole_layer = plan(dims, keep="none").activations / 36
+    whole_layer = plan(dims, recompute="none").activations / 36
     gradients = 2 * (2 * dims.layer_matrix + 151936 * 2560) / flops.GIB
     assert attention.layer_backward == pytest.approx(whole_layer + gradients)
-    assert plan(dims, keep="none").layer_backward == pytest.approx(gradients)
+    assert plan(dims, recompute="none").layer_backward == pytest.approx(gradients)
     parts: list[tuple[int, Recompute]] = [(5, "full"), (10, "attention"), (21, "none")]
     layers: list[Recompute] = [mode for count, mode in parts for _ in range(count)]
-    mixed = memory.memory_plan(dims, token_budget=1, dtype_bytes=2, keep=layers).activations
-    assert mixed == pytest.approx(sum(count * plan(dims, keep=mode).activations / 36 for count, mode in parts))
+    mixed = memory.memory_plan(dims, token_budget=1, dtype_bytes=2, recompute=layers).activations
+    assert mixed == pytest.approx(sum(count * plan(dims, recompute=mode).activations / 36 for count, mode in parts))
     offloaded = plan(dims, offload=True)
     assert (offloaded.moments, offloaded.weights, offloaded.gradients) == (0, attention.weights, attention.gradients)
 
@@ -259,10 +259,10 @@ def test_what_compiled_layers_keep_is_what_was_measured_on_a_gpu(prompt: int, gr
         if (row["prompt"], row["completion"], row["group_size"], row["method"]) == shape
     }
     sizes: dict[str, Any] = {"token_budget": prompt + group_size * 1024, "compiled": True}
-    none, attention = (plan(dims, keep=mode, **sizes).activations for mode in ("none", "attention"))
+    none, attention = (plan(dims, recompute=mode, **sizes).activations for mode in ("none", "attention"))
     planned = none - attention
     assert 0.95 < (peaks["none"] - peaks["attention"]) / planned < 1.05
-    eager = plan(dims, keep="none", **sizes | {"compiled": False}).activations
+    eager = plan(dims, recompute="none", **sizes | {"compiled": False}).activations
     assert eager > 1.5 * none
 
 
@@ -276,11 +276,11 @@ def test_the_plan_of_an_update_is_what_was_measured_on_a_gpu(file: str, row: int
     planned = memory.memory_plan(
         dims,
         token_budget=4096 + 8 * 1024,
-        keep=[mode for mode, count in measured["layers"].items() for _ in range(count)],
+        recompute=[mode for mode, count in measured["layers"].items() for _ in range(count)],
         dtype_bytes=2,
         compiled=True,
         ranks=measured.get("fsdp_size") or measured["ranks"],
-        copies=measured["ranks"] // (measured.get("fsdp_size") or measured["ranks"]),
+        replicas=measured["ranks"] // (measured.get("fsdp_size") or measured["ranks"]),
         offload=measured["offload"] == "cpu",
         logit_chunk_bytes=2 * 4096 * 151936,  # half of the completions' tokens
     )
@@ -291,17 +291,17 @@ def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
     dims = QWEN3_4B
     sizes: dict[str, Any] = {"token_budget": 16384, "dtype_bytes": 2, "offload": True}
 
-    def peak(keep: Sequence[Recompute]) -> float:
-        return memory.memory_plan(dims, keep=keep, **sizes).peak
+    def peak(recompute: Sequence[Recompute]) -> float:
+        return memory.memory_plan(dims, recompute=recompute, **sizes).peak
 
     cases: list[tuple[Recompute, Recompute, float]] = [("attention", "none", 73.0), ("full", "attention", 40.0)]
     for more, less, capacity in cases:
-        keep = memory.fewest_recomputed_layers(dims, capacity, **sizes)
-        count = keep.count(more)
+        recompute = memory.fewest_recomputed_layers(dims, capacity, **sizes)
+        count = recompute.count(more)
         assert 0 < count < 36
-        assert keep == sorted(keep, key=[more, less].index)
-        fewer: list[Recompute] = [*keep[1:], less]
-        assert peak(keep) <= capacity < peak(fewer)
+        assert recompute == sorted(recompute, key=[more, less].index)
+        fewer: list[Recompute] = [*recompute[1:], less]
+        assert peak(recompute) <= capacity < peak(fewer)
     assert memory.fewest_recomputed_layers(dims, 1000.0, **sizes) == ["none"] * 36
     assert memory.fewest_recomputed_layers(dims, 10.0, **sizes) == ["full"] * 36
 
@@ -318,7 +318,7 @@ def test_memory_plan_of_lora() -> None:
     assert all_weights.logprobs - lora.logprobs == 151936 * 2560 * 6 / 2**30
     layers = 2 * (dims.layer_matrix + adapters // 36)
     assert lora.gathered == pytest.approx(2 * (151936 * 2560 + layers) / 2**30)
-    whole_layer, gradients = plan(dims, keep="none").activations / 36, 2 * (2 * adapters // 36) / 2**30
+    whole_layer, gradients = plan(dims, recompute="none").activations / 36, 2 * (2 * adapters // 36) / 2**30
     assert lora.layer_backward == pytest.approx(whole_layer + gradients)
     assert lora.activations == all_weights.activations
     in_float32 = plan(dims, adapters=adapters, dtype_bytes=4)

@@ -1,4 +1,4 @@
-"""Compiled and checkpointed layers give the gradients of plain ones, and compute again only what they say."""
+"""Compiled and checkpointed layers give the gradients of plain ones, and recompute only what they say."""
 
 import random
 
@@ -16,7 +16,7 @@ from pgrpo.packing.batch import build_batch
 LAYERS = 3
 
 
-def make_policy(keep: layers.Recompute = "none", compiled=False, dtype=torch.float64, lora=False):
+def make_policy(recompute: layers.Recompute = "none", compiled=False, dtype=torch.float64, lora=False):
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
@@ -27,7 +27,7 @@ def make_policy(keep: layers.Recompute = "none", compiled=False, dtype=torch.flo
         add_adapters(model, ModelConfig(path="-", lora_rank=4), seed=0)
         for parameter in model.parameters():  # new adapters change nothing
             parameter.data += 0.1 * parameter.requires_grad * torch.randn_like(parameter)
-    layers.set_up_layers(model.model.layers, [keep for _ in range(LAYERS)], compiled=compiled)
+    layers.set_up_layers(model.model.layers, [recompute for _ in range(LAYERS)], compiled=compiled)
     return Policy(model)
 
 
@@ -62,22 +62,22 @@ def kernel_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize(("keep", "forwards"), [("none", 1), ("attention", 1), ("full", 2)])
-def test_checkpointing_changes_no_bit_and_attention_is_computed_again_only_under_full(
-    keep, forwards, lora, kernel_calls
+@pytest.mark.parametrize(("recompute", "forwards"), [("none", 1), ("attention", 1), ("full", 2)])
+def test_checkpointing_changes_no_bit_and_attention_is_recomputed_only_under_full(
+    recompute, forwards, lora, kernel_calls
 ):
     batch = random_batch(random.Random(0))
-    logprobs, gradients = update(make_policy(keep, lora=lora), batch)
+    logprobs, gradients = update(make_policy(recompute, lora=lora), batch)
     assert kernel_calls == {"varlen_forward": 2 * LAYERS * forwards, "varlen_backward": 2 * LAYERS}
     wanted_logprobs, wanted = update(make_policy(lora=lora), batch)
     assert torch.equal(logprobs, wanted_logprobs)
     assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
 
 
-@pytest.mark.parametrize("keep", ["none", "attention"])
-def test_checkpointing_keeps_less(keep):
+@pytest.mark.parametrize("recompute", ["none", "attention"])
+def test_checkpointing_keeps_less(recompute):
     """Bytes that autograd holds between forward and backward, the weights left out."""
-    policy, batch, held = make_policy(keep), random_batch(random.Random(0)), {}
+    policy, batch, held = make_policy(recompute), random_batch(random.Random(0)), {}
 
     def pack(tensor):
         held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -87,23 +87,23 @@ def test_checkpointing_keeps_less(keep):
         policy(batch)
     total = sum(held.values()) - sum(held.get(p.untyped_storage().data_ptr(), 0) for p in policy.parameters())
     tokens = len(batch.input_ids)
-    assert (total / tokens < 8 * LAYERS * 32 * 4) == (keep == "attention")
+    assert (total / tokens < 8 * LAYERS * 32 * 4) == (recompute == "attention")
 
 
 def compilations():
     """How many compiled versions there are of each function that runs a layer."""
     entries = torch._dynamo.eval_frame._debug_get_cache_entry_list
-    counts = {run: len(entries(getattr(layers, run).__code__)) for run in ("_plain", "_keeping_attention")}
+    counts = {run: len(entries(getattr(layers, run).__code__)) for run in ("_plain", "_all_but_attention")}
     return {run: count for run, count in counts.items() if count}
 
 
 @pytest.mark.timeout(900)  # compiles C++ four times
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("keep", ["none", "attention"])
-def test_compiled_layers_are_exact_and_compiled_once_for_each_gradient_mode(keep, lora):
+@pytest.mark.parametrize("recompute", ["none", "attention"])
+def test_compiled_layers_are_exact_and_compiled_once_for_each_gradient_mode(recompute, lora):
     torch._dynamo.reset()
     layers._runner.cache_clear()
-    plain, compiled = make_policy(lora=lora), make_policy(keep, compiled=True, lora=lora)
+    plain, compiled = make_policy(lora=lora), make_policy(recompute, compiled=True, lora=lora)
     rnd = random.Random(1)
 
     def compare(batch):
@@ -120,8 +120,8 @@ def test_compiled_layers_are_exact_and_compiled_once_for_each_gradient_mode(keep
     compare(random_batch(rnd))
     # With a gradient and without; layers that keep attention run as plain ones where there is no gradient. With LoRA the first
     # layer's input has no gradient, and the initial model is the same code with other numbers.
-    counts = {"none": {"_plain": 2 + lora}, "attention": {"_plain": 1, "_keeping_attention": 1 + lora}}
-    assert compilations() == counts[keep]
+    counts = {"none": {"_plain": 2 + lora}, "attention": {"_plain": 1, "_all_but_attention": 1 + lora}}
+    assert compilations() == counts[recompute]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for _ in range(20):
         compare(random_batch(rnd))

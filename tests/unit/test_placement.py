@@ -144,14 +144,14 @@ def test_doctor_goes_on_when_flash_attn_is_damaged(hopper, capsys):
 
 
 def test_auto_checkpointing_on_a_gpu_spares_the_last_layers(monkeypatch):
-    """80 GiB, moments in host memory: some layers compute again, the first ones."""
+    """80 GiB, moments in host memory: some layers recompute, the first ones."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
     chosen = config()
     chosen.optim.offload = "cpu"
-    kept = recompute_by_layer(chosen, DIMS, World(0, 1, GPU))
-    again = kept.count("attention")
-    assert 0 < again < 36
-    assert kept == ["attention"] * again + ["none"] * (36 - again)
+    modes = recompute_by_layer(chosen, DIMS, World(0, 1, GPU))
+    count = modes.count("attention")
+    assert 0 < count < 36
+    assert modes == ["attention"] * count + ["none"] * (36 - count)
     chosen.model.activation_checkpointing = "full"
     assert recompute_by_layer(chosen, DIMS, World(0, 1, GPU)) == ["full"] * 36
 
