@@ -102,7 +102,7 @@ def bench(
     ] = None,
     checkpointing: Annotated[
         Literal["none", "attention", "full"],
-        typer.Option(help="What layers compute again in the backward."),
+        typer.Option(help="What the backward of each layer recomputes."),
     ] = "none",
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="Make weights up from the model's config.json alone.")

@@ -24,7 +24,8 @@ MOST_TOKENS, MOST_STEPS, MOST_SECONDS = 2**20, 10**9, 1e7
 
 
 def number(default: Any, *, least: float | None = None, above: float | None = None, most: float) -> Any:
-    """A field that holds a number in a range. ``most`` is beyond every use, and small enough that memory and time bear it."""
+    """A field that holds a number in a range. ``most`` is above every sensible value, and small enough not to exhaust memory or
+    time."""
     return field(default=default, metadata={"least": least, "above": above, "most": most})
 
 
@@ -35,27 +36,28 @@ class ModelConfig:
     revision: str | None = None
     """Branch, tag or commit on the hub. None takes the default branch."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """What matrix products compute in. What is trained, and its optimizer state, is always float32."""
+    """Precision of matrix products. Trained weights and their optimizer state are always float32."""
     attention: Literal["grouped", "repeated"] = "grouped"
-    """`grouped` computes each prompt once; `repeated` once a completion (the same result, for comparison)."""
+    """`grouped` computes each prompt once; `repeated` computes it for every completion (the same result, for comparison)."""
     attention_kernel: Literal["auto", "builtin", "flash4"] = "auto"
     """`builtin` is PyTorch's own flash attention, `flash4` the package flash-attn-4 (Hopper, Blackwell). `auto` takes the
-    fastest that can run, and says why."""
+    fastest that can run here; the log says which, and why."""
     compile: bool | None = None
-    """Compile the layers (torch.compile): a minute at the start, faster ever after. None: on a GPU only."""
+    """Compile the layers (torch.compile): takes a minute at the start, and makes all steps faster. None: on a GPU only."""
     activation_checkpointing: Literal["none", "attention", "full", "auto"] = "auto"
-    """What the backward computes again: nothing; all of a layer but attention; or all of it. `auto` (none on a CPU) computes
-    again, all but attention, in as few layers as the memory plan needs, and all in as few where that is not enough."""
+    """What the backward recomputes: `none` nothing; `attention` everything except attention; `full` whole layers. `auto`
+    recomputes everything except attention in as few layers as the memory plan requires, and where all layers are not enough,
+    whole layers, again as few as possible; nothing on a CPU."""
     fsdp_size: int | None = number(None, least=1, most=65536)
-    """How many neighbouring ranks one copy of the weights is split over (hybrid sharding); gradients are averaged over the copies.
-    On several nodes, the GPUs of one node. None: all ranks."""
+    """Number of neighbouring ranks that one replica of the weights is sharded over (hybrid sharding); gradients are averaged over
+    the replicas. On several nodes, set it to the GPUs of one node. None: all ranks."""
     lora_rank: int = number(0, least=0, most=4096)
-    """LoRA: train adapters of this rank beside the linear layers, and leave the weights as they are, held in `dtype`. 0 trains all
-    weights."""
+    """LoRA: train adapters of this rank beside the linear layers. The model's weights stay unchanged, and are held in `dtype`. 0
+    trains all weights."""
     lora_alpha: float = number(32.0, above=0, most=1e6)
     """An adapter's output is multiplied by `lora_alpha / lora_rank`."""
     lora_targets: list[str] = field(default_factory=list)
-    """Names of the linear layers that get adapters, such as `q_proj`. Empty: all in the decoder layers."""
+    """Names of the linear layers that get adapters, such as `q_proj`. Empty: all linear layers of the decoder layers."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 
@@ -78,9 +80,9 @@ class DataConfig:
     shuffle: bool = True
     """A new seeded order in each epoch. False keeps the order of the rows."""
     max_prompt_tokens: int = number(1024, least=1, most=MOST_TOKENS)
-    """The longest prompt."""
+    """The longest prompt, in tokens."""
     overlong: Literal["error", "drop", "truncate"] = "error"
-    """What to do with a longer prompt: stop, leave it out, or keep its last `max_prompt_tokens` tokens. Counted."""
+    """A longer prompt stops the run, is left out, or keeps its last `max_prompt_tokens` tokens. The last two are counted."""
 
 
 @dataclass
@@ -113,31 +115,30 @@ class RolloutConfig:
     group_size: int = number(8, least=2, most=2**14)
     """Completions of each prompt."""
     max_completion_tokens: int = number(256, least=1, most=MOST_TOKENS)
-    """The longest completion."""
+    """The longest completion, in tokens."""
     temperature: float = number(1.0, above=0, most=1e3)
-    """Sampling temperature; the policy's log-probs use it too."""
+    """Sampling temperature. The policy's log-probs are at this temperature too."""
     top_p: float = number(1.0, above=0, most=1)
     """Sample from the smallest set of tokens with this probability. 1 is off."""
     top_k: int = number(0, least=0, most=2**24)
     """Sample from the k likeliest tokens. 0 is off."""
     stop: list[str] = field(default_factory=list)
-    """Strings that end a completion. Not part of the text that rewards read. A special token, such as `<|im_end|>`, is
-    one more end token."""
+    """Strings that end a completion; rewards read the text without them. A special token, such as `<|im_end|>`, becomes an
+    additional end token."""
     resample_limit: int = number(0, least=0, most=1000)
-    """Rounds of fresh prompts in the place of groups whose rewards are all equal (dynamic sampling, DAPO). What is still
-    equal then is kept. 0 is off."""
+    """Dynamic sampling (DAPO): groups whose rewards are all equal are replaced by groups of fresh prompts, in at most this many
+    rounds. Groups that are still equal after the last round are kept. 0 is off."""
     max_concurrent: int = number(256, least=1, most=2**17)
-    """Completions that are decoded at once; bounds the memory of keys and values."""
+    """The most completions that are decoded at once; bounds the memory of keys and values."""
     tensor_parallel_size: int = number(1, least=1, most=1024)
-    """GPUs, of neighbouring ranks, that share one vLLM engine. 1: an engine on every GPU."""
+    """Number of neighbouring ranks whose GPUs share one vLLM engine. 1: an engine on every GPU."""
     gpu_memory_utilization: float | None = number(None, above=0, most=1)
-    """Share of a GPU's memory for vLLM while it is awake. None: what the policy leaves between updates
-    by the memory plan, less 4 GiB for CUDA graphs."""
+    """Share of a GPU's memory for vLLM while it is awake. None: the share that the policy leaves free between updates according
+    to the memory plan, minus 4 GiB for CUDA graphs."""
     enforce_eager: bool = False
-    """Start vLLM without compilation and CUDA graphs: sooner, and slower ever after."""
+    """Run vLLM without compilation and CUDA graphs: it starts sooner and samples more slowly."""
     canary_every: int = number(10, least=0, most=MOST_STEPS)
-    """Steps between checks, by log-probs, that vLLM has the policy's new weights. Needs 16 different
-    completions in a step. 0 is off."""
+    """Steps between checks of vLLM's log-probs that detect stale weights. Needs 16 different completions in a step. 0 is off."""
     vllm_deadline_s: float = number(1800.0, above=0, most=MOST_SECONDS)
     """Seconds that one vLLM call (start, push, rollout, sleep) may take; then the run ends, with a message."""
     allow_untested_vllm: bool = False
@@ -154,23 +155,23 @@ class RewardConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for the function."""
     timeout_s: float = number(600.0, above=0, most=MOST_SECONDS)
-    """Seconds that one call of an own function may take; then its process is killed. `math` has `args.timeout_s`."""
+    """Seconds that one call of a function of your own may take; then its process is killed. For `math` set `args.timeout_s`."""
 
 
 @dataclass
 class RewardsConfig:
     functions: list[RewardConfig] = field(default_factory=list)
-    """What scores a completion; the total is the weighted sum."""
+    """Reward functions; the total reward is their weighted sum."""
     on_error: Literal["raise", "mask"] = "raise"
-    """A reward that fails: stop and show the sample, or leave the sample out, counted."""
+    """A reward that fails stops the run and shows the sample (`raise`), or leaves the sample out, counted (`mask`)."""
 
 
 @dataclass
 class LossConfig:
     preset: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] | None = None
-    """A paper's settings, in the place of the defaults below; a key that you set wins. See presets.py."""
+    """The settings of a paper, which replace the defaults below; a key that you set yourself wins. See the table of presets."""
     ratio: Literal["token", "sequence"] = "token"
-    """What is clipped: each token's ratio of probabilities, or their geometric mean over the sample (GSPO)."""
+    """The ratio that is clipped: that of each token's probabilities, or its geometric mean over the sample (GSPO)."""
     objective: Literal["clip", "cispo"] = "clip"
     """`clip`: a clipped token has no gradient (PPO, GRPO). `cispo`: the clipped ratio weighs every token's gradient."""
     clip_low: float = number(0.2, above=0, most=1e6)
@@ -178,27 +179,28 @@ class LossConfig:
     clip_high: float = number(0.2, above=0, most=1e6)
     """The ratio's upper clip is 1 + clip_high."""
     aggregate: Literal["token", "sample", "constant"] = "token"
-    """`token`: all tokens equal (DAPO). `sample`: mean in each sample first (GRPO). `constant`: sum over
-    `max_completion_tokens` (Dr. GRPO)."""
+    """`token`: mean over all tokens (DAPO). `sample`: mean over each sample's tokens, then over samples (GRPO). `constant`: each
+    sample's sum over tokens, divided by `max_completion_tokens` (Dr. GRPO)."""
     advantage_baseline: Literal["group_mean", "leave_one_out"] = "group_mean"
-    """What a reward is compared with: its group's mean, or that of the group's others (RLOO)."""
+    """A reward is compared with the mean of its group, or with the mean of the other rewards of its group (RLOO)."""
     scale_advantages: Literal["group", "batch", "none"] = "group"
-    """Divide advantages by the standard deviation of the group's rewards, of all of the step's, or not (Dr. GRPO)."""
+    """Divide advantages by the standard deviation of the group's rewards, or of all rewards of the step, or not at all (Dr.
+    GRPO)."""
     mask_overlong: bool = False
     """Leave completions that were cut at `max_completion_tokens` out of the loss; they stay in every count (DAPO)."""
     kl_coef: float = number(0.0, least=0, most=1e6)
-    """Weight of the KL to the reference model, at first the initial one. 0 loads no reference model."""
+    """Weight of the KL to the reference model, which is the initial model until it is refreshed. 0 loads no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Its estimate of a token: `k1` log-ratio, `k2` half its square, `k3` never negative and unbiased (GRPO)."""
+    """Estimator of the KL for a token: `k1` the log-ratio, `k2` half its square, `k3` never negative and unbiased (GRPO)."""
     ref_refresh_every: int = number(0, least=0, most=MOST_STEPS)
-    """Steps after which the reference becomes the current policy (checkpoints then hold both). 0: never."""
+    """Steps between copies of the policy into the reference model (checkpoints then hold both). 0: never."""
     ref_offload: Literal["none", "cpu"] = "none"
     """`cpu` keeps the reference model in host memory; its layers visit the GPU one at a time. Saves 2 bytes a parameter."""
     entropy_coef: float = number(0.0, least=0, most=1e6)
     """Weight of an entropy bonus."""
     rollout_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
-    """Weigh tokens by the trainer's probability over the sampler's, of the token or its whole sample: `truncate` takes at most
-    `rollout_correction_cap` (TIS), `mask` drops what is not within [1/cap, cap] (MIS). The difference is logged in any case."""
+    """Weigh tokens by the trainer's probability over the sampler's, of the token or of its whole sample: `truncate` limits the
+    weight to `rollout_correction_cap` (TIS), `mask` drops weights outside [1/cap, cap] (MIS). The difference is always logged."""
     rollout_correction_cap: float = number(2.0, least=1, most=1e6)
     """The largest weight."""
 
@@ -208,7 +210,7 @@ class OptimConfig:
     lr: float = number(1e-6, least=0, most=1e3)
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up: stay, or go to 0 at the last step."""
+    """After warm-up the learning rate is constant, or decays to 0 at the last step."""
     warmup_steps: int = number(0, least=0, most=MOST_STEPS)
     """Steps of linear warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -216,7 +218,7 @@ class OptimConfig:
     eps: float = number(1e-8, above=0, most=1)
     """AdamW's epsilon."""
     weight_decay: float = number(0.0, least=0, most=1e3)
-    """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
+    """Decoupled weight decay, for matrices only: norms, biases and embeddings have none."""
     max_grad_norm: float = number(1.0, least=0, most=1e9)
     """Gradient norm above which gradients are scaled down. 0 is off."""
     offload: Literal["none", "cpu"] = "none"
@@ -226,9 +228,9 @@ class OptimConfig:
 @dataclass
 class TrainConfig:
     steps: int = number(MISSING, least=1, most=MOST_STEPS)
-    """Steps: rollout, reward, update."""
+    """Number of steps. A step is a rollout, its rewards and its updates."""
     updates_per_step: int = number(1, least=1, most=2**17)
-    """Optimizer steps in an epoch of a step; each takes an equal share of the step's prompts."""
+    """Optimizer steps in each pass over a step's completions; each takes an equal share of the prompts."""
     epochs_per_step: int = number(1, least=1, most=1000)
     """Passes over a step's completions."""
     token_budget: int = number(16384, least=1, most=2**26)
@@ -236,7 +238,8 @@ class TrainConfig:
     target_reward: float | None = number(None, least=-1e9, most=1e9)
     """Save and stop early once the mean reward of the last 10 steps is at least this."""
     max_skipped_updates: int = number(3, least=0, most=MOST_STEPS)
-    """Updates in a row that are skipped because their loss or gradients are not finite; one more stops the run. 0: none is."""
+    """Updates in a row that may be skipped because loss or gradients are not finite; one more stops the run. 0: the first stops
+    it."""
 
 
 @dataclass
@@ -244,13 +247,15 @@ class EvalConfig:
     every: int = number(0, least=0, most=MOST_STEPS)
     """Steps between evaluations on the held-out split; also before the first and after the last. 0 is off."""
     rows: int = number(128, least=1, most=2**20)
-    """Held-out rows that are looked at, from the first on."""
+    """Number of held-out rows that are used, from the first on."""
     samples: int = number(1, least=1, most=2**14)
-    """Completions of each, sampled as in training unless `temperature` is set; pass@k is for powers of two up to this, and this."""
+    """Completions of each held-out prompt, sampled as in training unless `temperature` is set. pass@k is reported for this number
+    and all powers of two below it."""
     greedy: bool = True
-    """One greedy completion of each prompt beside those (`eval/greedy/...`)."""
+    """Also make one greedy completion of each held-out prompt (`eval/greedy/...`)."""
     temperature: float | None = number(None, least=0, most=1e3)
-    """Temperature of the samples. None takes the rollout's; 0 makes them greedy, and no other greedy one is made."""
+    """Temperature of the samples. None takes that of the rollout; 0 makes the samples greedy, and then no additional greedy
+    completion is made."""
 
 
 @dataclass
@@ -258,9 +263,9 @@ class CheckpointConfig:
     every: int = number(0, least=0, most=MOST_STEPS)
     """Steps between checkpoints. 0 saves only at the end (and on Ctrl-C)."""
     keep: int = number(2, least=1, most=10**6)
-    """Newest checkpoints to keep."""
+    """Number of newest checkpoints that are kept."""
     keep_best: str | None = None
-    """Also save and keep the checkpoint that evaluation found best (highest), by this metric, such as `eval/reward`."""
+    """Name of a metric of evaluation, such as `eval/reward`: also save and keep the checkpoint with its highest value."""
 
 
 @dataclass
@@ -275,7 +280,7 @@ class TrackConfig:
     wandb: bool = False
     """Log to Weights & Biases as well."""
     wandb_project: str = "pgrpo"
-    """Its project."""
+    """Project in Weights & Biases."""
     tensorboard: bool = False
     """Log to tensorboard as well, in the run folder."""
 
@@ -283,9 +288,9 @@ class TrackConfig:
 @dataclass
 class Config:
     recipe: str | None = None
-    """Task YAML, by path or by name: its keys go under this file's."""
+    """YAML of the task, by path or by name. Keys of the config file win over its keys."""
     run_dir: str = MISSING
-    """Where the run keeps its files. `~` and `${now:%Y%m%d}` work."""
+    """The run folder. `~` and `${now:%Y%m%d}` are replaced."""
     seed: int = number(0, least=0, most=2**62)
     """All randomness derives from it."""
     model: ModelConfig = field(default_factory=ModelConfig)
