@@ -11,7 +11,7 @@ from rich.console import Console
 from pgrpo.config import Config, check_world_size, to_yaml
 from pgrpo.distributed.world import World, world_size
 from pgrpo.model.lora import adapter_parameters, check_lora
-from pgrpo.model.policy import check_supported, load_hf_config
+from pgrpo.model.policy import check_positions, check_supported, load_hf_config
 from pgrpo.planning.flops import ModelDims, computed_tokens, parameter_count, rho, update_flops
 from pgrpo.planning.memory import memory_plan
 from pgrpo.planning.placement import attention_choice, engine_choice, is_compiled, plan_sizes, recompute_by_layer
@@ -35,6 +35,7 @@ def plan_text(config: Config) -> str:
     ranks = world_size()
     hf_config = load_hf_config(config.model)
     check_supported(hf_config, prompt + completion)
+    check_positions(config.model, hf_config, prompt + completion)
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)
     completions = [completion] * rollout.group_size

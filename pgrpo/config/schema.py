@@ -58,6 +58,9 @@ class ModelConfig:
     """An adapter's output is multiplied by `lora_alpha / lora_rank`."""
     lora_targets: list[str] = field(default_factory=list)
     """Names of the linear layers that get adapters, such as `q_proj`. Empty: all linear layers of the decoder layers."""
+    max_positions: int | None = number(None, least=1, most=2 * MOST_TOKENS)
+    """The longest sample that the model can take, in tokens; a longer one is refused. None: `max_position_embeddings` of its
+    config.json, or more where its RoPE scaling says so."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
 

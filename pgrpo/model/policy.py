@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.model.logprobs import TokenLogprobs, token_logprobs
 from pgrpo.packing.batch import GroupedBatch
 
+log = logging.getLogger(__name__)
 AttentionInterface.register(ATTENTION_NAME, attention_forward)
 
 SUPPORTED = ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
@@ -138,7 +140,8 @@ def check_supported(config: PretrainedConfig, max_sample: int) -> None:
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, key, None):
             refuse(f"{key}={getattr(config, key)} is not supported")
-    rope_types = _rope_types(getattr(config, "rope_parameters", None) or {})
+    ropes = _ropes(getattr(config, "rope_parameters", None) or {})
+    rope_types = {str(p.get("rope_type", p.get("type", "default"))) for p in ropes}
     if length_dependent := rope_types & {"longrope", "dynamic"}:
         refuse(
             f"RoPE of type {length_dependent.pop()} depends on the longest sample of a batch, which is not supported"
@@ -151,10 +154,40 @@ def check_supported(config: PretrainedConfig, max_sample: int) -> None:
         )
 
 
-def _rope_types(rope_parameters: dict[str, Any]) -> set[str]:
-    """The RoPE types of a model. ``rope_parameters`` is one mapping, or one mapping for each kind of layer."""
-    nested = [v for v in rope_parameters.values() if isinstance(v, dict)]
-    return {str(p.get("rope_type", p.get("type", "default"))) for p in nested or [rope_parameters]}
+def check_positions(config: ModelConfig, hf_config: PretrainedConfig, max_sample: int) -> None:
+    """Refuse a run whose longest sample has more tokens than the model has positions, by config.json or ``model.max_positions``.
+
+    Raises:
+        ConfigError: names both lengths.
+    """
+    most = positions(hf_config)
+    if config.max_positions is not None:
+        log.warning("model.max_positions=%d instead of %s, by the model's config.json", config.max_positions, most)
+        most = config.max_positions
+    if most is not None and max_sample > most:
+        raise ConfigError(
+            f"model.path={config.path}: it has {most} positions, the longest sample {max_sample} tokens (data.max_prompt_tokens + "
+            "rollout.max_completion_tokens): lower those, or set model.max_positions if the model can take more"
+        )
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """Tokens of the longest sample that a model takes, with the RoPE scaling of its config; None if that says nothing.
+
+    ``max_position_embeddings`` is the length before scaling in some models and after it in others, so the larger one counts.
+    """
+    stated = getattr(config, "max_position_embeddings", None)
+    if stated is None:
+        return None
+    ropes = _ropes(getattr(config, "rope_parameters", None) or {})
+    return max(
+        stated, int(min(p.get("factor", 1.0) * p.get("original_max_position_embeddings", stated) for p in ropes))
+    )
+
+
+def _ropes(rope_parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """The RoPE settings of a model: one mapping, or one for each kind of layer."""
+    return [v for v in rope_parameters.values() if isinstance(v, dict)] or [rope_parameters]
 
 
 def _sliding_window(config: PretrainedConfig) -> int | None:

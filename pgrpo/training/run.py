@@ -15,7 +15,7 @@ from pgrpo.config import Config, ConfigError
 from pgrpo.data import PromptStream, load_prompts
 from pgrpo.distributed.world import World
 from pgrpo.model.lora import LogprobsOf, adapter_parameters, check_lora, without_adapters
-from pgrpo.model.policy import Policy, load_error, load_hf_config
+from pgrpo.model.policy import Policy, check_positions, load_error, load_hf_config
 from pgrpo.planning.flops import ModelDims, update_flops
 from pgrpo.planning.placement import attention_choice, check_device, place_policy, place_reference
 from pgrpo.process.rng import rng_state, seed_all, set_rng_state
@@ -109,6 +109,7 @@ def build_run(
     check_device(config, world.device)
     tokenizer = load_tokenizer(config)
     hf_config = load_hf_config(config.model)
+    check_positions(config.model, hf_config, config.data.max_prompt_tokens + config.rollout.max_completion_tokens)
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)
     check_engine(config, dims, world)

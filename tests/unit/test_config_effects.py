@@ -105,6 +105,7 @@ EFFECTS = dict(
         effect("model.lora_rank", 4, "weights", "plan"),
         effect("model.lora_alpha", 8.0, "weights", base=LORA),
         effect("model.lora_targets", ["q_proj", "up_proj"], "weights", "plan", base=LORA),
+        effect("model.max_positions", 6, "error", "log"),
         effect("model.trust_remote_code", True, "loaded"),
         effect("data.path", "{tmp}/own.py:rows", "completions"),
         effect("data.name", "main", "datasets", base=HUB),

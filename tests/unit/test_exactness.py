@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from pgrpo.attention.hook import ATTENTION_NAME, UnsupportedAttentionError
 from pgrpo.config import ConfigError, ModelConfig
-from pgrpo.model.policy import SUPPORTED, Policy, check_supported, load_model
+from pgrpo.model.policy import SUPPORTED, Policy, check_positions, check_supported, load_model
 from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_groups
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing.batch import build_batch
@@ -137,6 +137,44 @@ def test_what_would_be_wrong_is_refused_by_name(model_type, changes, named):
     config = transformers.AutoConfig.for_model(model_type, **changes)
     with pytest.raises(ConfigError, match=named):
         check_supported(config, max_sample=64)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stated", "rope_parameters", "most"),
+    [
+        ("llama", 4096, {"rope_type": "default", "rope_theta": 1e4}, 4096),
+        (
+            "qwen3",
+            40960,
+            YARN | {"original_max_position_embeddings": 32768},
+            131072,
+        ),  # as Qwen's model cards tell users to set it
+        ("qwen3", 131072, YARN | {"original_max_position_embeddings": 32768}, 131072),
+        ("qwen2", 32768, YARN, 131072),
+        ("llama", 2048, {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}, 8192),
+        ("llama", 131072, LLAMA3 | {"original_max_position_embeddings": 8192}, 131072),  # Llama 3.1
+    ],
+)
+def test_samples_longer_than_the_models_positions_are_refused(model_type, stated, rope_parameters, most, caplog):
+    config = transformers.AutoConfig.for_model(
+        model_type, max_position_embeddings=stated, rope_parameters=rope_parameters
+    )
+    caplog.clear()  # of what transformers says of such a config
+    check_positions(ModelConfig(path="m"), config, most)
+    message = (
+        rf"model.path=m: it has {most} positions, the longest sample {most + 1} tokens \(data.max_prompt_tokens \+"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_positions(ModelConfig(path="m"), config, most + 1)
+    assert not caplog.records
+    check_positions(ModelConfig(path="m", max_positions=most + 1), config, most + 1)
+    assert caplog.messages == [f"model.max_positions={most + 1} instead of {most}, by the model's config.json"]
+    with pytest.raises(ConfigError, match="it has 5 positions, the longest sample 6 tokens"):
+        check_positions(ModelConfig(path="m", max_positions=5), config, 6)
 
 
 def test_a_head_with_a_bias_is_refused(tmp_path, monkeypatch):
