@@ -1,7 +1,8 @@
-"""Write docs/config.md: every key of the schema with its type, default and description, and the presets.
+"""Write docs/config.md (every key of the schema with its type, range, default and description, and the presets), and the tables of
+keys in docs/from_trl.md and docs/from_verl.md, from pgrpo/config/other_trainers.yaml.
 
-python scripts/config_docs.py           # writes docs/config.md
-python scripts/config_docs.py --print   # prints it
+python scripts/config_docs.py           # writes docs/config.md and the tables
+python scripts/config_docs.py --print   # prints docs/config.md
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import yaml
 
 from pgrpo.config import schema
 from pgrpo.config.load import RECIPE_ROLLOUT
+from pgrpo.config.names import other_trainers
 from pgrpo.config.presets import PRESETS
 from pgrpo.config.source import hints
 
+GUIDES = {"from_trl.md": "TRL", "from_verl.md": "verl"}
 LIMITS = ("least", "above", "most")
 FILE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
 INTRO = """\
@@ -122,9 +125,29 @@ def markdown() -> str:
     return "\n".join(parts)
 
 
+def with_key_table(guide: str, trainer: str) -> str:
+    """The text of a guide with its table of keys as ``other_trainers.yaml`` has it."""
+
+    def cell(names: list[str]) -> str:
+        return ", ".join(f"`{name.replace('/', '.')}`" for name in names)
+
+    head = re.escape(f"| {trainer} | pgrpo | what differs |\n|---|---|---|\n")
+    lines = [
+        re.sub(" +", " ", f"| {cell(row['theirs'])} | {cell(row['ours'])} | {row.get('differs', '')} |\n")
+        for row in other_trainers()[trainer.lower()]
+    ]
+    text, count = re.subn(rf"(?<={head})(\|.*\n)+", lambda _: "".join(lines), guide)
+    assert count == 1, f"the guide has no table of {trainer}'s keys"
+    return text
+
+
 if __name__ == "__main__":
     if "--print" in sys.argv[1:]:
         print(markdown(), end="")
     else:
         FILE.write_text(markdown(), encoding="utf-8")
         print(f"wrote {FILE}")
+        for guide, trainer in GUIDES.items():
+            path = FILE.with_name(guide)
+            path.write_text(with_key_table(path.read_text(encoding="utf-8"), trainer), encoding="utf-8")
+            print(f"wrote the table of keys in {path}")

@@ -5,198 +5,32 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-# What TRL, verl and OpenRLHF call it (the end of their dotted names) -> our key, and a word where the meaning differs.
-FOREIGN = {
-    "num_generations": "rollout.group_size",
-    "n": "rollout.group_size",
-    "n_samples_per_prompt": "rollout.group_size",
-    "rollout_n": "rollout.group_size",
-    "max_completion_length": "rollout.max_completion_tokens",
-    "max_response_length": "rollout.max_completion_tokens",
-    "max_new_tokens": "rollout.max_completion_tokens",
-    "max_tokens": "rollout.max_completion_tokens",
-    "generate_max_len": "rollout.max_completion_tokens",
-    "stop_strings": "rollout.stop",
-    "use_vllm": "rollout.engine",
-    "vllm_mode": "rollout.engine (vllm runs in the trainer's processes)",
-    "rollout.name": "rollout.engine",
-    "vllm_gpu_memory_utilization": "rollout.gpu_memory_utilization",
-    "vllm_tensor_parallel_size": "rollout.tensor_parallel_size",
-    "tensor_model_parallel_size": "rollout.tensor_parallel_size",
-    "max_num_seqs": "rollout.max_concurrent",
-    "rollout_batch_size": "rollout.prompts_per_step",
-    "train_batch_size": "rollout.prompts_per_step (prompts, not samples)",
-    "generation_batch_size": "rollout.prompts_per_step (prompts, not samples)",
-    "max_prompt_length": "data.max_prompt_tokens",
-    "prompt_max_len": "data.max_prompt_tokens",
-    "truncation": "data.overlong",
-    "filter_overlong_prompts": "data.overlong (drop)",
-    "dataset_name": "data.path",
-    "dataset": "data.path",
-    "train_dataset": "data.path",
-    "prompt_data": "data.path",
-    "train_files": "data.path",
-    "val_files": "data.eval_path",
-    "eval_dataset": "data.eval_path",
-    "dataset_config": "data.name",
-    "dataset_config_name": "data.name",
-    "dataset_split": "data.split",
-    "prompt_split": "data.split",
-    "dataset_train_split": "data.split",
-    "dataset_test_split": "data.eval_split",
-    "eval_dataset_split": "data.eval_split",
-    "shuffle_dataset": "data.shuffle",
-    "input_key": "prompt.messages_column",
-    "prompt_key": "prompt.messages_column",
-    "input_template": "prompt.template",
-    "prompt_template": "prompt.template",
-    "system_prompt": "prompt.messages",
-    "apply_chat_template_kwargs": "prompt.chat_template_kwargs",
-    "reward_funcs": "rewards.functions",
-    "reward_function": "rewards.functions",
-    "reward_weights": "rewards.functions (each has a weight)",
-    "custom_reward_function": "rewards.functions",
-    "custom_reward_function.path": "rewards.functions",
-    "custom_reward_function.name": "rewards.functions",
-    "reward_model.model_path": "rewards.functions (function: reward_model)",
-    "beta": "loss.kl_coef",
-    "kl_loss_coef": "loss.kl_coef",
-    "init_kl_coef": "loss.kl_coef",
-    "epsilon": "loss.clip_low",
-    "epsilon_high": "loss.clip_high",
-    "eps_clip": "loss.clip_low and loss.clip_high",
-    "eps_clip_low_high": "loss.clip_low and loss.clip_high",
-    "clip_ratio": "loss.clip_low and loss.clip_high",
-    "clip_ratio_low": "loss.clip_low",
-    "clip_ratio_high": "loss.clip_high",
-    "loss_type": "loss.preset, and loss.aggregate for the normalisation alone",
-    "loss_mode": "loss.preset",
-    "loss_agg_mode": "loss.aggregate",
-    "importance_sampling_level": "loss.ratio",
-    "scale_rewards": "loss.scale_advantages",
-    "norm_adv_by_std_in_grpo": "loss.scale_advantages",
-    "adv_estimator": "loss.advantage_baseline",
-    "advantage_estimator": "loss.advantage_baseline",
-    "mask_truncated_completions": "loss.mask_overlong",
-    "kl_loss_type": "loss.kl_estimator",
-    "kl_penalty": "loss.kl_estimator",
-    "use_kl_loss": "loss.kl_coef (0 is off)",
-    "use_kl_in_reward": "loss.kl_coef, with loss.kl_estimator=k1",
-    "sync_ref_model": "loss.ref_refresh_every (0 is off)",
-    "ref_model_sync_steps": "loss.ref_refresh_every",
-    "entropy_coeff": "loss.entropy_coef",
-    "entropy_loss_coef": "loss.entropy_coef",
-    "vllm_importance_sampling_correction": "loss.rollout_correction (none is off)",
-    "vllm_importance_sampling_mode": "loss.rollout_correction",
-    "vllm_importance_sampling_cap": "loss.rollout_correction_cap",
-    "rollout_is": "loss.rollout_correction (token_truncate, sequence_truncate)",
-    "rollout_rs": "loss.rollout_correction (token_mask, sequence_mask)",
-    "rollout_is_threshold": "loss.rollout_correction_cap",
-    "rollout_rs_threshold": "loss.rollout_correction_cap",
-    "tis_imp_ratio_cap": "loss.rollout_correction_cap",
-    "filter_groups.enable": "rollout.resample_limit (0 is off)",
-    "filter_groups": "rollout.resample_limit (0 is off)",
-    "dynamic_filtering": "rollout.resample_limit (0 is off)",
-    "max_num_gen_batches": "rollout.resample_limit",
-    "learning_rate": "optim.lr",
-    "actor_learning_rate": "optim.lr",
-    "lr_scheduler_type": "optim.schedule",
-    "lr_scheduler": "optim.schedule",
-    "lr_warmup_steps": "optim.warmup_steps",
-    "warmup_ratio": "optim.warmup_steps",
-    "lr_warmup_ratio": "optim.warmup_steps",
-    "lr_warmup_steps_ratio": "optim.warmup_steps",
-    "warmup_style": "optim.schedule",
-    "adam_beta1": "optim.betas",
-    "adam_beta2": "optim.betas",
-    "adam_betas": "optim.betas",
-    "adam_epsilon": "optim.eps",
-    "l2": "optim.weight_decay",
-    "max_norm": "optim.max_grad_norm",
-    "grad_clip": "optim.max_grad_norm",
-    "clip_grad": "optim.max_grad_norm",
-    "optimizer_offload": "optim.offload",
-    "fsdp_config.param_offload": "loss.ref_offload (of the reference; the weights that are trained stay on the GPU)",
-    "ref_reward_offload": "loss.ref_offload",
-    "max_steps": "train.steps",
-    "total_training_steps": "train.steps",
-    "num_train_epochs": "train.steps (steps, not epochs)",
-    "num_episodes": "train.steps (steps, not epochs)",
-    "total_epochs": "train.steps (steps, not epochs)",
-    "steps_per_generation": "train.updates_per_step",
-    "num_iterations": "train.epochs_per_step",
-    "ppo_epochs": "train.epochs_per_step",
-    "ppo_mini_batch_size": "train.updates_per_step (how many updates, not how large)",
-    "per_device_train_batch_size": "train.token_budget (micro-batches are cut by tokens)",
-    "gradient_accumulation_steps": "train.token_budget (micro-batches are cut by tokens)",
-    "micro_train_batch_size": "train.token_budget (micro-batches are cut by tokens)",
-    "ppo_micro_batch_size_per_gpu": "train.token_budget (micro-batches are cut by tokens)",
-    "log_prob_micro_batch_size_per_gpu": "train.token_budget (micro-batches are cut by tokens)",
-    "use_dynamic_bsz": "train.token_budget (micro-batches are cut by tokens)",
-    "ppo_max_token_len_per_gpu": "train.token_budget",
-    "log_prob_max_token_len_per_gpu": "train.token_budget",
-    "train_max_tokens_per_gpu": "train.token_budget",
-    "max_tokens_per_gpu": "train.token_budget",
-    "model_name_or_path": "model.path",
-    "model_name": "model.path",
-    "model.name": "model.path",
-    "model.model": "model.path",
-    "data.dataset": "data.path",
-    "pretrain": "model.path",
-    "model_revision": "model.revision",
-    "torch_dtype": "model.dtype",
-    "bf16": "model.dtype",
-    "model_init_kwargs": "model.dtype, model.revision and model.trust_remote_code",
-    "attn_implementation": "model.attention_kernel",
-    "use_prefix_grouper": "model.attention (grouped is the default)",
-    "torch_compile": "model.compile",
-    "use_torch_compile": "model.compile",
-    "peft_config": "model.lora_rank, model.lora_alpha and model.lora_targets",
-    "r": "model.lora_rank",
-    "lora_r": "model.lora_rank",
-    "lora_target_modules": "model.lora_targets",
-    "target_modules": "model.lora_targets",
-    "gradient_checkpointing": "model.activation_checkpointing",
-    "enable_gradient_checkpointing": "model.activation_checkpointing",
-    "output_dir": "run_dir",
-    "default_local_dir": "run_dir",
-    "experiment_name": "run_dir",
-    "run_name": "run_dir",
-    "save_path": "run_dir",
-    "save_steps": "checkpoint.every",
-    "save_freq": "checkpoint.every",
-    "save_total_limit": "checkpoint.keep",
-    "max_ckpt_num": "checkpoint.keep",
-    "max_actor_ckpt_to_keep": "checkpoint.keep",
-    "load_best_model_at_end": "checkpoint.keep_best",
-    "metric_for_best_model": "checkpoint.keep_best",
-    "resume_from_checkpoint": "pgrpo train --resume, on the command line",
-    "resume_from_path": "pgrpo train --resume, on the command line",
-    "resume_mode": "pgrpo train --resume, on the command line",
-    "eval_steps": "eval.every",
-    "test_freq": "eval.every",
-    "eval_on_start": "eval.every (also before the first step)",
-    "val_before_train": "eval.every (also before the first step)",
-    "val_max_samples": "eval.rows",
-    "num_generations_eval": "eval.samples",
-    "val_kwargs.n": "eval.samples",
-    "val_kwargs.temperature": "eval.temperature",
-    "eval_temperature": "eval.temperature",
-    "eval_n_samples_per_prompt": "eval.samples",
-    "logging_steps": "track.console_every",
-    "log_completions": "track.completions",
-    "num_completions_to_print": "track.completions",
-    "rollout_data_dir": "track.completions",
-    "report_to": "track.wandb or track.tensorboard",
-    "logger": "track.console, track.wandb and track.tensorboard",
-    "use_wandb": "track.wandb",
-    "use_tensorboard": "track.tensorboard",
-    "project_name": "track.wandb_project",
-    "n_gpus_per_node": "torchrun --nproc-per-node, on the command line",
-    "nnodes": "torchrun --nnodes, on the command line",
-    "wandb_project": "track.wandb_project",
-}
+import yaml
+
+
+@cache
+def other_trainers() -> dict[str, Any]:
+    """``other_trainers.yaml``, which says what its parts are."""
+    return yaml.safe_load(Path(__file__).with_name("other_trainers.yaml").read_text(encoding="utf-8"))
+
+
+@cache
+def foreign() -> dict[str, str]:
+    """The end of a dotted name of TRL, verl or OpenRLHF -> our key, and a word where the meaning differs."""
+    names = other_trainers()
+    found = {end: answer for answer, ends in names["others"].items() for end in ends}
+    for row in (*names["trl"], *names["verl"]):
+        *first, last = row["ours"]
+        answer = row.get("answer", f"{', '.join(first)} and {last}" if first else last)
+        for name in row["theirs"]:
+            _, slash, end = name.rpartition("/")
+            if slash or end.rpartition(".")[2] != last.rpartition(".")[2]:
+                found[end] = row.get("answers", {}).get(end, answer)
+    return found
 
 
 def suggest(key: str, valid: Iterable[str]) -> str:
@@ -204,14 +38,14 @@ def suggest(key: str, valid: Iterable[str]) -> str:
     valid = sorted(valid)
     parts = re.sub(r"\[\d+\]", "", key).split(".")
     last = parts[-1]
-    if ours := FOREIGN.get(".".join(parts[-2:])):
+    if ours := foreign().get(".".join(parts[-2:])):
         return f"here it is {ours}"
     if (ours := ".".join(parts[-2:])) in valid and ours != key:
         return f"here it is {ours}"
     if same := [name for name in valid if name.rpartition(".")[2] == last]:
         return f"here it is {' or '.join(same)}"
-    if last in FOREIGN:
-        return f"here it is {FOREIGN[last]}"
+    if last in foreign():
+        return f"here it is {foreign()[last]}"
     if near := difflib.get_close_matches(key, [n for n in valid if n.count(".") == key.count(".")], n=1, cutoff=0.75):
         return f"did you mean {near[0]}?"
     tails = {name.rpartition(".")[2]: name for name in valid}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pgrpo.config import load_config
-from pgrpo.config.names import suggest
+from pgrpo.config.names import other_trainers, suggest
 from pgrpo.config.presets import PRESETS
 from pgrpo.config.source import valid_keys
 
@@ -53,6 +53,15 @@ def key_rows(name: str) -> list[tuple[list[str], list[str]]]:
     assert table
     cells = [line.split("|")[1:3] for line in table[1].splitlines()]
     return [(re.findall(r"`([^`]+)`", theirs), re.findall(r"`([^`]+)`", ours)) for theirs, ours in cells]
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_the_table_of_keys_is_what_the_data_file_gives(name: str) -> None:
+    assert CONFIG_DOCS["GUIDES"] == GUIDES
+    assert guide(name) == CONFIG_DOCS["with_key_table"](guide(name), GUIDES[name]), "run python scripts/config_docs.py"
+    row = other_trainers()[GUIDES[name].lower()][0]
+    spoilt = guide(name).replace(f"`{row['ours'][0]}`", "`model.spoilt`", 1)
+    assert CONFIG_DOCS["with_key_table"](spoilt, GUIDES[name]) == guide(name)
 
 
 @pytest.mark.parametrize("name", GUIDES)
