@@ -31,7 +31,7 @@ ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help="YAML file, or the name of one that comes with pgrpo.")
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys that replace the file's.")]
-RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's folder (run_dir in its config).")]
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder (run_dir in its config).")]
 
 
 def _load(config: str, overrides: list[str] | None) -> Config:
@@ -44,7 +44,10 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[
         str | None,
-        typer.Option(help="A checkpoint folder, or `auto`: the newest of this run, if there is one; or `best`."),
+        typer.Option(
+            help="`auto` (the newest checkpoint of run_dir, if there is one), `best` (kept by "
+            "checkpoint.keep_best), or a folder."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved config and the plan, and stop.")
@@ -77,13 +80,13 @@ def evaluate(
     checkpoint: Annotated[
         str | None,
         typer.Option(
-            help="A checkpoint folder, or of run_dir: `auto`, the newest, or `best`, the one that checkpoint.keep_best kept. "
-            "Without: the model itself."
+            help="`auto` (the newest checkpoint of run_dir), `best` (kept by checkpoint.keep_best), or a folder. "
+            "Default: the model itself."
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for samples.jsonl and summary.json. Without: eval/step_N in run_dir."),
+        typer.Option(help="Folder for samples.jsonl and summary.json. Default: eval/step_N in run_dir."),
     ] = None,
 ) -> None:
     """Pass@1, pass@k and mean rewards on the held-out split, sampled and greedy, with confidence intervals."""
@@ -105,9 +108,9 @@ def bench(
         typer.Option(help="What the backward of each layer recomputes."),
     ] = "none",
     random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Make weights up from the model's config.json alone.")
+        bool, typer.Option("--random-weights", help="Use random weights; needs only the model's config.json.")
     ] = False,
-    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; the median counts.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds; the median is reported.")] = 5,
 ) -> None:
     """Time grouped against repeated prompts on this machine."""
     shapes = [_shape(text) for text in shape or ["512,32,8"]]
@@ -135,8 +138,11 @@ def _shape(text: str) -> list[int]:
 
 @app.command()
 def plot(
-    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of runs.")],
-    out: Annotated[Path | None, typer.Option(help="Folder to write to.")] = None,
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Run folders.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the plot. Default: the run folder; for several runs the current folder."),
+    ] = None,
 ) -> None:
     """Draw a run: one PNG and one HTML page in its folder. Several runs: one PNG, in this folder."""
     from pgrpo.commands.plot import plot
@@ -148,8 +154,10 @@ def plot(
 def export(
     run_dir: RunDir,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    step: Annotated[int | None, typer.Option(help="Which checkpoint. Without: the newest.")] = None,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint. Default: the newest.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Precision of the written weights.")
+    ] = "float32",
 ) -> None:
     """Write a checkpoint as a Hugging Face folder."""
     from pgrpo.commands.export import export

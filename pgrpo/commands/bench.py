@@ -1,4 +1,4 @@
-"""``pgrpo bench``: time prompts that are computed once against prompts that are computed for every completion."""
+"""``pgrpo bench``: times prompts that are computed once against prompts that are computed for every completion."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pgrpo.types import Group, Recompute
 
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 HEAD_START = 8
-"""Large products, about 1.5 ms each."""
+"""Large matrix products, about 1.5 ms each, that are queued before a timed function."""
 
 
 class Job(Protocol):
@@ -44,7 +44,7 @@ class Job(Protocol):
 
 
 class Packed:
-    """Our packed batch: prompts once, or every completion behind its own copy of its prompt."""
+    """pgrpo's packed batch: each prompt once, or a copy of the prompt in front of every completion."""
 
     def __init__(
         self, policy: Policy, groups: list[Group], *, share_prompts: bool, attention: AttentionChoice | None = None
@@ -73,14 +73,14 @@ def bench(
 ) -> list[Row]:
     """Time grouped against repeated prompts on random tokens, and print a table for each shape.
 
-    Uses only ``config.model``. ``old`` is the log-probs without gradient, ``update`` a forward and a backward; both are medians of
-    ``repeats`` rounds that run both methods in turn, on a GPU by device events. Weights and gradients are in the compute dtype;
-    there is no optimizer. Peak memory, weights included, is what PyTorch allocated during an update on a GPU; NaN on a CPU.
-    A method that does not fit the device's memory is left out.
+    Uses only ``config.model``. ``old`` is the time of log-probs without gradient, ``update`` that of a forward and a backward.
+    Both are medians of ``repeats`` rounds that run both methods in turn, on a GPU timed by device events. Weights and gradients
+    are in the compute dtype; there is no optimizer. Peak memory is the memory that PyTorch allocated during an update on a GPU,
+    weights included; NaN on a CPU. A method that does not fit the device's memory is left out.
 
     Args:
         recompute: what the backward of each layer recomputes (``model.activation_checkpointing``).
-        random_weights: make weights up from the model's config.json alone: speed does not depend on them.
+        random_weights: use random weights of the shape in the model's config.json; speed does not depend on the weights.
 
     Raises:
         ConfigError: several ranks, or a model that cannot be loaded.
@@ -112,18 +112,18 @@ def time_jobs(
     config: Config,
     repeats: int,
 ) -> tuple[list[Row], float]:
-    """Time jobs of one shape in turn; log-probs are compared with those of the first one that fits.
+    """Time the jobs of one shape in turn, and compare their log-probs with those of the first job that fits.
 
     Returns:
-        Their rows, and FLOP/s of a matrix product: the higher of two timings, before the jobs and after, both on a device that the
-        warm-up has brought to its working temperature (a cold one clocks higher than it can keep up).
+        Rows of the jobs, and FLOP/s of a matrix product: the higher of two timings, before and after the jobs. Both are taken
+        after the warm-up, because a cold device clocks higher than it can sustain.
     """
     device, compiled = policy.device, is_compiled(config, policy.device)
     jobs: dict[str, Job] = {}
     logprobs: dict[str, Tensor] = {}
     for method, make in makers.items():
         job = make()
-        try:  # compiles and warms up
+        try:  # compile and warm up
             logprobs[method] = job.old()
             for _ in range(2):
                 job.update(recompute, compiled)
@@ -175,7 +175,7 @@ def load(config: Config, max_sample: int, world: World, random_weights: bool) ->
     """The policy in the compute dtype on this process's device.
 
     Raises:
-        ConfigError: several ranks, no such device, or a model or adapters that cannot be made.
+        ConfigError: there are several ranks, or the model or its adapters cannot be created on this device.
     """
     if world.size > 1:
         raise ConfigError("pgrpo bench times one device: start it without torchrun")
@@ -185,13 +185,13 @@ def load(config: Config, max_sample: int, world: World, random_weights: bool) ->
     if config.model.lora_rank:
         add_adapters(model, config.model, config.seed)
     policy = wrap(model, config, world).to(world.device)
-    for parameter in policy.parameters():  # not the buffers: RoPE's frequencies stay float32, as in a run
+    for parameter in policy.parameters():  # buffers (RoPE's frequencies) stay float32, as in training
         parameter.data = parameter.data.to(compute_dtype(config))
     return policy
 
 
 def random_model(config: Config, max_sample: int, device: torch.device) -> PreTrainedModel:
-    """A model of ``model.path``'s shape, made on the device in the compute dtype."""
+    """A model with the shape of ``model.path`` and random weights, created on the device in the compute dtype."""
     hf_config = load_hf_config(config.model)
     check_supported(hf_config, max_sample)
     with device:
@@ -220,7 +220,7 @@ def _milliseconds(function: Callable[[], object], device: torch.device) -> float
         started = time.perf_counter()
         function()
         return 1e3 * (time.perf_counter() - started)
-    # Products queued first let the host run ahead of the device, as it does between the micro-batches of a training step.
+    # Queue matrix products first, so that the host runs ahead of the device, as it does between micro-batches in training.
     a = torch.randn(MATMUL_SIZE["cuda"], MATMUL_SIZE["cuda"], device=device, dtype=torch.bfloat16)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for _ in range(HEAD_START):

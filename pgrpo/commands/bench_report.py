@@ -1,4 +1,4 @@
-"""What ``pgrpo bench`` prints."""
+"""The table that ``pgrpo bench`` prints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Shape:
 
 @dataclass
 class Row:
-    """One method. Milliseconds; MFU counts each prompt token once and no recomputation, against a measured matrix product."""
+    """Results of one method. MFU counts each prompt token once and no recomputation, and is relative to a measured matrix
+    product."""
 
     prompt: int
     completion: int
@@ -41,7 +42,7 @@ class Row:
 
 
 def print_rows(rows: list[Row], rate: float, config: Config) -> None:
-    """A table of one shape, times also over those of the first row; ``rate`` is the matrix product's FLOP/s."""
+    """Print a table of one shape, with times relative to those of the first row. ``rate``: FLOP/s of the matrix product."""
     first = rows[0]
     table = Table(
         title=f"{config.model.path}, {config.model.dtype}: P={first.prompt} R={first.completion} G={first.group_size} "
