@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 # One thread in each process, also in those that tests start: two workers run at a time, and tiny matrices gain nothing from more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported
 import torch
+from warm import Warm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,13 +30,21 @@ def tiny_model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def launch():
+def warm() -> Iterator[Warm]:
+    """Starts Python processes that have imported pgrpo already."""
+    processes = Warm()
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(scope="session")
+def launch(warm):
     """``launch(arguments, ranks)``: run Python with these arguments, under torchrun if there are several ranks."""
 
     def run(arguments, ranks):
-        command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        if ranks == 1:
+            return warm.run(arguments)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         return subprocess.run(

@@ -184,16 +184,15 @@ def test_eval_numbers(model, tmp_path, capsys):
         )
 
 
-def first_digit(completions, **_):
-    return [float(text[:1] == "1") for text in completions]
-
-
 @pytest.mark.parametrize("rank", [0, 4])
 def test_eval_of_a_checkpoint_is_what_training_logged(model, tmp_path, rank):
+    (tmp_path / "own.py").write_text(
+        "def first_digit(completions):\n    return [float(t[:1] == '1') for t in completions]\n"
+    )
     keys = [
         f"model.lora_rank={rank}",
         "train.steps=2", "rollout.prompts_per_step=4", "optim.lr=0.05", "eval.every=2", "eval.rows=16", "eval.samples=2",
-        "track.console=false", f"rewards.functions=[{{function: '{__file__}:first_digit'}}]",
+        "track.console=false", f"rewards.functions=[{{function: '{tmp_path}/own.py:first_digit'}}]",
     ]  # fmt: skip
     settings = config(model, tmp_path, *keys)
     pgrpo.train("quickstart", [f"model.path={model}", f"run_dir={tmp_path / 'run'}", *keys])

@@ -9,6 +9,7 @@ import re
 import runpy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -20,6 +21,7 @@ import pgrpo
 from pgrpo import checkpoint
 from pgrpo.commands.plan import plan
 from pgrpo.config import Config, ConfigError, load_config
+from pgrpo.model import recompute
 from pgrpo.rewards import RewardError
 from pgrpo.training.update import NonFiniteError
 
@@ -99,7 +101,7 @@ EFFECTS = dict(
         effect("model.dtype", "bfloat16", "weights"),
         effect("model.attention", "repeated", "tokens", "plan"),
         effect("model.attention_kernel", "flash4", "error"),
-        effect("model.compile", True, "plan"),
+        effect("model.compile", True, "plan", "compiled"),
         effect("model.activation_checkpointing", "full", "attention_calls", "plan"),
         effect("model.fsdp_size", 2, "error"),
         effect("model.lora_rank", 4, "weights", "plan"),
@@ -276,6 +278,9 @@ def observe(folder, tmp_path, monkeypatch, caplog, capsys):
     monkeypatch.setattr(datasets, "load_dataset", record("datasets", lambda path, name, **_: sums))
     monkeypatch.setattr(wandb, "init", record("wandb", lambda **_: FakeWandb()))
     monkeypatch.setenv("WANDB_MODE", "offline")  # else it would ask for a login
+    recompute._runner.cache_clear()
+    compiled = partial(torch.compile, backend="eager")  # which layers are traced, without a C++ compiler's half minute
+    monkeypatch.setattr(torch, "compile", record("compiled", compiled))
 
     def count_attention(module: torch.nn.Module, _: Any) -> None:
         seen["attention_calls"] = seen.get("attention_calls", 0) + type(module).__name__.endswith("Attention")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -72,24 +70,15 @@ def test_an_engine_that_dies_ends_the_run_with_the_last_step_saved(train, tmp_pa
     assert steps(tmp_path) == [1, 2, 3, 4] and saved(tmp_path) == ["step_2", "step_4"]
 
 
-def hang(tiny_model, tmp_path, fault, what):
+@pytest.mark.parametrize(("fault", "what"), [("hang:9", "a vLLM rollout"), ("stall:3", "vLLM's weight push")])
+def test_an_engine_that_hangs_ends_the_run_at_its_deadline(warm, tiny_model, tmp_path, fault, what):
     more = keys(tiny_model, tmp_path, "rollout.vllm_deadline_s=10", "checkpoint.every=1")
-    done = subprocess.run(
-        [sys.executable, "-m", "pgrpo", "train", "--config", "quickstart", *more],
-        cwd=ROOT, capture_output=True, text=True, timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{FAKES}", "FAULT": fault},
-    )  # fmt: skip
+    done = warm.run(
+        ["-m", "pgrpo", "train", "--config", "quickstart", *more], {"PYTHONPATH": str(FAKES), "FAULT": fault}
+    )
     assert done.returncode == 1 and steps(tmp_path) == [1, 2], done.stderr
     assert f"{what} took longer than rollout.vllm_deadline_s=10 seconds and was ended; raise" in done.stderr
     assert saved(tmp_path)[-1] in ("step_1", "step_2")
-
-
-def test_a_rollout_that_hangs_ends_the_run_at_its_deadline(tiny_model, tmp_path):
-    hang(tiny_model, tmp_path, "hang:9", "a vLLM rollout")
-
-
-def test_a_push_that_stalls_ends_the_run_at_its_deadline(tiny_model, tmp_path):
-    hang(tiny_model, tmp_path, "stall:3", "vLLM's weight push")
 
 
 @pytest.mark.parametrize(

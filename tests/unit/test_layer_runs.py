@@ -1,6 +1,7 @@
 """Compiled and checkpointed layers give the gradients of plain ones, and recompute only what they say."""
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -97,12 +98,20 @@ def compilations():
     return {run: count for run, count in counts.items() if count}
 
 
-@pytest.mark.timeout(900)  # compiles C++ four times
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("recompute", ["none", "attention"])
-def test_compiled_layers_are_exact_and_compiled_once_for_each_gradient_mode(recompute, lora):
+CASES = [(recompute, lora) for recompute in ("none", "attention") for lora in (False, True)]
+INDUCTOR = [pytest.param(*case, "inductor", marks=pytest.mark.slow) for case in CASES[:2] + CASES[3:]]
+
+
+@pytest.mark.timeout(900)  # inductor compiles C++, for half a minute
+@pytest.mark.parametrize(
+    ("recompute", "lora", "backend"),
+    [*((*case, "aot_eager") for case in CASES), ("attention", False, "inductor"), *INDUCTOR],
+)
+def test_compiled_layers_are_exact_and_compiled_once_for_each_gradient_mode(recompute, lora, backend, monkeypatch):
+    """What is traced, and when again, is the same with both backends."""
     torch._dynamo.reset()
     layers._runner.cache_clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     plain, compiled = make_policy(lora=lora), make_policy(recompute, compiled=True, lora=lora)
     rnd = random.Random(1)
 

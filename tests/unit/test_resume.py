@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,7 +15,6 @@ import pgrpo
 from pgrpo import checkpoint
 from pgrpo.training.update import NonFiniteError, Updater
 
-ROOT = Path(__file__).resolve().parents[2]
 VOLATILE = ("time/", "perf/")
 
 
@@ -202,7 +198,7 @@ def test_a_changed_config_is_printed_and_what_cannot_change_is_refused(tiny_mode
 
 
 @pytest.mark.faults
-def test_out_of_memory_names_sizes_and_keys(tiny_model, tmp_path):
+def test_out_of_memory_names_sizes_and_keys(warm, tiny_model, tmp_path):
     """The process is left a few megabytes before its first update."""
     code = """
 import resource, sys
@@ -218,8 +214,7 @@ except RuntimeError as error:
     print(error)
 """
     keys = overrides(tiny_model, tmp_path / "run", **{"rollout.prompts_per_step": 128, "rollout.group_size": 16})
-    command = [sys.executable, "-c", code, *keys]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = warm.run(["-c", code, *keys])
     assert done.stdout.startswith("out of memory in step 1 ("), done.stdout + done.stderr
     for part in ("train.token_budget=16384", "model.activation_checkpointing=auto", "rollout.max_concurrent=256"):
         assert part in done.stdout
@@ -267,10 +262,9 @@ def test_a_used_run_folder_is_refused_and_resume_auto_starts_an_empty_one(tiny_m
         train(tiny_model, tmp_path / "run", steps=1)
 
 
-def test_a_folder_with_a_run_in_it_exits_with_2(tiny_model, tmp_path):
+def test_a_folder_with_a_run_in_it_exits_with_2(warm, tiny_model, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    command = [sys.executable, "-m", "pgrpo", "train", "--config", "quickstart", *overrides(tiny_model, tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = warm.run(["-m", "pgrpo", "train", "--config", "quickstart", *overrides(tiny_model, tmp_path)])
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(
         f"pgrpo: run_dir={tmp_path}: not empty; go on with that run (--resume auto)"
@@ -279,24 +273,19 @@ def test_a_folder_with_a_run_in_it_exits_with_2(tiny_model, tmp_path):
 
 
 @pytest.mark.faults
-def test_a_run_resumed_at_the_end_of_an_epoch_gets_a_full_next_epoch(tiny_model, tmp_path):
-    """Four prompts an epoch, one epoch a step; the second half runs in a process that has never seen the first."""
+def test_a_run_resumed_at_the_end_of_an_epoch_gets_a_full_next_epoch(warm, tiny_model, tmp_path):
+    """Four prompts an epoch, one epoch a step; the second half runs in a process that has never seen the first. The whole run is
+    this process's, whose strings hash otherwise."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"a": a, "b": 11, "answer": str(a + 11)}) + "\n" for a in (10, 25, 31, 88)))
-    changes = {"data.path": rows, "rewards.functions[0].function": "format_regex"}
+    changes = {"data.path": rows, "rewards.functions[0].function": "format_regex", "optim.schedule": "constant"}
     changes |= {"rewards.functions[0].args": "{pattern: '.*1.*'}", "checkpoint.every": 1}
-
-    def run(run_dir, steps, *more):
-        command = [sys.executable, "-m", "pgrpo", "train", "--config", "quickstart", *more]
-        command += overrides(tiny_model, run_dir, steps=steps, **{"optim.schedule": "constant"} | changes)
-        done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-        )
+    torch.set_num_threads(1)
+    pgrpo.train("quickstart", overrides(tiny_model, tmp_path / "whole", steps=4, **changes))
+    for steps in (2, 4):
+        keys = overrides(tiny_model, tmp_path / "parts", steps=steps, **changes)
+        done = warm.run(["-m", "pgrpo", "train", "--config", "quickstart", "--resume", "auto", *keys])
         assert done.returncode == 0, done.stderr
-
-    run(tmp_path / "whole", 4)
-    run(tmp_path / "parts", 2)
-    run(tmp_path / "parts", 4, "--resume", "auto")
     assert_equal_checkpoints(*(tmp_path / name / "checkpoints" / "step_4" for name in ("whole", "parts")))
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
     assert [row["epoch"] for row in metrics(tmp_path / "parts")] == [1, 2, 3, 4]
@@ -304,11 +293,10 @@ def test_a_run_resumed_at_the_end_of_an_epoch_gets_a_full_next_epoch(tiny_model,
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_stops(tiny_model, tmp_path, signum, code):
+def test_a_signal_saves_and_stops(warm, tiny_model, tmp_path, signum, code):
     run_dir = tmp_path / "run"
-    command = [sys.executable, "-m", "pgrpo", "train", "--config", "quickstart"]
-    command += overrides(tiny_model, run_dir, steps=100000, **{"checkpoint.every": 0})
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    keys = overrides(tiny_model, run_dir, steps=100000, **{"checkpoint.every": 0})
+    process = warm.start(["-m", "pgrpo", "train", "--config", "quickstart", *keys])
     deadline = time.monotonic() + 60
     while not (run_dir / "metrics.jsonl").exists() or not metrics(run_dir):
         assert time.monotonic() < deadline

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +16,6 @@ import pgrpo
 from pgrpo import checkpoint
 
 pytestmark = pytest.mark.faults
-ROOT = Path(__file__).resolve().parents[2]
 REWARD = """\
 import os, subprocess, sys, time
 from pathlib import Path
@@ -59,30 +55,33 @@ run()
 """
 
 
-def start(model, run_dir, phase="", *more, ranks=1):
+@pytest.fixture
+def start(warm, tiny_model):
+    """``start(run_dir, phase)``: a training in a process of its own, which leaves a marker when that phase of step 2 begins."""
+
+    def start(run_dir, phase):
+        environment = {"PHASE": phase, "MARKER": f"{run_dir}.marker"}
+        return warm.start(
+            ["-c", WATCH, "train", "--config", "quickstart", "--resume", "auto", *keys(tiny_model, run_dir)],
+            environment,
+        )
+
+    return start
+
+
+def keys(model, run_dir):
     own = run_dir.parent / "own.py"
     own.write_text(REWARD)
     keys = [f"model.path={model}", f"run_dir={run_dir}", "train.steps=3", "rollout.prompts_per_step=64"]
     keys += ["rollout.group_size=4", "rollout.max_concurrent=4", "train.token_budget=60", "track.console=false"]
-    keys += ["eval.every=2", "eval.rows=64", "eval.samples=4", f"rewards.functions[0].function={own}:reward", *more]
-    launch = ["-c", WATCH]
-    if ranks > 1:
-        (run_dir.parent / "watch.py").write_text(WATCH)
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        launch += [str(run_dir.parent / "watch.py")]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PHASE": phase, "MARKER": f"{run_dir}.marker"
-    }  # fmt: skip
-    return subprocess.Popen(
-        [sys.executable, *launch, "train", "--config", "quickstart", *keys, "--resume", "auto"],
-        cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    keys += ["eval.every=2", "eval.rows=64", "eval.samples=4", f"rewards.functions[0].function={own}:reward"]
+    return keys
 
 
 def wait_for(path, process):
     deadline = time.monotonic() + 120
     while not path.exists() or not path.read_text():
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.poll() is None, process.stderr
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return [int(pid) for pid in path.read_text().split()]
@@ -100,9 +99,10 @@ def alive(pid):
 @pytest.fixture(scope="module")
 def whole(tiny_model, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    process = start(tiny_model, run_dir)
-    assert process.wait(timeout=120) == 0, process.stderr and process.stderr.read()
-    return run_dir
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PHASE", "")
+        patch.setenv("MARKER", "")
+        return pgrpo.train("quickstart", keys(tiny_model, run_dir))
 
 
 @pytest.mark.parametrize(
@@ -115,13 +115,13 @@ def whole(tiny_model, tmp_path_factory):
         ("eval", signal.SIGTERM, 143),
     ],
 )
-def test_a_signal_in_any_phase_stops_with_a_save(tiny_model, tmp_path, whole, phase, signum, code):
+def test_a_signal_in_any_phase_stops_with_a_save(start, tmp_path, whole, phase, signum, code):
     run_dir = tmp_path / "run"
-    process = start(tiny_model, run_dir, phase)
+    process = start(run_dir, phase)
     wait_for(Path(f"{run_dir}.marker"), process)
     sent = time.monotonic()
     process.send_signal(signum)
-    assert process.wait(timeout=30) == code, process.stderr and process.stderr.read()
+    assert process.wait(timeout=30) == code, process.stderr
     took = time.monotonic() - sent
     print(f"{phase}: out after {took:.2f} s")
     assert took < 5
@@ -129,8 +129,8 @@ def test_a_signal_in_any_phase_stops_with_a_save(tiny_model, tmp_path, whole, ph
     assert checkpoint.latest(run_dir / "checkpoints") == run_dir / "checkpoints" / f"step_{done}"
     assert [row["step"] for row in rows(run_dir)] == [0, 1]
 
-    process = start(tiny_model, run_dir, phase)
-    assert process.wait(timeout=120) == 0, process.stderr and process.stderr.read()
+    process = start(run_dir, phase)
+    assert process.wait(timeout=120) == 0, process.stderr
     (got, scalars), (want, uninterrupted) = (
         checkpoint.load(folder / "checkpoints" / "step_3") for folder in (run_dir, whole)
     )
@@ -146,9 +146,9 @@ def test_a_signal_in_any_phase_stops_with_a_save(tiny_model, tmp_path, whole, ph
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_ctrl_c_ends_everything_at_once(tiny_model, tmp_path, first):
+def test_a_second_ctrl_c_ends_everything_at_once(start, tmp_path, first):
     """Also what a reward's worker process had started."""
-    process = start(tiny_model, tmp_path / "run", "reward")
+    process = start(tmp_path / "run", "reward")
     pids = wait_for(Path(f"{tmp_path / 'run'}.marker"), process)
     assert all(alive(pid) for pid in pids)
     process.send_signal(signal.SIGSTOP)  # so that both signals are there before either is answered
@@ -163,11 +163,9 @@ def test_a_second_ctrl_c_ends_everything_at_once(tiny_model, tmp_path, first):
 
 
 @pytest.mark.parametrize("blocked", ["in its work", "elsewhere"])
-def test_a_signal_taken_by_another_thread_reaches_the_main_thread(blocked):
+def test_a_signal_taken_by_another_thread_reaches_the_main_thread(warm, blocked):
     """As after SIGCONT. Python's own handler runs in the main thread only, which waits for a lock here, without end."""
-    done = subprocess.run(
-        [sys.executable, "-c", TAKEN_ELSEWHERE, blocked], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False
-    )  # fmt: skip
+    done = warm.run(["-c", TAKEN_ELSEWHERE, blocked])
     assert (done.returncode, done.stdout) == ((0, "Stopped 15\n") if blocked == "in its work" else (130, ""))
     assert done.stderr == "pgrpo: SIGTERM: stopping, with a save; once more to stop at once\n"
 
