@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import textwrap
 from functools import cache
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import pytest
 import typer.main
 
 from pgrpo.cli import app
+from pgrpo.config import load_config
+from pgrpo.config.functions import load_function
 from pgrpo.config.names import suggest
 from pgrpo.config.source import valid_keys
+from pgrpo.data.sources import read_rows
 from pgrpo.rewards.call import BUILT_IN
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,6 +156,36 @@ def test_files_and_names_in_a_page_exist(page: Path) -> None:
         for name in re.findall(r"(?:--config|pgrpo init) ([\w.]+)", line):
             own = re.search(rf"^# {re.escape(name)}$", page.read_text(encoding="utf-8"), re.MULTILINE)
             assert name in ("FILE", "NAME") or own or name.removesuffix(".yaml") in configs, f"{page.name}: {line}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tasks.md"])
+def test_the_task_that_a_page_shows_loads_and_scores(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = re.findall(
+        r"^ *```(\w+)\n(.*?)^ *```", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    texts = [(language, textwrap.dedent(text)) for language, text in blocks]
+    (tmp_path / "my_rows.jsonl").write_text(next(text for language, text in texts if language == "json"))
+    for _, text in texts:
+        if named := re.match(r"# (my_\w+\.\w+)\n", text):
+            (tmp_path / named[1]).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    config = load_config("smollm2_135m.yaml", ["recipe=my_task.yaml", "eval.every=0"])
+    rows, _ = read_rows(config.data, held_out=False)
+    messages = [message.content.format(**rows[0]) for message in config.prompt.messages]
+    assert messages == ["What is 3 times 4?"]
+    right = load_function(config.rewards.functions[0].function, "function")
+    assert right(completions=["It is 12.", "11"], answer=["12", "12"]) == [1.0, 0.0]
+
+
+def test_the_python_call_of_the_page_about_tasks_is_a_valid_config() -> None:
+    page = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+    found = re.search(r"overrides = (\[.*\])\n.*\n?    pgrpo\.train\(\"(\S+)\", overrides", page)
+    assert found
+    config = load_config(found[2], ast.literal_eval(found[1]), rewards_from_python=True, data_from_python=True)
+    assert config.rewards.functions == []
+    assert config.eval.every == 0
 
 
 def test_the_pages_list_every_recipe_config_command_and_reward() -> None:
