@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pgrpo.config import Config, ConfigError, load_config
+from pgrpo.early import check_early, check_start
 from pgrpo.process.threads import wait_passively
 
 __all__ = ["Config", "ConfigError", "load_config", "train"]
@@ -32,11 +33,13 @@ def train(
     Raises:
         ConfigError: the input is wrong; nothing was trained.
     """
-    wait_passively()
-    from pgrpo.training import train as run
-
     if not isinstance(config, Config):
         config = load_config(config, overrides, rewards_from_python=bool(rewards), data_from_python=dataset is not None)
     elif overrides:
         raise ConfigError("overrides go with a YAML file or a mapping; change the Config itself instead")
+    check_early(config, data_from_python=dataset is not None)
+    check_start(config, resume)
+    wait_passively()
+    from pgrpo.training import train as run  # not before: it takes seconds
+
     return run(config, rewards=rewards, dataset=dataset, resume=resume)

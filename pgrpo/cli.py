@@ -16,7 +16,9 @@ from typing import Annotated, Literal
 
 import typer
 
+import pgrpo
 from pgrpo.config import Config, ConfigError, load_config, redact
+from pgrpo.early import check_early
 from pgrpo.process.threads import wait_passively
 from pgrpo.tracking import Terminal
 
@@ -60,17 +62,16 @@ def train(
 
         plan(resolved)
     else:
-        from pgrpo.training import train
-
-        train(resolved, resume=resume)
+        pgrpo.train(resolved, resume=resume)
 
 
 @app.command()
 def check(config: ConfigOption, overrides: Overrides = None) -> None:
     """Try config, data, template and rewards on a few samples; prove grouped == repeated on this model."""
+    check_early(resolved := _load(config, overrides))
     from pgrpo.commands.check import check
 
-    check(_load(config, overrides))
+    check(resolved)
 
 
 @app.command("eval")
@@ -90,9 +91,10 @@ def evaluate(
     ] = None,
 ) -> None:
     """Pass@1, pass@k and mean rewards on the held-out split, sampled and greedy, with confidence intervals."""
+    check_early(resolved := _load(config, overrides))
     from pgrpo.commands.evaluate import evaluate
 
-    evaluate(_load(config, overrides), checkpoint, out)
+    evaluate(resolved, checkpoint, out)
 
 
 @app.command()

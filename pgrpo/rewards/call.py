@@ -74,15 +74,18 @@ class Reward:
         return {name: table[name] for name in wanted} | self.args
 
 
-def from_config(config: RewardConfig, key: str) -> Reward:
-    """Load and check the function that the config names at ``key``. ``ConfigError`` if it or its ``args`` are wrong."""
-    name = config.function
+def check_name(name: str, key: str) -> None:
+    """``ConfigError`` unless ``name``, at ``key`` in the config, is a built-in reward or has the form of a Python function."""
     if not is_function(name) and name not in BUILT_IN:
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(BUILT_IN)}."
-        raise ConfigError(
-            f"{key}.function: no built-in reward `{name}`; {hint} Own: module:function or file.py:function"
-        )
+        raise ConfigError(f"{key}: no built-in reward `{name}`; {hint} Own: module:function or file.py:function")
+
+
+def from_config(config: RewardConfig, key: str) -> Reward:
+    """Load and check the function that the config names at ``key``. ``ConfigError`` if it or its ``args`` are wrong."""
+    name = config.function
+    check_name(name, f"{key}.function")
     function = _load(BUILT_IN.get(name, name), f"{key}.function")
     reward = _checked(function, key, dict(config.args), config.weight, config.timeout_s)
     if name not in BUILT_IN:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -25,7 +26,7 @@ FAKE_TRAIN = """\
 import os, signal, sys, time, types
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 module = types.ModuleType("pgrpo.training")
-def train(config, resume=None):
+def train(config, resume=None, **_):
     {body}
 module.train = train
 sys.modules["pgrpo.training"] = module
@@ -106,6 +107,62 @@ def test_wrong_input_is_2(folder: Path) -> None:
     assert run(folder, "no-such-command").returncode == 2
     assert run(folder, "plot").returncode == 2
     assert run(folder, "train", "--config", "nope").stderr.startswith("pgrpo: config 'nope': no such file;")
+
+
+WRONG = {
+    "a typo": ("rollout.group_sise=8", "no such key; did you mean rollout.group_size?"),
+    "another trainer's key": ("num_generations=8", "no such key; here it is rollout.group_size"),
+    "a wrong type": ("rollout.group_size=eight", "eight is text, not a whole number"),
+    "a wrong choice": ("loss.aggregate=tokens", "tokens is not a choice; it may be token, sample, constant"),
+    "out of range": ("rollout.group_size=1", "rollout.group_size: 1 is too small; it must be at least 2"),
+    "an absurd size": ("rollout.group_size=99999999999999999999", "is too large; it must be at most"),
+    "sizes that do not divide": ("train.updates_per_step=3", "3 does not divide rollout.prompts_per_step"),
+    "ranks that do not divide": ("rollout.prompts_per_step=31", "31 prompts do not divide over 2 ranks"),
+    "a budget too small": ("train.token_budget=10", "10 tokens do not hold the longest sample"),
+    "no such reward": (
+        "rewards.functions=[{function: exact_mach}]",
+        "no built-in reward `exact_mach`; did you mean `exact_match`?",
+    ),
+    "no such rewards file": ("rewards.functions=[{function: own.py:f}]", "no own.py beside the YAML"),
+    "no such data file": ("data.path=rows.jsonl", "data.path: no file rows.jsonl"),
+    "no such held-out file": ("data.eval_path=held.parquet", "data.eval_path: no file held.parquet"),
+    "no such model folder": ("model.path=./model", "model.path=./model: there is no such folder"),
+    "no such recipe": ("recipe=nope", "recipe 'nope': no such file"),
+    "no such checkpoint": (
+        "--resume=runs/nope",
+        "no checkpoint at runs/nope: resume from a checkpoint folder, auto or best",
+    ),
+    "too deep": ("rollout.stop=" + "[" * 20_000, "nested too deeply"),
+}
+ALL_WRONG = """\
+import contextlib, io, json, resource, sys
+from pgrpo import cli
+answers = {}
+for name, (override, _) in json.loads(sys.argv[1]).items():
+    sys.argv = ["pgrpo", "train", "--config", "c.yaml", override]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            cli.main()
+    except SystemExit as end:
+        answers[name] = (end.code, said.getvalue())
+heavy = sorted({"torch", "transformers", "datasets", "numpy"} & sys.modules.keys())
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps([answers, heavy, used.ru_utime + used.ru_stime]))
+"""
+
+
+def test_wrong_input_is_refused_in_little_time_without_importing_torch(folder: Path) -> None:
+    result = run(folder, json.dumps(WRONG), code=ALL_WRONG, WORLD_SIZE="2")
+    answers, heavy, seconds = json.loads(result.stdout)
+    assert answers.keys() == WRONG.keys(), result.stderr
+    for name, (_, expected) in WRONG.items():
+        code, said = answers[name]
+        assert code == 2, name
+        assert said.startswith("pgrpo: ") and said.count("\n") == 1, said
+        assert expected in said
+    assert heavy == []
+    assert seconds < 2 + 0.1 * len(WRONG)  # CPU time: the first takes 2 s at most, and the others share its imports
 
 
 def test_a_failed_run_is_1_with_one_line_unless_debugging(folder: Path) -> None:

@@ -1,0 +1,34 @@
+"""What is refused before torch, transformers and datasets are imported: names of a config that this machine has nothing for."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from pgrpo.config import Config, ConfigError, check_world_size
+from pgrpo.rewards.call import check_name
+
+
+def check_early(config: Config, *, data_from_python: bool = False) -> None:
+    """Raise ConfigError for a reward, a model's folder or a data file that does not exist. Reads none of them."""
+    for i, reward in enumerate(config.rewards.functions):
+        check_name(reward.function, f"rewards.functions[{i}].function")
+    model = config.model.path
+    if model.startswith((".", "/")) and not Path(model).is_dir():
+        raise ConfigError(
+            f"model.path={model}: there is no such folder; give a folder that from_pretrained loads, or a hub name"
+        )
+    for key, path in (("data.path", config.data.path), ("data.eval_path", config.data.eval_path)):
+        is_file = re.search(r"\.(jsonl?|[ct]sv|parquet)(\.\w+)?$", path or "", re.IGNORECASE)
+        if path and is_file and not (data_from_python and key == "data.path") and not Path(path).expanduser().is_file():
+            raise ConfigError(
+                f"{key}: no file {path}; correct the path, which is relative to the YAML or the current folder"
+            )
+
+
+def check_start(config: Config, resume: str | Path | None) -> None:
+    """Raise ConfigError for a training on ranks that cannot share out the prompts, or from a checkpoint that does not exist."""
+    check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
+    if resume not in (None, "auto", "best") and not Path(resume).is_dir():
+        raise ConfigError(f"no checkpoint at {resume}: resume from a checkpoint folder, auto or best")
