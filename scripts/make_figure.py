@@ -41,17 +41,17 @@ def draw(theme: str) -> Figure:
     figure = Figure(figsize=(10.4, 4.3))
     grid = figure.add_gridspec(2, 2, width_ratios=(1.62, 1), height_ratios=(1.6, 1), left=0.01, right=0.99, bottom=0.07)
     grid.update(top=0.9, wspace=0.04, hspace=0.32)
-    repeated, packed, mask = (figure.add_subplot(part) for part in (grid[0, 0], grid[1, 0], grid[:, 1]))
+    repeated, packed, attention = (figure.add_subplot(part) for part in (grid[0, 0], grid[1, 0], grid[:, 1]))
     for axes, title in (
         (repeated, f"Repeated prompts: {REPEATED} tokens through the policy"),
         (packed, f"pgrpo, each prompt once: {PACKED} tokens, the same log-probs and gradients"),
-        (mask, "Who attends to whom in the packed batch"),
+        (attention, "Who attends to whom in the packed batch"),
     ):
         axes.set_title(title, loc="left", fontsize=10.5, weight="bold", color=INK[theme])
         axes.set_axis_off()
     draw_repeated(repeated)
     draw_packed(packed, theme)
-    draw_mask(mask, theme)
+    draw_mask(attention, theme)
     return figure
 
 
@@ -93,22 +93,27 @@ def draw_packed(axes: Axes, theme: str) -> None:
     axes.set_ylim(-3.0, 1.1)
 
 
-def draw_mask(axes: Axes, theme: str) -> None:
-    """Rows are queries, columns keys; a coloured cell is a pair that is computed."""
-    rgb = np.zeros((PACKED, PACKED, 4))
-    edges, prompts = starts(), dict(zip("AB", starts(), strict=False))
-    for (label, group, tokens), start in zip(segments(), edges, strict=False):
+def mask() -> np.ndarray:
+    """[T, T, 4] colours; rows are queries, columns keys, and a cell that is not transparent is a pair that is computed."""
+    rgba = np.zeros((PACKED, PACKED, 4))
+    prompts = dict(zip("AB", starts(), strict=False))
+    for (label, group, tokens), start in zip(segments(), starts(), strict=False):
         own = np.tril(np.ones((tokens, tokens), bool))
         color = to_rgba((PROMPT if label == group else COMPLETION)[group])
-        rgb[start : start + tokens, start : start + tokens][own] = color
+        rgba[start : start + tokens, start : start + tokens][own] = color
         if label != group:
-            rgb[start : start + tokens, prompts[group] : prompts[group] + LENGTH[group]] = (*color[:3], 0.55)
+            rgba[start : start + tokens, prompts[group] : prompts[group] + LENGTH[group]] = (*color[:3], 0.55)
+    return rgba
+
+
+def draw_mask(axes: Axes, theme: str) -> None:
+    for (label, _, tokens), start in zip(segments(), starts(), strict=False):
         middle = start + tokens / 2 - 0.5
         axes.text(-1.2, middle, label, ha="right", va="center", fontsize=7.5, color=INK[theme])
         axes.text(middle, PACKED + 0.4, label, ha="center", va="top", fontsize=7.5, color=INK[theme])
-    axes.imshow(rgb, interpolation="nearest", aspect="equal")
+    axes.imshow(mask(), interpolation="nearest", aspect="equal")
     axes.add_patch(Rectangle((-0.5, -0.5), PACKED, PACKED, fill=False, edgecolor="#8b949e", lw=0.8))
-    for edge in edges[1:-1]:
+    for edge in starts()[1:-1]:
         axes.axhline(edge - 0.5, color="#8b949e", lw=0.3)
     axes.text(PACKED - 1, 1, "row: query\ncolumn: key", ha="right", va="top", fontsize=8, color=INK[theme])
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 import shlex
 import textwrap
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import typer.main
 
+from pgrpo.attention.layout import PackedLayout
+from pgrpo.attention.reference import attention_mask
 from pgrpo.cli import app
 from pgrpo.config import load_config
 from pgrpo.config.functions import load_function
@@ -74,6 +78,20 @@ def test_the_table_of_contents_has_every_page() -> None:
 def test_every_image_in_docs_is_shown() -> None:
     shown = {Path(match[1] or match[2]).name for page in PAGES for match in LINK.finditer(words(page))}
     assert {file.name for file in (ROOT / "docs").iterdir() if file.suffix in (".png", ".svg")} <= shown
+
+
+def test_the_figure_is_what_its_script_draws_and_its_mask_is_that_of_the_packed_batch(tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "make_figure.py"))
+    script["main"](tmp_path)
+    # Another version of matplotlib may draw the same figure with other numbers.
+    locked = f"matplotlib=={version('matplotlib')}" in (ROOT / "requirements.lock").read_text().split()
+    for theme in ("light", "dark"):
+        drawn, shown = ((folder / f"method_{theme}.svg").read_bytes() for folder in (tmp_path, ROOT / "docs"))
+        assert drawn == shown or not locked, "run python scripts/make_figure.py"
+    lengths = [prompt for _, prompt, _ in script["GROUPS"]], [list(completions) for *_, completions in script["GROUPS"]]
+    computed = attention_mask(PackedLayout.from_lengths(*lengths))
+    assert (script["mask"]()[..., 3] > 0).tolist() == computed.tolist()
+    assert len(computed) == script["PACKED"]
 
 
 # --- faults
