@@ -1,9 +1,9 @@
-"""Measure both plans of grouped attention over many shapes and fit the constants of ``pgrpo/attention/choose.py``. Needs a GPU.
+"""Measures both ways of grouped attention over many shapes and fits the constants of ``pgrpo/attention/choose.py``. Needs a GPU.
 
     python benchmarks/attention_plans.py [--kernel auto] [--heads 32 --kv-heads 8 --head-dim 128] [--json FILE]
 
-Forward and backward of one layer's attention, median of ten, both plans in turn. Prints each shape, the fitted constants, and how
-often the fitted model picks the faster plan and what its wrong picks cost.
+Times forward and backward of one layer's attention, median of ten, both ways in turn. Prints each shape, the fitted constants, how
+often the fitted model picks the faster way, and how much time its wrong picks cost.
 """
 
 from __future__ import annotations

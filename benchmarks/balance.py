@@ -1,14 +1,14 @@
-"""How evenly a step's work is shared out among ranks, on simulated lengths with a long tail.
+"""Measures how evenly a step's work is divided among ranks, on simulated lengths with a long tail.
 
     python benchmarks/balance.py --json benchmarks/balance.json                # needs no GPU
     python benchmarks/balance.py --on-gpu --ranks 2 4 --steps 3 --json FILE
 
-Prompts and completions are log-normal, cut off at the maximum (a few completions per hundred run into it, as those of a
-reasoning model do). Work is what `pgrpo train` shares out by: the FLOPs of a group's forward and backward. Ranks that hold
-sharded weights wait for each other in every micro-batch, so two figures count: the busiest rank's work over the mean, and
-the time of a step in which every micro-batch takes as long as that of the slowest rank, over the mean. ``--on-gpu`` adds
-the same figures in seconds: each rank's micro-batches, one rank after the other on this GPU, forward and backward of a
-model of that shape.
+Lengths of prompts and completions are log-normal, cut off at the maximum (which a few completions in a hundred reach, as with a
+reasoning model). Work is the quantity by which `pgrpo train` divides groups: the FLOPs of a group's forward and backward. Ranks
+with sharded weights wait for each other in every micro-batch, so there are two figures: the busiest rank's work over the mean,
+and the time of a step in which every micro-batch takes as long as that of the slowest rank, over the mean. ``--on-gpu`` adds the
+same figures in seconds: forward and backward of each rank's micro-batches, one rank after the other on this GPU, with random
+weights.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How long a checkpoint keeps training waiting: written in the background (as runs do it), and written while training waits.
+"""Measures how long training waits for a checkpoint: written in the background (as in a run), and written while training waits.
 
     python benchmarks/checkpoint_time.py [--config smollm2_135m] [--saves 4] [--out FOLDER] [key=value ...]
 
-Builds the config's model with AdamW, gives it one update's worth of moments, and saves both ways, in turns. In the background: the
-seconds until ``save`` returns, which is the copy to host memory (which was reserved ahead, as runs do it after their first step).
-Waiting: the seconds until a checkpoint is on the disk, summed and named, without a copy.
+Builds the config's model with AdamW, does one update so that there are moments, and saves both ways in turn. In the background: the
+seconds until ``save`` returns, that is the copy to host memory (which is reserved ahead, as a run does after its first step).
+Waiting: the seconds until a checkpoint is on the disk with its checksums and its name, without a copy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What reward weights, dynamic sampling and the KL term do: short runs of the quick start's model, three seeds each, on a CPU.
+"""Measures the effect of reward weights, dynamic sampling and the KL term: short runs of the quick start's model on a CPU, three
+seeds each.
 
     python scripts/make_tiny_model.py
     python benchmarks/effects.py [--only weights,resampling,kl] [--steps 150] [--seeds 0,1,2] [--json benchmarks/effects.json]
@@ -7,9 +8,9 @@
 - resampling: three of four rows have an answer that nothing matches, so that their groups never have spread.
 - kl: kl_coef 0, 0.04 (preset grpo's) and 0.4.
 
-What a run learned is computed from its exported weights with plain transformers, on the held-out sums: the probability of the right
-answer, which is the expected exact match at temperature 1; and the KL to the initial model, of whole distributions along sampled
-completions, in nats a token.
+The results are computed from a run's exported weights with plain transformers, on the held-out sums: the probability of the right
+answer, which is the expected exact match at temperature 1; and the KL to the initial model in nats a token, computed from
+complete distributions along sampled completions.
 """
 
 from __future__ import annotations

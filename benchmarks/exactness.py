@@ -1,10 +1,10 @@
-"""Exactness on a real model: grouped log-probs and gradients against the untouched transformers model, in float64 and float32.
+"""Compares grouped log-probs and gradients with the untouched transformers model on a real model, in float64 and float32.
 
     python benchmarks/exactness.py --model .cache/smollm2_135m [--group-size 8]
 
 Prompts of different lengths; completions of different lengths, one empty and one of a single token. Prints every number, and
 fails if float64 differs by more than 1e-6 nats or 1e-5 (relative, gradients), if the float32 error exceeds 1.5 times that of the
-untouched model, or if a seeded bug goes unnoticed.
+untouched model, or if a seeded bug is not detected.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Whole training steps, rollout included, of a model's shape with random weights (so that completions run to their limit).
+"""Times complete training steps, rollout included, of a model's shape with random weights (so that completions run to their limit).
 
     python benchmarks/full_step.py --shape-of benchmarks/qwen3_4b --config qwen3_4b.yaml --prompts 32 --prompt 4096 \
         --completion 1024 --group-size 8 [--attention grouped repeated] [--steps 2] [--plain] [--json FILE] [key=value ...]
     torchrun --nproc-per-node 2 benchmarks/full_step.py ... optim.offload=none
 
-Makes a model folder beside the run folder, from config.json alone, trains on random prompts, and prints the median of each part
-of a step, for both ways of attention in turn. A small step of each before, which compiles, is left out.
+Creates a model folder beside the run folder from config.json alone, trains on random prompts, and prints the median time of each
+part of a step, for grouped and repeated prompts in turn. A small step of each runs first, to compile, and is not counted.
 """
 
 from __future__ import annotations

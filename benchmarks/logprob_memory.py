@@ -1,8 +1,9 @@
-"""Peak memory of log-probs and entropy at a large vocabulary, forward and backward, beside the full logits that never exist.
+"""Measures the peak memory of log-probs and entropy with a large vocabulary, forward and backward, and prints the size of the full
+logits, which never exist, for comparison.
 
     python benchmarks/logprob_memory.py [--tokens 8192] [--vocabulary 151936] [--hidden 1024] [--dtype float32]
 
-On a GPU it is what PyTorch allocated; on a CPU the resident memory of this process. Either way without the inputs.
+Memory is what PyTorch allocated on a GPU, and the resident memory of this process on a CPU, in both cases without the inputs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ GIB = 2**30
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory held since ``reset_peak``."""
+    """Peak memory since ``reset_peak``."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     lines = Path("/proc/self/status").read_text().splitlines()

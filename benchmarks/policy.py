@@ -1,11 +1,11 @@
-"""Time the update of a policy in several ways: prompts once, repeated, copied keys (concat), and the package PrefixGrouper.
+"""Times the update of a policy in several ways: prompts once, repeated, copied keys (concat), and the package PrefixGrouper.
 
     python benchmarks/policy.py --config qwen3_4b.yaml --random-weights --shape 8192,1024,4 --repeats 3 \
         --methods grouped repeated_packed concat prefix_grouper prefix_grouper_ours --checkpointing attention none \
         --json benchmarks/h100_policy.json -- model.path=benchmarks/qwen3_4b
 
-Times as ``pgrpo bench`` does, for the methods of methods.py. ``--json`` adds rows to a file; rows that are there stay, unless they
-are measured again. ``--profile`` writes the time of each kernel of a grouped update. On a CPU, peak memory is the peak resident
+Measures like ``pgrpo bench``, for the methods of methods.py. ``--json`` adds rows to a file, and replaces rows that were measured
+again. ``--profile`` writes the time of each kernel of a grouped update. On a CPU, peak memory is the peak resident
 memory of one update in a fresh process, over what that process held before it loaded the model.
 """
 

@@ -1,18 +1,18 @@
-"""The quick start's run under random faults, ended by a shell loop, compared with the same run undisturbed.
+"""Trains the quick start under random faults, restarted by a shell loop, and compares the run with an undisturbed one.
 
     python benchmarks/soak.py [--steps 1000] [--seed 0] [--json soak.json] [--log soak.log]
 
 Three runs of ``pgrpo train --config quickstart.yaml`` on the CPU, one thread each:
 
 1. undisturbed;
-2. under faults that stop it and leave the data as they are (kill -9, SIGTERM, a reward that raises or hangs, NaN with
-   ``train.max_skipped_updates=0``, a full disk), gone on with by scripts/keep_running.sh: its last checkpoint (weights, optimizer,
+2. under faults that stop the run and do not change its data (kill -9, SIGTERM, a reward that raises or hangs, NaN with
+   ``train.max_skipped_updates=0``, a full disk), restarted by scripts/keep_running.sh: its last checkpoint (weights, optimizer,
    generators, prompt order) and each row of metrics.jsonl must equal the undisturbed run's, bit for bit;
-3. under the same kinds of faults where they change what is trained on (samples of a failed reward are masked, updates with NaN are
-   skipped): it must finish.
+3. under the same kinds of faults, configured so that they change the training (samples of a failed reward are masked, updates with
+   NaN are skipped): it must finish.
 
-The disk is a small tmpfs in a mount namespace of its own (``unshare``); without one, a limit on the size of files. Exits with 1
-when a run does not finish or is not equal. The faults are in soak_faults.py.
+The disk is a small tmpfs in its own mount namespace (``unshare``); where there is none, a limit on the size of files. Exits with 1
+if a run does not finish or is not equal. The faults are in soak_faults.py.
 """
 
 from __future__ import annotations

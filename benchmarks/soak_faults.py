@@ -1,8 +1,8 @@
-"""``pgrpo`` with faults: what benchmarks/soak.py starts in its place. Nothing of pgrpo is changed on the disk; its functions are
-wrapped in this process, to know which step it is at and to spoil a number.
+"""``pgrpo`` with faults, which benchmarks/soak.py starts instead of ``pgrpo``. It wraps functions of pgrpo in this process, to
+know the current step and to corrupt a number; pgrpo's files are not changed.
 
-The folder that ``SOAK_DIR`` names holds ``plan.json``, the list of faults in their order. A fault is struck off, in
-``events.jsonl``, before it happens, so that it happens once, however often its step is done. Kinds:
+The folder ``SOAK_DIR`` has ``plan.json``, the list of faults in their order. A fault is recorded in ``events.jsonl`` before it
+happens, so that it happens once, however often its step is repeated. Kinds:
 
 - ``sigkill``, ``sigterm``: sent ``delay`` seconds after a step began or, if ``starting``, after this process did;
 - ``reward_raise``: the next ``count`` calls of the reward raise. ``reward_hang``: the next call never ends;

@@ -1,12 +1,12 @@
-"""Seconds and memory of whole optimizer steps: float32 masters, AdamW, FSDP2, random tokens and weights.
+"""Measures time and memory of complete optimizer steps: float32 masters, AdamW, FSDP2, random tokens and weights.
 
     python benchmarks/train_step.py --config qwen3_4b.yaml --prompt 4096 --completion 1024 --group-size 8 --groups 8 \
         [--offload none cpu] [--steps 3] [--json FILE] [key=value ...]
     torchrun --nproc-per-node 2 benchmarks/train_step.py ... --offload none
 
-Every rank has ``--groups`` groups, so that tokens a second over those of one rank are the scaling. Needs only the model's
-config.json. Times what a training step does after its rollout: batches, forward and backward of every micro-batch, gradient
-clipping, AdamW. The first step, which compiles, is left out.
+Every rank has ``--groups`` groups, so that tokens a second, relative to one rank, show the scaling. Needs only the model's
+config.json. Times everything in a training step after its rollout: packing, forward and backward of every micro-batch, gradient
+clipping, AdamW. The first step, which compiles, is not counted.
 """
 
 from __future__ import annotations
