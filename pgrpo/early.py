@@ -31,4 +31,6 @@ def check_start(config: Config, resume: str | Path | None) -> None:
     """Raise ConfigError for a training on ranks that cannot share out the prompts, or from a checkpoint that does not exist."""
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     if resume not in (None, "auto", "best") and not Path(resume).is_dir():
-        raise ConfigError(f"no checkpoint at {resume}: resume from a checkpoint folder, auto or best")
+        folder = Path(resume).parent
+        steps = ", ".join(sorted(path.name for path in folder.glob("step_*"))) or "none"
+        raise ConfigError(f"no checkpoint at {resume}; steps that exist in {folder}: {steps}")

@@ -130,7 +130,7 @@ WRONG = {
     "no such recipe": ("recipe=nope", "recipe 'nope': no such file"),
     "no such checkpoint": (
         "--resume=runs/nope",
-        "no checkpoint at runs/nope: resume from a checkpoint folder, auto or best",
+        "no checkpoint at runs/nope; steps that exist in runs: none",
     ),
     "too deep": ("rollout.stop=" + "[" * 20_000, "nested too deeply"),
 }
