@@ -140,16 +140,11 @@ def _read_recipe(name: Any, beside: Path) -> Source:
     recipe = read_file(find_file("recipes", name, beside))
     for section, values in recipe.values.items():
         if section not in RECIPE_SECTIONS:
-            raise ConfigError(
-                f"{recipe.where(section)}{section}: a recipe may set only {', '.join(RECIPE_SECTIONS)}; "
-                "move this to the config"
-            )
+            raise recipe.error(section, f"a recipe may set only {', '.join(RECIPE_SECTIONS)}; move this to the config")
         for key in values if section == "rollout" else ():
             if key not in RECIPE_ROLLOUT:
-                raise ConfigError(
-                    f"{recipe.where(f'rollout.{key}')}rollout.{key}: a recipe may set only {', '.join(RECIPE_ROLLOUT)} "
-                    "of rollout; move this to the config"
-                )
+                only = f"a recipe may set only {', '.join(RECIPE_ROLLOUT)} of rollout; move this to the config"
+                raise recipe.error(f"rollout.{key}", only)
     return recipe
 
 

@@ -62,6 +62,10 @@ class Source:
         text = self.marks.get(key, (0, None))[1]
         return repr(value) if text is None else text
 
+    def error(self, key: str, message: str) -> ConfigError:
+        """Where the key is, the key, and what is wrong with it."""
+        return ConfigError(f"{self.where(key)}{key}: {message}")
+
 
 def read_file(path: Path) -> Source:
     """Read and check a YAML file. ConfigError if it is not a mapping of known keys with values of the right type."""
@@ -204,50 +208,42 @@ def check_types(value: Any, hint: Any, key: str, source: Source) -> None:
     if value is None and hint is not _without_none(hint):
         return
     hint = _without_none(hint)
-    origin, where = get_origin(hint), source.where(key)
+    origin = get_origin(hint)
+    if (is_dataclass(hint) or origin is dict) and not isinstance(value, dict):
+        raise source.error(key, _wrong(value, dict, key, source))
+    if origin in (list, tuple) and not isinstance(value, list | tuple):
+        raise source.error(key, _wrong(value, list, key, source))
     if hint is Any or origin is dict:
-        if origin is dict and not isinstance(value, dict):
-            raise ConfigError(_wrong(value, dict, key, source))
         _check_keys(value, key, source)
-    elif is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise ConfigError(_wrong(value, dict, key, source))
+    elif is_dataclass(hint) and isinstance(value, dict):
         for name, item in value.items():
             inner = f"{key}.{name}" if key else str(name)
             if name not in hints(hint):
-                raise ConfigError(f"{source.where(inner)}{inner}: no such key; {suggest(inner, valid_keys())}")
+                raise source.error(inner, f"no such key; {suggest(inner, valid_keys())}")
             check_types(item, hints(hint)[name], inner, source)
-    elif origin in (list, tuple):
-        if not isinstance(value, list | tuple):
-            raise ConfigError(_wrong(value, list, key, source))
+    elif isinstance(value, list | tuple) and origin in (list, tuple):
         items = get_args(hint) if origin is tuple else get_args(hint) * len(value)
         if len(items) != len(value):
-            raise ConfigError(f"{where}{key}: {list(value)} has {len(value)} items; give {len(items)}")
+            raise source.error(key, f"{list(value)} has {len(value)} items; give {len(items)}")
         for i, item in enumerate(value):
             check_types(item, items[i], f"{key}[{i}]", source)
     elif isinstance(value, str) and ("${" in value or value == MISSING):
         return  # checked when everything is merged
     elif origin is Literal:
         if value not in get_args(hint) or isinstance(value, bool):
-            raise ConfigError(
-                f"{where}{key}: {source.text(key, value)} is not a choice; it may be {', '.join(get_args(hint))}"
-            )
+            options = ", ".join(get_args(hint))
+            raise source.error(key, f"{source.text(key, value)} is not a choice; it may be {options}")
     elif type(value) is not hint and not (hint is float and _fits_float(value)):
-        raise ConfigError(_wrong(value, hint, key, source))
+        raise source.error(key, _wrong(value, hint, key, source))
     elif hint is float:
         _check_finite(value, key, source)
-    elif hint is int:
-        text = source.text(key, value)
-        if text.lstrip("+").replace("_", "") != str(value):
-            raise ConfigError(
-                f"{where}{key}: {text} reads as the number {value}; write {key}: {value} if that is meant"
-            )
+    elif hint is int and (text := source.text(key, value)).lstrip("+").replace("_", "") != str(value):
+        raise source.error(key, f"{text} reads as the number {value}; write {key}: {value} if that is meant")
 
 
 def _check_finite(value: Any, key: str, source: Source) -> None:
     if isinstance(value, float) and not math.isfinite(value):
-        text = source.text(key, value)
-        raise ConfigError(f"{source.where(key)}{key}: {text} is not a finite number; give a finite one")
+        raise source.error(key, f"{source.text(key, value)} is not a finite number; give a finite one")
 
 
 def _check_keys(value: Any, key: str, source: Source) -> None:
@@ -255,23 +251,22 @@ def _check_keys(value: Any, key: str, source: Source) -> None:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, item in items:
         if isinstance(value, dict) and not isinstance(name, str):
-            raise ConfigError(
-                f"{source.where(key)}{key}: its key {name!r} is {_kind(name)}, not text; put the key in quotes"
-            )
+            raise source.error(key, f"its key {name!r} is {_kind(name)}, not text; put the key in quotes")
         _check_keys(item, f"{key}.{name}" if isinstance(value, dict) else f"{key}[{name}]", source)
 
 
-def _wrong(value: Any, expected: type, key: str, source: Source) -> str:
-    text, where = source.text(key, value), source.where(key)
+def _wrong(value: Any, expected: Any, key: str, source: Source) -> str:
+    """What is wrong with a value of another type than ``expected``."""
+    text = source.text(key, value)
     if value is None:
-        return f"{where}{key}: null is not a value here; give {KINDS[expected]}, or leave the key out"
+        return f"null is not a value here; give {KINDS[expected]}, or leave the key out"
     if expected is str and isinstance(value, int | float):
         quoted = f"'{key}=\"{text}\"'" if source.name.startswith("override") else f'{key.rpartition(".")[2]}: "{text}"'
-        return f"{where}{key}: {text} reads as {value!r}, {_kind(value)}, not text; quote it: {quoted}"
+        return f"{text} reads as {value!r}, {_kind(value)}, not text; quote it: {quoted}"
     fix = f"write {KINDS[expected]}" if expected is not str else "put the text in quotes"
     if expected in (int, float) and isinstance(value, str) and re.fullmatch(r"[-+\d.eE]+", value):
         fix = f"write it without quotes: {value}"
-    return f"{where}{key}: {text} is {_kind(value)}, not {KINDS[expected]}; {fix}"
+    return f"{text} is {_kind(value)}, not {KINDS[expected]}; {fix}"
 
 
 def _kind(value: Any) -> str:

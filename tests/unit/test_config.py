@@ -531,6 +531,7 @@ def test_the_walk_finds_every_number() -> None:
     found |= {
         "eval.temperature",
         "model.fsdp_size",
+        "model.max_positions",
         "rollout.gpu_memory_utilization",
         "train.target_reward",
     }  # None unless set
