@@ -61,6 +61,9 @@ class Scripted:
         self.scripts = scripts  # one for each prompt (of one token); the same token at the same position is said by one
         self.calls: list[list[int]] = []
 
+    def modules(self):
+        return iter(())  # nothing is sharded
+
     def next_logits(self, input_ids_T, position_ids_T, layout, rows_B):
         if not self.calls:
             following = [script[0] for script in self.scripts]
