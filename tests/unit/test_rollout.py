@@ -47,6 +47,9 @@ class Counting:
     def device(self):
         return self.policy.device
 
+    def modules(self):
+        return self.policy.modules()
+
     def next_logits(self, input_ids_T, position_ids_T, layout, rows_B):
         self.calls.append((len(input_ids_T), len(rows_B)))
         return self.policy.next_logits(input_ids_T, position_ids_T, layout, rows_B)
