@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -97,9 +98,11 @@ class Warm:
 
 def next_request(requests: socket.socket) -> dict[str, Any]:
     """Answer requests; return once in each copy, with what it is to do. Ends with the process that asks."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel takes the watchers away
     while True:
         message, descriptors, _, _ = socket.recv_fds(requests, 2**20, 3)
+        with suppress(ChildProcessError):  # there is none
+            while os.waitpid(-1, os.WNOHANG)[0]:  # watchers that are done
+                pass
         if not message:
             os._exit(0)
         if not os.fork():
@@ -107,7 +110,6 @@ def next_request(requests: socket.socket) -> dict[str, Any]:
         for descriptor in descriptors:
             os.close(descriptor)
     # A watcher, which tells the copy's process id and how it ended.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     requests.close()
     out, err, status = descriptors
     if copy := os.fork():
