@@ -15,6 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is impor
 import torch
 from warm import Warm
 
+if not torch.cuda.is_available():  # the tests of Triton kernels interpret them; Triton reads it when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

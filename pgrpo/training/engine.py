@@ -30,6 +30,7 @@ VLLM_KEYS = (
     "tensor_parallel_size",
     "gpu_memory_utilization",
     "enforce_eager",
+    "shared_decode",
     "canary_every",
     "vllm_deadline_s",
     "allow_untested_vllm",

@@ -137,6 +137,7 @@ EFFECTS = dict(
         effect("rollout.tensor_parallel_size", 2, "error"),
         effect("rollout.gpu_memory_utilization", 0.5, "error"),
         effect("rollout.enforce_eager", True, "error"),
+        effect("rollout.shared_decode", "never", "error"),
         effect("rollout.canary_every", 5, "error"),
         effect("rollout.vllm_deadline_s", 60.0, "error"),
         effect("rollout.allow_untested_vllm", True, "error"),

@@ -1,5 +1,6 @@
 """The contract of the vLLM engine, against the real thing: a small Llama on the CPU, or on a GPU in bfloat16."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -70,12 +71,21 @@ def engine(request, tmp_path_factory) -> Iterator[tuple[VLLMEngine, Policy]]:
     hf_config = make(**sizes, tie_word_embeddings=request.param == "llama tied")
     transformers.AutoModelForCausalLM.from_config(hf_config).save_pretrained(folder)
     tokenizer = make_tokenizer(folder)
-    with start() as world:
+    with start() as world, pytest.MonkeyPatch.context() as patch:
         gpu = world.device.type == "cuda"
+        if gpu:
+            from pgrpo.rollout.vllm.shared_layout import DecodeLayout
+
+            patch.setitem(DecodeLayout.__init__.__kwdefaults__, "shared_tokens", 16)  # these prompts have 32 at most
         config = Config(
             model=ModelConfig(path=str(folder), dtype="bfloat16" if gpu else "float32"),
             data=DataConfig(max_prompt_tokens=32),
-            rollout=RolloutConfig(max_completion_tokens=16, enforce_eager=True, max_concurrent=32),
+            rollout=RolloutConfig(
+                max_completion_tokens=16,
+                enforce_eager=True,
+                max_concurrent=32,
+                shared_decode="always" if gpu else "auto",
+            ),
         )
         dtype = torch.bfloat16 if gpu else torch.float32
         policy = Policy(load_model(config.model, 48, dtype))
@@ -338,6 +348,42 @@ def test_an_engine_that_dies_while_decoding_is_reported_and_leaves_no_processes(
         assert [len(g.completions) for g in vllm.generate(prompts("abc", "def"), PARAMS, seeds(2, 3))] == [3, 3]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="shared decoding needs a GPU")
+def test_groups_are_decoded_together_no_further_from_float32_than_alone(awake, monkeypatch):
+    from pgrpo.rollout.vllm.shared_backend import FlashAttentionMetadataBuilder, SharedBuilder
+    from pgrpo.rollout.vllm.shared_layout import DecodeLayout
+
+    engine, policy = awake
+    model = copy.deepcopy(policy.model).float()
+    model.set_attn_implementation("sdpa")
+    sizes, update = set(), DecodeLayout.update
+
+    def note(layout, block_table, lengths):
+        update(layout, block_table, lengths)
+        sizes.update(layout.members[: len(lengths)].tolist())
+
+    monkeypatch.setattr(DecodeLayout, "update", note)
+
+    def distance():
+        groups = engine.generate(prompts(*(f"{i:02}" * 16 for i in range(32))), PARAMS, seeds(32, 8))
+        apart = []
+        for prompt, completion in ((g.prompt, c) for g in groups for c in g.completions):
+            ids = torch.tensor([prompt.token_ids + completion.token_ids], device=policy.device)
+            with torch.no_grad():
+                logits = model(ids).logits[0, len(prompt.token_ids) - 1 : -1]
+            exact = logits.log_softmax(-1).gather(1, ids[0, len(prompt.token_ids) :, None])[:, 0].tolist()
+            apart += [abs(a - b) for a, b in zip(completion.rollout_logprobs, exact, strict=True)]
+        return sum(apart) / len(apart)
+
+    together = distance()
+    assert 8 in sizes
+    sizes.clear()
+    monkeypatch.setattr(SharedBuilder, "build", FlashAttentionMetadataBuilder.build)
+    alone = distance()
+    print(f"mean |rollout - float32| log-prob: {together:.2e} together, {alone:.2e} alone")
+    assert not sizes and together <= 1.05 * alone
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="both models had their turn")
 @pytest.mark.skipif("PGRPO_TEST_MODEL" in os.environ, reason="this is the other process")
 def test_the_other_model():
@@ -345,3 +391,4 @@ def test_the_other_model():
     done = subprocess.run(tests, env=os.environ | {"PGRPO_TEST_MODEL": "qwen3 untied"}, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-5000:]
+    assert "CUDA Error" not in done.stdout + done.stderr, "of vLLM's allocator, at the end"

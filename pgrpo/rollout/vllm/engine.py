@@ -190,6 +190,11 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Shut the engine down, and with it the process group: the last thing that a rank does."""
+        if self.sleeps:
+            # vLLM's allocator unmaps whatever is freed, and reports a CUDA error for each part that sleep has unmapped already.
+            torch.cuda.empty_cache()
+            with suppress(EngineError):  # without room to wake, those reports are all that is amiss
+                self._call("wake_up", self.llm.wake_up)
         self._call("shutdown", self.llm.llm_engine.engine_core.shutdown)
 
     def push(self) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 from typing import Any
 
@@ -25,8 +26,10 @@ from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World
 from pgrpo.process.deadline import deadline
 from pgrpo.process.rng import rng_state, set_rng_state
+from pgrpo.rollout.vllm import shared_decode
 from pgrpo.rollout.vllm.requests import DEADLINE, vllm_errors
 
+log = logging.getLogger(__name__)
 SUPPORTED = {"cuda": "0.26", "cpu": "0.32"}
 """The vLLM version that is tested on a kind of device."""
 
@@ -46,7 +49,7 @@ def package() -> Any:
 
 
 def check_version(config: Config, device: torch.device) -> None:
-    """Refuse a vLLM that nobody tried on such a device.
+    """Refuse a vLLM that nobody tried on such a device, or that cannot share prompts though it must.
 
     Raises:
         ConfigError: with the version that is supported and the key to override.
@@ -57,6 +60,8 @@ def check_version(config: Config, device: torch.device) -> None:
             f"rollout.engine=vllm: vLLM {version} was not tested on a {device.type} device, {tested} was: install that, or set "
             "rollout.allow_untested_vllm=true, or rollout.engine=embedded"
         )
+    if config.rollout.shared_decode == "always" and (reason := shared_decode.cannot(device.type, version)):
+        shared_decode.plainly(config, reason)
 
 
 def prepare(config: Config, world: World) -> None:
@@ -85,6 +90,7 @@ def start(config: Config, memory_share: float, *, sleeps: bool) -> Any:
     """
     model, rollout, state = config.model, config.rollout, rng_state()
     with deadline(rollout.vllm_deadline_s, "starting vLLM", DEADLINE), vllm_errors("start"):
+        backend = _shared_backend(config, "cuda" if sleeps else "cpu")
         llm = package().LLM(
             model=model.path,
             revision=model.revision,
@@ -105,5 +111,20 @@ def start(config: Config, memory_share: float, *, sleeps: bool) -> Any:
             logprobs_mode="raw_logprobs",
             generation_config="vllm",  # no sampling defaults from the model's folder
         )
+        if backend is not None and (reason := backend.why_not(llm.llm_engine.vllm_config)):
+            shared_decode.plainly(config, reason)
     set_rng_state(state)
     return llm
+
+
+def _shared_backend(config: Config, device_type: str) -> Any:
+    """``shared_backend``, registered with vLLM; None where each completion is to read its prompt for itself."""
+    if reason := shared_decode.not_wanted(config, device_type):
+        log.info("each completion reads its prompt for itself: %s", reason)
+    elif reason := shared_decode.cannot(device_type, package().__version__):
+        shared_decode.plainly(config, reason)
+    else:
+        backend = importlib.import_module("pgrpo.rollout.vllm.shared_backend")
+        backend.register()
+        return backend
+    return None

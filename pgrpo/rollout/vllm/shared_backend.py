@@ -1,0 +1,111 @@
+"""vLLM's FlashAttention backend with a decode that reads shared keys once. vLLM loads it by the path that ``register`` gives.
+
+What it touches of vLLM: ``shared_decode.TOUCHED``.
+"""
+
+# pyright: reportMissingImports=false
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends.flash_attn import (
+    FlashAttentionBackend,
+    FlashAttentionImpl,
+    FlashAttentionMetadata,
+    FlashAttentionMetadataBuilder,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+from pgrpo.rollout.vllm.shared_decode import why_not_layer
+from pgrpo.rollout.vllm.shared_layout import DecodeLayout
+
+
+def register() -> None:
+    """Let an engine that starts from now on take this backend where it would take FLASH_ATTN."""
+    register_backend(AttentionBackendEnum.FLASH_ATTN, f"{__name__}.{SharedBackend.__name__}")
+
+
+def why_not(vllm_config: Any) -> str | None:
+    """Why a model cannot share; None if it can. One layer that cannot is enough: such models were not tried."""
+    layers = vllm_config.compilation_config.static_forward_context
+    for name, layer in layers.items():
+        if not isinstance(impl := getattr(layer, "impl", None), SharedImpl):
+            return f"{name} is computed by {type(impl or layer).__name__}, not by FlashAttention"
+        if reason := why_not_layer(impl):
+            return reason
+    return None
+
+
+class SharedImpl(FlashAttentionImpl):
+    """Attention of one layer."""
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: FlashAttentionMetadata,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        layout = getattr(
+            attn_metadata, "shared_layout", None
+        )  # None: prefill, or a run without metadata that measures memory
+        if layout is None:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+            )
+        n = attn_metadata.num_actual_tokens
+        keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
+        out = output.view(-1, self.num_heads, self.head_size)[:n]
+        layout.attend(query[:n], keys, values, attn_metadata.block_table, out, self.scale)
+        return output
+
+
+class SharedBuilder(FlashAttentionMetadataBuilder):
+    """What the layers of a step need. vLLM makes it inside the pool of memory that sleep gives up and wipes."""
+
+    _cudagraph_support = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )  # the kernels of a captured graph cannot do a prefill
+    supports_update_block_table = False  # another table, another layout
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.layout, self.sequences = None, vllm_config.scheduler_config.max_num_seqs
+        if why_not(vllm_config) is None:
+            self.layout = DecodeLayout(
+                self.sequences, self.num_heads_q, self.num_heads_kv, self.headdim, self.block_size, device,
+                most_parts=max(8, min(32, 4096 // self.sequences)),
+            )  # fmt: skip
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> FlashAttentionMetadata:
+        given = common_attn_metadata
+        decodes = given.max_query_len == 1 and given.num_reqs == given.num_actual_tokens <= self.sequences
+        is_shared = self.layout is not None and decodes and given.causal is True and common_prefix_len == 0
+        # fast_build leaves FlashAttention's own schedule out, which only a plain decode needs.
+        metadata = super().build(common_prefix_len, given, fast_build or is_shared)
+        metadata.shared_layout = self.layout if is_shared else None
+        if is_shared:
+            self.layout.update(given.block_table_tensor, given.seq_lens[: given.num_reqs])
+        return metadata
+
+
+class SharedBackend(FlashAttentionBackend):
+    """What vLLM asks for the classes above."""
+
+    @staticmethod
+    def get_impl_cls() -> type[SharedImpl]:
+        return SharedImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[SharedBuilder]:
+        return SharedBuilder

@@ -1,0 +1,118 @@
+"""Decoding that reads a group's prompt once a step, not once a completion: when it is used, and what it needs of vLLM.
+
+``shared_backend.py`` is vLLM's FlashAttention backend with another decode, ``shared_layout.py`` says who reads what together, and
+``shared_kernels.py`` computes it. Prefill, and what the kernels cannot do, stay vLLM's own.
+
+Measured on one H100 (32 query heads, 8 key heads, head dim 128, bfloat16, inside CUDA graphs), prompts of 512 to 16,384 tokens in
+groups of 8 and 16: attention is 0.41 to 0.52 times as much faster as it reads less, since a GPU's L2 cache already spares plain
+decoding some of the repeated reads. So it pays from twice as many tokens on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from pgrpo.config import Config, ConfigError
+
+log = logging.getLogger(__name__)
+VERSIONS = ("0.26",)
+"""Of vLLM, whose parts below were read, and on which it ran on a GPU."""
+FLASH_ATTN, BACKEND = "v1/attention/backends/flash_attn.py", "v1/attention/backend.py"
+TOUCHED = {
+    "v1/attention/backends/registry.py": {
+        "register_backend": ["backend", "class_path", "is_mamba"],
+        "AttentionBackendEnum": ["FLASH_ATTN"],
+    },
+    BACKEND: {
+        "AttentionCGSupport": ["UNIFORM_SINGLE_TOKEN_DECODE"],
+        "CommonAttentionMetadata": [
+            "seq_lens", "num_reqs", "num_actual_tokens", "max_query_len", "block_table_tensor", "causal",
+        ],
+    },
+    FLASH_ATTN: {
+        "FlashAttentionBackend.get_impl_cls": [],
+        "FlashAttentionBackend.get_builder_cls": [],
+        "FlashAttentionMetadata": ["num_actual_tokens", "block_table"],
+        "FlashAttentionMetadataBuilder": ["_cudagraph_support", "supports_update_block_table"],
+        "FlashAttentionMetadataBuilder.__init__": ["self", "kv_cache_spec", "layer_names", "vllm_config", "device"],
+        "FlashAttentionMetadataBuilder.build": ["self", "common_prefix_len", "common_attn_metadata", "fast_build"],
+        "FlashAttentionImpl.__init__": [
+            "self", "num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window", "kv_cache_dtype",
+            "logits_soft_cap", "attn_type", "kv_sharing_target_layer_name", "sinks",
+        ],
+        "FlashAttentionImpl.forward": [
+            "self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output", "output_scale",
+            "output_block_scale",
+        ],
+    },
+}  # fmt: skip
+"""What is subclassed, called or read, by file: parameters of functions, in order, and members of classes. Beyond names: the cache
+is [blocks, key heads, page, 2 head dim], keys before values; keys and values of a step are written before its attention; padded
+sequences have length 0; a decode step has one token a sequence."""
+HELPS_FROM, LEAST_PROMPT = 2.0, 512
+"""Times fewer tokens, and the longest prompt, from which ``auto`` takes it."""
+
+
+def read_less(group_size: int, prompt_tokens: int, completion_tokens: int) -> float:
+    """How many times fewer tokens' keys a decode step reads, halfway through the completions."""
+    own = completion_tokens / 2
+    return (prompt_tokens + own) / (prompt_tokens / group_size + own)
+
+
+def not_wanted(config: Config, device_type: str) -> str | None:
+    """Why a run that could share decodes plainly; None if it wants to share."""
+    mode, group_size = config.rollout.shared_decode, config.rollout.group_size
+    prompt, completion = config.data.max_prompt_tokens, config.rollout.max_completion_tokens
+    less = read_less(group_size, prompt, completion)
+    if mode == "never":
+        return "rollout.shared_decode=never"
+    if mode == "auto" and device_type != "cuda":
+        return "it needs a GPU"
+    if mode == "auto" and (less < HELPS_FROM or prompt < LEAST_PROMPT):
+        return (
+            f"a step would read {less:.1f} times fewer keys (rollout.group_size {group_size}, data.max_prompt_tokens {prompt}, "
+            f"rollout.max_completion_tokens {completion}); it pays from {HELPS_FROM:.0f} times and {LEAST_PROMPT} tokens on"
+        )
+    return None
+
+
+def cannot(device_type: str, version: str) -> str | None:
+    """Why this vLLM on such a device cannot share; None if nothing is against it before the model is known."""
+    if device_type != "cuda":
+        return "it needs a GPU"
+    if not version.startswith(tuple(f"{known}." for known in VERSIONS)):
+        return f"it was tried with vLLM {', '.join(VERSIONS)}, and this is {version}"
+    return None
+
+
+def plainly(config: Config, reason: str) -> None:
+    """Tell why a run that wants to share decodes plainly.
+
+    Raises:
+        ConfigError: it was told to share ``always``.
+    """
+    if config.rollout.shared_decode == "always":
+        raise ConfigError(f"rollout.shared_decode: always, but {reason}; set it to auto, which decodes plainly then")
+    if os.environ.get("RANK", "0") == "0":
+        log.warning("rollout.shared_decode=auto: each completion reads its prompt for itself: %s", reason)
+
+
+def why_not_layer(layer: Any) -> str | None:
+    """Why the kernels cannot do what an attention layer does; it has the attributes of vLLM's ``FlashAttentionImpl``."""
+    ratio = layer.num_heads // layer.num_kv_heads
+    for cannot, reason in (
+        (layer.attn_type != "decoder", f"attention is of the type {layer.attn_type}"),
+        (layer.head_size not in (64, 128), f"head dim {layer.head_size} is not 64 or 128"),
+        (ratio > 32, f"{ratio} query heads share a key head, more than 32"),
+        (layer.kv_cache_dtype not in ("auto", "bfloat16", "float16"), f"the cache is {layer.kv_cache_dtype}"),
+        (tuple(layer.sliding_window) != (-1, -1), "a layer has a sliding window"),
+        (layer.sinks is not None, "a layer has attention sinks"),
+        (bool(layer.logits_soft_cap), "a layer caps its logits"),
+        (layer.alibi_slopes is not None, "a layer has ALiBi slopes"),
+        (layer.kv_sharing_target_layer_name is not None, "a layer uses the cache of another"),
+    ):
+        if cannot:
+            return reason
+    return None

@@ -1,0 +1,200 @@
+"""Decode attention that reads shared keys once, in Triton's interpreter; and when vLLM is told to use it."""
+
+from __future__ import annotations
+
+import logging
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from shared_decode import Batch, batch, exact
+from torch import Tensor
+
+from pgrpo.config import Config, ConfigError
+from pgrpo.rollout.vllm import shared_decode
+from pgrpo.rollout.vllm import start as vllm_start
+from pgrpo.rollout.vllm.shared_layout import DecodeLayout
+
+PAGE = 4
+CPU = torch.device("cpu")
+
+
+def layout(sequences: int, heads: int = 4, key_heads: int = 2, **sizes: int) -> DecodeLayout:
+    """Small sizes, and arrays as vLLM's sleep leaves them: full of anything."""
+    small = {"most_parts": 8, "item_tokens": 8, "shared_tokens": 2 * PAGE, "tile": 16}
+    made = DecodeLayout(sequences, heads, key_heads, 16, PAGE, CPU, **small | sizes)
+    for value in vars(made).values():
+        if isinstance(value, Tensor):
+            value.fill_(float("nan") if value.is_floating_point() else -77)
+    return made
+
+
+def attend(made: DecodeLayout, given: Batch, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """What the kernels compute, and plain attention in float64: [N, heads, dim]."""
+    n, blocks = len(given.lengths), int(given.table.max()) + 1
+    keys, values = torch.randn(blocks, made.key_heads, PAGE, 32).to(dtype).transpose(1, 2).split(16, dim=-1)
+    q = torch.randn(n, made.heads, 16).to(dtype)
+    out = torch.full_like(q, float("nan"))
+    made.update(*given)
+    made.attend(q, keys, values, given.table, out, 16**-0.5)
+    return out.double(), exact(q, keys, values, given, list(range(n)))
+
+
+def items(made: DecodeLayout) -> Tensor:
+    return made.items[: int(made.count[1])]
+
+
+def tokens_read(made: DecodeLayout) -> int:
+    return int((items(made)[:, 3] - items(made)[:, 2]).sum())
+
+
+CASES = {
+    "groups of several sizes": batch([(41, [3, 9, 1]), (30, [5, 5, 5, 5, 5]), (18, [7, 2])], PAGE),
+    "one is alone, one has nothing to share": batch([(50, [4]), (3, [1, 2]), (40, [6, 1])], PAGE),
+    "more members than a tile has rows for": batch([(20, [2] * 11)], PAGE),
+    "a group that lost members, and padding": batch([(33, [30, 1]), (64, [12])], PAGE, pad=3),
+    "prompts that end with a block": batch([(32, [1, 4, 5]), (16, [1, 1])], PAGE),
+    "members apart from each other": batch([(41, [3, 9, 1]), (30, [5, 5]), (18, [7, 2])], PAGE, mixed=True),
+    "a system prompt before the prompts": batch([(61, [3, 9, 1]), (50, [5, 5]), (58, [7, 2])], PAGE, system=24),
+    "one token": batch([(1, [0])], PAGE),
+    "a long prompt and a long completion": batch([(130, [30, 1]), (9, [100])], PAGE),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_is_that_of_each_sequence_alone(name: str) -> None:
+    torch.manual_seed(0)
+    made = layout(len(CASES[name].lengths) + 2)
+    out, truth = attend(made, CASES[name])
+    torch.testing.assert_close(out, truth, atol=1e-5, rtol=0)
+    assert int(made.parts[: len(truth)].max()) <= made.most_parts
+    assert (items(made)[:, 2] < items(made)[:, 3]).all(), "no item is empty"
+
+
+@pytest.mark.parametrize("heads", [(3, 3), (7, 1)], ids=str)
+def test_any_number_of_query_heads_a_key_head(heads: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    out, truth = attend(layout(8, *heads), batch([(21, [3, 9, 1]), (18, [5, 2])], PAGE, pad=1))
+    torch.testing.assert_close(out, truth, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_batches(seed: int) -> None:
+    rnd = random.Random(seed)
+    torch.manual_seed(seed)
+    sizes = [rnd.choice([1, 1, 2, 3, 5, 9]) for _ in range(rnd.randint(1, 4))]
+    groups = [(rnd.randint(1, 60), [rnd.randint(0, 30) for _ in range(size)]) for size in sizes]
+    given = batch(groups, PAGE, system=rnd.choice([0, 12]), pad=rnd.randint(0, 3), seed=seed, mixed=seed % 2 == 0)
+    out, truth = attend(layout(len(given.lengths) + rnd.randint(0, 3)), given)
+    torch.testing.assert_close(out, truth, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("system", "mixed"), [(0, False), (0, True), (16, False), (36, False)])
+def test_a_groups_prompt_is_read_once_also_behind_a_shared_system_prompt(system: int, mixed: bool) -> None:
+    """4 groups of 4, prompts of 40 blocks: 4 x 160 tokens, and what each member has of its own."""
+    given = batch([(161, [3, 9, 1, 2])] * 4, PAGE, system=system, mixed=mixed)
+    made = layout(16, 4, 1)
+    made.update(*given)
+    assert tokens_read(made) == 4 * 160 + int(given.lengths.sum()) - 16 * 160
+
+
+def test_a_group_above_the_tiles_rows_is_cut_into_equal_shares() -> None:
+    """17 sequences, 8 a tile: 6, 6 and 5."""
+    made = layout(17)
+    made.update(*batch([(41, [1] * 17)], PAGE))
+    assert made.members[made.members > 0].tolist() == [6, 6, 5]
+    assert made.shared.tolist() == [40] * 17
+
+
+def test_a_short_common_stretch_is_read_by_each() -> None:
+    """Of 5 blocks that count, the one group has 4 full ones before the tokens that are computed again, the other 5."""
+    made = layout(4, shared_tokens=5 * PAGE)
+    made.update(*batch([(20, [3, 9]), (21, [3, 9])], PAGE))
+    assert sorted(made.shared.tolist()) == [0, 0, 20, 20]
+
+
+def test_another_batch_in_the_same_arrays() -> None:
+    """As a captured graph meets it: same shapes, other groups, lengths and order."""
+    torch.manual_seed(0)
+    made = layout(8)
+    for given in (
+        batch([(41, [2] * 8)], PAGE),
+        batch([(60, [9]), (33, [1, 20, 5])], PAGE, pad=4),
+        batch([(9, [1] * 8)], PAGE, mixed=True),
+    ):
+        out, truth = attend(made, given)
+        torch.testing.assert_close(out, truth, atol=1e-5, rtol=0)
+
+
+def test_in_half_precision_the_outputs_rounding_is_the_only_error() -> None:
+    """float16, as the interpreter has no product of bfloat16. Rounded weights, as flash attention has, would add half of it."""
+    torch.manual_seed(0)
+    out, truth = attend(layout(4), batch([(121, [30] * 4)], PAGE), torch.float16)
+    assert (out - truth).norm() < 1.02 * (truth.half().double() - truth).norm()
+
+
+def test_long_sequences_are_cut_and_short_ones_are_not() -> None:
+    made = layout(8)
+    made.update(*batch([(961, [40] * 8)], PAGE))
+    assert int(made.parts.max()) > made.most_parts // 2
+    made.update(*batch([(12, [1, 2])] * 4, PAGE))
+    assert len(items(made)) == 4 + 8
+
+
+def config(mode: str = "auto", group_size: int = 8, prompt: int = 4096, completion: int = 1024) -> Config:
+    made = Config()
+    made.rollout.shared_decode, made.rollout.group_size = mode, group_size  # type: ignore[assignment]
+    made.data.max_prompt_tokens, made.rollout.max_completion_tokens = prompt, completion
+    return made
+
+
+@pytest.mark.parametrize(
+    ("group_size", "prompt", "completion", "wanted"),
+    [(8, 4096, 1024, True), (8, 512, 512, True), (2, 4096, 1024, False), (8, 300, 64, False), (8, 1024, 4096, False)],
+)
+def test_auto_takes_it_where_it_was_measured_to_pay(group_size, prompt, completion, wanted) -> None:
+    reason = shared_decode.not_wanted(config("auto", group_size, prompt, completion), "cuda")
+    assert (reason is None) == wanted, reason
+    assert shared_decode.not_wanted(config("always", group_size, prompt, completion), "cuda") is None
+    assert shared_decode.not_wanted(config("never", group_size, prompt, completion), "cuda") is not None
+
+
+def test_tokens_read_less() -> None:
+    """8 completions of a prompt of 4,096, 512 tokens into their 1,024: 36,864 tokens, or 4,096 and 8 times 512."""
+    assert shared_decode.read_less(8, 4096, 1024) == 8 * 4608 / (4096 + 8 * 512)
+
+
+def test_always_where_it_cannot_run_is_refused_and_auto_says_why(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(vllm_start, "package", lambda: SimpleNamespace(__version__="0.27.0"))
+    gpu = torch.device("cuda", 0)
+    always = config("always")
+    always.rollout.allow_untested_vllm = True
+    with pytest.raises(
+        ConfigError, match=r"rollout\.shared_decode: always, but it was tried with vLLM 0\.26, and this is"
+    ):
+        vllm_start.check_version(always, gpu)
+    caplog.set_level(logging.INFO)
+    assert vllm_start._shared_backend(config(), "cuda") is None
+    assert "it was tried with vLLM 0.26, and this is 0.27.0" in caplog.text
+    assert vllm_start._shared_backend(config(), "cpu") is None
+    assert vllm_start._shared_backend(config(group_size=2), "cuda") is None
+    assert "a step would read 1.8 times fewer keys (rollout.group_size 2" in caplog.text
+
+
+def test_layers_that_the_kernels_cannot_compute_are_named() -> None:
+    layer = SimpleNamespace(
+        attn_type="decoder", head_size=128, num_heads=32, num_kv_heads=8, kv_cache_dtype="auto", sliding_window=(-1, -1),
+        sinks=None, logits_soft_cap=0, alibi_slopes=None, kv_sharing_target_layer_name=None,
+    )  # fmt: skip
+    assert shared_decode.why_not_layer(layer) is None
+    for key, value, reason in (
+        ("head_size", 96, "head dim 96 is not 64 or 128"),
+        ("num_heads", 512, "64 query heads share a key head, more than 32"),
+        ("kv_cache_dtype", "fp8", "the cache is fp8"),
+        ("sliding_window", (127, 0), "a layer has a sliding window"),
+        ("sinks", torch.zeros(32), "a layer has attention sinks"),
+        ("logits_soft_cap", 30.0, "a layer caps its logits"),
+        ("attn_type", "encoder_only", "attention is of the type encoder_only"),
+    ):
+        assert shared_decode.why_not_layer(SimpleNamespace(**vars(layer) | {key: value})) == reason
