@@ -17,8 +17,9 @@ from typing import Any
 from pgrpo.config import Config, ConfigError
 
 log = logging.getLogger(__name__)
-VERSIONS = ("0.26",)
-"""Of vLLM, whose parts below were read, and on which it ran on a GPU."""
+KNOWN, RAN = ("0.26",), ()
+"""Releases of vLLM whose parts below were read, which ``always`` needs; those with which this code ran on a GPU, which ``auto``
+needs: with 0.26 only the prototype did."""
 FLASH_ATTN, BACKEND = "v1/attention/backends/flash_attn.py", "v1/attention/backend.py"
 TOUCHED = {
     "v1/attention/backends/registry.py": {
@@ -78,12 +79,13 @@ def not_wanted(config: Config, device_type: str) -> str | None:
     return None
 
 
-def cannot(device_type: str, version: str) -> str | None:
+def cannot(config: Config, device_type: str, version: str) -> str | None:
     """Why this vLLM on such a device cannot share; None if nothing is against it before the model is known."""
+    versions = KNOWN if config.rollout.shared_decode == "always" else RAN
     if device_type != "cuda":
         return "it needs a GPU"
-    if not version.startswith(tuple(f"{known}." for known in VERSIONS)):
-        return f"it was tried with vLLM {', '.join(VERSIONS)}, and this is {version}"
+    if not version.startswith(tuple(f"{known}." for known in versions)):
+        return f"it was tried with vLLM {', '.join(versions) or '(none yet)'}, and this is {version}"
     return None
 
 

@@ -60,7 +60,7 @@ def check_version(config: Config, device: torch.device) -> None:
             f"rollout.engine=vllm: vLLM {version} was not tested on a {device.type} device, {tested} was: install that, or set "
             "rollout.allow_untested_vllm=true, or rollout.engine=embedded"
         )
-    if config.rollout.shared_decode == "always" and (reason := shared_decode.cannot(device.type, version)):
+    if config.rollout.shared_decode == "always" and (reason := shared_decode.cannot(config, device.type, version)):
         shared_decode.plainly(config, reason)
 
 
@@ -121,7 +121,7 @@ def _shared_backend(config: Config, device_type: str) -> Any:
     """``shared_backend``, registered with vLLM; None where each completion is to read its prompt for itself."""
     if reason := shared_decode.not_wanted(config, device_type):
         log.info("each completion reads its prompt for itself: %s", reason)
-    elif reason := shared_decode.cannot(device_type, package().__version__):
+    elif reason := shared_decode.cannot(config, device_type, package().__version__):
         shared_decode.plainly(config, reason)
     else:
         backend = importlib.import_module("pgrpo.rollout.vllm.shared_backend")
