@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-# One thread in each process, also in those that tests start: two workers run at a time, and tiny matrices gain nothing from more.
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it when it is imported
+# torch reads these when it is imported. One thread in each process, also in those that tests start: two workers run at a time,
+# and tiny matrices gain nothing from more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # in this process: workers for it would import torch first
 import torch
 from warm import Warm
 
