@@ -91,6 +91,20 @@ class Warm:
         started.wait()
         return started
 
+    def run_on_ranks(
+        self, arguments: Sequence[object], size: int, env: Mapping[str, str] | None = None
+    ) -> list[Started]:
+        """Run it on ``size`` ranks, with the variables that torchrun sets, and wait until all have ended."""
+        with socket.create_server(("localhost", 0)) as server:
+            port = server.getsockname()[1]
+        everywhere = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
+        own = [{name: str(value) for name, value in (everywhere | rank).items()} for rank in ranks]
+        started = [self.start(arguments, {**(env or {}), **variables}) for variables in own]
+        for process in started:
+            process.wait()
+        return started
+
     def close(self) -> None:
         self._socket.close()
         self._process.wait(timeout=10)
@@ -129,8 +143,9 @@ def become(request: dict[str, Any]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    sys.path[:0] = ["", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     first, *rest = request["arguments"]
+    folder = "" if first in ("-c", "-m") else str(Path(first).parent)
+    sys.path[:0] = [folder, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     if first == "-m":
         sys.argv = rest
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)

@@ -1,10 +1,7 @@
 """Checkpoints of sharded runs: whole, in float32, and good for any number of ranks."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,19 +22,29 @@ def model(tiny_model, tmp_path_factory):
     return folder
 
 
-def train(model, run_dir, *changes, ranks=1, resume=False):
-    """Four steps, evaluated and saved after each; returns what the run printed."""
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["-m", "pgrpo", "train", "--config", "quickstart", f"model.path={model}", f"run_dir={run_dir}"]
-    command += [f"rewards.functions[0].function={model}/reward.py:ones", "train.steps=4", "rollout.prompts_per_step=4"]
-    command += ["rollout.group_size=4", "eval.every=1", "eval.rows=5", "checkpoint.every=1", "checkpoint.keep=9"]
-    command += ["track.console=false", *changes, *(["--resume", "auto"] if resume else [])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+@pytest.fixture(scope="module")
+def train(warm, model):
+    """``train(run_dir, *changes)``: four steps, evaluated and saved after each; returns what the run printed."""
+
+    def train(run_dir, *changes, ranks=1, resume=False):
+        command = ["-m", "pgrpo", "train", "--config", "quickstart", f"model.path={model}", f"run_dir={run_dir}"]
+        command += [
+            f"rewards.functions[0].function={model}/reward.py:ones",
+            "train.steps=4",
+            "eval.every=1",
+            "eval.rows=5",
+        ]
+        command += ["rollout.prompts_per_step=4", "rollout.group_size=4", "checkpoint.every=1", "checkpoint.keep=9"]
+        command += ["track.console=false", *changes, *(["--resume", "auto"] if resume else [])]
+        return printed(warm.run_on_ranks(command, ranks) if ranks > 1 else [warm.run(command)])
+
+    return train
+
+
+def printed(processes):
+    text = "\n".join(process.stderr for process in processes)
+    assert not any(process.returncode for process in processes), text
+    return text
 
 
 def rows(run_dir):
@@ -45,15 +52,15 @@ def rows(run_dir):
 
 
 @pytest.fixture(scope="module")
-def whole(model, tmp_path_factory):
+def whole(train, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    train(model, run_dir)
+    train(run_dir)
     return run_dir
 
 
 @pytest.mark.parametrize(("ranks", "dtype", "far"), [(2, "float32", 1e-5), (1, "bfloat16", 5e-3)])
-def test_a_sharded_checkpoint_after_an_evaluation_is_whole_and_float32(model, whole, tmp_path, ranks, dtype, far):
-    train(model, tmp_path / "run", f"model.dtype={dtype}", "train.steps=1", ranks=ranks)
+def test_a_sharded_checkpoint_after_an_evaluation_is_whole_and_float32(train, whole, tmp_path, ranks, dtype, far):
+    train(tmp_path / "run", f"model.dtype={dtype}", "train.steps=1", ranks=ranks)
     got, _ = checkpoint.load(tmp_path / "run" / "checkpoints" / "step_1")
     want, _ = checkpoint.load(whole / "checkpoints" / "step_1")
     assert len(want["optimizer"]) == 3 * len(want["model"])
@@ -67,12 +74,12 @@ def test_a_sharded_checkpoint_after_an_evaluation_is_whole_and_float32(model, wh
     assert [k for k in got if k.startswith("rng_")] == [f"rng_{r}" for r in range(ranks)]
 
 
-def test_adapters_of_one_rank_go_on_with_two(model, tmp_path):
+def test_adapters_of_one_rank_go_on_with_two(train, tmp_path):
     """Checkpoints hold whole float32 adapters, nothing else, and the two runs' weights stay together."""
     lora = ["model.lora_rank=4", "optim.lr=1e-3", "optim.eps=1e-3", "eval.every=0"]
-    train(model, tmp_path / "whole", *lora, "train.steps=3")
-    train(model, tmp_path / "parts", *lora, "train.steps=1")
-    assert "going on with 2" in train(model, tmp_path / "parts", *lora, "train.steps=3", ranks=2, resume=True)
+    train(tmp_path / "whole", *lora, "train.steps=3")
+    train(tmp_path / "parts", *lora, "train.steps=1")
+    assert "going on with 2" in train(tmp_path / "parts", *lora, "train.steps=3", ranks=2, resume=True)
     (got, _), (want, _) = (checkpoint.load(tmp_path / name / "checkpoints" / "step_3") for name in ("parts", "whole"))
     first, _ = checkpoint.load(tmp_path / "parts" / "checkpoints" / "step_1")
     assert got["model"].keys() == want["model"].keys()
@@ -84,10 +91,10 @@ def test_adapters_of_one_rank_go_on_with_two(model, tmp_path):
 
 
 @pytest.mark.faults
-def test_a_checkpoint_of_one_rank_resumes_on_two(model, whole, tmp_path):
-    train(model, tmp_path / "run", "train.steps=2")
-    printed = train(model, tmp_path / "run", ranks=2, resume=True)
-    assert "saved on 1 ranks, going on with 2" in printed
+def test_a_checkpoint_of_one_rank_resumes_on_two(train, whole, tmp_path):
+    train(tmp_path / "run", "train.steps=2")
+    shown = train(tmp_path / "run", ranks=2, resume=True)
+    assert "saved on 1 ranks, going on with 2" in shown
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3, 4]
     for got, want in zip(rows(tmp_path / "run"), rows(whole), strict=True):
         for name in ("reward", "loss", "grad_norm", "epoch", "entropy", "eval/reward"):
@@ -102,18 +109,13 @@ def test_a_checkpoint_of_one_rank_resumes_on_two(model, whole, tmp_path):
 
 
 @pytest.mark.faults
-def test_shards_are_read_by_any_other_number_of_ranks(tmp_path):
+def test_shards_are_read_by_any_other_number_of_ranks(warm, tmp_path):
     """Each reads what the one before wrote, weights and moments, bit for bit, and writes its own shards; with two copies of
     the weights on 4 ranks, the first copy's ranks do."""
     worker, before = Path(__file__).with_name("shard_worker.py"), ""
     for step, (ranks, fsdp_size) in enumerate([(1, ""), (3, ""), (2, ""), (4, ""), (4, 2), (4, 1), (1, "")]):
-        command = [sys.executable]
-        if ranks > 1:
-            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command += [str(worker), before, str(tmp_path), str(step), str(fsdp_size)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
+        command = [worker, before, tmp_path, step, fsdp_size]
+        printed(warm.run_on_ranks(command, ranks) if ranks > 1 else [warm.run(command)])
         before = str(tmp_path / f"step_{step}")
     first, last = (checkpoint.load(tmp_path / f"step_{step}") for step in (0, 6))
     assert first[1] == last[1] == {"ranks": 1}
