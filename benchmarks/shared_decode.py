@@ -9,6 +9,8 @@ milliseconds and errors. ``engine``: vLLM with and without, in one process: mill
 sampled tokens are from a prefill's, and from the policy's in bfloat16 and float32.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import argparse
@@ -249,7 +251,8 @@ def policy_logprobs(args: argparse.Namespace, asked: list[list[int]], dtype: tor
     """Of the tokens behind the prompt, by the untouched transformers model."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).cuda().eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    model = model.cuda().eval()
     found = []
     with torch.no_grad():
         for ids in asked:

@@ -1,6 +1,6 @@
 """Triton kernels of ``logprobs.py``, each of which reads a chunk of logits once. Imported on a GPU only."""
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 

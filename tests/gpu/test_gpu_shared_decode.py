@@ -43,11 +43,12 @@ def test_a_captured_graph_computes_whatever_batch_is_in_place(heads, dtype, layo
     torch.manual_seed(0)
     q, keys, values = tensors(heads, dtype, layout)
     width = max(given.table.shape[1] for given in BATCHES.values())
-    made, out = DecodeLayout(N, *heads, 16, q.device), torch.empty_like(q)
+    query_heads, key_heads, dim = heads
+    made, out = DecodeLayout(N, query_heads, key_heads, dim, 16, q.device), torch.empty_like(q)
     place = on_gpu(BATCHES["equal groups"], width)
 
     def attend():
-        made.attend(q, keys, values, place.table, out, heads[2] ** -0.5)
+        made.attend(q, keys, values, place.table, out, dim**-0.5)
 
     made.update(*place)
     attend()

@@ -1,6 +1,6 @@
 """Triton versions of ``merge.py``. Imported on a GPU only; PyTorch's CUDA builds include Triton."""
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 

@@ -90,12 +90,12 @@ class SharedBuilder(FlashAttentionMetadataBuilder):
     ) -> FlashAttentionMetadata:
         given = common_attn_metadata
         decodes = given.max_query_len == 1 and given.num_reqs == given.num_actual_tokens <= self.sequences
-        is_shared = self.layout is not None and decodes and given.causal is True and common_prefix_len == 0
+        layout = self.layout if decodes and given.causal is True and common_prefix_len == 0 else None
         # fast_build leaves FlashAttention's own schedule out, which only a plain decode needs.
-        metadata = super().build(common_prefix_len, given, fast_build or is_shared)
-        metadata.shared_layout = self.layout if is_shared else None
-        if is_shared:
-            self.layout.update(given.block_table_tensor, given.seq_lens[: given.num_reqs])
+        metadata = super().build(common_prefix_len, given, fast_build or layout is not None)
+        metadata.shared_layout = layout
+        if layout is not None:
+            layout.update(given.block_table_tensor, given.seq_lens[: given.num_reqs])
         return metadata
 
 

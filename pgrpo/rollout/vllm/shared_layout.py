@@ -9,7 +9,7 @@ arrays hold by then. ``update`` writes everything that ``attend`` reads: vLLM's 
 N sequences of the batch (padded ones have length 0), H query heads, K key heads, D head dim.
 """
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 

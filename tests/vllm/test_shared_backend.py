@@ -1,0 +1,105 @@
+"""The backend of shared decoding in vLLM's own classes, on a CPU: kernels in Triton's interpreter, FlashAttention not at all."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from shared_decode import Batch, batch, exact
+
+from pgrpo.rollout.vllm import start as vllm_start
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the engine's tests run it"),
+]
+PAGE, HEADS, KEY_HEADS, DIM = 16, 4, 2, 64
+GIVEN = batch([(300, [5, 9, 1]), (40, [3])], PAGE, pad=1)
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    vllm_start.package()
+    from pgrpo.rollout.vllm import shared_backend
+
+    made = []
+    base = shared_backend.SharedImpl.__base__
+    monkeypatch.setattr(base, "forward", lambda self, *given: made.append("plain"))
+    return SimpleNamespace(module=shared_backend, plain=made)
+
+
+def builder(backend, **layer):
+    """A builder for one layer of this kind, and the layer's own part."""
+    shape = {"num_heads": HEADS, "head_size": DIM, "scale": DIM**-0.5, "num_kv_heads": KEY_HEADS, "alibi_slopes": None}
+    impl = backend.module.SharedImpl(**shape | {"sliding_window": None, "kv_cache_dtype": "auto"} | layer)
+    model = SimpleNamespace(
+        get_num_attention_heads=lambda _: HEADS, get_num_kv_heads=lambda _: KEY_HEADS, get_head_size=lambda: DIM,
+        rswa_window=None, is_mm_prefix_lm=False,
+    )  # fmt: skip
+    graphs = SimpleNamespace(has_full_cudagraphs=lambda: False)
+    config = SimpleNamespace(
+        model_config=model, cache_config=SimpleNamespace(cache_dtype="auto"),
+        parallel_config=SimpleNamespace(cp_kv_cache_interleave_size=1), attention_config=None,
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=graphs, max_cudagraph_capture_size=0, static_forward_context={"layer": SimpleNamespace(impl=impl)}
+        ),
+        scheduler_config=SimpleNamespace(max_num_seqs=8), kernel_config=SimpleNamespace(enable_jit_warmup=False),
+    )  # fmt: skip
+    from vllm.v1.kv_cache_interface import FullAttentionSpec  # pyright: ignore[reportMissingImports]
+
+    spec = FullAttentionSpec(block_size=PAGE, num_kv_heads=KEY_HEADS, head_size=DIM, dtype=torch.float32)
+    return backend.module.SharedBuilder(spec, [], config, torch.device("cpu")), impl, config
+
+
+def metadata(backend, given: Batch, queries: int = 1):
+    """Of a batch with so many new tokens a sequence."""
+    n = len(given.lengths)
+    starts = queries * torch.arange(n + 1, dtype=torch.int32)
+    return backend.module.CommonAttentionMetadata(
+        query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=given.lengths, num_reqs=n, num_actual_tokens=n * queries,
+        max_query_len=queries, max_seq_len=int(given.lengths.max()), block_table_tensor=given.table,
+        slot_mapping=torch.zeros(n * queries, dtype=torch.int64),
+    )  # fmt: skip
+
+
+def test_a_decode_step_is_shared_and_a_prefill_is_vllms_own(backend):
+    torch.manual_seed(0)
+    made, impl, config = builder(backend)
+    assert backend.module.why_not(config) is None
+    n = len(GIVEN.lengths)
+    cache = torch.randn(int(GIVEN.table.max()) + 1, KEY_HEADS, PAGE, 2 * DIM)
+    q, out = torch.randn(n + 3, HEADS, DIM), torch.full((n + 3, HEADS, DIM), 7.0)
+    built = made.build(0, metadata(backend, GIVEN))
+    impl.forward(None, q, None, None, cache, built, out)
+    keys, values = cache.transpose(1, 2).split(DIM, dim=-1)
+    torch.testing.assert_close(out[:n].double(), exact(q, keys, values, GIVEN, list(range(n))), atol=1e-5, rtol=0)
+    assert (out[n:] == 7).all() and not backend.plain
+    assert made.layout.members[:n].tolist() == [3, 0, 0, 1, 1]
+    for other in (made.build(0, metadata(backend, GIVEN, queries=2)), made.build(16, metadata(backend, GIVEN)), None):
+        impl.forward(None, q, None, None, cache, other, out)
+    assert backend.plain == ["plain"] * 3
+
+
+def test_a_batch_above_the_arrays_is_decoded_plainly(backend):
+    made, *_ = builder(backend)
+    assert made.build(0, metadata(backend, batch([(40, [1] * 9)], PAGE))).shared_layout is None
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"), [({"sliding_window": 128}, "a layer has a sliding window"), ({"head_size": 96}, "head dim 96")]
+)
+def test_a_model_with_a_layer_that_cannot_is_decoded_plainly(backend, layer, reason):
+    made, _, config = builder(backend, **layer)
+    assert reason in backend.module.why_not(config)
+    assert made.layout is None and made.build(0, metadata(backend, GIVEN)).shared_layout is None
+    config.compilation_config.static_forward_context["layer"] = SimpleNamespace(impl="MambaMixer")
+    assert backend.module.why_not(config) == "layer is computed by str, not by FlashAttention"
+
+
+def test_vllm_finds_the_backend_by_its_path(backend):
+    backend.module.register()
+    flash_attn = backend.module.AttentionBackendEnum.FLASH_ATTN
+    try:
+        assert flash_attn.get_class() is backend.module.SharedBackend
+        assert flash_attn.get_class().get_name() == "FLASH_ATTN"
+    finally:
+        flash_attn.clear_override()
