@@ -1,8 +1,6 @@
 """The loss and its gradient do not depend on ranks, micro-batches or order: 2 and 4 gloo processes against one."""
 
 import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -189,18 +187,24 @@ EVERYTHING = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def quickstart_model(warm, tmp_path_factory):
+    """Warm-started: it writes sums, and some of them are right."""
+    folder = tmp_path_factory.mktemp("quickstart") / "model"
+    done = warm.run([ROOT / "scripts" / "make_tiny_model.py", "--out", folder])
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
 @pytest.mark.parametrize(("ranks", "changes"), [(2, []), (4, []), (2, EVERYTHING)])
-def test_a_whole_run_on_several_ranks_equals_that_on_one(ranks, changes, tmp_path, launch):
+def test_a_whole_run_on_several_ranks_equals_that_on_one(ranks, changes, tmp_path, warm, quickstart_model):
     rows, texts = [], []
-    assert subprocess.run(
-        [sys.executable, ROOT / "scripts" / "make_tiny_model.py", "--out", tmp_path / "model"], check=True, cwd=ROOT
-    )
     for n in (1, ranks):
         run_dir = tmp_path / f"run{n}"
-        keys = [f"model.path={tmp_path / 'model'}", f"run_dir={run_dir}", "train.steps=3", "rollout.prompts_per_step=8"]
+        keys = [f"model.path={quickstart_model}", f"run_dir={run_dir}", "train.steps=3", "rollout.prompts_per_step=8"]
         keys += ["eval.every=3", "eval.rows=9", "track.console=false", "checkpoint.every=0", *changes]
-        result = launch(["-m", "pgrpo", "train", "--config", "quickstart", *keys], n)
-        assert result.returncode == 0, result.stderr
+        for process in warm.run_on_ranks(["-m", "pgrpo", "train", "--config", "quickstart", *keys], n):
+            assert process.returncode == 0, process.stderr
         rows.append([json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()])
         texts.append((run_dir / "completions.jsonl").read_text())
     one, several = rows
