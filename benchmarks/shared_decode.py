@@ -201,7 +201,7 @@ def engine_row(args: argparse.Namespace) -> dict[str, Any]:
     """Median milliseconds of a decode step at full batch, and mean |difference| of log-probs of sampled tokens, in nats."""
     from vllm import LLM, SamplingParams
 
-    limit = args.prompt + args.completion
+    limit = args.prompt + args.completion + 1  # scoring them asks for one more
     started = time.perf_counter()
     llm = LLM(
         str(args.model), dtype="bfloat16", seed=0, max_model_len=limit, max_num_seqs=args.prompts * args.group_size,

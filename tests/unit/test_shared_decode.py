@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -94,7 +99,7 @@ def test_random_batches(seed: int) -> None:
 def test_a_groups_prompt_is_read_once_also_behind_a_shared_system_prompt(system: int, mixed: bool) -> None:
     """4 groups of 4, prompts of 40 blocks: 4 x 160 tokens, and what each member has of its own."""
     given = batch([(161, [3, 9, 1, 2])] * 4, PAGE, system=system, mixed=mixed)
-    made = layout(16, 4, 1)
+    made = layout(16)
     made.update(*given)
     assert tokens_read(made) == 4 * 160 + int(given.lengths.sum()) - 16 * 160
 
@@ -140,6 +145,18 @@ def test_long_sequences_are_cut_and_short_ones_are_not() -> None:
     assert int(made.parts.max()) > made.most_parts // 2
     made.update(*batch([(12, [1, 2])] * 4, PAGE))
     assert len(items(made)) == 4 + 8
+
+
+def test_the_kernels_compile_for_an_h100(tmp_path: Path) -> None:
+    """Without spilled registers, and so that two programs fit its 227 KiB of shared memory."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, Path(__file__).with_name("compile_kernels.py"), tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    usage = json.loads(done.stdout)
+    assert {name: found["stack"] for name, found in usage.items()} == dict.fromkeys(usage, 0)
+    assert len(usage) == 5 and 0 < usage["parts"]["shared"] <= 227 * 1024 // 2
 
 
 def config(mode: str = "auto", group_size: int = 8, prompt: int = 4096, completion: int = 1024) -> Config:
