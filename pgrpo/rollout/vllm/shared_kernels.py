@@ -74,8 +74,8 @@ def items_kernel(
     own = tl.maximum(length - shared, 0)
     led = tl.where(members > 0, shared, 0)
     step = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(led + own, 0), slots), PAGE) * PAGE, item_tokens)
-    shared_step = tl.maximum(step, tl.cdiv(tl.cdiv(shared, HALF), PAGE) * PAGE)
-    own_step = tl.maximum(step, tl.cdiv(tl.cdiv(own, HALF), PAGE) * PAGE)
+    shared_step = even(shared, step, PAGE, HALF)
+    own_step = even(own, step, PAGE, HALF)
     shared_items, own_items = tl.cdiv(led, shared_step), tl.cdiv(own, own_step)
     all_shared = tl.sum(shared_items, 0)
     if i == 0:
@@ -102,6 +102,13 @@ def items_kernel(
         tl.store(item + 4, before + part)
         item += FIELDS
     tl.store(PARTS + tl.load(ORDER + i), before + tl.cdiv(kept, own_stride))
+
+
+@triton.jit
+def even(tokens, step, PAGE: tl.constexpr, HALF: tl.constexpr):
+    """Whole pages of each of the equal items that tokens are cut into: as many as make them about ``step`` long, HALF at most."""
+    items = tl.minimum(tl.maximum((tokens + step // 2) // step, 1), HALF)
+    return tl.maximum(tl.cdiv(tl.cdiv(tokens, items), PAGE), 1) * PAGE
 
 
 @triton.jit

@@ -26,7 +26,7 @@ SHARED_TOKENS = 256
 TILE = 64
 """Rows (sequences times query heads a key head) that one item of shared keys serves. Larger groups are cut."""
 ITEM_TOKENS = 256
-"""The least tokens of an item, unless a sequence has no more."""
+"""About the least tokens of an item, unless a sequence has no more."""
 ITEMS_PER_PROGRAM = 4
 """Items and key heads a program of the persistent kernel gets: enough to even out their unequal lengths."""
 
