@@ -25,12 +25,12 @@ import torch
 from pgrpo.commands.bench import random_model
 from pgrpo.config import load_config
 from pgrpo.distributed.world import World
-from pgrpo.model.proof import tokens_as_groups
+from pgrpo.model.proof import tokens_as_trees
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import build_batch
+from pgrpo.packing.forest import Tree
 from pgrpo.planning.flops import ModelDims, update_flops
-from pgrpo.planning.placement import wrap
-from pgrpo.types import Group
+from pgrpo.training.place import wrap
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,16 +41,16 @@ def lengths(generator: torch.Generator, count: int, median: int, sigma: float, l
     return (median * drawn.exp()).clamp(1, longest).int().tolist()
 
 
-def draw(generator: torch.Generator, prompts: int, args: argparse.Namespace) -> list[Group]:
+def draw(generator: torch.Generator, prompts: int, args: argparse.Namespace) -> list[Tree]:
     """Groups of tokens that mean nothing."""
     size = args.group_size
     prompt_lengths = lengths(generator, prompts, args.prompt, args.sigma, args.max_prompt)
     completion_lengths = lengths(generator, prompts * size, args.completion, args.sigma, args.max_completion)
     completions = [[[0] * n for n in completion_lengths[i * size : (i + 1) * size]] for i in range(prompts)]
-    return tokens_as_groups([[0] * n for n in prompt_lengths], completions)
+    return tokens_as_trees([[0] * n for n in prompt_lengths], completions)
 
 
-def seconds_on_gpu(args: argparse.Namespace) -> Callable[[list[Group]], float]:
+def seconds_on_gpu(args: argparse.Namespace) -> Callable[[list[Tree]], float]:
     """Times a micro-batch's forward and backward, on random weights in bfloat16: the second of two, as the first may compile."""
     keys = [f"model.path={args.shape_of}", "model.activation_checkpointing=attention", "rollout.engine=embedded"]
     config = load_config("qwen3_4b.yaml", keys)
@@ -58,7 +58,7 @@ def seconds_on_gpu(args: argparse.Namespace) -> Callable[[list[Group]], float]:
     torch.manual_seed(0)
     policy = wrap(random_model(config, args.max_prompt + args.max_completion, world.device), config, world)
 
-    def seconds(groups: list[Group]) -> float:
+    def seconds(groups: list[Tree]) -> float:
         taken = 0.0
         for _ in range(2):
             batch = build_batch(groups, device=world.device, attention=policy.attention)
@@ -73,15 +73,15 @@ def seconds_on_gpu(args: argparse.Namespace) -> Callable[[list[Group]], float]:
 
 
 def measure(
-    dims: ModelDims, ranks: int, args: argparse.Namespace, seconds: Callable[[list[Group]], float] | None
+    dims: ModelDims, ranks: int, args: argparse.Namespace, seconds: Callable[[list[Tree]], float] | None
 ) -> dict[str, float]:
     """Means and the worst of ``args.steps`` steps, by FLOPs and, where ``seconds`` times a micro-batch, by the clock."""
     generator = torch.Generator().manual_seed(args.seed)
 
-    def cost(group: Group) -> float:
-        return update_flops(dims, len(group.prompt.token_ids), [len(c.token_ids) for c in group.completions])
+    def cost(tree: Tree) -> float:
+        return update_flops(dims, len(tree.prompt_ids), tree.lengths)
 
-    def flops(batch: list[Group]) -> float:
+    def flops(batch: list[Tree]) -> float:
         return sum(map(cost, batch))
 
     kinds = {"": flops} | ({"seconds_": seconds} if seconds else {})

@@ -22,8 +22,8 @@ from pgrpo.checkpoint import Writer, save
 from pgrpo.config import load_config
 from pgrpo.distributed.shards import shard_of
 from pgrpo.distributed.world import start
-from pgrpo.planning.placement import place_policy
 from pgrpo.training.optim import build_optimizer, optimizer_shards
+from pgrpo.training.place import place_policy
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pgrpo.config import ModelConfig
 from pgrpo.model.policy import Policy, load_model
-from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_groups
+from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_trees
 from pgrpo.packing.batch import build_batch
 
 PROMPTS = [
@@ -46,7 +46,7 @@ def main() -> int:
     text = tokenizer(TEXT).input_ids
     lengths = [6, 4, 1, 0, *(3 + 3 * i for i in range(args.group_size - 4))]
     completions = [[text[i : i + n] for i, n in enumerate(lengths)] for _ in prompts]
-    groups = tokens_as_groups(prompts, completions)
+    trees = tokens_as_trees(prompts, completions)
     print(f"prompts of {[len(p) for p in prompts]} tokens, completions of {lengths} tokens each")
 
     def untouched(dtype: torch.dtype) -> torch.nn.Module:
@@ -55,9 +55,9 @@ def main() -> int:
     def policy(dtype: torch.dtype) -> Policy:
         return Policy(load_model(ModelConfig(path=args.model), max_sample=1024)).to(dtype)
 
-    batch = build_batch(groups)
+    batch = build_batch(trees)
     model = untouched(torch.float64)
-    logprobs = reference_logprobs(model, groups)
+    logprobs = reference_logprobs(model, trees)
     truth = logprobs.detach(), gradients(logprobs, model)
     del model, logprobs
     exact = policy(torch.float64)
@@ -71,7 +71,7 @@ def main() -> int:
     del exact
 
     model = untouched(torch.float32)
-    logprobs = reference_logprobs(model, groups)
+    logprobs = reference_logprobs(model, trees)
     own = (logprobs.detach().double() - truth[0]).norm()
     own_gradient = _error(gradients(logprobs, model), truth[1])
     del model, logprobs

@@ -28,11 +28,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from pgrpo.config import Config, load_config
 from pgrpo.distributed.world import start
+from pgrpo.grpo import grpo_step
 from pgrpo.planning.flops import GIB
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.rollout.vllm.engine import VLLMEngine
-from pgrpo.training.loop import one_step
-from pgrpo.training.run import Run, build_run
+from pgrpo.training.build import Parts, build
+from pgrpo.training.progress import Progress
 
 WARM_UP_PROMPTS = 4
 WORDS = [f"w{i}" for i in range(1000)]
@@ -116,22 +117,22 @@ def steps(args: argparse.Namespace, report: Callable[[list[dict[str, Any]]], Non
     with ExitStack() as stack:
         world = stack.enter_context(start(config.model.fsdp_size))
         world.together(lambda: clear_up(args) if world.is_main else None)
-        run = stack.enter_context(build_run(config, world, [spread], rows))
+        parts, progress = stack.enter_context(build(config, world, [spread], rows)), Progress()
         for turn in range(args.steps + 1):
             config.rollout.prompts_per_step = args.prompts if turn else WARM_UP_PROMPTS
             for name in args.attention:
                 config.model.attention = name
                 with device_memory(world.device) as used:
-                    _, metrics = one_step(run)
-                run.progress.step += 1
-                run.mark()
+                    _, metrics = grpo_step(parts, progress)
+                progress.step += 1
+                progress.has_moved = False
                 part = {key: metrics[key] for key in (*PARTS, *OTHERS) if key in metrics}
                 part["device_peak_gib"] = max(used)
                 if world.is_main:
                     print(name, json.dumps(part), flush=True)
                 if turn and args.plain and name == args.attention[-1]:
                     for key, detokenize in PLAIN.items():
-                        plain.setdefault(key, []).append(plain_rate(run, args, detokenize))
+                        plain.setdefault(key, []).append(plain_rate(parts, args, detokenize))
                         print(key, round(plain[key][-1]), flush=True)
                 if turn:
                     found[name].append(part)
@@ -171,16 +172,16 @@ def device_memory(device: torch.device) -> Iterator[list[float]]:
         done.set()
 
 
-def plain_rate(run: Run, args: argparse.Namespace, detokenize: bool) -> float:
+def plain_rate(parts: Parts, args: argparse.Namespace, detokenize: bool) -> float:
     """Tokens a second of ``LLM.generate`` without log-probs, on fresh prompts of the same shape."""
-    with run.engine.awake():
-        assert isinstance(run.engine, VLLMEngine), "--plain needs rollout.engine=vllm"
+    with parts.engine.awake(0):
+        assert isinstance(parts.engine, VLLMEngine), "--plain needs rollout.engine=vllm"
         params = vllm_start.package().SamplingParams(
             n=args.group_size, max_tokens=args.completion, detokenize=detokenize
         )
-        prompts: list[Any] = [{"prompt_token_ids": p.token_ids} for p in run.stream.take(args.prompts)]
+        prompts: list[Any] = [{"prompt_token_ids": p.token_ids} for p in parts.stream.take(args.prompts)]
         started = time.perf_counter()
-        outputs = run.engine.llm.generate(prompts, params, use_tqdm=False)
+        outputs = parts.engine.llm.generate(prompts, params, use_tqdm=False)
         return sum(len(c.token_ids) for o in outputs for c in o.outputs) / (time.perf_counter() - started)
 
 

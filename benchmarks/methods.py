@@ -21,8 +21,9 @@ from pgrpo.attention.kernels.segments import Segments
 from pgrpo.commands.bench import Job, Packed
 from pgrpo.model.logprobs import token_logprobs
 from pgrpo.model.policy import Policy, logit_scale
-from pgrpo.planning.placement import decoder_layers
-from pgrpo.types import Group, Recompute
+from pgrpo.packing.forest import Tree
+from pgrpo.training.place import decoder_layers
+from pgrpo.types import Recompute
 
 METHODS = ("grouped", "repeated_packed", "repeated_padded", "concat", "prefix_grouper", "prefix_grouper_ours")
 PEERS = ("prefix_grouper", "prefix_grouper_ours")
@@ -39,7 +40,7 @@ def why_not(method: str, device: torch.device) -> str | None:
     return None
 
 
-def make_job(policy: Policy, method: str, groups: list[Group]) -> Job:
+def make_job(policy: Policy, method: str, trees: list[Tree]) -> Job:
     """A method of ``METHODS``, ready to run. All share one copy of the weights, so that each one's peak memory is its own.
 
     ``grouped``, ``repeated_packed`` and ``concat`` (every completion's own copy of its prompt's keys and values, the method of
@@ -48,14 +49,14 @@ def make_job(policy: Policy, method: str, groups: list[Group]) -> Job:
     kernel, compiled layers and chunked log-probs. These three checkpoint whole layers if at all.
     """
     if method == "repeated_padded":
-        return TheirLayers(policy.model, "sdpa", _Padded(groups, policy.device).logprobs)
+        return TheirLayers(policy.model, "sdpa", _Padded(trees, policy.device).logprobs)
     if method == "prefix_grouper":
-        return TheirLayers(policy.model, PEER_ATTENTION, _PrefixGrouper(groups, policy.device).logprobs)
+        return TheirLayers(policy.model, PEER_ATTENTION, _PrefixGrouper(trees, policy.device).logprobs)
     if method == "prefix_grouper_ours":
-        logprobs = partial(_PrefixGrouper(groups, policy.device).chunked_logprobs, kernel=policy.attention.kernel)
+        logprobs = partial(_PrefixGrouper(trees, policy.device).chunked_logprobs, kernel=policy.attention.kernel)
         return TheirLayers(policy.model, PEER_ATTENTION, logprobs, torch.compile(_run, dynamic=False))
     attention = replace(policy.attention, passes="copied_keys") if method == "concat" else None
-    return Packed(policy, groups, share_prompts=method != "repeated_packed", attention=attention)
+    return Packed(policy, trees, share_prompts=method != "repeated_packed", attention=attention)
 
 
 class TheirLayers:
@@ -99,8 +100,8 @@ def _run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 class _Padded:
     """What a padded trainer does: a right-padded batch, every completion behind a copy of its prompt, transformers' sdpa."""
 
-    def __init__(self, groups: list[Group], device: torch.device) -> None:
-        samples = [(g.prompt.token_ids, c.token_ids) for g in groups for c in g.completions]
+    def __init__(self, trees: list[Tree], device: torch.device) -> None:
+        samples = [(tree.prompt_ids, s.token_ids) for tree in trees for s in tree.samples]
         width = max(len(p) + len(c) for p, c in samples)
         ids = torch.zeros(len(samples), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -123,26 +124,26 @@ class _Padded:
 class _PrefixGrouper:
     """The package prefix_grouper in its best case: groups alike, so no padding, and flash kernels without unpadding."""
 
-    def __init__(self, groups: list[Group], device: torch.device) -> None:
+    def __init__(self, trees: list[Tree], device: torch.device) -> None:
         from prefix_grouper import PrefixGrouper  # pyright: ignore[reportMissingImports]
         from prefix_grouper.utils import register_transformers  # pyright: ignore[reportMissingImports]
 
         # Not traced: its indexing by masks breaks graphs in a dozen places, this way once.
         attend = torch.compiler.disable(register_transformers._prefix_grouper_attention_forward)
         AttentionInterface.register(PEER_ATTENTION, attend)
-        lengths = [[len(g.prompt.token_ids), *(len(c.token_ids) for c in g.completions)] for g in groups]
+        lengths = [[len(tree.prompt_ids), *tree.lengths] for tree in trees]
         self.grouper = PrefixGrouper(lengths, device=device)
-        ids = [g.prompt.token_ids + [t for c in g.completions for t in c.token_ids] for g in groups]
+        ids = [tree.prompt_ids + [t for s in tree.samples for t in s.token_ids] for tree in trees]
         prompt, *completions = lengths[0]
         position = [*range(prompt), *(prompt + i for n in completions for i in range(n))]
         self.inputs: dict[str, Any] = {
             "input_ids": torch.tensor(ids, device=device),
-            "position_ids": torch.tensor([position] * len(groups), device=device),
+            "position_ids": torch.tensor([position] * len(trees), device=device),
             "use_cache": False,
             "prefix_grouper": self.grouper,
             "prefix_grouper_attn_func": PEER_KERNEL,
         }
-        self.targets = torch.tensor([t for g in groups for c in g.completions for t in c.token_ids], device=device)
+        self.targets = torch.tensor([t for tree in trees for s in tree.samples for t in s.token_ids], device=device)
 
     def logprobs(self, model: PreTrainedModel) -> Tensor:
         """[L] in the order of a packed batch, from the full logits, on PyTorch's FlashAttention-2."""

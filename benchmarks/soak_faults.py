@@ -71,37 +71,37 @@ class Faults:
 
     def watch(self) -> None:
         """Know the run's steps, and its micro-batches."""
-        from pgrpo.training import loop
+        from pgrpo import grpo
+        from pgrpo.training.build import Learner, Parts
         from pgrpo.training.checkpointing import Checkpoints
-        from pgrpo.training.run import Run
-        from pgrpo.training.update import Updater
+        from pgrpo.training.progress import Progress
 
-        step, restore, backward = loop.one_step, Checkpoints.restore, Updater.backward
+        step, restore, backward = grpo.grpo_step, Checkpoints.restore, grpo.backward
 
-        def watched_step(run: Run) -> Any:
-            if self._left and self._left[0]["step"] <= run.progress.step:
-                self._inject(run.progress.step)
-            return step(run)
+        def watched_step(parts: Parts, progress: Progress) -> Any:
+            if self._left and self._left[0]["step"] <= progress.step:
+                self._inject(progress.step)
+            return step(parts, progress)
 
         def watched_restore(checkpoints: Checkpoints, resume: Any) -> Any:
             result = restore(checkpoints, resume)
-            note("restored", step=checkpoints.progress.step)
+            note("restored", step=checkpoints._progress.step)
             return result
 
-        def spoiled_backward(updater: Updater, batch: Any, counts: Any) -> Any:
-            sums, largest = backward(updater, batch, counts)
+        def spoiled_backward(learner: Learner, batch: Any, counts: Any) -> Any:
+            sums = backward(learner, batch, counts)
             kind, self._nan = self._nan, ""
             if kind == "nan_loss":
                 sums = sums._replace(loss=sums.loss * float("nan"))
             elif kind == "nan_gradient":
-                gradient = next(p.grad for p in updater.policy.parameters() if p.grad is not None)
+                gradient = next(p.grad for p in learner.policy.parameters() if p.grad is not None)
                 gradient.view(-1)[0] = float("nan")
-            return sums, largest
+            return sums
 
         replaced = (
-            (loop, "one_step", watched_step),
+            (grpo, "grpo_step", watched_step),
             (Checkpoints, "restore", watched_restore),
-            (Updater, "backward", spoiled_backward),
+            (grpo, "backward", spoiled_backward),
         )
         for owner, name, function in replaced:
             setattr(owner, name, function)

@@ -21,16 +21,19 @@ from typing import Any
 
 import torch
 
-from pgrpo.commands.bench import random_groups, random_model
+from pgrpo.commands.bench import random_model, random_tokens
 from pgrpo.commands.bench_report import Shape
 from pgrpo.config import Config, load_config
 from pgrpo.distributed.fsdp import place
 from pgrpo.distributed.world import World, start
+from pgrpo.grpo import update
+from pgrpo.model.proof import tokens_as_groups
 from pgrpo.planning.flops import GIB, ModelDims, forward_flops
-from pgrpo.planning.placement import compute_dtype, decoder_layers, recompute_by_layer, wrap
+from pgrpo.planning.placement import compute_dtype, recompute_by_layer
+from pgrpo.training.build import Learner
 from pgrpo.training.optim import build_optimizer
-from pgrpo.training.run import group_cost
-from pgrpo.training.update import Updater
+from pgrpo.training.place import decoder_layers, wrap
+from pgrpo.training.progress import Progress
 
 
 def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str, Any]:
@@ -47,15 +50,15 @@ def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str,
     dims = ModelDims.from_config(model.config)
     recompute = recompute_by_layer(config, dims, world)
     optimizer = build_optimizer(policy, config.optim)
-    updater = Updater(config, world, policy, None, optimizer, lambda group: group_cost(dims, group, config))
-    groups = random_groups(shape, model.config.vocab_size)
+    learner, progress = Learner(config, world, policy, None, optimizer, dims), Progress()
+    groups = tokens_as_groups(*random_tokens(shape, model.config.vocab_size))
     seconds = []
     for step in range(steps + 1):
         if step == 1:
             torch.cuda.reset_peak_memory_stats()
         world.synchronize()
         started = time.perf_counter()
-        metrics = updater.step(groups)
+        metrics = update(learner, progress, groups)
         world.synchronize()
         seconds.append(time.perf_counter() - started)
     median = statistics.median(seconds[1:])

@@ -40,6 +40,6 @@ def train(
     check_early(config, data_from_python=dataset is not None)
     check_start(config, resume)
     wait_passively()
-    from pgrpo.training import train as run  # not before: it takes seconds
+    from pgrpo.grpo import train as run  # not before: it takes seconds
 
     return run(config, rewards=rewards, dataset=dataset, resume=resume)

@@ -1,12 +1,13 @@
-"""The dataclasses that travel between files. Plain Python: token ids are lists of ints, so that every layer may import this.
+"""What travels between files. Plain Python: token ids are lists of ints, so that every layer may import this.
 
-A *sample* is one prompt with one completion; a *group* is one prompt with all of its completions.
+A *group* is one prompt and its episodes. An *episode* is what one rollout of the prompt gave, with one reward. A *sample* is one
+token sequence that is trained on: an episode has one, or several where its history was rewritten between turns.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length"]
 Recompute = Literal["none", "attention", "full"]
@@ -33,41 +34,109 @@ class Prompt:
     messages: Messages | None = None
 
 
-@dataclass(slots=True)
+class Request(NamedTuple):
+    """What an engine is asked for: one completion of ``token_ids`` for each seed."""
+
+    token_ids: list[int]
+    seeds: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
-    """What the sampler produced for one prompt.
+    """What an engine sampled after a request's tokens.
 
     Attributes:
-        token_ids: R completion tokens; the final eos is one of them. May be empty.
+        token_ids: R tokens; the final eos is one of them. May be empty.
         rollout_logprobs: R log-probs (natural logarithm) by the sampler, at the sampling temperature and over the whole vocabulary,
             before top-k and top-p: the same distribution that the trainer's log-probs are of.
-        mask: R flags. False marks a token that the policy did not sample (tool output, say): it is read, and takes no loss.
         finish_reason: ``stop`` (eos or a stop string) or ``length`` (the limit came first).
         text: the completion without special tokens and without the stop string; what rewards read.
+        weights_version: training steps that the weights had behind them which sampled it.
     """
 
     token_ids: list[int]
     rollout_logprobs: list[float]
-    mask: list[bool]
     finish_reason: FinishReason
     text: str
+    weights_version: int = 0
+
+
+@dataclass(slots=True)
+class Sample:
+    """One token sequence that is trained on: ``prompt_ids``, and behind them R tokens.
+
+    Attributes:
+        prompt_ids: P tokens that are read and never trained on. Samples of a group share one list.
+        token_ids: R tokens.
+        mask: R flags. True marks a token that the policy sampled. The others are read (tool output, say) and take no loss.
+        rollout_logprobs: R log-probs by the sampler, as in ``Completion``.
+        weights_version: training steps that the weights had behind them which sampled it.
+        advantages: R numbers; empty until the group is compared.
+    """
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    mask: list[bool]
+    rollout_logprobs: list[float]
+    weights_version: int = 0
+    advantages: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Episode:
+    """What one rollout of a prompt gave.
+
+    Attributes:
+        samples: what is trained on.
+        text: what rewards read.
+        finish_reason: of its last completion.
+        reward: the weighted sum of what applies; None where nothing does, and the episode takes no part in the comparison.
+        reward_parts: reward function name -> value before weights, None where it does not apply.
+    """
+
+    samples: list[Sample]
+    text: str
+    finish_reason: FinishReason
+    reward: float | None = None
+    reward_parts: dict[str, float | None] = field(default_factory=dict)
+
+    @staticmethod
+    def of(prompt: Prompt, completion: Completion) -> Episode:
+        """The episode of a single turn."""
+        c = completion
+        sample = Sample(prompt.token_ids, c.token_ids, [True] * len(c.token_ids), c.rollout_logprobs, c.weights_version)
+        return Episode([sample], c.text, c.finish_reason)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens behind the prompt, of all samples."""
+        return [token for sample in self.samples for token in sample.token_ids]
+
+    @property
+    def advantage(self) -> float | None:
+        """The first token's advantage: the episode's, where the comparison gives all of its tokens the same."""
+        return next((sample.advantages[0] for sample in self.samples if sample.advantages), None)
 
 
 @dataclass(slots=True)
 class Group:
-    """One prompt and its ``group_size`` completions, with what rewards made of them.
-
-    Attributes:
-        rewards: one total a completion; None where every reward function said None (the sample takes no part).
-        reward_parts: reward function name -> one value a completion, before weights.
-        advantages: one number a completion (0 for a sample that takes no part).
-    """
+    """One prompt and its ``group_size`` episodes."""
 
     prompt: Prompt
-    completions: list[Completion]
-    rewards: list[float | None] = field(default_factory=list)
-    reward_parts: dict[str, list[float | None]] = field(default_factory=dict)
-    advantages: list[float] = field(default_factory=list)
+    episodes: list[Episode]
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [sample for episode in self.episodes for sample in episode.samples]
+
+    @property
+    def rewards(self) -> list[float | None]:
+        """One total an episode."""
+        return [episode.reward for episode in self.episodes]
+
+    def reward_part(self, name: str) -> list[float | None]:
+        """One value an episode, of one reward function."""
+        return [episode.reward_parts[name] for episode in self.episodes]
 
 
 @dataclass(frozen=True, slots=True)

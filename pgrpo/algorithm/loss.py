@@ -42,7 +42,7 @@ class LossOutput(NamedTuple):
 def policy_loss(
     logprobs_BR: Tensor,
     old_logprobs_BR: Tensor,
-    advantages_B: Tensor,
+    advantages_BR: Tensor,
     mask_BR: Tensor,
     counts: Counts,
     config: LossConfig,
@@ -59,7 +59,7 @@ def policy_loss(
     Args:
         logprobs_BR: [B, R] of the current weights; carries a gradient, as ``entropy_BR`` does; nothing else may.
         old_logprobs_BR: [B, R] of the weights that sampled.
-        advantages_B: [B], one number a sample.
+        advantages_BR: [B, R], one number a token; the same on all tokens of a sample where a reward judges it as a whole.
         mask_BR: [B, R] bool, True on tokens that count. Entries elsewhere may hold anything, inf and nan too.
         counts: tokens and samples of the whole update, over all ranks.
         config: the section ``loss``. Its terms: J is ``surrogate``, KL ``kl_estimate``, c ``rollout_correction`` (1 without one), w
@@ -75,8 +75,7 @@ def policy_loss(
     """
     # Masked before exp: an overflow there would turn into nan gradients, even under a mask applied later.
     log_ratio_BR = log_importance_ratio(torch.where(mask_BR, logprobs_BR - old_logprobs_BR, 0.0), mask_BR, config.ratio)
-    advantages_B1 = advantages_B.unsqueeze(-1)
-    objective_BR = surrogate(log_ratio_BR, torch.where(mask_BR, logprobs_BR, 0.0), advantages_B1, config)
+    objective_BR = surrogate(log_ratio_BR, torch.where(mask_BR, logprobs_BR, 0.0), advantages_BR, config)
 
     corrected_BR = torch.zeros_like(mask_BR)
     if config.rollout_correction != "none":
@@ -102,10 +101,10 @@ def policy_loss(
     with torch.no_grad():
         ratio_BR = log_ratio_BR.exp()
         # Where the clip takes effect: CISPO's does on either sign of the advantage.
-        low_B1 = advantages_B1 != 0 if config.objective == "cispo" else advantages_B1 < 0
-        high_B1 = advantages_B1 != 0 if config.objective == "cispo" else advantages_B1 > 0
-        low_BR = mask_BR & (ratio_BR < 1 - config.clip_low) & low_B1
-        high_BR = mask_BR & (ratio_BR > 1 + config.clip_high) & high_B1
+        may_clip_low_BR = advantages_BR != 0 if config.objective == "cispo" else advantages_BR < 0
+        may_clip_high_BR = advantages_BR != 0 if config.objective == "cispo" else advantages_BR > 0
+        low_BR = mask_BR & (ratio_BR < 1 - config.clip_low) & may_clip_low_BR
+        high_BR = mask_BR & (ratio_BR > 1 + config.clip_high) & may_clip_high_BR
     return LossOutput(
         loss=-(weights_BR * objective_BR).sum(),
         clipped_low=low_BR.sum(),
@@ -127,7 +126,7 @@ def log_importance_ratio(log_ratio_BR: Tensor, mask_BR: Tensor, ratio: Ratio) ->
     return (log_ratio_BR.sum(-1, keepdim=True) / tokens_B1).expand_as(log_ratio_BR)
 
 
-def surrogate(log_ratio_BR: Tensor, logprobs_BR: Tensor, advantages_B1: Tensor, config: LossConfig) -> Tensor:
+def surrogate(log_ratio_BR: Tensor, logprobs_BR: Tensor, advantages_BR: Tensor, config: LossConfig) -> Tensor:
     """[B, R] of what is maximised.
 
     ``clip``: ``min(r A, clip(r) A)`` (PPO, arXiv 1707.06347, equation 7). A token whose ratio is clipped has no gradient. The clip
@@ -138,11 +137,11 @@ def surrogate(log_ratio_BR: Tensor, logprobs_BR: Tensor, advantages_B1: Tensor, 
     ratio_BR = log_ratio_BR.detach().exp()
     clipped_BR = ratio_BR.clamp(low, high)
     if config.objective == "cispo":
-        return clipped_BR * advantages_B1 * logprobs_BR
-    is_clipped_BR = torch.where(advantages_B1 > 0, ratio_BR > high, ratio_BR < low) | (advantages_B1 == 0)
+        return clipped_BR * advantages_BR * logprobs_BR
+    is_clipped_BR = torch.where(advantages_BR > 0, ratio_BR > high, ratio_BR < low) | (advantages_BR == 0)
     # A ratio beyond exp(88) is inf in float32, and the backward of exp gives 0 * inf = nan: a clipped one is left out before exp.
     free_BR = torch.where(is_clipped_BR, 0.0, log_ratio_BR).exp()
-    return torch.where(is_clipped_BR, clipped_BR, free_BR) * advantages_B1
+    return torch.where(is_clipped_BR, clipped_BR, free_BR) * advantages_BR
 
 
 def kl_estimate(d_BR: Tensor, estimator: KlEstimator) -> Tensor:

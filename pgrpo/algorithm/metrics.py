@@ -11,8 +11,8 @@ from pgrpo.types import Group
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Rewards and completion lengths (tokens). Samples whose reward is None are left out of reward numbers."""
-    completions = [c for g in groups for c in g.completions]
-    lengths = [len(c.token_ids) for c in completions]
+    episodes = [episode for group in groups for episode in group.episodes]
+    lengths = [len(episode.token_ids) for episode in episodes]
     rewards = [[r for r in g.rewards if r is not None] for g in groups]
     metrics = {
         "reward": _mean([r for group in rewards for r in group]),
@@ -21,10 +21,10 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "completions/mean_length": _mean(lengths),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
-        "completions/clipped_ratio": _mean([c.finish_reason == "length" for c in completions]),
+        "completions/clipped_ratio": _mean([episode.finish_reason == "length" for episode in episodes]),
     }
-    for name in groups[0].reward_parts:
-        values = [v for g in groups for v in g.reward_parts[name] if v is not None]
+    for name in episodes[0].reward_parts:
+        values = [v for g in groups for v in g.reward_part(name) if v is not None]
         metrics[f"rewards/{name}/mean"] = _mean(values)
     return metrics
 

@@ -19,12 +19,14 @@ from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World, start
 from pgrpo.model.lora import adapter_parameters, add_adapters, check_lora
 from pgrpo.model.policy import Policy, check_supported, load_hf_config, load_model
-from pgrpo.model.proof import tokens_as_groups
+from pgrpo.model.proof import tokens_as_trees
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing.batch import build_batch
+from pgrpo.packing.forest import Tree
 from pgrpo.planning.flops import GIB, ModelDims, flop_ratio, forward_flops, mfu, rho, update_flops
-from pgrpo.planning.placement import check_device, compute_dtype, decoder_layers, is_compiled, wrap
-from pgrpo.types import Group, Recompute
+from pgrpo.planning.placement import check_device, compute_dtype, is_compiled
+from pgrpo.training.place import decoder_layers, wrap
+from pgrpo.types import Recompute
 
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 HEAD_START = 8
@@ -32,7 +34,7 @@ HEAD_START = 8
 
 
 class Job(Protocol):
-    """One way to compute the log-probs of some groups, ready to be timed."""
+    """One way to compute the log-probs of some trees, ready to be timed."""
 
     def old(self) -> Tensor:
         """[L] log-probs without gradient, in the order of a packed batch."""
@@ -47,11 +49,11 @@ class Packed:
     """pgrpo's packed batch: each prompt once, or a copy of the prompt in front of every completion."""
 
     def __init__(
-        self, policy: Policy, groups: list[Group], *, share_prompts: bool, attention: AttentionChoice | None = None
+        self, policy: Policy, trees: list[Tree], *, share_prompts: bool, attention: AttentionChoice | None = None
     ) -> None:
         self.policy, self.layers = policy, list(decoder_layers(policy.model))
         attention = attention or policy.attention
-        self.batch = build_batch(groups, share_prompts=share_prompts, device=policy.device, attention=attention)
+        self.batch = build_batch(trees, share_prompts=share_prompts, device=policy.device, attention=attention)
 
     def old(self) -> Tensor:
         with torch.no_grad():
@@ -90,11 +92,11 @@ def bench(
         print(f"attention kernel {policy.attention.kernel}: {policy.attention.reason}")
         rows: list[Row] = []
         for shape in shapes:
-            groups = random_groups(shape, policy.model.config.vocab_size)
+            trees = tokens_as_trees(*random_tokens(shape, policy.model.config.vocab_size))
             timed, rate = time_jobs(
                 {
-                    "grouped": lambda groups=groups: Packed(policy, groups, share_prompts=True),
-                    "repeated": lambda groups=groups: Packed(policy, groups, share_prompts=False),
+                    "grouped": lambda trees=trees: Packed(policy, trees, share_prompts=True),
+                    "repeated": lambda trees=trees: Packed(policy, trees, share_prompts=False),
                 },
                 policy, shape, recompute, config, repeats,
             )  # fmt: skip
@@ -204,15 +206,15 @@ def random_model(config: Config, max_sample: int, device: torch.device) -> PreTr
     return model.train()
 
 
-def random_groups(shape: Shape, vocabulary: int) -> list[Group]:
-    """Groups of random tokens, the same each time, with rewards that differ."""
+def random_tokens(shape: Shape, vocabulary: int) -> tuple[list[list[int]], list[list[list[int]]]]:
+    """Prompts and their completions, of random tokens, the same each time."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(n: int) -> list[int]:
         return torch.randint(vocabulary, (n,), generator=generator).tolist()
 
     prompts = [ids(shape.prompt) for _ in range(shape.groups)]
-    return tokens_as_groups(prompts, [[ids(shape.completion) for _ in range(shape.group_size)] for _ in prompts])
+    return prompts, [[ids(shape.completion) for _ in range(shape.group_size)] for _ in prompts]
 
 
 def _milliseconds(function: Callable[[], object], device: torch.device) -> float:

@@ -13,11 +13,11 @@ from pgrpo.config import Config, check_world_size, fit_world_size, redact
 from pgrpo.data import load_prompts
 from pgrpo.distributed.world import start, world_size
 from pgrpo.model.policy import Policy, load_model
-from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_groups
+from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_trees
 from pgrpo.packing.batch import build_batch
-from pgrpo.rollout.base import sample_seeds, sampling_params
+from pgrpo.rollout.base import generate, sample_seeds, sampling_params
 from pgrpo.tracking import printable
-from pgrpo.training.run import Run, build_run, load_tokenizer
+from pgrpo.training.build import Parts, build, load_tokenizer
 from pgrpo.types import Group
 
 SAMPLES = 4
@@ -37,18 +37,18 @@ def check(config: Config) -> None:
     """
     config = fit_world_size(config, world_size())
     check_world_size(config, world_size())
-    with start(config.model.fsdp_size) as world, build_run(config, world) as run:
+    with start(config.model.fsdp_size) as world, build(config, world) as parts:
         console = Console(markup=False, highlight=False, quiet=not world.is_main)
-        _show_lengths(run, config, console)
-        groups = _sample(run, config, console)
+        _show_lengths(parts, config, console)
+        groups = _sample(parts, config, console)
         _show_samples(groups, console)
         console.print(plan_text(config), soft_wrap=True)
         _prove(config, groups, console)
         console.print("all checks passed")
 
 
-def _show_lengths(run: Run, config: Config, console: Console) -> None:
-    lengths = sorted(len(p.token_ids) for p in run.stream.take(len(run.stream)))
+def _show_lengths(parts: Parts, config: Config, console: Console) -> None:
+    lengths = sorted(len(p.token_ids) for p in parts.stream.take(len(parts.stream)))
     data, over = config.data, "none"
     if data.overlong != "error":  # with "error" the first overlong prompt has stopped the command before
         loaded = load_prompts(data, config.prompt, load_tokenizer(config))
@@ -60,16 +60,16 @@ def _show_lengths(run: Run, config: Config, console: Console) -> None:
     )
 
 
-def _sample(run: Run, config: Config, console: Console) -> list[Group]:
+def _sample(parts: Parts, config: Config, console: Console) -> list[Group]:
     """Two completions of each of the first prompts, scored. A reward that fails ends the command, or with
     ``rewards.on_error=mask`` is shown."""
-    prompts = run.stream.take(SAMPLES)
+    prompts = parts.stream.take(SAMPLES)
     seeds = [sample_seeds(config.seed, "check", i, group_size=2) for i in range(len(prompts))]
-    with run.engine.awake():
-        groups = run.engine.generate(prompts, sampling_params(config), seeds)
-    report = run.rewards.score(groups)
+    with parts.engine.awake(0):
+        groups = generate(parts.engine, prompts, sampling_params(config), seeds)
+    report = parts.rewards.score(groups)
     if report.first_error:
-        masked = f"{report.errors} of {sum(len(g.completions) for g in groups)} completions"
+        masked = f"{report.errors} of {sum(len(group.episodes) for group in groups)} completions"
         text = f"rewards.on_error=mask leaves out {masked}; the first: {report.first_error}\n"
         console.print(_shown(text), soft_wrap=True)
     return groups
@@ -77,13 +77,13 @@ def _sample(run: Run, config: Config, console: Console) -> list[Group]:
 
 def _show_samples(groups: list[Group], console: Console) -> None:
     for group in groups:
-        completion = group.completions[0]
-        parts = ", ".join(f"{name} {values[0]}" for name, values in group.reward_parts.items())
+        episode = group.episodes[0]
+        values = ", ".join(f"{name} {value}" for name, value in episode.reward_parts.items())
         console.print(f"--- prompt ({len(group.prompt.token_ids)} tokens)\n{_shown(group.prompt.text)}")
         console.print(
-            f"--- completion ({len(completion.token_ids)} tokens, {completion.finish_reason})\n{_shown(completion.text)}"
+            f"--- completion ({len(episode.token_ids)} tokens, {episode.finish_reason})\n{_shown(episode.text)}"
         )
-        console.print(f"--- reward {group.rewards[0]} ({parts})\n")
+        console.print(f"--- reward {episode.reward} ({values})\n")
 
 
 def _shown(text: str) -> str:
@@ -102,14 +102,14 @@ def _prove(config: Config, groups: list[Group], console: Console) -> None:
         attn_implementation="sdpa",
     )
     policy = Policy(load_model(model, max_sample=1))
-    tokens = tokens_as_groups(
-        [_comparable(g.prompt.token_ids) for g in groups],
-        [[_comparable(c.token_ids[:COMPARED_TOKENS]) for c in g.completions] for g in groups],
+    trees = tokens_as_trees(
+        [_comparable(group.prompt.token_ids) for group in groups],
+        [[_comparable(sample.token_ids[:COMPARED_TOKENS]) for sample in group.samples] for group in groups],
     )
-    logprobs = reference_logprobs(untouched, tokens)
+    logprobs = reference_logprobs(untouched, trees)
     wanted = logprobs, gradients(logprobs, untouched)
     for name, share_prompts in (("grouped", True), ("repeated", False)):
-        got = difference(policy, build_batch(tokens, share_prompts=share_prompts), *wanted)
+        got = difference(policy, build_batch(trees, share_prompts=share_prompts), *wanted)
         console.print(
             f"{name} against the untouched model: {got.logprob:.1e} nats, gradient {got.gradient:.1e} (relative)"
         )
@@ -119,7 +119,7 @@ def _prove(config: Config, groups: list[Group], console: Console) -> None:
                 f"{got.gradient:.1e}; at most {LARGEST_LOGPROB_DIFFERENCE:.0e} is rounding. Do not train this model with pgrpo"
             )
     for name, seed_bug in SEEDED_BUGS.items():
-        got = difference(policy, seed_bug(build_batch(tokens)), *wanted)
+        got = difference(policy, seed_bug(build_batch(trees)), *wanted)
         console.print(f"seeded bug, {name}: {got.logprob:.1e} nats, gradient {got.gradient:.1e}")
         if got.gradient <= LARGEST_GRADIENT_DIFFERENCE:
             raise RuntimeError(f"the comparison did not detect a seeded bug: {name}")

@@ -12,8 +12,11 @@ from rich.table import Table
 
 from pgrpo.config import Config, ConfigError, fit_world_size
 from pgrpo.distributed.world import World, start, world_size
-from pgrpo.training.evaluation import evaluate_run, own_folder
-from pgrpo.training.run import Run, agree_on_run_dir, build_run
+from pgrpo.process.lock import agree_on_run_dir, run_folder
+from pgrpo.training.build import Parts, build
+from pgrpo.training.checkpointing import Checkpoints
+from pgrpo.training.evaluation import evaluate_held_out, own_folder
+from pgrpo.training.progress import Progress
 
 
 def evaluate(config: Config, checkpoint: str | None = None, out: Path | None = None) -> dict[str, float]:
@@ -35,21 +38,24 @@ def evaluate(config: Config, checkpoint: str | None = None, out: Path | None = N
         loss=replace(config.loss, kl_coef=0.0),
         checkpoint=replace(config.checkpoint, keep_best=None),
     )
-    with start(config.model.fsdp_size) as world, _built(config, world) as run:
-        if checkpoint and not run.checkpoints.load_weights(checkpoint):
+    progress = Progress()
+    with start(config.model.fsdp_size) as world, _built(config, world) as parts:
+        checkpoints = Checkpoints(run_folder(config) / "checkpoints", parts.learner, parts.stream, progress)
+        if checkpoint and not checkpoints.load_weights(checkpoint):
             raise ConfigError(f"--checkpoint {checkpoint}: run_dir={config.run_dir} has no checkpoint")
-        folder = out or own_folder(run)
-        metrics = evaluate_run(run, folder)
+        folder = out or own_folder(config, progress.step)
+        held_out = parts.held_out
+        metrics = evaluate_held_out(config, world, parts.engine, parts.rewards, held_out, progress.step, folder)
     console = Console(quiet=not world.is_main)
-    name = f"{config.model.path} after step {run.progress.step}" if checkpoint else config.model.path
-    console.print(_table(f"{name}: {len(run.held_out)} prompts x {config.eval.samples}", metrics))
+    name = f"{config.model.path} after step {progress.step}" if checkpoint else config.model.path
+    console.print(_table(f"{name}: {len(held_out)} prompts x {config.eval.samples}", metrics))
     console.print(f"completions and summary: {folder}", soft_wrap=True)
     return metrics
 
 
-def _built(config: Config, world: World) -> Run:
-    agree_on_run_dir(config, world)
-    return build_run(config, world)
+def _built(config: Config, world: World) -> Parts:
+    agree_on_run_dir(config, world.from_main)
+    return build(config, world)
 
 
 def _table(title: str, metrics: Mapping[str, float]) -> Table:

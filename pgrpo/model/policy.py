@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,25 +49,22 @@ class Policy(nn.Module):
     def forward(self, batch: GroupedBatch, *, entropy: bool = False, temperature: float | None = None) -> TokenLogprobs:
         """Log-probs [L] (and entropy [L]) of the batch's completion tokens; ``batch.unpack`` turns them into rows of samples.
         ``temperature`` replaces the policy's."""
-        hidden_TE = self._hidden(batch.input_ids, batch.position_ids, batch.layout)
+        hidden_TE = self._hidden(batch.inputs, batch.layout)
         # The last prompt row occurs once for each completion. The backward of index_select adds up its gradients in a fixed order;
         # that of indexing does not, and would not be bit-stable.
         hidden_LE = hidden_TE.index_select(0, batch.logit_index)
         scale = self.logit_scale / (self.temperature if temperature is None else temperature)
         return token_logprobs(hidden_LE, self._head_weight(), batch.target_ids, scale, entropy=entropy)
 
-    def next_logits(
-        self, input_ids_T: Tensor, position_ids_T: Tensor, layout: AttentionLayout, rows_B: Tensor
-    ) -> Tensor:
+    def next_logits(self, inputs: Mapping[str, Tensor], layout: AttentionLayout, rows_B: Tensor) -> Tensor:
         """Logits [B, V] at the given packed rows, as the model's own forward computes them (without temperature)."""
-        hidden_TE = self._hidden(input_ids_T, position_ids_T, layout)
+        hidden_TE = self._hidden(inputs, layout)
         logits_BV = hidden_TE.index_select(0, rows_B) @ self._head_weight().T
         return logits_BV if self.logit_scale == 1.0 else logits_BV * self.logit_scale
 
-    def _hidden(self, input_ids_T: Tensor, position_ids_T: Tensor, layout: AttentionLayout) -> Tensor:
+    def _hidden(self, inputs: Mapping[str, Tensor], layout: AttentionLayout) -> Tensor:
         output = self.model.base_model(
-            input_ids=input_ids_T.unsqueeze(0),
-            position_ids=position_ids_T.unsqueeze(0),
+            **{name: value.unsqueeze(0) for name, value in inputs.items()},
             attention_layout=layout,
             use_cache=False,
         )

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pgrpo.packing.batch import GroupedBatch
-from pgrpo.types import Completion, Group, Prompt
+from pgrpo.packing.forest import Tree, trees_of
+from pgrpo.types import Episode, Group, Prompt, Sample
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,21 @@ class Difference:
     gradient: float
 
 
-def reference_logprobs(model: nn.Module, groups: Sequence[Group], temperature: float = 1.0) -> Tensor:
-    """[L] log-probs of all completion tokens, from the logits of an untouched model, one unpadded sample a call.
+def reference_logprobs(model: nn.Module, trees: Sequence[Tree], temperature: float = 1.0) -> Tensor:
+    """[L] log-probs of all tokens behind a prompt, from the logits of an untouched model, one unpadded sample a call.
 
     Args:
         model: ``AutoModelForCausalLM`` as transformers loads it (sdpa).
-        groups: in the order in which they are packed.
+        trees: in the order in which they are packed.
         temperature: logits are divided by it.
     """
     device = next(model.parameters()).device
     rows = []
-    for group in groups:
-        start = len(group.prompt.token_ids)
-        for completion in group.completions:
-            if completion.token_ids:
-                ids = torch.tensor([group.prompt.token_ids + completion.token_ids], device=device)
+    for tree in trees:
+        start = len(tree.prompt_ids)
+        for sample in tree.samples:
+            if sample.token_ids:
+                ids = torch.tensor([tree.prompt_ids + sample.token_ids], device=device)
                 logprobs = (model(input_ids=ids).logits[0, start - 1 : -1] / temperature).log_softmax(-1)
                 rows.append(logprobs.gather(-1, ids[0, start:, None]).squeeze(-1))
     return torch.cat(rows)
@@ -78,7 +79,8 @@ def sees_its_neighbour(batch: GroupedBatch) -> GroupedBatch:
 
 def positions_go_on(batch: GroupedBatch) -> GroupedBatch:
     """Seeded bug: position ids do not restart."""
-    return replace(batch, position_ids=torch.arange(len(batch.position_ids), device=batch.position_ids.device))
+    rows = torch.arange(batch.packed_tokens, device=batch.logit_index.device)
+    return replace(batch, inputs=batch.inputs | {"position_ids": rows})
 
 
 def wrong_first_row(batch: GroupedBatch) -> GroupedBatch:
@@ -98,12 +100,19 @@ completion that is not empty, and then one of at least two tokens: the last row 
 attention of its only row would not show."""
 
 
+def tokens_as_trees(prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]]) -> list[Tree]:
+    """A forest of the given tokens, with advantages that differ, for comparisons and benchmarks."""
+    return trees_of(tokens_as_groups(prompts, completions))
+
+
 def tokens_as_groups(prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]]) -> list[Group]:
-    """Groups of the given tokens, with rewards that differ, for comparisons and benchmarks."""
+    """Groups of the given tokens, with rewards 0, 1, 2, ... and advantages around their mean."""
     groups = []
-    for index, (prompt, samples) in enumerate(zip(prompts, completions, strict=True)):
-        made = [Completion(ids, [0.0] * len(ids), [True] * len(ids), "stop", "") for ids in samples]
-        rewards: list[float | None] = [float(i) for i in range(len(made))]
-        centre = (len(made) - 1) / 2
-        groups.append(Group(Prompt(index, "", prompt), made, rewards, {}, [i - centre for i in range(len(made))]))
+    for index, (prompt, sampled) in enumerate(zip(prompts, completions, strict=True)):
+        group = Group(Prompt(index, "", prompt), [])
+        for i, ids in enumerate(sampled):
+            advantage = i - (len(sampled) - 1) / 2
+            sample = Sample(prompt, ids, [True] * len(ids), [0.0] * len(ids), advantages=[advantage] * len(ids))
+            group.episodes.append(Episode([sample], "", "stop", reward=float(i)))
+        groups.append(group)
     return groups

@@ -1,18 +1,18 @@
-"""Groups -> packed tensors -> per-sample tensors. The prompt of a group is stored, and computed, once.
+"""A forest -> packed tensors -> per-sample tensors. The prompt of a tree is stored, and computed, once.
 
-Shapes: T packed tokens, L completion tokens of the batch, B samples, R tokens of the longest completion, N groups.
+Shapes: T packed tokens, L sampled tokens of the batch, B samples, R tokens of the longest sample behind its prompt, N trees.
 
-Two groups, prompt A (3 tokens) with completions of 2 and 3 tokens, prompt B (2 tokens) with completions of 1 and 2 tokens:
+Two trees, prompt A (3 tokens) with samples of 2 and 3 tokens, prompt B (2 tokens) with samples of 1 and 2 tokens:
 
     row          0 1 2 | 3 4 | 5 6 | 7 8 9 | 10 | 11 12
     segment      A A A | B B | a a | a'a'a'| b  | b' b'
     position_ids 0 1 2 | 0 1 | 3 4 | 3 4 5 | 2  | 2  3
     cu_seqlens          [0, 3, 5, 7, 10, 11, 13]     every segment (prefixes, then suffixes)
     cu_seqlens_prefix   [0, 3, 5]                    rows of the prefix block
-    cu_seqlens_group    [0, 5, 8]                    rows of the suffix block, by group
-    logit_index  a: 2 5   a': 2 7 8   b: 4   b': 4 11     the row that predicts each completion token
+    cu_seqlens_group    [0, 5, 8]                    rows of the suffix block, by tree
+    logit_index  a: 2 5   a': 2 7 8   b: 4   b': 4 11     the row that predicts each token
 
-The first token of every completion is predicted by the last prompt row, which the group shares.
+The first token of every sample is predicted by the last row of its prompt, which the tree shares.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.layout import PackedLayout
-from pgrpo.types import Group
+from pgrpo.packing.forest import Tree, packed_tokens
 
 
 @dataclass(slots=True)
@@ -34,21 +34,20 @@ class GroupedBatch:
     """One micro-batch.
 
     Attributes:
-        input_ids: [T] int64.
-        position_ids: [T] int64, each completion goes on where its prompt ended.
+        inputs: what the model reads, by the name of its argument: ``input_ids`` [T] int64, and ``position_ids`` [T] int64, where
+            each sample goes on where its prompt ended.
         layout: who attends to whom.
-        logit_index: [L] int64, the packed row that predicts each completion token, sample by sample.
-        target_ids: [L] int64, the completion tokens.
-        unpack_index: [L] int64, where each completion token lies in a flattened [B, R].
+        logit_index: [L] int64, the packed row that predicts each token behind a prompt, sample by sample.
+        target_ids: [L] int64, these tokens.
+        unpack_index: [L] int64, where each of them lies in a flattened [B, R].
         mask: [B, R] bool, True on tokens that take part in the loss.
-        advantages: [B] float32.
+        advantages: [B, R] float32, 0 where there is no token.
         rollout_logprobs: [B, R] float32, 0 where there is no token.
         repeated_tokens: packed tokens if every sample had its own copy of the prompt.
         old_logprobs: [B, R] float32 once they have been computed; None means "those of the current weights".
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
+    inputs: dict[str, Tensor]
     layout: PackedLayout
     logit_index: Tensor
     target_ids: Tensor
@@ -59,27 +58,31 @@ class GroupedBatch:
     repeated_tokens: int
     old_logprobs: Tensor | None = None
 
+    @property
+    def packed_tokens(self) -> int:
+        """T."""
+        return len(self.inputs["input_ids"])
+
     def unpack(self, flat_L: Tensor) -> Tensor:
-        """Values of the completion tokens [L] -> per-sample rows [B, R], 0 where there is no token."""
-        flat_BR = flat_L.new_zeros(self.mask.numel()).index_copy(0, self.unpack_index, flat_L)
-        return flat_BR.view(self.mask.shape)
+        """Values of the tokens behind prompts [L] -> per-sample rows [B, R], 0 where there is no token."""
+        return _unpack(flat_L, self.unpack_index, *self.mask.shape)
 
 
 def build_batch(
-    groups: Sequence[Group],
+    trees: Sequence[Tree],
     *,
     share_prompts: bool = True,
     device: torch.device | str = "cpu",
     attention: AttentionChoice | None = None,
 ) -> GroupedBatch:
-    """Pack groups. ``share_prompts=False`` packs every sample as a sequence of its own: the same numbers, more tokens.
-    ``attention`` is the policy's way of computing it (PyTorch's own kernel and two calls unless given)."""
+    """Pack trees. ``share_prompts=False`` packs every sample as a sequence of its own: the same numbers, more tokens.
+    ``attention`` is the policy's way of computing it (PyTorch's own kernel and two passes unless given)."""
     if share_prompts:
-        prefixes = [g.prompt.token_ids for g in groups]
-        suffixes = [[c.token_ids for c in g.completions] for g in groups]
+        prefixes = [tree.prompt_ids for tree in trees]
+        suffixes = [[s.token_ids for s in tree.samples] for tree in trees]
     else:  # no prefix block; a suffix is a whole sample, the first `head` rows of which are its prompt
-        prefixes = [[] for _ in groups]
-        suffixes = [[g.prompt.token_ids + c.token_ids for c in g.completions] for g in groups]
+        prefixes = [[] for _ in trees]
+        suffixes = [[tree.prompt_ids + s.token_ids for s in tree.samples] for tree in trees]
     lengths = [len(p) for p in prefixes], [[len(s) for s in ss] for ss in suffixes]
     layout = PackedLayout.from_lengths(*lengths, device, attention)
     flat_suffixes = [s for ss in suffixes for s in ss]
@@ -87,50 +90,46 @@ def build_batch(
     position_ids = [i for p in prefixes for i in range(len(p))]
     position_ids += [len(p) + i for p, ss in zip(prefixes, suffixes, strict=True) for s in ss for i in range(len(s))]
 
-    completions = [c for g in groups for c in g.completions]
-    width = max((len(c.token_ids) for c in completions), default=0)
+    samples = [sample for tree in trees for sample in tree.samples]
+    width = max((len(s.token_ids) for s in samples), default=0)
     prefix_ends = list(accumulate(len(p) for p in prefixes))
     row = layout.sizes.prefix_rows  # where the next suffix starts
     logit_index: list[int] = []
     unpack_index: list[int] = []
-    sample = 0
-    for n, group in enumerate(groups):
-        head = 0 if share_prompts else len(group.prompt.token_ids)
-        for completion in group.completions:
-            length = len(completion.token_ids)
+    b = 0
+    for n, tree in enumerate(trees):
+        head = 0 if share_prompts else len(tree.prompt_ids)
+        for length in tree.lengths:
             if length:
                 first = prefix_ends[n] - 1 if share_prompts else row + head - 1
                 logit_index.append(first)
                 logit_index.extend(range(row + head, row + head + length - 1))
-                unpack_index.extend(range(sample * width, sample * width + length))
+                unpack_index.extend(range(b * width, b * width + length))
             row += head + length
-            sample += 1
+            b += 1
 
     def long(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)
 
     unpack = long(unpack_index)
-    flat_mask = torch.tensor([m for c in completions for m in c.mask], dtype=torch.bool, device=device)
-    flat_rollout = torch.tensor(
-        [x for c in completions for x in c.rollout_logprobs], dtype=torch.float32, device=device
-    )
-    shape = len(completions), width
-    size = shape[0] * shape[1]
+
+    def rows(values: list[list[float]] | list[list[bool]], dtype: torch.dtype) -> Tensor:
+        """One value a token -> [B, R]."""
+        flat_L = torch.tensor([x for sample in values for x in sample], dtype=dtype, device=device)
+        return _unpack(flat_L, unpack, len(samples), width)
+
     return GroupedBatch(
-        input_ids=long(input_ids),
-        position_ids=long(position_ids),
+        inputs={"input_ids": long(input_ids), "position_ids": long(position_ids)},
         layout=layout,
         logit_index=long(logit_index),
-        target_ids=long([t for c in completions for t in c.token_ids]),
+        target_ids=long([t for s in samples for t in s.token_ids]),
         unpack_index=unpack,
-        mask=flat_mask.new_zeros(size).index_copy(0, unpack, flat_mask).view(shape),
-        advantages=torch.tensor([a for g in groups for a in g.advantages], dtype=torch.float32, device=device),
-        rollout_logprobs=flat_rollout.new_zeros(size).index_copy(0, unpack, flat_rollout).view(shape),
-        repeated_tokens=sum(packed_tokens(g, share_prompts=False) for g in groups),
+        mask=rows([s.mask for s in samples], torch.bool),
+        advantages=rows([s.advantages or [0.0] * len(s.token_ids) for s in samples], torch.float32),
+        rollout_logprobs=rows([s.rollout_logprobs for s in samples], torch.float32),
+        repeated_tokens=sum(packed_tokens(tree, share_prompts=False) for tree in trees),
     )
 
 
-def packed_tokens(group: Group, share_prompts: bool = True) -> int:
-    """Rows that the group takes in a packed batch."""
-    copies = 1 if share_prompts else len(group.completions)
-    return copies * len(group.prompt.token_ids) + sum(len(c.token_ids) for c in group.completions)
+def _unpack(flat_L: Tensor, unpack_index: Tensor, samples: int, width: int) -> Tensor:
+    return flat_L.new_zeros(samples * width).index_copy(0, unpack_index, flat_L).view(samples, width)

@@ -33,9 +33,7 @@ def run_and_leave(main: Callable[[], object]) -> NoReturn:
     if isinstance(code, str):
         print(code, file=sys.stderr)
         code = 1
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue] - as Python ends: idle executors, then all other threads
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()

@@ -6,10 +6,21 @@ import fcntl
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from pgrpo.config import ConfigError
+from pgrpo.config import Config, ConfigError
+
+
+def run_folder(config: Config) -> Path:
+    """``run_dir`` as a path."""
+    return Path(config.run_dir).expanduser()
+
+
+def agree_on_run_dir(config: Config, from_main: Callable[[str], str]) -> None:
+    """All ranks take rank 0's: `${now:...}` in it may differ between them. A collective call."""
+    config.run_dir = from_main(config.run_dir)
 
 
 def lock_run_dir(run_dir: Path) -> IO[str]:

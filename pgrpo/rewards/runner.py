@@ -20,9 +20,9 @@ from pebble import ProcessExpired
 from pgrpo.config import ConfigError, RewardConfig
 from pgrpo.rewards.call import Caller, Reward, Unusable, describe, from_callable, from_config, work
 from pgrpo.rewards.pool import Workers
-from pgrpo.types import Completion, Group, Prompt
+from pgrpo.types import Episode, Group, Prompt
 
-Sample = tuple[Prompt, Completion]
+Scored = tuple[Prompt, Episode]
 
 
 class RewardError(RuntimeError):
@@ -46,7 +46,7 @@ class RewardRunner:
         extra: functions given from Python, each with weight 1.
 
     Attributes:
-        names: of the functions, in order, unique; keys of ``Group.reward_parts``.
+        names: of the functions, in order, unique; keys of ``Episode.reward_parts``.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class RewardRunner:
         judges = [r.name for r in self._rewards if r.weight >= 0 and not r.is_penalty]
         flags = []
         for i, total in enumerate(group.rewards):
-            values = [value for name in judges if (value := group.reward_parts[name][i]) is not None]
+            values = [value for name in judges if (value := group.episodes[i].reward_parts[name]) is not None]
             flags.append(total is not None and bool(values) and min(values) >= 1)
         return flags
 
@@ -92,8 +92,8 @@ class RewardRunner:
                 )
 
     def score(self, groups: Sequence[Group]) -> RewardReport:
-        """Set ``rewards`` and ``reward_parts`` of every group."""
-        samples = [(group.prompt, completion) for group in groups for completion in group.completions]
+        """Set ``reward`` and ``reward_parts`` of every episode."""
+        samples = [(group.prompt, episode) for group in groups for episode in group.episodes]
         if not samples:
             return RewardReport()
         self.check(samples[0][0])
@@ -104,11 +104,9 @@ class RewardRunner:
             failed = {i: _show(reward, samples[i], reason) for i, reason in faults.items()} | failed
             if failed and self._on_error == "raise":
                 raise RewardError(f"{failed[min(failed)]}; rewards.on_error=mask leaves such samples out")
-        start = 0
-        for group in groups:
-            rows = range(start, start := start + len(group.completions))
-            group.reward_parts = {name: [values[i] for i in rows] for name, values in parts.items()}
-            group.rewards = [None if i in failed else self._total(parts, i) for i in rows]
+        for i, (_, episode) in enumerate(samples):
+            episode.reward_parts = {name: values[i] for name, values in parts.items()}
+            episode.reward = None if i in failed else self._total(parts, i)
         return RewardReport(len(failed), failed[min(failed)] if failed else None)
 
     def _total(self, parts: dict[str, list[float | None]], row: int) -> float | None:
@@ -116,7 +114,7 @@ class RewardRunner:
         terms = [r.weight * value for r in self._rewards if (value := parts[r.name][row]) is not None]
         return sum(terms) if terms else None
 
-    def _evaluate_all(self, samples: Sequence[Sample]) -> list[tuple[list[float | None], dict[int, str]]]:
+    def _evaluate_all(self, samples: Sequence[Scored]) -> list[tuple[list[float | None], dict[int, str]]]:
         """``_evaluate`` of every reward, in their order."""
         if len(self._rewards) == 1:
             return [self._evaluate(self._rewards[0], samples)]
@@ -134,7 +132,7 @@ class RewardRunner:
             # Without waiting: after Ctrl-C `close` ends the worker processes that the threads wait for.
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def _evaluate(self, reward: Reward, samples: Sequence[Sample]) -> tuple[list[float | None], dict[int, str]]:
+    def _evaluate(self, reward: Reward, samples: Sequence[Scored]) -> tuple[list[float | None], dict[int, str]]:
         """One value a sample, and why some have none because of a fault: position -> reason."""
         nothing: list[float | None] = [None] * len(samples)
         try:
@@ -164,7 +162,7 @@ class RewardRunner:
         return values, faults
 
     def _one_by_one(
-        self, reward: Reward, samples: Sequence[Sample], reason: str
+        self, reward: Reward, samples: Sequence[Scored], reason: str
     ) -> tuple[list[float | None], dict[int, str]]:
         """A call failed as a whole: call again, a completion at a time, to find the ones at fault."""
         values: list[float | None] = [None] * len(samples)
@@ -181,7 +179,7 @@ class RewardRunner:
         together = f"{reason}; it fails on {len(samples)} completions together, on none of them alone"
         return [None] * len(samples), dict.fromkeys(range(len(samples)), together)
 
-    def _call(self, reward: Reward, samples: Sequence[Sample]) -> list[Any]:
+    def _call(self, reward: Reward, samples: Sequence[Scored]) -> list[Any]:
         """The function's list, of the right length. ``_CallError``; ``TimeoutError`` past the deadline."""
         arguments = reward.arguments(_table(samples))
         if reward.worker is not None:
@@ -251,25 +249,25 @@ class _CallError(Exception):
     """A call that gave no usable list."""
 
 
-def _table(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+def _table(samples: Sequence[Scored]) -> dict[str, list[Any]]:
     """Everything that a function may ask for, one entry a sample. Our names win over columns of the same name."""
     first = samples[0][0]
     table: dict[str, list[Any]] = {name: [prompt.columns.get(name) for prompt, _ in samples] for name in first.columns}
     table["prompts"] = [prompt.text for prompt, _ in samples]
-    table["completions"] = [completion.text for _, completion in samples]
-    table["completion_ids"] = [completion.token_ids for _, completion in samples]
-    table["finish_reasons"] = [completion.finish_reason for _, completion in samples]
+    table["completions"] = [episode.text for _, episode in samples]
+    table["completion_ids"] = [episode.token_ids for _, episode in samples]
+    table["finish_reasons"] = [episode.finish_reason for _, episode in samples]
     if first.messages is not None:
         table["messages"] = [prompt.messages for prompt, _ in samples]
     return table
 
 
-def _show(reward: Reward, sample: Sample, reason: str) -> str:
-    prompt, completion = sample
+def _show(reward: Reward, sample: Scored, reason: str) -> str:
+    prompt, episode = sample
     reason = " ".join(reason.split())
     return (
         f"reward `{reward.name}` ({reward.key}) failed on a completion of row {prompt.index}: {reason}; "
-        f"prompt: {_shorten(prompt.text)}, completion: {_shorten(completion.text)}"
+        f"prompt: {_shorten(prompt.text)}, completion: {_shorten(episode.text)}"
     )
 
 

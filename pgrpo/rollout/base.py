@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from pgrpo.config import Config
-from pgrpo.types import Group, Prompt, SamplingParams
+from pgrpo.types import Completion, Episode, Group, Prompt, Request, SamplingParams
+
+OnFinished = Callable[[int, list[Completion]], None]
 
 
 class RolloutEngine(Protocol):
@@ -22,23 +24,38 @@ class RolloutEngine(Protocol):
     timings: dict[str, float]
     counted_bytes: int
 
-    def awake(self) -> AbstractContextManager[None]:
-        """Inside, ``generate`` samples with the policy's weights of the moment of entering."""
+    def awake(self, version: int) -> AbstractContextManager[None]:
+        """Inside, ``sample`` samples with the policy's weights of the moment of entering, which have ``version`` training steps
+        behind them."""
         ...
 
     def close(self) -> None:
         """Give everything up; after this only the process's end."""
         ...
 
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[Sequence[int]]
-    ) -> list[Group]:
-        """One group a prompt, in order. The seeds decide the random numbers; in the embedded engine ``seeds[n][g]`` alone those of
-        sample g of prompt n.
+    def sample(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
+        """Sample the completions of all requests. ``on_finished`` is called with a request's position and its completions, in the
+        order of its seeds, as soon as all of them are finished, while others still decode. It must not raise.
 
-        Every rank calls this with the same number of prompts.
+        The seeds decide the random numbers; in the embedded engine a completion's own seed alone does. Every rank calls this with
+        the same number of requests, which have as many seeds each.
         """
         ...
+
+
+def generate(
+    engine: RolloutEngine, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[Sequence[int]]
+) -> list[Group]:
+    """One group a prompt, in order, with an episode of one turn for each of its seeds, once all of them are finished."""
+    groups = [Group(prompt, []) for prompt in prompts]
+
+    def finished(position: int, completions: list[Completion]) -> None:
+        group = groups[position]
+        group.episodes = [Episode.of(group.prompt, completion) for completion in completions]
+
+    requests = [Request(prompt.token_ids, list(own)) for prompt, own in zip(prompts, seeds, strict=True)]
+    engine.sample(requests, params, finished)
+    return groups
 
 
 def sample_seeds(*path: int | str, group_size: int) -> list[int]:

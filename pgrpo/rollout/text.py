@@ -20,6 +20,7 @@ def make_completions(
     logprobs: Sequence[list[float]],
     stopped: Sequence[bool],
     stop: Sequence[str],
+    weights_version: int,
 ) -> list[Completion]:
     """Completions with their text, which ends before the first stop string.
 
@@ -28,11 +29,12 @@ def make_completions(
         logprobs: one for each token, see ``Completion.rollout_logprobs``.
         stopped: whether eos or a stop string ended it.
         stop: the stop strings.
+        weights_version: of all of them.
     """
     texts = tokenizer.batch_decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     completions = []
     for ids, sampled_at, text, done in zip(token_ids, logprobs, texts, stopped, strict=True):
         ends = [at for s in stop if (at := text.find(s)) >= 0]
         reason: FinishReason = "stop" if done else "length"
-        completions.append(Completion(ids, sampled_at, [True] * len(ids), reason, text[: min(ends, default=None)]))
+        completions.append(Completion(ids, sampled_at, reason, text[: min(ends, default=None)], weights_version))
     return completions

@@ -167,17 +167,16 @@ class _WarningHandler(logging.Handler):
 
 
 def _pick(groups: Sequence[Group], count: int) -> Iterator[Row]:
-    samples = [(group, i) for group in groups for i in range(len(group.completions))]
-    count = min(count, len(samples))
-    for group, i in (samples[k * len(samples) // count] for k in range(count)):
-        completion = group.completions[i]
+    episodes = [(group.prompt, episode) for group in groups for episode in group.episodes]
+    count = min(count, len(episodes))
+    for prompt, episode in (episodes[k * len(episodes) // count] for k in range(count)):
         yield {
-            "prompt": group.prompt.text,
-            "completion": completion.text,
-            "reward": _finite(group.rewards[i]) if group.rewards else None,
-            "parts": {name: _finite(values[i]) for name, values in group.reward_parts.items()},
-            "advantage": _finite(group.advantages[i]) if group.advantages else None,
-            "finish_reason": completion.finish_reason,
+            "prompt": prompt.text,
+            "completion": episode.text,
+            "reward": _finite(episode.reward),
+            "parts": {name: _finite(value) for name, value in episode.reward_parts.items()},
+            "advantage": _finite(episode.advantage),
+            "finish_reason": episode.finish_reason,
         }
 
 

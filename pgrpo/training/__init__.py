@@ -1,7 +1,3 @@
-"""Training. Begin with ``loop.py``, the training loop. ``sample.py`` samples and scores a step's groups, ``update.py`` does its
-optimizer steps, ``run.py`` builds a run from its config, ``checkpointing.py`` saves and restores it.
+"""What a training is beside its algorithm (``pgrpo/grpo.py``): from a config to the parts of a run (``build.py``), the run in its
+folder (``session.py``), what is saved (``checkpointing.py``, ``progress.py``), evaluation, the optimizer.
 """
-
-from pgrpo.training.loop import train
-
-__all__ = ["train"]

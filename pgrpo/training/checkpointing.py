@@ -11,16 +11,15 @@ import torch
 
 from pgrpo import checkpoint
 from pgrpo.checkpoint import COUNT, CheckpointError, Saved
-from pgrpo.config import Config, ConfigError, to_yaml
+from pgrpo.config import ConfigError, to_yaml
 from pgrpo.data import PromptStream
 from pgrpo.distributed import fsdp
 from pgrpo.distributed.shards import Shard, shard_of, whole
-from pgrpo.distributed.world import World
 from pgrpo.model.policy import Policy
 from pgrpo.process.rng import rng_state, set_rng_state
+from pgrpo.training.build import Learner
 from pgrpo.training.optim import load_optimizer_shards, optimizer_shards
 from pgrpo.training.progress import Progress
-from pgrpo.training.update import Updater
 
 log = logging.getLogger(__name__)
 
@@ -45,16 +44,14 @@ class Checkpoints:
     ``progress``, which is the run's own object.
     """
 
-    def __init__(
-        self, root: Path, config: Config, world: World, updater: Updater, stream: PromptStream, progress: Progress
-    ) -> None:
-        self._root, self._config, self._world = root, config, world
-        self._updater, self._stream, self.progress = updater, stream, progress
-        self._policy, self._optimizer = updater.policy, updater.optimizer
+    def __init__(self, root: Path, learner: Learner, stream: PromptStream, progress: Progress) -> None:
+        self._root, self._config, self._world = root, learner.config, learner.world
+        self._policy, self._optimizer = learner.policy, learner.optimizer
+        self._stream, self._progress = stream, progress
         # Saved only where its weights are no longer the initial ones.
         self._reference: Policy | None = None
-        if config.loss.ref_refresh_every and isinstance(updater.reference, Policy):
-            self._reference = updater.reference
+        if learner.config.loss.ref_refresh_every and isinstance(learner.reference, Policy):
+            self._reference = learner.reference
         self._writer: checkpoint.Writer | None = None
         self._saved = -1
 
@@ -65,7 +62,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the one before could not be written.
         """
-        progress = self.progress
+        progress = self._progress
         if self._saved == progress.step:
             return
         spare = [progress.best["step"]] if progress.best else []
@@ -97,7 +94,7 @@ class Checkpoints:
         path = resume and self._find(resume)
         if not path:
             return None
-        progress, is_own = self.progress, path.parent.resolve() == self._root.resolve()
+        progress, is_own = self._progress, path.parent.resolve() == self._root.resolve()
         with checkpoint.open_saved(path, verified=True) as saved:
             scalars = saved.scalars
             checkpoint.check(scalars, FORM, path)
@@ -113,7 +110,6 @@ class Checkpoints:
                 log.warning("%s: training begins at the first of this run's prompts", difference)
             else:
                 self._stream.load_state_dict(scalars["stream"])
-            self._updater.skipped_in_row = scalars["skipped_in_row"]
             try:
                 progress.load_state_dict(scalars)
                 # Last: nothing above may draw from what this puts back.
@@ -144,7 +140,7 @@ class Checkpoints:
         with checkpoint.open_saved(path, verified=True) as saved:
             _load_parameters("model", _trained(self._policy), saved)
             checkpoint.check(saved.scalars, {"step": COUNT}, path)
-            self.progress.step = saved.scalars["step"]
+            self._progress.step = saved.scalars["step"]
         self._world.barrier()
         return True
 
@@ -171,8 +167,7 @@ class Checkpoints:
     def _scalars(self, tracker_state: Mapping[str, Any]) -> dict[str, Any]:
         """The rest of a checkpoint, as JSON types."""
         return {
-            **self.progress.state_dict(),
-            "skipped_in_row": self._updater.skipped_in_row,
+            **self._progress.state_dict(),
             "stream": self._stream.state_dict(),
             "trackers": dict(tracker_state),
             "config": to_yaml(self._config),
@@ -199,7 +194,7 @@ class Checkpoints:
 
     def _report(self, path: Path, scalars: Mapping[str, Any]) -> None:
         config, ranks = self._config, self._world.size
-        log.warning("going on from %s: %d of %d steps done", path, self.progress.step, config.train.steps)
+        log.warning("going on from %s: %d of %d steps done", path, self._progress.step, config.train.steps)
         if scalars["world_size"] != ranks:
             log.warning("saved on %d ranks, going on with %d", scalars["world_size"], ranks)
         before, now = scalars["config"].splitlines(), to_yaml(config).splitlines()

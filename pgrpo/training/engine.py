@@ -16,6 +16,7 @@ from pgrpo.distributed.world import World
 from pgrpo.model.policy import Policy
 from pgrpo.model.weights import full_weights, weight_names
 from pgrpo.packing.batch import build_batch
+from pgrpo.packing.forest import Tree, trees_of
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.placement import compute_dtype, engine_choice, engine_name, vllm_memory_share
 from pgrpo.rollout.base import RolloutEngine
@@ -101,7 +102,7 @@ def build_engine(
 class ScoringEngine(Protocol):
     """The part of ``VLLMEngine`` that the canary needs."""
 
-    def score(self, groups: Sequence[Group]) -> list[float]: ...
+    def score(self, trees: Sequence[Tree]) -> list[float]: ...
 
 
 class Canary:
@@ -115,20 +116,20 @@ class Canary:
     def __init__(self, world: World, policy: Policy, engine: ScoringEngine, every: int, most_tokens: int) -> None:
         self.world, self.policy, self.engine = world, policy, engine
         self.every, self.most_tokens = every, most_tokens
-        self._groups: list[Group] = []
+        self._trees: list[Tree] = []
         self._old: list[float] = []
         self._new: list[float] | None = None
 
     def before_update(self, step: int, groups: Sequence[Group]) -> None:
         """Remember some of the step's samples, which rank 0 has, and their log-probs. A collective call."""
-        self._groups, self._new = [], None
+        self._trees, self._new = [], None
         if step % self.every == 0:
-            self._groups = self.world.from_main(canary.pick(groups, self.most_tokens))
+            self._trees = self.world.from_main(canary.pick(trees_of(groups), self.most_tokens))
             self._old = self._logprobs()
 
     def after_update(self) -> None:
         """Their log-probs now. A collective call."""
-        if self._groups:
+        if self._trees:
             self._new = self._logprobs()
 
     def look(self) -> dict[str, float]:
@@ -139,8 +140,8 @@ class Canary:
         """
         if self._new is None:
             return {}
-        lengths = [len(c.token_ids) for group in self._groups for c in group.completions]
-        slope = canary.regress(self._old, self._new, self.engine.score(self._groups), lengths)
+        lengths = [length for tree in self._trees for length in tree.lengths]
+        slope = canary.regress(self._old, self._new, self.engine.score(self._trees), lengths)
         self._new = None
         self.world.together(lambda: canary.check(slope))
         metrics = {"canary/logp_difference": slope.noise}
@@ -149,7 +150,7 @@ class Canary:
         return metrics
 
     def _logprobs(self) -> list[float]:
-        batch = build_batch(self._groups, device=self.world.device, attention=self.policy.attention)
+        batch = build_batch(self._trees, device=self.world.device, attention=self.policy.attention)
         with no_gradient(self.policy):
             return self.policy(batch, temperature=1.0).logprobs.tolist()
 

@@ -1,49 +1,209 @@
-"""Evaluation of a run: its prompts, sampling and files."""
+"""What a model does on the held-out split: mean rewards and pass@k with 95% confidence intervals, greedy and sampled."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from pgrpo.rollout.base import sample_seeds, sampling_params
-from pgrpo.training.evaluate import evaluate, save_results
-from pgrpo.training.run import Run
+from pgrpo.algorithm.intervals import mean_interval, rate_interval
+from pgrpo.algorithm.metrics import group_metrics, pass_at_k
+from pgrpo.config import Config, ConfigError, to_json
+from pgrpo.distributed.world import World
+from pgrpo.process.lock import run_folder
+from pgrpo.rewards.runner import RewardRunner
+from pgrpo.rollout.base import RolloutEngine, sample_seeds, sampling_params
+from pgrpo.tracking.record import TRAINING, replacing, writing
+from pgrpo.training.rollout import sample_and_score
+from pgrpo.types import Episode, Group, Prompt, SamplingParams
+
+log = logging.getLogger(__name__)
+Row = dict[str, Any]
 
 
-def evaluate_run(run: Run, out: Path | None = None) -> dict[str, float]:
+@dataclass(frozen=True)
+class Evaluation:
+    """On every rank.
+
+    Attributes:
+        metrics: ``eval/...`` of the samples, ``eval/greedy/...`` of the greedy completions: ``reward``, ``rewards/<name>/mean``,
+            ``rewards/errors`` (samples left out, as a reward failed), ``pass@k``, ``completions/...``; the ends of the intervals
+            are ``eval/ci95_low/...`` and ``eval/ci95_high/...``.
+        rows: one a completion, as JSON types.
+    """
+
+    metrics: dict[str, float]
+    rows: list[Row]
+
+
+def evaluate(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    seeds: Sequence[Sequence[int]],
+    rewards: RewardRunner,
+    world: World,
+    *,
+    greedy: bool,
+) -> Evaluation:
+    """Sample ``len(seeds[n])`` completions of each prompt, and with ``greedy`` a greedy one as well (unless ``params`` are greedy
+    already); ranks share the prompts out. What is correct for pass@k, ``RewardRunner.correct`` says.
+    """
+    sampled = _scored(engine, prompts, params, seeds, rewards, world)
+    metrics = _metrics(sampled, rewards)
+    rows = list(_rows("greedy" if params.temperature == 0 else "sampled", sampled.groups, rewards))
+    if greedy and params.temperature != 0:
+        once = replace(params, temperature=0.0)
+        best = _scored(engine, prompts, once, [own[:1] for own in seeds], rewards, world)
+        metrics |= {_greedy(name): value for name, value in _metrics(best, rewards).items()}
+        rows += _rows("greedy", best.groups, rewards)
+    return Evaluation({f"eval/{name}": value for name, value in metrics.items()}, rows)
+
+
+def evaluate_held_out(
+    config: Config,
+    world: World,
+    engine: RolloutEngine,
+    rewards: RewardRunner,
+    prompts: Sequence[Prompt],
+    step: int,
+    out: Path | None = None,
+) -> dict[str, float]:
     """Numbers on the held-out split; the same prompts and random numbers each time. Rank 0 writes all completions and a summary
-    to ``out``, without it to the run folder's ``eval/step_N``."""
-    config = run.config
-    params = sampling_params(config, config.eval.temperature)
-    with run.engine.awake():
-        evaluation = evaluate(
-            run.engine.generate,
-            run.held_out,
-            params,
-            [sample_seeds(config.seed, "eval", i, group_size=config.eval.samples) for i in range(len(run.held_out))],
-            run.rewards,
-            run.world,
-            greedy=config.eval.greedy,
-        )
-    if run.world.is_main:
-        about = {
-            "step": run.progress.step,
-            "model": config.model.path,
-            "prompts": len(run.held_out),
-            "samples": config.eval.samples,
-        }
+    to ``out``, without it to the run folder's ``eval/step_N``. A collective call."""
+    params, samples = sampling_params(config, config.eval.temperature), config.eval.samples
+    seeds = [sample_seeds(config.seed, "eval", i, group_size=samples) for i in range(len(prompts))]
+    with engine.awake(step):
+        evaluation = evaluate(engine, prompts, params, seeds, rewards, world, greedy=config.eval.greedy)
+    if world.is_main:
         split = {"path": config.data.eval_path or config.data.path, "split": config.data.eval_split}
-        about |= {"data": split, "seed": config.seed, "sampling": asdict(params)}
+        about = {
+            "step": step,
+            "model": config.model.path,
+            "prompts": len(prompts),
+            "samples": samples,
+            "data": split,
+            "seed": config.seed,
+            "sampling": asdict(params),
+        }
         if out:
             save_results(out, evaluation, about, "{fix}, or set another --out")
         else:
-            save_results(own_folder(run), evaluation, about)
+            save_results(own_folder(config, step), evaluation, about)
     return evaluation.metrics
 
 
-def own_folder(run: Run) -> Path:
+def own_folder(config: Config, step: int) -> Path:
     """The run folder's ``eval/step_N``. A symbolic link of that name is removed, so that nothing is written through it."""
-    folder = run.run_dir / "eval" / f"step_{run.progress.step}"
+    folder = run_folder(config) / "eval" / f"step_{step}"
     if folder.is_symlink():
         folder.unlink(missing_ok=True)
     return folder
+
+
+def metric_names(rewards: RewardRunner, params: SamplingParams, samples: int, *, greedy: bool) -> list[str]:
+    """The names of what ``evaluate`` will measure."""
+
+    def names(count: int) -> list[str]:
+        episode = Episode([], "", "stop", 0.0, dict.fromkeys(rewards.names, 0.0))
+        group = Group(Prompt(0, "", [0]), [episode] * count)
+        return list(_metrics(_Scored([group], 0), rewards))
+
+    found = names(samples)
+    if greedy and params.temperature != 0:
+        found += map(_greedy, names(1))
+    return [f"eval/{name}" for name in found]
+
+
+def check_keep_best(config: Config, rewards: RewardRunner) -> None:
+    """ConfigError: evaluation has no metric ``checkpoint.keep_best``."""
+    if (name := config.checkpoint.keep_best) is None:
+        return
+    params = sampling_params(config, config.eval.temperature)
+    there = metric_names(rewards, params, config.eval.samples, greedy=config.eval.greedy)
+    if name not in there:
+        raise ConfigError(f"checkpoint.keep_best: {name} is no metric of an evaluation; there are {', '.join(there)}")
+
+
+def numbers_of_samples(samples: int) -> list[int]:
+    """The k of pass@k: powers of two up to ``samples``, and ``samples``."""
+    return sorted({2**i for i in range(samples.bit_length())} | {samples})
+
+
+def save_results(folder: Path, evaluation: Evaluation, about: Mapping[str, Any], advice: str = TRAINING) -> None:
+    """Write ``samples.jsonl`` (``Evaluation.rows``) and ``summary.json`` (``about`` and the metrics) into a folder that is made.
+    Each file is there whole or not at all; a number that is not finite is null. ``advice`` is that of ``record.writing``."""
+    with writing(folder, advice):
+        folder.mkdir(parents=True, exist_ok=True)
+    metrics = {name: value if math.isfinite(value) else None for name, value in evaluation.metrics.items()}
+    with replacing(folder / "samples.jsonl", advice) as file:
+        file.writelines(to_json(row, ensure_ascii=False, allow_nan=False) + "\n" for row in evaluation.rows)
+    with replacing(folder / "summary.json", advice) as file:
+        file.write(to_json({**about, "metrics": metrics}, ensure_ascii=False, indent=1) + "\n")
+
+
+def _scored(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    seeds: Sequence[Sequence[int]],
+    rewards: RewardRunner,
+    world: World,
+) -> _Scored:
+    own = sample_and_score(engine, rewards, world, prompts, params, seeds)
+    return _Scored(world.gather(own.groups), own.errors)
+
+
+class _Scored(NamedTuple):
+    """One group a prompt, on every rank; ``errors``: samples left out because a reward failed on them."""
+
+    groups: list[Group]
+    errors: int
+
+
+def _metrics(scored: _Scored, rewards: RewardRunner) -> dict[str, float]:
+    groups = scored.groups
+    metrics = group_metrics(groups) | {"rewards/errors": float(scored.errors)}
+    del metrics["reward_std"], metrics["frac_reward_zero_std"]  # of groups as training compares them
+    intervals = {"reward": mean_interval([_known(g.rewards) for g in groups])}
+    for name in groups[0].episodes[0].reward_parts:
+        intervals[f"rewards/{name}/mean"] = mean_interval([_known(g.reward_part(name)) for g in groups])
+    correct = [rewards.correct(group) for group in groups]
+    for k in numbers_of_samples(len(correct[0])):
+        rates = [pass_at_k(sum(flags), len(flags), k) for flags in correct]
+        metrics[f"pass@{k}"] = sum(rates) / len(rates)
+        intervals[f"pass@{k}"] = rate_interval(rates)
+    for name, (low, high) in intervals.items():
+        metrics |= {f"ci95_low/{name}": low, f"ci95_high/{name}": high}
+    return metrics
+
+
+def _greedy(name: str) -> str:
+    """``pass@1`` is ``greedy/pass@1``, its ``ci95_low/pass@1`` is ``ci95_low/greedy/pass@1``."""
+    end, _, rest = name.partition("/")
+    return f"{end}/greedy/{rest}" if end in ("ci95_low", "ci95_high") else f"greedy/{name}"
+
+
+def _rows(mode: str, groups: Sequence[Group], rewards: RewardRunner) -> Iterator[Row]:
+    for group in groups:
+        for i, (episode, correct) in enumerate(zip(group.episodes, rewards.correct(group), strict=True)):
+            yield {
+                "index": group.prompt.index,
+                "mode": mode,
+                "sample": i,
+                "prompt": group.prompt.text,
+                "completion": episode.text,
+                "reward": episode.reward,
+                "parts": episode.reward_parts,
+                "correct": correct,
+                "tokens": len(episode.token_ids),
+                "finish_reason": episode.finish_reason,
+                "columns": group.prompt.columns,
+            }
+
+
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]

@@ -9,15 +9,15 @@ from torch.distributed.tensor import DTensor
 
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig, load_config
 from pgrpo.distributed.fsdp import reshard
+from pgrpo.grpo import backward, sample_groups
 from pgrpo.model.weights import full_weights
 from pgrpo.rewards.runner import RewardReport
-from pgrpo.rollout.base import sample_seeds, sampling_params
+from pgrpo.rollout.base import generate, sample_seeds, sampling_params
+from pgrpo.training.build import build
 from pgrpo.training.engine import Canary
-from pgrpo.training.evaluation import evaluate_run
-from pgrpo.training.run import build_run
-from pgrpo.training.sample import sample_step
-from pgrpo.training.update import count
-from pgrpo.types import Completion, Group, Prompt
+from pgrpo.training.evaluation import evaluate_held_out
+from pgrpo.training.update import count, micro_batches, record_old_logprobs
+from pgrpo.types import Completion, Prompt
 
 
 class Echo:
@@ -26,14 +26,12 @@ class Echo:
     def __init__(self):
         self.timings = {}
 
-    def awake(self):
+    def awake(self, version):
         return nullcontext()
 
-    def generate(self, prompts, _, seeds):
-        def completions(own):
-            return [Completion([1], [0.0], [True], "stop", str(seed)) for seed in own]
-
-        return [Group(p, completions(own)) for p, own in zip(prompts, seeds, strict=True)]
+    def sample(self, requests, params, on_finished):
+        for position, request in enumerate(requests):
+            on_finished(position, [Completion([1], [0.0], "stop", str(seed)) for seed in request.seeds])
 
 
 class Judge:
@@ -44,10 +42,11 @@ class Judge:
 
     def score(self, groups):
         for group in groups:
-            self.seen += [c.text for c in group.completions]
             flat = group.prompt.index in (1, 4)
-            group.rewards = [1.0 if flat else float(i) for i in range(len(group.completions))]
-            group.reward_parts = {"judge": list(group.rewards)}
+            for i, episode in enumerate(group.episodes):
+                self.seen.append(episode.text)
+                episode.reward = 1.0 if flat else float(i)
+                episode.reward_parts = {"judge": episode.reward}
         return RewardReport(errors=sum(g.prompt.index == 4 for g in groups))
 
 
@@ -60,13 +59,13 @@ def sampled_step(world, together):
     config.seed, config.rollout.prompts_per_step, config.rollout.group_size, config.rollout.resample_limit = 0, 4, 2, 3
     rest = iter([Prompt(i, f"prompt {i}", [1], {"answer": i}) for i in range(9)])
     judge = Judge()
-    run = SimpleNamespace(
-        config=config, world=replace(world, sequence_parallel_size=together), engine=Echo(), rewards=judge, canary=None,
-        progress=SimpleNamespace(step=5), stream=SimpleNamespace(take=lambda n: [next(rest) for _ in range(n)]),
+    parts = SimpleNamespace(
+        config=config, world=replace(world, sequence_parallel_size=together), engine=Echo(), rewards=judge,
+        stream=SimpleNamespace(take=lambda n: [next(rest) for _ in range(n)]),
     )  # fmt: skip
-    step = sample_step(run)  # pyright: ignore[reportArgumentType]
-    told = [[(g.prompt, [c.text for c in g.completions]) for g in groups] for groups in (step.groups, step.all_groups)]
-    return judge.seen, *told, step.metrics
+    groups, all_groups, metrics = sample_groups(parts, 5)  # pyright: ignore[reportArgumentType]
+    told = [[(g.prompt, [e.text for e in g.episodes]) for g in some] for some in (groups, all_groups)]
+    return judge.seen, *told, metrics
 
 
 def gathered(module):
@@ -88,35 +87,39 @@ def forwards_without_a_gradient(world, model, run_dir):
     ]
     keys += ["rollout.prompts_per_step=4", "rollout.group_size=4", "eval.every=1", "eval.rows=3"]
     config, found = load_config("quickstart", keys, rewards_from_python=True), {}
-    with build_run(config, world, rewards=[ones]) as run:
+    with build(config, world, rewards=[ones]) as parts:
+        learner, policy, engine = parts.learner, parts.policy, parts.engine
 
         def look(after):
-            found[after] = gathered(run.policy) + gathered(run.updater.reference)
+            found[after] = gathered(policy) + gathered(learner.reference)
 
         look("nothing")
-        prompts = run.stream.take(4)
+        prompts = parts.stream.take(4)
         seeds = [sample_seeds(0, i, group_size=4) for i in range(4)]
-        groups = run.engine.generate(prompts, sampling_params(config), seeds)
+        groups = generate(engine, prompts, sampling_params(config), seeds)
         look("a rollout")
-        evaluate_run(run)
+        evaluate_held_out(config, world, engine, parts.rewards, parts.held_out, 0)
         look("an evaluation")
         for group in groups:
-            group.rewards, group.advantages = [0.0, 1.0] * 2, [-1.0, 1.0] * 2
-        canary = Canary(world, run.policy, run.engine, every=1, most_tokens=8)  # pyright: ignore[reportArgumentType]
+            for i, episode in enumerate(group.episodes):
+                episode.reward = float(i % 2)
+                for sample in episode.samples:
+                    sample.advantages = [2.0 * episode.reward - 1.0] * len(sample.token_ids)
+        canary = Canary(world, policy, engine, every=1, most_tokens=8)  # pyright: ignore[reportArgumentType]
         canary.before_update(0, groups)
         look("the canary")
-        batches = run.updater.micro_batches(groups)
-        run.updater._record_old_logprobs(batches)
+        batches = micro_batches(learner, groups)
+        record_old_logprobs(learner, batches)
         look("old log-probs")
         recorded = batches[0].old_logprobs
         with torch.no_grad():
-            bare = batches[0].unpack(run.policy(batches[0]).logprobs)
+            bare = batches[0].unpack(policy(batches[0]).logprobs)
         look("a bare forward")
-        reshard(run.policy)
-        run.updater.backward(batches[0], count(groups))
+        reshard(policy)
+        backward(learner, batches[0], count(groups))
         look("a forward of the reference, and an update's backward")
-        run.updater.optimizer.zero_grad()
-        for _ in full_weights(run.policy.model, torch.bfloat16):
+        learner.optimizer.zero_grad()
+        for _ in full_weights(policy.model, torch.bfloat16):
             pass
         look("a push")
     return found, recorded is not None and torch.equal(recorded, bare)

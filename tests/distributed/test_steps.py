@@ -1,16 +1,22 @@
 """A step on several ranks: what is scored, who is sent what, and which weights are whole when it is over."""
 
 import pickle
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from making import episode, group
 from stepping import forwards_without_a_gradient, sampled_step
 
+from pgrpo.config import load_config
 from pgrpo.distributed import world as distributed
 from pgrpo.distributed.world import World
-from pgrpo.packing.balance import without_text
+from pgrpo.model.policy import load_hf_config
+from pgrpo.planning.flops import ModelDims
 from pgrpo.rollout.base import sample_seeds
-from pgrpo.types import Completion, Group, Prompt
+from pgrpo.training.update import micro_batches
+from pgrpo.types import Prompt
 
 
 @pytest.mark.parametrize(("size", "together"), [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2)])
@@ -50,18 +56,33 @@ def test_objects_travel_over_the_cpu_group(monkeypatch):
     assert used == dict.fromkeys(used, "gloo") and len(used) == 5
 
 
-def test_a_rank_is_sent_no_text():
-    group = Group(
-        Prompt(3, "much text", [1, 2], {"answer": "42"}, [{"role": "user", "content": "much text"}]),
-        [Completion([4, 5], [-1.0, -2.0], [True, False], "length", "a long answer")],
-        [1.0], {"right": [1.0]}, [0.5],
+def test_a_rank_is_sent_no_text(tiny_model):
+    config = load_config("quickstart", [f"model.path={tiny_model}"])
+    answers = [
+        episode([4, 5], 1.0, mask=[True, False], logprobs=[-1.0, -2.0], advantage=0.5, text="a long answer"),
+        episode([6], 0.0, logprobs=[-3.0], advantage=-0.5, finish_reason="length", text="another"),
+    ]
+    prompt = Prompt(3, "much text", [1, 2], {"answer": "42"}, [{"role": "user", "content": "much text"}])
+    both = group(prompt, *answers)
+    sent = []
+
+    class Sending(World):
+        def scatter(self, make):
+            sent.extend(make())
+            return sent[0]
+
+    learner: Any = SimpleNamespace(
+        config=config, world=Sending(0, 1, torch.device("cpu")), policy=SimpleNamespace(attention=None),
+        dims=ModelDims.from_config(load_hf_config(config.model)),
     )  # fmt: skip
-    sent = without_text(group)
+    micro_batches(learner, [both])
     for word in (b"much text", b"42", b"a long answer"):
-        assert word in pickle.dumps(group) and word not in pickle.dumps(sent)
-    assert (sent.prompt.token_ids, sent.advantages, sent.rewards) == ([1, 2], [0.5], [1.0])
-    (c,) = sent.completions
-    assert (c.token_ids, c.rollout_logprobs, c.mask, c.finish_reason) == ([4, 5], [-1.0, -2.0], [True, False], "length")
+        assert word in pickle.dumps(both) and word not in pickle.dumps(sent)
+    (((tree,),),) = sent
+    assert (tree.prompt_ids, tree.samples) == ([1, 2], both.samples)
+    one, other = tree.samples
+    assert (one.token_ids, one.rollout_logprobs, one.mask) == ([4, 5], [-1.0, -2.0], [True, False])
+    assert (one.advantages, other.advantages) == ([0.5, 0.5], [-0.5])
 
 
 @pytest.mark.parametrize("size", [2])

@@ -10,14 +10,17 @@ import torch
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed.fsdp import copy_full, full_tensor
 from pgrpo.distributed.world import start
+from pgrpo.grpo import backward, update
 from pgrpo.model.policy import Policy
 from pgrpo.model.proof import tokens_as_groups
-from pgrpo.planning.placement import place_policy
+from pgrpo.planning.flops import ModelDims
 from pgrpo.process.exit import run_and_leave
+from pgrpo.training.build import Learner, initial_model
 from pgrpo.training.offload import local
 from pgrpo.training.optim import build_optimizer
-from pgrpo.training.run import initial_model
-from pgrpo.training.update import Sums, Updater, count
+from pgrpo.training.place import place_policy
+from pgrpo.training.progress import Progress
+from pgrpo.training.update import UpdateSums, count, micro_batches
 
 
 def long_tailed_groups():
@@ -31,12 +34,15 @@ def long_tailed_groups():
     completions = [[ids(14) if i % 3 else ids(3) for i in range(5)] for _ in prompts]
     completions[2][1] = []
     groups = tokens_as_groups(prompts, completions)
-    groups[3].completions[2].finish_reason = "length"
-    for c in (c for g in groups for c in g.completions):
-        c.rollout_logprobs = [-4.1] * len(c.token_ids)  # as a model that knows nothing would say
-    for c in groups[0].completions[:2]:
-        c.mask = [i % 2 == 0 for i in range(len(c.token_ids))]
-    groups[4].rewards, groups[4].advantages = [1.0] * 5, [0.0] * 5  # no spread: skipped, and counted
+    groups[3].episodes[2].finish_reason = "length"
+    for sample in (sample for group in groups for sample in group.samples):
+        sample.rollout_logprobs = [-4.1] * len(sample.token_ids)  # as a model that knows nothing would say
+    for sample in groups[0].samples[:2]:
+        sample.mask = [i % 2 == 0 for i in range(len(sample.token_ids))]
+    for episode in groups[4].episodes:  # no spread: skipped, and counted
+        episode.reward = 1.0
+        for sample in episode.samples:
+            sample.advantages = [0.0] * len(sample.token_ids)
     return groups
 
 
@@ -98,18 +104,18 @@ def one_update(world, model, changes):
     if not world.is_main:
         groups = []
     optimizer = build_optimizer(policy, config.optim)
-    updater = Updater(
-        config, world, policy, reference, optimizer, lambda g: sum(len(c.token_ids) for c in g.completions)
-    )
-    batches = updater.micro_batches(groups)
+    learner = Learner(config, world, policy, reference, optimizer, ModelDims.from_config(policy.model.config))
+    batches = micro_batches(learner, groups)
     if changes.get("off_policy"):
         go_off_policy(policy, batches)
-    own = [torch.stack(updater.backward(batch, counts)[0]) for batch in batches]
-    sums = dict(zip(Sums._fields, world.sum(torch.stack(own).sum(0)).tolist(), strict=True))
+    total = UpdateSums.zero(world.device)
+    for batch in batches:
+        total = total.plus(backward(learner, batch, counts))
+    sums = {name: value.item() for name, value in total.over_ranks(world)._asdict().items()}
     gradients = {name: full_tensor(p.grad).clone() for name, p in policy.model.named_parameters() if p.grad is not None}
     optimizer.zero_grad()
     before = {name: full_tensor(p).clone() for name, p in policy.model.named_parameters()}
-    metrics = updater.step(groups)
+    metrics = update(learner, Progress(), groups)
     after = {name: full_tensor(p) for name, p in policy.model.named_parameters()}
     return {
         "sums": sums,

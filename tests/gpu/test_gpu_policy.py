@@ -14,7 +14,7 @@ from pgrpo.distributed.fsdp import place
 from pgrpo.distributed.world import World, start
 from pgrpo.model import recompute as layers
 from pgrpo.model.policy import ATTENTION_NAME, Policy
-from pgrpo.model.proof import reference_logprobs, tokens_as_groups
+from pgrpo.model.proof import reference_logprobs, tokens_as_trees
 from pgrpo.packing.batch import build_batch
 from pgrpo.training import offload
 from pgrpo.training.offload import OffloadedAdamW
@@ -47,7 +47,7 @@ def groups(rnd):
         return [rnd.randrange(5000) for _ in range(rnd.randint(least, most))]
 
     prompts = [ids(2, 400) for _ in range(rnd.randint(1, 3))]
-    return tokens_as_groups(prompts, [[ids(0, 200) for _ in range(rnd.randint(2, 6))] + [ids(9, 9)] for _ in prompts])
+    return tokens_as_trees(prompts, [[ids(0, 200) for _ in range(rnd.randint(2, 6))] + [ids(9, 9)] for _ in prompts])
 
 
 def batch_for(policy, rnd, **kwargs):
@@ -101,7 +101,7 @@ def test_checkpointing_attention_takes_less_memory_than_none_and_more_than_full(
     peaks = []
     for recompute in ("none", "attention", "full"):
         policy = make_policy(recompute, compiled=True)
-        samples = tokens_as_groups([[7] * 4000], [[[8] * 2000] * 4])
+        samples = tokens_as_trees([[7] * 4000], [[[8] * 2000] * 4])
         batch = build_batch(samples, device=GPU, attention=policy.attention)
         gradients(policy, batch)
         torch.cuda.reset_peak_memory_stats()

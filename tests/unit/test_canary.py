@@ -4,9 +4,10 @@ import math
 import random
 
 import pytest
+from making import episode, group
 
+from pgrpo.packing.forest import trees_of
 from pgrpo.rollout.vllm.canary import CONTEXT, SAMPLES, TOKENS, CanaryError, Slope, check, pick, regress
-from pgrpo.types import Completion, Group, Prompt
 
 NOISE, CHANGE, COUNT = 0.03, 0.03, SAMPLES * TOKENS
 LENGTHS = [TOKENS] * SAMPLES
@@ -117,26 +118,21 @@ def test_an_engine_that_computes_something_else(noise):
 
 
 def completion(n, first=0):
-    return Completion(list(range(first, first + n)), [-1.0] * n, [False] * n, "stop", "")
+    return episode(list(range(first, first + n)), mask=[False] * n, logprobs=[-1.0] * n)
 
 
 def test_what_is_scored():
-    groups = [
-        Group(Prompt(i, "", list(range(i + 1))), [completion(3), completion(5 * i), completion(0)]) for i in range(90)
-    ]
-    picked = pick(groups, 50)
+    groups = [group(list(range(i + 1)), completion(3), completion(5 * i), completion(0)) for i in range(90)]
+    picked = pick(trees_of(groups), 50)
     assert len(picked) == SAMPLES
-    for i, group in enumerate(picked):
-        (scored,) = group.completions
-        assert group.prompt.token_ids == list(range(i + 1))[-CONTEXT:]
+    for i, tree in enumerate(picked):
+        (scored,) = tree.samples
+        assert tree.prompt_ids == scored.prompt_ids == list(range(i + 1))[-CONTEXT:]
         assert scored.token_ids == list(range(min(50, max(3, 5 * i)))) and scored.mask == [True] * len(scored.token_ids)
-    assert groups[1].completions[1].mask == [False] * 5, "the run's own samples are left alone"
+    assert groups[1].samples[1].mask == [False] * 5, "the run's own samples are left alone"
 
 
 def test_few_groups_are_scored_more_than_once_but_no_text_twice():
-    groups = [
-        Group(Prompt(i, "", [1]), [completion(4), completion(5), completion(4), completion(4, first=1)])
-        for i in range(3)
-    ]
-    got = [(g.prompt.index, len(g.completions[0].token_ids), g.completions[0].token_ids[0]) for g in pick(groups)]
+    groups = [group([i], completion(4), completion(5), completion(4), completion(4, first=1)) for i in range(3)]
+    got = [(tree.prompt_ids[0], *tree.lengths, tree.samples[0].token_ids[0]) for tree in pick(trees_of(groups))]
     assert got == [(0, 5, 0), (1, 5, 0), (2, 5, 0), (0, 4, 0), (1, 4, 0), (2, 4, 0), (0, 4, 1), (1, 4, 1), (2, 4, 1)]

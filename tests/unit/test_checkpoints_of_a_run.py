@@ -32,12 +32,14 @@ def build(run_dir, rows=ROWS, seed=0, width=3) -> Any:
     optimizer = torch.optim.AdamW(policy.parameters())
     policy.model(torch.ones(width)).sum().backward()
     optimizer.step()
-    updater: Any = SimpleNamespace(policy=policy, optimizer=optimizer, reference=None, skipped_in_row=0)
     prompts = [Prompt(i, str(i), [i], columns=row) for i, row in enumerate(rows)]
     stream, progress = PromptStream(prompts, seed=seed, shuffle=True), Progress()
     config, world = load_config("quickstart", [f"run_dir={run_dir}"]), World(0, 1, torch.device("cpu"))
-    checkpoints = Checkpoints(run_dir / "checkpoints", config, world, updater, stream, progress)
-    return SimpleNamespace(checkpoints=checkpoints, updater=updater, stream=stream, progress=progress, policy=policy)
+    learner: Any = SimpleNamespace(config=config, world=world, policy=policy, optimizer=optimizer, reference=None)
+    checkpoints = Checkpoints(run_dir / "checkpoints", learner, stream, progress)
+    return SimpleNamespace(
+        checkpoints=checkpoints, optimizer=optimizer, stream=stream, progress=progress, policy=policy
+    )
 
 
 @pytest.fixture
@@ -45,7 +47,7 @@ def saved(tmp_path):
     """A run after three steps, saved; its updates were skipped twice, its metrics wait for an evaluation."""
     run = build(tmp_path / "run")
     run.stream.take(8)
-    run.updater.skipped_in_row = 2
+    run.progress.skipped_in_row = 2
     run.progress.step, run.progress.recent_rewards = 3, [0.5, math.nan]
     run.progress.best, run.progress.unlogged = {"step": 2, "value": 0.25}, {"reward": math.nan, "lr": 0.1}
     run.checkpoints.save(TRACKERS)
@@ -59,13 +61,13 @@ def test_all_that_a_run_saves_comes_back(saved, tmp_path):
     run = build(tmp_path / "run")
     assert run.checkpoints.restore("auto") == TRACKERS
     assert torch.equal(torch.rand(3), drawn)
-    assert run.updater.skipped_in_row == 2 and run.progress.step == 3 and run.progress.best == saved.progress.best
+    assert run.progress.skipped_in_row == 2 and run.progress.step == 3 and run.progress.best == saved.progress.best
     assert (
         str(run.progress.recent_rewards) == "[0.5, nan]" and str(run.progress.unlogged) == "{'reward': nan, 'lr': 0.1}"
     )
     assert [p.index for p in run.stream.take(9)] == [p.index for p in saved.stream.take(9)]
     for name, weight in run.policy.named_parameters():
-        moments, others = (r.updater.optimizer.state[r.policy.get_parameter(name)] for r in (run, saved))
+        moments, others = (r.optimizer.state[r.policy.get_parameter(name)] for r in (run, saved))
         assert torch.equal(weight, saved.policy.get_parameter(name))
         assert moments.keys() == others.keys() and all(torch.equal(moments[key], others[key]) for key in moments)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from cheats import ADD, CHEATS, SOLUTIONS
+from making import episode, group
 
 from pgrpo.config import ConfigError, RewardConfig
 from pgrpo.rewards import RewardRunner
@@ -16,7 +17,7 @@ from pgrpo.rewards import code as module
 from pgrpo.rewards.code import Code, extract_code
 from pgrpo.sandbox.find import find_sandbox
 from pgrpo.sandbox.run import Sandbox, SandboxError
-from pgrpo.types import Completion, Group, Prompt
+from pgrpo.types import Prompt
 
 pytestmark = pytest.mark.timeout(120)
 PAIRS = [{"input": "1 2\n", "output": "3\n"}, {"input": "5 6\n", "output": "11"}]
@@ -287,9 +288,9 @@ def test_a_sandbox_that_fails_is_no_zero(monkeypatch: pytest.MonkeyPatch, tmp_pa
         monkeypatch.setenv("PATH", str(tmp_path))
         for text, tests in right:
             assert isinstance(score(text, tests), SandboxError)
-            group = Group(Prompt(0, "p", [1], {"tests": tests}), [Completion([1], [0.0], [True], "stop", text)])
-            assert runner.score([group]).errors == 1
-            assert group.rewards == [None]
+            scored = group(Prompt(0, "p", [1], {"tests": tests}), episode([1], text=text))
+            assert runner.score([scored]).errors == 1
+            assert scored.rewards == [None]
     start = Sandbox.start
 
     def dies(self: Sandbox, program: str, *args: Any) -> Any:

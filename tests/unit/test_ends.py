@@ -7,9 +7,9 @@ from transformers import PreTrainedTokenizerFast
 
 from pgrpo.config import ConfigError, MessageConfig, PromptConfig, load_config
 from pgrpo.distributed.world import World
+from pgrpo.grpo import sample_groups
 from pgrpo.rollout.ends import check_turn_end, end_token_ids
-from pgrpo.training.run import build_run
-from pgrpo.training.sample import sample_step
+from pgrpo.training.build import build
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 CHAT = PromptConfig(messages=[MessageConfig("user", "{q}")])
@@ -54,10 +54,10 @@ def test_a_completion_stops_at_a_stop_string_that_is_a_special_token(tiny_model,
     """The tiny model's <pad> is special, not its eos, and a random model samples it."""
     keys = [f"model.path={tiny_model}", f"run_dir={tmp_path / 'run'}", "eval.every=0", "rollout.prompts_per_step=8"]
     keys += ["rollout.max_completion_tokens=24", "rollout.stop=['<pad>']"]
-    with build_run(load_config("quickstart", keys), World(0, 1, torch.device("cpu"))) as run:
-        completions = [c for g in sample_step(run).groups for c in g.completions]
-    stopped = [c for c in completions if 0 in c.token_ids]
+    with build(load_config("quickstart", keys), World(0, 1, torch.device("cpu"))) as parts, parts.engine.awake(0):
+        groups, _, _ = sample_groups(parts, 0)
+    stopped = [episode for group in groups for episode in group.episodes if 0 in episode.token_ids]
     assert len(stopped) > 4
-    for completion in stopped:
-        assert completion.token_ids.index(0) == len(completion.token_ids) - 1
-        assert completion.finish_reason == "stop" and "pad" not in completion.text
+    for episode in stopped:
+        assert episode.token_ids.index(0) == len(episode.token_ids) - 1
+        assert episode.finish_reason == "stop" and "pad" not in episode.text

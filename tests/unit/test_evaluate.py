@@ -6,21 +6,21 @@ import json
 import math
 import os
 import resource
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from making import episode, group
 
 from pgrpo.algorithm.intervals import mean_interval, wilson
-from pgrpo.config import RewardConfig
+from pgrpo.config import Config, RewardConfig
 from pgrpo.distributed.world import World
 from pgrpo.rewards.runner import RewardReport, RewardRunner
-from pgrpo.training.evaluate import evaluate, numbers_of_samples, save_results
-from pgrpo.training.evaluation import own_folder
-from pgrpo.types import Completion, Group, Prompt, SamplingParams
+from pgrpo.rollout.base import generate
+from pgrpo.training.evaluation import evaluate, numbers_of_samples, own_folder, save_results
+from pgrpo.types import Completion, Prompt, SamplingParams
 
 WORLD = World(0, 1, torch.device("cpu"))
 PARAMS = SamplingParams(max_completion_tokens=4)
@@ -33,22 +33,35 @@ class Scorer(RewardRunner):
         pass
 
     def score(self, groups):
-        for group in groups:
-            given = group.prompt.columns["rewards"]
-            group.rewards = list(given if len(group.completions) > 1 else given[-1:])
-            group.reward_parts = {"f": list(group.rewards)}
+        for each in groups:
+            given = each.prompt.columns["rewards"]
+            for one, reward in zip(each.episodes, given if len(each.episodes) > 1 else given[-1:], strict=True):
+                one.reward, one.reward_parts = reward, {"f": reward}
         return RewardReport(errors=0)
 
     def correct(self, group):
         return [r is not None and r >= 1 for r in group.rewards]
 
 
-def generate(prompts, params, seeds):
-    text = "greedy" if params.temperature == 0 else "sampled"
-    return [
-        Group(p, [Completion([0] * (i + 1), [0.0] * (i + 1), [True] * (i + 1), "stop", text) for i in range(len(own))])
-        for p, own in zip(prompts, seeds, strict=True)
-    ]
+class Engine:
+    """Completions of 1, 2, ... tokens. ``asked``: parameters, first tokens and seeds of each call."""
+
+    def __init__(self):
+        self.asked, self.counted_bytes = [], 0
+        self.timings: dict[str, float] = {}
+
+    def awake(self, version):
+        return nullcontext()
+
+    def close(self):
+        """Nothing is open."""
+
+    def sample(self, requests, params, on_finished):
+        self.asked.append((params, [ids[0] for ids, _ in requests], [seeds for _, seeds in requests]))
+        text = "greedy" if params.temperature == 0 else "sampled"
+        for position, (_, seeds) in enumerate(requests):
+            sizes = range(1, len(seeds) + 1)
+            on_finished(position, [Completion([0] * n, [0.0] * n, "stop", text) for n in sizes])
 
 
 REWARDS = [[1.0, 0.0, 0.0], [0.5, None, 0.0], [1.0, 2.0, 1.0], [0.0, 0.0, 0.99]]
@@ -57,14 +70,12 @@ SEEDS = [[10 * i, 10 * i + 1, 10 * i + 2] for i in range(4)]
 
 
 def test_evaluate_samples_and_greedily():
-    asked = []
-
-    def watched(prompts, params, seeds):
-        asked.append((params, seeds))
-        return generate(prompts, params, seeds)
-
-    got = evaluate(watched, PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=True)
-    assert asked == [(PARAMS, SEEDS), (replace(PARAMS, temperature=0.0), [own[:1] for own in SEEDS])]
+    engine = Engine()
+    got = evaluate(engine, PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=True)
+    assert [(params, seeds) for params, _, seeds in engine.asked] == [
+        (PARAMS, SEEDS),
+        (replace(PARAMS, temperature=0.0), [own[:1] for own in SEEDS]),
+    ]
     metrics = got.metrics
     assert metrics["eval/pass@1"] == pytest.approx((1 + 0 + 3 + 0) / 12)
     assert metrics["eval/pass@2"] == pytest.approx(
@@ -89,7 +100,7 @@ def test_evaluate_samples_and_greedily():
 @pytest.mark.parametrize(("greedy", "temperature", "modes"), [(False, 1.0, {"sampled"}), (True, 0.0, {"greedy"})])
 def test_one_mode(greedy, temperature, modes):
     params = replace(PARAMS, temperature=temperature)
-    got = evaluate(generate, PROMPTS, params, SEEDS, Scorer(), WORLD, greedy=greedy)
+    got = evaluate(Engine(), PROMPTS, params, SEEDS, Scorer(), WORLD, greedy=greedy)
     assert {row["mode"] for row in got.rows} == modes and len(got.rows) == 12
     assert not [name for name in got.metrics if "greedy" in name]
 
@@ -100,7 +111,7 @@ def test_numbers_of_samples():
 
 def test_files_have_every_completion_and_the_summary(tmp_path):
     prompts = [PROMPTS[1], replace(PROMPTS[2], text="lone \udc80 <é>", columns=PROMPTS[2].columns | {"when": {1, 2}})]
-    got = evaluate(generate, prompts, PARAMS, SEEDS[:2], Scorer(), WORLD, greedy=True)
+    got = evaluate(Engine(), prompts, PARAMS, SEEDS[:2], Scorer(), WORLD, greedy=True)
     got.metrics["eval/odd"] = math.nan
     for _ in range(2):  # again: replaced
         save_results(tmp_path / "eval" / "step_3", got, {"step": 3})
@@ -121,7 +132,7 @@ def test_files_have_every_completion_and_the_summary(tmp_path):
 
 @pytest.mark.faults
 def test_a_full_disk_while_an_evaluation_is_written_is_named(tmp_path):
-    got = evaluate(generate, PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=False)
+    got = evaluate(Engine(), PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=False)
     save_results(tmp_path, got, {"step": 3})
     before = (tmp_path / "samples.jsonl").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -146,8 +157,8 @@ def test_links_among_a_runs_evaluations_are_not_written_through(tmp_path):
     (elsewhere / "samples.jsonl").write_text("mine")
     (run_dir / "eval").mkdir(parents=True)
     (run_dir / "eval" / "step_3").symlink_to(elsewhere)
-    run: Any = SimpleNamespace(run_dir=run_dir, progress=SimpleNamespace(step=3))
-    folder, got = own_folder(run), evaluate(generate, PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=False)
+    folder = own_folder(Config(run_dir=str(run_dir)), 3)
+    got = evaluate(Engine(), PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=False)
     for name in ("samples.jsonl", f".summary.json.{os.getpid()}"):
         folder.mkdir(exist_ok=True)
         (folder / name).symlink_to(elsewhere / "samples.jsonl")
@@ -160,31 +171,30 @@ def test_links_among_a_runs_evaluations_are_not_written_through(tmp_path):
 @pytest.mark.parametrize("count", [1, 3, 4])
 def test_on_two_ranks_each_prompt_is_scored_once(count):
     """Ranks take turns in one process: what ``gather`` brings is put together by hand."""
-    prompts = [Prompt(i, "", [0], {"rewards": [float(i == 0)]}) for i in range(count)]
-    asked: list[list[int]] = []
-
-    def watched(prompts, params, seeds):
-        assert [s for (s,) in seeds] == [p.index for p in prompts]
-        asked.append([p.index for p in prompts])
-        return generate(prompts, params, seeds)
+    prompts = [Prompt(i, "", [i], {"rewards": [float(i == 0)]}) for i in range(count)]
+    engine = Engine()
 
     class Pair(World):
         def together(self, work, *, break_off=False):
             """Nobody stops them."""
             return work()
 
+        def sum(self, values):
+            """On the other no reward failed."""
+            return values
+
         def gather(self, items):
-            if items == [0]:  # rewards that failed
-                return [0, 0]
-            scored, half = generate(prompts, PARAMS, [[0]] * count), -(-count // 2)
+            scored, half = generate(Engine(), prompts, PARAMS, [[0]] * count), -(-count // 2)
             Scorer().score(scored)
             return items + scored[half:] if self.rank == 0 else scored[:half] + items
 
     seeds = [[i] for i in range(count)]
     results = [
-        evaluate(watched, prompts, PARAMS, seeds, Scorer(), Pair(r, 2, torch.device("cpu")), greedy=False)
+        evaluate(engine, prompts, PARAMS, seeds, Scorer(), Pair(r, 2, torch.device("cpu")), greedy=False)
         for r in range(2)
     ]
+    assert all(seeds == [[first] for first in firsts] for _, firsts, seeds in engine.asked)
+    asked = [firsts for _, firsts, _ in engine.asked]
     assert len(asked[0]) == len(asked[1])  # both ranks decode the same number
     assert sorted({i for part in asked for i in part}) == list(range(count))
     for got in results:
@@ -206,15 +216,13 @@ def test_correct_is_what_every_judge_calls_right_whatever_penalties_say(tmp_path
         RewardConfig(f"{tmp_path}/own.py:bad", -1.0),
     ]
     with RewardRunner(functions, on_error="raise") as runner:
-        completions = [Completion([0] * n, [0.0] * n, [True] * n, "stop", c) for c, n in (
-            ("right", 2), ("half", 2), ("none", 1), ("right", 4)
-        )]  # fmt: skip
-        group = Group(Prompt(0, "", [0]), completions)
-        runner.score([group])
-        assert runner.correct(group) == [True, False, False, True]
-        assert [r is not None and r < 0 for r in group.rewards] == [True] * 4  # penalties did apply
-        group.rewards[0] = None  # a reward failed on it
-        assert runner.correct(group)[0] is False
+        sizes = (("right", 2), ("half", 2), ("none", 1), ("right", 4))
+        scored = group([0], *(episode([0] * n, text=c) for c, n in sizes))
+        runner.score([scored])
+        assert runner.correct(scored) == [True, False, False, True]
+        assert [r is not None and r < 0 for r in scored.rewards] == [True] * 4  # penalties did apply
+        scored.episodes[0].reward = None  # a reward failed on it
+        assert runner.correct(scored)[0] is False
     with RewardRunner([RewardConfig("length", 1.0, {"max_tokens": 1})], on_error="raise") as runner:
-        runner.score([group])
-        assert runner.correct(group) == [False] * 4  # nothing says what is right
+        runner.score([scored])
+        assert runner.correct(scored) == [False] * 4  # nothing says what is right

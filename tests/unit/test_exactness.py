@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from pgrpo.attention.hook import ATTENTION_NAME, UnsupportedAttentionError
 from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.model.policy import SUPPORTED, Policy, check_positions, check_supported, load_model
-from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_groups
+from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_trees
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing.batch import build_batch
 
@@ -42,13 +42,13 @@ def make_model(model_type, path, **changes):
     return str(path)
 
 
-def groups():
+def trees():
     generator = torch.Generator().manual_seed(1)
 
     def ids(n):
         return torch.randint(3, 61, (n,), generator=generator).tolist()
 
-    return tokens_as_groups(
+    return tokens_as_trees(
         [ids(9), ids(1), ids(4)],
         [[ids(3), ids(5), ids(0), ids(1)], [ids(2), ids(2)], [ids(7), ids(1), ids(4)]],
     )
@@ -61,7 +61,7 @@ def pair(path, dtype):
 
 
 def wanted(untouched, temperature=1.0):
-    logprobs = reference_logprobs(untouched, groups(), temperature)
+    logprobs = reference_logprobs(untouched, trees(), temperature)
     return logprobs, gradients(logprobs, untouched)
 
 
@@ -71,7 +71,7 @@ def wanted(untouched, temperature=1.0):
 def test_float64_equals_the_untouched_model(model_type, tied, share_prompts, tmp_path):
     policy, untouched = pair(make_model(model_type, tmp_path, tie_word_embeddings=tied), torch.float64)
     logprobs, wanted_gradients = wanted(untouched)
-    batch = build_batch(groups(), share_prompts=share_prompts)
+    batch = build_batch(trees(), share_prompts=share_prompts)
     got = difference(policy, batch, logprobs, wanted_gradients)
     assert got.logprob <= 1e-6
     assert got.gradient <= 1e-5
@@ -89,16 +89,16 @@ def test_float32_error_is_at_most_one_and_a_half_times_the_untouched_models_own(
     policy, untouched = pair(path, torch.float32)
     own_logprobs, own_gradients = wanted(untouched)
     own = (own_logprobs.double() - truth).norm()
-    ours = (policy(build_batch(groups())).logprobs.double() - truth).norm()
+    ours = (policy(build_batch(trees())).logprobs.double() - truth).norm()
     assert ours <= 1.5 * own
-    assert difference(policy, build_batch(groups()), truth, true_gradients).gradient <= 1e-5
+    assert difference(policy, build_batch(trees()), truth, true_gradients).gradient <= 1e-5
     assert all(g.isfinite().all() for g in own_gradients)
 
 
 @pytest.mark.parametrize("bug", SEEDED_BUGS)
 def test_a_seeded_bug_is_noticed(bug, tmp_path):
     policy, untouched = pair(make_model("qwen3", tmp_path), torch.float64)
-    got = difference(policy, SEEDED_BUGS[bug](build_batch(groups())), *wanted(untouched))
+    got = difference(policy, SEEDED_BUGS[bug](build_batch(trees())), *wanted(untouched))
     assert got.logprob > 1e-2
     assert got.gradient > 1e-2
 
@@ -109,14 +109,14 @@ def test_temperature_and_checkpointing_change_nothing_but_what_they_should(tmp_p
     model = load_model(ModelConfig(path=path), max_sample=64).double()
     set_up_layers(model.model.layers, [keep] * len(model.model.layers), compiled=False)
     _, untouched = pair(path, torch.float64)
-    got = difference(Policy(model, temperature=0.7), build_batch(groups()), *wanted(untouched, temperature=0.7))
+    got = difference(Policy(model, temperature=0.7), build_batch(trees()), *wanted(untouched, temperature=0.7))
     assert got.logprob <= 1e-6
     assert got.gradient <= 1e-5
 
 
 def test_entropy_is_that_of_the_untouched_models_distribution(tmp_path):
     policy, untouched = pair(make_model("granite", tmp_path), torch.float64)
-    group = tokens_as_groups([[5, 6, 7]], [[[8, 9]]])
+    group = tokens_as_trees([[5, 6, 7]], [[[8, 9]]])
     entropy = policy(build_batch(group), entropy=True).entropy
     logits = untouched(input_ids=torch.tensor([[5, 6, 7, 8, 9]])).logits[0, 2:4]
     assert (entropy - torch.distributions.Categorical(logits=logits).entropy()).abs().max() < 1e-9
@@ -197,7 +197,7 @@ def test_the_bare_model_and_padded_batches_are_refused(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=ATTENTION_NAME)
     with pytest.raises(UnsupportedAttentionError, match="without its layout"):
         model(input_ids=torch.tensor([[3, 4]]))
-    plan = build_batch(tokens_as_groups([[3, 4]], [[[5]]])).layout
+    plan = build_batch(tokens_as_trees([[3, 4]], [[[5]]])).layout
     ids = torch.tensor([[3, 4, 5]])
     with pytest.raises(UnsupportedAttentionError, match="packed row"):
         model(input_ids=ids.repeat(2, 1), attention_layout=plan)

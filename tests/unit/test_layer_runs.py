@@ -11,7 +11,7 @@ from pgrpo.config import ModelConfig
 from pgrpo.model import recompute as layers
 from pgrpo.model.lora import add_adapters, without_adapters
 from pgrpo.model.policy import ATTENTION_NAME, Policy
-from pgrpo.model.proof import tokens_as_groups
+from pgrpo.model.proof import tokens_as_trees
 from pgrpo.packing.batch import build_batch
 
 LAYERS = 3
@@ -37,7 +37,7 @@ def random_batch(rnd):
         return [rnd.randrange(3, 61) for _ in range(rnd.randint(2, most))]
 
     prompts = [ids(20) for _ in range(rnd.randint(1, 3))]
-    return build_batch(tokens_as_groups(prompts, [[ids(9) for _ in range(rnd.randint(2, 5))] for _ in prompts]))
+    return build_batch(tokens_as_trees(prompts, [[ids(9) for _ in range(rnd.randint(2, 5))] for _ in prompts]))
 
 
 def update(policy, batch):
@@ -87,7 +87,7 @@ def test_checkpointing_keeps_less(recompute):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         policy(batch)
     total = sum(held.values()) - sum(held.get(p.untyped_storage().data_ptr(), 0) for p in policy.parameters())
-    tokens = len(batch.input_ids)
+    tokens = batch.packed_tokens
     assert (total / tokens < 8 * LAYERS * 32 * 4) == (recompute == "attention")
 
 

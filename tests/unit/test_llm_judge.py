@@ -13,11 +13,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+from making import episode, group
 
 from pgrpo.config import ConfigError, RewardConfig
 from pgrpo.rewards import RewardRunner
 from pgrpo.rewards import llm_judge as module
 from pgrpo.rewards.llm_judge import LlmJudge
+from pgrpo.types import Prompt
 
 KEY = "sk-hunter2"
 
@@ -268,14 +270,12 @@ def test_the_api_key_is_not_cut_in_half_where_an_answer_is_cut(judge: Judge):
 
 @pytest.mark.faults
 def test_the_api_key_is_in_no_message_of_the_run(judge: Judge):
-    from pgrpo.types import Completion, Group, Prompt
-
     judge.reply = lambda text, n: (400, f"Bearer {KEY} is bad")
     config = RewardConfig("llm_judge", args={"url": judge.url, "model": "m"})
-    group = Group(Prompt(7, "p", [1]), [Completion([1], [0.0], [True], "stop", "c")])
+    scored = group(Prompt(7, "p", [1]), episode([1], text="c"))
     with RewardRunner([config], on_error="mask") as runner:
-        report = runner.score([group])
-    assert group.rewards == [None]
+        report = runner.score([scored])
+    assert scored.rewards == [None]
     assert (report.errors, KEY in str(report.first_error)) == (1, False)
     assert (
         "reward `llm_judge` (rewards.functions[0]) failed on a completion of row 7: "

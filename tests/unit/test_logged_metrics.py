@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pgrpo
-from pgrpo.training import update
+from pgrpo import grpo
 
 G, KL_COEF, TOP_K, LR = 4, 0.3, 6, 0.02
 KEYS = [
@@ -35,7 +35,7 @@ time/weight_sync time/step
 def run(tiny_model, tmp_path_factory):
     """Rows of metrics.jsonl, groups of rows of completions.jsonl by step, and weights and gradient norm before each update."""
     torch.set_num_threads(1)
-    updates, ids, clip = [], [], update.clip_gradients
+    updates, ids, clip = [], [], grpo.clip_gradients
 
     def has_one(completions, completion_ids, **_):
         ids.extend(completion_ids)  # text would not tell a <pad> that a random model samples
@@ -49,7 +49,7 @@ def run(tiny_model, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("logged") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(update, "clip_gradients", watched)
+        patch.setattr(grpo, "clip_gradients", watched)
         pgrpo.train("quickstart", [f"model.path={tiny_model}", f"run_dir={folder}", *KEYS], rewards=[has_one])
     rows, samples = (
         [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]

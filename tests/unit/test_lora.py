@@ -20,14 +20,16 @@ from pgrpo.commands.plan import plan
 from pgrpo.config import Config, ConfigError, ModelConfig, load_config
 from pgrpo.distributed.fsdp import full_tensor, place, reshard
 from pgrpo.distributed.world import start
+from pgrpo.grpo import grpo_step
 from pgrpo.model.lora import add_adapters, check_lora, merge_adapters, without_adapters
 from pgrpo.model.policy import SUPPORTED, Policy, load_model
-from pgrpo.model.proof import gradients, reference_logprobs, tokens_as_groups
+from pgrpo.model.proof import gradients, reference_logprobs, tokens_as_trees
 from pgrpo.packing.batch import build_batch
 from pgrpo.planning.flops import ModelDims
-from pgrpo.planning.placement import place_policy
-from pgrpo.training.loop import one_step
-from pgrpo.training.run import build_run
+from pgrpo.training.build import Parts, build
+from pgrpo.training.checkpointing import Checkpoints
+from pgrpo.training.place import place_policy
+from pgrpo.training.progress import Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
@@ -79,13 +81,13 @@ def untouched(path: str, policy: Policy, targets: list[str]) -> tuple[peft.PeftM
     return wrapped, base  # pyright: ignore[reportReturnType]
 
 
-def groups():
+def trees():
     generator = torch.Generator().manual_seed(1)
 
     def ids(n: int) -> list[int]:
         return torch.randint(3, 61, (n,), generator=generator).tolist()
 
-    return tokens_as_groups([ids(9), ids(1)], [[ids(3), ids(5), ids(0), ids(1)], [ids(7), ids(2)]])
+    return tokens_as_trees([ids(9), ids(1)], [[ids(3), ids(5), ids(0), ids(1)], [ids(7), ids(2)]])
 
 
 @pytest.mark.parametrize("targets", [[], ["o_proj", "down_proj"]], ids=["all", "two"])
@@ -94,10 +96,10 @@ def test_float64_equals_peft_on_the_untouched_model(model_type, targets, tmp_pat
     path = make_model(model_type, tmp_path)
     policy = adapted_policy(path, targets)
     wrapped, base = untouched(path, policy, targets)
-    wanted = reference_logprobs(base, groups())
+    wanted = reference_logprobs(base, trees())
     with wrapped.disable_adapter():
-        assert (reference_logprobs(base, groups()) - wanted).abs().max() > 0.1
-    got = policy(build_batch(groups())).logprobs
+        assert (reference_logprobs(base, trees()) - wanted).abs().max() > 0.1
+    got = policy(build_batch(trees())).logprobs
     assert (got - wanted).abs().max() <= 1e-6
     for name, grad, want in zip(adapters(base), gradients(got, policy), gradients(wanted, base), strict=True):
         assert (grad - want).norm() <= 1e-5 * want.norm(), name
@@ -107,16 +109,16 @@ def test_float64_equals_peft_on_the_untouched_model(model_type, targets, tmp_pat
 @pytest.mark.parametrize("targets", [[], ["qkv_proj"]], ids=["all", "one"])
 def test_merged_weights_give_the_adapted_log_probs(targets, tmp_path):
     policy = adapted_policy(make_model("phi3", tmp_path), targets)
-    wanted = policy(build_batch(groups())).logprobs
+    wanted = policy(build_batch(trees())).logprobs
     merge_adapters(policy.model)
     plain = AutoModelForCausalLM.from_config(policy.model.config, dtype=torch.float64, attn_implementation="sdpa")
     plain.load_state_dict(policy.model.state_dict(), strict=True)
-    assert (reference_logprobs(plain, groups()) - wanted).abs().max() <= 1e-6
+    assert (reference_logprobs(plain, trees()) - wanted).abs().max() <= 1e-6
 
 
 def test_without_adapters_is_the_initial_model_bit_for_bit(tmp_path):
     path = make_model("qwen3", tmp_path)
-    policy, batch = adapted_policy(path, []), build_batch(groups())
+    policy, batch = adapted_policy(path, []), build_batch(trees())
     before = policy(batch).logprobs
     initial = Policy(load_model(ModelConfig(path=path), max_sample=64, dtype=torch.float64))
     assert torch.equal(without_adapters(policy)(batch).logprobs, initial(batch).logprobs)
@@ -129,12 +131,12 @@ def test_new_adapters_change_nothing_and_come_from_the_seed_alone(tmp_path):
     for name, seed in (("one", 5), ("same", 5), ("other", 6)):
         config = ModelConfig(path=path, lora_rank=RANK)
         model = load_model(config, max_sample=64)
-        initial = Policy(model)(build_batch(groups())).logprobs
+        initial = Policy(model)(build_batch(trees())).logprobs
         torch.rand(3)  # whatever was drawn before
         state = torch.get_rng_state()
         add_adapters(model, config, seed)
         assert torch.equal(torch.get_rng_state(), state)
-        assert torch.equal(Policy(model)(build_batch(groups())).logprobs, initial)
+        assert torch.equal(Policy(model)(build_batch(trees())).logprobs, initial)
         made[name] = {k: p.detach() for k, p in adapters(model).items()}
     assert all(torch.equal(p, made["same"][k]) for k, p in made["one"].items())
     assert not any(torch.equal(p, made["other"][k]) for k, p in made["one"].items() if "lora_A" in k)
@@ -172,11 +174,17 @@ def run_config(tiny: Path, run_dir: Path, **changes: Any) -> Config:
     return load_config("quickstart", [f"{key}={value}" for key, value in keys.items()])
 
 
+def save(run_dir: Path, parts: Parts, progress: Progress) -> None:
+    checkpoints = Checkpoints(run_dir / "checkpoints", parts.learner, parts.stream, progress)
+    checkpoints.save({})
+    checkpoints.wait()
+
+
 def test_a_run_and_its_plan_refuse_a_wrong_layer_before_weights_are_read(tiny, tmp_path, monkeypatch):
     config = run_config(tiny, tmp_path, **{"model.lora_targets": "[lm_head]"})
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     with start() as world, pytest.raises(ConfigError, match=r"model\.lora_targets: 'lm_head' is no linear layer"):
-        build_run(config, world)
+        build(config, world)
     with pytest.raises(ConfigError, match=r"model\.lora_targets: 'lm_head' is no linear layer"):
         plan(config)
 
@@ -188,19 +196,20 @@ def test_a_run_trains_saves_and_exports_adapters_on_frozen_weights(dtype, tiny, 
     held = getattr(torch, dtype)
     initial = AutoModelForCausalLM.from_pretrained(tiny, dtype=held).state_dict()
     (tmp_path / "config.yaml").write_text(f"model: {{path: {tiny}, dtype: {dtype}, lora_rank: 4}}\n")
-    with start() as world, build_run(config, world, rewards=[digits]) as run:
-        steps = [one_step(run)[1] for _ in range(3)]
-        run.progress.step = 3
-        run.checkpoints.save({})
-        reshard(run.policy)
-        frozen = {n: full_tensor(p) for n, p in run.policy.model.named_parameters() if not p.requires_grad}
+    with start() as world, build(config, world, rewards=[digits]) as parts:
+        progress = Progress()
+        steps = [grpo_step(parts, progress)[1] for _ in range(3)]
+        progress.step = 3
+        save(tmp_path, parts, progress)
+        reshard(parts.policy)
+        frozen = {n: full_tensor(p) for n, p in parts.policy.model.named_parameters() if not p.requires_grad}
         assert frozen
         for name, weight in frozen.items():
             assert weight.dtype == held
             assert torch.equal(weight, initial[name.replace(".base_layer", "")]), name
-        sample = tokens_as_groups([[4, 6, 12, 5]], [[[3, 4], [7, 7, 1]]])
-        adapted = run.policy(build_batch(sample)).logprobs.detach()
-        off = without_adapters(run.policy)(build_batch(sample)).logprobs.detach()
+        sample = tokens_as_trees([[4, 6, 12, 5]], [[[3, 4], [7, 7, 1]]])
+        adapted = parts.policy(build_batch(sample)).logprobs.detach()
+        off = without_adapters(parts.policy)(build_batch(sample)).logprobs.detach()
     assert steps[0]["kl"] == 0 < steps[1]["kl"] < steps[2]["kl"]
     # The engine samples with the adapters: its log-probs are the policy's after two updates.
     assert steps[2]["sampling/sampling_logp_difference/max"] < {"float32": 1e-4, "bfloat16": 0.05}[dtype]
@@ -224,10 +233,10 @@ def test_a_run_trains_saves_and_exports_adapters_on_frozen_weights(dtype, tiny, 
 def test_eval_reads_the_adapters_of_a_checkpoint_and_refuses_others(tiny, tmp_path):
     torch.set_num_threads(1)
     config = run_config(tiny, tmp_path)
-    with start() as world, build_run(config, world, rewards=[digits]) as run:
-        for parameter in run.policy.parameters():
+    with start() as world, build(config, world, rewards=[digits]) as parts:
+        for parameter in parts.policy.parameters():
             parameter.data += 0.3 * parameter.requires_grad  # so that it says something else than the model
-        run.checkpoints.save({})
+        save(tmp_path, parts, Progress())
     folder = str(tmp_path / "checkpoints" / "step_0")
     plain, trained = evaluate(config), evaluate(config, folder)
     assert plain["eval/completions/mean_length"] != trained["eval/completions/mean_length"]
@@ -248,7 +257,7 @@ def test_eval_reads_the_adapters_of_a_checkpoint_and_refuses_others(tiny, tmp_pa
 
 
 def test_a_sharded_bfloat16_policy_computes_what_a_plain_bfloat16_copy_computes(tmp_path):
-    path, batch = make_model("qwen3", tmp_path), build_batch(groups())
+    path, batch = make_model("qwen3", tmp_path), build_batch(trees())
     policy, plain = (adapted_policy(path, [], torch.bfloat16) for _ in range(2))
     for parameter in plain.parameters():  # RoPE's frequencies stay float32, which .to() would not leave so
         parameter.data = parameter.data.to(torch.bfloat16)

@@ -66,9 +66,9 @@ def paper_loss(
                 r = math.prod(math.exp(logp[i][s] - old[i][s]) for s in present) ** (1 / len(present))
                 fixed_r = math.prod(math.exp(at[i][s] - old[i][s]) for s in present) ** (1 / len(present))
             if objective == "cispo":
-                term = clip(fixed_r, 1 - clip_low, 1 + clip_high) * advantages[i] * logp[i][t]
+                term = clip(fixed_r, 1 - clip_low, 1 + clip_high) * advantages[i][t] * logp[i][t]
             else:
-                term = min(r * advantages[i], clip(r, 1 - clip_low, 1 + clip_high) * advantages[i])
+                term = min(r * advantages[i][t], clip(r, 1 - clip_low, 1 + clip_high) * advantages[i][t])
             if correction:
                 mine = [t] if correction.startswith("token") else present
                 c = math.prod(math.exp(old[i][s]) / math.exp(rollout[i][s]) for s in mine)
@@ -94,7 +94,7 @@ def case(seed, samples=4, width=6, spread=0.4):
     logp, ref = ([[o + rng.gauss(0, spread) for o in row] for row in old] for _ in range(2))
     mask = [[rng.random() < 0.7 for _ in range(width)] for _ in range(samples)]
     mask[rng.randrange(samples)] = [False] * width
-    advantages = [rng.choice([-1.3, -0.2, 0.0, 0.7, 2.0]) for _ in range(samples)]
+    advantages = [[rng.choice([-1.3, -0.2, 0.0, 0.7, 2.0]) for _ in row] for row in old]  # one a token
     entropy = [[rng.uniform(0, 3) for _ in row] for row in old]
     rollout = [[o + rng.gauss(0, spread / 2) for o in row] for row in old]
     return logp, old, ref, mask, advantages, entropy, rollout
@@ -157,7 +157,7 @@ def test_clipping_stops_a_tokens_gradient_and_cispo_does_not():
     for objective in ("clip", "cispo"):
         logp = torch.tensor([[2.0, 1.0, 0.9]], dtype=torch.float64).log().requires_grad_()
         config = LossConfig(objective=objective, clip_high=0.5)
-        policy_loss(logp, old, torch.ones(1), mask, Counts(1, 1), config, LENGTH).loss.backward()
+        policy_loss(logp, old, torch.ones(1, 3), mask, Counts(1, 1), config, LENGTH).loss.backward()
         gradients[objective] = logp.grad
     assert gradients["clip"][0].tolist() == pytest.approx([0, -1, -0.9])
     assert gradients["cispo"][0].tolist() == pytest.approx([-1.5, -1, -0.9])
@@ -167,11 +167,12 @@ def test_clipping_stops_a_tokens_gradient_and_cispo_does_not():
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
 def test_gradient_on_policy_is_that_of_plain_policy_gradient(ratio, objective):
     logp, _, _, mask, advantages, *_ = tensors(case(3))
+    advantages = advantages[:, :1].expand_as(mask)  # one a sample: a sequence ratio mixes those of its tokens
     leaf = logp.clone().requires_grad_()
     tokens = int(mask.sum())
     config = LossConfig(ratio=ratio, objective=objective)
     policy_loss(leaf, logp, advantages, mask, Counts(tokens, 4), config, LENGTH).loss.backward()
-    torch.testing.assert_close(leaf.grad, mask * -advantages.unsqueeze(-1) / tokens, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(leaf.grad, mask * -advantages / tokens, rtol=1e-12, atol=1e-15)
 
 
 def test_kl_estimates_estimate_the_kl():
@@ -237,7 +238,7 @@ def test_shares_of_micro_batches_add_up(keys):
 def test_clipped_tokens_and_kl_by_hand():
     ratio = torch.tensor([[0.5, 0.5, 1.5, 1.1], [0.5, 1.5, 1.5, 0.9], [0.5, 1.5, 1.0, 1.0]], dtype=torch.float64)
     mask = torch.tensor([[True] * 4, [True, True, False, True], [True] * 4])
-    advantages = torch.tensor([-1.0, 1.0, 0.0])
+    advantages = torch.tensor([-1.0, 1.0, 0.0]).view(3, 1).expand(3, 4)
     old = torch.full_like(ratio, -1.0)
     inputs = (old + ratio.log(), old, advantages, mask, Counts(11, 3))
     out = policy_loss(*inputs, LossConfig(kl_coef=1.0), LENGTH, ref_logprobs_BR=old + ratio.log() + math.log(2.0))
@@ -310,7 +311,7 @@ def test_a_ratio_that_overflows_is_clipped_without_nan(objective, ratio):
     """exp(90) is inf in float32. A sample each: clipped above, below (exp(-90)), without an advantage, and one in range."""
     logp = torch.tensor([[-1.0], [-91.0], [-1.0], [-1.0]], requires_grad=True)
     old = torch.tensor([[-91.0], [-1.0], [-91.0], [-1.1]])
-    mask, advantages = torch.ones(4, 1, dtype=torch.bool), torch.tensor([2.0, -2.0, 0.0, 2.0])
+    mask, advantages = torch.ones(4, 1, dtype=torch.bool), torch.tensor([[2.0], [-2.0], [0.0], [2.0]])
     config = LossConfig(objective=objective, ratio=ratio)
     out = policy_loss(logp, old, advantages, mask, Counts(4, 4), config, LENGTH)
     out.loss.backward()
@@ -335,7 +336,7 @@ def test_token_weights_by_hand():
 def test_an_empty_batch_has_no_loss_and_no_gradient(shape, keys):
     logp, zeros = torch.zeros(shape, requires_grad=True), torch.zeros(shape)
     mask = torch.zeros(shape, dtype=torch.bool)
-    out = run((logp, zeros, zeros, mask, torch.ones(shape[0]), zeros, zeros), Counts(0, 0), **keys)
+    out = run((logp, zeros, zeros, mask, torch.ones(shape), zeros, zeros), Counts(0, 0), **keys)
     out.loss.backward()
     assert [x.item() for x in out] == [0, 0, 0, 0, 0]
     assert logp.grad is not None

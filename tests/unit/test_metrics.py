@@ -4,16 +4,15 @@ import itertools
 import math
 
 import pytest
+from making import episode, group
 
 from pgrpo.algorithm.metrics import group_metrics, pass_at_k
-from pgrpo.types import Completion, Group, Prompt
 
 
 def make_group(rewards, lengths, reasons, **parts):
-    completions = [
-        Completion([0] * n, [0.0] * n, [True] * n, reason, "") for n, reason in zip(lengths, reasons, strict=True)
-    ]
-    return Group(Prompt(0, "", [0]), completions, rewards, parts)
+    each = [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
+    rows = zip(rewards, lengths, reasons, each, strict=True)
+    return group([0], *(episode([0] * n, reward, finish_reason=reason, parts=part) for reward, n, reason, part in rows))
 
 
 def test_pass_at_k_is_the_chance_over_all_draws_without_replacement():

@@ -14,15 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from making import episode, group
 
 import pgrpo
 from pgrpo import checkpoint
-from pgrpo.config import secrets
+from pgrpo.config import load_config, secrets
 from pgrpo.distributed.world import World
-from pgrpo.training.loop import _dump
+from pgrpo.training.messages import _dump
 from pgrpo.training.progress import Progress
 from pgrpo.training.update import NonFiniteError
-from pgrpo.types import Completion, Group, Prompt
+from pgrpo.types import Prompt
 
 pytestmark = pytest.mark.faults
 
@@ -68,8 +69,9 @@ def test_too_many_skipped_updates_in_a_row_stop_the_run_with_the_batch(tiny_mode
         train(tiny_model, run, "train.max_skipped_updates=2", reward=spoiled(1, 3, 4, 5))
     assert [row["skipped_updates"] for row in rows(run)] == [1, 0, 1, 1]
     batch = json.loads((run / "bad_batch_step_5.json").read_text())
-    assert len(batch) == 4 and len(batch[0]["completions"]) == 4
-    assert batch[0]["rewards"][0] == 1e60 and batch[0]["prompt"]["text"] and batch[0]["completions"][0]["token_ids"]
+    assert len(batch) == 4 and len(batch[0]["episodes"]) == 4
+    first = batch[0]["episodes"][0]
+    assert first["reward"] == 1e60 and batch[0]["prompt"]["text"] and first["samples"][0]["token_ids"]
     newest = checkpoint.latest(run / "checkpoints")
     assert newest is not None and newest == run / "checkpoints" / "step_4"
     assert all(t.isfinite().all() for t in checkpoint.load(newest)[0]["model"].values())
@@ -89,18 +91,28 @@ def test_a_batch_that_cannot_be_written_does_not_hide_the_failure(tiny_model, tm
     assert newest is not None and newest.name == "step_1"
 
 
+def dump(tmp_path, group):
+    """Where the batch of step 5 is."""
+    config = load_config("quickstart", [f"run_dir={tmp_path}"])
+    parts: Any = SimpleNamespace(config=config, world=World(0, 1, torch.device("cpu")))
+    return _dump(parts, Progress(step=4), [group])
+
+
 def test_the_batch_holds_all_of_its_numbers_whatever_its_rows_hold(tmp_path):
     """Log-probs of the sampler that are nan, and columns that JSON has no form for and that cannot be copied."""
     columns = {"lock": threading.Lock(), "of pairs": {(1, 2): 3}, "set": {1}, "half": "\ud83d", "answer": "4"}
-    done = Completion([5, 6, 7], [-0.5, math.nan, -math.inf], [True, True, False], "stop", "2+2")
-    group = Group(Prompt(3, "2+2=", [1, 2], columns), [done], [math.nan], {"f": [None]}, [0.25])
-    run: Any = SimpleNamespace(run_dir=tmp_path, progress=Progress(step=4), world=World(0, 1, torch.device("cpu")))
-    assert _dump(run, [group]).endswith("bad_batch_step_5.json has the batch")
+    done = episode(
+        [5, 6, 7], math.nan, mask=[True, True, False], logprobs=[-0.5, math.nan, -math.inf], advantage=0.25,
+        text="2+2", parts={"f": None},
+    )  # fmt: skip
+    told = dump(tmp_path, group(Prompt(3, "2+2=", [1, 2], columns), done))
+    assert told.endswith("bad_batch_step_5.json has the batch")
     [read] = json.loads((tmp_path / "bad_batch_step_5.json").read_text())
-    completion = read["completions"][0]
-    assert str(completion["rollout_logprobs"]) == "[-0.5, nan, -inf]" and str(read["rewards"]) == "[nan]"
-    assert completion["token_ids"] == [5, 6, 7] and completion["mask"] == [True, True, False]
-    assert read["prompt"]["token_ids"] == [1, 2] and read["prompt"]["index"] == 3 and read["advantages"] == [0.25]
+    [only] = read["episodes"]
+    [sample] = only["samples"]
+    assert str(sample["rollout_logprobs"]) == "[-0.5, nan, -inf]" and str(only["reward"]) == "nan"
+    assert sample["token_ids"] == [5, 6, 7] and sample["mask"] == [True, True, False]
+    assert read["prompt"]["token_ids"] == [1, 2] and read["prompt"]["index"] == 3 and sample["advantages"] == [0.25] * 3
     assert read["prompt"]["columns"]["half"] == "\ud83d" and read["prompt"]["columns"]["answer"] == "4"
 
 
@@ -111,17 +123,17 @@ def test_a_dumped_batch_holds_no_secret_and_is_not_written_through_a_link(tmp_pa
     secrets.remember(secret)
     columns = {"set": {secret}, "list": [(secret,)], secret: 1, "n": 0.123456789}
     texts = [secret, "4"]
-    done = [Completion([5 + i], [-0.5], [True], "stop", text) for i, text in enumerate(texts)]
-    group = Group(Prompt(3, f"key {secret}", [1, 2], columns), done, [1.0, 0.0])
+    done = [episode([5 + i], 1.0 - i, logprobs=[-0.5], text=text) for i, text in enumerate(texts)]
     (tmp_path / "victim").write_text("precious")
     (tmp_path / "bad_batch_step_5.json").symlink_to(tmp_path / "victim")
-    run: Any = SimpleNamespace(run_dir=tmp_path, progress=Progress(step=4), world=World(0, 1, torch.device("cpu")))
-    assert _dump(run, [group]).endswith("has the batch")
+    assert dump(tmp_path, group(Prompt(3, f"key {secret}", [1, 2], columns), *done)).endswith("has the batch")
     text = (tmp_path / "bad_batch_step_5.json").read_text()
     [read] = json.loads(text)
     assert "ab" not in text.replace('"bad', "") and "c\\\\d" not in text
     assert read["prompt"]["columns"] == {
         "set": "{'(redacted)'}", "list": [["(redacted)"]], "(redacted)": 1, "n": 0.123456789
     }  # fmt: skip
-    assert [part["token_ids"] for part in (read["prompt"], *read["completions"])] == ["(redacted)", "(redacted)", [6]]
+    samples = [sample for one in read["episodes"] for sample in one["samples"]]
+    assert [part["token_ids"] for part in (read["prompt"], *samples)] == ["(redacted)", "(redacted)", [6]]
+    assert {sample["prompt_ids"] for sample in samples} == {"(redacted)"}
     assert (tmp_path / "victim").read_text() == "precious"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from making import episode, group
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -15,7 +16,6 @@ from pgrpo.config import load_config
 from pgrpo.config.functions import load_function
 from pgrpo.data import load_prompts
 from pgrpo.rewards import RewardRunner
-from pgrpo.types import Completion, Group
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
@@ -94,12 +94,11 @@ def rendered_and_scored(name: str, row: dict, *completions: str) -> list[float |
     config = load_config("smollm2_135m", [f"recipe={name}", "train.token_budget=8192"])
     data = replace(config.data, max_prompt_tokens=4096)
     [prompt] = load_prompts(data, config.prompt, make_tokenizer(), dataset=[row]).prompts
-    made = [Completion([5] * 9, [-1.0] * 9, [True] * 9, "stop", text) for text in completions]
-    group = Group(prompt, made)
+    scored = group(prompt, *(episode([5] * 9, logprobs=[-1.0] * 9, text=text) for text in completions))
     with RewardRunner(config.rewards.functions, on_error=config.rewards.on_error) as runner:
         runner.check(prompt)
-        assert runner.score([group]).first_error is None
-    return group.rewards
+        assert runner.score([scored]).first_error is None
+    return scored.rewards
 
 
 @pytest.mark.timeout(120)

@@ -6,12 +6,13 @@ from transformers import AutoModelForCausalLM
 
 from pgrpo.config import load_config
 from pgrpo.distributed.world import World, start
-from pgrpo.model.proof import tokens_as_groups
+from pgrpo.model.proof import tokens_as_trees
 from pgrpo.packing.batch import build_batch
-from pgrpo.planning.placement import place_policy, place_reference
+from pgrpo.planning.flops import ModelDims
+from pgrpo.training.build import Learner, build
 from pgrpo.training.optim import build_optimizer
-from pgrpo.training.run import build_run
-from pgrpo.training.update import Updater
+from pgrpo.training.place import place_policy, place_reference
+from pgrpo.training.update import refresh_reference
 
 
 def config_of(tiny_model, tmp_path, *overrides):
@@ -36,9 +37,9 @@ def test_a_reference_is_loaded_only_where_a_kl_term_needs_one(tiny_model, tmp_pa
     loaded = []
     load = AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: loaded.append(a) or load(*a, **k))
-    with build_run(config_of(tiny_model, tmp_path, *overrides), World(0, 1, torch.device("cpu"))) as run:
+    with build(config_of(tiny_model, tmp_path, *overrides), World(0, 1, torch.device("cpu"))) as parts:
         assert len(loaded) == models
-        assert (run.updater.reference is None) == (
+        assert (parts.learner.reference is None) == (
             "loss.kl_coef=0.1" not in overrides and overrides != ("loss.preset=grpo",)
         )
 
@@ -48,21 +49,22 @@ def test_two_bytes_a_weight_give_the_bits_of_float32_masters(tiny_model, tmp_pat
     """In bfloat16, sharded by FSDP2: as loaded, and refreshed with weights that bfloat16 does not hold."""
     config = config_of(tiny_model, tmp_path, "model.dtype=bfloat16", "loss.kl_coef=0.1", "loss.ref_refresh_every=1")
     config.loss.ref_offload = offload  # refused on a CPU by check_device; FSDP2 does there what it does on a GPU
-    batch = build_batch(tokens_as_groups([[3, 4, 5], [6, 7]], [[[8, 9], [10, 3, 4]], [[5], [6, 6, 6]]]))
+    batch = build_batch(tokens_as_trees([[3, 4, 5], [6, 7]], [[[8, 9], [10, 3, 4]], [[5], [6, 6, 6]]]))
     with start() as world, torch.no_grad():
         policy, reference = place_policy(config, world), place_reference(config, world)
         assert {p.element_size() for p in reference.parameters()} == {2}
         assert {p.element_size() for p in policy.parameters()} == {4}
         assert not any(p.requires_grad for p in reference.parameters())
         assert torch.equal(reference(batch).logprobs, policy(batch).logprobs)
-        updater = Updater(config, world, policy, reference, build_optimizer(policy, config.optim), cost=lambda _: 1.0)
-        updater.refresh_reference()  # also makes shards of what the forwards gathered
+        dims = ModelDims.from_config(policy.model.config)
+        learner = Learner(config, world, policy, reference, build_optimizer(policy, config.optim), dims)
+        refresh_reference(learner)  # also makes shards of what the forwards gathered
         generator = torch.Generator().manual_seed(0)
         for parameter in policy.parameters():
             parameter.mul_(1 + 0.3 * torch.rand((), generator=generator).item())
         before = reference(batch).logprobs
         assert (before - policy(batch).logprobs).abs().max() > 1e-2
-        updater.refresh_reference()
+        refresh_reference(learner)
         assert torch.equal(reference(batch).logprobs, policy(batch).logprobs)
 
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from making import episode, group
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
 
 from pgrpo.config import ConfigError, RewardConfig
 from pgrpo.rewards import RewardError, RewardRunner
 from pgrpo.rewards.reward_model import RewardModel
-from pgrpo.types import Completion, Group, Prompt
+from pgrpo.types import Prompt
 
 PROMPTS = ["12+34=", "1+1=", "90+9=", "5"]
 COMPLETIONS = ["46", "", "99999999", "7+7<eos>"]
@@ -95,12 +96,12 @@ def test_a_gpu_without_room_stops_the_run_and_says_what_to_do(folder: Path, monk
 
     monkeypatch.setattr("pgrpo.rewards.reward_model._load", load)
     runner = RewardRunner([RewardConfig("reward_model", args={"model": str(folder)})], on_error=on_error)
-    group = Group(Prompt(0, "1+1=", [0]), [Completion([0], [0.0], [True], "stop", text) for text in ("2", "3")])
+    scored = group(Prompt(0, "1+1=", [0]), *(episode([0], text=text) for text in ("2", "3")))
     with (
         runner,
         pytest.raises(RewardError, match=r"reward `reward_model` \(rewards\.functions\[0\]\): the GPU has no room for"),
     ):
-        runner.score([group])
+        runner.score([scored])
     assert len(loads) == 1
 
 

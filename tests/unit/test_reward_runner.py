@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from making import episode, group
 
 from pgrpo.config import ConfigError, RewardConfig
 from pgrpo.rewards import RewardError, RewardRunner
-from pgrpo.types import Completion, Group, Prompt
+from pgrpo.types import Group, Prompt
 
 REPOSITORY = Path(__file__).parents[2]
 MODULE = """
@@ -47,8 +48,12 @@ def groups(*texts: list[str], messages: Any = None, **columns: Any) -> list[Grou
     out = []
     for i, completions in enumerate(texts):
         prompt = Prompt(10 + i, f"prompt {i}", [1], {"answer": f"{i}"} | columns, messages)
-        out.append(Group(prompt, [Completion([7, 8], [-1.0, -1.0], [True, True], "stop", t) for t in completions]))
+        out.append(group(prompt, *(episode([7, 8], logprobs=[-1.0, -1.0], text=t) for t in completions)))
     return out
+
+
+def parts(group: Group) -> dict[str, list[float | None]]:
+    return {name: group.reward_part(name) for name in group.episodes[0].reward_parts}
 
 
 def runner(*functions: Callable | RewardConfig, on_error: Any = "raise") -> RewardRunner:
@@ -188,7 +193,7 @@ def test_functions_of_several_files_run_at_once_and_those_of_one_share_it(tmp_pa
         scored = groups(["a"])
         rewards.score(scored)
         took = time.monotonic() - begin
-    one, two, one_too = (scored[0].reward_parts[name][0] for name in names)
+    one, two, one_too = (scored[0].reward_part(name)[0] for name in names)
     assert one == one_too != two
     assert 1.4 <= took < 2.0  # one after the other: 2.1
 
@@ -238,7 +243,7 @@ def test_weights_none_and_names(module: Callable[..., RewardConfig]):
         scored = groups(["0", "none"], ["none"], other="none")
         report = rewards.score(scored)
     assert (report.errors, report.first_error) == (0, None)
-    assert scored[0].reward_parts == {
+    assert parts(scored[0]) == {
         "exact_match": [1.0, 0.0],
         "exact_match_2": [0.0, 1.0],
         "length": [1.0, 4.0],
@@ -276,7 +281,7 @@ def test_configured_functions_keep_their_state(module: Callable[..., RewardConfi
         for step in (1, 2):
             scored = groups(["a"], ["b"])
             rewards.score(scored)
-            assert scored[1].reward_parts == {"count": [step], "slow": [2.0], "Keeps": [2 * step]}
+            assert parts(scored[1]) == {"count": [step], "slow": [2.0], "Keeps": [2 * step]}
 
 
 @pytest.mark.faults
@@ -290,7 +295,7 @@ def test_a_reward_function_that_hangs_is_killed_at_its_deadline(module: Callable
         scored = groups(["a"], ["b"])
         assert rewards.score(scored).errors == 2
     assert [g.rewards for g in scored] == [[None], [None]]
-    assert scored[0].reward_parts == {"hang": [None], "length": [1.0]}
+    assert parts(scored[0]) == {"hang": [None], "length": [1.0]}
 
 
 @pytest.mark.faults
@@ -323,9 +328,9 @@ def test_ctrl_c_while_functions_hang_ends_at_once(tmp_path: Path, names: list[st
         "from pgrpo.config import RewardConfig\nfrom pgrpo.rewards import RewardRunner\nfrom pgrpo.types import *\n"
         "if __name__ == '__main__':\n"
         f"    configs = [RewardConfig(name) for name in {functions!r}]\n"
-        "    completion = Completion([1], [0.0], [True], 'stop', '1')\n"
+        "    prompt, completion = Prompt(0, 'a', [1], {'answer': 1}), Completion([1], [0.0], 'stop', '1')\n"
         "    with RewardRunner(configs, on_error='raise') as runner:\n"
-        "        runner.score([Group(Prompt(0, 'a', [1], {'answer': 1}), [completion])])\n"
+        "        runner.score([Group(prompt, [Episode.of(prompt, completion)])])\n"
     )
     process = subprocess.Popen(
         [sys.executable, script],
@@ -355,8 +360,8 @@ def test_a_script_without_a_main_guard_stops_with_the_reason(
     script.write_text(
         "from pgrpo.config import RewardConfig\nfrom pgrpo.rewards import RewardRunner\nfrom pgrpo.types import *\n"
         f"runner = RewardRunner([RewardConfig({function!r})], on_error='raise')\n"
-        "completion = Completion([1], [0.0], [True], 'stop', '1')\n"
-        "runner.score([Group(Prompt(0, 'a', [1], {'answer': 1}), [completion])])\n"
+        "prompt, completion = Prompt(0, 'a', [1], {'answer': 1}), Completion([1], [0.0], 'stop', '1')\n"
+        "runner.score([Group(prompt, [Episode.of(prompt, completion)])])\n"
     )
     done = subprocess.run(
         [sys.executable, script], cwd=REPOSITORY, env={"PYTHONPATH": "."}, capture_output=True, text=True

@@ -12,7 +12,7 @@ from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.model.policy import Policy
 from pgrpo.rollout.base import sample_seeds
 from pgrpo.rollout.embedded.engine import EmbeddedEngine
-from pgrpo.types import Prompt, SamplingParams
+from pgrpo.types import Prompt, Request, SamplingParams
 
 EOS = 2
 PROMPT_LENS = [5, 1, 9, 3, 4]
@@ -47,12 +47,12 @@ class Counting:
     def device(self):
         return self.policy.device
 
+    def next_logits(self, inputs, layout, rows_B):
+        self.calls.append((len(inputs["input_ids"]), len(rows_B)))
+        return self.policy.next_logits(inputs, layout, rows_B)
+
     def modules(self):
         return self.policy.modules()
-
-    def next_logits(self, input_ids_T, position_ids_T, layout, rows_B):
-        self.calls.append((len(input_ids_T), len(rows_B)))
-        return self.policy.next_logits(input_ids_T, position_ids_T, layout, rows_B)
 
 
 class Scripted:
@@ -65,17 +65,18 @@ class Scripted:
         self.calls: list[list[int]] = []
 
     def modules(self):
-        return iter(())  # nothing is sharded
+        return iter(())
 
-    def next_logits(self, input_ids_T, position_ids_T, layout, rows_B):
+    def next_logits(self, inputs, layout, rows_B):
+        tokens, positions = inputs["input_ids"].tolist(), inputs["position_ids"].tolist()
         if not self.calls:
             following = [script[0] for script in self.scripts]
         else:
             following = []
-            for token, position in zip(input_ids_T.tolist(), position_ids_T.tolist(), strict=True):
+            for token, position in zip(tokens, positions, strict=True):
                 owners = [s for s in self.scripts if position < len(s) and s[position - 1] == token]
                 following.append(owners[0][position] if owners else 3)
-        self.calls.append(input_ids_T.tolist())
+        self.calls.append(tokens)
         logits = torch.full((len(rows_B), 61), -50.0)
         logits[torch.arange(len(rows_B)), torch.tensor(following)] = 50.0
         return logits
@@ -113,7 +114,15 @@ def seeds(asked, group_size):
 
 def run(policy, asked, params, group_size=3, eos=(EOS,), **settings):
     engine = EmbeddedEngine(policy, Letters(), eos, **settings)
-    return engine.generate(asked, params, seeds(asked, group_size))
+    return completions_of(engine, asked, params, seeds(asked, group_size))
+
+
+def completions_of(engine, asked, params, seeds):
+    """The completions of each prompt."""
+    found = {}
+    requests = [Request(prompt.token_ids, own) for prompt, own in zip(asked, seeds, strict=True)]
+    engine.sample(requests, params, found.__setitem__)
+    return [found[i] for i in range(len(asked))]
 
 
 def wanted_logprobs(model, prompt, token_ids, temperature=1.0):
@@ -125,7 +134,7 @@ def wanted_logprobs(model, prompt, token_ids, temperature=1.0):
 def likely_eos(policy, asked):
     """Tokens that samples of these prompts really reach, so that completions end at different lengths."""
     groups = run(policy, asked, SamplingParams(LIMIT), eos=())
-    drawn = torch.tensor([t for g in groups for c in g.completions for t in c.token_ids])
+    drawn = torch.tensor([t for g in groups for c in g for t in c.token_ids])
     return drawn.bincount().argsort(descending=True)[:4].tolist()
 
 
@@ -141,12 +150,11 @@ def test_greedy_completions_are_those_of_generate(models):
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=LIMIT, eos_token_id=eos,
             pad_token_id=0,
         )[0, len(prompt.token_ids) :].tolist()  # fmt: skip
-        assert group.prompt is prompt
-        for completion in group.completions:
+        for completion in group:
             assert completion.token_ids == wanted
             assert completion.finish_reason == ("stop" if wanted[-1] in eos else "length")
             reasons.add(completion.finish_reason)
-    assert len({len(g.completions[0].token_ids) for g in groups}) > 1
+    assert len({len(g[0].token_ids) for g in groups}) > 1
     assert "stop" in reasons
 
 
@@ -155,13 +163,12 @@ def test_rollout_logprobs_are_those_of_the_untouched_model(models, temperature):
     policy, untouched = models
     asked = prompts()
     groups = run(policy, asked, SamplingParams(LIMIT, temperature=temperature), eos=likely_eos(policy, asked))
-    assert len({len(c.token_ids) for g in groups for c in g.completions}) >= 3
-    assert any(len({tuple(c.token_ids) for c in g.completions}) > 1 for g in groups)
-    for group in groups:
-        for completion in group.completions:
-            wanted = wanted_logprobs(untouched, group.prompt, completion.token_ids, temperature)
+    assert len({len(c.token_ids) for g in groups for c in g}) >= 3
+    assert any(len({tuple(c.token_ids) for c in g}) > 1 for g in groups)
+    for prompt, group in zip(asked, groups, strict=True):
+        for completion in group:
+            wanted = wanted_logprobs(untouched, prompt, completion.token_ids, temperature)
             torch.testing.assert_close(torch.tensor(completion.rollout_logprobs), wanted, rtol=0, atol=1e-5)
-            assert completion.mask == [True] * len(completion.token_ids)
 
 
 def test_a_sample_does_not_depend_on_its_company(policy):
@@ -169,16 +176,17 @@ def test_a_sample_does_not_depend_on_its_company(policy):
     params = SamplingParams(LIMIT, top_p=0.9)
     eos = likely_eos(policy, asked)
 
-    def flat(groups):
-        return {(g.prompt.index, i): c for g in groups for i, c in enumerate(g.completions)}
+    def flat(prompts, **settings):
+        groups = run(policy, prompts, params, eos=eos, **settings)
+        return {(p.index, i): c for p, group in zip(prompts, groups, strict=True) for i, c in enumerate(group)}
 
-    together = flat(run(policy, asked, params, eos=eos))
+    together = flat(asked)
     others = [
-        flat(run(policy, asked, params, eos=eos, max_concurrent=4)),  # one prompt at a time
-        flat(run(policy, asked[::-1], params, eos=eos)),
-        flat(run(policy, asked[1:2], params, eos=eos)),
-        flat(run(policy, asked, params, eos=eos, group_size=1)),
-        flat(run(policy, asked, params, eos=eos, group_size=5)),
+        flat(asked, max_concurrent=4),  # one prompt at a time
+        flat(asked[::-1]),
+        flat(asked[1:2]),
+        flat(asked, group_size=1),
+        flat(asked, group_size=5),
     ]
     for other in others:
         for key in together.keys() & other.keys():
@@ -192,7 +200,7 @@ def test_each_prompt_is_prefilled_once_and_finished_rows_leave(policy):
     asked = prompts()
     counting = Counting(policy)
     groups = run(counting, asked, SamplingParams(LIMIT), eos=likely_eos(policy, asked), group_size=4)
-    lengths = [len(c.token_ids) for g in groups for c in g.completions]
+    lengths = [len(c.token_ids) for g in groups for c in g]
     assert counting.calls[0] == (sum(PROMPT_LENS), len(asked))
     decoded = [rows for rows, _ in counting.calls[1:]]
     assert len(decoded) == max(lengths) - 1  # the last token is never fed back
@@ -217,8 +225,8 @@ def script(text):
 def scripted(texts, params):
     policy = Scripted([script(t) for t in texts])
     asked = [Prompt(i, "", [40 + i]) for i in range(len(texts))]
-    groups = EmbeddedEngine(policy, Letters(), (EOS,)).generate(asked, params, [[i] for i in range(len(texts))])
-    return [g.completions[0] for g in groups], policy
+    groups = completions_of(EmbeddedEngine(policy, Letters(), (EOS,)), asked, params, [[i] for i in range(len(texts))])
+    return [g[0] for g in groups], policy
 
 
 def test_ends():
@@ -237,7 +245,6 @@ def test_ends():
         assert completion.token_ids == script(tokens)
         assert (completion.text, completion.finish_reason) == (text, reason)
         assert completion.rollout_logprobs == pytest.approx([0.0] * len(tokens), abs=1e-6)
-        assert completion.mask == [True] * len(tokens)
     # Six prompts; "." has ended, but one in six may stay; after "mq" two of six are gone.
     assert [len(ids) for ids in policy.calls] == [6, 6, 4, 4, 2, 2]
 
@@ -260,11 +267,10 @@ def test_the_earliest_stop_string_cuts_the_text():
             return ["".join(letter(t) * 2 if t == 3 else "pqr" for t in ids) for ids in sequences]
 
     policy = Scripted([[3, 4, 3]])
-    groups = EmbeddedEngine(policy, Syllables(), (EOS,)).generate(
-        [Prompt(0, "", [40])], SamplingParams(5, stop=("r", "q")), [[0]]
-    )
-    assert groups[0].completions[0].text == "aap"
-    assert groups[0].completions[0].token_ids == [3, 4]
+    engine = EmbeddedEngine(policy, Syllables(), (EOS,))
+    groups = completions_of(engine, [Prompt(0, "", [40])], SamplingParams(5, stop=("r", "q")), [[0]])
+    assert groups[0][0].text == "aap"
+    assert groups[0][0].token_ids == [3, 4]
 
 
 def test_a_rank_that_is_done_goes_on_until_all_are(policy):
@@ -277,6 +283,6 @@ def test_a_rank_that_is_done_goes_on_until_all_are(policy):
     assert len(counting.calls) == LIMIT
     assert min(rows for rows, _ in counting.calls) >= 1
     for a, b in zip(alone, waiting, strict=True):
-        for x, y in zip(a.completions, b.completions, strict=True):
+        for x, y in zip(a, b, strict=True):
             assert replace(x, rollout_logprobs=[]) == replace(y, rollout_logprobs=[])
             assert x.rollout_logprobs == pytest.approx(y.rollout_logprobs, abs=1e-5)

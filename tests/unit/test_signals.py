@@ -35,10 +35,10 @@ def reward(completions, **_):
 WATCH = """\
 import os, sys
 from pathlib import Path
+from pgrpo import grpo
 from pgrpo.__main__ import run
 from pgrpo.rollout.embedded.engine import EmbeddedEngine
-from pgrpo.training import loop
-from pgrpo.training.update import Updater
+from pgrpo.training import session
 phase, marker, now = os.environ["PHASE"], Path(os.environ["MARKER"]), []
 def watch(owner, name, begins):
     function = getattr(owner, name)
@@ -47,10 +47,10 @@ def watch(owner, name, begins):
             marker.write_text(str(os.getpid()))
         return function(*args, **kwargs)
     setattr(owner, name, call)
-watch(loop, "one_step", lambda run: now.append(run.progress.step))
-watch(loop, "evaluate_run", lambda run: (now.append("eval"), phase == "eval" and run.progress.step == 2)[1])
-watch(EmbeddedEngine, "_generate_wave", lambda *_: phase == "rollout" and now[-1] == 1)
-watch(Updater, "backward", lambda *_: phase == "update" and now[-1] == 1)
+watch(grpo, "grpo_step", lambda parts, progress: now.append(progress.step))
+watch(session, "evaluate_held_out", lambda *args: (now.append("eval"), phase == "eval" and args[5] == 2)[1])
+watch(EmbeddedEngine, "_sample_wave", lambda *_: phase == "rollout" and now[-1] == 1)
+watch(grpo, "backward", lambda *_: phase == "update" and now[-1] == 1)
 run()
 """
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from making import episode, group
 from rich.console import Console
 
 import pgrpo
 from pgrpo.config import Config, ConfigError, RewardConfig, secrets
 from pgrpo.tracking import Trackers, check_services, printable
 from pgrpo.tracking import run as trackers_run
-from pgrpo.types import Completion, Group, Prompt
+from pgrpo.types import Group, Prompt
 
 HOSTILE = "[bold red]5[/bold red] \x1b[2J\x07 \u202e :smile: é\nnext"
 
@@ -38,14 +39,20 @@ def make_config(**track) -> Config:
 
 def make_groups(count: int = 3, size: int = 2) -> list[Group]:
     return [
-        Group(
-            prompt=Prompt(index=g, text=f"prompt {g}", token_ids=[1]),
-            completions=[
-                Completion([2], [-0.5], [True], "stop" if i else "length", f"{HOSTILE} {g}.{i}") for i in range(size)
-            ],
-            rewards=[None if i else 0.5 for i in range(size)],
-            reward_parts={"exact_match": [1.0] * size, "length": [None] * size},
-            advantages=[0.25 * i for i in range(size)],
+        group(
+            Prompt(index=g, text=f"prompt {g}", token_ids=[1]),
+            *(
+                episode(
+                    [2],
+                    None if i else 0.5,
+                    logprobs=[-0.5],
+                    advantage=0.25 * i,
+                    finish_reason="stop" if i else "length",
+                    text=f"{HOSTILE} {g}.{i}",
+                    parts={"exact_match": 1.0, "length": None},
+                )
+                for i in range(size)
+            ),
         )
         for g in range(count)
     ]
@@ -95,7 +102,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
 def test_completions_rows(tmp_path):
     track = Trackers(make_config(completions=3), tmp_path)
     groups = make_groups(3, 2)
-    groups[1].completions[0].text = "lone \udc80"
+    groups[1].episodes[0].text = "lone \udc80"
     track.completions(4, groups)
     track.completions(5, [])
     track.close()
@@ -252,7 +259,7 @@ def test_tensorboard_has_completions_as_text_that_is_not_read_as_markdown(tmp_pa
 
     track = Trackers(make_config(tensorboard=True, completions=2, console_every=10), tmp_path)
     groups = make_groups(1, 2)
-    groups[0].completions[0].text = "<script>alert(1)</script> **bold** [x](javascript:alert(2))\n# head"
+    groups[0].episodes[0].text = "<script>alert(1)</script> **bold** [x](javascript:alert(2))\n# head"
     for step in (1, 2, 10):
         track.completions(step, groups)
     track.close()
@@ -294,7 +301,7 @@ def test_wandb_offline_has_numbers_and_tables_of_completions(tmp_path, monkeypat
     monkeypatch.setenv("WANDB_SILENT", "true")
     track = Trackers(make_config(wandb=True, completions=2, console_every=2), tmp_path)
     groups = make_groups(1, 2)
-    groups[0].completions[1].text = "lone \udc80"
+    groups[0].episodes[1].text = "lone \udc80"
     for step in (1, 2, 3):
         track.completions(step, groups)
         track.log(step, {"reward": step / 8})
@@ -414,7 +421,7 @@ def test_a_secret_in_a_prompt_reaches_no_tracker(tmp_path, monkeypatch, terminal
     track = Trackers(make_config(console=True, tensorboard=True, wandb=True, completions=2), tmp_path)
     groups = make_groups(1, 2)
     groups[0].prompt.text = f"{SECRET} {'x' * 596}{SECRET}"  # the terminal shows the last 600 characters
-    groups[0].completions[0].text = f"it is {SECRET!r}"
+    groups[0].episodes[0].text = f"it is {SECRET!r}"
     track.completions(1, groups)
     track.log(1, {"reward": 0.5})
     track.message(f"401 for {SECRET}, {json.dumps({'key': SECRET})}, {json.dumps(repr(SECRET))}")
@@ -436,7 +443,7 @@ def test_digits_of_a_secret_are_digits_of_a_number_too(tmp_path, monkeypatch):
     track = Trackers(make_config(), tmp_path)
     track.log(123456, {"n": 0.123456789})
     groups = make_groups(1, 1)
-    groups[0].rewards, groups[0].prompt.text = [123456.5], "pin 123456"
+    groups[0].episodes[0].reward, groups[0].prompt.text = 123456.5, "pin 123456"
     track.completions(123456, groups)
     track.close()
     assert rows(tmp_path / "metrics.jsonl") == [{"step": 123456, "n": 0.123456789}]

@@ -14,15 +14,16 @@ import transformers
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import start
 from pgrpo.model.policy import Policy, load_model
-from pgrpo.model.proof import tokens_as_groups
+from pgrpo.model.proof import tokens_as_trees
 from pgrpo.model.weights import full_weights, weight_names
 from pgrpo.packing.batch import build_batch
+from pgrpo.packing.forest import Tree, trees_of
 from pgrpo.process.stopping import Stopped
-from pgrpo.rollout.base import sample_seeds
+from pgrpo.rollout.base import generate, sample_seeds
 from pgrpo.rollout.vllm import canary
 from pgrpo.rollout.vllm.delivery import DeliveryError
 from pgrpo.rollout.vllm.engine import EngineError, VLLMEngine
-from pgrpo.types import Group, Prompt, SamplingParams
+from pgrpo.types import Prompt, SamplingParams
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 if torch.cuda.is_available():
@@ -101,14 +102,14 @@ def engine(request, tmp_path_factory) -> Iterator[tuple[VLLMEngine, Policy]]:
 @pytest.fixture
 def awake(engine):
     vllm, policy = engine
-    with vllm.awake():
+    with vllm.awake(0):
         yield vllm, policy
 
 
-def logprobs(policy: Policy, groups: list[Group], temperature=1.0) -> list[float]:
+def logprobs(policy: Policy, trees: list[Tree], temperature=1.0) -> list[float]:
     policy.temperature = temperature
     with torch.no_grad():
-        return policy(build_batch(groups, device=policy.device, attention=policy.attention)).logprobs.tolist()
+        return policy(build_batch(trees, device=policy.device, attention=policy.attention)).logprobs.tolist()
 
 
 def tolerance(policy):
@@ -124,15 +125,17 @@ def perturb(policy, by=0.02):
 def test_n_samples_and_their_logprobs(awake):
     engine, policy = awake
     params = SamplingParams(max_completion_tokens=16, temperature=0.7)
-    groups = engine.generate(prompts("1+1=", "some words"), params, seeds(2, 4))
-    assert [len(g.completions) for g in groups] == [4, 4]
+    groups = generate(engine, prompts("1+1=", "some words"), params, seeds(2, 4))
+    assert [len(g.episodes) for g in groups] == [4, 4]
     assert [g.prompt.text for g in groups] == ["1+1=", "some words"]
-    assert len({tuple(c.token_ids) for g in groups for c in g.completions}) == 8
-    reported = [x for g in groups for c in g.completions for x in c.rollout_logprobs]
-    ours = logprobs(policy, groups, temperature=0.7)
+    assert len({tuple(c.token_ids) for g in groups for c in g.episodes}) == 8
+    reported = [x for g in groups for s in g.samples for x in s.rollout_logprobs]
+    ours = logprobs(policy, trees_of(groups), temperature=0.7)
     print(f"max |rollout - policy| log-prob: {max(abs(a - b) for a, b in zip(reported, ours, strict=True)):.1e}")
     assert reported == pytest.approx(ours, abs=tolerance(policy))
-    assert reported != pytest.approx(logprobs(policy, groups), abs=tolerance(policy)), "the temperature counts"
+    assert reported != pytest.approx(logprobs(policy, trees_of(groups)), abs=tolerance(policy)), (
+        "the temperature counts"
+    )
 
 
 @pytest.mark.parametrize(
@@ -151,15 +154,15 @@ def test_logprobs_are_of_the_whole_distribution_whatever_top_k_and_top_p_cut(awa
     """At the sampling temperature: what the trainer's are of."""
     engine, policy = awake
     asked = prompts("1+1=", "some words", "abc")
-    groups = engine.generate(asked, params, seeds(3, 4))
-    reported = [x for g in groups for c in g.completions for x in c.rollout_logprobs]
-    ours = logprobs(policy, groups, temperature=params.temperature or 1.0)
+    groups = generate(engine, asked, params, seeds(3, 4))
+    reported = [x for g in groups for s in g.samples for x in s.rollout_logprobs]
+    ours = logprobs(policy, trees_of(groups), temperature=params.temperature or 1.0)
     assert reported == pytest.approx(ours, abs=tolerance(policy))
     assert max(reported) < -0.01, "there is something to cut"
     if params.top_k == 1 or params.top_p < 0.1:
-        assert all(g.completions[0].token_ids == g.completions[1].token_ids for g in groups)
-    scored = engine.score(groups)  # at temperature 1, right after another one
-    assert scored == pytest.approx(logprobs(policy, groups), abs=tolerance(policy))
+        assert all(g.samples[0].token_ids == g.samples[1].token_ids for g in groups)
+    scored = engine.score(trees_of(groups))  # at temperature 1, right after another one
+    assert scored == pytest.approx(logprobs(policy, trees_of(groups)), abs=tolerance(policy))
 
 
 def test_the_same_seed_samples_the_same(awake):
@@ -167,8 +170,8 @@ def test_the_same_seed_samples_the_same(awake):
     state = torch.get_rng_state()
 
     def sample(step):
-        groups = engine.generate(prompts("abc", "def"), PARAMS, seeds(2, 3, step))
-        return [c.token_ids for g in groups for c in g.completions]
+        groups = generate(engine, prompts("abc", "def"), PARAMS, seeds(2, 3, step))
+        return [s.token_ids for g in groups for s in g.samples]
 
     assert sample(0) == sample(0) != sample(1)
     assert torch.equal(state, torch.get_rng_state()), "the trainer's generators are left alone"
@@ -176,8 +179,8 @@ def test_the_same_seed_samples_the_same(awake):
 
 def test_greedy(awake):
     engine, policy = awake
-    (group,) = engine.generate(prompts("abc"), SamplingParams(max_completion_tokens=4, temperature=0.0), seeds(1, 2))
-    first, second = group.completions
+    (group,) = generate(engine, prompts("abc"), SamplingParams(max_completion_tokens=4, temperature=0.0), seeds(1, 2))
+    first, second = group.samples
     assert first.token_ids == second.token_ids
     with torch.no_grad():
         ids = torch.tensor([group.prompt.token_ids], device=policy.device)
@@ -191,32 +194,30 @@ def test_a_stop_signal_ends_the_rollout_and_the_engine_can_go_on(awake):
     engine, _ = awake
     engine.world.stop.signum = 15
     with pytest.raises(Stopped):
-        engine.generate(prompts("abc", "def"), PARAMS, seeds(2, 3))
+        generate(engine, prompts("abc", "def"), PARAMS, seeds(2, 3))
     engine.world.stop.signum = 0
     assert not engine.llm.llm_engine.has_unfinished_requests()
-    assert len(engine.generate(prompts("abc"), PARAMS, seeds(1, 3))[0].completions) == 3
+    assert len(generate(engine, prompts("abc"), PARAMS, seeds(1, 3))[0].episodes) == 3
 
 
 def test_eos_ends_a_completion_and_is_its_last_token(awake):
     engine, _ = awake
-    groups = engine.generate(prompts(*"abcdefgh"), PARAMS, seeds(8, 8))
-    completions = [c for g in groups for c in g.completions]
+    groups = generate(engine, prompts(*"abcdefgh"), PARAMS, seeds(8, 8))
+    completions = [e for g in groups for e in g.episodes]
     stopped = [c for c in completions if c.finish_reason == "stop"]
     assert 0 < len(stopped) < len(completions)
     assert all(c.token_ids[-1] == EOS and EOS not in c.token_ids[:-1] for c in stopped)
     assert all(len(c.token_ids) == 16 and EOS not in c.token_ids for c in completions if c.finish_reason == "length")
     empty = [c for c in stopped if c.token_ids == [EOS]]
-    assert empty and all(c.text == "" and len(c.rollout_logprobs) == 1 for c in empty)
+    assert empty and all(c.text == "" and len(c.samples[0].rollout_logprobs) == 1 for c in empty)
     assert all(c.text == "".join(LETTERS[t - 2] for t in c.token_ids if t > 1) for c in completions)
 
 
 def test_stop_strings(awake):
     engine, _ = awake
     params = SamplingParams(max_completion_tokens=16, stop=("e", "7"))
-    groups = engine.generate(prompts(*"abcdefgh"), params, seeds(8, 8))
-    cut = [
-        c for g in groups for c in g.completions if c.token_ids[-1] in (2 + LETTERS.index("e"), 2 + LETTERS.index("7"))
-    ]
+    groups = generate(engine, prompts(*"abcdefgh"), params, seeds(8, 8))
+    cut = [c for g in groups for c in g.episodes if c.token_ids[-1] in (2 + LETTERS.index("e"), 2 + LETTERS.index("7"))]
     assert cut
     for c in cut:
         assert c.finish_reason == "stop" and len(c.text) == len([t for t in c.token_ids if t > 1]) - 1
@@ -226,34 +227,34 @@ def test_stop_strings(awake):
 def test_an_overlong_prompt_is_refused(awake):
     engine, _ = awake
     with pytest.raises(EngineError, match="a prompt of 33 tokens and 16 of its completion do not fit the engine's 48"):
-        engine.generate(prompts("a" * 33), PARAMS, seeds(1, 2))
-    assert engine.generate(prompts("a" * 32), PARAMS, seeds(1, 2))
+        generate(engine, prompts("a" * 33), PARAMS, seeds(1, 2))
+    assert generate(engine, prompts("a" * 32), PARAMS, seeds(1, 2))
 
 
 def test_scores_are_the_policys_logprobs(awake):
     engine, policy = awake
-    groups = tokens_as_groups([[3, 4, 5], [6]], [[[7, 8, 9], [10]], [[11, 12], []]])
-    assert engine.score(groups) == pytest.approx(logprobs(policy, groups), abs=tolerance(policy))
+    trees = tokens_as_trees([[3, 4, 5], [6]], [[[7, 8, 9], [10]], [[11, 12], []]])
+    assert engine.score(trees) == pytest.approx(logprobs(policy, trees), abs=tolerance(policy))
 
 
-def slope(engine, policy, groups, push=True):
-    old = logprobs(policy, groups)
+def slope(engine, policy, trees, push=True):
+    old = logprobs(policy, trees)
     perturb(policy, 0.01)
     if push:
         engine.push()
-    lengths = [len(c.token_ids) for group in groups for c in group.completions]
-    return canary.regress(old, logprobs(policy, groups), engine.score(groups), lengths)
+    lengths = [length for tree in trees for length in tree.lengths]
+    return canary.regress(old, logprobs(policy, trees), engine.score(trees), lengths)
 
 
 @pytest.mark.faults
 def test_the_canary_detects_a_skipped_push(awake):
     engine, policy = awake
-    groups = canary.pick(engine.generate(prompts(*"abcdefgh"), PARAMS, seeds(8, 2)), 15)
-    pushed = slope(engine, policy, groups)
+    trees = canary.pick(trees_of(generate(engine, prompts(*"abcdefgh"), PARAMS, seeds(8, 2))), 15)
+    pushed = slope(engine, policy, trees)
     print(f"slope after a push: {pushed}")
     canary.check(pushed)
     assert abs(pushed.slope) < 0.2
-    stale = slope(engine, policy, groups, push=False)
+    stale = slope(engine, policy, trees, push=False)
     print(f"slope without one: {stale}")
     assert stale.slope == pytest.approx(1.0, abs=0.2)
     with pytest.raises(canary.CanaryError, match="still samples with the weights of before"):
@@ -263,11 +264,11 @@ def test_the_canary_detects_a_skipped_push(awake):
 def test_waking_pushes(engine):
     vllm, policy = engine
     perturb(policy, 0.05)
-    groups = tokens_as_groups([[3, 4, 5]], [[[7, 8, 9], [10, 11]]])
-    with vllm.awake():
-        assert vllm.score(groups) == pytest.approx(logprobs(policy, groups), abs=tolerance(policy))
+    trees = tokens_as_trees([[3, 4, 5]], [[[7, 8, 9], [10, 11]]])
+    with vllm.awake(0):
+        assert vllm.score(trees) == pytest.approx(logprobs(policy, trees), abs=tolerance(policy))
     with pytest.raises(EngineError, match="the engine sleeps"):
-        vllm.score(groups)
+        vllm.score(trees)
     assert {"time/wake", "time/weight_sync", "time/sleep"} <= vllm.timings.keys()
     assert vllm.timings["time/weight_sync"] > 0
 
@@ -277,7 +278,7 @@ def test_asleep_it_gives_its_memory_back(engine):
     vllm, _ = engine
     total = torch.cuda.mem_get_info()[1]
     asleep = torch.cuda.mem_get_info()[0]
-    with vllm.awake():
+    with vllm.awake(0):
         awake = torch.cuda.mem_get_info()[0]
     print(f"awake it takes {(asleep - awake) / 2**30:.1f} GiB of {total / 2**30:.0f}")
     assert asleep - awake > 0.15 * total
@@ -296,7 +297,7 @@ def every_name(policy):
 def test_each_dropped_tensor_is_detected(engine, monkeypatch):
     vllm, policy = engine
     whole = vllm.weights
-    with vllm.awake():
+    with vllm.awake(0):
         for dropped in every_name(policy):
             monkeypatch.setattr(vllm, "weights", lambda d=dropped: ((n, t) for n, t in whole() if n != d))
             with pytest.raises(DeliveryError, match="weight push"):
@@ -313,7 +314,7 @@ def test_each_dropped_tensor_is_detected(engine, monkeypatch):
 @pytest.mark.faults
 def test_a_tensor_that_the_engine_does_not_write_is_detected(engine, monkeypatch):
     vllm, _ = engine
-    with vllm.awake():
+    with vllm.awake(0):
         model = type(vllm._model())
         load = model.load_weights
 
@@ -339,14 +340,17 @@ def test_an_engine_that_dies_while_decoding_is_reported_and_leaves_no_processes(
 
     hook = vllm._model().model.layers[0].register_forward_pre_hook(die)
     try:
-        with pytest.raises(EngineError, match="vLLM failed in rollout: RuntimeError: the device is lost"), vllm.awake():
-            vllm.generate(prompts("abc", "def"), PARAMS, seeds(2, 3))
+        with (
+            pytest.raises(EngineError, match="vLLM failed in rollout: RuntimeError: the device is lost"),
+            vllm.awake(0),
+        ):
+            generate(vllm, prompts("abc", "def"), PARAMS, seeds(2, 3))
     finally:
         hook.remove()
     assert calls >= 3 and not vllm.is_awake
-    with vllm.awake():
+    with vllm.awake(0):
         assert not vllm.llm.llm_engine.has_unfinished_requests()
-        assert [len(g.completions) for g in vllm.generate(prompts("abc", "def"), PARAMS, seeds(2, 3))] == [3, 3]
+        assert [len(g.episodes) for g in generate(vllm, prompts("abc", "def"), PARAMS, seeds(2, 3))] == [3, 3]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="shared decoding needs a GPU")

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from pgrpo.distributed.fsdp import Root, no_gradient
+from pgrpo.rollout.base import OnFinished
 from pgrpo.rollout.embedded.cache import DecodeCache
 from pgrpo.rollout.embedded.sampling import draw, uniforms
 from pgrpo.rollout.text import Tokenizer, make_completions
-from pgrpo.types import Completion, Group, Prompt, SamplingParams
+from pgrpo.types import Request, SamplingParams
 
 LEAVE_FRACTION = 0.25
 """Finished completions leave the batch when they are this share of it: leaving copies the cache of those that stay."""
@@ -31,9 +32,7 @@ class DecodingPolicy(Root, Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def next_logits(
-        self, input_ids_T: Tensor, position_ids_T: Tensor, layout: DecodeCache, rows_B: Tensor
-    ) -> Tensor: ...
+    def next_logits(self, inputs: dict[str, Tensor], layout: DecodeCache, rows_B: Tensor) -> Tensor: ...
 
 
 class EmbeddedEngine:
@@ -66,44 +65,55 @@ class EmbeddedEngine:
         self.check_stop = check_stop
         self.timings: dict[str, float] = {"time/weight_sync": 0.0}  # there is nothing to push
         self.counted_bytes = 0
+        self.weights_version = 0
 
-    def awake(self) -> nullcontext[None]:
+    def awake(self, version: int) -> nullcontext[None]:
         """It samples with the policy itself."""
+        self.weights_version = version
         return nullcontext()
 
     def close(self) -> None:
         """It holds nothing."""
 
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[Sequence[int]]
-    ) -> list[Group]:
-        """One group a prompt, in order; ``seeds[n][g]`` alone decides the random numbers of sample g of prompt n."""
-        groups: list[Group] = []
-        wave = max(1, self.max_concurrent // len(seeds[0]))
-        for start in range(0, len(prompts), wave):
-            part = slice(start, start + wave)
+    def sample(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
+        """Sample all requests, as many at once as ``max_concurrent`` allows. A completion's own seed decides its random numbers."""
+        wave = max(1, self.max_concurrent // len(requests[0].seeds))
+        for start in range(0, len(requests), wave):
             with no_gradient(self.policy):
-                completions = self._generate_wave(prompts[part], params, seeds[part])
-            groups += [Group(p, c) for p, c in zip(prompts[part], completions, strict=True)]
-        return groups
+                self._sample_wave(
+                    requests[start : start + wave],
+                    params,
+                    lambda position, completions, start=start: on_finished(start + position, completions),
+                )
 
-    def _generate_wave(
-        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[Sequence[int]]
-    ) -> list[list[Completion]]:
+    def _sample_wave(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
         device = self.policy.device
-        group_size, limit = len(seeds[0]), params.max_completion_tokens
-        prompt_lens = [len(p.token_ids) for p in prompts]
-        total = len(prompts) * group_size
-        uniform = uniforms([s for group in seeds for s in group], limit).to(device)
+        group_size, limit = len(requests[0].seeds), params.max_completion_tokens
+        prompt_lens = [len(request.token_ids) for request in requests]
+        total = len(requests) * group_size
+        uniform = uniforms([seed for request in requests for seed in request.seeds], limit).to(device)
         tokens = torch.zeros(total, limit, dtype=torch.long, device=device)
         logprobs = torch.zeros(total, limit, device=device)
         lengths = torch.full((total,), limit, device=device)
         stopped = torch.zeros(total, dtype=torch.bool, device=device)
+        waiting = set(range(len(requests)))  # requests with a completion that still decodes
+
+        def hand_over(position: int) -> None:
+            waiting.remove(position)
+            own = slice(position * group_size, (position + 1) * group_size)
+            ids, sampled_at = (
+                [row[:n] for row, n in zip(x[own].tolist(), lengths[own].tolist(), strict=True)]
+                for x in (tokens, logprobs)
+            )
+            made = make_completions(
+                self.tokenizer, ids, sampled_at, stopped[own].tolist(), params.stop, self.weights_version
+            )
+            on_finished(position, made)
 
         cache = DecodeCache(prompt_lens, group_size, limit, device)
         rows = torch.arange(total, device=device)  # which completion each row of the batch is
         positions = torch.tensor(prompt_lens, device=device).repeat_interleave(group_size)
-        logits = self._prefill(prompts, prompt_lens, cache).repeat_interleave(group_size, dim=0)
+        logits = self._prefill(requests, prompt_lens, cache).repeat_interleave(group_size, dim=0)
         for t in range(limit):
             if t % CHECK_EVERY == 0:
                 self.check_stop()
@@ -115,6 +125,11 @@ class EmbeddedEngine:
             newly_ended = rows[ended & ~stopped[rows]]
             stopped[newly_ended] = True
             lengths[newly_ended] = t + 1
+            if len(newly_ended):
+                done = stopped.view(len(requests), group_size).all(-1).tolist()
+                for position in sorted(waiting):
+                    if done[position]:
+                        hand_over(position)
             running = ~stopped[rows]
             if t + 1 == limit or not self.any_rank(bool(running.any())):
                 break
@@ -124,22 +139,20 @@ class EmbeddedEngine:
                     stay = torch.zeros(1, dtype=torch.long, device=device)
                 cache.keep(stay)
                 rows, drawn = rows[stay], drawn[stay]
-            logits = self.policy.next_logits(drawn, positions[rows] + t, cache, torch.arange(len(rows), device=device))
+            inputs = {"input_ids": drawn, "position_ids": positions[rows] + t}
+            logits = self.policy.next_logits(inputs, cache, torch.arange(len(rows), device=device))
             cache.advance()
+        for position in sorted(waiting):
+            hand_over(position)
 
-        ids, sampled_at = (
-            [x[:n] for x, n in zip(t.tolist(), lengths.tolist(), strict=True)] for t in (tokens, logprobs)
-        )
-        flat = make_completions(self.tokenizer, ids, sampled_at, stopped.tolist(), params.stop)
-        return [flat[i : i + group_size] for i in range(0, total, group_size)]
-
-    def _prefill(self, prompts: Sequence[Prompt], prompt_lens: list[int], cache: DecodeCache) -> Tensor:
+    def _prefill(self, requests: Sequence[Request], prompt_lens: list[int], cache: DecodeCache) -> Tensor:
         """Logits [N, V] of each completion's first token."""
         device = self.policy.device
-        input_ids = torch.tensor([t for p in prompts for t in p.token_ids], device=device)
+        input_ids = torch.tensor([t for request in requests for t in request.token_ids], device=device)
         position_ids = torch.cat([torch.arange(n, device=device) for n in prompt_lens])
         last_rows = torch.tensor(prompt_lens, device=device).cumsum(0) - 1
-        return self.policy.next_logits(input_ids, position_ids, cache, last_rows)
+        inputs = {"input_ids": input_ids, "position_ids": position_ids}
+        return self.policy.next_logits(inputs, cache, last_rows)
 
     def _ends_in_stop_string(self, tokens_BT: Tensor, stop: Sequence[str]) -> Tensor:
         """[B] bool: the newest token completed a stop string."""

@@ -16,11 +16,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from pgrpo.algorithm.intervals import student_t
-from pgrpo.types import Group
+from pgrpo.packing.forest import Tree
+from pgrpo.types import Sample
 
 SAMPLES, CONTEXT, TOKENS = 64, 32, 64
 """How many samples are scored, behind how much of their prompts, and how many of their tokens: four thousand log-probs see a change
@@ -95,23 +95,18 @@ def check(slope: Slope) -> None:
         )
 
 
-def pick(groups: Sequence[Group], most_tokens: int = TOKENS) -> list[Group]:
-    """The samples to score, each in a group of its own: the longest of every group, then the next that are not the same, until
-    there are enough. The first ``most_tokens`` tokens of a completion behind the end of its prompt; any text would do that the
+def pick(trees: Sequence[Tree], most_tokens: int = TOKENS) -> list[Tree]:
+    """The samples to score, each in a tree of its own: the longest of every tree, then the next that are not the same, until
+    there are enough. The first ``most_tokens`` tokens of a sample behind the end of its prompt; any text would do that the
     update changes."""
     ranked = []
-    for group in groups:
-        distinct = {tuple(c.token_ids[:most_tokens]): c for c in group.completions}
-        ranked.append(sorted(distinct.values(), key=lambda c: len(c.token_ids), reverse=True))
+    for tree in trees:
+        distinct = {tuple(s.token_ids[:most_tokens]): s for s in tree.samples}
+        ranked.append(sorted(distinct.values(), key=lambda s: len(s.token_ids), reverse=True))
     picked = []
     for turn in range(max(map(len, ranked), default=0)):
-        for group, completions in zip(groups, ranked, strict=True):
-            if turn < len(completions) and len(picked) < SAMPLES:
-                c = completions[turn]
-                ids = c.token_ids[:most_tokens]
-                short = replace(
-                    c, token_ids=ids, rollout_logprobs=c.rollout_logprobs[:most_tokens], mask=[True] * len(ids)
-                )
-                prompt = replace(group.prompt, token_ids=group.prompt.token_ids[-CONTEXT:])
-                picked.append(Group(prompt, [short], rewards=[0.0], advantages=[0.0]))
+        for tree, samples in zip(trees, ranked, strict=True):
+            if turn < len(samples) and len(picked) < SAMPLES:
+                ids, prompt_ids = samples[turn].token_ids[:most_tokens], tree.prompt_ids[-CONTEXT:]
+                picked.append(Tree(prompt_ids, [Sample(prompt_ids, ids, [True] * len(ids), [0.0] * len(ids))]))
     return picked

@@ -4,8 +4,8 @@ The engine sleeps while the policy trains. It has no weights of its own: each ti
 
 What this file knows of vLLM's insides, on the versions in ``vllm_start.SUPPORTED`` (of its start: ``vllm_start``):
 - Without a seed of its own a request draws from this process's generators (PyTorch, NumPy, Python).
-- ``LLM.enqueue``, ``llm_engine.step`` and ``abort_request`` are what ``LLM.generate`` is made of; requests are counted up, and
-  ``enqueue`` returns them under internal names. The eos that ended a completion is one of its tokens.
+- ``LLM.enqueue``, ``llm_engine.step`` and ``abort_request`` are what ``LLM.generate`` is made of; requests are counted up by
+  ``LLM.request_counter``, and ``enqueue`` returns them under internal names. The eos that ended a completion is one of its tokens.
 - The engine destroys the process group when it is shut down, and shuts itself down at exit if nobody did.
 - Sleep level 2 gives up weights and keys and values, and ``wake_up`` takes them back by tag; PyTorch counts them as allocated
   all the while. Only one engine in a process can sleep. A CPU has no sleep.
@@ -30,13 +30,15 @@ from torch import Tensor
 
 from pgrpo.config import Config
 from pgrpo.distributed.world import World
+from pgrpo.packing.forest import Tree
 from pgrpo.process.deadline import deadline
 from pgrpo.process.stopping import Stopped
+from pgrpo.rollout.base import OnFinished
 from pgrpo.rollout.text import Tokenizer, make_completions
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.rollout.vllm.delivery import Delivery
 from pgrpo.rollout.vllm.requests import DEADLINE, EngineError, Requests, vllm_errors
-from pgrpo.types import Group, Prompt, SamplingParams
+from pgrpo.types import Completion, Request, SamplingParams
 
 T = TypeVar("T")
 CHECK_EVERY = 16
@@ -94,8 +96,9 @@ class VLLMEngine:
         self.counted_bytes = self._allocated() - allocated
 
     @contextmanager
-    def awake(self) -> Iterator[None]:
-        """Inside, ``generate`` and ``score`` run on the policy's weights of the moment of entering."""
+    def awake(self, version: int) -> Iterator[None]:
+        """Inside, ``sample`` and ``score`` run on the policy's weights of the moment of entering."""
+        self.weights_version = version
         waking = self._wake("weights")
         started = self._now()
         self.push()
@@ -115,34 +118,29 @@ class VLLMEngine:
         self._together(self._fall_asleep)
         self.timings["time/sleep"] = self._now() - started
 
-    def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[Sequence[int]]
-    ) -> list[Group]:
-        """One group a prompt, in order, from one request each. The seeds of all prompts together decide the random numbers: the
-        same call on the same weights samples the same, a part of it need not. A stop signal ends it, on all ranks (``Stopped``).
+    def sample(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
+        """Sample all requests, each as one of vLLM's. All seeds together decide the random numbers: the same call on the same
+        weights samples the same, a part of it need not. A stop signal ends it, on all ranks (``Stopped``).
 
         Raises:
             EngineError: vLLM failed, or ended a request early; where it is another rank's, ``RankFailed``.
         """
-        return self._together(lambda: self._generate(prompts, params, seeds))
+        self._together(lambda: self._sample(requests, params, on_finished))
 
-    def _generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[Sequence[int]]
-    ) -> list[Group]:
-        ours = slice(0, len(prompts))
-        if self.tp_group is not None:  # neighbours run one engine: each takes all of their prompts, and keeps its own
+    def _sample(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
+        place, count = 0, len(requests)
+        if self.tp_group is not None:  # neighbours run one engine: each takes all of their requests, and keeps its own
             shares: list[Any] = [None] * self.tp_size
-            dist.all_gather_object(shares, (list(prompts), [list(s) for s in seeds]), group=self.tp_group)
-            place = self.world.rank % self.tp_size * len(prompts)
-            ours = slice(place, place + len(prompts))
-            prompts, seeds = ([x for share in shares for x in share[i]] for i in (0, 1))
-        for prompt in prompts:
-            if len(prompt.token_ids) + params.max_completion_tokens > self.max_model_len:
+            dist.all_gather_object(shares, list(requests), group=self.tp_group)
+            place = self.world.rank % self.tp_size * count
+            requests = [request for share in shares for request in share]
+        for token_ids, _ in requests:
+            if len(token_ids) + params.max_completion_tokens > self.max_model_len:
                 raise EngineError(
-                    f"a prompt of {len(prompt.token_ids)} tokens and {params.max_completion_tokens} of its completion do not fit "
+                    f"a prompt of {len(token_ids)} tokens and {params.max_completion_tokens} of its completion do not fit "
                     f"the engine's {self.max_model_len} (data.max_prompt_tokens + rollout.max_completion_tokens)"
                 )
-        greedy, group_size = params.temperature == 0.0, len(seeds[0])
+        greedy, group_size = params.temperature == 0.0, len(requests[0].seeds)
         request = vllm_start.package().SamplingParams(
             n=1 if greedy else group_size,  # vLLM refuses several greedy samples: they are one, several times
             max_tokens=params.max_completion_tokens,
@@ -156,35 +154,42 @@ class VLLMEngine:
             flat_logprobs=True,
             output_kind=vllm_start.package().sampling_params.RequestOutputKind.FINAL_ONLY,
         )
+
+        def take(position: int, output: Any) -> None:
+            if place <= position < place + count:
+                completions = self._completions(output, params)
+                on_finished(position - place, completions * group_size if greedy else completions)
+
         self._check_awake()
         self.divisor = 1.0 if greedy else params.temperature
         try:
-            outputs = self.requests.run_all([p.token_ids for p in prompts], request, seed=_joint_seed(seeds))
+            seed = _joint_seed([r.seeds for r in requests])
+            self.requests.run_all([r.token_ids for r in requests], request, seed, take)
         finally:
             self.divisor = 1.0
-        groups = []
-        for prompt, output in zip(prompts[ours], outputs[ours], strict=True):
-            samples = sorted(output.outputs, key=lambda sample: sample.index)
-            ids = [list(s.token_ids) for s in samples]
-            logprobs = [list(s.logprobs.logprobs) for s in samples]
-            if [len(i) for i in ids] != [len(p) for p in logprobs]:
-                raise EngineError(f"vLLM gave other numbers of tokens and of log-probs for prompt {prompt.index}")
-            stopped = [s.finish_reason == "stop" for s in samples]
-            completions = make_completions(self.tokenizer, ids, logprobs, stopped, params.stop)
-            groups.append(Group(prompt, completions * group_size if greedy else completions))
-        return groups
 
-    def score(self, groups: Sequence[Group]) -> list[float]:
-        """Log-probs at temperature 1 of all completion tokens, in order: of groups that this rank's engine shares."""
-        samples = [(g.prompt.token_ids, c.token_ids) for g in groups for c in g.completions]
+    def _completions(self, output: Any, params: SamplingParams) -> list[Completion]:
+        samples = sorted(output.outputs, key=lambda sample: sample.index)
+        ids = [list(s.token_ids) for s in samples]
+        logprobs = [list(s.logprobs.logprobs) for s in samples]
+        if [len(i) for i in ids] != [len(p) for p in logprobs]:
+            raise EngineError(f"vLLM gave other numbers of tokens and of log-probs for request {output.request_id}")
+        stopped = [s.finish_reason == "stop" for s in samples]
+        return make_completions(self.tokenizer, ids, logprobs, stopped, params.stop, self.weights_version)
+
+    def score(self, trees: Sequence[Tree]) -> list[float]:
+        """Log-probs at temperature 1 of all tokens behind prompts, in order: of trees that this rank's engine shares."""
+        samples = [(tree.prompt_ids, sample.token_ids) for tree in trees for sample in tree.samples]
         request = vllm_start.package().SamplingParams(
             max_tokens=1, prompt_logprobs=0, top_p=1.0, temperature=1.0, detokenize=False
         )
         self._check_awake()
-        outputs = self._together(lambda: self.requests.run([p + c for p, c in samples], request, seed=0))
+        outputs: dict[int, Any] = {}
+        prompts = [prompt + completion for prompt, completion in samples]
+        self._together(lambda: self.requests.run(prompts, request, 0, outputs.__setitem__))
         return [
-            output.prompt_logprobs[at][output.prompt_token_ids[at]].logprob
-            for output, (prompt, completion) in zip(outputs, samples, strict=True)
+            outputs[i].prompt_logprobs[at][outputs[i].prompt_token_ids[at]].logprob
+            for i, (prompt, completion) in enumerate(samples)
             for at in range(len(prompt), len(prompt) + len(completion))
         ]
 

@@ -18,6 +18,8 @@ from pgrpo.rollout.vllm.delivery import DeliveryError
 DEADLINE = "rollout.vllm_deadline_s"
 RETRIES = 2
 """How often a prompt is sampled again whose completions vLLM gave up."""
+OnOutput = Callable[[int, Any], None]
+"""Called with a position and vLLM's output."""
 log = logging.getLogger(__name__)
 
 
@@ -37,50 +39,59 @@ class Requests:
     def __init__(self, llm: Any, seconds: float, stop_signal: Callable[[int], int]) -> None:
         self.llm, self.seconds, self.stop_signal = llm, seconds, stop_signal
 
-    def run_all(self, prompts: list[list[int]], request: Any, seed: int) -> list[Any]:
+    def run_all(self, prompts: list[list[int]], request: Any, seed: int, on_output: OnOutput) -> None:
         """``run``, again for the prompts of which vLLM gave a completion up: a part of one must not be scored.
 
         Raises:
             EngineError: it gave one up ``RETRIES`` times.
         """
-        outputs: dict[int, Any] = {}
-        text = ""
+        waiting, text = list(range(len(prompts))), ""
         for attempt in range(1 + RETRIES):
             if attempt:
                 log.warning("%s: they are sampled again", text)
-            left = [i for i in range(len(prompts)) if i not in outputs]
-            found = dict(zip(left, self.run([prompts[i] for i in left], request, seed + attempt), strict=True))
-            reasons = {i: {str(s.finish_reason) for s in o.outputs} - {"stop", "length"} for i, o in found.items()}
-            outputs |= {i: output for i, output in found.items() if not reasons[i]}
-            if len(outputs) == len(prompts):
-                return [outputs[i] for i in range(len(prompts))]
-            given = ", ".join(sorted(set().union(*reasons.values())))
-            text = f"vLLM gave up completions of {len(prompts) - len(outputs)} of {len(prompts)} prompts ({given})"
+            given_up: dict[int, set[str]] = {}
+
+            def take(
+                place: int, output: Any, asked: list[int] = waiting, given_up: dict[int, set[str]] = given_up
+            ) -> None:
+                if reasons := {str(sample.finish_reason) for sample in output.outputs} - {"stop", "length"}:
+                    given_up[asked[place]] = reasons
+                else:
+                    on_output(asked[place], output)
+
+            self.run([prompts[i] for i in waiting], request, seed + attempt, take)
+            waiting = sorted(given_up)
+            if not waiting:
+                return
+            reasons = ", ".join(sorted(set().union(*given_up.values())))
+            text = f"vLLM gave up completions of {len(waiting)} of {len(prompts)} prompts ({reasons})"
         raise EngineError(f"{text}, {1 + RETRIES} times in a row")
 
-    def run(self, prompts: list[list[int]], request: Any, seed: int) -> list[Any]:
-        """Finished outputs of the prompts, in order."""
+    def run(self, prompts: list[list[int]], request: Any, seed: int, on_output: OnOutput) -> None:
+        """Call ``on_output`` with each prompt's position and output, as soon as it is finished."""
         state = rng_state()
         seed_all(seed)
-        finished: list[Any] = []
-        steps = 0
+        steps = finished = 0
         with deadline(self.seconds, "a vLLM rollout", DEADLINE), vllm_errors("rollout"):
+            first = self.llm.request_counter.counter
             ids = self.llm.enqueue([{"prompt_token_ids": p} for p in prompts], request, use_tqdm=False)
             engine = self.llm.llm_engine
             try:
                 while engine.has_unfinished_requests():
                     if signum := self.stop_signal(steps := steps + 1):
                         raise Stopped(signum)
-                    finished += [output for output in engine.step() if output.finished]
+                    for output in engine.step():
+                        if output.finished:
+                            on_output(int(output.request_id) - first, output)
+                            finished += 1
             except BaseException:
                 with suppress(Exception):  # it may fail in this too, and the first error is the one to tell
                     engine.abort_request(ids, internal=True)
                 raise
             finally:
                 set_rng_state(state)
-        if len(finished) != len(ids):
-            raise EngineError(f"vLLM finished {len(finished)} of {len(ids)} requests")
-        return sorted(finished, key=lambda output: int(output.request_id))
+        if finished != len(ids):
+            raise EngineError(f"vLLM finished {finished} of {len(ids)} requests")
 
 
 @contextmanager

@@ -78,7 +78,8 @@ class Model:
 
 class LLM:
     def __init__(self, model: str, **_) -> None:
-        self.model, self.waiting, self.count = Model(model), [], 0
+        self.model, self.waiting = Model(model), []
+        self.request_counter = SimpleNamespace(counter=0)
         self.llm_engine = self
         self.engine_core = SimpleNamespace(shutdown=lambda: None)
 
@@ -93,7 +94,8 @@ class LLM:
         """There is none."""
 
     def enqueue(self, prompts, request, use_tqdm):
-        first, self.count = self.count, self.count + len(prompts)
+        first = self.request_counter.counter
+        self.request_counter.counter += len(prompts)
         new = [(str(first + i), prompt["prompt_token_ids"], request) for i, prompt in enumerate(prompts)]
         self.waiting += new
         return [name for name, _, _ in new]

@@ -1,107 +1,87 @@
-"""What a run is made of, and how it is built from a config."""
+"""From a config to the parts of a run: read the data, find the rewards, and only then load the model."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pgrpo.checkpoint import CheckpointError
 from pgrpo.config import Config, ConfigError
 from pgrpo.data import PromptStream, load_prompts
 from pgrpo.distributed.world import World
-from pgrpo.model.lora import LogprobsOf, adapter_parameters, check_lora, without_adapters
+from pgrpo.model.lora import LogprobsOf, check_lora, without_adapters
 from pgrpo.model.policy import Policy, check_positions, load_error, load_hf_config
-from pgrpo.planning.flops import ModelDims, update_flops
-from pgrpo.planning.placement import attention_choice, check_device, place_policy, place_reference
-from pgrpo.process.rng import rng_state, seed_all, set_rng_state
+from pgrpo.planning.flops import ModelDims
+from pgrpo.planning.placement import attention_choice, check_device
+from pgrpo.process.rng import seed_all
 from pgrpo.rewards.runner import RewardRunner
 from pgrpo.rollout.base import RolloutEngine
 from pgrpo.rollout.ends import check_turn_end, end_token_ids
-from pgrpo.training.checkpointing import Checkpoints
 from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine
-from pgrpo.training.evaluate import check_keep_best
+from pgrpo.training.evaluation import check_keep_best
 from pgrpo.training.optim import build_optimizer
-from pgrpo.training.progress import Progress
-from pgrpo.training.update import Updater
-from pgrpo.types import Group, Prompt
+from pgrpo.training.place import place_policy, place_reference
+from pgrpo.types import Prompt
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Run:
-    """The pieces of a run, its progress, and its checkpoints."""
+@dataclass(frozen=True)
+class Learner:
+    """What an update needs.
+
+    Attributes:
+        policy: what is trained.
+        reference: log-probs of the model that the KL term compares with, or None without one.
+        optimizer: steps ``policy``'s parameters.
+        dims: the model's sizes, for costs.
+    """
 
     config: Config
     world: World
+    policy: Policy
+    reference: LogprobsOf | None
+    optimizer: torch.optim.Optimizer
     dims: ModelDims
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a run. What changes from step to step is in ``Progress``."""
+
+    config: Config
+    world: World
     stream: PromptStream
     held_out: list[Prompt]
     rewards: RewardRunner
-    policy: Policy
+    learner: Learner
     engine: RolloutEngine
     canary: Canary | None
-    updater: Updater
-    progress: Progress = field(default_factory=Progress)
 
-    def __post_init__(self) -> None:
-        root = self.run_dir / "checkpoints"
-        self.checkpoints = Checkpoints(root, self.config, self.world, self.updater, self.stream, self.progress)
-        self.mark()
+    @property
+    def policy(self) -> Policy:
+        return self.learner.policy
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            self.checkpoints.wait()
-        except CheckpointError as error:
-            if kind is None:
-                raise
-            log.error("the last checkpoint was not written: %s", error)  # what ended the run is told by its exception
-        finally:
-            self.rewards.close()
-            if kind is None or self.world.size == 1:  # else other ranks may be waiting in a call that will not come
-                self.engine.close()
-
-    @property
-    def run_dir(self) -> Path:
-        return run_folder(self.config)
-
-    def mark(self) -> None:
-        """``drop`` comes back to here: a step, or an evaluation, is done."""
-        self._marked = self.stream.state_dict(), rng_state()
-        self.updater.has_moved = False
-
-    def drop(self) -> None:
-        """Forget a step that was begun, up to its first optimizer step, or an evaluation."""
-        stream, generators = self._marked
-        self.stream.load_state_dict(stream)
-        set_rng_state(generators)
-        self.updater.optimizer.zero_grad()
+        self.rewards.close()
+        if kind is None or self.world.size == 1:  # else other ranks may be waiting in a call that will not come
+            self.engine.close()
 
 
-def agree_on_run_dir(config: Config, world: World) -> None:
-    """All ranks take rank 0's: `${now:...}` in it may differ between them. A collective call."""
-    config.run_dir = world.from_main(config.run_dir)
-
-
-def run_folder(config: Config) -> Path:
-    return Path(config.run_dir).expanduser()
-
-
-def build_run(
+def build(
     config: Config,
     world: World,
     rewards: Sequence[Callable[..., Any]] = (),
     dataset: Iterable[Mapping[str, Any]] | None = None,
-) -> Run:
-    """Read the data, find the rewards, and only then load the model.
+) -> Parts:
+    """All parts of a run. Close them (``with``).
 
     Raises:
         ConfigError: something is wrong with the input; what is cheap to check is checked first.
@@ -125,15 +105,14 @@ def build_run(
     seed_all(config.seed + world.rank)
     policy = place_policy(config, world)
     reference = initial_model(policy, config, world) if config.loss.kl_coef else None
-    optimizer = build_optimizer(policy, config.optim)
+    learner = Learner(config, world, policy, reference, build_optimizer(policy, config.optim), dims)
     generation_eos = getattr(policy.model.generation_config, "eos_token_id", None)
     end_ids = end_token_ids(tokenizer, generation_eos, config.rollout.stop)
     if world.is_main:
         check_turn_end(tokenizer, config.prompt, end_ids)
     engine = build_engine(config, world, policy, tokenizer, end_ids)
     canary = build_canary(config, world, policy, engine)
-    updater = Updater(config, world, policy, reference, optimizer, cost=lambda group: group_cost(dims, group, config))
-    return Run(config, world, dims, stream, held_out, runner, policy, engine, canary, updater)
+    return Parts(config, world, stream, held_out, runner, learner, engine, canary)
 
 
 def initial_model(policy: Policy, config: Config, world: World) -> LogprobsOf:
@@ -193,10 +172,3 @@ def training_prompts(
 def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The prompts of the first ``eval.rows`` held-out rows. Later rows are not looked at."""
     return load_prompts(config.data, config.prompt, tokenizer, held_out=True, first=config.eval.rows).prompts
-
-
-def group_cost(dims: ModelDims, group: Group, config: Config) -> float:
-    """FLOPs of the group's forward and backward."""
-    lengths, shared = [len(c.token_ids) for c in group.completions], config.model.attention == "grouped"
-    adapters = adapter_parameters(config.model, dims)
-    return update_flops(dims, len(group.prompt.token_ids), lengths, shared=shared, adapters=adapters)

@@ -1,0 +1,200 @@
+"""GRPO on one page. Reading starts here.
+
+One step (``grpo_step``):
+
+1. *sample* G completions of every prompt with the policy's weights of now, and *score* them with the reward functions;
+2. *compare* each episode with its group: its advantage is its reward minus the group's mean, over the group's spread;
+3. *pack* what has a gradient into micro-batches in which each prompt is stored and computed once;
+4. *update* the policy with a clipped policy-gradient loss on per-sample log-probs;
+5. *push* the new weights to the sampler, which happens when it wakes for the next step (``engine.awake``).
+
+What surrounds the algorithm is elsewhere: the parts of a run and how they are built (training/build.py), its folder, signals,
+saving and failures (training/session.py), the loss (algorithm/loss.py), and packing (packing/).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pgrpo.algorithm.advantages import has_spread, step_advantages
+from pgrpo.algorithm.loss import Counts, policy_loss
+from pgrpo.algorithm.metrics import group_metrics
+from pgrpo.config import Config
+from pgrpo.distributed.fsdp import no_gradient
+from pgrpo.model.policy import Policy
+from pgrpo.packing.batch import GroupedBatch
+from pgrpo.rollout.base import sample_seeds, sampling_params
+from pgrpo.training import update as updates
+from pgrpo.training.build import Learner, Parts
+from pgrpo.training.messages import StepClock, naming_the_batch
+from pgrpo.training.optim import clip_gradients, learning_rate, set_learning_rate
+from pgrpo.training.progress import Progress
+from pgrpo.training.rollout import sample_and_score, to_main
+from pgrpo.training.session import open_session
+from pgrpo.types import Group
+
+Metrics = dict[str, float]
+
+
+def train(
+    config: Config,
+    *,
+    rewards: Sequence[Callable[..., Any]] = (),
+    dataset: Iterable[Mapping[str, Any]] | None = None,
+    resume: str | Path | None = None,
+) -> Path:
+    """Run a training to its end and return its folder (``pgrpo.train``, which says what the arguments are).
+
+    Raises:
+        ConfigError: the input is wrong; nothing was trained.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, once a checkpoint was saved.
+    """
+    with open_session(config, rewards, dataset, resume) as session:
+        while session.goes_on():
+            groups, metrics = grpo_step(session.parts, session.progress)
+            session.finish_step(groups, metrics)
+    return session.run_dir
+
+
+def grpo_step(parts: Parts, progress: Progress) -> tuple[list[Group], Metrics]:
+    """One step. Returns rank 0's groups (none on other ranks, which train on what rank 0 sends them) and what to log."""
+    config, world, learner, canary = parts.config, parts.world, parts.learner, parts.canary
+    clock = StepClock(parts)
+    if (every := config.loss.ref_refresh_every) and progress.step and progress.step % every == 0:
+        updates.refresh_reference(learner)
+
+    # 1. Sample and score. Entering ``awake`` pushes the policy's weights to the engine.
+    with parts.engine.awake(progress.step):
+        checked = canary.look() if canary else {}
+        groups, all_groups, sampled = sample_groups(parts, progress.step)
+    clock.sampled()
+
+    # 2. Compare. A reward judges a whole episode, so all of its tokens get the same advantage.
+    loss = config.loss
+    compared = step_advantages([group.rewards for group in groups], loss.scale_advantages, loss.advantage_baseline)
+    for group, advantages in zip(groups, compared, strict=True):
+        for episode, advantage in zip(group.episodes, advantages, strict=True):
+            for sample in episode.samples:
+                sample.advantages = [advantage] * len(sample.token_ids)
+
+    # 3. and 4. Pack and update.
+    set_learning_rate(learner.optimizer, lr := learning_rate(config.optim, progress.step, config.train.steps))
+    if canary:
+        canary.before_update(progress.step, groups)
+    with naming_the_batch(parts, progress, groups):
+        updated = update(learner, progress, groups)
+    if canary:
+        canary.after_update()
+
+    scored = world.from_main(group_metrics(all_groups) if world.is_main else {})
+    logged = {"lr": lr, "epoch": parts.stream.epoch}
+    return groups, scored | updated | sampled | parts.engine.timings | checked | logged | clock.metrics(groups, updated)
+
+
+def sample_groups(parts: Parts, step: int) -> tuple[list[Group], list[Group], Metrics]:
+    """Rank 0's groups to train on, all groups that were sampled for them, and what to log.
+
+    Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a group whose rewards are all equal teaches nothing, and makes room
+    for one of a fresh prompt, in at most ``rollout.resample_limit`` extra rounds. A prompt's seeds derive from its number in the
+    step, so that any number of ranks samples the same.
+    """
+    config, world, size = parts.config, parts.world, parts.config.rollout.group_size
+    metrics = {"time/rollout": 0.0, "time/reward": 0.0, "rewards/errors": 0.0}
+    count = rounds = 0
+
+    def sample(number: int) -> list[Group]:
+        nonlocal count
+        prompts = parts.stream.take(number)
+        seeds = [sample_seeds(config.seed, step, count + i, group_size=size) for i in range(number)]
+        count += number
+        scored = sample_and_score(parts.engine, parts.rewards, world, prompts, sampling_params(config), seeds)
+        metrics["time/rollout"] += scored.rollout_s
+        metrics["time/reward"] += scored.reward_s
+        metrics["rewards/errors"] += scored.errors
+        return to_main(world, prompts, scored.groups)
+
+    wanted = config.rollout.prompts_per_step
+    groups = sample(wanted)
+    all_groups = list(groups)
+    while rounds < config.rollout.resample_limit:
+        flat = world.from_main([i for i, group in enumerate(groups) if not has_spread(group.rewards)])
+        if not flat:
+            break
+        fresh = sample(len(flat))
+        for i, group in zip(flat, fresh, strict=world.is_main):
+            groups[i] = group
+        all_groups += fresh
+        rounds += 1
+    if config.rollout.resample_limit:
+        metrics["resampling/rounds"], metrics["resampling/groups"] = rounds, count - wanted
+        metrics["resampling/frac_reward_zero_std"] = sum(not has_spread(group.rewards) for group in groups) / wanted
+    return groups, all_groups, metrics
+
+
+def update(learner: Learner, progress: Progress, groups: Sequence[Group]) -> Metrics:
+    """All of a step's optimizer steps: in each epoch every group is used once, in ``updates_per_step`` equal shares. Returns what
+    to log. A collective call."""
+    config, world = learner.config.train, learner.world
+    size = len(groups) // config.updates_per_step
+    shares = [groups[i * size : (i + 1) * size] for i in range(config.updates_per_step)]
+    batches = [updates.micro_batches(learner, share) for share in shares]
+    # The loss divides by counts of the whole update, so it does not depend on how groups were cut into micro-batches and ranks.
+    counts = world.from_main([updates.count(share) for share in shares])
+
+    started = time.perf_counter()
+    # Old log-probs are those of the weights that sampled. The first share meets these weights in its own forward.
+    for share in batches[1:]:
+        updates.record_old_logprobs(learner, share)
+    world.synchronize()
+    old_logprobs_s = time.perf_counter() - started
+
+    outcomes: list[updates.Outcome] = []
+    for _ in range(config.epochs_per_step):
+        for share, counted in zip(batches, counts, strict=True):
+            outcomes.append(optimizer_step(learner, progress, share, counted))
+    trained = [batch for share in batches for batch in share] * config.epochs_per_step
+    return updates.update_metrics(learner, outcomes, trained) | {"time/old_logprobs": old_logprobs_s}
+
+
+def optimizer_step(
+    learner: Learner, progress: Progress, batches: Sequence[GroupedBatch], counts: Counts
+) -> updates.Outcome:
+    """One optimizer step on the gradient of all micro-batches; none where they are empty or the gradient is not finite."""
+    world, sums = learner.world, updates.UpdateSums.zero(learner.world.device)
+    for batch in batches:
+        if not progress.has_moved:  # before the step's first change of weights a stop signal can still drop the step
+            world.check_stop()
+        sums = sums.plus(backward(learner, batch, counts))
+    grad_norm = clip_gradients(learner.policy, learner.config.optim.max_grad_norm) if batches else 0.0
+    sums = sums.over_ranks(world)
+    sound = updates.is_sound(learner, progress, sums.loss.item(), grad_norm) if batches else True
+    if batches and sound:
+        progress.has_moved = True
+        learner.optimizer.step()
+    learner.optimizer.zero_grad()
+    return updates.Outcome(sums, grad_norm, is_skipped=not sound)
+
+
+def backward(learner: Learner, batch: GroupedBatch, counts: Counts) -> updates.UpdateSums:
+    """Add one micro-batch's gradient. Returns sums over its tokens."""
+    config, policy, reference = learner.config, learner.policy, learner.reference
+    ref_logprobs_BR = None
+    if reference is not None:
+        # Run the reference before the policy: with LoRA both are one module, and FSDP expects the backward to follow the latest
+        # forward.
+        with no_gradient(reference if isinstance(reference, Policy) else policy):
+            ref_logprobs_BR = batch.unpack(reference(batch).logprobs)
+    flat_logprobs_L, flat_entropy_L = policy(batch, entropy=True)
+    logprobs_BR, entropy_BR = batch.unpack(flat_logprobs_L), batch.unpack(flat_entropy_L)
+    if batch.old_logprobs is None:  # these weights sampled: the ratio is 1, and its gradient that of the log-probs
+        batch.old_logprobs = logprobs_BR.detach()
+    output = policy_loss(
+        logprobs_BR, batch.old_logprobs, batch.advantages, batch.mask, counts, config.loss,
+        config.rollout.max_completion_tokens,
+        rollout_logprobs_BR=batch.rollout_logprobs, ref_logprobs_BR=ref_logprobs_BR, entropy_BR=entropy_BR,
+    )  # fmt: skip
+    (output.loss * learner.world.dp_size).backward()  # FSDP averages gradients over ranks; the loss is a sum over them
+    return updates.UpdateSums.of(output, batch.mask, entropy_BR, batch.old_logprobs, batch.rollout_logprobs)

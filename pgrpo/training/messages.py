@@ -1,0 +1,139 @@
+"""What a run tells people beside its metrics: what it is, why memory ran out, and which batch could not be learned from."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgrpo.config import REDACTED, redact, to_json
+from pgrpo.packing.forest import trees_of
+from pgrpo.planning.flops import GIB, peak_flops
+from pgrpo.planning.placement import engine_choice, engine_name, vllm_memory_share
+from pgrpo.process.lock import run_folder
+from pgrpo.tracking.record import replacing
+from pgrpo.training.build import Parts
+from pgrpo.training.progress import Progress
+from pgrpo.training.update import NonFiniteError, has_gradient, tree_cost
+from pgrpo.types import Group
+
+
+def summary(parts: Parts, folder: Path) -> str:
+    """One line at the start of a run."""
+    config, world, policy = parts.config, parts.world, parts.policy
+    total = sum(p.numel() for p in policy.parameters())
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    parameters = f"{total / 1e6:.1f}M parameters" + (f" ({trained / 1e6:.2f}M trained)" if trained < total else "")
+    share = ""
+    if engine_name(config, world.device) == "vllm":  # somebody may want to change it
+        share = f" with gpu_memory_utilization {vllm_memory_share(config, parts.learner.dims, world):.2f}"
+    return (
+        f"{config.model.path}: {parameters}, {config.model.attention} attention on the "
+        f"{policy.attention.kernel} kernel ({policy.attention.reason}), "
+        f"{engine_choice(config, world.device).text}{share}, "
+        f"{config.rollout.prompts_per_step} prompts x {config.rollout.group_size} completions a step, "
+        f"{world.size} x {world.device.type}, {len(parts.stream)} prompts, run folder {folder}"
+    )
+
+
+def out_of_memory(error: Exception, parts: Parts, step: int) -> RuntimeError | None:
+    """Which sizes a step has and which keys lower them, if the error says that memory ran out in it."""
+    out = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if not out:
+        return None
+    config, dims = parts.config, parts.learner.dims
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    more = "" if config.model.activation_checkpointing == "full" else ", set model.activation_checkpointing=full"
+    vllm = " or rollout.gpu_memory_utilization" if engine_name(config, parts.world.device) == "vllm" else ""
+    reason = str(error).strip().splitlines()[0] if str(error) else "no more memory"
+    return RuntimeError(
+        f"out of memory in step {step + 1} ({reason}). "
+        f"A micro-batch has up to train.token_budget={config.train.token_budget} packed tokens in {dims.layers} layers of "
+        f"{dims.hidden}, with model.activation_checkpointing={config.model.activation_checkpointing}; a rollout decodes "
+        f"rollout.max_concurrent={config.rollout.max_concurrent} completions of up to "
+        f"{config.rollout.max_completion_tokens} tokens. Lower train.token_budget (at least {longest}, the longest sample)"
+        f"{more}, or lower rollout.max_concurrent{vllm}"
+    )
+
+
+@contextmanager
+def naming_the_batch(parts: Parts, progress: Progress, groups: Sequence[Group]) -> Iterator[None]:
+    """Where an update raises ``NonFiniteError``, write the step's groups and add to the message where they are."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{error}; {_dump(parts, progress, groups)}") from None
+
+
+def _dump(parts: Parts, progress: Progress, groups: Sequence[Group]) -> str:
+    """Write all of a step's groups as JSON (with NaN, as Python reads it). Returns where they are. A file that cannot be written is
+    said in that place: what the batch is wanted for must still be told."""
+    file = run_folder(parts.config) / f"bad_batch_step_{progress.step + 1}.json"
+    try:
+        if parts.world.is_main:
+            rows: list[Any] = redact(list(groups))  # as mappings
+            for row in rows:  # token ids are the secret too
+                in_prompt = REDACTED in row["prompt"]["text"]
+                if in_prompt:
+                    row["prompt"]["token_ids"] = REDACTED
+                for episode in row["episodes"]:
+                    in_episode = REDACTED in episode["text"]
+                    for sample in episode["samples"]:
+                        if in_prompt or in_episode:
+                            sample["prompt_ids"] = REDACTED
+                        if in_episode:
+                            sample["token_ids"] = REDACTED
+            with replacing(file, "{fix}") as out:
+                out.write(to_json(rows, indent=1, skipkeys=True))
+    except RuntimeError as error:
+        return f"the batch is lost: {error}"
+    return f"{file} has the batch"
+
+
+class StepClock:
+    """Seconds, FLOPs and memory of one step, from its construction to ``metrics``."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts, self._started = parts, time.perf_counter()
+        self._sampled = self._started
+        self._reset_peak()
+
+    def sampled(self) -> None:
+        """Sampling and scoring are done, the update begins."""
+        self._sampled = time.perf_counter()
+        if self._parts.engine.counted_bytes:  # the memory of an engine of its own in the rollout is its own affair
+            self._reset_peak()
+
+    def metrics(self, groups: Sequence[Group], updated: dict[str, float]) -> dict[str, float]:
+        """The step is done. ``groups`` are rank 0's, ``updated`` the metrics of the updates."""
+        learner, world = self._parts.learner, self._parts.world
+        world.synchronize()
+        done = time.perf_counter()
+        trees = trees_of(group for group in groups if has_gradient(learner, group))
+        flops = learner.config.train.epochs_per_step * sum(tree_cost(learner, tree) for tree in trees)
+        flops_per_s = flops / (done - self._sampled) / world.size
+        metrics = {
+            "perf/tokens_per_s": updated["tokens/packed"] / (done - self._started),
+            "perf/tflops": flops_per_s / 1e12,
+            "perf/peak_memory_gib": self._peak_memory(),
+            "time/update": done - self._sampled - updated["time/old_logprobs"],
+            "time/step": done - self._started,
+        }
+        if world.device.type == "cuda" and (peak := peak_flops(torch.cuda.get_device_name(world.device))):
+            metrics["perf/mfu"] = flops_per_s / peak
+        return metrics
+
+    def _reset_peak(self) -> None:
+        if self._parts.world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def _peak_memory(self) -> float:
+        """GiB of this rank: the step's peak on a GPU, of the update alone beside a sleeping vLLM; the process's peak on a CPU."""
+        if self._parts.world.device.type == "cuda":
+            return (torch.cuda.max_memory_allocated() - self._parts.engine.counted_bytes) / GIB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

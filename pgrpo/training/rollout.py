@@ -1,0 +1,66 @@
+"""Groups of prompts, sampled and scored by all ranks together: what a training step and an evaluation begin with."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from pgrpo.distributed.world import World
+from pgrpo.rewards.runner import RewardRunner
+from pgrpo.rollout.base import RolloutEngine, generate
+from pgrpo.types import Group, Prompt, SamplingParams
+
+log = logging.getLogger(__name__)
+
+
+class Scored(NamedTuple):
+    """What one rank sampled and scored.
+
+    Attributes:
+        groups: this rank's, one a prompt.
+        errors: episodes that a reward failed on and that take no part, on all ranks.
+        rollout_s: seconds of sampling.
+        reward_s: seconds of scoring.
+    """
+
+    groups: list[Group]
+    errors: int
+    rollout_s: float
+    reward_s: float
+
+
+def sample_and_score(
+    engine: RolloutEngine,
+    rewards: RewardRunner,
+    world: World,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    seeds: Sequence[Sequence[int]],
+) -> Scored:
+    """Every rank samples and scores its share of the prompts, an episode for each of a prompt's seeds. A collective call."""
+    started = time.perf_counter()
+    (own_prompts, count), (own_seeds, _) = world.share(prompts), world.share(seeds)
+    groups = generate(engine, own_prompts, params, own_seeds)[:count]
+    sampled = time.perf_counter()
+    report = world.together(lambda: rewards.score(groups if world.leads else []), break_off=True)
+    if report.first_error:
+        log.warning(
+            "%d completions take no part, the first because of this error: %s", report.errors, report.first_error
+        )
+    errors = world.sum(torch.tensor([report.errors], dtype=torch.float64, device=world.device)).item()
+    return Scored(groups, int(errors), sampled - started, time.perf_counter() - sampled)
+
+
+def to_main(world: World, prompts: Sequence[Prompt], groups: Sequence[Group]) -> list[Group]:
+    """All ranks' groups on rank 0, none on the others. Prompts, whose columns may be large, do not travel: rank 0 has them."""
+    episodes = world.to_main([group.episodes for group in groups])
+    together = [Group(prompt, own) for prompt, own in zip(prompts, episodes, strict=world.is_main)]
+    for group in together:  # what was one list in a rank is one again
+        for sample in group.samples:
+            if sample.prompt_ids == group.prompt.token_ids:
+                sample.prompt_ids = group.prompt.token_ids
+    return together

@@ -1,0 +1,232 @@
+"""A training in its folder: what surrounds the algorithm from the first lock to the last checkpoint.
+
+``open_session`` joins the ranks, takes the run folder, catches signals, builds the parts and goes on from a checkpoint. Between two
+steps ``Session`` evaluates, logs and saves. A signal or a failure drops the step that was begun and saves the last finished one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pgrpo.checkpoint import CheckpointError, set_aside_after, tidy
+from pgrpo.config import Config, check_world_size, to_yaml
+from pgrpo.distributed import world as distributed
+from pgrpo.distributed.world import World
+from pgrpo.process.lock import agree_on_run_dir, check_shared, open_run_dir, run_folder
+from pgrpo.process.rng import rng_state, set_rng_state
+from pgrpo.process.signals import stop_signals
+from pgrpo.process.stopping import Stopped
+from pgrpo.tracking import Trackers, check_services
+from pgrpo.tracking.record import replacing
+from pgrpo.training.build import Parts, build
+from pgrpo.training.checkpointing import Checkpoints
+from pgrpo.training.evaluation import evaluate_held_out
+from pgrpo.training.messages import out_of_memory, summary
+from pgrpo.training.progress import Progress
+from pgrpo.training.update import NonFiniteError
+from pgrpo.types import Group
+
+log = logging.getLogger(__name__)
+WINDOW = 10
+"""Steps whose mean reward is compared with ``train.target_reward``."""
+
+
+@contextmanager
+def open_session(
+    config: Config,
+    rewards: Sequence[Callable[..., Any]],
+    dataset: Iterable[Mapping[str, Any]] | None,
+    resume: str | Path | None,
+) -> Iterator[Session]:
+    """A session, ready for its first step, and closed whatever happens in it. Arguments and errors are those of ``grpo.train``."""
+    with (
+        distributed.start(config.model.fsdp_size) as world,
+        _held_folder(config, world, resume is not None),
+        stop_signals(world.stop),
+        _built(config, world, rewards, dataset) as parts,
+    ):
+        progress = Progress()
+        folder = run_folder(config)
+        checkpoints = Checkpoints(folder / "checkpoints", parts.learner, parts.stream, progress)
+        with _written_to_the_end(checkpoints):
+            tracker_state = checkpoints.restore(resume)
+            if progress.step == 0 and tracker_state is None and config.eval.every:
+                progress.unlogged = {}  # the model before its training is evaluated
+            if resume and world.is_main:
+                for name in ("checkpoints", "eval"):
+                    set_aside_after(folder / name, progress.step)
+            trackers = closing(Trackers(config, folder, resume=tracker_state)) if world.is_main else nullcontext()
+            with trackers as tracking:
+                if tracking:  # not before all of the input was found right, and the checkpoint this model's
+                    with replacing(folder / "config.yaml") as file:
+                        file.write(to_yaml(config))
+                    tracking.message(summary(parts, folder))
+                session = Session(parts, progress, checkpoints, tracking)
+                with session.saving_what_is_finished():
+                    yield session
+                session.say_if_target_reached()
+
+
+@dataclass
+class Session:
+    """A run that is open: its parts, how far it has come, its checkpoints, and rank 0's trackers."""
+
+    parts: Parts
+    progress: Progress
+    checkpoints: Checkpoints
+    trackers: Trackers | None
+
+    def __post_init__(self) -> None:
+        self._mark()
+
+    @property
+    def run_dir(self) -> Path:
+        return run_folder(self.parts.config)
+
+    def goes_on(self) -> bool:
+        """Whether there is another step to do. Evaluates the untrained model first. A stop signal ends the session here."""
+        if self.progress.unlogged is not None:
+            self._evaluate_log_and_save()
+        if self._is_done():
+            return False
+        self.parts.world.check_stop()
+        return True
+
+    def finish_step(self, groups: Sequence[Group], metrics: dict[str, float]) -> None:
+        """Count a step that is done, record it, and evaluate and save where it is time for it."""
+        progress = self.progress
+        progress.step += 1
+        progress.unlogged = metrics
+        progress.recent_rewards = [*progress.recent_rewards, metrics["reward"]][-WINDOW:]
+        if self.trackers:
+            self.trackers.completions(progress.step, groups)
+        self._evaluate_log_and_save()
+
+    def say_if_target_reached(self) -> None:
+        progress, train = self.progress, self.parts.config.train
+        if progress.step < train.steps:
+            text = (
+                "train.target_reward=%s reached: mean reward of the last %d steps %.4g; done after step %d of %d, saved"
+            )
+            mean = sum(progress.recent_rewards) / WINDOW
+            log.warning(text, train.target_reward, WINDOW, mean, progress.step, train.steps)
+
+    @contextmanager
+    def saving_what_is_finished(self) -> Iterator[None]:
+        """Where a signal or a failure ends the block, drop the step that was begun, and save the one before."""
+        progress, steps = self.progress, self.parts.config.train.steps
+        try:
+            yield
+        except Stopped as stopped:
+            self._save_last_finished()
+            log.warning("stopped after step %d of %d, saved; go on with --resume auto", progress.step, steps)
+            raise SystemExit(128 + stopped.signum) from None
+        except Exception as error:
+            self._rescue(error)
+            if explained := out_of_memory(error, self.parts, progress.step):
+                raise explained from error
+            raise
+
+    def _evaluate_log_and_save(self) -> None:
+        parts, progress, done = self.parts, self.progress, self._is_done()
+        config, every = parts.config, parts.config.checkpoint.every
+        self._mark()
+        metrics, best = progress.unlogged or {}, False
+        if config.eval.every and (progress.step % config.eval.every == 0 or done):
+            evaluated = evaluate_held_out(
+                config, parts.world, parts.engine, parts.rewards, parts.held_out, progress.step
+            )
+            metrics = metrics | evaluated
+            best = progress.is_best(config.checkpoint.keep_best, metrics)
+        if self.trackers:
+            self.trackers.log(progress.step, metrics)
+        progress.unlogged = None
+        self._mark()
+        if best or done or (every and progress.step and progress.step % every == 0):
+            self._save()
+        elif progress.step and every:
+            self.checkpoints.reserve()
+        if parts.world.any(self.checkpoints.failed):
+            self.checkpoints.wait()
+
+    def _is_done(self) -> bool:
+        """After the last step, or when rewards are good enough. All ranks see the same rewards."""
+        train, recent = self.parts.config.train, self.progress.recent_rewards
+        if train.target_reward is not None and len(recent) == WINDOW and sum(recent) / WINDOW >= train.target_reward:
+            return True
+        return self.progress.step >= train.steps
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.trackers.state_dict() if self.trackers else {})
+
+    def _mark(self) -> None:
+        """``_save_last_finished`` comes back to here: a step, or an evaluation, is done."""
+        self._marked = self.parts.stream.state_dict(), rng_state()
+        self.progress.has_moved = False
+
+    def _save_last_finished(self) -> None:
+        """Forget a step that was begun, up to its first optimizer step, or an evaluation; save the one before, durably."""
+        stream, generators = self._marked
+        self.parts.stream.load_state_dict(stream)
+        set_rng_state(generators)
+        self.parts.learner.optimizer.zero_grad()
+        self._save()
+        self.checkpoints.wait()
+
+    def _rescue(self, error: Exception) -> None:
+        """Save the last finished step after a failure in the next one, if that has changed nothing yet and all ranks know of it."""
+        progress = self.progress
+        known = self.parts.world.size == 1 or isinstance(error, NonFiniteError) or distributed.all_ranks_know(error)
+        if not known or not progress.step or progress.has_moved or isinstance(error, CheckpointError):
+            return
+        try:
+            self._save_last_finished()
+        except Exception as another:  # what ended the run is told by its own exception
+            log.error("step %d could not be saved: %s", progress.step, another)
+        else:
+            steps = self.parts.config.train.steps
+            log.warning("failed after step %d of %d, saved; go on with --resume auto", progress.step, steps)
+
+
+@contextmanager
+def _written_to_the_end(checkpoints: Checkpoints) -> Iterator[None]:
+    """Wait for the last checkpoint; its failure is an error unless another one ended the run, which its own exception tells."""
+    try:
+        yield
+    except BaseException:
+        try:
+            checkpoints.wait()
+        except CheckpointError as error:
+            log.error("the last checkpoint was not written: %s", error)
+        raise
+    checkpoints.wait()
+
+
+def _built(
+    config: Config, world: World, rewards: Sequence[Callable[..., Any]], dataset: Iterable[Mapping[str, Any]] | None
+) -> Parts:
+    """The parts. A stop signal ends building them at once: there is nothing to save yet."""
+    try:
+        with world.stop.breaking_off():
+            world.together(lambda: check_services(config) if world.is_main else None)
+            return build(config, world, rewards, dataset)
+    except Stopped as stopped:
+        raise SystemExit(128 + stopped.signum) from None
+
+
+@contextmanager
+def _held_folder(config: Config, world: World, resume: bool) -> Iterator[None]:
+    """Rank 0 holds the run folder's lock; all ranks see the folder."""
+    check_world_size(config, world.size, world.dp_size)
+    agree_on_run_dir(config, world.from_main)
+    with ExitStack() as stack:
+        folder = run_folder(config)
+        world.together(lambda: stack.enter_context(open_run_dir(folder, resume)) if world.is_main else None)
+        world.together(lambda: check_shared(folder))
+        world.together(lambda: tidy(folder / "checkpoints") if world.is_main else None)
+        yield
