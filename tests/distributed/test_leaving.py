@@ -59,6 +59,7 @@ def test_a_tensor_that_gloo_still_holds_does_not_abort_a_rank_that_is_done(tmp_p
 def test_the_exit_code_and_what_was_registered_for_the_exit(body, code, message, threads, on_gpu):
     script = f"""
 import atexit, ctypes, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from pgrpo.process import exit as leaving
 
 libc = ctypes.CDLL(None)
@@ -74,7 +75,8 @@ class Object:
     def __del__(self):
         print("taken down")
 
-kept = Object()
+kept, idle = Object(), ThreadPoolExecutor(1)
+idle.submit(int).result()  # its thread waits for more, and nobody shuts it down: the exit does
 leaving.gloo_threads = lambda: {threads}
 leaving.on_gpu = lambda: {on_gpu}
 leaving.run_and_leave(main)
