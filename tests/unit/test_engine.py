@@ -10,6 +10,7 @@ from pgrpo.distributed.world import World
 from pgrpo.planning import placement
 from pgrpo.planning.flops import GIB, ModelDims, parameter_count
 from pgrpo.rollout.vllm import start as vllm_start
+from pgrpo.rollout.vllm.engine import VLLMEngine
 from pgrpo.training import engine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -94,3 +95,32 @@ def test_memory_share(installed, monkeypatch):
         match=r"beside the policy's 15 GiB of 24, and 6 for CUDA, its graphs and libraries, 3 are left for vLLM, which needs 9 ",
     ):
         placement.vllm_memory_share(config(), QWEN3_4B, world)
+
+
+def test_the_log_says_how_many_completions_fit_vllms_cache(caplog):
+    """Groups of 8 with prompts of 4,096 and completions of 1,024 take 12,288 tokens."""
+    vllm_start.tell_room(config(group_size=8), 32 * 12_288)
+    assert not caplog.text
+    vllm_start.tell_room(config(group_size=8), 20 * 12_288 + 4096 + 2 * 1024 + 1000)
+    assert "holds 252,904 tokens: 162 completions at their longest, of 256 at once" in caplog.text
+    caplog.clear()
+    vllm_start.tell_room(config(group_size=8, prompts_per_step=4), 4 * 12_288)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("CUDA Error: out of memory")])
+def test_an_engine_that_sleeps_wakes_before_it_is_shut_down(error):
+    """vLLM's allocator reports CUDA errors for memory that is freed asleep. Without room to wake it is shut down all the same."""
+    calls = []
+
+    def wake_up():
+        calls.append("wake_up")
+        if error is not None:
+            raise error
+
+    core = SimpleNamespace(shutdown=lambda: calls.append("shutdown"))
+    made = VLLMEngine.__new__(VLLMEngine)
+    made.sleeps, made.seconds = True, 60.0
+    made.llm = SimpleNamespace(wake_up=wake_up, llm_engine=SimpleNamespace(engine_core=core))
+    made.close()
+    assert calls == ["wake_up", "shutdown"]

@@ -113,8 +113,27 @@ def start(config: Config, memory_share: float, *, sleeps: bool) -> Any:
         )
         if backend is not None and (reason := backend.why_not(llm.llm_engine.vllm_config)):
             shared_decode.plainly(config, reason)
+        cache = llm.llm_engine.vllm_config.cache_config
+        tell_room(config, cache.num_gpu_blocks * cache.block_size)
     set_rng_state(state)
     return llm
+
+
+def tell_room(config: Config, tokens: int) -> None:
+    """Log how many completions at their longest fit a cache of so many tokens, with their groups' prompts."""
+    rollout, prompt = config.rollout, config.data.max_prompt_tokens
+    completion, size = rollout.max_completion_tokens, rollout.group_size
+    groups, rest = divmod(tokens, prompt + size * completion)
+    fit = groups * size + max(0, rest - prompt) // completion
+    wanted = min(rollout.max_concurrent, rollout.prompts_per_step * size)
+    text = f"vLLM's cache holds {tokens:,} tokens: {fit} completions at their longest, of {wanted} at once"
+    if fit >= wanted:
+        log.info(text)
+    elif os.environ.get("RANK", "0") == "0":
+        log.warning(
+            "%s. Where they get that long, the last are stopped and computed again: raise rollout.gpu_memory_utilization, or lower "
+            "rollout.max_concurrent", text,
+        )  # fmt: skip
 
 
 def _shared_backend(config: Config, device_type: str) -> Any:

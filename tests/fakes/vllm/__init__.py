@@ -81,6 +81,7 @@ class LLM:
         self.model, self.waiting = Model(model), []
         self.request_counter = SimpleNamespace(counter=0)
         self.llm_engine = self
+        self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=4096, block_size=16))
         self.engine_core = SimpleNamespace(shutdown=lambda: None)
 
     def apply_model(self, function):
