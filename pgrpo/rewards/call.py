@@ -29,6 +29,7 @@ BUILT_IN = {
     "llm_judge": "pgrpo.rewards.llm_judge:LlmJudge",
 }
 PENALTIES = ("length", "soft_overlong")  # of those, the ones whose best value is 0
+ON_DEVICE = ("reward_model",)  # of those, the ones that need the memory and the time of the device that samples
 # What every function may ask for beside the data set's columns.
 GIVEN = ("prompts", "completions", "completion_ids", "finish_reasons", "messages")
 
@@ -48,6 +49,8 @@ class Reward:
         worker: the name under which a worker process loads the function; None calls it in this process.
         parameters: what it can be called with; None is anything (``**columns``).
         columns: what rows must have for it: data set columns, ``messages``.
+        may_run_beside_sampling: whether it may be called, in any thread, while an engine samples. A function given from Python may
+            not: it may draw from the random generators of the process, which an engine seeds.
     """
 
     name: str
@@ -61,12 +64,14 @@ class Reward:
     columns: list[str]
     built_in: bool = False
     is_penalty: bool = False
+    may_run_beside_sampling: bool = False
 
     @property
     def may_run_beside_others(self) -> bool:
-        """Not a plain function given from Python: it may share state with others, or need the thread of its caller."""
+        """Whether it may be called in a thread. A plain function given from Python may share state with others, or need the
+        thread of its caller."""
         call = self.function if inspect.isroutine(self.function) else type(self.function).__call__
-        return self.built_in or self.worker is not None or inspect.iscoroutinefunction(call)
+        return self.may_run_beside_sampling or inspect.iscoroutinefunction(call)
 
     def arguments(self, table: dict[str, list[Any]]) -> dict[str, Any]:
         """The keyword arguments of a call: the columns of ``table`` that the signature takes, and ``args``."""
@@ -89,9 +94,9 @@ def from_config(config: RewardConfig, key: str) -> Reward:
     function = _load(BUILT_IN.get(name, name), f"{key}.function")
     reward = _checked(function, key, dict(config.args), config.weight, config.timeout_s)
     if name not in BUILT_IN:
-        reward.worker = name
+        reward.worker, reward.may_run_beside_sampling = name, True
         return reward
-    reward.built_in, reward.is_penalty = True, name in PENALTIES
+    reward.built_in, reward.is_penalty, reward.may_run_beside_sampling = True, name in PENALTIES, name not in ON_DEVICE
     # Without completions a built-in only looks at its arguments: a bad pattern is found now, before the first rollout.
     try:
         parameters = inspect.signature(function).parameters

@@ -27,6 +27,7 @@ TEMPLATE = """Rate an answer from 0 (wrong or useless) to 10 (perfect). What sta
 </answer>
 Give your reasons in a few sentences, then end with a line `Score: N`."""
 _RETRIED = {408, 409, 425, 429}  # and 5xx
+_JITTER = random.Random()  # of its own: an engine seeds those of the process while it samples
 _LARGEST_REPLY = 4 * 2**20
 """Bytes: far more than ``max_tokens`` of any judge."""
 
@@ -114,7 +115,7 @@ class LlmJudge:
         end = time.monotonic() + deadline_s
         attempt = 0
         while True:
-            pause = min(2.0**attempt, 30.0) * random.uniform(0.5, 1.0)  # not all at once again
+            pause = min(2.0**attempt, 30.0) * _JITTER.uniform(0.5, 1.0)  # not all at once again
             try:
                 response, data = asyncio.run(_post(url, body, headers, min(timeout_s, end - time.monotonic())))
                 if response.is_success:

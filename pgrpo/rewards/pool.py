@@ -37,7 +37,7 @@ class Workers:
 
 
 class GradingPool:
-    """Calls ``function`` in worker processes, which are started by the first call and stay.
+    """Calls ``function`` in worker processes, which are started by the first call and stay. Several threads may call it.
 
     Args:
         function: of a module, so that a worker can import it.
@@ -45,14 +45,12 @@ class GradingPool:
     """
 
     def __init__(self, function: Callable[..., Any], warm_up: Callable[[], None]) -> None:
-        self._function, self._warm_up = function, warm_up
-        self._workers: Workers | None = None
+        self._function, self._workers = function, Workers(graders(), warm_up)
 
     def grade(self, calls: Mapping[Any, tuple[Any, ...]], timeout_s: float) -> dict[Any, Any]:
         """Result by key of ``calls`` (key -> arguments); ``TimeoutError`` where it was killed at its deadline,
         ``ProcessExpired`` where its process died by itself (both as values, not raised)."""
-        workers = self._workers = self._workers or Workers(graders(), self._warm_up)
-        futures = {key: workers.call(self._function, arguments, timeout_s) for key, arguments in calls.items()}
+        futures = {key: self._workers.call(self._function, arguments, timeout_s) for key, arguments in calls.items()}
         results = {}
         for key, future in futures.items():
             try:
@@ -63,32 +61,27 @@ class GradingPool:
 
     def close(self) -> None:
         """End the worker processes; calls of other threads that wait for them raise ``CancelledError``."""
-        if self._workers is not None:
-            self._workers.close()
-            self._workers = None
+        self._workers.close()
 
 
 class GradingThreads:
-    """Threads for calls that spend their time in another process or machine, and have a deadline there."""
+    """Threads for calls that spend their time in another process or machine, and have a deadline there. Several threads may call
+    it."""
 
     def __init__(self) -> None:
         self.closed = threading.Event()
-        self._executors: set[ThreadPoolExecutor] = set()
+        self._executors: dict[int, ThreadPoolExecutor] = {}
 
     def map(self, function: Callable[[Any], Any], items: Iterable[Any], at_once: int) -> list[Any]:
-        """Results in the order of ``items``. Ctrl-C, or ``close`` (``CancelledError``), drops those that did not begin."""
-        executor = ThreadPoolExecutor(at_once, "pgrpo-grading")
-        self._executors.add(executor)
-        try:
-            return list(executor.map(function, items))
-        finally:
-            self._executors.discard(executor)
-            executor.shutdown(wait=False, cancel_futures=True)
+        """Results in the order of ``items``, ``at_once`` of all calls at a time. Ctrl-C, or ``close`` (``CancelledError``), drops
+        those that did not begin."""
+        executor = self._executors.setdefault(at_once, ThreadPoolExecutor(at_once, "pgrpo-grading"))
+        return list(executor.map(function, items))
 
     def close(self) -> None:
         """Begin nothing more."""
         self.closed.set()
-        for executor in list(self._executors):
+        for executor in self._executors.values():
             executor.shutdown(wait=False, cancel_futures=True)
 
 

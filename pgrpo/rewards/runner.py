@@ -1,17 +1,15 @@
-"""Runs the reward functions over a step's completions. No failure becomes a zero: it stops the run, or it is counted.
+"""The reward functions of a run, and how each is called. No failure becomes a zero: it stops the run, or it is counted.
 
 Functions that a config names run in worker processes, one for each file, so that one that hangs can be killed; built-in
-ones and those given from Python run in this process. All run at once, but plain functions given from Python: these run
-in the thread that scores, one after the other.
+ones and those given from Python run in this process.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, TimeoutError
+from concurrent.futures import CancelledError, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, Self
 
@@ -20,21 +18,8 @@ from pebble import ProcessExpired
 from pgrpo.config import ConfigError, RewardConfig
 from pgrpo.rewards.call import Caller, Reward, Unusable, describe, from_callable, from_config, work
 from pgrpo.rewards.pool import Workers
-from pgrpo.types import Episode, Group, Prompt
-
-Scored = tuple[Prompt, Episode]
-
-
-class RewardError(RuntimeError):
-    """A reward function failed. The message shows the function, the sample and the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class RewardReport:
-    """``errors``: samples left out because a reward failed on them. ``first_error``: the first reason, to be shown."""
-
-    errors: int = 0
-    first_error: str | None = None
+from pgrpo.rewards.scoring import Fault, Outcome, RewardError, RewardReport, Scored, Scoring
+from pgrpo.types import Group, Prompt
 
 
 class RewardRunner:
@@ -66,7 +51,8 @@ class RewardRunner:
         self._on_error = on_error
         self._caller = Caller()
         self._closed = False
-        self._pools: dict[str, Workers] = {}
+        # Functions of one file share a process, and what they keep there.
+        self._pools = {_file(reward.worker): Workers(1) for reward in self._rewards if reward.worker}
 
     def correct(self, group: Group) -> list[bool]:
         """Which samples of a scored group are right: every reward that applies gave 1 or more, and one did apply. Penalties,
@@ -91,52 +77,20 @@ class RewardRunner:
                     f"the data has {', '.join(prompt.columns) or 'no columns'}"
                 )
 
+    def begin(self) -> Scoring:
+        """Score a rollout's groups as they finish."""
+        return Scoring(self._rewards, self._evaluate, stop_at_error=self._on_error == "raise")
+
     def score(self, groups: Sequence[Group]) -> RewardReport:
-        """Set ``reward`` and ``reward_parts`` of every episode."""
-        samples = [(group.prompt, episode) for group in groups for episode in group.episodes]
-        if not samples:
-            return RewardReport()
-        self.check(samples[0][0])
-        failed: dict[int, str] = {}
-        parts: dict[str, list[float | None]] = {}
-        for reward, (values, faults) in zip(self._rewards, self._evaluate_all(samples), strict=True):
-            parts[reward.name] = values
-            failed = {i: _show(reward, samples[i], reason) for i, reason in faults.items()} | failed
-            if failed and self._on_error == "raise":
-                raise RewardError(f"{failed[min(failed)]}; rewards.on_error=mask leaves such samples out")
-        for i, (_, episode) in enumerate(samples):
-            episode.reward_parts = {name: values[i] for name, values in parts.items()}
-            episode.reward = None if i in failed else self._total(parts, i)
-        return RewardReport(len(failed), failed[min(failed)] if failed else None)
+        """Set ``reward`` and ``reward_parts`` of every episode. ``RewardError``."""
+        for group in groups[:1]:
+            self.check(group.prompt)
+        return self.begin().finish(groups)
 
-    def _total(self, parts: dict[str, list[float | None]], row: int) -> float | None:
-        """The weighted sum of what applies to a sample, None where nothing does."""
-        terms = [r.weight * value for r in self._rewards if (value := parts[r.name][row]) is not None]
-        return sum(terms) if terms else None
-
-    def _evaluate_all(self, samples: Sequence[Scored]) -> list[tuple[list[float | None], dict[int, str]]]:
-        """``_evaluate`` of every reward, in their order."""
-        if len(self._rewards) == 1:
-            return [self._evaluate(self._rewards[0], samples)]
-        threads = ThreadPoolExecutor(len(self._rewards), "pgrpo-rewards")
+    def _evaluate(self, reward: Reward, samples: Sequence[Scored]) -> list[Outcome]:
+        """One outcome an episode."""
         try:
-            for reward in self._rewards:
-                if reward.worker is not None:
-                    self._pool(reward.worker)  # here: a thread may not start one while another does
-            running = {
-                r.name: threads.submit(self._evaluate, r, samples) for r in self._rewards if r.may_run_beside_others
-            }
-            here = {r.name: self._evaluate(r, samples) for r in self._rewards if r.name not in running}
-            return [here[name] if name in here else running[name].result() for name in self.names]
-        finally:
-            # Without waiting: after Ctrl-C `close` ends the worker processes that the threads wait for.
-            threads.shutdown(wait=False, cancel_futures=True)
-
-    def _evaluate(self, reward: Reward, samples: Sequence[Scored]) -> tuple[list[float | None], dict[int, str]]:
-        """One value a sample, and why some have none because of a fault: position -> reason."""
-        nothing: list[float | None] = [None] * len(samples)
-        try:
-            result = self._call(reward, samples)
+            return [_outcome(value) for value in self._call(reward, samples)]
         except BrokenProcessPool as error:
             # Not the fault of any sample: it stops the run whatever on_error says.
             raise RewardError(
@@ -144,40 +98,22 @@ class RewardRunner:
                 "a script that trains needs its call under `if __name__ == '__main__':`"
             ) from error
         except TimeoutError as error:
-            return nothing, dict.fromkeys(range(len(samples)), str(error))
+            return [Fault(str(error))] * len(samples)
         except _CallError as error:
-            if len(samples) == 1:
-                return nothing, {0: str(error)}
-            return self._one_by_one(reward, samples, str(error))
-        values, faults = nothing, {}
-        for i, value in enumerate(result):
-            if value is None:
-                continue
-            if isinstance(value, Real) and math.isfinite(value):
-                values[i] = float(value)
-            elif isinstance(value, Exception):
-                faults[i] = f"it returned the error {describe(value)}"
-            else:
-                faults[i] = f"it returned {value!r:.80}, not a finite number or None"
-        return values, faults
+            fault = Fault(str(error))
+        return [fault] if len(samples) == 1 else self._one_by_one(reward, samples, fault)
 
-    def _one_by_one(
-        self, reward: Reward, samples: Sequence[Scored], reason: str
-    ) -> tuple[list[float | None], dict[int, str]]:
+    def _one_by_one(self, reward: Reward, samples: Sequence[Scored], fault: Fault) -> list[Outcome]:
         """A call failed as a whole: call again, a completion at a time, to find the ones at fault."""
-        values: list[float | None] = [None] * len(samples)
-        faults: dict[int, str] = {}
-        for i, sample in enumerate(samples):
-            value, fault = self._evaluate(reward, [sample])
-            values[i] = value[0]
-            if fault:
-                faults[i] = fault[0]
-                if self._on_error == "raise":
-                    break
-        if faults:
-            return values, faults
-        together = f"{reason}; it fails on {len(samples)} completions together, on none of them alone"
-        return [None] * len(samples), dict.fromkeys(range(len(samples)), together)
+        outcomes: list[Outcome] = []
+        for sample in samples:
+            outcomes += self._evaluate(reward, [sample])
+            if isinstance(outcomes[-1], Fault) and self._on_error == "raise":
+                return outcomes + [None] * (len(samples) - len(outcomes))
+        if any(isinstance(outcome, Fault) for outcome in outcomes):
+            return outcomes
+        count = len(samples)
+        return [Fault(f"{fault.reason}; it fails on {count} completions together, on none of them alone")] * count
 
     def _call(self, reward: Reward, samples: Sequence[Scored]) -> list[Any]:
         """The function's list, of the right length. ``_CallError``; ``TimeoutError`` past the deadline."""
@@ -201,17 +137,8 @@ class RewardRunner:
             raise _CallError(f"it returned {len(result)} values for {len(samples)} completions")
         return result
 
-    def _pool(self, worker: str) -> Workers:
-        """The process of a function's file or module: functions of one file share what it keeps."""
-        if self._closed:
-            raise RewardError("the rewards are closed")
-        where = worker.rpartition(":")[0]
-        if where not in self._pools:
-            self._pools[where] = Workers(1)
-        return self._pools[where]
-
     def _call_worker(self, reward: Reward, worker: str, arguments: dict[str, Any]) -> Any:
-        future = self._pool(worker).call(work, (worker, reward.key, arguments), reward.timeout_s)
+        future = self._pools[_file(worker)].call(work, (worker, reward.key, arguments), reward.timeout_s)
         try:
             result, raised = future.result()
         except TimeoutError as error:
@@ -232,7 +159,6 @@ class RewardRunner:
         self._closed = True
         for pool in self._pools.values():
             pool.close()
-        self._pools.clear()
         self._caller.close()
         for reward in self._rewards:
             if reward.built_in and hasattr(reward.function, "close"):
@@ -262,15 +188,17 @@ def _table(samples: Sequence[Scored]) -> dict[str, list[Any]]:
     return table
 
 
-def _show(reward: Reward, sample: Scored, reason: str) -> str:
-    prompt, episode = sample
-    reason = " ".join(reason.split())
-    return (
-        f"reward `{reward.name}` ({reward.key}) failed on a completion of row {prompt.index}: {reason}; "
-        f"prompt: {_shorten(prompt.text)}, completion: {_shorten(episode.text)}"
-    )
+def _outcome(value: Any) -> Outcome:
+    """Of one entry of a function's list."""
+    if value is None:
+        return None
+    if isinstance(value, Real) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, Exception):
+        return Fault(f"it returned the error {describe(value)}")
+    return Fault(f"it returned {value!r:.80}, not a finite number or None")
 
 
-def _shorten(text: str, limit: int = 400) -> str:
-    half = limit // 2
-    return repr(text if len(text) <= limit else f"{text[:half]} [...] {text[-half:]}")
+def _file(worker: str) -> str:
+    """The file or module of a function."""
+    return worker.rpartition(":")[0]

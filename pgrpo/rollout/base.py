@@ -44,14 +44,20 @@ class RolloutEngine(Protocol):
 
 
 def generate(
-    engine: RolloutEngine, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[Sequence[int]]
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    seeds: Sequence[Sequence[int]],
+    on_group: Callable[[int, Group], None] = lambda *_: None,
 ) -> list[Group]:
-    """One group a prompt, in order, with an episode of one turn for each of its seeds, once all of them are finished."""
+    """One group a prompt, in order, with an episode of one turn for each of its seeds, once all of them are finished.
+    ``on_group`` is called with each group and its position as soon as it is finished, while others decode. It must not raise."""
     groups = [Group(prompt, []) for prompt in prompts]
 
     def finished(position: int, completions: list[Completion]) -> None:
         group = groups[position]
         group.episodes = [Episode.of(group.prompt, completion) for completion in completions]
+        on_group(position, group)
 
     requests = [Request(prompt.token_ids, list(own)) for prompt, own in zip(prompts, seeds, strict=True)]
     engine.sample(requests, params, finished)

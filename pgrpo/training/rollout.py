@@ -24,7 +24,7 @@ class Scored(NamedTuple):
         groups: this rank's, one a prompt.
         errors: episodes that a reward failed on and that take no part, on all ranks.
         rollout_s: seconds of sampling.
-        reward_s: seconds of scoring.
+        reward_s: seconds of scoring after the sampling.
     """
 
     groups: list[Group]
@@ -41,12 +41,20 @@ def sample_and_score(
     params: SamplingParams,
     seeds: Sequence[Sequence[int]],
 ) -> Scored:
-    """Every rank samples and scores its share of the prompts, an episode for each of a prompt's seeds. A collective call."""
+    """Every rank samples and scores its share of the prompts, an episode for each of a prompt's seeds. Scoring of a group begins
+    when it is finished, while others decode; what fails in it is raised when sampling has ended. A collective call."""
     started = time.perf_counter()
     (own_prompts, count), (own_seeds, _) = world.share(prompts), world.share(seeds)
-    groups = generate(engine, own_prompts, params, own_seeds)[:count]
+    own = range(count if world.leads else 0)
+    scoring = rewards.begin()
+
+    def finished(position: int, group: Group) -> None:
+        if position in own:
+            scoring.add(position, group)
+
+    groups = generate(engine, own_prompts, params, own_seeds, finished)[:count]
     sampled = time.perf_counter()
-    report = world.together(lambda: rewards.score(groups if world.leads else []), break_off=True)
+    report = world.together(lambda: scoring.finish(groups[: len(own)]), break_off=True)
     if report.first_error:
         log.warning(
             "%d completions take no part, the first because of this error: %s", report.errors, report.first_error

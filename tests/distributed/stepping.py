@@ -40,6 +40,15 @@ class Judge:
     def __init__(self):
         self.seen = []
 
+    def begin(self):
+        added = []
+
+        def finish(groups):
+            assert added == list(enumerate(groups))  # and no fillers
+            return self.score(groups)
+
+        return SimpleNamespace(add=lambda *item: added.append(item), finish=finish)
+
     def score(self, groups):
         for group in groups:
             flat = group.prompt.index in (1, 4)

@@ -19,17 +19,18 @@ ROOT = Path(__file__).resolve().parents[2]
 REWARD = """\
 import os, time
 from pathlib import Path
-calls = 0
+seen = 0
 def reward(completions, **_):
-    global calls
-    calls += 1
+    global seen
+    seen += len(completions)
+    step = -(-seen // 8)  # this rank's two groups of four are scored in one call or in two
     values = [float(c.count("1")) for c in completions]
     if os.environ["RANK"] == "1":
-        if "NAN" in os.environ and calls in (2, 3):
+        if "NAN" in os.environ and step in (2, 3):
             values[0] = 1e60
-        if "RAISE" in os.environ and calls == 3:
+        if "RAISE" in os.environ and step == 3:
             raise ValueError("odd")
-        if "SLEEP" in os.environ and calls == 2:
+        if "SLEEP" in os.environ and step == 2:
             Path(os.environ["SLEEP"]).write_text(str(os.getppid()))
             time.sleep(60)
     return values

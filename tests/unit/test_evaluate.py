@@ -9,6 +9,7 @@ import resource
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,9 @@ class Scorer(RewardRunner):
 
     def __init__(self):
         pass
+
+    def begin(self):
+        return SimpleNamespace(add=lambda *_: None, finish=self.score)
 
     def score(self, groups):
         for each in groups:

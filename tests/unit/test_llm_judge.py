@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -160,6 +160,19 @@ def test_requests_overlap_up_to_concurrency(judge: Judge):
     assert ask(judge, *map(str, range(12)), concurrency=4) == [0.1] * 12
     assert judge.most_at_once == 4
     assert time.monotonic() - begin < 1.0  # one by one: 1.2 s
+
+
+def test_calls_at_the_same_time_share_the_concurrency(judge: Judge):
+    judge.reply = lambda text, n: time.sleep(0.05) or "Score: 1"
+    reward = LlmJudge()
+    with ThreadPoolExecutor(3) as threads:
+        calls = [
+            threads.submit(reward, ["p"] * 4, list("abcd"), url=judge.url, model="m", key_env=None, concurrency=2)
+            for _ in range(3)
+        ]
+    assert [call.result() for call in calls] == [[0.1] * 4] * 3
+    assert judge.most_at_once == 2
+    reward.close()
 
 
 def test_closing_ends_the_trying_and_what_did_not_begin(judge: Judge):

@@ -286,3 +286,28 @@ def test_a_rank_that_is_done_goes_on_until_all_are(policy):
         for x, y in zip(a, b, strict=True):
             assert replace(x, rollout_logprobs=[]) == replace(y, rollout_logprobs=[])
             assert x.rollout_logprobs == pytest.approx(y.rollout_logprobs, abs=1e-5)
+
+
+def test_a_request_is_handed_over_when_its_last_completion_ends_with_the_numbers_of_one_batch(policy):
+    asked, params = prompts(), SamplingParams(LIMIT)
+    eos = likely_eos(policy, asked)
+    counting, order, found = Counting(policy), [], {}
+    engine = EmbeddedEngine(counting, Letters(), eos)
+    requests = [Request(prompt.token_ids, own) for prompt, own in zip(asked, seeds(asked, group_size=2), strict=True)]
+
+    def finished(position, completions):
+        order.append((len(counting.calls), position))
+        found[position] = completions
+
+    engine.sample(requests, params, finished)
+    # Each call of the policy gives all running completions a token.
+    assert order == sorted((max(len(c.token_ids) for c in found[i]), i) for i in range(len(asked)))
+    assert len({calls for calls, _ in order}) > 1
+    whole = run(policy, asked, params, eos=(), group_size=2)  # here all end together
+    for i, completions in enumerate(whole):
+        for completion, early in zip(completions, found[i], strict=True):
+            count = len(early.token_ids)
+            assert early.token_ids == completion.token_ids[:count]
+            assert count == LIMIT or early.token_ids[-1] in eos
+            wanted = torch.tensor(completion.rollout_logprobs[:count])
+            torch.testing.assert_close(torch.tensor(early.rollout_logprobs), wanted, rtol=0, atol=1e-5)

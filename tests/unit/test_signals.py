@@ -19,13 +19,13 @@ pytestmark = pytest.mark.faults
 REWARD = """\
 import os, subprocess, sys, time
 from pathlib import Path
-calls = 0
+seen = 0
 def reward(completions, **_):
-    global calls
-    calls += 1
+    global seen
+    seen += len(completions)
     marker = Path(os.environ["MARKER"])
-    # Step 2: the evaluation before step 1 scores sampled and greedy completions.
-    if os.environ["PHASE"] == "reward" and calls == 4 and not marker.exists():
+    # The last call of step 2: the evaluation before step 1 scores 64 x 4 sampled and 64 greedy completions, a step 64 x 4.
+    if os.environ["PHASE"] == "reward" and seen == 832 and not marker.exists():
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
         marker.write_text(f"{os.getpid()} {child.pid}")
         time.sleep(300)

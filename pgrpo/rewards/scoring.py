@@ -1,0 +1,165 @@
+"""Scores the groups of one rollout: a finished group may be scored while others still decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from threading import Event, Lock, Semaphore, Thread
+from typing import NamedTuple
+
+from pgrpo.rewards.call import Reward
+from pgrpo.types import Episode, Group, Prompt
+
+Scored = tuple[Prompt, Episode]
+Position = tuple[int, int]
+"""Of an episode: its group's position, and its own in the group."""
+AT_ONCE = 8
+"""Calls of one built-in function at a time: a completion that takes long must not hold up the groups behind it."""
+TOGETHER_S = 0.25
+"""Seconds that a call waits for more groups while the engine decodes: they often finish together, and one call costs less than
+two."""
+
+
+class RewardError(RuntimeError):
+    """A reward function failed. The message shows the function, the sample and the reason."""
+
+
+class Fault(NamedTuple):
+    """Why a function has no value for an episode."""
+
+    reason: str
+
+
+Outcome = float | Fault | None
+Evaluate = Callable[[Reward, Sequence[Scored]], list[Outcome]]
+
+
+@dataclass(frozen=True, slots=True)
+class RewardReport:
+    """``errors``: samples left out because a reward failed on them. ``first_error``: the first reason, to be shown."""
+
+    errors: int = 0
+    first_error: str | None = None
+
+
+class Scoring:
+    """Made by ``RewardRunner.begin``, whose ``close`` ends what its threads wait for.
+
+    Functions that ``may_run_beside_sampling`` begin with a group as soon as it is added, in threads. The others are called by
+    ``finish`` with all groups at once. Results and errors do not depend on the order in which groups are added.
+
+    Args:
+        rewards: the functions.
+        evaluate: calls one of them, from any thread; one outcome an episode.
+        stop_at_error: whether a fault of a function is a ``RewardError``, else it leaves the episode out.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], evaluate: Evaluate, *, stop_at_error: bool) -> None:
+        self._all_added = Event()
+        self._calls = [_Calls(reward, evaluate, self._all_added) for reward in rewards]
+        self._added: set[int] = set()
+        self._stop_at_error = stop_at_error
+
+    def add(self, position: int, group: Group) -> None:
+        """Begin with a finished group. Returns at once, and does not raise."""
+        self._added.add(position)
+        for calls in self._calls:
+            if calls.reward.may_run_beside_sampling:
+                calls.add({position: group})
+
+    def finish(self, groups: Sequence[Group]) -> RewardReport:
+        """Set ``reward`` and ``reward_parts`` of every episode.
+
+        Args:
+            groups: all groups, in order of position, whether they were added or not.
+
+        Raises:
+            RewardError: of the first function that failed, on the first episode it failed on.
+        """
+        everything = dict(enumerate(groups))
+        rest = {position: group for position, group in everything.items() if position not in self._added}
+        self._all_added.set()
+        # Plain functions run last: in this thread, while others run in theirs.
+        for calls in sorted(self._calls, key=lambda calls: not calls.reward.may_run_beside_others):
+            calls.add(rest if calls.reward.may_run_beside_sampling else everything)
+        samples = {(n, i): (g.prompt, episode) for n, g in everything.items() for i, episode in enumerate(g.episodes)}
+        failed: dict[Position, str] = {}
+        for reward, outcomes in [(calls.reward, calls.outcomes()) for calls in self._calls]:
+            for position, (prompt, episode) in samples.items():
+                outcome = outcomes[position]
+                if isinstance(outcome, Fault):
+                    failed.setdefault(position, _show(reward, prompt, episode, outcome.reason))
+                episode.reward_parts[reward.name] = None if isinstance(outcome, Fault) else outcome
+            if failed and self._stop_at_error:
+                raise RewardError(f"{failed[min(failed)]}; rewards.on_error=mask leaves such samples out")
+        for position, (_, episode) in samples.items():
+            episode.reward = None if position in failed else self._total(episode)
+        return RewardReport(len(failed), failed[min(failed)] if failed else None)
+
+    def _total(self, episode: Episode) -> float | None:
+        """The weighted sum of what applies to an episode, None where nothing does."""
+        parts = [(calls.reward.weight, episode.reward_parts[calls.reward.name]) for calls in self._calls]
+        terms = [weight * value for weight, value in parts if value is not None]
+        return sum(terms) if terms else None
+
+
+class _Calls:
+    """The calls of one function. Groups that are added while it is busy are one call, as soon as it is free."""
+
+    def __init__(self, reward: Reward, evaluate: Evaluate, all_added: Event) -> None:
+        self.reward, self._evaluate, self._all_added = reward, evaluate, all_added
+        # A worker process runs one call at a time: what waits for it is better one call than several.
+        self._turn = Semaphore(AT_ONCE if reward.worker is None else 1)
+        self._lock = Lock()
+        self._waiting: dict[int, Group] = {}
+        self._running: list[Future[None]] = []
+        self._outcomes: dict[Position, Outcome] = {}
+
+    def add(self, groups: Mapping[int, Group]) -> None:
+        """Position -> group. A function that may not run beside others runs now, in this thread."""
+        with self._lock:
+            has_thread = bool(self._waiting)  # one that has yet to begin, with all that waits then
+            self._waiting |= groups
+        if not self.reward.may_run_beside_others:
+            self._call()
+        elif groups and not has_thread:
+            done = Future()
+            self._running.append(done)
+            # A daemon: an exit does not wait for a function that never returns.
+            Thread(target=self._call_in_turn, args=(done,), name="pgrpo-rewards", daemon=True).start()
+
+    def outcomes(self) -> dict[Position, Outcome]:
+        """Of all that was added, once the function is done with it."""
+        for done in self._running:
+            done.result()
+        return self._outcomes
+
+    def _call_in_turn(self, done: Future[None]) -> None:
+        with self._turn:
+            try:
+                done.set_result(self._call())
+            except BaseException as error:  # for the thread that waits
+                done.set_exception(error)
+
+    def _call(self) -> None:
+        self._all_added.wait(TOGETHER_S)
+        with self._lock:
+            groups, self._waiting = sorted(self._waiting.items()), {}
+        samples = [(group.prompt, episode) for _, group in groups for episode in group.episodes]
+        if samples:
+            positions = [(n, i) for n, group in groups for i in range(len(group.episodes))]
+            self._outcomes.update(zip(positions, self._evaluate(self.reward, samples), strict=True))
+
+
+def _show(reward: Reward, prompt: Prompt, episode: Episode, reason: str) -> str:
+    reason = " ".join(reason.split())
+    return (
+        f"reward `{reward.name}` ({reward.key}) failed on a completion of row {prompt.index}: {reason}; "
+        f"prompt: {_shorten(prompt.text)}, completion: {_shorten(episode.text)}"
+    )
+
+
+def _shorten(text: str, limit: int = 400) -> str:
+    half = limit // 2
+    return repr(text if len(text) <= limit else f"{text[:half]} [...] {text[-half:]}")
