@@ -15,9 +15,10 @@ from pgrpo.distributed.world import start, world_size
 from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_trees
 from pgrpo.packing.batch import build_batch
-from pgrpo.rollout.base import generate, sample_seeds, sampling_params
+from pgrpo.rollout.base import sample_seeds, sampling_params
 from pgrpo.tracking import printable
 from pgrpo.training.build import Parts, build, load_tokenizer
+from pgrpo.training.rollout import sample_and_score
 from pgrpo.types import Group
 
 SAMPLES = 4
@@ -40,7 +41,7 @@ def check(config: Config) -> None:
     with start(config.model.fsdp_size) as world, build(config, world) as parts:
         console = Console(markup=False, highlight=False, quiet=not world.is_main)
         _show_lengths(parts, config, console)
-        groups = _sample(parts, config, console)
+        groups = _sample(parts, config)
         _show_samples(groups, console)
         console.print(plan_text(config), soft_wrap=True)
         _prove(config, groups, console)
@@ -60,19 +61,14 @@ def _show_lengths(parts: Parts, config: Config, console: Console) -> None:
     )
 
 
-def _sample(parts: Parts, config: Config, console: Console) -> list[Group]:
-    """Two completions of each of the first prompts, scored. A reward that fails ends the command, or with
-    ``rewards.on_error=mask`` is shown."""
+def _sample(parts: Parts, config: Config) -> list[Group]:
+    """Two completions of each of the first prompts, on every rank; each is scored on one rank. A reward that fails ends the
+    command, or with ``rewards.on_error=mask`` is a warning."""
     prompts = parts.stream.take(SAMPLES)
     seeds = [sample_seeds(config.seed, "check", i, group_size=2) for i in range(len(prompts))]
     with parts.engine.awake(0):
-        groups = generate(parts.engine, prompts, sampling_params(config), seeds)
-    report = parts.rewards.score(groups)
-    if report.first_error:
-        masked = f"{report.errors} of {sum(len(group.episodes) for group in groups)} completions"
-        text = f"rewards.on_error=mask leaves out {masked}; the first: {report.first_error}\n"
-        console.print(_shown(text), soft_wrap=True)
-    return groups
+        scored = sample_and_score(parts.engine, parts.rewards, parts.world, prompts, sampling_params(config), seeds)
+    return parts.world.gather(scored.groups)
 
 
 def _show_samples(groups: list[Group], console: Console) -> None:

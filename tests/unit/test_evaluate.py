@@ -6,22 +6,25 @@ import json
 import math
 import os
 import resource
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from making import episode, group
 
 from pgrpo.algorithm.intervals import mean_interval, wilson
+from pgrpo.commands import check
 from pgrpo.config import Config, RewardConfig
 from pgrpo.distributed.world import World
 from pgrpo.rewards.runner import RewardReport, RewardRunner
 from pgrpo.rollout.base import generate
 from pgrpo.training.evaluation import evaluate, numbers_of_samples, own_folder, save_results
-from pgrpo.types import Completion, Prompt, SamplingParams
+from pgrpo.types import Completion, Group, Prompt, SamplingParams
 
 WORLD = World(0, 1, torch.device("cpu"))
 PARAMS = SamplingParams(max_completion_tokens=4)
@@ -172,26 +175,36 @@ def test_links_among_a_runs_evaluations_are_not_written_through(tmp_path):
     assert (elsewhere / "samples.jsonl").read_text() == "mine" and not folder.is_symlink()
 
 
+class Pair(World):
+    """One of two ranks that take turns in one process. ``gather`` computes the other's part of ``everything()``."""
+
+    everything: Callable[[], list[Group]]
+
+    def together(self, work, *, break_off=False):
+        """No rank is stopped."""
+        return work()
+
+    def sum(self, values):
+        """No reward failed on the other rank."""
+        return values
+
+    def gather(self, items):
+        everything = self.everything()
+        half = -(-len(everything) // 2)
+        return items + everything[half:] if self.rank == 0 else everything[:half] + items
+
+
+def scored_groups(prompts, samples):
+    groups = generate(Engine(), prompts, PARAMS, [[0] * samples] * len(prompts))
+    Scorer().score(groups)
+    return groups
+
+
 @pytest.mark.parametrize("count", [1, 3, 4])
-def test_on_two_ranks_each_prompt_is_scored_once(count):
-    """Ranks take turns in one process: what ``gather`` brings is put together by hand."""
+def test_on_two_ranks_each_prompt_is_scored_once(count, monkeypatch):
     prompts = [Prompt(i, "", [i], {"rewards": [float(i == 0)]}) for i in range(count)]
     engine = Engine()
-
-    class Pair(World):
-        def together(self, work, *, break_off=False):
-            """Nobody stops them."""
-            return work()
-
-        def sum(self, values):
-            """On the other no reward failed."""
-            return values
-
-        def gather(self, items):
-            scored, half = generate(Engine(), prompts, PARAMS, [[0]] * count), -(-count // 2)
-            Scorer().score(scored)
-            return items + scored[half:] if self.rank == 0 else scored[:half] + items
-
+    monkeypatch.setattr(Pair, "everything", lambda _: scored_groups(prompts, 1), raising=False)
     seeds = [[i] for i in range(count)]
     results = [
         evaluate(engine, prompts, PARAMS, seeds, Scorer(), Pair(r, 2, torch.device("cpu")), greedy=False)
@@ -204,6 +217,25 @@ def test_on_two_ranks_each_prompt_is_scored_once(count):
     for got in results:
         assert [row["index"] for row in got.rows] == list(range(count))
         assert got.metrics["eval/pass@1"] == pytest.approx(1 / count)
+
+
+def test_check_scores_each_sample_on_one_rank(monkeypatch):
+    """So that a judge is paid once; every rank gets all groups, for the comparison that follows."""
+    prompts = [Prompt(i, "", [i], {"rewards": [float(i), 0.5]}) for i in range(4)]
+    asked: list[int] = []
+
+    class Judge(Scorer):
+        def score(self, groups):
+            asked.extend(group.prompt.index for group in groups)
+            return super().score(groups)
+
+    monkeypatch.setattr(Pair, "everything", lambda _: scored_groups(prompts, 2), raising=False)
+    stream = SimpleNamespace(take=lambda number: prompts[:number])
+    for rank in range(2):
+        world = Pair(rank, 2, torch.device("cpu"))
+        parts: Any = SimpleNamespace(stream=stream, engine=Engine(), rewards=Judge(), world=world)
+        assert [g.rewards for g in check._sample(parts, Config())] == [[float(i), 0.5] for i in range(4)]
+    assert asked == [0, 1, 2, 3]
 
 
 def test_correct_is_what_every_judge_calls_right_whatever_penalties_say(tmp_path):
