@@ -41,23 +41,30 @@ def summary(parts: Parts, folder: Path) -> str:
     )
 
 
-def out_of_memory(error: Exception, parts: Parts, step: int) -> RuntimeError | None:
-    """Which sizes a step has and which keys lower them, if the error says that memory ran out in it."""
-    out = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-    if not out:
+def out_of_memory(error: Exception, parts: Parts, progress: Progress) -> RuntimeError | None:
+    """An error with the sizes of a step or an evaluation and the keys that lower them; None if memory is not the reason."""
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(error):
         return None
     config, dims = parts.config, parts.learner.dims
+    reason = str(error).strip().splitlines()[0] if str(error) else "no more memory"
+    decoded = (
+        f"rollout.max_concurrent={config.rollout.max_concurrent} completions of up to "
+        f"{config.rollout.max_completion_tokens} tokens are decoded at once"
+    )
+    lower = "rollout.max_concurrent"
+    if engine_name(config, parts.world.device) == "vllm":
+        lower += " or rollout.gpu_memory_utilization"
+    if progress.unlogged is not None:  # metrics wait for an evaluation
+        return RuntimeError(
+            f"out of memory in the evaluation after step {progress.step} ({reason}): {decoded}. Lower {lower}"
+        )
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
     more = "" if config.model.activation_checkpointing == "full" else ", set model.activation_checkpointing=full"
-    vllm = " or rollout.gpu_memory_utilization" if engine_name(config, parts.world.device) == "vllm" else ""
-    reason = str(error).strip().splitlines()[0] if str(error) else "no more memory"
     return RuntimeError(
-        f"out of memory in step {step + 1} ({reason}). "
+        f"out of memory in step {progress.step + 1} ({reason}). "
         f"A micro-batch has up to train.token_budget={config.train.token_budget} packed tokens in {dims.layers} layers of "
-        f"{dims.hidden}, with model.activation_checkpointing={config.model.activation_checkpointing}; a rollout decodes "
-        f"rollout.max_concurrent={config.rollout.max_concurrent} completions of up to "
-        f"{config.rollout.max_completion_tokens} tokens. Lower train.token_budget (at least {longest}, the longest sample)"
-        f"{more}, or lower rollout.max_concurrent{vllm}"
+        f"{dims.hidden}, with model.activation_checkpointing={config.model.activation_checkpointing}; {decoded}. "
+        f"Lower train.token_budget (at least {longest}, the longest sample){more}, or lower {lower}"
     )
 
 
@@ -71,8 +78,13 @@ def naming_the_batch(parts: Parts, progress: Progress, groups: Sequence[Group]) 
 
 
 def _dump(parts: Parts, progress: Progress, groups: Sequence[Group]) -> str:
-    """Write all of a step's groups as JSON (with NaN, as Python reads it). Returns where they are. A file that cannot be written is
-    said in that place: what the batch is wanted for must still be told."""
+    """Write all of a step's groups as JSON (with NaN, as Python reads it). Returns the end of a message: the file, or why it
+    could not be written, so that the error that led here is still shown.
+
+    Secrets are redacted. Token ids spell them too: a prompt's are left out if its text has a secret, those of an episode and of
+    the prompts in front of its samples if the episode's text has one. Tokens that a sample reads and that are in neither text
+    (results of tools, say) are written as they are.
+    """
     file = run_folder(parts.config) / f"bad_batch_step_{progress.step + 1}.json"
     try:
         if parts.world.is_main:

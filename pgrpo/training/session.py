@@ -128,7 +128,7 @@ class Session:
             raise SystemExit(128 + stopped.signum) from None
         except Exception as error:
             self._rescue(error)
-            if explained := out_of_memory(error, self.parts, progress.step):
+            if explained := out_of_memory(error, self.parts, progress):
                 raise explained from error
             raise
 

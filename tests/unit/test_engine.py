@@ -1,6 +1,7 @@
 """Which engine a run takes, what is refused before a weight is loaded, and how much memory vLLM is given."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from pgrpo.config import Config, ConfigError, DataConfig, ModelConfig, RolloutCo
 from pgrpo.distributed.world import World
 from pgrpo.planning import placement
 from pgrpo.planning.flops import GIB, ModelDims, parameter_count
+from pgrpo.rollout.vllm import engine as vllm
 from pgrpo.rollout.vllm import start as vllm_start
-from pgrpo.rollout.vllm.engine import VLLMEngine
 from pgrpo.training import engine
+from pgrpo.types import Request, SamplingParams
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 QWEN3_4B = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, True, 0, True, False)
@@ -119,8 +121,34 @@ def test_an_engine_that_sleeps_wakes_before_it_is_shut_down(error):
             raise error
 
     core = SimpleNamespace(shutdown=lambda: calls.append("shutdown"))
-    made = VLLMEngine.__new__(VLLMEngine)
+    made = vllm.VLLMEngine.__new__(vllm.VLLMEngine)
     made.sleeps, made.seconds = True, 60.0
     made.llm = SimpleNamespace(wake_up=wake_up, llm_engine=SimpleNamespace(engine_core=core))
     made.close()
     assert calls == ["wake_up", "shutdown"]
+
+
+def test_ranks_that_share_an_engine_exchange_requests_on_the_cpu(monkeypatch):
+    """NCCL takes GPU memory for objects, which an awake vLLM does not leave free. Tensors stay on the default backend."""
+    asked, gathered = [], []
+    settings = config(engine="vllm", tensor_parallel_size=2)
+
+    def all_gather_object(shares, own, group):
+        gathered.append(group)
+        shares[:] = [own, [Request([8], [1])]] if group == ((2, 3), "gloo") else None
+
+    llm = SimpleNamespace(apply_model=lambda f: [f(SimpleNamespace(compute_logits=None))])
+    monkeypatch.setattr(vllm_start, "prepare", lambda *_: None)
+    monkeypatch.setattr(vllm_start, "start", lambda *_, **__: llm)
+    package = SimpleNamespace(
+        SamplingParams=dict, sampling_params=SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=0))
+    )
+    monkeypatch.setattr(vllm_start, "package", lambda: package)
+    monkeypatch.setattr(vllm.dist, "new_group", lambda ranks, backend=None: (tuple(ranks), backend))
+    monkeypatch.setattr(vllm.dist, "all_gather_object", all_gather_object)
+    one: Any = vllm.VLLMEngine(settings, World(2, 4, CPU), None, [0], lambda: iter(()), set(), memory_share=0.5)  # pyright: ignore[reportArgumentType]
+    one.is_awake = True
+    one.requests = SimpleNamespace(run_all=lambda prompts, *_: asked.append(prompts))
+    one._sample([Request([7], [0])], SamplingParams(max_completion_tokens=4), lambda *_: None)
+    assert gathered == [((2, 3), "gloo")] and asked == [[[7], [8]]]
+    assert one.tp_group == ((2, 3), None)

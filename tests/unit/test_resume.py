@@ -13,6 +13,7 @@ import torch
 
 import pgrpo
 from pgrpo import checkpoint, grpo
+from pgrpo.rollout.embedded.engine import EmbeddedEngine
 from pgrpo.training.update import NonFiniteError
 
 VOLATILE = ("time/", "perf/")
@@ -218,6 +219,24 @@ except RuntimeError as error:
     assert done.stdout.startswith("out of memory in step 1 ("), done.stdout + done.stderr
     for part in ("train.token_budget=16384", "model.activation_checkpointing=auto", "rollout.max_concurrent=256"):
         assert part in done.stdout
+
+
+def test_out_of_memory_in_an_evaluation_names_it_and_what_it_decodes(tiny_model, tmp_path, monkeypatch):
+    sample, greedy = EmbeddedEngine.sample, []
+
+    def full(engine, requests, params, on_finished):
+        greedy.append(params.temperature == 0)  # in evaluations only
+        if sum(greedy) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+        sample(engine, requests, params, on_finished)
+
+    monkeypatch.setattr(EmbeddedEngine, "sample", full)
+    with pytest.raises(RuntimeError) as caught:
+        train(tiny_model, tmp_path / "run", **{"eval.every": 1, "eval.rows": 2})
+    assert str(caught.value) == (
+        "out of memory in the evaluation after step 1 (CUDA out of memory. Tried to allocate 2 GiB.): "
+        "rollout.max_concurrent=256 completions of up to 4 tokens are decoded at once. Lower rollout.max_concurrent"
+    )
 
 
 def test_a_refused_resume_changes_nothing_of_the_run(tiny_model, tmp_path):

@@ -82,12 +82,13 @@ class VLLMEngine:
         self.divisor = 1.0
         self.timings: dict[str, float] = {}
         vllm_start.prepare(config, world)
-        self.tp_size, self.tp_group = config.rollout.tensor_parallel_size, None
+        # The ranks that share an engine: one group for tensors, and one for objects, which must take no GPU memory from vLLM.
+        self.tp_size, self.tp_group, self.tp_control = config.rollout.tensor_parallel_size, None, None
         for first in range(0, world.size if self.tp_size > 1 else 0, self.tp_size):
             ranks = list(range(first, first + self.tp_size))
-            group = dist.new_group(ranks)  # every rank takes part in making every group
+            groups = dist.new_group(ranks), dist.new_group(ranks, backend="gloo")  # collective calls of all ranks
             if world.rank in ranks:
-                self.tp_group = group
+                self.tp_group, self.tp_control = groups
         allocated = self._allocated()
         self.llm = vllm_start.start(config, memory_share, sleeps=self.sleeps)
         self.requests = Requests(self.llm, self.seconds, self._stop_signal)
@@ -131,7 +132,7 @@ class VLLMEngine:
         place, count = 0, len(requests)
         if self.tp_group is not None:  # neighbours run one engine: each takes all of their requests, and keeps its own
             shares: list[Any] = [None] * self.tp_size
-            dist.all_gather_object(shares, list(requests), group=self.tp_group)
+            dist.all_gather_object(shares, list(requests), group=self.tp_control)
             place = self.world.rank % self.tp_size * count
             requests = [request for share in shares for request in share]
         for token_ids, _ in requests:
