@@ -67,7 +67,8 @@ def _sample(parts: Parts, config: Config) -> list[Group]:
     prompts = parts.stream.take(SAMPLES)
     seeds = [sample_seeds(config.seed, "check", i, group_size=2) for i in range(len(prompts))]
     with parts.engine.awake(0):
-        scored = sample_and_score(parts.engine, parts.rewards, parts.world, prompts, sampling_params(config), seeds)
+        params = sampling_params(config)
+        scored = sample_and_score(parts.engine, parts.rewards, parts.world, prompts, params, seeds, "check")
     return parts.world.gather(scored.groups)
 
 

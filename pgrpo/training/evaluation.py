@@ -153,7 +153,7 @@ def _scored(
     rewards: RewardRunner,
     world: World,
 ) -> _Scored:
-    own = sample_and_score(engine, rewards, world, prompts, params, seeds)
+    own = sample_and_score(engine, rewards, world, prompts, params, seeds, "evaluation")
     return _Scored(world.gather(own.groups), own.errors)
 
 

@@ -40,9 +40,11 @@ def sample_and_score(
     prompts: Sequence[Prompt],
     params: SamplingParams,
     seeds: Sequence[Sequence[int]],
+    purpose: str = "rollout",
 ) -> Scored:
     """Every rank samples and scores its share of the prompts, an episode for each of a prompt's seeds. Scoring of a group begins
-    when it is finished, while others decode; what fails in it is raised when sampling has ended. A collective call."""
+    when it is finished, while others decode; an error in it is raised when sampling has ended. ``purpose`` begins the warning
+    of rewards that failed. A collective call."""
     started = time.perf_counter()
     (own_prompts, count), (own_seeds, _) = world.share(prompts), world.share(seeds)
     own = range(count if world.leads else 0)
@@ -57,8 +59,9 @@ def sample_and_score(
     report = world.together(lambda: scoring.finish(groups[: len(own)]), break_off=True)
     if report.first_error:
         log.warning(
-            "%d completions take no part, the first because of this error: %s", report.errors, report.first_error
-        )
+            "%s: %d completions left out, as a reward failed on them; the first error: %s",
+            purpose, report.errors, report.first_error,
+        )  # fmt: skip
     errors = world.sum(torch.tensor([report.errors], dtype=torch.float64, device=world.device)).item()
     return Scored(groups, int(errors), sampled - started, time.perf_counter() - sampled)
 

@@ -294,7 +294,9 @@ def test_eval_counts_rewards_that_fail(model, tmp_path, caplog):
     metrics = evaluate(config(model, tmp_path, *keys, "eval.rows=4", "eval.samples=2"))
     assert metrics["eval/rewards/errors"] == 4 and metrics["eval/greedy/rewards/errors"] == 2
     assert metrics["eval/reward"] == 1
-    assert "4 completions take no part, the first because of this error: reward `half`" in caplog.text
+    assert (
+        "evaluation: 4 completions left out, as a reward failed on them; the first error: reward `half`" in caplog.text
+    )
 
 
 def test_eval_refuses_what_is_not_there(model, tmp_path):
