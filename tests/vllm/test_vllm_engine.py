@@ -370,14 +370,14 @@ def test_groups_are_decoded_together_no_further_from_float32_than_alone(awake, m
     monkeypatch.setattr(DecodeLayout, "update", note)
 
     def distance():
-        groups = engine.generate(prompts(*(f"{i:02}" * 16 for i in range(32))), PARAMS, seeds(32, 8))
+        groups = generate(engine, prompts(*(f"{i:02}" * 16 for i in range(32))), PARAMS, seeds(32, 8))
         apart = []
-        for prompt, completion in ((g.prompt, c) for g in groups for c in g.completions):
-            ids = torch.tensor([prompt.token_ids + completion.token_ids], device=policy.device)
+        for sample in (sample for group in groups for sample in group.samples):
+            ids = torch.tensor([sample.prompt_ids + sample.token_ids], device=policy.device)
             with torch.no_grad():
-                logits = model(ids).logits[0, len(prompt.token_ids) - 1 : -1]
-            exact = logits.log_softmax(-1).gather(1, ids[0, len(prompt.token_ids) :, None])[:, 0].tolist()
-            apart += [abs(a - b) for a, b in zip(completion.rollout_logprobs, exact, strict=True)]
+                logits = model(ids).logits[0, len(sample.prompt_ids) - 1 : -1]
+            exact = logits.log_softmax(-1).gather(1, ids[0, len(sample.prompt_ids) :, None])[:, 0].tolist()
+            apart += [abs(a - b) for a, b in zip(sample.rollout_logprobs, exact, strict=True)]
         return sum(apart) / len(apart)
 
     together = distance()
