@@ -2,14 +2,14 @@
 
 One step (``grpo_step``):
 
-1. *sample* G completions of every prompt with the policy's weights of now, and *score* them with the reward functions;
-2. *compare* each episode with its group: its advantage is its reward minus the group's mean, over the group's spread;
-3. *pack* what has a gradient into micro-batches in which each prompt is stored and computed once;
-4. *update* the policy with a clipped policy-gradient loss on per-sample log-probs;
-5. *push* the new weights to the sampler, which happens when it wakes for the next step (``engine.awake``).
+1. *Sample* G completions of every prompt with the current policy, and *score* them with the reward functions.
+2. *Compare* each episode with its group: advantage = (reward - the group's mean) / the group's standard deviation.
+3. *Pack* the groups that have a gradient into micro-batches that store and compute each prompt once.
+4. *Update* the policy with a clipped policy-gradient loss on per-token log-probs.
+5. *Push* the new weights to the sampler. This happens when it wakes for the next step (``engine.awake``).
 
-What surrounds the algorithm is elsewhere: the parts of a run and how they are built (training/build.py), its folder, signals,
-saving and failures (training/session.py), the loss (algorithm/loss.py), and packing (packing/).
+Elsewhere: the loss (algorithm/loss.py), packing (packing/), building the parts of a run (training/build.py), and its folder,
+signals, checkpoints and failures (training/session.py).
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def train(
     dataset: Iterable[Mapping[str, Any]] | None = None,
     resume: str | Path | None = None,
 ) -> Path:
-    """Run a training to its end and return its folder (``pgrpo.train``, which says what the arguments are).
+    """Train, and return the run folder. ``pgrpo.train`` documents the arguments.
 
     Raises:
         ConfigError: the input is wrong; nothing was trained.
-        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, once a checkpoint was saved.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM; a checkpoint is saved first.
     """
     with open_session(config, rewards, dataset, resume) as session:
         while session.goes_on():
@@ -60,19 +60,19 @@ def train(
 
 
 def grpo_step(parts: Parts, progress: Progress) -> tuple[list[Group], Metrics]:
-    """One step. Returns rank 0's groups (none on other ranks, which train on what rank 0 sends them) and what to log."""
+    """One step. Returns the groups (on rank 0; other ranks get micro-batches of them) and the metrics."""
     config, world, learner, canary = parts.config, parts.world, parts.learner, parts.canary
     clock = StepClock(parts)
     if (every := config.loss.ref_refresh_every) and progress.step and progress.step % every == 0:
         updates.refresh_reference(learner)
 
-    # 1. Sample and score. Entering ``awake`` pushes the policy's weights to the engine.
+    # 1. Sample and score. Entering ``awake`` pushes the policy's weights to the engine. The canary checks that they arrived.
     with parts.engine.awake(progress.step):
         checked = canary.look() if canary else {}
         groups, all_groups, sampled = sample_groups(parts, progress.step)
     clock.sampled()
 
-    # 2. Compare. A reward judges a whole episode, so all of its tokens get the same advantage.
+    # 2. Compare. The reward is for the whole episode, so all of its tokens get the same advantage.
     loss = config.loss
     compared = step_advantages([group.rewards for group in groups], loss.scale_advantages, loss.advantage_baseline)
     for group, advantages in zip(groups, compared, strict=True):
@@ -95,11 +95,11 @@ def grpo_step(parts: Parts, progress: Progress) -> tuple[list[Group], Metrics]:
 
 
 def sample_groups(parts: Parts, step: int) -> tuple[list[Group], list[Group], Metrics]:
-    """Rank 0's groups to train on, all groups that were sampled for them, and what to log.
+    """On rank 0 the groups to train on, and all groups that were sampled; on all ranks the metrics.
 
-    Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a group whose rewards are all equal teaches nothing, and makes room
-    for one of a fresh prompt, in at most ``rollout.resample_limit`` extra rounds. A prompt's seeds derive from its number in the
-    step, so that any number of ranks samples the same.
+    Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): a group whose rewards are all equal has zero advantages, so a group of a
+    new prompt replaces it, in at most ``rollout.resample_limit`` rounds. Seeds derive from the step and the prompt's number in
+    it, so the samples do not depend on the number of ranks.
     """
     config, world, size = parts.config, parts.world, parts.config.rollout.group_size
     metrics = {"time/rollout": 0.0, "time/reward": 0.0, "rewards/errors": 0.0}
@@ -135,17 +135,16 @@ def sample_groups(parts: Parts, step: int) -> tuple[list[Group], list[Group], Me
 
 
 def update(learner: Learner, progress: Progress, groups: Sequence[Group]) -> Metrics:
-    """All of a step's optimizer steps: in each epoch every group is used once, in ``updates_per_step`` equal shares. Returns what
-    to log. A collective call."""
+    """All optimizer steps of a step: each epoch uses every group once, in ``updates_per_step`` equal shares. Returns metrics."""
     config, world = learner.config.train, learner.world
     size = len(groups) // config.updates_per_step
     shares = [groups[i * size : (i + 1) * size] for i in range(config.updates_per_step)]
     batches = [updates.micro_batches(learner, share) for share in shares]
-    # The loss divides by counts of the whole update, so it does not depend on how groups were cut into micro-batches and ranks.
+    # The loss divides by the counts of the whole update, so it does not depend on micro-batches and ranks.
     counts = world.from_main([updates.count(share) for share in shares])
 
     started = time.perf_counter()
-    # Old log-probs are those of the weights that sampled. The first share meets these weights in its own forward.
+    # Old log-probs are of the weights that sampled. The first update's own forward has these weights; later shares need one now.
     for share in batches[1:]:
         updates.record_old_logprobs(learner, share)
     world.synchronize()
@@ -162,10 +161,12 @@ def update(learner: Learner, progress: Progress, groups: Sequence[Group]) -> Met
 def optimizer_step(
     learner: Learner, progress: Progress, batches: Sequence[GroupedBatch], counts: Counts
 ) -> updates.Outcome:
-    """One optimizer step on the gradient of all micro-batches; none where they are empty or the gradient is not finite."""
+    """One optimizer step on the summed gradients of all micro-batches; skipped if there are none or a number is not finite."""
     world, sums = learner.world, updates.UpdateSums.zero(learner.world.device)
     for batch in batches:
-        if not progress.has_moved:  # before the step's first change of weights a stop signal can still drop the step
+        if (
+            not progress.has_moved
+        ):  # until the step changes weights, a stop signal may abandon it and save the one before
             world.check_stop()
         sums = sums.plus(backward(learner, batch, counts))
     grad_norm = clip_gradients(learner.policy, learner.config.optim.max_grad_norm) if batches else 0.0
@@ -179,22 +180,21 @@ def optimizer_step(
 
 
 def backward(learner: Learner, batch: GroupedBatch, counts: Counts) -> updates.UpdateSums:
-    """Add one micro-batch's gradient. Returns sums over its tokens."""
+    """Forward and backward of one micro-batch; gradients accumulate. Returns sums over its tokens."""
     config, policy, reference = learner.config, learner.policy, learner.reference
     ref_logprobs_BR = None
     if reference is not None:
-        # Run the reference before the policy: with LoRA both are one module, and FSDP expects the backward to follow the latest
-        # forward.
+        # Reference before policy: with LoRA both are one module, and FSDP expects the backward to follow the latest forward.
         with no_gradient(reference if isinstance(reference, Policy) else policy):
             ref_logprobs_BR = batch.unpack(reference(batch).logprobs)
     flat_logprobs_L, flat_entropy_L = policy(batch, entropy=True)
     logprobs_BR, entropy_BR = batch.unpack(flat_logprobs_L), batch.unpack(flat_entropy_L)
-    if batch.old_logprobs is None:  # these weights sampled: the ratio is 1, and its gradient that of the log-probs
+    if batch.old_logprobs is None:  # the weights are those that sampled, so the ratio is 1
         batch.old_logprobs = logprobs_BR.detach()
     output = policy_loss(
         logprobs_BR, batch.old_logprobs, batch.advantages, batch.mask, counts, config.loss,
         config.rollout.max_completion_tokens,
         rollout_logprobs_BR=batch.rollout_logprobs, ref_logprobs_BR=ref_logprobs_BR, entropy_BR=entropy_BR,
     )  # fmt: skip
-    (output.loss * learner.world.dp_size).backward()  # FSDP averages gradients over ranks; the loss is a sum over them
+    (output.loss * learner.world.dp_size).backward()  # FSDP averages gradients over ranks, but the loss is their sum
     return updates.UpdateSums.of(output, batch.mask, entropy_BR, batch.old_logprobs, batch.rollout_logprobs)

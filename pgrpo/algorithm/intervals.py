@@ -1,7 +1,7 @@
 """95% confidence intervals of an evaluation, over prompts: samples of one prompt are not independent of each other.
 
-The held-out prompts count as drawn from all that might have been asked (Miller, "Adding Error Bars to Evals", arXiv
-2411.00640): more samples a prompt narrow an interval only as far as they average out the sampler's chance, never to nothing.
+The held-out prompts count as a random draw of all possible prompts (Miller, "Adding Error Bars to Evals", arXiv 2411.00640): more
+samples a prompt narrow an interval only by averaging out the sampler's randomness, and never to width 0.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from collections.abc import Sequence
 from statistics import NormalDist
 
 Interval = tuple[float, float]
-"""Low and high end; NaN where there are too few prompts to say."""
+"""Low and high end; NaN for fewer than two prompts."""
 
 Z = NormalDist().inv_cdf(0.975)
 
 
 def mean_interval(clusters: Sequence[Sequence[float]]) -> Interval:
-    """Of the mean of all values, where ``clusters`` holds one list a prompt, of any lengths.
+    """Interval of the mean of all values; ``clusters`` has one list a prompt, of any lengths.
 
-    Miller's clustered standard error, for C prompts with n values s in all: the squared sums of s - mean over each prompt,
-    added up, over n^2. Times C / (C - 1), and with Student's t for C - 1 degrees of freedom, so that it holds for few prompts too.
+    Miller's clustered standard error for C prompts with n values s in total: the square of each prompt's sum of (s - mean), summed
+    over prompts and divided by n^2. The factor C / (C - 1) and Student's t with C - 1 degrees of freedom make it valid for few
+    prompts.
     """
     clusters = [cluster for cluster in clusters if cluster]
     count = sum(map(len, clusters))
@@ -34,11 +35,12 @@ def mean_interval(clusters: Sequence[Sequence[float]]) -> Interval:
 
 
 def rate_interval(rates: Sequence[float]) -> Interval:
-    """Of a mean of one number in [0, 1] a prompt (pass@k): never outside [0, 1], nor of width 0 where all failed or all passed.
+    """Interval of the mean of one rate in [0, 1] a prompt (pass@k). It stays inside [0, 1], and its width is not 0 if all failed or
+    all passed.
 
-    Wilson's score interval for as many independent prompts as would give the observed standard error ("effective sample size",
-    Dean and Pagano, J. Surv. Stat. Methodol. 3 (2015) 484): the number of prompts itself where each is 0 or 1 (then this is
-    Wilson's interval), more where several samples a prompt tell more.
+    Wilson's score interval for the effective sample size: the number of independent prompts with the observed standard error (Dean
+    and Pagano, J. Surv. Stat. Methodol. 3 (2015) 484). If every rate is 0 or 1, that is the number of prompts, and this is Wilson's
+    interval; with several samples a prompt it is larger.
     """
     prompts = len(rates)
     if prompts < 2:
@@ -50,17 +52,17 @@ def rate_interval(rates: Sequence[float]) -> Interval:
 
 
 def wilson(rate: float, count: float) -> Interval:
-    """Wilson's score interval (JASA 22 (1927) 209) of a rate among ``count`` independent trials."""
+    """Wilson's score interval (JASA 22 (1927) 209) of a success rate in ``count`` independent trials."""
     centre = (rate + Z**2 / (2 * count)) / (1 + Z**2 / count)
     half = Z / (1 + Z**2 / count) * math.sqrt(rate * (1 - rate) / count + Z**2 / (4 * count**2))
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
 def student_t(freedom: int, z: float = Z) -> float:
-    """Where Student's t has the upper tail that a normal number has above ``z``; without ``z`` the 0.975 quantile.
+    """Quantile of Student's t at the probability of the normal quantile ``z``; 0.975 by default.
 
-    Exact for 1 and 2 degrees of freedom. Else the Cornish-Fisher series (Abramowitz and Stegun, 26.7.5): within 0.2% at the default
-    ``z``, and within 0.2% at ``z`` = 5 from 15 degrees of freedom on.
+    Exact for 1 and 2 degrees of freedom. Otherwise the Cornish-Fisher series (Abramowitz and Stegun, 26.7.5): within 0.2% at the
+    default ``z``, and at ``z`` = 5 from 15 degrees of freedom on.
     """
     p = NormalDist().cdf(z)
     if freedom == 1:

@@ -1,6 +1,5 @@
-"""Policy-gradient losses on per-sample log-probs, composed of a ratio, an objective, a KL estimate and a way to add up. Every sum
-is over the mask and divided by a global count, so that the loss and its gradient do not depend on how a step's samples were cut
-into micro-batches and ranks.
+"""Policy-gradient losses on per-sample log-probs, composed of a ratio, an objective, a KL estimate and an aggregation. Every sum is
+over the mask and divided by a global count, so the loss and its gradient do not depend on micro-batches and ranks.
 
 B samples of the micro-batch, R tokens of the longest completion.
 """
@@ -22,14 +21,14 @@ Correction = Literal["token_truncate", "token_mask", "sequence_truncate", "seque
 
 
 class Counts(NamedTuple):
-    """Global counts of one update, over all ranks and micro-batches, skipped and masked samples included."""
+    """Counts of one update over all ranks and micro-batches, with skipped and masked samples."""
 
     tokens: int
     samples: int
 
 
 class LossOutput(NamedTuple):
-    """``loss`` is this micro-batch's share of the global loss (shares add up); the rest are sums over masked tokens, detached."""
+    """``loss`` is this micro-batch's part of the global loss: parts add up. The others are sums over masked tokens, detached."""
 
     loss: Tensor
     clipped_low: Tensor
@@ -57,13 +56,13 @@ def policy_loss(
     With token ratios, clipping, ``aggregate="sample"`` and k3 it is GRPO's (DeepSeekMath, arXiv 2402.03300, equation 3).
 
     Args:
-        logprobs_BR: [B, R] of the current weights; carries a gradient, as ``entropy_BR`` does; nothing else may.
+        logprobs_BR: [B, R] of the current weights. Only this and ``entropy_BR`` may carry a gradient.
         old_logprobs_BR: [B, R] of the weights that sampled.
-        advantages_BR: [B, R], one number a token; the same on all tokens of a sample where a reward judges it as a whole.
-        mask_BR: [B, R] bool, True on tokens that count. Entries elsewhere may hold anything, inf and nan too.
+        advantages_BR: [B, R], one number a token.
+        mask_BR: [B, R] bool, True on tokens in the loss. All other inputs may have any value elsewhere, inf and nan too.
         counts: tokens and samples of the whole update, over all ranks.
-        config: the section ``loss``. Its terms: J is ``surrogate``, KL ``kl_estimate``, c ``rollout_correction`` (1 without one), w
-            ``token_weights``.
+        config: the section ``loss``. The terms of the formula: J is ``surrogate``, KL is ``kl_estimate``, c is
+            ``rollout_correction`` (1 without one), and w is ``token_weights``.
         max_completion_tokens: the fixed length that ``aggregate="constant"`` divides by.
         rollout_logprobs_BR: [B, R] of the sampler; needed for a ``rollout_correction``.
         ref_logprobs_BR: [B, R] of the reference model; needed when ``kl_coef`` is not 0.
@@ -71,9 +70,9 @@ def policy_loss(
             equation 9).
 
     Raises:
-        ValueError: a term's input is not there.
+        ValueError: a term's input is missing.
     """
-    # Masked before exp: an overflow there would turn into nan gradients, even under a mask applied later.
+    # Mask before exp: an overflow would give nan gradients even if it were masked afterwards.
     log_ratio_BR = log_importance_ratio(torch.where(mask_BR, logprobs_BR - old_logprobs_BR, 0.0), mask_BR, config.ratio)
     objective_BR = surrogate(log_ratio_BR, torch.where(mask_BR, logprobs_BR, 0.0), advantages_BR, config)
 
@@ -100,7 +99,7 @@ def policy_loss(
     weights_BR = token_weights(mask_BR, counts, config.aggregate, max_completion_tokens).to(objective_BR.dtype)
     with torch.no_grad():
         ratio_BR = log_ratio_BR.exp()
-        # Where the clip takes effect: CISPO's does on either sign of the advantage.
+        # Clipping has an effect on one sign of the advantage; in CISPO on both.
         may_clip_low_BR = advantages_BR != 0 if config.objective == "cispo" else advantages_BR < 0
         may_clip_high_BR = advantages_BR != 0 if config.objective == "cispo" else advantages_BR > 0
         low_BR = mask_BR & (ratio_BR < 1 - config.clip_low) & may_clip_low_BR
@@ -117,7 +116,7 @@ def policy_loss(
 def log_importance_ratio(log_ratio_BR: Tensor, mask_BR: Tensor, ratio: Ratio) -> Tensor:
     """[B, R] logarithm of the ratio r that is clipped; ``log_ratio_BR`` is ``logprobs - old_logprobs``, 0 off the mask.
 
-    ``token``: each token's own (GRPO). ``sequence``: of the geometric mean over the sample's tokens, on each of them (GSPO,
+    ``token``: each token's own ratio (GRPO). ``sequence``: the geometric mean over the sample's tokens, for each of them (GSPO,
     arXiv 2507.18071, equation 7).
     """
     if ratio == "token":
@@ -127,11 +126,11 @@ def log_importance_ratio(log_ratio_BR: Tensor, mask_BR: Tensor, ratio: Ratio) ->
 
 
 def surrogate(log_ratio_BR: Tensor, logprobs_BR: Tensor, advantages_BR: Tensor, config: LossConfig) -> Tensor:
-    """[B, R] of what is maximised.
+    """[B, R] objective J, which is maximised.
 
-    ``clip``: ``min(r A, clip(r) A)`` (PPO, arXiv 1707.06347, equation 7). A token whose ratio is clipped has no gradient. The clip
-    is below at 1 - clip_low and above at 1 + clip_high (apart: DAPO, arXiv 2503.14476, equation 10).
-    ``cispo``: ``stop_gradient(clip(r)) A logprob`` (MiniMax-M1, arXiv 2506.13585, equations 4 and 5). Every token has one.
+    ``clip``: ``min(r A, clip(r) A)`` (PPO, arXiv 1707.06347, equation 7). A token whose ratio is clipped has no gradient.
+    The bounds are 1 - clip_low and 1 + clip_high (separate bounds: DAPO, arXiv 2503.14476, equation 10).
+    ``cispo``: ``stop_gradient(clip(r)) A logprob`` (MiniMax-M1, arXiv 2506.13585, equations 4 and 5). Every token has a gradient.
     """
     low, high = 1 - config.clip_low, 1 + config.clip_high
     ratio_BR = log_ratio_BR.detach().exp()
@@ -139,19 +138,19 @@ def surrogate(log_ratio_BR: Tensor, logprobs_BR: Tensor, advantages_BR: Tensor, 
     if config.objective == "cispo":
         return clipped_BR * advantages_BR * logprobs_BR
     is_clipped_BR = torch.where(advantages_BR > 0, ratio_BR > high, ratio_BR < low) | (advantages_BR == 0)
-    # A ratio beyond exp(88) is inf in float32, and the backward of exp gives 0 * inf = nan: a clipped one is left out before exp.
+    # A ratio above exp(88) is inf in float32, and the backward of exp gives 0 * inf = nan. So clipped tokens do not go through exp.
     free_BR = torch.where(is_clipped_BR, 0.0, log_ratio_BR).exp()
     return torch.where(is_clipped_BR, clipped_BR, free_BR) * advantages_BR
 
 
 def kl_estimate(d_BR: Tensor, estimator: KlEstimator) -> Tensor:
-    """[B, R] of one-sample estimates of KL(policy || reference), with ``d = ref_logprobs - logprobs``.
+    """[B, R] one-sample estimates of KL(policy || reference), with ``d = ref_logprobs - logprobs``.
 
     ``k1``: ``-d``. ``k2``: ``d^2 / 2``. ``k3``: ``exp(d) - d - 1`` (DeepSeekMath, arXiv 2402.03300, equation 4; the names are
     Schulman's, joschu.net/blog/kl-approx.html).
 
-    The gradient of k1 as it stands is noise: its expectation is 0, whatever the reference (arXiv 2510.01555). Ours is that of
-    k1 subtracted from the reward, ``stop_gradient(k1) * d logprob``; k2 has the same gradient.
+    The gradient of k1 itself has expectation 0 for any reference (arXiv 2510.01555). This k1 has the gradient of a k1 that is
+    subtracted from the reward, ``stop_gradient(k1) * d logprob``, which is also the gradient of k2.
     """
     if estimator == "k1":
         k1_BR = -d_BR.detach()
@@ -162,20 +161,20 @@ def kl_estimate(d_BR: Tensor, estimator: KlEstimator) -> Tensor:
 def rollout_correction(
     old_logprobs_BR: Tensor, rollout_logprobs_BR: Tensor, mask_BR: Tensor, correction: Correction, cap: float
 ) -> tuple[Tensor, Tensor]:
-    """Importance weights between the trainer's and the sampler's numerics, for tokens that the sampler drew.
+    """Importance weights that correct for numerical differences between the sampler and the trainer.
 
-    ``r = exp(old_logprobs - rollout_logprobs)``: of a token, or ``sequence``: the product over its sample's tokens, on each of
-    them. That product is what TRL (``sequence_*`` of ``vllm_importance_sampling_mode``) and verl (``rollout_is: sequence``) mean,
-    and the unbiased one; verl calls the geometric mean ``geometric``.
+    ``r = exp(old_logprobs - rollout_logprobs)`` of a token, or with ``sequence`` the product over the sample's tokens, for each of
+    them. The product is unbiased, and is also ``sequence`` in TRL (``vllm_importance_sampling_mode``) and verl (``rollout_is``);
+    verl's name for the geometric mean is ``geometric``.
 
     ``truncate``: ``min(r, cap)``, truncated importance sampling (TIS: Yao et al., 2025, "Your efficient RL framework secretly
     brings you off-policy RL training"; the estimator is Ionides', 2008). ``mask``: ``r`` where ``1/cap <= r <= cap``, else 0,
     masked importance sampling (MIS: Liu et al., 2025, "When speed kills stability"; IcePop is its two-sided token form).
 
-    A rollout log-prob that is not a finite number says nothing of the sampler: that token's ``r`` is 1, alone and in the product.
+    If a token's rollout log-prob is not finite, its ``r`` is 1, also in the product.
 
     Returns:
-        [B, R] weight of each token's objective, without a gradient, and [B, R] bool, the tokens that were truncated or masked.
+        [B, R] weight of each token's objective, detached, and [B, R] bool, True on tokens that were truncated or masked.
     """
     known_BR = mask_BR & rollout_logprobs_BR.isfinite()
     log_ratio_BR = torch.where(known_BR, old_logprobs_BR - rollout_logprobs_BR, 0.0).detach()
@@ -189,11 +188,11 @@ def rollout_correction(
 
 
 def token_weights(mask_BR: Tensor, counts: Counts, aggregate: Aggregate, max_completion_tokens: int) -> Tensor:
-    """[B, R] float64 weight of each token in the loss; 0 off the mask. A sample without tokens weighs nothing, but is counted.
+    """[B, R] float64 weight of each token in the loss, 0 outside the mask. ``counts.samples`` includes samples without tokens.
 
-    ``token``: all tokens of the update weigh the same (DAPO, arXiv 2503.14476, equation 12). ``sample``: mean over a sample's
-    tokens, then over samples (GRPO, arXiv 2402.03300, equation 3). ``constant``: sum over tokens over a fixed length, then mean
-    over samples (Dr. GRPO, arXiv 2503.20783, section 3.2).
+    ``token``: mean over all tokens of the update (DAPO, arXiv 2503.14476, equation 12). ``sample``: mean over a sample's tokens,
+    then over samples (GRPO, arXiv 2402.03300, equation 3). ``constant``: sum over a sample's tokens divided by
+    ``max_completion_tokens``, then mean over samples (Dr. GRPO, arXiv 2503.20783, section 3.2).
     """
     mask = mask_BR.double()
     if aggregate == "token":

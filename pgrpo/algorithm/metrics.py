@@ -1,4 +1,4 @@
-"""Numbers that describe a step's groups, under TRL's names where it has one."""
+"""Metrics of a step's groups, with TRL's names where TRL has one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pgrpo.types import Group
 
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Rewards and completion lengths (tokens). Samples whose reward is None are left out of reward numbers."""
+    """Rewards and completion lengths (tokens). Reward metrics leave out samples whose reward is None."""
     episodes = [episode for group in groups for episode in group.episodes]
     lengths = [len(episode.token_ids) for episode in episodes]
     rewards = [[r for r in g.rewards if r is not None] for g in groups]
@@ -30,7 +30,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """Unbiased estimate of the chance that at least one of k samples is correct (Codex, arXiv 2107.03374, equation 1)."""
+    """Unbiased estimate of the probability that at least one of k samples is correct (Codex, arXiv 2107.03374, equation 1)."""
     failure = 1.0
     for i in range(k):
         failure *= max(samples - correct - i, 0) / (samples - i)

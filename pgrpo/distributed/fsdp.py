@@ -1,4 +1,4 @@
-"""Sharding: FSDP2 around a policy, and whole tensors out of its shards."""
+"""Sharding with FSDP2."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -19,7 +19,6 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pgrpo.distributed.world import World
 
@@ -33,17 +32,17 @@ def place(
     *,
     offload: bool = False,
 ) -> None:
-    """Put a module on this rank's device: sharded by FSDP2, layer by layer, where there are several ranks or the compute
-    dtype is not float32 (FSDP2 keeps float32 masters and casts what it gathers); as it is otherwise. With several copies
-    (hybrid sharding), weights are gathered among the ranks that share one, and gradients averaged over the copies as well.
+    """Move a module to this rank's device. FSDP2 shards it, layer by layer, if there are several ranks or the compute dtype is
+    not float32: FSDP2 keeps float32 weights and casts them when it gathers a layer. With several replicas (hybrid sharding)
+    weights are gathered within a replica, and gradients averaged over the replicas too.
 
     Args:
         module: the root. Gradients of a sharded root are *averaged* over ranks: scale the loss by ``world.dp_size``.
         layers: submodules that are gathered one at a time.
-        dtype: what the forward and backward compute in. Gradients are reduced in float32.
-        methods: names of methods beside ``forward`` that use the root's weights.
-        offload: keep the shards in host memory; a layer visits the device while it computes. Needs a compute dtype or ranks
-            that FSDP2 is for.
+        dtype: compute dtype of forward and backward. Gradients are reduced in float32.
+        methods: names of methods other than ``forward`` that use the root's weights.
+        offload: keep the shards in host memory; a layer is on the device only while it computes. No effect on a module that
+            FSDP2 does not shard.
     """
     if world.size == 1 and dtype == torch.float32:
         module.to(world.device)
@@ -74,8 +73,8 @@ class Root(Protocol):
 
 @contextmanager
 def no_gradient(root: Root) -> Iterator[None]:
-    """Every forward without a gradient belongs in here. FSDP2 keeps the root's parameters gathered from a forward to its backward;
-    where no backward comes they would lie beside an awake vLLM, so they are shards again at the end."""
+    """Run forwards without gradients inside this block. FSDP2 keeps the root's parameters gathered from a forward to its
+    backward. Without a backward they would stay gathered and take memory from vLLM, so this reshards them at the end."""
     with torch.no_grad():
         try:
             yield
@@ -84,24 +83,8 @@ def no_gradient(root: Root) -> Iterator[None]:
 
 
 def reshard(root: Root) -> None:
-    """Make all parameters shards again, in the dtype that they are held in. While gathered they are in the compute dtype, and what
-    ``parameters()`` gives is not what the optimizer knows."""
+    """Free the gathered parameters. Afterwards ``parameters()`` gives the shards that the optimizer has, in their own dtype;
+    gathered parameters are other tensors, in the compute dtype."""
     for part in root.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor on the CPU, on every rank (a collective call when it is sharded)."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-
-
-def copy_full(target: Tensor, full: Tensor) -> None:
-    """Write a whole tensor, present on every rank, into a tensor that may be sharded."""
-    with torch.no_grad():
-        if isinstance(target, DTensor):
-            full = full.to(target.device, target.dtype)
-            target.copy_(distribute_tensor(full, target.device_mesh, target.placements))
-        else:
-            target.copy_(full)

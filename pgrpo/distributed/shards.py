@@ -1,4 +1,4 @@
-"""What part of a tensor this rank holds, and where it lies in the whole."""
+"""Shards: the part of a tensor that a rank holds, and its position in the whole tensor."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ from torch.distributed.tensor import Shard as Sharded
 
 @dataclass(frozen=True)
 class Shard:
-    """``tensor`` is the box that starts at ``offset`` in a whole tensor of ``shape`` (both have the whole's dimensions).
-    ``replica``: which of the equal copies of it that ranks hold (hybrid sharding)."""
+    """A box of a tensor.
+
+    Attributes:
+        tensor: the values.
+        shape: of the whole tensor.
+        offset: of the box in the whole tensor, one number a dimension.
+        replica: number of the replica that this shard belongs to (hybrid sharding).
+    """
 
     tensor: Tensor
     shape: tuple[int, ...]
@@ -24,7 +30,8 @@ class Shard:
         return tuple(self.tensor.shape) == self.shape
 
     def is_written_by(self, rank: int) -> bool:
-        """Whether ``rank``, which holds this, is the one that saves it. Rank 0 saves empty parts too: names without data."""
+        """Whether ``rank``, which holds this shard, saves it: whole tensors rank 0, parts the first replica. Rank 0 saves empty
+        parts too, so that a checkpoint has their names."""
         return rank == 0 or not (self.replica or self.is_whole or self.tensor.numel() == 0)
 
     @property
@@ -33,15 +40,15 @@ class Shard:
 
 
 def whole(tensor: Tensor) -> Shard:
-    """A tensor that is not cut."""
+    """The shard that is a whole tensor."""
     return Shard(tensor.detach(), tuple(tensor.shape), (0,) * tensor.ndim)
 
 
 def shard_of(tensor: Tensor) -> Shard:
-    """This rank's part of a tensor that FSDP2 may have cut; shares its memory. Nothing is communicated.
+    """This rank's shard of a tensor that FSDP2 may have sharded. Shares its memory; communicates nothing.
 
     Raises:
-        ValueError: cut in another way than along one tensor dimension, over the last dimension of the mesh.
+        ValueError: the tensor is not sharded along one tensor dimension over the last dimension of the mesh.
     """
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
@@ -53,7 +60,7 @@ def shard_of(tensor: Tensor) -> Shard:
     replica = mesh.get_local_rank(0) if outer else 0
     expected = list(shape)
     if isinstance(placement, Sharded):
-        # torch.chunk's rule: equal parts, rounded up; the last ones are shorter, or empty.
+        # FSDP2 shards as torch.chunk does: equal parts, rounded up; the last ones are shorter or empty.
         size, rank, length = mesh.size(-1), mesh.get_local_rank(mesh.ndim - 1), shape[placement.dim]
         part = -(-length // size)
         offset[placement.dim] = min(rank * part, length)

@@ -1,4 +1,4 @@
-"""Process group, sharding, and how a step's groups are shared out among ranks."""
+"""The ranks of a run: process groups, and what ranks exchange."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class RankFailed(RuntimeError):
-    """The work of another rank failed, which says why."""
+    """Another rank failed, and its own log has the reason."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class World:
     device: torch.device
     stop: StopFlag = field(default_factory=StopFlag)
     control: Any = None
-    """A process group for numbers on the CPU, so that asking them does not wait for a GPU. None: the default group does it."""
+    """The gloo group for objects and numbers on the CPU, which does not wait for a GPU. None: the default group, itself gloo."""
     fsdp_size: int | None = None
-    """How many neighbouring ranks one copy of the weights is split over. None: all."""
+    """Number of neighbouring ranks that share one replica of the weights. None: all."""
     sequence_parallel_size: int = 1
-    """How many neighbouring ranks hold the same data. Every other number of ranks here counts processes."""
+    """Number of neighbouring ranks that hold the same data. All other numbers of ranks count processes."""
 
     @property
     def is_main(self) -> bool:
@@ -42,40 +42,40 @@ class World:
 
     @property
     def shards(self) -> int:
-        """Parts that one copy of the weights is in; there are ``size / shards`` copies."""
+        """Number of shards of one replica of the weights. There are ``size / shards`` replicas."""
         return self.fsdp_size or self.size
 
     @property
     def dp_size(self) -> int:
-        """Data-parallel size: how many ranks hold different data."""
+        """Data-parallel size: the number of ranks with different data."""
         return self.size // self.sequence_parallel_size
 
     @property
     def dp_rank(self) -> int:
-        """Whose data this rank holds, from 0 to ``dp_size - 1``."""
+        """This rank's share of the data, from 0 to ``dp_size - 1``."""
         return self.rank // self.sequence_parallel_size
 
     @property
     def leads(self) -> bool:
-        """Whether this is the first of the ranks that hold the same data: the one whose data are scored, gathered and counted."""
+        """Whether this rank is the first of those with the same data. Only leading ranks score, send and count data."""
         return self.rank % self.sequence_parallel_size == 0
 
     def share(self, items: Sequence[T]) -> tuple[list[T], int]:
-        """This rank's contiguous part of items that every rank holds, as many on each rank, and how many of them are its own: the
-        rest are fillers, the last item again, of which nothing may be kept."""
+        """This rank's contiguous part of items that every rank holds, and how many of them are its own. All ranks get equally
+        many: the rest are fillers, copies of the last item, whose results must be dropped."""
         count = -(-len(items) // self.dp_size)
         part = list(items[self.dp_rank * count : (self.dp_rank + 1) * count])
         return part + [items[-1]] * (count - len(part)), len(part)
 
     def from_main(self, item: T) -> T:
-        """Rank 0's item, on every rank. A collective call, not on the GPUs."""
+        """Rank 0's item, on every rank. A collective call on CPUs."""
         box: list[Any] = [item]
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def scatter(self, make: Callable[[], Sequence[T]]) -> T:
-        """Item ``dp_rank`` of what rank 0 makes, which alone calls ``make``. A collective call, not on the GPUs.
+        """Item ``dp_rank`` of the sequence that ``make`` returns on rank 0; other ranks do not call it. A collective call on CPUs.
 
         Raises:
             Exception: what ``make`` raised; ``RankFailed`` on the other ranks.
@@ -89,7 +89,7 @@ class World:
         return box[0]
 
     def gather(self, items: list[T]) -> list[T]:
-        """The items of every leading rank, on every rank, in rank order. A collective call, not on the GPUs."""
+        """The items of all leading ranks, on every rank, in rank order. A collective call on CPUs."""
         if self.size == 1:
             return items
         parts: list[list[T]] = [[] for _ in range(self.size)]
@@ -97,7 +97,7 @@ class World:
         return [item for part in parts for item in part]
 
     def to_main(self, items: list[T]) -> list[T]:
-        """The items of every leading rank, on rank 0, in rank order; none on the others. A collective call, not on the GPUs."""
+        """The items of all leading ranks, on rank 0, in rank order; none on the others. A collective call on CPUs."""
         if self.size == 1:
             return items
         parts: list[Any] | None = [None] * self.size if self.is_main else None
@@ -105,7 +105,7 @@ class World:
         return [item for part in parts or [] for item in part]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over leading ranks, in place."""
+        """Sum over the leading ranks, in-place. A collective call."""
         if not self.leads:
             values.zero_()
         if self.size > 1:
@@ -113,17 +113,17 @@ class World:
         return values
 
     def max(self, values: Tensor) -> Tensor:
-        """Largest over ranks."""
+        """Maximum over ranks, in-place. A collective call."""
         if self.size > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is true on any rank."""
+        """Whether the flag is true on any rank. A collective call."""
         return bool(self.max(torch.tensor([float(flag)], device=self.device)).item()) if self.size > 1 else flag
 
     def check_stop(self) -> None:
-        """Raise ``Stopped`` on all ranks once any of them was told to stop. A collective call, which does not wait for a GPU."""
+        """Raise ``Stopped`` on all ranks if a stop signal reached any of them. A collective call on CPUs."""
         signum = self.stop.signum
         if self.size > 1:
             largest = torch.tensor([signum])
@@ -133,14 +133,15 @@ class World:
             raise Stopped(signum)
 
     def together(self, work: Callable[[], T], *, break_off: bool = False) -> T:
-        """This rank's own work (nothing collective in it), whose end all ranks wait for and learn of. A collective call.
+        """Run ``work``, in which nothing is collective, and wait for all ranks to finish theirs. If one fails, all raise. A
+        collective call.
 
         Args:
-            break_off: a stop signal ends the work in the middle.
+            break_off: a stop signal interrupts the work.
 
         Raises:
-            Stopped: a rank was told to stop; on all ranks.
-            Exception: what the work raised; ``RankFailed`` on the ranks where it did not. ``all_ranks_know`` of both.
+            Stopped: a stop signal reached a rank; on all ranks.
+            Exception: the error of this rank's work; ``RankFailed`` if only other ranks failed. ``all_ranks_know`` is true of both.
         """
         result: Any = None
         error: BaseException | None = None
@@ -158,13 +159,13 @@ class World:
         if signum:
             raise Stopped(signum) from error
         if failed:
-            error = error or RankFailed(f"rank {failed - 1} failed, and says why; this rank stopped with it")
+            error = error or RankFailed(f"rank {failed - 1} failed; its own log has the reason")
             error.__dict__["all_ranks_know"] = True
             raise error
         return result
 
     def synchronize(self) -> None:
-        """Wait for the device, so that a clock read next has its work in it."""
+        """Wait for the device: a clock that is read next includes its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -174,7 +175,7 @@ class World:
 
 
 def all_ranks_know(error: BaseException | None) -> bool:
-    """Whether every rank has left the same call because of this error, or its cause, so that collective calls may follow."""
+    """Whether this error, or one of its causes, ended the same call on all ranks. Then collective calls may follow."""
     while error is not None:
         if error.__dict__.get("all_ranks_know"):
             return True
@@ -183,16 +184,17 @@ def all_ranks_know(error: BaseException | None) -> bool:
 
 
 def world_size() -> int:
-    """Ranks that ``torchrun`` started, this one among them; 1 without it. Known before ``start``."""
+    """Number of ranks that ``torchrun`` started; 1 without it. Works before ``start``."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
 def start(fsdp_size: int | None = None) -> Iterator[World]:
-    """Join the process group that ``torchrun`` set up (NCCL on GPUs, gloo on CPUs), or be the only process; leave at the end.
+    """Join the process group that ``torchrun`` set up (NCCL on GPUs, gloo on CPUs), and leave it at the end of the block. Without
+    ``torchrun`` this is the only rank.
 
     Args:
-        fsdp_size: ranks that share one copy of the weights (``World.fsdp_size``).
+        fsdp_size: number of ranks that share one replica of the weights (``World.fsdp_size``).
     """
     rank, size = int(os.environ.get("RANK", "0")), world_size()
     device = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Trees shared out: cut to the token budget, filled into micro-batches, and spread over ranks."""
+"""Divides trees into micro-batches of the token budget and distributes them over ranks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def share_out(
 ) -> list[list[list[Tree]]]:
     """Micro-batches of every rank: ``plan[rank][i]`` is a list of trees of at most ``token_budget`` packed tokens.
 
-    The costliest tree goes to the rank that has least so far (longest-processing-time rule). All ranks get the same number of
-    micro-batches: a rank that is short of some runs fillers, which cost as little as can be and weigh nothing in the loss.
+    The costliest remaining tree goes to the rank with the least cost so far (longest-processing-time rule). All ranks get the same
+    number of micro-batches, as FSDP requires: a rank with fewer gets fillers, the cheapest sample with no token in the loss.
     """
     pieces = [piece for tree in trees for piece in split_to_budget(tree, token_budget, share_prompts)]
     costs = [cost(piece) for piece in pieces]
@@ -35,7 +35,9 @@ def share_out(
     if rounds:
         filler = weightless(min(pieces, key=packed_tokens))
         for batches in plan:
-            batches.sort(key=lambda batch: sum(map(cost, batch)), reverse=True)  # ranks run alike ones side by side
+            batches.sort(
+                key=lambda batch: sum(map(cost, batch)), reverse=True
+            )  # ranks wait for each other: equal costs at a time
             batches.extend([filler] for _ in range(rounds - len(batches)))
     return plan
 
@@ -48,10 +50,10 @@ def weightless(tree: Tree) -> Tree:
 
 
 def split_to_budget(tree: Tree, token_budget: int, share_prompts: bool = True) -> list[Tree]:
-    """Cut a tree that is larger than the budget into trees that fit, each with its own copy of the prompt.
+    """Split a tree that is larger than the budget into trees that fit, each with its own copy of the prompt.
 
     Raises:
-        ValueError: one sample alone is larger than the budget.
+        ValueError: a single sample is larger than the budget.
     """
     pieces: list[list[Sample]] = []
     room = 0
@@ -77,9 +79,9 @@ def fill_micro_batches(
     size: Callable[[Tree], int] = packed_tokens,
     cost: Callable[[Tree], float] | None = None,
 ) -> list[list[Tree]]:
-    """As few bins as first-fit decreasing finds, of at most ``token_budget`` tokens and about equal cost (``size`` unless given).
+    """Bins of at most ``token_budget`` tokens and about equal cost (default: ``size``), as few as first-fit decreasing finds.
 
-    Sharded ranks wait for each other in every micro-batch, so equal costs count. Deterministic. Every tree must fit on its own.
+    Costs should be equal because ranks wait for each other in every micro-batch. Deterministic. Every tree must fit the budget.
     """
     bins = _first_fit(trees, token_budget, size)
     return _even_out(trees, token_budget, size, cost or size, len(bins)) or bins
@@ -92,7 +94,7 @@ def _even_out(
     cost: Callable[[Tree], float],
     count: int,
 ) -> list[list[Tree]] | None:
-    """The costliest tree goes to the cheapest bin that has room for it; None if one finds no room that way."""
+    """Put the costliest remaining tree into the cheapest bin with room for it; None if a tree finds no room."""
     bins: list[list[Tree]] = [[] for _ in range(count)]
     room, load = [token_budget] * count, [0.0] * count
     for tree in sorted(trees, key=cost, reverse=True):

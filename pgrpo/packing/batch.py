@@ -1,6 +1,6 @@
-"""A forest -> packed tensors -> per-sample tensors. The prompt of a tree is stored, and computed, once.
+"""A forest -> packed tensors -> per-sample tensors. Each tree's prompt is stored and computed once.
 
-Shapes: T packed tokens, L sampled tokens of the batch, B samples, R tokens of the longest sample behind its prompt, N trees.
+Shapes: T packed tokens, L tokens of all samples after their prompts, B samples, R tokens of the longest sample, N trees.
 
 Two trees, prompt A (3 tokens) with samples of 2 and 3 tokens, prompt B (2 tokens) with samples of 1 and 2 tokens:
 
@@ -34,17 +34,17 @@ class GroupedBatch:
     """One micro-batch.
 
     Attributes:
-        inputs: what the model reads, by the name of its argument: ``input_ids`` [T] int64, and ``position_ids`` [T] int64, where
-            each sample goes on where its prompt ended.
+        inputs: arguments of the model by name: ``input_ids`` [T] int64 and ``position_ids`` [T] int64. Positions of a sample
+            continue those of its prompt.
         layout: who attends to whom.
-        logit_index: [L] int64, the packed row that predicts each token behind a prompt, sample by sample.
+        logit_index: [L] int64, the packed row that predicts each token, sample by sample.
         target_ids: [L] int64, these tokens.
-        unpack_index: [L] int64, where each of them lies in a flattened [B, R].
-        mask: [B, R] bool, True on tokens that take part in the loss.
+        unpack_index: [L] int64, their positions in a flattened [B, R].
+        mask: [B, R] bool, True on tokens in the loss.
         advantages: [B, R] float32, 0 where there is no token.
         rollout_logprobs: [B, R] float32, 0 where there is no token.
-        repeated_tokens: packed tokens if every sample had its own copy of the prompt.
-        old_logprobs: [B, R] float32 once they have been computed; None means "those of the current weights".
+        repeated_tokens: number of packed tokens if every sample had its own copy of the prompt.
+        old_logprobs: [B, R] float32; None until computed, if the current weights are those that sampled.
     """
 
     inputs: dict[str, Tensor]
@@ -64,7 +64,7 @@ class GroupedBatch:
         return len(self.inputs["input_ids"])
 
     def unpack(self, flat_L: Tensor) -> Tensor:
-        """Values of the tokens behind prompts [L] -> per-sample rows [B, R], 0 where there is no token."""
+        """[L] values, one a token -> [B, R] per-sample rows, 0 where there is no token."""
         return _unpack(flat_L, self.unpack_index, *self.mask.shape)
 
 
@@ -75,12 +75,12 @@ def build_batch(
     device: torch.device | str = "cpu",
     attention: AttentionChoice | None = None,
 ) -> GroupedBatch:
-    """Pack trees. ``share_prompts=False`` packs every sample as a sequence of its own: the same numbers, more tokens.
-    ``attention`` is the policy's way of computing it (PyTorch's own kernel and two passes unless given)."""
+    """Pack trees. ``share_prompts=False`` packs every sample with its own copy of the prompt: the same log-probs, more tokens.
+    ``attention`` chooses the kernel and passes (default: PyTorch's own kernel and two passes)."""
     if share_prompts:
         prefixes = [tree.prompt_ids for tree in trees]
         suffixes = [[s.token_ids for s in tree.samples] for tree in trees]
-    else:  # no prefix block; a suffix is a whole sample, the first `head` rows of which are its prompt
+    else:  # no prefix block; a suffix is a whole sample, and its first `head` rows are the prompt
         prefixes = [[] for _ in trees]
         suffixes = [[tree.prompt_ids + s.token_ids for s in tree.samples] for tree in trees]
     lengths = [len(p) for p in prefixes], [[len(s) for s in ss] for ss in suffixes]

@@ -1,5 +1,4 @@
-"""Samples -> the forest that is packed. The forest of a micro-batch is flat: each tree has a prompt as its root and a leaf for each
-sample behind it."""
+"""Samples -> a forest. The forest of a micro-batch is flat: the root of each tree is a prompt, and its leaves are the samples."""
 
 from __future__ import annotations
 
@@ -11,14 +10,14 @@ from pgrpo.types import Group, Sample
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """A prompt, stored and computed once, and the samples behind it."""
+    """A prompt, which is stored and computed once, and its samples."""
 
     prompt_ids: list[int]
     samples: Sequence[Sample]
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sample behind the prompt."""
+        """Number of tokens of each sample after the prompt."""
         return [len(sample.token_ids) for sample in self.samples]
 
     def with_samples(self, samples: Sequence[Sample]) -> Tree:
@@ -27,7 +26,7 @@ class Tree:
 
 
 def trees_of(groups: Iterable[Group]) -> list[Tree]:
-    """One tree for each distinct prompt of each group, in order: one a group, unless an episode rewrote its history."""
+    """One tree for each distinct prompt of each group, in order. A group has several if an episode rewrote its history."""
     trees = []
     for group in groups:
         by_prompt: dict[tuple[int, ...], list[Sample]] = {}
@@ -38,6 +37,6 @@ def trees_of(groups: Iterable[Group]) -> list[Tree]:
 
 
 def packed_tokens(tree: Tree, share_prompts: bool = True) -> int:
-    """Rows that the tree takes in a packed batch."""
+    """Number of rows of the tree in a packed batch."""
     copies = 1 if share_prompts else len(tree.samples)
     return copies * len(tree.prompt_ids) + sum(tree.lengths)

@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import torch
+from tensors import copy_full, full_tensor
 from torch import nn
 
 from pgrpo import checkpoint
 from pgrpo.config import OptimConfig
-from pgrpo.distributed.fsdp import copy_full, full_tensor, place
+from pgrpo.distributed.fsdp import place
 from pgrpo.distributed.shards import shard_of, whole
 from pgrpo.distributed.world import start
 from pgrpo.process.exit import run_and_leave

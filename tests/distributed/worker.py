@@ -6,9 +6,9 @@ import sys
 from dataclasses import replace
 
 import torch
+from tensors import copy_full, full_tensor
 
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
-from pgrpo.distributed.fsdp import copy_full, full_tensor
 from pgrpo.distributed.world import start
 from pgrpo.grpo import backward, update
 from pgrpo.model.policy import Policy
