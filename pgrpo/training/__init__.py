@@ -1,3 +1,3 @@
-"""What a training is beside its algorithm (``pgrpo/grpo.py``): from a config to the parts of a run (``build.py``), the run in its
-folder (``session.py``), what is saved (``checkpointing.py``, ``progress.py``), evaluation, the optimizer.
+"""Training around the algorithm (``pgrpo/grpo.py``). Begin with ``session.py``, a run in its folder. ``build.py`` makes its
+parts from a config, ``update.py`` has the pieces of an update, ``checkpointing.py`` and ``progress.py`` save and restore.
 """

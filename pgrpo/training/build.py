@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: read the data, find the rewards, and only then load the model."""
+"""Builds the parts of a run from its config: first the data and the rewards, then the model, as errors are cheap before it."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Learner:
-    """What an update needs.
+    """The parts that an update needs.
 
     Attributes:
-        policy: what is trained.
-        reference: log-probs of the model that the KL term compares with, or None without one.
-        optimizer: steps ``policy``'s parameters.
-        dims: the model's sizes, for costs.
+        policy: the model that is trained.
+        reference: log-probs of the reference model for the KL term; None without that term.
+        optimizer: of the policy's parameters.
+        dims: sizes of the model, for cost estimates.
     """
 
     config: Config
@@ -51,7 +51,7 @@ class Learner:
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a run. What changes from step to step is in ``Progress``."""
+    """The parts of a run. ``Progress`` holds the state that changes from step to step."""
 
     config: Config
     world: World
@@ -71,7 +71,7 @@ class Parts:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.rewards.close()
-        if kind is None or self.world.size == 1:  # else other ranks may be waiting in a call that will not come
+        if kind is None or self.world.size == 1:  # after an error other ranks may not take part
             self.engine.close()
 
 
@@ -81,10 +81,10 @@ def build(
     rewards: Sequence[Callable[..., Any]] = (),
     dataset: Iterable[Mapping[str, Any]] | None = None,
 ) -> Parts:
-    """All parts of a run. Close them (``with``).
+    """All parts of a run; use ``with`` to close them.
 
     Raises:
-        ConfigError: something is wrong with the input; what is cheap to check is checked first.
+        ConfigError: the input is wrong. Cheap checks come first.
     """
     check_device(config, world.device)
     tokenizer = load_tokenizer(config)
@@ -93,7 +93,7 @@ def build(
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)
     check_engine(config, dims, world)
-    attention_choice(config, dims, world.device)  # refuses a kernel that cannot run, long before weights are read
+    attention_choice(config, dims, world.device)  # refuses a kernel that cannot run, before weights are read
     check_vocabulary(tokenizer, hf_config.vocab_size, config)
     prompts = training_prompts(config, tokenizer, dataset)
     stream = PromptStream(prompts, seed=config.seed, shuffle=config.data.shuffle)
@@ -116,7 +116,7 @@ def build(
 
 
 def initial_model(policy: Policy, config: Config, world: World) -> LogprobsOf:
-    """What the KL term compares with: the weights that LoRA leaves as they are, else a second copy of the model."""
+    """The reference for the KL term: with LoRA the policy without its adapters, otherwise a second copy of the model."""
     if config.model.lora_rank:
         return without_adapters(policy)
     return place_reference(config, world)
@@ -126,7 +126,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
     Raises:
-        ConfigError: there is none at ``model.path``.
+        ConfigError: ``model.path`` has none.
     """
     model = config.model
     try:
@@ -138,14 +138,14 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
         log.warning(
-            "model.path=%s: the tokenizer has no pad token; its eos token %s is taken (training pads nothing)",
+            "model.path=%s: the tokenizer has no pad token; using its eos token %s (training pads nothing)",
             model.path, tokenizer.eos_token,
         )  # fmt: skip
     return tokenizer
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, config: Config) -> None:
-    """Refuse a tokenizer that can produce ids that the model has no embedding for."""
+    """Refuse a tokenizer with more ids than the model has embeddings."""
     if len(tokenizer) > vocab_size:
         raise ConfigError(
             f"model.path={config.model.path}: its tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}: "
@@ -156,7 +156,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, config
 def training_prompts(
     config: Config, tokenizer: PreTrainedTokenizerBase, dataset: Iterable[Mapping[str, Any]] | None
 ) -> list[Prompt]:
-    """All training prompts; at least one step's worth."""
+    """All training prompts, at least enough for one step."""
     loaded = load_prompts(config.data, config.prompt, tokenizer, dataset=dataset)
     if loaded.dropped or loaded.truncated:
         limit = config.data.max_prompt_tokens
@@ -170,5 +170,5 @@ def training_prompts(
 
 
 def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The prompts of the first ``eval.rows`` held-out rows. Later rows are not looked at."""
+    """Prompts of the first ``eval.rows`` held-out rows. Reads no later rows."""
     return load_prompts(config.data, config.prompt, tokenizer, held_out=True, first=config.eval.rows).prompts

@@ -1,4 +1,4 @@
-"""What a checkpoint of a run holds, when it is written, and how it is put back."""
+"""Checkpoints of a run: their content, saving and restoring."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ FORM = {
     "config": str,
     "world_size": COUNT,
 }
-"""The form of a checkpoint's scalars, for ``checkpoint.check``."""
+"""Form of a checkpoint's scalars, for ``checkpoint.check``."""
 
 
 class Checkpoints:
-    """A run's checkpoints: its own are written to ``root``, and it goes on from one of them or from another run's.
+    """Writes a run's checkpoints to ``root``, and restores one of them or another run's.
 
-    A checkpoint holds weights, moments, a refreshed reference, every rank's generators, the position in the data, and
-    ``progress``, which is the run's own object.
+    A checkpoint holds trained weights, moments, a refreshed reference, the random generators of every rank, the position in the
+    data, and ``progress``.
     """
 
     def __init__(self, root: Path, learner: Learner, stream: PromptStream, progress: Progress) -> None:
         self._root, self._config, self._world = root, learner.config, learner.world
         self._policy, self._optimizer = learner.policy, learner.optimizer
         self._stream, self._progress = stream, progress
-        # Saved only where its weights are no longer the initial ones.
+        # A reference that is never refreshed is not saved: it has the initial weights.
         self._reference: Policy | None = None
         if learner.config.loss.ref_refresh_every and isinstance(learner.reference, Policy):
             self._reference = learner.reference
@@ -56,11 +56,11 @@ class Checkpoints:
         self._saved = -1
 
     def save(self, tracker_state: Mapping[str, Any]) -> None:
-        """Begin to write ``step_N``, once the one before is written; it goes on while training does. A collective
-        call, each rank writes its shards. The same step again is written again only while its metrics wait.
+        """Wait for the previous checkpoint, then start to write ``step_N`` in the background. Each rank writes its shards; a
+        collective call. A second call at the same step writes again only if the first had metrics that were not yet logged.
 
         Raises:
-            CheckpointError: the one before could not be written.
+            CheckpointError: the previous checkpoint could not be written.
         """
         progress = self._progress
         if self._saved == progress.step:
@@ -70,23 +70,23 @@ class Checkpoints:
         self._saved = progress.step if progress.unlogged is None else -1
 
     def reserve(self) -> None:
-        """Get host memory for the first save while training goes on. After an update: before it there are no moments."""
+        """Allocate host memory for the first save in the background. Call it after an update, which makes the moments."""
         if self._writer is None:
             self._opened().reserve(self._shards())
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is on the disk. CheckpointError: it could not be written."""
+        """Wait until the checkpoint is on the disk. CheckpointError: it could not be written."""
         if self._writer is not None:
             self._writer.wait()
 
     @property
     def failed(self) -> bool:
-        """Whether ``wait`` has an error to tell, known on this rank."""
+        """Whether ``wait`` will raise, as far as this rank knows."""
         return self._writer is not None and self._writer.failed
 
     def restore(self, resume: str | Path | None) -> dict[str, Any] | None:
-        """Go on from a checkpoint (``auto``: this run's newest; ``best``), each rank with what it holds. Returns the trackers'
-        state; None at a fresh start.
+        """Resume from a checkpoint: a path, ``auto`` (this run's newest) or ``best``. Each rank reads its shards. Returns the
+        trackers' state; None if there is nothing to resume.
 
         Raises:
             ConfigError, CheckpointError: there is no such checkpoint, it is broken, or of another model, adapters or data.
@@ -105,14 +105,14 @@ class Checkpoints:
             load_optimizer_shards(
                 self._optimizer, self._policy.model, names, lambda name, like: saved.read("optimizer", name, like)
             )
-            # Another run's weights may go on with other data; this run's own position would mean nothing in it.
+            # A new run may train another run's weights on other data, where the saved position has no meaning.
             if not is_own and (difference := self._stream.difference(scalars["stream"])):
-                log.warning("%s: training begins at the first of this run's prompts", difference)
+                log.warning("%s: training starts with the first prompt", difference)
             else:
                 self._stream.load_state_dict(scalars["stream"])
             try:
                 progress.load_state_dict(scalars)
-                # Last: nothing above may draw from what this puts back.
+                # Last, as nothing may draw random numbers after this.
                 if scalars["world_size"] == self._world.size:
                     own = f"rng_{self._world.rank}"
                     set_rng_state({name: saved.read(own, name) for name in saved.shapes(own)})
@@ -122,14 +122,13 @@ class Checkpoints:
             self._report(path, scalars)
         self._world.barrier()
         trackers = scalars["trackers"]
-        if not is_own:  # a run that starts from another one's weights has its own wandb run, and its own best
+        if not is_own:  # a new run from another run's weights has its own wandb run and its own best
             trackers, progress.best = trackers | {"wandb_id": None}, None
         self._saved = progress.step if progress.unlogged is None and is_own else -1
         return trackers
 
     def load_weights(self, name: str | Path) -> bool:
-        """Take what a checkpoint, named as in ``restore``, trained, and its step; nothing else of the run changes. False: there
-        is none.
+        """Load only the trained weights and the step of a checkpoint, named as in ``restore``. Returns False if there is none.
 
         Raises:
             ConfigError, CheckpointError: as ``restore``.
@@ -145,14 +144,14 @@ class Checkpoints:
         return True
 
     def _opened(self) -> checkpoint.Writer:
-        """The writer, built by the first use, a collective call."""
+        """The writer. The first call builds it and is collective."""
         if self._writer is None:
             self._writer = checkpoint.Writer(self._root, self._world, self._config.checkpoint.keep)
         return self._writer
 
     def _shards(self) -> dict[str, dict[str, Shard]]:
-        """What this rank writes: its part of weights and moments (what several have, the first writes), and its generators."""
-        fsdp.reshard(self._policy)  # a step that failed may have left them gathered
+        """The shards that this rank writes: of weights and moments, and its generators. Of equal shards only one rank writes."""
+        fsdp.reshard(self._policy)  # a failed step may have left them gathered
         model = {name: shard_of(parameter) for name, parameter in _trained(self._policy).items()}
         sets = {"model": model, "optimizer": optimizer_shards(self._optimizer, self._policy.model)}
         if self._reference:
@@ -165,7 +164,7 @@ class Checkpoints:
         return mine | {f"rng_{self._world.rank}": {name: whole(state) for name, state in rng_state().items()}}
 
     def _scalars(self, tracker_state: Mapping[str, Any]) -> dict[str, Any]:
-        """The rest of a checkpoint, as JSON types."""
+        """Everything in a checkpoint but tensors, as JSON types."""
         return {
             **self._progress.state_dict(),
             "stream": self._stream.state_dict(),
@@ -175,10 +174,10 @@ class Checkpoints:
         }
 
     def _find(self, name: str | Path) -> Path | None:
-        """The checkpoint that ``name`` means, verified; rank 0 reads it, all ranks get its answer. None: there is none.
+        """The path of the checkpoint ``name``, verified by rank 0; None if ``auto`` or ``best`` finds none.
 
         Raises:
-            ConfigError, CheckpointError: a named one does not exist, or is broken; ``RankFailed`` on the other ranks.
+            ConfigError, CheckpointError: it does not exist or is broken; ``RankFailed`` on the other ranks.
         """
 
         def verified() -> Path | None:
@@ -189,14 +188,14 @@ class Checkpoints:
                 checkpoint.open_saved(found).__exit__()
             return found
 
-        # Reading a large one takes minutes, which ranks may wait for here, and not in a collective call of NCCL's.
+        # Verifying can take minutes, more than the timeout of NCCL: the other ranks wait in a gloo call.
         return self._world.from_main(self._world.together(lambda: verified() if self._world.is_main else None))
 
     def _report(self, path: Path, scalars: Mapping[str, Any]) -> None:
         config, ranks = self._config, self._world.size
-        log.warning("going on from %s: %d of %d steps done", path, self._progress.step, config.train.steps)
+        log.warning("resuming from %s: %d of %d steps done", path, self._progress.step, config.train.steps)
         if scalars["world_size"] != ranks:
-            log.warning("saved on %d ranks, going on with %d", scalars["world_size"], ranks)
+            log.warning("saved on %d ranks, resuming on %d", scalars["world_size"], ranks)
         before, now = scalars["config"].splitlines(), to_yaml(config).splitlines()
         for line in sorted(set(now) - set(before)):
             log.warning("config differs from the checkpoint's: now %s", line.strip())
@@ -207,7 +206,7 @@ def _best(newest: Path) -> Path:
         checkpoint.check(saved.scalars, {"best": FORM["best"]}, newest)
         best = saved.scalars["best"]
     if best is None:
-        raise ConfigError(f"best: {newest} knows of no best checkpoint; train with checkpoint.keep_best=eval/reward")
+        raise ConfigError(f"best: {newest} has no best checkpoint; train with checkpoint.keep_best=eval/reward")
     return newest.with_name(f"step_{best['step']}")
 
 
@@ -215,18 +214,18 @@ def _load_parameters(set_name: str, parameters: Mapping[str, torch.nn.Parameter]
     shapes = saved.shapes(set_name)
     if differing := sorted(parameters.keys() ^ shapes.keys()):
         raise CheckpointError(
-            f"the checkpoint is of another model, or of other model.lora_* keys: {differing[:3]} are not in both"
+            f"the checkpoint is of another model, or of other model.lora_* keys: {differing[:3]} are in one of the two only"
         )
     for name, parameter in parameters.items():
         shard = shard_of(parameter)
         if shapes[name] != shard.shape:
             raise CheckpointError(
                 f"the checkpoint is of another model, or of another model.lora_rank: {name} is "
-                f"{list(shapes[name])} there, {list(shard.shape)} here"
+                f"{list(shapes[name])} in the checkpoint, {list(shard.shape)} here"
             )
         shard.tensor.copy_(saved.read(set_name, name, shard))
 
 
 def _trained(policy: Policy) -> dict[str, torch.nn.Parameter]:
-    """What a checkpoint holds: with LoRA the adapters only."""
+    """The parameters that a checkpoint holds: with LoRA the adapters only."""
     return {name: parameter for name, parameter in policy.model.named_parameters() if parameter.requires_grad}

@@ -1,13 +1,13 @@
-"""What a model does on the held-out split: mean rewards and pass@k with 95% confidence intervals, greedy and sampled."""
+"""Evaluation on the held-out split: mean rewards and pass@k with 95% confidence intervals, sampled and greedy."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pgrpo.algorithm.intervals import mean_interval, rate_interval
 from pgrpo.algorithm.metrics import group_metrics, pass_at_k
@@ -26,12 +26,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """On every rank.
+    """Results, the same on every rank.
 
     Attributes:
         metrics: ``eval/...`` of the samples, ``eval/greedy/...`` of the greedy completions: ``reward``, ``rewards/<name>/mean``,
-            ``rewards/errors`` (samples left out, as a reward failed), ``pass@k``, ``completions/...``; the ends of the intervals
-            are ``eval/ci95_low/...`` and ``eval/ci95_high/...``.
+            ``rewards/errors`` (samples left out because a reward failed), ``pass@k``, ``completions/...``. The ends of the
+            intervals are ``eval/ci95_low/...`` and ``eval/ci95_high/...``.
         rows: one a completion, as JSON types.
     """
 
@@ -50,17 +50,21 @@ def evaluate(
     greedy: bool,
 ) -> Evaluation:
     """Sample ``len(seeds[n])`` completions of each prompt, and with ``greedy`` a greedy one as well (unless ``params`` are greedy
-    already); ranks share the prompts out. What is correct for pass@k, ``RewardRunner.correct`` says.
+    already). Ranks divide the prompts. ``RewardRunner.correct`` decides which completions are correct for pass@k.
     """
-    sampled = _scored(engine, prompts, params, seeds, rewards, world)
-    metrics = _metrics(sampled, rewards)
-    rows = list(_rows("greedy" if params.temperature == 0 else "sampled", sampled.groups, rewards))
-    if greedy and params.temperature != 0:
-        once = replace(params, temperature=0.0)
-        best = _scored(engine, prompts, once, [own[:1] for own in seeds], rewards, world)
-        metrics |= {_greedy(name): value for name, value in _metrics(best, rewards).items()}
-        rows += _rows("greedy", best.groups, rewards)
-    return Evaluation({f"eval/{name}": value for name, value in metrics.items()}, rows)
+    evaluation = Evaluation({}, [])
+
+    def add(mode: str, params: SamplingParams, seeds: Sequence[Sequence[int]], rename: Callable[[str], str]) -> None:
+        scored = sample_and_score(engine, rewards, world, prompts, params, seeds, "evaluation")
+        groups = world.gather(scored.groups)
+        for name, value in _metrics(groups, scored.errors, rewards).items():
+            evaluation.metrics[f"eval/{rename(name)}"] = value
+        evaluation.rows.extend(_rows(mode, groups, rewards))
+
+    add("sampled" if params.temperature else "greedy", params, seeds, str)
+    if greedy and params.temperature:
+        add("greedy", replace(params, temperature=0.0), [own[:1] for own in seeds], _greedy)
+    return evaluation
 
 
 def evaluate_held_out(
@@ -72,8 +76,8 @@ def evaluate_held_out(
     step: int,
     out: Path | None = None,
 ) -> dict[str, float]:
-    """Numbers on the held-out split; the same prompts and random numbers each time. Rank 0 writes all completions and a summary
-    to ``out``, without it to the run folder's ``eval/step_N``. A collective call."""
+    """Evaluate on the held-out split, with the same prompts and seeds each time. Returns the metrics. Rank 0 writes all completions
+    and a summary to ``out`` (default: ``eval/step_N`` in the run folder). A collective call."""
     params, samples = sampling_params(config, config.eval.temperature), config.eval.samples
     seeds = [sample_seeds(config.seed, "eval", i, group_size=samples) for i in range(len(prompts))]
     with engine.awake(step):
@@ -89,53 +93,43 @@ def evaluate_held_out(
             "seed": config.seed,
             "sampling": asdict(params),
         }
-        if out:
-            save_results(out, evaluation, about, "{fix}, or set another --out")
-        else:
-            save_results(own_folder(config, step), evaluation, about)
+        advice = "{fix}, or set another --out" if out else TRAINING
+        save_results(out or own_folder(config, step), evaluation, about, advice)
     return evaluation.metrics
 
 
 def own_folder(config: Config, step: int) -> Path:
-    """The run folder's ``eval/step_N``. A symbolic link of that name is removed, so that nothing is written through it."""
+    """``eval/step_N`` in the run folder. Removes a symbolic link of that name, so that nothing is written through it."""
     folder = run_folder(config) / "eval" / f"step_{step}"
     if folder.is_symlink():
         folder.unlink(missing_ok=True)
     return folder
 
 
-def metric_names(rewards: RewardRunner, params: SamplingParams, samples: int, *, greedy: bool) -> list[str]:
-    """The names of what ``evaluate`` will measure."""
-
-    def names(count: int) -> list[str]:
-        episode = Episode([], "", "stop", 0.0, dict.fromkeys(rewards.names, 0.0))
-        group = Group(Prompt(0, "", [0]), [episode] * count)
-        return list(_metrics(_Scored([group], 0), rewards))
-
-    found = names(samples)
-    if greedy and params.temperature != 0:
-        found += map(_greedy, names(1))
-    return [f"eval/{name}" for name in found]
-
-
 def check_keep_best(config: Config, rewards: RewardRunner) -> None:
-    """ConfigError: evaluation has no metric ``checkpoint.keep_best``."""
+    """Refuse a ``checkpoint.keep_best`` that is not a metric of evaluation (``ConfigError``)."""
     if (name := config.checkpoint.keep_best) is None:
         return
-    params = sampling_params(config, config.eval.temperature)
-    there = metric_names(rewards, params, config.eval.samples, greedy=config.eval.greedy)
-    if name not in there:
-        raise ConfigError(f"checkpoint.keep_best: {name} is no metric of an evaluation; there are {', '.join(there)}")
+
+    def names(samples: int) -> list[str]:
+        episode = Episode([], "", "stop", 0.0, dict.fromkeys(rewards.names, 0.0))
+        return list(_metrics([Group(Prompt(0, "", [0]), [episode] * samples)], 0, rewards))
+
+    measured = names(config.eval.samples)
+    if config.eval.greedy and sampling_params(config, config.eval.temperature).temperature:
+        measured += map(_greedy, names(1))
+    if name not in (known := [f"eval/{name}" for name in measured]):
+        raise ConfigError(f"checkpoint.keep_best: {name} is not a metric of evaluation; there are {', '.join(known)}")
 
 
 def numbers_of_samples(samples: int) -> list[int]:
-    """The k of pass@k: powers of two up to ``samples``, and ``samples``."""
+    """Values of k for pass@k: powers of two up to ``samples``, and ``samples``."""
     return sorted({2**i for i in range(samples.bit_length())} | {samples})
 
 
 def save_results(folder: Path, evaluation: Evaluation, about: Mapping[str, Any], advice: str = TRAINING) -> None:
-    """Write ``samples.jsonl`` (``Evaluation.rows``) and ``summary.json`` (``about`` and the metrics) into a folder that is made.
-    Each file is there whole or not at all; a number that is not finite is null. ``advice`` is that of ``record.writing``."""
+    """Write ``samples.jsonl`` (``Evaluation.rows``) and ``summary.json`` (``about`` and the metrics). Creates the folder. Files are
+    written atomically; numbers that are not finite become null. ``advice``: see ``record.writing``."""
     with writing(folder, advice):
         folder.mkdir(parents=True, exist_ok=True)
     metrics = {name: value if math.isfinite(value) else None for name, value in evaluation.metrics.items()}
@@ -145,29 +139,9 @@ def save_results(folder: Path, evaluation: Evaluation, about: Mapping[str, Any],
         file.write(to_json({**about, "metrics": metrics}, ensure_ascii=False, indent=1) + "\n")
 
 
-def _scored(
-    engine: RolloutEngine,
-    prompts: Sequence[Prompt],
-    params: SamplingParams,
-    seeds: Sequence[Sequence[int]],
-    rewards: RewardRunner,
-    world: World,
-) -> _Scored:
-    own = sample_and_score(engine, rewards, world, prompts, params, seeds, "evaluation")
-    return _Scored(world.gather(own.groups), own.errors)
-
-
-class _Scored(NamedTuple):
-    """One group a prompt, on every rank; ``errors``: samples left out because a reward failed on them."""
-
-    groups: list[Group]
-    errors: int
-
-
-def _metrics(scored: _Scored, rewards: RewardRunner) -> dict[str, float]:
-    groups = scored.groups
-    metrics = group_metrics(groups) | {"rewards/errors": float(scored.errors)}
-    del metrics["reward_std"], metrics["frac_reward_zero_std"]  # of groups as training compares them
+def _metrics(groups: Sequence[Group], errors: int, rewards: RewardRunner) -> dict[str, float]:
+    metrics = group_metrics(groups) | {"rewards/errors": float(errors)}
+    del metrics["reward_std"], metrics["frac_reward_zero_std"]  # they describe training's groups
     intervals = {"reward": mean_interval([_known(g.rewards) for g in groups])}
     for name in groups[0].episodes[0].reward_parts:
         intervals[f"rewards/{name}/mean"] = mean_interval([_known(g.reward_part(name)) for g in groups])
@@ -182,7 +156,7 @@ def _metrics(scored: _Scored, rewards: RewardRunner) -> dict[str, float]:
 
 
 def _greedy(name: str) -> str:
-    """``pass@1`` is ``greedy/pass@1``, its ``ci95_low/pass@1`` is ``ci95_low/greedy/pass@1``."""
+    """``pass@1`` -> ``greedy/pass@1``; ``ci95_low/pass@1`` -> ``ci95_low/greedy/pass@1``."""
     end, _, rest = name.partition("/")
     return f"{end}/greedy/{rest}" if end in ("ci95_low", "ci95_high") else f"greedy/{name}"
 

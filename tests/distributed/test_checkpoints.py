@@ -79,7 +79,7 @@ def test_adapters_of_one_rank_go_on_with_two(train, tmp_path):
     lora = ["model.lora_rank=4", "optim.lr=1e-3", "optim.eps=1e-3", "eval.every=0"]
     train(tmp_path / "whole", *lora, "train.steps=3")
     train(tmp_path / "parts", *lora, "train.steps=1")
-    assert "going on with 2" in train(tmp_path / "parts", *lora, "train.steps=3", ranks=2, resume=True)
+    assert "resuming on 2" in train(tmp_path / "parts", *lora, "train.steps=3", ranks=2, resume=True)
     (got, _), (want, _) = (checkpoint.load(tmp_path / name / "checkpoints" / "step_3") for name in ("parts", "whole"))
     first, _ = checkpoint.load(tmp_path / "parts" / "checkpoints" / "step_1")
     assert got["model"].keys() == want["model"].keys()
@@ -94,7 +94,7 @@ def test_adapters_of_one_rank_go_on_with_two(train, tmp_path):
 def test_a_checkpoint_of_one_rank_resumes_on_two(train, whole, tmp_path):
     train(tmp_path / "run", "train.steps=2")
     shown = train(tmp_path / "run", ranks=2, resume=True)
-    assert "saved on 1 ranks, going on with 2" in shown
+    assert "saved on 1 ranks, resuming on 2" in shown
     assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3, 4]
     for got, want in zip(rows(tmp_path / "run"), rows(whole), strict=True):
         for name in ("reward", "loss", "grad_norm", "epoch", "entropy", "eval/reward"):

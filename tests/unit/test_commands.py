@@ -303,7 +303,7 @@ def test_eval_refuses_what_is_not_there(model, tmp_path):
     with pytest.raises(ConfigError, match="has no checkpoint"):
         evaluate(config(model, tmp_path), "auto")
     pgrpo.train("quickstart", [f"model.path={model}", f"run_dir={tmp_path / 'run'}", "train.steps=1", "eval.every=0"])
-    with pytest.raises(ConfigError, match=r"knows of no best checkpoint; train with checkpoint\.keep_best=eval/reward"):
+    with pytest.raises(ConfigError, match=r"has no best checkpoint; train with checkpoint\.keep_best=eval/reward"):
         evaluate(config(model, tmp_path), "best")
     with pytest.raises(ConfigError, match="no checkpoint at"):
         evaluate(config(model, tmp_path), str(tmp_path / "step_9"))

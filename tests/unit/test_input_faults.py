@@ -174,8 +174,7 @@ def test_a_missing_pad_token_is_derived_and_logged(train, caplog):
     assert AutoTokenizer.from_pretrained("changed").pad_token is None
     assert train(path, "run_dir=without")[0] == 0
     assert (
-        f"model.path={Path.cwd() / 'changed'}: the tokenizer has no pad token; its eos token <eos> is taken"
-        in caplog.text
+        f"model.path={Path.cwd() / 'changed'}: the tokenizer has no pad token; using its eos token <eos>" in caplog.text
     )
     one, other = (
         [json.loads(line) for line in (Path(run) / "completions.jsonl").read_text().splitlines()]

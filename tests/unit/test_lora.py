@@ -248,8 +248,8 @@ def test_eval_reads_the_adapters_of_a_checkpoint_and_refuses_others(tiny, tmp_pa
     assert plain["eval/completions/mean_length"] != trained["eval/completions/mean_length"]
     for other, message in (
         ({"model.lora_rank": 8}, r"lora_rank: .*lora_A.* is \[4, 64\] there, \[8, 64\] here"),
-        ({"model.lora_rank": 0}, r"of other model.lora_\* keys: .* are not in both"),
-        ({"model.lora_targets": "[q_proj]"}, r"of other model.lora_\* keys: .* are not in both"),
+        ({"model.lora_rank": 0}, r"of other model.lora_\* keys: .* are in one of the two only"),
+        ({"model.lora_targets": "[q_proj]"}, r"of other model.lora_\* keys: .* are in one of the two only"),
     ):
         with pytest.raises(CheckpointError, match=message):
             evaluate(run_config(tiny, tmp_path, **other), folder)
@@ -257,7 +257,7 @@ def test_eval_reads_the_adapters_of_a_checkpoint_and_refuses_others(tiny, tmp_pa
     with pytest.raises(CheckpointError, match=r"these are not adapters of .*: .*size mismatch"):
         export(tmp_path, tmp_path / "out")
     (tmp_path / "config.yaml").write_text(f"model: {{path: {tiny}, lora_rank: 4, lora_targets: [q_proj]}}\n")
-    with pytest.raises(CheckpointError, match="are not in both"):
+    with pytest.raises(CheckpointError, match="are in one of the two only"):
         export(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -201,7 +201,7 @@ def test_keep_best_needs_evaluations_and_a_metric_that_exists(tiny_model, tmp_pa
     with pytest.raises(ConfigError, match=r"checkpoint\.keep_best: eval/rewards needs evaluations; set eval\.every"):
         pgrpo.train("quickstart", [*keys, "eval.every=0"])
     keys += ["eval.every=1", "eval.rows=4", "train.steps=1", "track.console=false"]
-    with pytest.raises(ConfigError, match=r"eval/rewards is no metric of an evaluation; there are eval/reward, "):
+    with pytest.raises(ConfigError, match=r"eval/rewards is not a metric of evaluation; there are eval/reward, "):
         pgrpo.train("quickstart", keys)
 
 
