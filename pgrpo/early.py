@@ -1,4 +1,4 @@
-"""What is refused before torch, transformers and datasets are imported: names of a config that this machine has nothing for."""
+"""Checks before torch, transformers and datasets are imported: rewards, files and folders that a config names must exist."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pgrpo.rewards.call import check_name
 
 
 def check_early(config: Config, *, data_from_python: bool = False) -> None:
-    """Raise ConfigError for a reward, a model's folder or a data file that does not exist. Reads none of them."""
+    """Raise ConfigError if a reward, the model folder or a data file does not exist. Opens none of them."""
     for i, reward in enumerate(config.rewards.functions):
         check_name(reward.function, f"rewards.functions[{i}].function")
     model = config.model.path
@@ -28,7 +28,7 @@ def check_early(config: Config, *, data_from_python: bool = False) -> None:
 
 
 def check_start(config: Config, resume: str | Path | None) -> None:
-    """Raise ConfigError for a training on ranks that cannot share out the prompts, or from a checkpoint that does not exist."""
+    """Raise ConfigError if the prompts do not divide over the ranks, or the checkpoint to resume from does not exist."""
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
     if resume not in (None, "auto", "best") and not Path(resume).is_dir():
         folder = Path(resume).parent

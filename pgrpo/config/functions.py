@@ -1,4 +1,4 @@
-"""Find a Python function by its name in a config: ``path/to/file.py:function`` or ``module:function``."""
+"""Loads a Python function by its name in a config: ``path/to/file.py:function`` or ``module:function``."""
 
 from __future__ import annotations
 
@@ -17,15 +17,25 @@ from pgrpo.config import ConfigError
 
 
 def is_function(name: str) -> bool:
-    """Whether ``name`` has the form of a Python function (``file.py:function``, ``module:function``)."""
+    """Return whether ``name`` has the form ``file.py:function`` or ``module:function``."""
     module, colon, function = name.rpartition(":")
     return bool(colon and module) and function.isidentifier()
 
 
 def load_function(name: str, key: str) -> Callable[..., Any]:
-    """The function called ``name``. ``key`` is the config key that holds the name, for errors (``ConfigError``)."""
+    """Import the function ``name``. ``key``: config key of the name, for errors. Raises ConfigError."""
     where, _, attribute = name.rpartition(":")
-    module = _load_file(where, key) if where.endswith(".py") else _load_module(where, key)
+    is_file, path = where.endswith(".py"), Path(where).expanduser().resolve()
+    if is_file and not path.is_file():
+        raise ConfigError(f"{key}: no file {where}")
+    # The `pgrpo` command does not search the current folder, `python -m pgrpo` does: make both find the same module.
+    if not is_file and not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = _execute(path) if is_file else importlib.import_module(where)
+    except Exception as error:
+        action = f"load {where}" if is_file else f"import module `{where}`"
+        raise ConfigError(f"{key}: cannot {action}: {type(error).__name__}: {error}") from error
     function = getattr(module, attribute, None)
     if not callable(function):
         own = [k for k, v in vars(module).items() if callable(v) and getattr(v, "__module__", None) == module.__name__]
@@ -35,29 +45,9 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
     return function
 
 
-def _load_module(name: str, key: str) -> ModuleType:
-    # The `pgrpo` command does not search the current folder, `python -m pgrpo` does: make both find the same module.
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(name)
-    except Exception as error:
-        raise ConfigError(f"{key}: cannot import module `{name}`: {type(error).__name__}: {error}") from error
-
-
-def _load_file(name: str, key: str) -> ModuleType:
-    path = Path(name).expanduser().resolve()
-    if not path.is_file():
-        raise ConfigError(f"{key}: no file {name}")
-    try:
-        return _execute(path)
-    except Exception as error:
-        raise ConfigError(f"{key}: cannot load {name}: {type(error).__name__}: {error}") from error
-
-
 @cache
 def _execute(path: Path) -> ModuleType:
-    """Run the file once; functions of one file share its globals, and it may import what lies beside it."""
+    """Execute the file once. Its functions share its globals, and it may import modules from its own folder."""
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)

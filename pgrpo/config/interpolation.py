@@ -1,4 +1,4 @@
-"""``${...}`` in a config: what it may be, and how long a text it may give. OmegaConf resolves it, and would in exponential time."""
+"""Checks ``${...}`` in a config before OmegaConf resolves it, because nested references can take exponential time and memory."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ from typing import Any
 from pgrpo.config.schema import ConfigError
 
 LONGEST = 2**20
-"""Characters of all values together, once each ``${...}`` is replaced by what it refers to."""
+"""Maximum number of characters of all values together after resolution."""
 MOST_CHAINED = 8
+"""Maximum length of a chain of references."""
 OPENING = re.compile(r"(?<!\\)(?:\\\\)*\$\{\s*([^${}:]*)([:}$]|$)")
-"""``${`` without a backslash before it, the name behind it, and how that ends."""
+"""Matches an unescaped ``${``. Groups: the name that follows, and the character that ends it."""
 Path = tuple[str, ...]
 
 
 def check_interpolations(layers: Sequence[Any]) -> None:
-    """Refuse interpolations that refer to each other until they are larger than any config, without resolving one.
+    """Raise ConfigError if the resolved config would be too large, or uses an unsupported interpolation. Resolves nothing.
 
     Args:
-        layers: mappings that are going to be merged. A key counts with its values in all of them.
+        layers: mappings that will be merged. The values of a key in all layers are added up.
     """
     sizes: dict[Path, int] = {}
     chains: dict[Path, int] = {}
 
     def size(path: Path) -> int:
-        """Characters of what is at ``path`` and below, and one more for each value, so that empty ones count."""
+        """Return the characters of all values at and below ``path``, plus one for each value so that empty ones count."""
         if path not in sizes:
-            sizes[path] = chains[path] = 0  # what meets itself is a circle, which OmegaConf refuses
+            sizes[path] = chains[path] = 0  # OmegaConf reports circular references
             total = sum(value_size(value, path, where) for layer in layers for value, where in _find(layer, path))
             if path and (total > LONGEST or chains[path] > MOST_CHAINED):
                 raise ConfigError(
-                    f"{'.'.join(path)}: once each ${{...}} in it is replaced it has more than {LONGEST} characters, or refers to "
-                    f"what refers to others more than {MOST_CHAINED} times; write it out"
+                    f"{'.'.join(path)}: with every ${{...}} resolved it has more than {LONGEST} characters, or a chain of "
+                    f"more than {MOST_CHAINED} references; write the value out"
                 )
             sizes[path] = total
         return sizes[path]
@@ -64,17 +65,17 @@ def check_interpolations(layers: Sequence[Any]) -> None:
         return total
 
     if size(()) > LONGEST:
-        raise ConfigError(f"config: more than {LONGEST} characters once each ${{...}} is replaced; shorten it")
+        raise ConfigError(f"config: more than {LONGEST} characters with every ${{...}} resolved; shorten it")
 
 
 def _target(name: str, path: Path) -> Path:
-    """Where ``${name}`` at ``path`` points to; leading dots go up from its parent."""
+    """Return the path that ``${name}`` at ``path`` refers to. Leading dots are relative to its parent."""
     dots = len(name) - len(name.lstrip("."))
     return (*(path[:-dots] if dots else ()), *re.findall(r"[^.\[\]\s]+", name))
 
 
 def _find(layer: Any, path: Path) -> Iterator[tuple[Any, Path]]:
-    """The value at ``path``, or of the interpolation on the way there, with the path of it; nothing where there is none."""
+    """Yield the value at ``path``, or the interpolation found on the way, with its path. Yield nothing if there is none."""
     for i, part in enumerate(path):
         if isinstance(layer, str):
             yield layer, path[:i]

@@ -1,4 +1,4 @@
-"""``load_config``: schema defaults < preset < recipe < config file < ``key=value`` overrides, merged, resolved and checked."""
+"""``load_config``: merge defaults < preset < recipe < config file < ``key=value`` overrides, resolve and check the result."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pgrpo.config import secrets
 from pgrpo.config.interpolation import check_interpolations
 from pgrpo.config.presets import PRESETS
-from pgrpo.config.rules import check_values, check_world_size, fit_world_size, leaves
+from pgrpo.config.rules import check_values, leaves
 from pgrpo.config.schema import Config, ConfigError
 from pgrpo.config.source import Source, one_line, read_file, read_mapping, read_override
 
-__all__ = ["check_world_size", "find_file", "fit_world_size", "load_config", "packaged", "to_yaml"]
-
 RECIPE_SECTIONS = ("data", "prompt", "rollout", "rewards")
 RECIPE_ROLLOUT = ("max_completion_tokens", "temperature", "top_p", "top_k", "stop")
-PYTHON = "(python)"  # data.path when rows are handed over from Python
+PYTHON = "(python)"  # data.path when the caller passes rows
 
 
 def load_config(
@@ -37,13 +35,13 @@ def load_config(
     """Read, merge, resolve and check a configuration.
 
     Args:
-        source: a file, the name of one (see ``find_file``), or its contents as a mapping.
-        overrides: ``key=value``, value in YAML; ``rewards.functions[0].weight=2`` reaches into lists.
-        rewards_from_python: reward functions are handed over by the caller; the config may have none.
-        data_from_python: so are the rows; ``data.path`` may be missing.
+        source: a path, a name (see ``find_file``), or the contents as a mapping.
+        overrides: ``key=value`` with the value in YAML; list items as in ``rewards.functions[0].weight=2``.
+        rewards_from_python: the caller passes reward functions; the config may have none.
+        data_from_python: the caller passes rows; ``data.path`` may be missing.
 
     Raises:
-        ConfigError: one line with the key, its value and the fix.
+        ConfigError: the input is wrong; one line with the key, its value and the fix.
     """
     main = read_mapping(source) if isinstance(source, Mapping) else read_file(find_file("configs", source))
     changes = [read_override(override) for override in overrides]
@@ -66,7 +64,7 @@ def load_config(
         key = f"{full_key}: " if (full_key := getattr(error, "full_key", None)) else ""
         raise ConfigError(f"{key}{one_line(error)}; correct it, or write \\${{ for a literal ${{") from None
     assert isinstance(config, Config)
-    config.secret_keys = _secret_keys(_raw(merged), config)
+    config.secret_keys = _secret_keys(merged, config)
     for key, value in leaves(config):
         if secrets.is_named(key) and isinstance(value, str):
             secrets.remember(value)
@@ -91,9 +89,9 @@ def _nested(key: str, value: Any) -> Any:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML that ``load_config`` reads again; secrets are replaced by '(redacted)'.
+    """Return the resolved config as YAML that ``load_config`` can read, with secrets replaced by '(redacted)'.
 
-    The recipe is merged in, so its name is a comment: loading again must not need the recipe.
+    The recipe is merged in. Its name becomes a comment, so that loading does not need the recipe.
     """
     values = asdict(config)
     del values["secret_keys"]
@@ -113,13 +111,13 @@ def to_yaml(config: Config) -> str:
 
 
 def packaged(kind: Literal["configs", "recipes"]) -> Path:
-    """The folder of configs or recipes that came with pgrpo: inside an installed package, beside it in a checkout."""
+    """Return the folder of pgrpo's own configs or recipes: inside an installed package, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     return package / kind if (package / kind).is_dir() else package.parent / kind
 
 
 def find_file(kind: Literal["configs", "recipes"], name: str | Path, beside: Path | None = None) -> Path:
-    """A YAML file by path, else by name (with or without '.yaml') in ./KIND, ``beside`` and the packaged folder."""
+    """Find a YAML file by path, else by name (with or without '.yaml') in ./KIND, ``beside`` and the packaged folder."""
     folders = [Path.cwd() / kind, *([beside] if beside else []), packaged(kind)]
     given = Path(name).expanduser()
     names = [given] if given.suffix in (".yaml", ".yml") else [given, given.with_name(f"{given.name}.yaml")]
@@ -149,7 +147,7 @@ def _read_recipe(name: Any, beside: Path) -> Source:
 
 
 def _anchored(source: Source) -> dict[str, Any]:
-    """The values, with data files and Python files that lie beside the source as absolute paths."""
+    """Return the values with data files and Python files in the source's folder as absolute paths."""
     values = dict(source.values)
     if data := values.get("data"):
         values["data"] = {k: _anchor(v, source.folder) if k in ("path", "eval_path") else v for k, v in data.items()}
@@ -160,7 +158,7 @@ def _anchored(source: Source) -> dict[str, Any]:
 
 
 def _anchor(value: Any, folder: Path) -> Any:
-    """An existing file, or ``file.py:function`` with an existing file, as an absolute path; anything else unchanged."""
+    """Make a path to an existing file, or ``file.py:function`` with an existing file, absolute. Return other values unchanged."""
     if not isinstance(value, str):
         return value
     stem, python, function = value.partition(".py:")
@@ -169,7 +167,7 @@ def _anchor(value: Any, folder: Path) -> Any:
 
 
 def _finish_paths(config: Config) -> None:
-    """Make existing files and a model's folder absolute; ConfigError for a Python file that is missing."""
+    """Make existing files and the model folder absolute. ConfigError if a Python file is missing."""
     config.run_dir = str(Path(config.run_dir).expanduser())
     if config.model.path.startswith("~"):
         config.model.path = str(Path(config.model.path).expanduser())
@@ -194,7 +192,7 @@ def _refuse_missing(merged: DictConfig, main: Source) -> None:
 
 
 def _refuse_idle_preset(preset: str, main: Source, changes: Sequence[tuple[str, Any]]) -> None:
-    """A preset given as an override of a file that sets all of its keys, such as a run's own config.yaml, changes nothing."""
+    """Raise ConfigError for a preset override of a file that sets all of the preset's keys, such as a run's own config.yaml."""
     explicit = main.values.get("loss") or {}
     overridden = [key for key, value in changes if key == "loss.preset" and value != explicit.get("preset")]
     if overridden and PRESETS[preset].keys() <= explicit.keys():
@@ -204,15 +202,9 @@ def _refuse_idle_preset(preset: str, main: Source, changes: Sequence[tuple[str, 
         )
 
 
-def _raw(merged: Any) -> dict[str, Any]:
-    values = OmegaConf.to_container(merged, resolve=False)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
-
-
-def _secret_keys(raw: dict[str, Any], config: Config) -> frozenset[str]:
-    """Keys whose value came from the environment, straight or through another key."""
-    resolved = dict(leaves(config))
+def _secret_keys(merged: DictConfig, config: Config) -> frozenset[str]:
+    """Return the keys whose value came from the environment, directly or through another key."""
+    raw, resolved = OmegaConf.to_container(merged, resolve=False), dict(leaves(config))
     interpolations = {key: text for key, text in leaves(raw) if isinstance(text, str) and "${" in text}
     secret = {key for key, text in interpolations.items() if "oc.env" in text}
     values = [str(resolved[key]) for key in secret if resolved.get(key)]

@@ -1,4 +1,4 @@
-"""From a key that does not exist to the one that was meant."""
+"""Suggests the right key for one that does not exist."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import yaml
 
 @cache
 def other_trainers() -> dict[str, Any]:
-    """``other_trainers.yaml``, which says what its parts are."""
+    """Load ``other_trainers.yaml``; its header describes its parts."""
     return yaml.safe_load(Path(__file__).with_name("other_trainers.yaml").read_text(encoding="utf-8"))
 
 
 @cache
 def foreign() -> dict[str, str]:
-    """The end of a dotted name of TRL, verl or OpenRLHF -> our key, and a word where the meaning differs."""
+    """Map the end of a dotted name of TRL, verl or OpenRLHF to our key, with a note if the meaning differs."""
     names = other_trainers()
     found = {end: answer for answer, ends in names["others"].items() for end in ends}
     for row in (*names["trl"], *names["verl"]):
@@ -34,7 +34,7 @@ def foreign() -> dict[str, str]:
 
 
 def suggest(key: str, valid: Iterable[str]) -> str:
-    """How to mend ``key``, given every valid dotted key: another trainer's name, the wrong section, or a typo."""
+    """Suggest a fix for ``key``, given all valid dotted keys: it may be another trainer's name, in a wrong section, or a typo."""
     valid = sorted(valid)
     parts = re.sub(r"\[\d+\]", "", key).split(".")
     last = parts[-1]

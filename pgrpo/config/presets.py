@@ -1,7 +1,7 @@
-"""``loss.preset``: what a paper's method sets of the section ``loss``.
+"""``loss.preset``: the values of section ``loss`` that a paper's method uses.
 
-What a method does elsewhere is a key of its own: DAPO's dynamic sampling is ``rollout.resample_limit``; GSPO and CISPO differ from
-the others only where a step has several updates (``train.updates_per_step``, ``train.epochs_per_step``).
+A method's settings outside of ``loss`` have keys of their own: DAPO's dynamic sampling is ``rollout.resample_limit``. GSPO and
+CISPO differ from the others only if a step has several updates (``train.updates_per_step``, ``train.epochs_per_step``).
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ PLAIN: dict[str, Any] = {
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # DeepSeekMath, arXiv 2402.03300, section 4: the only one with a KL term, and so with a reference model.
+    # DeepSeekMath, arXiv 2402.03300, section 4: the only one with a KL term, which needs a reference model.
     "grpo": {**PLAIN, "aggregate": "sample", "kl_coef": 0.04},
-    # arXiv 2503.20783, section 3.2: neither a sample's length nor a group's standard deviation divides.
+    # arXiv 2503.20783, section 3.2: no division by sample length or group standard deviation.
     "dr_grpo": {**PLAIN, "aggregate": "constant", "scale_advantages": "none"},
     # arXiv 2503.14476, section 3: clip-higher, token-level loss, overlong filtering.
     "dapo": {**PLAIN, "clip_high": 0.28, "mask_overlong": True},
-    # arXiv 2507.18071, section 5.1: the ratio of a sequence hardly moves, and is clipped closely.
+    # arXiv 2507.18071, section 5.1: a sequence's ratio stays close to 1, so the clip range is narrow.
     "gspo": {**PLAIN, "ratio": "sequence", "aggregate": "sample", "clip_low": 3e-4, "clip_high": 4e-4},
-    # MiniMax-M1, arXiv 2506.13585, section 3: no lower clip. It does not give the upper one; ratios up to 5 are ScaleRL's
+    # MiniMax-M1, arXiv 2506.13585, section 3: no lower clip. The paper gives no upper clip; a ratio of 5 is from ScaleRL
     # (arXiv 2510.13786).
     "cispo": {**PLAIN, "objective": "cispo", "clip_low": 1.0, "clip_high": 4.0},
 }

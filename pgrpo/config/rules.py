@@ -1,10 +1,11 @@
-"""What a value must be beyond its type: ranges, and keys that must agree with each other."""
+"""Checks values beyond their types: ranges, and keys that must agree with each other."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from pgrpo.config.schema import Config, ConfigError
@@ -18,14 +19,13 @@ NEEDS = {
     "loss.ref_offload": ("loss.kl_coef", 0),
     "loss.rollout_correction_cap": ("loss.rollout_correction", "none"),
 }
-"""A key that has no effect while another has this value."""
+"""Key -> (other key, its value with which the key has no effect)."""
 MOST_SAMPLES, MOST_HELD_OUT = 2**20, 2**24
-"""Completions of a step, and of an evaluation, which are all in memory at once."""
-ROLES = ("system", "user", "assistant")
+"""Maximum number of completions of a step and of an evaluation, which are held in memory at once."""
 
 
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in a config that is not a container (``rewards.functions[0].weight``, 1.0)."""
+    """Yield dotted key and value of everything in a config that is not a container (``rewards.functions[0].weight``, 1.0)."""
     if is_dataclass(value):
         value = {field.name: getattr(value, field.name) for field in fields(value) if field.name != "secret_keys"}
     if isinstance(value, dict):
@@ -39,7 +39,7 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_values(config: Config, *, rewards_from_python: bool) -> None:
-    """Raise ConfigError for the first value out of range or at odds with another."""
+    """Raise ConfigError for the first value that is out of range or contradicts another."""
     for key, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}: {value} is not a finite number; give a finite one")
@@ -67,7 +67,7 @@ def check_values(config: Config, *, rewards_from_python: bool) -> None:
 
 
 def _check_ranges(section: Any, prefix: str) -> None:
-    """Raise ConfigError for a number that is not in the range that ``number`` gave its field."""
+    """Raise ConfigError for a number outside of its field's range (``schema.number``)."""
     for field in fields(section):
         value, key, limits = getattr(section, field.name), prefix + field.name, field.metadata
         for i, item in enumerate(value if isinstance(value, list) else [value]):
@@ -91,35 +91,28 @@ def _plain(limit: float) -> str:
 def _check_needs(config: Config) -> None:
     default = Config()
     for key, (needed, off) in NEEDS.items():
-        value = _value(config, key)
-        if value != _value(default, key) and _value(config, needed) == off:
+        value = attrgetter(key)(config)
+        if value != attrgetter(key)(default) and attrgetter(needed)(config) == off:
             raise ConfigError(f"{key}: {value} has no effect while {needed} is {off}; set {needed}, or leave it out")
     for key in ("loss.ref_refresh_every", "loss.ref_offload"):
-        if config.model.lora_rank and (value := _value(config, key)) != _value(default, key):
+        if config.model.lora_rank and (value := attrgetter(key)(config)) != attrgetter(key)(default):
             raise ConfigError(
-                f"{key}: {value} with model.lora_rank {config.model.lora_rank}: the reference is the model without its "
-                "adapters, which stays as it is; leave it out"
+                f"{key}: {value} has no effect with model.lora_rank {config.model.lora_rank}: the reference is the frozen "
+                "model without its adapters; leave it out"
             )
-
-
-def _value(config: Config, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name)
 
 
 def _check_sizes(config: Config) -> None:
     prompts, updates = config.rollout.prompts_per_step, config.train.updates_per_step
-    for name, most, counts in (
-        (
-            "rollout.group_size",
-            MOST_SAMPLES,
-            {"rollout.prompts_per_step": prompts, "rollout.group_size": config.rollout.group_size},
-        ),
-        ("eval.samples", MOST_HELD_OUT, {"eval.rows": config.eval.rows, "eval.samples": config.eval.samples}),
-    ):
-        if (product := math.prod(counts.values())) > most:
+    products = (
+        ("rollout.prompts_per_step", "rollout.group_size", MOST_SAMPLES),
+        ("eval.rows", "eval.samples", MOST_HELD_OUT),
+    )
+    for rows, samples, most in products:
+        n, m = attrgetter(rows, samples)(config)
+        if n * m > most:
             raise ConfigError(
-                f"{name}: {' x '.join(counts)} is {' x '.join(map(str, counts.values()))} = {product} completions at once; "
+                f"{samples}: {rows} x {samples} is {n} x {m} = {n * m} completions at once; "
                 f"lower one of them, the product must be at most {most}"
             )
     if prompts % updates:
@@ -130,7 +123,7 @@ def _check_sizes(config: Config) -> None:
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
     if longest > config.train.token_budget:
         raise ConfigError(
-            f"train.token_budget: {config.train.token_budget} tokens do not hold the longest sample, {longest} "
+            f"train.token_budget: {config.train.token_budget} is less than the longest sample, {longest} tokens "
             f"(data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_completion_tokens "
             f"{config.rollout.max_completion_tokens}); set train.token_budget to at least {longest}, or lower those"
         )
@@ -144,8 +137,7 @@ def _check_sizes(config: Config) -> None:
 
 def _check_prompt(config: Config) -> None:
     prompt = config.prompt
-    forms = {"template": prompt.template, "messages": prompt.messages, "messages_column": prompt.messages_column}
-    given = [f"prompt.{name}" for name, value in forms.items() if value]
+    given = [f"prompt.{name}" for name in ("template", "messages", "messages_column") if getattr(prompt, name)]
     if len(given) != 1:
         raise ConfigError(
             f"prompt: {' and '.join(given) or 'nothing'} is set; give exactly one of "
@@ -156,16 +148,11 @@ def _check_prompt(config: Config) -> None:
             f"prompt.chat_template_kwargs: {prompt.chat_template_kwargs} has no effect on prompt.template; "
             "remove it, or give prompt.messages instead"
         )
-    for i, message in enumerate(prompt.messages):
-        if message.role not in ROLES:
-            raise ConfigError(
-                f"prompt.messages[{i}].role: {message.role!r} is not a role; it may be {', '.join(ROLES)}"
-            )
 
 
 def check_world_size(config: Config, world_size: int, dp_size: int | None = None) -> None:
-    """Raise ConfigError unless the ranks that hold different data (``dp_size``; all unless given) can share out the prompts, and
-    all ``world_size`` ranks the copies of the weights, evenly."""
+    """Raise ConfigError unless the prompts divide over the data-parallel ranks (``dp_size``; None: all), and all ``world_size``
+    ranks over the replicas of the weights."""
     prompts, dp_size = config.rollout.prompts_per_step, dp_size or world_size
     if prompts % dp_size:
         raise ConfigError(
@@ -180,18 +167,18 @@ def check_world_size(config: Config, world_size: int, dp_size: int | None = None
 
 
 def fit_world_size(config: Config, world_size: int) -> Config:
-    """For commands that train nothing: one copy of the weights over all ranks where ``model.fsdp_size`` does not divide them."""
+    """For commands that do not train: shard over all ranks if ``model.fsdp_size`` does not divide their number."""
     if config.model.fsdp_size and world_size % config.model.fsdp_size:
         return replace(config, model=replace(config.model, fsdp_size=None))
     return config
 
 
 def _divisors(number: int) -> str:
-    """Of 12: '1, 2, 3, 4, 6, 12'."""
+    """List the divisors, of 12 for example '1, 2, 3, 4, 6, 12'."""
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 def _multiples(near: int, divisor: int) -> str:
-    """The four multiples of ``divisor`` around ``near``: '24, 32, 40, 48'."""
+    """List four multiples of ``divisor`` around ``near``, such as '24, 32, 40, 48'."""
     first = max(1, near // divisor - 1)
     return ", ".join(str(divisor * n) for n in range(first, first + 4))

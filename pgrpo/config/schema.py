@@ -1,4 +1,4 @@
-"""The schema. Every key of a pgrpo YAML is a field here, with its meaning below it."""
+"""The schema. Every key of a pgrpo YAML is a field, with its description below it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class ConfigError(Exception):
     """The user's input is wrong. The message is one line that names the key, the value and the fix (exit code 2)."""
 
     def __str__(self) -> str:
-        said = redact(super().__str__())  # before it is escaped and cut, which would hide a secret, or half of one
+        said = redact(super().__str__())  # before escaping and cutting, which would leave parts of a secret
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
-        # A very long value would hide the key, before it, and the fix, behind it.
+        # Cut out the middle: a very long value would hide the key before it and the fix after it.
         return text if len(text) <= 1000 else f"{text[:600]} [...] {text[-300:]}"
 
 
@@ -24,8 +24,8 @@ MOST_TOKENS, MOST_STEPS, MOST_SECONDS = 2**20, 10**9, 1e7
 
 
 def number(default: Any, *, least: float | None = None, above: float | None = None, most: float) -> Any:
-    """A field that holds a number in a range. ``most`` is above every sensible value, and small enough not to exhaust memory or
-    time."""
+    """Make a field for a number in [``least``, ``most``], or (``above``, ``most``]. ``most`` is above every sensible value, but low
+    enough not to exhaust memory or time."""
     return field(default=default, metadata={"least": least, "above": above, "most": most})
 
 
@@ -85,13 +85,14 @@ class DataConfig:
     max_prompt_tokens: int = number(1024, least=1, most=MOST_TOKENS)
     """The longest prompt, in tokens."""
     overlong: Literal["error", "drop", "truncate"] = "error"
-    """A longer prompt stops the run, is left out, or keeps its last `max_prompt_tokens` tokens. The last two are counted."""
+    """A longer prompt stops the run, is dropped, or keeps its last `max_prompt_tokens` tokens. Dropped and truncated prompts are
+    counted."""
 
 
 @dataclass
 class MessageConfig:
-    role: str = MISSING
-    """`system`, `user` or `assistant`."""
+    role: Literal["system", "user", "assistant"] = MISSING
+    """Role of the message. If the last message is the assistant's, the completion continues it."""
     content: str = MISSING
     """Text with `{column}` placeholders. `{{` is a literal brace."""
 
@@ -122,11 +123,11 @@ class RolloutConfig:
     temperature: float = number(1.0, above=0, most=1e3)
     """Sampling temperature. The policy's log-probs are at this temperature too."""
     top_p: float = number(1.0, above=0, most=1)
-    """Sample from the smallest set of tokens with this probability. 1 is off."""
+    """Sample from the smallest set of tokens with at least this total probability. 1 is off."""
     top_k: int = number(0, least=0, most=2**24)
-    """Sample from the k likeliest tokens. 0 is off."""
+    """Sample from the k most likely tokens. 0 is off."""
     stop: list[str] = field(default_factory=list)
-    """Strings that end a completion; rewards read the text without them. A special token, such as `<|im_end|>`, becomes an
+    """Strings that end a completion; rewards get the text without them. A special token, such as `<|im_end|>`, becomes an
     additional end token."""
     resample_limit: int = number(0, least=0, most=1000)
     """Dynamic sampling (DAPO): groups whose rewards are all equal are replaced by groups of fresh prompts, in at most this many
@@ -147,9 +148,9 @@ class RolloutConfig:
     canary_every: int = number(10, least=0, most=MOST_STEPS)
     """Steps between checks of vLLM's log-probs that detect stale weights. Needs 16 different completions in a step. 0 is off."""
     vllm_deadline_s: float = number(1800.0, above=0, most=MOST_SECONDS)
-    """Seconds that one vLLM call (start, push, rollout, sleep) may take; then the run ends, with a message."""
+    """Maximum seconds of one vLLM call (start, push, rollout, sleep); a longer one ends the run with a message."""
     allow_untested_vllm: bool = False
-    """Run on a vLLM version that pgrpo was not tested on."""
+    """Allow a vLLM version that pgrpo was not tested with."""
 
 
 @dataclass
@@ -162,7 +163,7 @@ class RewardConfig:
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for the function."""
     timeout_s: float = number(600.0, above=0, most=MOST_SECONDS)
-    """Seconds that one call of a function of your own may take; then its process is killed. For `math` set `args.timeout_s`."""
+    """Maximum seconds of one call of your own function; then its process is killed. For `math` set `args.timeout_s`."""
 
 
 @dataclass
@@ -176,9 +177,9 @@ class RewardsConfig:
 @dataclass
 class LossConfig:
     preset: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] | None = None
-    """The settings of a paper, which replace the defaults below; a key that you set yourself wins. See the table of presets."""
+    """The settings of a paper, which replace the defaults below; keys that you set override them. See the table of presets."""
     ratio: Literal["token", "sequence"] = "token"
-    """The ratio that is clipped: that of each token's probabilities, or its geometric mean over the sample (GSPO)."""
+    """Probability ratio of the loss: of each token, or the geometric mean over the sample (GSPO)."""
     objective: Literal["clip", "cispo"] = "clip"
     """`clip`: a clipped token has no gradient (PPO, GRPO). `cispo`: the clipped ratio weighs every token's gradient."""
     clip_low: float = number(0.2, above=0, most=1e6)
@@ -194,7 +195,7 @@ class LossConfig:
     """Divide advantages by the standard deviation of the group's rewards, or of all rewards of the step, or not at all (Dr.
     GRPO)."""
     mask_overlong: bool = False
-    """Leave completions that were cut at `max_completion_tokens` out of the loss; they stay in every count (DAPO)."""
+    """Exclude completions that were cut at `max_completion_tokens` from the loss; they stay in every count (DAPO)."""
     kl_coef: float = number(0.0, least=0, most=1e6)
     """Weight of the KL to the reference model, which is the initial model until it is refreshed. 0 loads no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -245,8 +246,7 @@ class TrainConfig:
     target_reward: float | None = number(None, least=-1e9, most=1e9)
     """Save and stop early once the mean reward of the last 10 steps is at least this."""
     max_skipped_updates: int = number(3, least=0, most=MOST_STEPS)
-    """Updates in a row that may be skipped because loss or gradients are not finite; one more stops the run. 0: the first stops
-    it."""
+    """Maximum number of consecutive updates that are skipped because loss or gradients are not finite; one more stops the run."""
 
 
 @dataclass
@@ -254,7 +254,7 @@ class EvalConfig:
     every: int = number(0, least=0, most=MOST_STEPS)
     """Steps between evaluations on the held-out split; also before the first and after the last. 0 is off."""
     rows: int = number(128, least=1, most=2**20)
-    """Number of held-out rows that are used, from the first on."""
+    """Number of held-out rows, from the first on."""
     samples: int = number(1, least=1, most=2**14)
     """Completions of each held-out prompt, sampled as in training unless `temperature` is set. pass@k is reported for this number
     and all powers of two below it."""
@@ -299,7 +299,7 @@ class Config:
     run_dir: str = MISSING
     """The run folder. `~` and `${now:%Y%m%d}` are replaced."""
     seed: int = number(0, least=0, most=2**62)
-    """All randomness derives from it."""
+    """Seed of all randomness."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)

@@ -1,8 +1,8 @@
-"""Keeps secrets out of what this process prints and logs. ``to_yaml`` keeps them out of a config that is written.
+"""Redacts secrets in everything that this process prints and logs. (``to_yaml`` redacts them in a written config.)
 
-Values are redacted before they are serialised (``redact``, ``to_json``): a secret that JSON or YAML escapes would not be found in
-their text, and digits of a secret may be digits of a number. Log lines and tracebacks are text already: ``redact`` finds a
-secret in them as Python, JSON, HTML and URLs spell it.
+Values are redacted before serialisation (``redact``, ``to_json``): JSON and YAML may escape a secret so that a text search misses
+it, and a number may contain the digits of a secret. Log lines and tracebacks are text already, so ``redact`` also searches for
+each secret as Python, JSON, HTML and URLs escape it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from omegaconf.resolvers import oc
 T = TypeVar("T")
 REDACTED = "(redacted)"
 PATHS = ("run_dir", "model.path", "data.path", "data.eval_path")
-"""Messages must be able to name these, and a variable that they are made of."""
+"""Keys whose values are never secret, because messages must show them, even if they come from the environment."""
 SHORTEST = 6
-"""Characters of a secret: shorter ones would be found in half of all words."""
+"""Minimum length of a secret in characters. Shorter ones would match ordinary words."""
 _spellings: list[str] = []
 _ESCAPES = (
     lambda text: json.dumps(text)[1:-1],
     lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
     lambda text: repr(text)[1:-1],
-    lambda text: repr(text + "'\"")[1:-4],  # inside a longer text that has both kinds of quotes
+    lambda text: repr(text + "'\"")[1:-4],  # as part of a text that contains both kinds of quotes
     lambda text: text.encode("unicode_escape").decode(),
     html.escape,
     lambda text: quote(text, errors="surrogatepass"),
@@ -40,15 +40,15 @@ _ESCAPES = (
 
 
 def environment(name: str, *default: Any, _node_: Node) -> Any:
-    """OmegaConf's ``${oc.env:NAME}`` or ``${oc.env:NAME,DEFAULT}``, which remembers what it reads. As a resolver it sees each
-    variable however the name is written, and before the value can appear in an error about its type."""
+    """Resolve ``${oc.env:NAME}`` or ``${oc.env:NAME,DEFAULT}`` as OmegaConf does, and remember the value as a secret. A resolver
+    sees every variable, however its name is written, before the value can appear in a type error."""
     if name in os.environ and _node_._get_full_key("") not in PATHS:
         remember(os.environ[name])
     return oc.env(name, *default)
 
 
 def is_named(key: str) -> bool:
-    """Whether the last name of a dotted key says that its value is a secret, wherever it came from."""
+    """Return whether the last part of a dotted key names a secret (``api_key``, ``token``, ...)."""
     name = key.rpartition(".")[2].partition("[")[0]
     return re.search(r"(?i)(^|_)(api_?key|access_?key|secret|token|password|passwd|credentials?)$", name) is not None
 
@@ -58,14 +58,14 @@ def remember(secret: str) -> None:
     if len(secret) < SHORTEST:
         return
     spellings = {secret}
-    for _ in range(2):  # twice: a JSON text inside a repr
+    for _ in range(2):  # twice, for JSON text inside a repr
         spellings |= {spell(text) for text in spellings for spell in _ESCAPES}
     _spellings[:] = sorted(spellings.union(_spellings), key=len, reverse=True)
 
 
 def redact(value: T) -> T:
-    """A text, or every text in dicts (keys too), lists, tuples and dataclasses (which become dicts), without the secrets of this
-    process's configs. Numbers stay as they are."""
+    """Remove the remembered secrets from a text, or from all texts in dicts (keys too), lists, tuples and dataclasses (which
+    become dicts). Numbers are unchanged."""
     if isinstance(value, str):
         text: Any = value
         for spelling in _spellings:
@@ -82,5 +82,5 @@ def redact(value: T) -> T:
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """``json.dumps``, redacted; what JSON has no type for becomes its text."""
+    """``json.dumps`` of the redacted value. Types that JSON lacks are converted with ``str``."""
     return json.dumps(redact(value), default=lambda other: redact(str(other)), **options)

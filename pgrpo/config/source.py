@@ -1,6 +1,6 @@
-"""One YAML file, mapping or ``key=value`` override, read strictly: types, unknown and duplicate keys, YAML's traps.
+"""Reads one YAML file, mapping or ``key=value`` override strictly: types, unknown and duplicate keys, YAML's traps.
 
-OmegaConf converts where it can (``010`` in a text field becomes '8'), so whatever is checked here is checked before it.
+The checks run before OmegaConf, which converts silently (``010`` in a text field becomes '8').
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ KINDS = {
     list: "a list",
 }
 DEEPEST, MOST_VALUES, MOST_CHARACTERS = 50, 10_000, 2**18
-"""Of one file or override."""
+"""Limits of one file or override: nesting depth, keys and values, characters."""
 Marks = dict[str, tuple[int, str | None]]
 
 
 @dataclass
 class Source:
-    """Raw values, and where each came from.
+    """Raw values and their positions in a file.
 
     Attributes:
-        values: the mapping as written; interpolations are not resolved.
-        name: what to call it in an error: a file name, or an override in quotes. Empty for a Python mapping.
-        folder: relative paths in ``values`` are relative to it.
+        values: the mapping as written, with unresolved interpolations.
+        name: name for errors: a file name, or an override in quotes. Empty for a Python mapping.
+        folder: base of the relative paths in ``values``.
         marks: dotted key -> its line, and the text of its scalar (None for a mapping or list).
     """
 
@@ -52,23 +52,23 @@ class Source:
     marks: Marks = field(default_factory=dict)
 
     def where(self, key: str) -> str:
-        """'FILE:LINE: ' of a key, or as much of it as is known."""
+        """Return 'FILE:LINE: ' of a key, or the part that is known."""
         if not self.name:
             return ""
         return f"{_at(self.name, self.marks[key][0]) if key in self.marks else self.name}: "
 
     def text(self, key: str, value: Any) -> str:
-        """The scalar as it was written."""
+        """Return the scalar as written."""
         text = self.marks.get(key, (0, None))[1]
         return repr(value) if text is None else text
 
     def error(self, key: str, message: str) -> ConfigError:
-        """Where the key is, the key, and what is wrong with it."""
+        """Make a ConfigError with the key's position, the key and the message."""
         return ConfigError(f"{self.where(key)}{key}: {message}")
 
 
 def read_file(path: Path) -> Source:
-    """Read and check a YAML file. ConfigError if it is not a mapping of known keys with values of the right type."""
+    """Read and check a YAML file. ConfigError unless it is a mapping of known keys with values of the right types."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -96,7 +96,7 @@ def read_mapping(mapping: Mapping[str, Any]) -> Source:
 
 
 def read_override(override: str) -> tuple[str, Any]:
-    """Key and checked value of ``key=value``."""
+    """Parse ``key=value``; return the key and the checked value."""
     key, equals, text = override.partition("=")
     if not equals or not text or not re.fullmatch(r"\w+((\.\w+)|(\[\d+\]))*", key):
         raise ConfigError(f"override {override!r}: write key=value (key=null for none), such as rollout.group_size=8")
@@ -118,8 +118,8 @@ def read_override(override: str) -> tuple[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML for which 1e-6 is a number and a date is text. Refuses what no config has while it reads: anchors, tags, and nesting
-    and sizes that would cost time and memory."""
+    """YAML loader that reads 1e-6 as a number and a date as text. While it reads, it rejects anchors, tags, and nesting or sizes
+    that would exhaust time or memory."""
 
     def __init__(self, text: str, name: str) -> None:
         super().__init__(text)
@@ -133,14 +133,13 @@ class _Loader(yaml.SafeLoader):
                 f"{place}: anchor {event.anchor!r} is not supported; write ${{other.key}} to refer to a key"
             )
         if tag := getattr(event, "tag", None):
-            tag = tag.replace("tag:yaml.org,2002:", "!!")
-            raise ConfigError(f"{place}: tag {tag!r} is not supported; remove it")
+            raise ConfigError(f"{place}: tag {tag.replace('tag:yaml.org,2002:', '!!')!r} is not supported; remove it")
         self._depth += 1
         self._count += 1
         if self._depth > DEEPEST:
             raise ConfigError(f"{place}: nested too deeply; remove some brackets")
         if self._count > MOST_VALUES:
-            raise ConfigError(f"{place}: more than {MOST_VALUES} keys and values; put what is data into the data set")
+            raise ConfigError(f"{place}: more than {MOST_VALUES} keys and values; move data into the data set")
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -162,9 +161,9 @@ _Loader.add_implicit_resolver(
 
 
 def parse(text: str, name: str, key: str = "") -> tuple[Marks, Any]:
-    """YAML text -> (marks, value), without duplicate keys, tags, anchors or second documents."""
+    """Parse YAML text into (marks, value). ConfigError for duplicate keys, tags, anchors and second documents."""
     if len(text) > MOST_CHARACTERS:
-        raise ConfigError(f"{name}: longer than {MOST_CHARACTERS} characters; put what is data into the data set")
+        raise ConfigError(f"{name}: longer than {MOST_CHARACTERS} characters; move data into the data set")
     try:
         loader = _Loader(text, name)
         root = loader.get_single_node()
@@ -204,7 +203,7 @@ def _at(name: str, line: int) -> str:
 
 
 def check_types(value: Any, hint: Any, key: str, source: Source) -> None:
-    """Raise ConfigError unless ``value`` is what the schema's ``hint`` says; nothing is converted but int to float."""
+    """Raise ConfigError unless ``value`` has the type ``hint`` of the schema. Only an int is accepted for another type, a float."""
     if value is None and hint is not _without_none(hint):
         return
     hint = _without_none(hint)
@@ -228,7 +227,7 @@ def check_types(value: Any, hint: Any, key: str, source: Source) -> None:
         for i, item in enumerate(value):
             check_types(item, items[i], f"{key}[{i}]", source)
     elif isinstance(value, str) and ("${" in value or value == MISSING):
-        return  # checked when everything is merged
+        return  # checked after the merge
     elif origin is Literal:
         if value not in get_args(hint) or isinstance(value, bool):
             options = ", ".join(get_args(hint))
@@ -256,7 +255,7 @@ def _check_keys(value: Any, key: str, source: Source) -> None:
 
 
 def _wrong(value: Any, expected: Any, key: str, source: Source) -> str:
-    """What is wrong with a value of another type than ``expected``."""
+    """Describe a value of another type than ``expected``, and the fix."""
     text = source.text(key, value)
     if value is None:
         return f"null is not a value here; give {KINDS[expected]}, or leave the key out"
@@ -285,13 +284,13 @@ def _without_none(hint: Any) -> Any:
 
 @cache
 def hints(schema: Any) -> dict[str, Any]:
-    """Key -> type of a section."""
+    """Return the types of a section's keys."""
     return {name: hint for name, hint in get_type_hints(schema).items() if name != "secret_keys"}
 
 
 @cache
 def valid_keys() -> tuple[str, ...]:
-    """Every dotted key of the schema (``rewards.functions[i].weight``)."""
+    """Return every dotted key of the schema (``rewards.functions[i].weight``)."""
 
     def walk(schema: Any, prefix: str) -> Iterator[str]:
         for name, hint in hints(schema).items():
@@ -306,7 +305,7 @@ def valid_keys() -> tuple[str, ...]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an error's message, redacted: a secret may have several."""
+    """Return the first line of an error's message. Redact before the split, because a secret may span several lines."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return (redact(str(error)).splitlines() or [type(error).__name__])[0]

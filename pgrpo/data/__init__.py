@@ -1,8 +1,8 @@
-"""Turns a data set into prompts, and decides the order in which training takes them.
+"""Turns a data set into tokenized prompts and iterates over them.
 
-``load_prompts`` (begin there) reads the rows, fills in the template, applies the chat template and tokenizes. It finds
-everything that can be wrong with a user's data before any weight is loaded. ``PromptStream`` hands out the prompts, epoch after
-epoch, and can be resumed.
+``load_prompts`` (begin there) reads the rows, fills in the template, applies the chat template and tokenizes. It reports
+every error in the user's data before any weight is loaded. ``PromptStream`` yields the prompts epoch after epoch, and is
+resumable.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["LoadedPrompts", "PromptStream", "load_prompts"]
 
 @dataclass(slots=True)
 class LoadedPrompts:
-    """``prompts`` in the order of the rows, and how many rows ``data.overlong`` left out or cut."""
+    """Prompts in row order, and the number of overlong rows that were dropped or truncated (``data.overlong``)."""
 
     prompts: list[Prompt]
     dropped: int
@@ -44,22 +44,20 @@ def load_prompts(
     """Read, render and tokenize a data set.
 
     Args:
-        data: where the rows are, and the length limit.
-        prompt: how a row becomes text.
-        tokenizer: of the model that will be trained.
+        data: source of the rows, and the length limit.
+        prompt: template or messages that turn a row into text.
+        tokenizer: tokenizer of the trained model.
         held_out: read ``data.eval_path`` / ``data.eval_split`` instead of the training rows.
-        first: look at no more than the first rows, this many. None: at all.
-        dataset: rows in memory (a ``datasets.Dataset`` or a list of dicts), instead of ``data.path``.
+        first: maximum number of rows to use. None uses all.
+        dataset: rows in memory (a ``datasets.Dataset`` or a list of dicts) that replace ``data.path``.
 
     Raises:
-        ConfigError: the rows cannot be read, there are none, the template names a column that they lack, a prompt is
-            empty, or longer than ``data.max_prompt_tokens`` under ``overlong: error``.
+        ConfigError: the rows cannot be read, there are none, the template names a missing column, a prompt is empty, or
+            a prompt exceeds ``data.max_prompt_tokens`` under ``overlong: error``.
     """
     rows, source = read_rows(data, held_out) if dataset is None else (check_rows(dataset, "dataset"), "dataset")
     if not rows:
-        raise ConfigError(
-            f"{source} has no rows; name a file with rows" if dataset is None else f"{source} has no rows"
-        )
+        raise ConfigError(f"{source} has no rows; give at least one")
     rows = rows[:first]
     rendered = render_prompts(rows, prompt, tokenizer)
     prompts: list[Prompt] = []
@@ -70,7 +68,7 @@ def load_prompts(
                 over = [len(other) for _, _, other in rendered if len(other) > data.max_prompt_tokens]
                 raise ConfigError(
                     f"row {index} of {source}: the prompt has {len(ids)} tokens, data.max_prompt_tokens is "
-                    f"{data.max_prompt_tokens} ({len(over)} of {len(rows)} rows are over it, the longest has {max(over)}); "
+                    f"{data.max_prompt_tokens} ({len(over)} of {len(rows)} rows exceed it, the longest has {max(over)}); "
                     "raise it, or set data.overlong to drop or truncate"
                 )
             if data.overlong == "drop":
@@ -82,7 +80,7 @@ def load_prompts(
         prompts.append(Prompt(index=index, text=text, token_ids=ids, columns=row, messages=messages))
     if not prompts:
         raise ConfigError(
-            f"every prompt of {source} ({dropped} rows) is longer than data.max_prompt_tokens="
-            f"{data.max_prompt_tokens}, and data.overlong=drop left none"
+            f"data.overlong=drop dropped all {dropped} rows of {source}: every prompt is longer than "
+            f"data.max_prompt_tokens={data.max_prompt_tokens}; raise it"
         )
     return LoadedPrompts(prompts, dropped, truncated)

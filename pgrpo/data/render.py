@@ -1,4 +1,4 @@
-"""Rows of a data set -> prompt texts and token ids. The template is strict: a column that is not there is an error."""
+"""Turns rows into prompt texts and token ids. Templates are strict: a missing column is an error."""
 
 from __future__ import annotations
 
@@ -19,30 +19,28 @@ _OURS = {"tokenize", "add_generation_prompt", "continue_final_message", "return_
 
 
 def render_prompts(rows: Sequence[Row], prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> list[Rendered]:
-    """``(text, messages or None, token_ids)`` of every row. ``ConfigError`` on anything that makes no prompt."""
+    """Return ``(text, messages or None, token_ids)`` of every row. ConfigError if a row does not give a prompt."""
     given = [name for name in ("template", "messages", "messages_column") if getattr(prompt, name)]
     if len(given) != 1:
         raise ConfigError(
             f"give exactly one of prompt.template, prompt.messages, prompt.messages_column, not {given or 'none'}"
         )
     columns = list(rows[0])
-    if prompt.template is not None and given == ["template"]:
+    if prompt.template:
         fill = compile_template(prompt.template, columns, "prompt.template")
         texts = [fill(row, index) for index, row in enumerate(rows)]
         return _checked(texts, [None] * len(rows), _tokenize_raw(texts, tokenizer), "prompt.template")
-    if prompt.messages_column is not None and given == ["messages_column"]:
-        if prompt.messages_column not in columns:
-            raise ConfigError(_no_column("prompt.messages_column", prompt.messages_column, columns))
+    if column := prompt.messages_column:
         key, prefill = "prompt.messages_column", False
-        chats = [_check_chat(row[prompt.messages_column], prompt.messages_column, i) for i, row in enumerate(rows)]
+        if column not in columns:
+            raise ConfigError(_no_column(key, column, columns))
+        chats = [_check_chat(row[column], column, i) for i, row in enumerate(rows)]
     else:
-        fills = []
-        for number, message in enumerate(prompt.messages):
-            fills.append((message.role, compile_template(message.content, columns, f"prompt.messages[{number}]")))
         key, prefill = "prompt.messages", prompt.messages[-1].role == "assistant"
+        fills = [(m.role, compile_template(m.content, columns, f"{key}[{i}]")) for i, m in enumerate(prompt.messages)]
         chats = [[{"role": role, "content": fill(row, i)} for role, fill in fills] for i, row in enumerate(rows)]
     texts = _apply_chat_template(chats, prompt.chat_template_kwargs, tokenizer, key, prefill)
-    # The template writes bos and the like itself: the tokenizer must not add them again.
+    # The chat template already wrote bos and other special tokens, so the tokenizer must not add them again.
     return _checked(texts, chats, _tokenize(texts, tokenizer, add_special_tokens=False), key)
 
 
@@ -54,7 +52,7 @@ def _checked(texts: list[str], chats: Sequence[Messages | None], ids: list[list[
 
 
 def compile_template(text: str, columns: Sequence[str], key: str) -> Callable[[Row, int], str]:
-    """A function ``(row, row number) -> text`` for ``text`` with ``{column}`` and ``{column:format}`` placeholders."""
+    """Compile ``text`` with ``{column}`` and ``{column:format}`` placeholders into a function ``(row, row number) -> text``."""
     try:
         parts = list(Formatter().parse(text))
     except ValueError as error:
@@ -91,7 +89,7 @@ def _check_chat(chat: Any, column: str, index: int) -> Messages:
         raise ConfigError(f"{where}: must be a list of messages, not {chat!r:.80}")
     messages: Messages = []
     for message in chat:
-        # Columnar files give every message the same keys: the ones that it does not have are null.
+        # Columnar files give every message the same keys; absent ones are null.
         fields = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
         if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), str):
             raise ConfigError(f"{where}: a message is a dict with `role` and `content` texts, not {message!r:.80}")
@@ -104,7 +102,7 @@ def _check_chat(chat: Any, column: str, index: int) -> Messages:
 def _apply_chat_template(
     chats: list[Messages], kwargs: dict[str, Any], tokenizer: PreTrainedTokenizerBase, key: str, prefill: bool
 ) -> list[str]:
-    """``prefill``: the last message is the beginning of the model's own turn, which the completion goes on with."""
+    """Render the chats. ``prefill``: the last message is the beginning of the model's turn, and the completion continues it."""
     from jinja2 import TemplateError
 
     try:
@@ -122,12 +120,12 @@ def _apply_chat_template(
     try:
         texts = tokenizer.apply_chat_template(chats, tokenize=False, **turn, **kwargs)  # pyright: ignore[reportArgumentType]
     except (TemplateError, ValueError, TypeError) as error:
-        raise ConfigError(f"{key}: the model's chat template refuses the messages: {error}") from error
+        raise ConfigError(f"{key}: the model's chat template rejects the messages: {error}") from error
     return [str(text) for text in texts]
 
 
 def _tokenize_raw(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokenizer's own rule for special tokens, but never a second bos."""
+    """Tokenize with the tokenizer's default special tokens, but without a second bos if the text begins with one."""
     bos = tokenizer.bos_token
     has_bos = [bos is not None and text.startswith(str(bos)) for text in texts]
     with_bos = iter(_tokenize([t for t, has in zip(texts, has_bos, strict=True) if has], tokenizer, False))

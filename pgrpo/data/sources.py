@@ -1,4 +1,4 @@
-"""Where rows come from: files, the hub, a Python function. A row is a dict from column names to values."""
+"""Reads rows from files, the hub or a Python function. A row is a dict of column name to value."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = dict[str, Any]
 
 
 def read_rows(data: DataConfig, held_out: bool) -> tuple[list[Row], str]:
-    """The rows and what to call their source in errors."""
+    """Return the rows and the name of their source for errors."""
     path, split, key = data.path, data.split, "data.path"
     if held_out:
         if data.eval_path is None and data.eval_split is None:
@@ -31,19 +31,18 @@ def read_rows(data: DataConfig, held_out: bool) -> tuple[list[Row], str]:
         return _call(path, split, key), f"{key}={path} (split {split})"
     if suffix in READERS:
         if held_out and data.eval_path is None:
-            raise ConfigError(f"data.eval_split={split} means nothing for the file {path}: set data.eval_path")
+            raise ConfigError(f"data.eval_split={split} has no effect on the file {path}: set data.eval_path")
         if not Path(path).expanduser().is_file():
             raise ConfigError(f"{key}: no file {path}")
         return check_rows(READERS[suffix](Path(path).expanduser()), f"{key}={path}"), f"{key}={path}"
     if Path(path).expanduser().is_file():
         raise ConfigError(f"{key}={path}: files are read if they end in {', '.join(READERS)} (or these and .gz)")
-    same = path == data.path
-    rows = _read_hub(path, data.name if same else None, split, data.revision if same else None, key)
-    return rows, f"{key}={path} (split {split})"
+    name, revision = (data.name, data.revision) if path == data.path else (None, None)
+    return _read_hub(path, name, split, revision, key), f"{key}={path} (split {split})"
 
 
 def _read_jsonl(path: Path) -> Iterator[Any]:
-    """Read with ``json``, not Arrow, which turns strings that look like dates into dates and refuses mixed types."""
+    """Parse with ``json``: Arrow would convert date-like strings to dates and reject columns of mixed types."""
     with _text(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -78,7 +77,7 @@ def _read_json(path: Path) -> list[Any]:
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    """Every value is a string, as it stands in the file: type guessing would turn an answer ``007`` into 7."""
+    """Keep every value as a string: type inference would turn an answer ``007`` into 7."""
     with _text(path) as file:
         is_tabbed = path.name.lower().removesuffix(".gz").endswith(".tsv")
         reader = csv.DictReader(file, strict=True, delimiter="\t" if is_tabbed else ",")
@@ -105,12 +104,12 @@ def _read_parquet(path: Path) -> list[Any]:
 READERS = {
     ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet
 }  # fmt: skip
-"""The end of a file's name, without .gz -> its reader."""
+"""File suffix (before .gz) -> reader."""
 
 
 @contextmanager
 def _text(path: Path) -> Iterator[TextIO]:
-    """A file of text, ``.gz`` or plain. ConfigError, with the line, where it is not UTF-8."""
+    """Open a text file, plain or ``.gz``. ConfigError with the line number if it is not UTF-8."""
     opener = gzip.open if path.suffix.lower() == ".gz" else open
     try:
         with cast("TextIO", opener(path, "rt", encoding="utf-8-sig", newline="")) as file:
@@ -150,7 +149,7 @@ def _call(name: str, split: str, key: str) -> list[Row]:
 
 
 def check_rows(rows: Any, source: str) -> list[Row]:
-    """Rows as dicts with the same columns; a column that a row lacks is None in it."""
+    """Return the rows as dicts with the same columns; missing values are None."""
     if isinstance(rows, Mapping | str) or not isinstance(rows, Iterable):
         raise ConfigError(f"{source}: must be a sequence of rows (dicts), not {type(rows).__name__}")
     rows = list(rows)
@@ -164,6 +163,6 @@ def check_rows(rows: Any, source: str) -> list[Row]:
         except UnicodeEncodeError as error:
             half = error.object[error.start : error.start + 1]
             raise ConfigError(
-                f"{source}: row {index} has half of a surrogate pair ({half!a}), which is no text; repair the row"
+                f"{source}: row {index} has a lone surrogate ({half!a}), which is not valid Unicode; repair the row"
             ) from None
     return [{name: row.get(name) for name in columns} for row in rows]

@@ -1,4 +1,4 @@
-"""The order in which training takes the prompts."""
+"""The training order of the prompts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pgrpo.types import Prompt
 class PromptStream:
     """An endless, resumable sequence of prompts: epoch after epoch, every prompt once an epoch.
 
-    The order of epoch e depends on ``(seed, e)`` alone, so the position is two numbers, and a resumed run goes on
-    where the other stopped. ``take`` runs across the end of an epoch.
+    The order of epoch e depends on ``(seed, e)`` only, so the saved position is two numbers. ``take`` continues across the
+    end of an epoch.
     """
 
     def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool) -> None:
@@ -29,7 +29,7 @@ class PromptStream:
         self._order = self._order_of(0)
 
     def __len__(self) -> int:
-        """Prompts in one epoch."""
+        """Number of prompts in one epoch."""
         return len(self._prompts)
 
     @property
@@ -50,21 +50,21 @@ class PromptStream:
         return taken
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and what it is a position in, as JSON types."""
+        """Return the position and the identity of the data set, as JSON types."""
         return {"epoch": self._epoch, "offset": self._offset, **self._identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position. ``ConfigError`` if it is one in other rows, or in another order of them."""
+        """Restore a saved position. ConfigError if it belongs to other rows or another order."""
         if difference := self.difference(state):
             raise ConfigError(
-                f"cannot resume: {difference}; keep the data set, seed and data.* of the first run, or go on from the "
-                "checkpoint's weights in a new run: another run_dir, and --resume with the checkpoint's path"
+                f"cannot resume: {difference}; keep the data set, seed and data.* of the first run, or start a new run "
+                "from the checkpoint's weights: set another run_dir, and pass the checkpoint's path to --resume"
             )
         self._epoch, self._offset = state["epoch"], state["offset"]
         self._order = self._order_of(self._epoch)
 
     def difference(self, state: Mapping[str, Any]) -> str | None:
-        """Why a saved position means nothing here: size, seed, shuffle or the rows' content are others. None: it does."""
+        """Return why a saved position is invalid here (size, seed, shuffle or row content differ), or None if it is valid."""
         for name, now in self._identity.items():
             if (before := state.get(name)) != now:
                 what = f"{name} (a hash of their content)" if name == "rows" else name
@@ -82,13 +82,13 @@ class PromptStream:
         order = range(len(self._prompts))
         if not self._shuffle:
             return list(order)
-        # Sorted by random() rather than shuffle(): only random() is promised to stay the same across Python versions.
+        # Sort by random() instead of shuffle(): only random() is guaranteed to be stable across Python versions.
         rng = random.Random(f"{self._seed}/{epoch}")
         return sorted(order, key=lambda _: rng.random())
 
 
 def content_hash(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Of what stands in the rows, in order: the same in every process, wherever equal rows come from."""
+    """Hash the rows' content, in order. Equal rows give the same hash in every process and from every source."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, default=_as_json, skipkeys=True).encode() + b"\n")
@@ -96,5 +96,5 @@ def content_hash(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """Arrays as lists; of what else JSON has not, the text without addresses."""
+    """Convert arrays to lists, and other types to their text without memory addresses."""
     return value.tolist() if hasattr(value, "tolist") else re.sub(r" at 0x[0-9a-f]+", "", str(value))

@@ -118,7 +118,7 @@ WRONG = {
     "an absurd size": ("rollout.group_size=99999999999999999999", "is too large; it must be at most"),
     "sizes that do not divide": ("train.updates_per_step=3", "3 does not divide rollout.prompts_per_step"),
     "ranks that do not divide": ("rollout.prompts_per_step=31", "31 prompts do not divide over 2 ranks"),
-    "a budget too small": ("train.token_budget=10", "10 tokens do not hold the longest sample"),
+    "a budget too small": ("train.token_budget=10", "10 is less than the longest sample"),
     "no such reward": (
         "rewards.functions=[{function: exact_mach}]",
         "no built-in reward `exact_mach`; did you mean `exact_match`?",

@@ -99,7 +99,7 @@ def test_held_out(tmp_path: Path):
     assert [p.text for p in loaded.prompts] == ["3+3=", "4+4="]
     with pytest.raises(ConfigError, match=r"set data.eval_path or data.eval_split"):
         load_prompts(data(tmp_path / "train.json"), raw(), make_tokenizer(), held_out=True)
-    with pytest.raises(ConfigError, match=r"data.eval_split=test means nothing for the file .*set data.eval_path"):
+    with pytest.raises(ConfigError, match=r"data.eval_split=test has no effect on the file .*set data.eval_path"):
         load_prompts(data(tmp_path / "train.json", eval_split="test"), raw(), make_tokenizer(), held_out=True)
 
 
@@ -134,8 +134,8 @@ def test_bad_files(tmp_path: Path, name: str, content: str, message: str):
         ("a.jsonl.gz", gzip.compress(b'{"question": "a"}\n{"question": "\xfc"}\n'), r"a\.jsonl\.gz, line 2: not UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"question": "a"}\n' * 99)[:-20], r"a\.jsonl\.gz: cannot be read"),
         ("a.jsonl.gz", b'{"question": "a"}\n', r"a\.jsonl\.gz: cannot be read \(Not a gzipped file"),
-        ("a.jsonl", b'{"question": "1"}\n{"question": "\\ud83d"}\n', r"a\.jsonl: row 1 has half of a surrogate pair \('\\ud83d'\)"),
-        ("a.json", b'[{"question": [{"content": "\\udc00"}]}]', r"a\.json: row 0 has half of a surrogate pair"),
+        ("a.jsonl", b'{"question": "1"}\n{"question": "\\ud83d"}\n', r"a\.jsonl: row 1 has a lone surrogate \('\\ud83d'\)"),
+        ("a.json", b'[{"question": [{"content": "\\udc00"}]}]', r"a\.json: row 0 has a lone surrogate"),
         ("a.jsonl", b'{"question": ' + b"[" * 100_000 + b"\n", r"a\.jsonl, line 1: nested too deeply"),
         ("a.json", b"[" * 100_000, r"a\.json: nested too deeply"),
         ("a.txt", b"question\n", r"a\.txt: files are read if they end in \.jsonl, \.json, \.csv, \.tsv, \.parquet \(or"),
@@ -149,7 +149,7 @@ def test_files_in_another_encoding_and_rows_that_are_no_text(tmp_path: Path, nam
 
 
 def test_rows_of_python_with_half_a_surrogate_pair():
-    with pytest.raises(ConfigError, match=r"^dataset: row 1 has half of a surrogate pair \('\\ud83d'\)"):
+    with pytest.raises(ConfigError, match=r"^dataset: row 1 has a lone surrogate \('\\ud83d'\)"):
         load([ROWS[0], {"question": "1", "answer": "a\ud83d"}])
 
 
@@ -287,7 +287,7 @@ def test_chat_template_errors():
         prompt.chat_template_kwargs = {name: True}
         with pytest.raises(ConfigError, match=rf"prompt\.chat_template_kwargs: `{name}` {message}"):
             load(prompt=prompt)
-    with pytest.raises(ConfigError, match=r"prompt\.messages: .* refuses the messages: no users"):
+    with pytest.raises(ConfigError, match=r"prompt\.messages: .* rejects the messages: no users"):
         load(prompt=chat("{question}"), tokenizer=make_tokenizer("{{ raise_exception('no users') }}"))
 
 
@@ -308,7 +308,7 @@ def test_overlong_prompts():
         load(rows, raw("{q}"), max_prompt_tokens=5)
     kept = load(rows, raw("{q}"), max_prompt_tokens=5, overlong="drop")
     assert ([p.index for p in kept.prompts], kept.dropped, kept.truncated) == ([0, 2], 2, 0)
-    with pytest.raises(ConfigError, match=r"every prompt of dataset \(4 rows\) is longer"):
+    with pytest.raises(ConfigError, match=r"dropped all 4 rows of dataset: every prompt is longer"):
         load(rows, raw("{q}"), max_prompt_tokens=2, overlong="drop")
     cut = load([{"q": "abcdefg"}, {"q": "xyz"}], raw("{q}"), max_prompt_tokens=4, overlong="truncate")
     assert ([p.token_ids for p in cut.prompts], cut.dropped, cut.truncated) == (

@@ -119,8 +119,8 @@ def test_nothing_is_wrong_with_what_is_spoilt_below(train):
 def test_an_overlong_prompt_is_refused_dropped_or_truncated_and_counted(refused, train, caplog):
     write_rows("rows.jsonl", [*ROWS, {"q": "11111+22", "answer": "11133"}, {"q": "11111+2", "answer": "11113"}])
     assert refused() == (
-        f"row 4 of data.path={Path.cwd() / 'rows.jsonl'}: the prompt has 9 tokens, data.max_prompt_tokens is 8 (1 of 6 rows are "
-        "over it, the longest has 9); raise it, or set data.overlong to drop or truncate"
+        f"row 4 of data.path={Path.cwd() / 'rows.jsonl'}: the prompt has 9 tokens, data.max_prompt_tokens is 8 (1 of 6 rows "
+        "exceed it, the longest has 9); raise it, or set data.overlong to drop or truncate"
     )
     for overlong, count in (("drop", "1 dropped, 0 truncated"), ("truncate", "0 dropped, 1 truncated")):
         caplog.clear()
@@ -144,7 +144,7 @@ def test_a_missing_column_is_named_with_the_columns_that_exist(refused):
 
 def test_no_rows_or_fewer_rows_than_one_step_needs_is_an_error(refused):
     write_rows("rows.jsonl", [])
-    assert refused() == f"data.path={Path.cwd() / 'rows.jsonl'} has no rows; name a file with rows"
+    assert refused() == f"data.path={Path.cwd() / 'rows.jsonl'} has no rows; give at least one"
     write_rows("rows.jsonl", ROWS[:3])
     assert refused() == (
         "rollout.prompts_per_step=4: the data set has only 3 prompts: set rollout.prompts_per_step to at most that, or add rows"
