@@ -7,9 +7,9 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
 from pgrpo.config import ConfigError, DataConfig
 from pgrpo.config.functions import is_function, load_function
@@ -43,29 +43,27 @@ def read_rows(data: DataConfig, held_out: bool) -> tuple[list[Row], str]:
 
 def _read_jsonl(path: Path) -> Iterator[Any]:
     """Parse with ``json``: Arrow would convert date-like strings to dates and reject columns of mixed types."""
-    with _text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.rstrip())
-            except json.JSONDecodeError as error:
-                raise ConfigError(
-                    f"{path}, line {number}: not JSON: {error.msg} (column {error.colno}); write one JSON object a line"
-                ) from error
-            except RecursionError:
-                raise ConfigError(f"{path}, line {number}: nested too deeply") from None
-            if not isinstance(row, dict):
-                raise ConfigError(
-                    f"{path}, line {number}: a row must be a JSON object, not {type(row).__name__}; write one JSON object a line"
-                )
-            yield row
+    for number, line in enumerate(_text(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.rstrip())
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"{path}, line {number}: not JSON: {error.msg} (column {error.colno}); write one JSON object a line"
+            ) from error
+        except RecursionError:
+            raise ConfigError(f"{path}, line {number}: nested too deeply") from None
+        if not isinstance(row, dict):
+            raise ConfigError(
+                f"{path}, line {number}: a row must be a JSON object, not {type(row).__name__}; write one JSON object a line"
+            )
+        yield row
 
 
 def _read_json(path: Path) -> list[Any]:
     try:
-        with _text(path) as file:
-            rows = json.load(file)
+        rows = json.load(_text(path))
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -78,17 +76,16 @@ def _read_json(path: Path) -> list[Any]:
 
 def _read_csv(path: Path) -> Iterator[Row]:
     """Keep every value as a string: type inference would turn an answer ``007`` into 7."""
-    with _text(path) as file:
-        is_tabbed = path.name.lower().removesuffix(".gz").endswith(".tsv")
-        reader = csv.DictReader(file, strict=True, delimiter="\t" if is_tabbed else ",")
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    columns = len(reader.fieldnames or ())
-                    raise ConfigError(f"{path}, line {reader.line_num}: not {columns} fields as in the header")
-                yield row
-        except csv.Error as error:
-            raise ConfigError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
+    is_tabbed = path.name.lower().removesuffix(".gz").endswith(".tsv")
+    reader = csv.DictReader(_text(path), strict=True, delimiter="\t" if is_tabbed else ",")
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                columns = len(reader.fieldnames or ())
+                raise ConfigError(f"{path}, line {reader.line_num}: not {columns} fields as in the header")
+            yield row
+    except csv.Error as error:
+        raise ConfigError(f"{path}, line {reader.line_num}: not CSV: {error}") from error
 
 
 def _read_parquet(path: Path) -> list[Any]:
@@ -107,22 +104,15 @@ READERS = {
 """File suffix (before .gz) -> reader."""
 
 
-@contextmanager
-def _text(path: Path) -> Iterator[TextIO]:
-    """Open a text file, plain or ``.gz``. ConfigError with the line number if it is not UTF-8."""
-    opener = gzip.open if path.suffix.lower() == ".gz" else open
+def _text(path: Path) -> StringIO:
+    """Read a text file, plain or ``.gz``. ConfigError with the line number if it is not UTF-8."""
     try:
-        with cast("TextIO", opener(path, "rt", encoding="utf-8-sig", newline="")) as file:
-            yield file
-    except UnicodeDecodeError:
-        with opener(path, "rb") as raw:
-            for number, line in enumerate(raw, start=1):
-                try:
-                    line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    fix = f"save the file as UTF-8 (iconv -f UTF-16 or -f LATIN1 -t UTF-8 {path.name})"
-                    raise ConfigError(f"{path}, line {number}: not UTF-8 ({error.reason}); {fix}") from None
-        raise
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            return StringIO(file.read().decode("utf-8-sig"), newline="")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        fix = f"save the file as UTF-8 (iconv -f UTF-16 or -f LATIN1 -t UTF-8 {path.name})"
+        raise ConfigError(f"{path}, line {line}: not UTF-8 ({error.reason}); {fix}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
 

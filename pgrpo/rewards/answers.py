@@ -1,4 +1,4 @@
-"""Rewards for a known answer: 1.0 when the completion gives it, else 0.0."""
+"""Rewards for a known answer: 1.0 if the completion gives it, else 0.0."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)")
 
 
 def exact_match(completions: list[str], *, column: str = "answer", **columns: list[Any]) -> list[float]:
-    """The completion, stripped, is the text of ``column``."""
+    """1.0 if the stripped completion equals the text of ``column``."""
     return [
         float(completion.strip() == gold_text(gold, column))
         for completion, gold in zip(completions, columns[column], strict=True)
@@ -20,10 +20,10 @@ def exact_match(completions: list[str], *, column: str = "answer", **columns: li
 def contains_answer(
     completions: list[str], *, column: str = "answer", last_number: bool = False, **columns: list[Any]
 ) -> list[float]:
-    """The text of ``column`` stands in the completion as a whole word or number (``42`` is not in ``142`` or ``4.42``).
+    """1.0 if the completion contains the text of ``column`` as a whole word or number (``142`` and ``4.42`` do not contain ``42``).
 
-    ``last_number``: the last number of the completion equals the answer (``1,200.0`` is 1200). An answer that ends in
-    ``#### 42``, as in gsm8k, is the 42.
+    ``last_number``: compare with the last number of the completion instead (``1,200.0`` equals 1200). Of an answer that ends in
+    ``#### 42``, as in gsm8k, only the 42 counts.
     """
     scores = []
     for completion, gold in zip(completions, columns[column], strict=True):
@@ -39,7 +39,7 @@ def contains_answer(
 
 
 def gold_text(gold: Any, column: str) -> str:
-    """The answer as stripped text. ``ValueError`` when there is none."""
+    """Return the answer as stripped text. ValueError if it is empty."""
     text = "" if gold is None else str(gold).strip()
     if not text:
         raise ValueError(f"the answer in column `{column}` is empty")
@@ -47,7 +47,7 @@ def gold_text(gold: Any, column: str) -> str:
 
 
 def final_answer(gold: Any, column: str) -> str:
-    """``gold_text``, or what follows ``####`` in it."""
+    """Return the answer as stripped text, without anything up to the last ``####``. ValueError if it is empty."""
     return gold_text(str(gold).rpartition("####")[2] if gold is not None else None, column)
 
 

@@ -1,4 +1,4 @@
-"""From a name in the config to a function that can be called: signature checks, async functions, the worker's side."""
+"""Loads, checks and calls reward functions: names in the config, signatures, async functions, the worker's side."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ BUILT_IN = {
     "reward_model": "pgrpo.rewards.reward_model:RewardModel",
     "llm_judge": "pgrpo.rewards.llm_judge:LlmJudge",
 }
-PENALTIES = ("length", "soft_overlong")  # of those, the ones whose best value is 0
-ON_DEVICE = ("reward_model",)  # of those, the ones that need the memory and the time of the device that samples
-# What every function may ask for beside the data set's columns.
+PENALTIES = ("length", "soft_overlong")  # built-in rewards whose best value is 0
+ON_DEVICE = ("reward_model",)  # built-in rewards that compete with the sampler for its device
+# Parameters that every function may have, in addition to the columns of the data set.
 GIVEN = ("prompts", "completions", "completion_ids", "finish_reasons", "messages")
 
 
 class Unusable(RuntimeError):
-    """Raised by a function that cannot work here at all: the fault of no sample, so it stops the run."""
+    """Raised by a function that cannot work on this machine. It stops the run, because no sample is at fault."""
 
 
 @dataclass(slots=True)
@@ -43,12 +43,12 @@ class Reward:
     """One reward function, checked.
 
     Attributes:
-        name: in metrics; unique.
-        key: where the config names it, for errors.
-        function: what to call.
-        worker: the name under which a worker process loads the function; None calls it in this process.
-        parameters: what it can be called with; None is anything (``**columns``).
-        columns: what rows must have for it: data set columns, ``messages``.
+        name: unique name in metrics.
+        key: config key, for errors.
+        function: the callable.
+        worker: name by which a worker process loads the function. None: it is called in this process.
+        parameters: accepted keywords. None: all (``**columns``).
+        columns: required columns of the data set, possibly with ``messages``.
         may_run_beside_sampling: whether it may be called, in any thread, while an engine samples. A function given from Python may
             not: it may draw from the random generators of the process, which an engine seeds.
     """
@@ -74,13 +74,13 @@ class Reward:
         return self.may_run_beside_sampling or inspect.iscoroutinefunction(call)
 
     def arguments(self, table: dict[str, list[Any]]) -> dict[str, Any]:
-        """The keyword arguments of a call: the columns of ``table`` that the signature takes, and ``args``."""
+        """Return the keyword arguments of a call: the columns of ``table`` that the signature accepts, and ``args``."""
         wanted = table if self.parameters is None else self.parameters & table.keys()
         return {name: table[name] for name in wanted} | self.args
 
 
 def check_name(name: str, key: str) -> None:
-    """``ConfigError`` unless ``name``, at ``key`` in the config, is a built-in reward or has the form of a Python function."""
+    """Raise ConfigError unless ``name`` (at config key ``key``) is a built-in reward or has the form of a Python function."""
     if not is_function(name) and name not in BUILT_IN:
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"there are {', '.join(BUILT_IN)}."
@@ -88,7 +88,7 @@ def check_name(name: str, key: str) -> None:
 
 
 def from_config(config: RewardConfig, key: str) -> Reward:
-    """Load and check the function that the config names at ``key``. ``ConfigError`` if it or its ``args`` are wrong."""
+    """Load and check the function at config key ``key``. ConfigError if it or its ``args`` are wrong."""
     name = config.function
     check_name(name, f"{key}.function")
     function = _load(BUILT_IN.get(name, name), f"{key}.function")
@@ -97,7 +97,7 @@ def from_config(config: RewardConfig, key: str) -> Reward:
         reward.worker, reward.may_run_beside_sampling = name, True
         return reward
     reward.built_in, reward.is_penalty, reward.may_run_beside_sampling = True, name in PENALTIES, name not in ON_DEVICE
-    # Without completions a built-in only looks at its arguments: a bad pattern is found now, before the first rollout.
+    # Without completions, a built-in only checks its arguments: report a bad pattern now, before the first rollout.
     try:
         parameters = inspect.signature(function).parameters
         options = {name for name, p in parameters.items() if p.kind is not p.POSITIONAL_OR_KEYWORD}
@@ -108,7 +108,7 @@ def from_config(config: RewardConfig, key: str) -> Reward:
 
 
 def from_callable(function: Callable[..., Any], key: str) -> Reward:
-    """A function given from Python: called in this process, without a deadline, because nothing could end it."""
+    """Check a function given from Python. It runs in this process without a deadline, because nothing could end it."""
     if not callable(function):
         raise ConfigError(f"{key}: a reward is a function, not {function!r:.80}")
     return _checked(function, key, {}, 1.0, 0.0)
@@ -136,8 +136,8 @@ def _checked(function: Callable[..., Any], key: str, args: dict[str, Any], weigh
 
 
 class Caller:
-    """Calls sync and async functions, from any thread. Async ones share one event loop for life, as their HTTP clients
-    expect, and overlap in it.
+    """Calls sync and async functions, from any thread. Async functions run concurrently in one event loop, which lives as long as
+    the caller because their HTTP clients are bound to it.
     """
 
     def __init__(self) -> None:
@@ -145,7 +145,7 @@ class Caller:
         self._thread: threading.Thread | None = None
 
     def __call__(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        """The function's result, with arrays and tensors as plain lists and numbers."""
+        """Call the function; return its result with arrays and tensors converted to lists and numbers."""
         result = function(**arguments)
         if inspect.isawaitable(result):
             result = asyncio.run_coroutine_threadsafe(_wait(result), self._running_loop()).result()
@@ -156,14 +156,14 @@ class Caller:
         return result
 
     def close(self) -> None:
-        """End the event loop; what still runs in it is cancelled."""
+        """Stop the event loop and cancel its running tasks."""
         if self._thread is not None:
             self._loop.call_soon_threadsafe(self._stop.set)
             self._thread.join()
             self._thread = None
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
-        """The loop, in a thread of its own: the caller may have one already, as a notebook does."""
+        """Return the loop. It runs in its own thread, because the calling thread may already have one, as in a notebook."""
         with self._lock:
             if self._thread is None:
                 ready = threading.Event()
@@ -188,7 +188,7 @@ def _caller() -> Caller:
 
 
 def work(name: str, key: str, arguments: dict[str, Any]) -> tuple[Any, str | None]:
-    """In a worker process: call the function ``name``. (result, None), or (None, what it raised)."""
+    """Runs in a worker process: call the function ``name``. Return (result, None), or (None, description of the exception)."""
     try:
         return _caller()(_load_once(name, key), arguments), None
     except (Exception, SystemExit) as error:
@@ -196,7 +196,7 @@ def work(name: str, key: str, arguments: dict[str, Any]) -> tuple[Any, str | Non
 
 
 def _load(name: str, key: str) -> Callable[..., Any]:
-    """The function; of a class, an object made without arguments, which can keep state between calls."""
+    """Load the function. A class is instantiated without arguments; the object can keep state between calls."""
     function: Any = load_function(name, key)
     return function() if isinstance(function, type) else function
 
@@ -205,7 +205,7 @@ _load_once = cache(_load)
 
 
 def describe(error: BaseException) -> str:
-    """``ValueError: text (file.py, line 3)``: the line of the innermost frame."""
+    """Format as ``ValueError: text (file.py, line 3)``, with the line of the innermost frame."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{where}"

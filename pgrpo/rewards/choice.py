@@ -1,4 +1,4 @@
-"""Multiple choice: 1.0 when the last letter that the completion gives as its answer is the row's, else 0.0."""
+"""Multiple choice: 1.0 if the last letter that the completion gives as its answer is the row's letter, else 0.0."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pgrpo.rewards.answers import final_answer
 def choice(
     completions: list[str], *, column: str = "answer", letters: str = "ABCD", **columns: list[Any]
 ) -> list[float]:
-    r"""The last ``\boxed{C}``, ``<answer>C</answer>`` or ``the answer is (C)`` counts; without one, a completion that
-    is the letter alone (``(C).``) or begins with it (``C. Paris``).
+    r"""Take the last ``\boxed{C}``, ``<answer>C</answer>`` or ``the answer is (C)``. If there is none, accept a completion that
+    consists of the letter (``(C).``) or begins with it (``C. Paris``).
 
     Args:
-        column: the right letter (``C``, ``(C)``, ``#### C``), or its place from 0 as a number (2).
-        letters: of the choices, in order. Capital letters are letters of this list, small ones are words.
+        column: column of the right letter (``C``, ``(C)``, ``#### C``) or of its index from 0 (the number 2).
+        letters: letters of the choices, in order. Case-sensitive, because a small letter may be a word.
     """
     if not letters or len(set(letters)) < len(letters) or not letters.isalnum():
         raise ValueError(f"letters must be different letters or digits, such as ABCD, not {letters!r}")
@@ -28,16 +28,16 @@ def choice(
 def _letter(gold: Any, letters: str, column: str) -> str:
     if isinstance(gold, int) and not isinstance(gold, bool):
         if not 0 <= gold < len(letters):
-            raise ValueError(f"the answer {gold} in column `{column}` is the place of no letter of {letters}")
+            raise ValueError(f"the answer {gold} in column `{column}` is not an index of the letters {letters}")
         return letters[gold]
     letter = final_answer(gold, column).strip("(). ")
     if len(letter) != 1 or letter not in letters:
-        raise ValueError(f"the answer {gold!r} in column `{column}` is no letter of {letters}")
+        raise ValueError(f"the answer {gold!r} in column `{column}` is not one of the letters {letters}")
     return letter
 
 
 def _patterns(letters: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """What states an answer, and a completion that is one, or begins with one."""
+    """Return patterns of a stated answer, and of a completion that is or begins with a letter."""
     letter = rf"([{letters}])(?!['’]?\w)"
     opens = r"\\boxed\s*\{|<answer>|(?i:\b(?:answer|choice|option))\b(?:\s+is)?\s*:?"
     stated = rf"(?:{opens})[\s(*\[{{$]*(?:\\text\w*\s*\{{\s*)?\(?{letter}"

@@ -1,4 +1,4 @@
-"""Rewards for programs: run the completion's code against the row's tests, in a sandbox. Nothing runs without one."""
+"""Rewards for programs: run the completion's code against the row's tests, always in a sandbox."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ log = logging.getLogger("pgrpo")
 Isolation = Literal["process", "same_process"]
 _LANGUAGES = ("", "python", "python3", "py")
 
-# The program of ``isolation: same_process``: the completion's code first (not as __main__, so that its own demo does not
-# run), then, read only now, each test in the same names.
+# The program of ``isolation: same_process``. It runs the completion's code (not as __main__, so that its demo does not run), and
+# only then reads the tests and runs each in the same namespace.
 _HARNESS = """
 import io, json, sys
 _code, _input, sys.stdin = {code!r}, sys.stdin, io.StringIO()
@@ -39,15 +39,15 @@ sys.__stdout__.write("\\n" + _work["mark"] + _passed + "\\n")
 
 
 class Code:
-    """1.0 when the last code block of the completion passes every test of the row, else 0.0.
+    """1.0 if the last code block of the completion passes every test of the row, else 0.0.
 
-    A row's tests are Python statements (a text, or a list of texts: ``assert add(1, 2) == 3``), or pairs of what the
-    program reads and what it must print (``[{"input": ..., "output": ...}]``, or ``{"inputs": [...], "outputs": [...]}``),
-    as values or as JSON text. Printed lines are compared without spaces at their ends.
+    The tests of a row are Python statements (a text or a list of texts: ``assert add(1, 2) == 3``), or pairs of standard input
+    and expected output (``[{"input": ..., "output": ...}]``, or ``{"inputs": [...], "outputs": [...]}``), as values or as JSON
+    text. Output is compared line by line without trailing spaces.
 
-    Statements run in another process than the program, whose functions they call. Arguments and results cross as plain data
-    (numbers, texts, bytes, None, lists, tuples, dicts, sets; iterators of those); a subclass arrives as what it extends, what
-    a call does to its arguments is not seen. Tests that need more, such as instances of the program's classes, are an error:
+    Statements run in another process than the program and call its functions. Arguments and results are copied as plain data
+    (numbers, texts, bytes, None, lists, tuples, dicts, sets, and iterators of those): a subclass becomes its base type, and
+    in-place changes of arguments are lost. Tests that need more, such as instances of the program's classes, are an error:
     ``isolation: same_process`` runs them in the program's process, where a model can learn to cheat every test.
     """
 
@@ -70,22 +70,20 @@ class Code:
         """Score the completions, several at a time.
 
         Args:
-            column: where the tests are.
-            partial: score the share of tests that pass.
-            timeout_s: of one run (a pair, or all statements), in wall and in CPU seconds; a longer one fails.
-            memory_mb: of one run.
-            isolation: of statements: `process` runs them apart from the program; in `same_process` a program can cheat.
+            column: column of the tests.
+            partial: score the share of passed tests.
+            timeout_s: deadline of one run (one pair, or all statements), in wall and in CPU seconds. A longer run fails.
+            memory_mb: memory limit of one run in MiB.
+            isolation: `process` runs statements in another process than the program; in `same_process` a program can cheat.
         """
         if column not in columns:
-            raise ValueError(
-                f"needs the column `{column}`; there is {', '.join(columns) or 'none'} (args.column names it)"
-            )
+            raise ValueError(f"no column `{column}` (args.column) among {', '.join(columns) or 'none'}")
         if isolation not in ("process", "same_process"):
             raise ValueError(f"isolation is process or same_process, not {isolation!r}")
         sandbox = find_sandbox()
         if isolation == "same_process":
             _warn(
-                "code: args.isolation is same_process: tests run in the program's own process, so a model can cheat them"
+                "code: args.isolation=same_process runs tests in the program's own process, so a model can cheat them"
             )
         limits = Limits(wall_s=timeout_s, cpu_s=max(1, round(timeout_s)), memory_mb=memory_mb)
         tests = [_tests(value, column) for value in columns[column]]
@@ -93,18 +91,18 @@ class Code:
         def score(sample: tuple[str, list[Any]]) -> float | Exception:
             try:
                 return _score(sandbox, limits, *sample, partial, isolation)
-            except Exception as error:  # of the sandbox, not of the program
+            except Exception as error:  # a fault of the sandbox or the tests, not of the program
                 return error
 
         return self._threads.map(score, zip(completions, tests, strict=True), graders())
 
     def close(self) -> None:
-        """Begin no other program."""
+        """Start no further programs."""
         self._threads.close()
 
 
 def extract_code(completion: str) -> str | None:
-    """The last fenced block that is closed and says Python or nothing, without common indentation; None without one."""
+    """Return the last closed fenced block marked as Python or unmarked, dedented. None if there is none."""
     code, block, language = None, [], None
     for line in completion.splitlines():
         fence = line.strip()
@@ -113,13 +111,13 @@ def extract_code(completion: str) -> str | None:
         elif language is not None and fence == "```":
             code = textwrap.dedent("\n".join(block)) if language in _LANGUAGES else code
             language = None
-        else:  # opens a block, also where the one before was never closed
+        else:  # opens a block, even if the previous one was never closed
             block, language = [], fence[3:].strip().lower()
     return code
 
 
 def _tests(value: Any, column: str) -> list[Any]:
-    """Statements (texts), or (input, output) pairs. ``ValueError``."""
+    """Parse the tests of a row into statements (texts) or (input, output) pairs. ValueError if they are neither."""
     if isinstance(value, str):
         try:
             read = json.loads(value)
@@ -130,21 +128,18 @@ def _tests(value: Any, column: str) -> list[Any]:
         if len(value["inputs"]) != len(value["outputs"]):
             raise ValueError(f"column `{column}` has {len(value['inputs'])} inputs and {len(value['outputs'])} outputs")
         value = [{"input": i, "output": o} for i, o in zip(value["inputs"], value["outputs"], strict=True)]
-    if isinstance(value, list) and value and all(isinstance(test, str) and test.strip() for test in value):
-        return value
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(t, dict) and {"input", "output"} <= t.keys() for t in value)
-    ):
-        return [(_text(test["input"]), _text(test["output"])) for test in value]
+    tests = value if isinstance(value, list) else []
+    if tests and all(isinstance(test, str) and test.strip() for test in tests):
+        return tests
+    if tests and all(isinstance(test, dict) and {"input", "output"} <= test.keys() for test in tests):
+        return [(_text(test["input"]), _text(test["output"])) for test in tests]
     raise ValueError(
         f"column `{column}` must hold statements, {{input, output}} pairs or {{inputs, outputs}}, not {value!r:.80}"
     )
 
 
 def _text(value: Any) -> str:
-    """Some data sets give the lines of an input as a list."""
+    """Join a list of lines, which some data sets use, or convert to text."""
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -170,26 +165,26 @@ def _score(
 def _run_apart(sandbox: Sandbox, limits: Limits, code: str, tests: list[str]) -> int:
     marks = run_tests(sandbox, code, tests, _called(tuple(tests)), limits) or ""
     if "x" in marks:
-        raise ValueError(_refusal("they pass an object of their own, such as a function"))
+        raise _refusal("they pass an object of their own, such as a function")
     if "o" in marks:
         _warn(
-            "code: a program returned an object that is no plain data, so its test failed; if tests need such objects, "
-            "set args.isolation: same_process (a model can cheat it)"
+            "code: a program returned an object that is not plain data, so its test failed; if tests need such objects, "
+            "set args.isolation: same_process (where a model can cheat)"
         )
     return marks.count("1")
 
 
 @lru_cache(1024)
 def _called(tests: tuple[str, ...]) -> list[str]:
-    """Once a row, not once a completion."""
+    """``called``, cached so that it runs once per row instead of once per completion."""
     try:
         return called(tests)
     except ValueError as error:
-        raise ValueError(_refusal(str(error))) from error
+        raise _refusal(str(error)) from error
 
 
-def _refusal(reason: str) -> str:
-    return (
+def _refusal(reason: str) -> ValueError:
+    return ValueError(
         f"these tests cannot run apart from the program: {reason}. args.isolation: same_process runs them in the program's "
         "own process, where a model can cheat them"
     )
@@ -197,7 +192,7 @@ def _refusal(reason: str) -> str:
 
 @cache
 def _warn(text: str) -> None:
-    """Once a process."""
+    """Log a warning once per process."""
     log.warning(text)
 
 

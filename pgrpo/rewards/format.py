@@ -1,4 +1,4 @@
-"""Rewards for the form of a completion."""
+"""Rewards for the format of a completion."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import regex
 def format_regex(
     completions: list[str], *, pattern: str, match: Literal["full", "search"] = "full", timeout_s: float = 5.0
 ) -> list[float]:
-    """1.0 when the completion matches ``pattern``, else 0.0; `.` matches line breaks too.
+    """1.0 if the completion matches ``pattern``, else 0.0; `.` matches line breaks too.
 
     Args:
         pattern: regular expression.
-        match: `full`, the whole completion; `search`, any part of it.
-        timeout_s: the longest that one completion may take; longer is an error, the pattern backtracks without end.
+        match: `full` matches the whole completion, `search` any part of it.
+        timeout_s: maximum seconds per completion. A slower match (catastrophic backtracking) is an error.
     """
     compiled: Any = regex.compile(pattern, regex.DOTALL)
     if match not in ("full", "search"):

@@ -1,4 +1,4 @@
-"""A language model as the judge, at any OpenAI-compatible endpoint (vLLM, a hosted one)."""
+"""A language model as judge, at any OpenAI-compatible endpoint (vLLM or hosted)."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ TEMPLATE = """Rate an answer from 0 (wrong or useless) to 10 (perfect). What sta
 </answer>
 Give your reasons in a few sentences, then end with a line `Score: N`."""
 _RETRIED = {408, 409, 425, 429}  # and 5xx
-_JITTER = random.Random()  # of its own: an engine seeds those of the process while it samples
+_JITTER = random.Random()  # not the global generator, which an engine seeds while it samples
 _LARGEST_REPLY = 4 * 2**20
-"""Bytes: far more than ``max_tokens`` of any judge."""
+"""Limit in bytes, far above ``max_tokens`` of any judge."""
 
 
 class LlmJudge:
-    """Asks a model for a score of each completion, many at a time."""
+    """Asks a model to score each completion, with concurrent requests."""
 
     __name__ = "llm_judge"
 
@@ -58,21 +58,21 @@ class LlmJudge:
         max_tokens: int = 1024,
         **columns: list[Any],
     ) -> list[float | Exception]:
-        """What the judge says, over ``best``. A completion that gets no score in time is a failed sample, never a 0.
+        """Return the judge's scores divided by ``best``. A completion without a score is a failed sample, never a 0.
 
         Args:
-            url: up to and with `/v1`. A redirect is refused: give the url that it leads to.
+            url: URL up to and including `/v1`. Redirects are not followed: give their target.
             model: name at the endpoint.
-            template: with `{prompt}` (of a chat: its last user message), `{completion}` and any column. A tag of the template, such
-                as `</answer>`, is written `&lt;/answer>` in these, so that they cannot end the template's own.
-            pattern: its last match in the reply holds the score in group 1.
-            best: the highest score; more (or less than 0) is a failed sample.
-            key_env: the environment variable that holds the key; None sends none.
-            concurrency: requests at once.
-            timeout_s: of one request, to the last byte of its reply; it is repeated, with growing pauses, on time-outs, broken
-                connections, 429 and 5xx.
-            deadline_s: of one completion, with every repetition.
-            max_tokens: of the reply.
+            template: text with `{prompt}` (the last user message of a chat), `{completion}` and any column. In these values, tags
+                of the template such as `</answer>` are escaped (`&lt;/answer>`), so that they cannot close the template's own.
+            pattern: regular expression; group 1 of its last match in the reply is the score.
+            best: highest score. A score above it or below 0 fails the sample.
+            key_env: environment variable of the API key. None sends no key.
+            concurrency: maximum number of concurrent requests.
+            timeout_s: deadline of one request in seconds, to the last byte of the reply. Time-outs, broken connections, 408, 409,
+                425, 429 and 5xx are retried with exponential back-off.
+            deadline_s: deadline of one completion in seconds, including all retries.
+            max_tokens: maximum length of the reply.
         """
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"url must begin with http:// or https://, not {url!r}")
@@ -83,7 +83,7 @@ class LlmJudge:
         key = os.environ.get(key_env, "") if key_env else ""
         if key_env and not key:
             raise ValueError(f"the environment variable {key_env} is not set; set it, or key_env: null for no key")
-        remember(key)  # some endpoints repeat it in what they answer
+        remember(key)  # some endpoints repeat it in their error messages
         if not completions:
             return []
         questions = prompts if messages is None else [_question(chat) for chat in messages]
@@ -110,12 +110,12 @@ class LlmJudge:
         self._threads.close()
 
     def _ask(self, url: str, body: dict[str, Any], key: str, timeout_s: float, deadline_s: float) -> str:
-        """The reply's text. ``RuntimeError`` when the deadline passes, or at once on an answer that no repetition mends."""
+        """Return the text of the reply. RuntimeError at the deadline, or at once after an error that a retry cannot fix."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         end = time.monotonic() + deadline_s
         attempt = 0
         while True:
-            pause = min(2.0**attempt, 30.0) * _JITTER.uniform(0.5, 1.0)  # not all at once again
+            pause = min(2.0**attempt, 30.0) * _JITTER.uniform(0.5, 1.0)  # jitter: spread the retries
             try:
                 response, data = asyncio.run(_post(url, body, headers, min(timeout_s, end - time.monotonic())))
                 if response.is_success:
@@ -145,8 +145,8 @@ class LlmJudge:
 async def _post(
     url: str, body: dict[str, Any], headers: dict[str, str], seconds: float
 ) -> tuple[httpx.Response, bytes]:
-    """The answer and its body. ``TimeoutError`` after this many seconds, whatever came until then; no redirect is followed."""
-    headers = headers | {"Accept-Encoding": "identity"}  # so that the bound is one of memory too
+    """Post and return the response and its body. TimeoutError after ``seconds`` in total. Redirects are not followed."""
+    headers = headers | {"Accept-Encoding": "identity"}  # no compression, so that the size limit bounds memory too
     async with (
         asyncio.timeout(seconds),
         httpx.AsyncClient(verify=_tls(), timeout=None) as client,
@@ -156,13 +156,13 @@ async def _post(
         async for part in response.aiter_raw():
             data += part
             if len(data) > _LARGEST_REPLY:
-                raise RuntimeError(f"{url}: a reply of more than {_LARGEST_REPLY >> 20} MiB is no judge's")
+                raise RuntimeError(f"{url}: the reply exceeds {_LARGEST_REPLY >> 20} MiB")
         return response, data
 
 
 @cache
 def _tls() -> ssl.SSLContext:
-    return ssl.create_default_context()  # tens of milliseconds
+    return ssl.create_default_context()  # cached: takes tens of milliseconds
 
 
 def _without_tags_of(template: str, value: Any) -> Any:

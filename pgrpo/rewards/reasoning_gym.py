@@ -1,4 +1,4 @@
-"""Rewards of reasoning-gym's procedural tasks, by each task's own scorer (``pip install 'pgrpo[reasoning-gym]'``)."""
+"""Rewards for reasoning-gym's procedural tasks, by each task's own scorer (``pip install 'pgrpo[reasoning-gym]'``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from pebble import ProcessExpired
 
-from pgrpo.rewards.pool import GradingPool
+from pgrpo.rewards.pool import Workers, graders
 
 _TASKS = """
 ab acre advanced_geometry aiw arc_1d arc_agi base_conversion basic_arithmetic bf binary_alternation bitwise_arithmetic
@@ -28,13 +28,13 @@ string_manipulation string_splitting string_synthesis sudoku survo syllogism tim
 word_ladder word_sequence_reversal word_sorting zebra_puzzles
 """
 TASKS = frozenset(_TASKS.split())
-"""Tasks whose scorer calls nothing that runs what a model wrote, by its source in reasoning-gym 0.1.25. Others call ``eval``, or
-``sympy.parse_expr``, which does; one that a later version adds is refused until it has been looked at."""
+"""Tasks whose scorers never execute the model's answer, by review of reasoning-gym 0.1.25. The other scorers call ``eval``, or
+``sympy.parse_expr``, which calls it. Tasks of later versions are refused until reviewed."""
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 def check_task(task: str) -> None:
-    """``ValueError``: reasoning-gym is not installed, has no such task, or may score it by running the answer."""
+    """Raise ValueError if reasoning-gym is not installed, has no such task, or its scorer may execute the answer."""
     if find_spec("reasoning_gym") is None:
         raise ValueError("reasoning-gym is not installed: pip install 'pgrpo[reasoning-gym]'")
     from reasoning_gym.factory import DATASETS  # pyright: ignore[reportMissingImports]
@@ -44,40 +44,40 @@ def check_task(task: str) -> None:
     if task not in TASKS:
         hint = "; pgrpo has a recipe `countdown` of its own" if task == "countdown" else ""
         raise ValueError(
-            f"reasoning-gym's scorer of `{task}` runs the model's answer as code, or is not known to leave that: refused{hint}"
+            f"task `{task}` is refused: reasoning-gym's scorer runs the model's answer as code, or was not reviewed{hint}"
         )
 
 
 class ReasoningGym:
-    """What the task's scorer says of the last ``<answer>...</answer>``, mostly 0 to 1; without one, of no answer.
+    """The score of the last ``<answer>...</answer>`` by the task's scorer, usually 0 to 1. The scorer gets None if there is none.
 
-    The rows come from ``recipes/reasoning_tasks.py``: ``task`` (its name), ``entry`` (question, answer and metadata, as
-    reasoning-gym makes them: some scorers want the tuples that JSON would lose) and ``config`` (the task's settings).
+    The rows come from ``recipes/reasoning_tasks.py``: ``task`` (name), ``entry`` (question, answer and metadata as reasoning-gym
+    made them, because some scorers need tuples, which JSON would lose) and ``config`` (the task's settings).
     """
 
     __name__ = "reasoning_gym"
 
     def __init__(self) -> None:
-        self._pool = GradingPool(_score, _warm_up)
+        self._pool = Workers(graders(), _warm_up)
 
     def __call__(
         self, completions: list[str], task: list[str], entry: list[dict], config: list[dict], *, timeout_s: float = 10.0
     ) -> list[float | Exception]:
-        """``timeout_s``: deadline of one completion. One that a scorer cannot finish with is a failed sample."""
+        """``timeout_s``: deadline per completion in seconds. A scorer that exceeds it, or crashes, fails the sample."""
         if find_spec("reasoning_gym") is None:
             raise ValueError("reasoning-gym is not installed: pip install 'pgrpo[reasoning-gym]'")
         for name in set(task):
             check_task(name)
         answers = [found[-1].strip() if (found := _ANSWER.findall(text)) else None for text in completions]
-        # Samples of one group share their row and often the answer: each pair is scored once.
+        # Completions of a group share their row and often the answer: score each distinct pair once.
         keys = [(id(row), answer) for row, answer in zip(entry, answers, strict=True)]
         calls = dict(zip(keys, zip(task, config, entry, answers, strict=True), strict=True))
-        results = self._pool.grade(calls, timeout_s)
+        results = self._pool.grade(_score, calls, timeout_s)
         for key, (name, *_) in calls.items():
             if isinstance(results[key], TimeoutError):
                 results[key] = RuntimeError(f"the scorer of `{name}` took longer than timeout_s={timeout_s:g}")
             elif isinstance(results[key], ProcessExpired):
-                results[key] = RuntimeError(f"the scorer of `{name}` killed its process: {results[key]}")
+                results[key] = RuntimeError(f"the scorer of `{name}` crashed its process: {results[key]}")
         return [results[key] for key in keys]
 
     def close(self) -> None:
@@ -97,5 +97,5 @@ def _dataset(task: str, config: str) -> Any:
 
 
 def _score(task: str, config: dict, entry: dict, answer: str | None) -> float:
-    """In a worker. What the scorer itself raises is a fault of the task, not of the answer, and goes up."""
+    """Runs in a worker. An exception of the scorer is a fault of the task, not of the answer, and propagates."""
     return float(_dataset(task, json.dumps(config)).score_answer(answer, entry))

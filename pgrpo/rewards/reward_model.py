@@ -1,4 +1,4 @@
-"""A reward model: a transformers sequence classifier that reads prompt and completion and gives one number."""
+"""A reward model: a transformers sequence classifier that scores prompt and completion."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pgrpo.types import Messages
 
 
 class RewardModel:
-    """The classifier's logit, as it is: scale it with the weight. Every rank loads the model at its first batch, and keeps it."""
+    """The classifier's raw logit; scale it with the reward's weight. Every rank loads the model at its first batch and keeps it."""
 
     __name__ = "reward_model"
 
@@ -36,30 +36,30 @@ class RewardModel:
         dtype: str = "auto",
         trust_remote_code: bool = False,
     ) -> list[float | Exception]:
-        """A chat prompt is rendered with the reward model's own chat template, another is read as it stands.
+        """Score the completions. A chat prompt is rendered with the reward model's own chat template, a raw prompt is used as is.
 
         Args:
             model: folder or hub name of a sequence classifier.
             revision: branch, tag or commit.
-            label: which logit; a reward model has one.
-            batch_size: texts in one forward pass.
-            max_tokens: the longest text (None: what the model can read). A longer one is a failed sample: never cut.
-            device: None takes this rank's GPU, else the CPU. The memory plan does not know of the model: beside vLLM a GPU has
-                a few GiB to spare unless ``rollout.gpu_memory_utilization`` is lowered.
-            dtype: of the weights: `auto` (as stored), `float32`, `bfloat16`.
-            trust_remote_code: run Python code that comes with the model. Without, such a model is refused.
+            label: index of the logit. Most reward models have one logit.
+            batch_size: texts per forward pass.
+            max_tokens: maximum length of a text (None: the model's own). A longer text is never truncated; it fails the sample.
+            device: None takes this rank's GPU, or the CPU if there is none. The memory plan does not include the reward model:
+                beside vLLM a GPU has a few GiB free unless ``rollout.gpu_memory_utilization`` is lowered.
+            dtype: dtype of the weights: `auto` (as stored), `float32`, `bfloat16`.
+            trust_remote_code: run Python code that comes with the model. If false, such a model is refused.
 
         Raises:
-            Unusable: the GPU has no room for it.
+            Unusable: the GPU has not enough memory.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
         tokenizer, limit = _tokenizer(model, revision, trust_remote_code, label, max_tokens)
         if not completions:
-            return []  # the check of the arguments: no weights yet
+            return []  # only the check of the arguments: load no weights
         key = (model, revision, trust_remote_code, device, dtype)
         if self._loaded is None or self._loaded[0] != key:
-            with _room_is_needed(model):
+            with _out_of_memory_named(model):
                 self._loaded = (key, _load(*key))
         classifier = self._loaded[1]
         ids = _tokenize(tokenizer, prompts, completions, messages)
@@ -70,7 +70,7 @@ class RewardModel:
         order = sorted((i for i, row in enumerate(ids) if len(row) <= limit), key=lambda i: len(ids[i]))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            with _room_is_needed(model):
+            with _out_of_memory_named(model):
                 logits = _logits(classifier, tokenizer, [ids[i] for i in rows])
             for i, values in zip(rows, logits, strict=True):
                 scores[i] = values[label]
@@ -78,34 +78,35 @@ class RewardModel:
 
 
 @contextmanager
-def _room_is_needed(model: str) -> Iterator[None]:
+def _out_of_memory_named(model: str) -> Iterator[None]:
+    """Convert out-of-memory errors to ``Unusable`` with the fix."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise Unusable(
-            f"the GPU has no room for {model} ({str(error).splitlines()[0]}); lower rollout.gpu_memory_utilization (or "
+            f"the GPU has not enough memory for {model} ({str(error).splitlines()[0]}); lower rollout.gpu_memory_utilization (or "
             "args.batch_size), or set args.device: cpu"
         ) from error
 
 
 def _tokenizer(model: str, revision: str | None, trust: bool, label: int, max_tokens: int | None) -> tuple[Any, int]:
-    """The tokenizer, and the longest text. ``ValueError`` when there is no such model or label."""
+    """Return the tokenizer and the maximum length in tokens. ValueError if there is no such model or label."""
     from transformers import AutoConfig, AutoTokenizer
 
-    try:  # never without trust_remote_code: transformers would ask on the terminal
+    try:  # always pass trust_remote_code: without it transformers asks on the terminal
         config: Any = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust)
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trust)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        fix = "read that, and set args.trust_remote_code: true to run it"
+        fix = "read it, and set args.trust_remote_code: true to run it"
         raise ValueError(f"{model} comes with Python code of its own; {fix}") from None
     if not 0 <= label < config.num_labels:
         raise ValueError(f"{model} has {config.num_labels} labels; there is no label {label}")
     positions = getattr(config, "max_position_embeddings", None) or 1 << 30
     limit = min(positions, int(min(tokenizer.model_max_length, 1 << 30)))
     if max_tokens is not None and not 1 <= max_tokens <= limit:
-        raise ValueError(f"max_tokens must be from 1 to {limit}, what {model} can read, not {max_tokens}")
+        raise ValueError(f"max_tokens must be from 1 to {limit}, the limit of {model}, not {max_tokens}")
     return tokenizer, max_tokens or limit
 
 
@@ -131,14 +132,16 @@ def _tokenize(
         chat, begun = (chat[:-1], chat[-1]["content"]) if chat[-1]["role"] == "assistant" else (chat, "")
         chats.append([*chat, {"role": "assistant", "content": begun + completion}])
     texts = tokenizer.apply_chat_template(chats, tokenize=False)
-    # The template writes bos and the like itself: the tokenizer must not add them again.
+    # The chat template already wrote bos and other special tokens, so the tokenizer must not add them again.
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 @torch.inference_mode()
 def _logits(classifier: Any, tokenizer: Any, rows: list[list[int]]) -> list[list[float]]:
-    """Padded on the right. Decoder classifiers read the last token that is not the config's pad id: without a pad token
-    that is an id which no row holds, never eos, with which a text may end.
+    """Return the logits of every row, padded on the right.
+
+    Decoder classifiers pool at the last token that is not the config's pad id. If the tokenizer has no pad token, pad with an id
+    that no row contains; eos would be wrong, because a text may end with it.
     """
     used = {token for row in rows for token in row}
     pad = tokenizer.pad_token_id

@@ -1,7 +1,7 @@
-"""What tests take from the program, found in their text: the names of its functions, and whether plain data will do.
+"""Analyses tests: which functions of the program they call, and whether plain data can pass between tests and program.
 
-It looks at the tests alone. If the program had a say, one that returns an object of its own would have its sample left out
-instead of failed.
+Only the text of the tests counts. If the program mattered, it could return an object of its own class, and its sample would be
+left out instead of failed.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _TAKE_FUNCTIONS = {"map", "filter", "callable"}
 
 
 def called(tests: Sequence[str]) -> list[str]:
-    """Names of the program's functions that the tests call.
+    """Return the names of the program's functions that the tests call.
 
     Raises:
-        ValueError: the tests are not Python, call nothing of the program, or need more of it than plain data.
+        ValueError: the tests are not Python, call no function of the program, or need more than plain data.
     """
     text = "\n".join(tests)
     try:
@@ -28,18 +28,18 @@ def called(tests: Sequence[str]) -> list[str]:
         bound, free = _names(symtable.symtable(text, "tests", "exec"))
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"the tests are not Python: {error}") from error
-    if not free:  # a program may have to define a `sum` of its own
+    if not free:  # the tests may call a function named like a builtin, such as `sum`
         calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
         free = {f.id for f in calls if isinstance(f, ast.Name)} - bound
         if len(free) != 1:
             raise ValueError("the tests call no function of the program")
-    for reason in _objects(tree, bound, free):
+    if reason := next(_objects(tree, bound, free), None):
         raise ValueError(reason)
     return sorted(free)
 
 
 def _names(top: symtable.SymbolTable) -> tuple[set[str], set[str]]:
-    """(what the tests define in their module, what they read and neither they nor Python define)."""
+    """Return (names that the tests define at module level, names that they read but neither they nor Python define)."""
     tables = [top]
     for table in tables:
         tables.extend(table.get_children())
@@ -51,9 +51,9 @@ def _names(top: symtable.SymbolTable) -> tuple[set[str], set[str]]:
 
 
 def _objects(tree: ast.AST, bound: set[str], free: set[str]) -> Iterator[str]:
-    """Why the tests need the program's own objects."""
+    """Yield the reasons why the tests need objects of the program's own classes."""
     parent = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    results: set[str] = set()  # variables that hold what the program returned
+    results: set[str] = set()  # variables that hold return values of the program
 
     def is_call(node: ast.AST | None) -> bool:
         return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in free
@@ -65,17 +65,17 @@ def _objects(tree: ast.AST, bound: set[str], free: set[str]) -> Iterator[str]:
                 continue
             taker = above.func if isinstance(above, ast.Call) else None
             if not isinstance(taker, ast.Attribute) and getattr(taker, "id", "") not in bound | _TAKE_FUNCTIONS:
-                yield f"they use the program's `{node.id}` other than by calling it"
+                yield f"they use the program's `{node.id}` without calling it"
         elif is_call(node):
             assert isinstance(node, ast.Call)
             above, name = parent[node], ast.unparse(node.func)
             is_class = name[0].isupper()
             if isinstance(above, ast.Attribute) and (is_class or above.attr not in _ATTRIBUTES):
-                yield f"they use `.{above.attr}` of what `{name}` returns"
+                yield f"they use `.{above.attr}` of the result of `{name}`"
             elif (isinstance(above, ast.Call) and above.func is node) or isinstance(above, ast.withitem | ast.Await):
-                yield f"they call, enter or await what `{name}` returns"
+                yield f"they call, enter or await the result of `{name}`"
             elif isinstance(above, ast.Expr) and any(isinstance(arg, ast.Name) for arg in node.args):
-                yield f"they look at what `{name}` does to its arguments, which are copies"
+                yield f"they inspect arguments that `{name}` changes in place, but it gets copies"
             elif isinstance(above, ast.Assign | ast.AnnAssign | ast.NamedExpr):
                 if is_class:
                     yield f"they keep an instance of `{name}`"
@@ -89,7 +89,7 @@ def _objects(tree: ast.AST, bound: set[str], free: set[str]) -> Iterator[str]:
     for node in ast.walk(tree):
         if (
             isinstance(node, ast.Attribute)
-            and getattr(node.value, "id", None) in results
             and node.attr not in _ATTRIBUTES
+            and getattr(node.value, "id", "") in results
         ):
-            yield f"they use `.{node.attr}` of what the program returned"
+            yield f"they use `.{node.attr}` of a result of the program"

@@ -1,4 +1,4 @@
-"""Tests that call a program's functions: the program in one sandbox, the tests in another, and plain data between them."""
+"""Runs tests in one sandbox and the program that they call in another; only plain data passes between them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ INSIDE = (Path(__file__).parent / "inside.py").read_text()
 def run_tests(
     sandbox: Sandbox, program: str, tests: Sequence[str], functions: Sequence[str], limits: Limits
 ) -> str | None:
-    """Run ``tests`` (Python statements) one after the other, where ``functions`` are the program's.
+    """Run ``tests`` (Python statements) in order. They may call ``functions`` of the program.
 
-    The process of the program holds neither tests nor verdict: it is told a function and arguments, and says what it
-    returned or raised. ``limits.wall_s`` is for all tests together.
+    The program's process holds neither the tests nor the verdict: it receives a function name and arguments, and replies with the
+    result or the exception. ``limits.wall_s`` applies to all tests together.
 
     Returns:
-        A mark each, as ``inside.ask`` prints them; None if the tests did not come to an end.
+        One mark per test (see ``inside.ask``); None if the tests did not finish.
 
     Raises:
         SandboxError: one of the two sandboxes failed.
@@ -35,7 +35,7 @@ def run_tests(
             sandbox.start(candidate, "", limits, [theirs.fileno()]) as answering,
             sandbox.start(judge, work, limits, [ours.fileno()]) as asking,
         ):
-            ours.close()  # so that either end sees it when the other one is gone
+            ours.close()  # so that each end sees end-of-file when the other process dies
             theirs.close()
             answering.wait_ready()
             result = asking.result()

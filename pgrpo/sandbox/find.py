@@ -1,4 +1,4 @@
-"""Which launcher works on this machine is found out by attacking it once. Where none holds, nothing runs: ``SandboxError``."""
+"""Finds a launcher that works on this machine by a self-test that attacks it. If none passes, nothing runs: ``SandboxError``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from pgrpo.sandbox.run import ENVIRONMENT, Limits, Sandbox, SandboxError
 
 log = logging.getLogger("pgrpo")
 
-# Each line must fail, with an error that the sandbox causes, or be true. {port}: a server of ours; {secret}: our file.
+# Every value must be true: the sandbox must block each action with an error of these types. {port}: a server outside of the
+# sandbox; {secret}: a file outside of it.
 _SELF_TEST = """
 import ctypes, os, socket, threading
 def refused(action, *errors):
@@ -45,7 +46,7 @@ print({{
 
 
 def self_test(sandbox: Sandbox) -> None:
-    """``SandboxError`` unless every line of the self-test holds."""
+    """Run the self-test. ``SandboxError`` names the checks that failed."""
     limits = Limits(wall_s=20.0, memory_mb=256, disk_mb=1)
     with socket.create_server(("127.0.0.1", 0)) as server, tempfile.NamedTemporaryFile() as secret:
         program = _SELF_TEST.format(
@@ -68,10 +69,10 @@ _lock = threading.Lock()
 
 
 def find_sandbox() -> Sandbox:
-    """The first launcher that passes the self-test, tried once in a process.
+    """Return the first launcher that passes the self-test. The result is cached in the process.
 
     Raises:
-        SandboxError: none does; says why each fails. Nothing runs without a sandbox.
+        SandboxError: no launcher passes; the message gives the reason for each.
     """
     with _lock:
         return _find()
@@ -80,9 +81,7 @@ def find_sandbox() -> Sandbox:
 @cache
 def _find() -> Sandbox:
     if sys.platform != "linux" or platform.machine() not in ("x86_64", "aarch64"):
-        raise SandboxError(
-            f"code of a model runs on Linux on x86_64 or aarch64, not {sys.platform} {platform.machine()}"
-        )
+        raise SandboxError(f"the sandbox needs Linux on x86_64 or aarch64, not {sys.platform} {platform.machine()}")
     reasons = []
     for launcher in LAUNCHERS:
         if shutil.which(launcher.name) is None:
@@ -94,11 +93,11 @@ def _find() -> Sandbox:
         except SandboxError as error:
             reasons.append(f"{launcher.name}: {error}")
             continue
-        log.info("code of the model runs in a sandbox (%s)", launcher.name)
+        log.info("programs of the model run in a sandbox (%s)", launcher.name)
         return sandbox
     raise SandboxError(
-        f"there is no sandbox on this machine ({'; '.join(reasons)}), and code of a model never runs without one. "
+        f"no sandbox works on this machine ({'; '.join(reasons)}), and programs of a model never run without one. "
         "Install bubblewrap; in a container allow namespaces (docker run --security-opt seccomp=unconfined "
         "--security-opt apparmor=unconfined, or --cap-add SYS_ADMIN); on Ubuntu "
-        "sysctl kernel.apparmor_restrict_unprivileged_userns=0; or take the reward `code` out of the recipe"
+        "sysctl kernel.apparmor_restrict_unprivileged_userns=0; or remove the reward `code` from the recipe"
     )

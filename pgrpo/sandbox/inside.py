@@ -1,8 +1,8 @@
-"""The two ends of the line between tests and program, each in a sandbox of its own. Standard library only; ``calls.py`` sends
-it as text, and a call of ``ask`` or ``answer``.
+"""Both ends of the connection between tests and program, which run in two sandboxes. Standard library only: ``calls.py`` sends
+this file as text, followed by a call of ``ask`` or ``answer``.
 
-A call's arguments and its result cross as JSON and are made anew on the other side, in exact plain types: the tests never
-hold an object of the program.
+Arguments and results are sent as JSON and rebuilt from exact plain types on the other side, so the tests never hold an object of
+the program.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ MOST_ITEMS = 10_000  # of an iterator
 
 
 class NotPlain(Exception):
-    """An object that is no plain data."""
+    """The object is not plain data."""
 
 
 class NoAnswer(BaseException):
-    """The program answered nothing that can be read. No test catches it by ``except Exception``."""
+    """The program sent no valid reply. A BaseException, so that ``except Exception`` in a test does not catch it."""
 
 
 def encode(value: object) -> Any:
-    """What JSON holds: a number, text or list, or {kind: ...}. A subclass becomes what it extends. ``NotPlain``."""
+    """Convert to JSON types: a number, text or list, or {kind: ...}. A subclass becomes its base type. Raises ``NotPlain``."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
         number = int.__pos__(value)
-        return number if number.bit_length() < 64 else {"int": hex(number)}  # decimal digits have a limit in Python
+        return (
+            number if number.bit_length() < 64 else {"int": hex(number)}
+        )  # Python limits the digits of decimal conversion
     if isinstance(value, float):
         return float.__pos__(value)
     if isinstance(value, str):
@@ -60,7 +62,7 @@ def encode(value: object) -> Any:
 
 
 def decode(data: Any) -> Any:
-    """The inverse of ``encode``; any ``Exception`` for what ``encode`` does not write."""
+    """Invert ``encode``. Raises some ``Exception`` for other input."""
     if isinstance(data, list):
         return [decode(item) for item in data]
     if not isinstance(data, dict):
@@ -75,7 +77,7 @@ def decode(data: Any) -> Any:
 
 
 class Line:
-    """One end of a socket. ``fault`` is the mark of a test that got no answer."""
+    """One end of a socket. ``fault``: mark of the current test if a call got no valid reply, else empty."""
 
     def __init__(self, fd: int) -> None:
         self.reader, self.writer, self.fault = os.fdopen(fd, "rb"), os.fdopen(fd, "wb", closefd=False), ""
@@ -85,14 +87,14 @@ class Line:
         self.writer.flush()
 
     def receive(self) -> Any:
-        """``NoAnswer``: the other end has closed, or this is no message."""
+        """Read a message. ``NoAnswer``: the other end closed, or the message is invalid."""
         try:
             return decode(json.loads(self.reader.readline(LONGEST)))
         except Exception as error:
             raise NoAnswer from error
 
     def function(self, name: str) -> Callable[..., object]:
-        """Calls the program's function ``name``."""
+        """Return a function that calls the program's function ``name``."""
 
         def call(*args: object, **kwargs: object) -> object:
             try:
@@ -113,7 +115,7 @@ class Line:
                 self.fault = ""
                 known = getattr(builtins, str(rest[0]), None)
                 error = known if isinstance(known, type) and issubclass(known, Exception) else RuntimeError
-                raise error.__new__(error, str(rest[1]))  # without its __init__, which may want more arguments
+                raise error.__new__(error, str(rest[1]))  # skip its __init__, which may need more arguments
             self.fault = "o" if kind == "object" else "0"
             raise NoAnswer
 
@@ -121,8 +123,8 @@ class Line:
 
 
 def ask(fd: int) -> None:
-    """Run the tests of standard input; print one mark each: 1 passed, 0 failed, o failed because the program returned an
-    object of its own, x cannot run because it passes one of the test's own."""
+    """Run the tests from standard input and print one mark per test: 1 passed; 0 failed; o failed, because the program returned
+    an object that is not plain; x cannot run, because the test passes such an object."""
     work, line, marks = json.load(sys.stdin), Line(fd), ""
     names: dict[str, Any] = {"__name__": "tests"}
     names |= {name: line.function(name) for name in work["functions"]}
@@ -136,11 +138,11 @@ def ask(fd: int) -> None:
         marks += line.fault or mark
     sys.stdout.flush()
     os.write(1, f"\n{marks}\n".encode())
-    os._exit(0)  # Python's own end takes some milliseconds
+    os._exit(0)  # skips Python's shutdown, which takes milliseconds
 
 
 def answer(fd: int, source: str) -> None:
-    """Run the program ``source`` (not as __main__, so that its own demo does not run), then each call that comes."""
+    """Run the program ``source`` (not as __main__, so that its demo does not run), then serve calls until the tests end."""
     nothing = os.open("/dev/null", os.O_WRONLY)
     os.dup2(nothing, 1)
     os.dup2(nothing, 2)
@@ -150,12 +152,13 @@ def answer(fd: int, source: str) -> None:
     while True:
         try:
             name, args, kwargs = line.receive()
-        except NoAnswer:  # the tests are over
+        except NoAnswer:  # the tests ended
             return
-        line.send(reply(names[name], args, kwargs))  # a name that is not there ends the program
+        line.send(reply(names[name], args, kwargs))  # KeyError ends the program if the name does not exist
 
 
 def reply(function: Callable[..., object], args: tuple, kwargs: dict) -> list[object]:
+    """Call the function; return the reply message."""
     try:
         return ["returned", encode(function(*args, **kwargs))]
     except NotPlain as error:

@@ -1,10 +1,9 @@
-"""Inside the sandbox: the last steps down, then the program. Standard library only; ``run.py`` sends it as text, and a call
-of ``main``. It imports little (``_signal``, not ``signal``), because imports are most of what a program's start costs.
+"""Runs inside the sandbox: drops all remaining privileges, then runs the program. Standard library only: ``run.py`` sends this
+file as text, followed by a call of ``main``. Imports dominate the start time, so there are few (``_signal``, not ``signal``).
 
-The order is: a file system with nothing in it but Python (where the launcher has not made one), another user, no
-capabilities, a supervisor that ends everything when its time is over or the trainer is gone, and in its child the limits,
-the system call filter and the program. The program is one process (threads are allowed), so that its limits are those of
-everything it does.
+The steps: make a file system that holds only Python (unless the launcher did), become another user, drop capabilities, start a
+supervisor that ends everything at the deadline or when the trainer dies, and in its child set the limits and the system call
+filter and run the program. The program is one process (threads are allowed), so its limits bound everything that it does.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import sys
 import time
 from _signal import ITIMER_REAL, SIG_IGN, SIGALRM, SIGINT, SIGKILL, setitimer, signal  # pyright: ignore[reportMissingImports]
 
-# System calls that a program has no business with, by number on (x86_64, aarch64). None: there is no such call.
+# Denied system calls: numbers on (x86_64, aarch64). None: the architecture has no such call.
 DENIED = {
     "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281),
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "pidfd_getfd": (438, 438),
@@ -44,7 +43,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def call(name: str, *arguments: object) -> None:
-    """A libc function that returns 0, or ``OSError``."""
+    """Call a libc function. OSError unless it returns 0."""
     if getattr(libc, name)(*arguments) != 0:
         error = ctypes.get_errno()
         raise OSError(error, f"{name}: {os.strerror(error)}")
@@ -56,15 +55,15 @@ def mount(source: str, target: str, kind: str | None, flags: int, options: str |
 
 
 def read_only(path: str, recursive: bool) -> None:
-    """mount_setattr(2), Linux 5.12: also what is mounted below, whatever flags it has."""
+    """Remount read-only by mount_setattr(2), Linux 5.12, which can include the mounts below and keeps their other flags."""
     attributes = struct.pack("4Q", 1 | 2, 0, 0, 0)  # MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID
     flags = ctypes.c_uint(0x8000 if recursive else 0)  # AT_RECURSIVE
     call("syscall", ctypes.c_long(442), -100, path.encode(), flags, attributes, ctypes.c_size_t(len(attributes)))
 
 
 def make_root(spec: dict) -> None:
-    """A file system of ``spec['links']`` and, read-only, ``spec['paths']``; only /work can be written, up to a size."""
-    root = "/proc"  # exists everywhere and holds nothing that is mounted from
+    """Make a file system of ``spec['links']`` and, read-only, ``spec['paths']``. Only /work is writable, up to a size."""
+    root = "/proc"  # exists everywhere, and no path to mount is below it
     mount("none", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path, target in spec["links"].items():
         os.makedirs(os.path.dirname(root + path), exist_ok=True)
@@ -77,13 +76,8 @@ def make_root(spec: dict) -> None:
         mount(path, inside, None, MS_BIND | MS_REC)
         read_only(inside, recursive=True)
     os.mkdir(root + "/work")
-    mount(
-        "none",
-        root + "/work",
-        "tmpfs",
-        MS_NOSUID | MS_NODEV,
-        f"size={spec['disk']},nr_inodes={spec['files']},mode=1777",
-    )
+    options = f"size={spec['disk']},nr_inodes={spec['files']},mode=1777"
+    mount("none", root + "/work", "tmpfs", MS_NOSUID | MS_NODEV, options)
     os.chdir(root)
     call("pivot_root", b".", b".")
     call("umount2", b".", MNT_DETACH)
@@ -92,7 +86,7 @@ def make_root(spec: dict) -> None:
 
 
 def drop_privileges(uid: int | None) -> None:
-    """Become ``uid`` (of root; None keeps the user, who is one inside a user namespace) without any capability."""
+    """Become user ``uid`` (if root; None keeps the current user of the user namespace) and drop all capabilities."""
     if uid is not None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
@@ -100,7 +94,7 @@ def drop_privileges(uid: int | None) -> None:
     header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)  # _LINUX_CAPABILITY_VERSION_3
     call("capset", header, nothing)
     prctl(38, 1)  # PR_SET_NO_NEW_PRIVS
-    prctl(1, SIGKILL)  # PR_SET_PDEATHSIG: changing the user cleared what the launcher had set
+    prctl(1, SIGKILL)  # PR_SET_PDEATHSIG again: the change of user cleared the launcher's
 
 
 def prctl(option: int, value: int, pointer: object = None) -> None:
@@ -108,7 +102,7 @@ def prctl(option: int, value: int, pointer: object = None) -> None:
 
 
 def filter_system_calls() -> None:
-    """A seccomp filter for this process and its threads: no other process or program, no socket but a local one."""
+    """Install a seccomp filter for this process and its threads: no new process or program, and only local sockets."""
     column, audit = ARCHITECTURES[os.uname().machine]
     allow, kill, error = 0x7FFF0000, 0x80000000, 0x00050000
     load, equal, at_least, has_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -117,12 +111,10 @@ def filter_system_calls() -> None:
     for numbers in DENIED.values():
         if numbers[column] is not None:
             rules += [(equal, 0, 1, numbers[column]), (give, 0, 0, error | EPERM)]
-    rules += [
-        (equal, 0, 1, CLONE3[column]),
-        (give, 0, 0, error | ENOSYS),
-    ]  # its flags cannot be read; libc then uses clone
-    # 16: the first argument. clone: CLONE_THREAD only. socket: AF_UNIX only. prlimit64: of itself only, not of the
-    # supervisor, whose death would pass for a fault of the sandbox.
+    # A filter cannot read clone3's flags; after ENOSYS libc uses clone.
+    rules += [(equal, 0, 1, CLONE3[column]), (give, 0, 0, error | ENOSYS)]
+    # 16 is the first argument. clone: only CLONE_THREAD. socket: only AF_UNIX. prlimit64: only of the process itself; limits on
+    # the supervisor could kill it, which would count as a fault of the sandbox.
     rules += [(equal, 0, 4, CLONE[column]), (load, 0, 0, 16), (has_bit, 1, 0, 0x10000), (give, 0, 0, error | EPERM)]
     rules += [(give, 0, 0, allow)]
     rules += [(equal, 0, 4, SOCKET[column]), (load, 0, 0, 16), (equal, 1, 0, 1), (give, 0, 0, error | EACCES)]
@@ -139,19 +131,17 @@ def limit(spec: dict) -> None:
         "AS": spec["memory"], "FSIZE": spec["disk"], "NOFILE": 64, "NPROC": spec["threads"], "CORE": 0,
         "MEMLOCK": 0, "MSGQUEUE": 0, "SIGPENDING": 64,
     }  # fmt: skip
-    for name, value in limits.items():
-        resource.setrlimit(
-            getattr(resource, f"RLIMIT_{name}", 11), (value, value)
-        )  # 11: SIGPENDING, which Python lacks
+    for name, value in limits.items():  # 11: RLIMIT_SIGPENDING, which Python lacks
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}", 11), (value, value))
     resource.setrlimit(resource.RLIMIT_CPU, (spec["cpu"], spec["cpu"] + 1))
 
 
 def supervise(child: int, spec: dict) -> None:
-    """Wait for the program. End it, and with this process everything else in here, after ``wall`` seconds, when the trainer
-    has died, or when it made more than ``files`` files (where the file system itself does not bound them)."""
+    """Wait for the program. Exit, which ends all processes of the sandbox, after ``wall`` seconds, when the trainer died, or when
+    the program made more than ``files`` files (some launchers' file systems have no such limit)."""
     end = time.monotonic() + spec["wall"]
     trainer = select.poll()
-    trainer.register(spec["ready_fd"], 0)  # an error: nobody can read it any more
+    trainer.register(spec["ready_fd"], 0)  # polls as an error once nobody can read the pipe
 
     def look(*_: object) -> None:
         space = os.statvfs("/work")
@@ -161,7 +151,7 @@ def supervise(child: int, spec: dict) -> None:
             os.write(2, b"OSError: more than %d files\n" % spec["files"])
             os._exit(1)
 
-    signal(SIGINT, SIG_IGN)  # the one signal that Python handles, so that the program could send it to here
+    signal(SIGINT, SIG_IGN)  # Python handles it by default, so the program could send it to this process
     signal(SIGALRM, look)
     setitimer(ITIMER_REAL, 0.02, 0.02)
     while True:
@@ -181,14 +171,14 @@ def main(spec: dict) -> None:
     child = os.fork()
     if child:
         supervise(child, spec)
-    import site  # after the fork: it is the program that may want `exit`
+    import site  # after the fork: only the program needs `exit`
 
     site.setquit()
-    with open("main.py", "w", encoding="utf-8") as file:  # what tracebacks show
+    with open("main.py", "w", encoding="utf-8") as file:  # for the source lines in tracebacks
         file.write(source)
     sys.argv[:] = ["main.py"]
     sys.path.insert(0, "/work")
-    code = compile("", "main.py", "exec")  # the machinery is loaded before the filter closes
+    code = compile("", "main.py", "exec")  # loads the compiler before the filter is set
     limit(spec)
     filter_system_calls()
     os.write(spec["ready_fd"], b"1")

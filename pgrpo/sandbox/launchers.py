@@ -1,4 +1,4 @@
-"""Command lines of ``unshare`` (util-linux) and ``bwrap``, which start Python in namespaces of its own."""
+"""Command lines of ``unshare`` (util-linux) and ``bwrap``, which start Python in new namespaces."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Launcher:
-    """``command``: arguments of the program ``name``, before Python's, for a working folder of so many bytes.
-    ``make_root``: ``jail.py`` makes the file system."""
+    """A program ``name`` that starts Python in new namespaces.
+
+    Attributes:
+        command: size of the working folder in bytes -> arguments before Python's command line.
+        make_root: whether ``jail.py`` has to make the file system.
+    """
 
     name: str
     command: Callable[[int], list[str]]
@@ -22,7 +26,7 @@ class Launcher:
 
 @cache
 def python_files() -> tuple[list[str], dict[str, str]]:
-    """(paths that Python needs, links among them): the interpreter, its library, the system's shared libraries."""
+    """Return (paths that Python needs, symlinks among them): the interpreter, its library, the shared libraries of the system."""
     wanted = [os.path.realpath(sys.executable), "/dev/null", "/dev/urandom", "/etc/ld.so.cache", "/nix/store"]
     wanted += [os.path.realpath(f"{p}/lib") for p in {sys.base_prefix, sys.base_exec_prefix}]
     wanted += ["/usr/lib", "/usr/lib64", "/lib", "/lib64"]
@@ -36,7 +40,7 @@ def python_files() -> tuple[list[str], dict[str, str]]:
 
 def _unshare(_: int) -> list[str]:
     spaces = ["--mount", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child"]
-    # Root needs no user namespace, and becomes another user inside; in one it would count as the owner of its files.
+    # Root needs no user namespace and becomes another user inside. In a user namespace it would still own its files.
     return spaces if os.geteuid() == 0 else ["--user", "--map-root-user", *spaces]
 
 
@@ -48,7 +52,7 @@ def _bwrap(disk: int) -> list[str]:
         command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
         command += ["--unshare-user"]
-    # Each folder above a path by name: bwrap makes those that it is not told of unreadable to other users.
+    # Create each parent folder explicitly: bwrap makes implicit parents unreadable for other users.
     for folder in sorted({str(parent) for path in (*paths, *links) for parent in Path(path).parents} - {"/"}):
         command += ["--perms", "755", "--dir", folder]
     for link, target in links.items():
@@ -60,4 +64,4 @@ def _bwrap(disk: int) -> list[str]:
 
 
 LAUNCHERS = (Launcher("unshare", _unshare, make_root=True), Launcher("bwrap", _bwrap, make_root=False))
-"""unshare is part of every Linux. bwrap may be allowed where an unshare is not (AppArmor)."""
+"""unshare is part of every Linux. AppArmor may allow bwrap but not unshare."""

@@ -1,10 +1,10 @@
-"""Runs one program in the sandbox: no network, no files of this machine, no environment, bounded in every resource.
+"""Runs one program in the sandbox: no network, no files of this machine, no environment, limits on every resource.
 
-A launcher starts Python in namespaces of its own, where ``jail.py`` gives up what is left, says that it got so far, and
-runs the program. A launcher or jail that fails before that is a ``SandboxError`` and never the program's fault.
+A launcher starts Python in new namespaces, where ``jail.py`` drops all privileges, reports that it is ready, and runs the
+program. A failure before that report is a ``SandboxError``, never a fault of the program.
 
-The kernel is shared with the program: this holds back what a policy stumbles on or learns to try. It is not meant for
-people who bring kernel exploits; run those in a virtual machine.
+The program shares the kernel with this machine. The sandbox stops what a policy tries by accident or by training, not kernel
+exploits; run untrusted people's code in a virtual machine.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ End = Literal["exit", "time", "output"]
 
 
 class SandboxError(RuntimeError):
-    """There is no sandbox on this machine, or it could not start. The message says why and what to do."""
+    """No sandbox works on this machine, or it could not start. The message gives the reason and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Of one program. ``wall_s`` counts from its first line; the others are the kernel's limits of its one process."""
+    """Limits of one program. ``wall_s`` starts at its first line. The kernel enforces the others on its one process."""
 
     wall_s: float = 10.0
     cpu_s: int = 10
     memory_mb: int = 512
-    """Address space, of which CPython itself takes some 20 MB."""
+    """Address space, including about 20 MB of CPython."""
     disk_mb: int = 16
-    """Files in its working folder, which is in memory and gone afterwards."""
+    """Size of its working folder, which is held in memory and deleted afterwards."""
     output_kb: int = 1024
-    """Of stdout and stderr each; a program that writes more is ended."""
+    """Output on stdout and on stderr, each; a program that writes more is killed."""
     threads: int = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """``end``: it exited with ``status``, or was ended by the wall time or for its output. A signal N is status 128 + N."""
+    """``end``: the program exited with ``status`` (128 + N after signal N), or was killed for its time or output."""
 
     end: End
     status: int
@@ -65,19 +65,19 @@ class Result:
 
 
 class Sandbox:
-    """A launcher that passed the self-test. Threads may share it."""
+    """Starts programs with one launcher. Thread-safe."""
 
     def __init__(self, launcher: Launcher) -> None:
         self.name = launcher.name
         self._launcher = launcher
 
     def run(self, program: str, stdin: str = "", limits: Limits = Limits()) -> Result:
-        """Run ``program`` as ``__main__``. ``SandboxError`` if the sandbox itself fails."""
+        """Run ``program`` as ``__main__`` to its end. ``SandboxError`` if the sandbox fails."""
         with self.start(program, stdin, limits) as running:
             return running.result()
 
     def start(self, program: str, stdin: str = "", limits: Limits = Limits(), files: Iterable[int] = ()) -> Running:
-        """Start ``program``, which inherits the file descriptors ``files`` under their numbers. ``SandboxError``."""
+        """Start ``program``, which inherits the file descriptors ``files``. ``SandboxError`` if the launcher cannot start."""
         ready, tell = os.pipe()
         with _sealed(program) as program_file, _sealed(stdin) as stdin_file, open(tell, "wb"):
             spec = {
@@ -92,7 +92,7 @@ class Sandbox:
                 "files": MAX_FILES,
                 "threads": limits.threads,
                 "cpu": limits.cpu_s,
-                "wall": limits.wall_s + START_S,  # this process ends it earlier, and knows that it did
+                "wall": limits.wall_s + START_S,  # only a fallback: this process kills it earlier
             }
             python = [os.path.realpath(sys.executable), *_PYTHON, "-c", f"{JAIL}\nmain({spec!r})"]
             command = [shutil.which(self.name) or self.name, *self._launcher.command(limits.disk_mb << 20), *python]
@@ -114,7 +114,7 @@ class Sandbox:
 
 
 class Running:
-    """A program that was started; leaving the ``with`` block kills it."""
+    """A started program. Leaving the ``with`` block kills it."""
 
     def __init__(self, process: subprocess.Popen[bytes], ready: int, limits: Limits, name: str) -> None:
         self._process, self._ready, self._limits, self._name = process, ready, limits, name
@@ -124,7 +124,7 @@ class Running:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Kill the launcher, and with it (a PID namespace dies with its first process) everything that it started."""
+        """Kill the launcher and all processes that it started (a PID namespace dies with its first process)."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
@@ -134,23 +134,26 @@ class Running:
                 pipe.close()
 
     def wait_ready(self) -> None:
-        """Until the program's first line is about to run. ``SandboxError`` if it does not come to that."""
+        """Wait until the program is about to run. ``SandboxError`` if it does not start."""
         if self._is_ready:
             return
         if not select.select([self._ready], [], [], START_S)[0]:
             raise SandboxError(
                 f"the sandbox ({self._name}) did not start within {START_S:g} s: the machine is overloaded"
             )
-        if os.read(self._ready, 1) == b"":  # everybody who could have told is dead
-            assert self._process.stderr is not None  # it was asked for
+        if os.read(self._ready, 1) == b"":  # end of file: every process of the sandbox has died
+            assert self._process.stderr is not None  # Popen got PIPE
             said = self._process.stderr.read().decode("utf-8", "replace").strip().splitlines()
             reason = said[-1] if said else f"status {self._process.wait()}"
             raise SandboxError(f"the sandbox ({self._name}) failed before the program began: {reason}")
         self._is_ready = True
 
     def result(self) -> Result:
-        """What became of the program, at the latest ``Limits.wall_s`` from now. ``SandboxError``: see ``wait_ready``; or
-        the launcher was killed from outside, as by the kernel when memory runs out."""
+        """Wait for the program, at most ``Limits.wall_s``, and return its result.
+
+        Raises:
+            SandboxError: it did not start, or the launcher was killed from outside, for example by the kernel out of memory.
+        """
         self.wait_ready()
         begin = time.monotonic()
         end, data = self._collect(begin + self._limits.wall_s, self._limits.output_kb << 10)
@@ -164,18 +167,18 @@ class Running:
         return Result(end, status, stdout, stderr, wall_s)
 
     def raise_if_killed(self) -> None:
-        """``SandboxError`` if the launcher died of a signal that this process did not send."""
+        """Raise ``SandboxError`` if a signal from outside killed the launcher."""
         status = self._process.poll()
         if status is not None and status < 0:
             raise SandboxError(f"the sandbox ({self._name}) was killed by signal {-status} from outside")
 
     def _collect(self, deadline: float, limit: int) -> tuple[End, list[bytes]]:
-        """Read stdout and stderr until they close, the deadline, or more than ``limit`` bytes of one."""
+        """Read stdout and stderr until both close, the deadline passes, or one exceeds ``limit`` bytes."""
         data = [bytearray(), bytearray()]
         end: End = "exit"
         with selectors.DefaultSelector() as selector:
             for pipe, received in zip((self._process.stdout, self._process.stderr), data, strict=True):
-                assert pipe is not None  # both were asked for
+                assert pipe is not None  # Popen got PIPE
                 selector.register(pipe, selectors.EVENT_READ, received)
             while selector.get_map() and end == "exit":
                 left = deadline - time.monotonic()
@@ -192,13 +195,13 @@ class Running:
         if end == "exit":
             try:
                 self._process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:  # it closed its pipes and goes on
+            except subprocess.TimeoutExpired:  # it closed its pipes but still runs
                 end = "time"
         return end, [bytes(received[:limit]) for received in data]
 
 
 def _sealed(text: str) -> IO[bytes]:
-    """A file in memory that whoever inherits it can only read."""
+    """Make a read-only file in memory that a child process can inherit."""
     file = os.fdopen(os.memfd_create("pgrpo", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "w+b")
     file.write(text.encode("utf-8", "replace"))
     file.seek(0)
@@ -207,8 +210,8 @@ def _sealed(text: str) -> IO[bytes]:
 
 
 def _own_uid(number: int) -> int | None:
-    """As root: a user that owns nothing, another one for each program that runs, as the kernel counts threads by user.
+    """As root, return a user id without files, distinct for each running program because the kernel counts threads per user.
 
-    ``number`` tells apart the programs of this process that run at one time. From the range that systemd keeps free for such users.
+    ``number`` distinguishes the running programs of this process. The range is the one that systemd reserves for dynamic users.
     """
     return 61184 + (os.getpid() * 61 + number) % 4096 if os.geteuid() == 0 else None

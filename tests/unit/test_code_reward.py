@@ -200,15 +200,18 @@ STACK = "class Stack(list):\n    def push(self, x): self.append(x)\nLIMIT = 4\nd
     ("test", "reason"),
     [
         ("s = Stack()\ns.push(1)\nassert s.pop() == 1", "they keep an instance of `Stack`"),
-        ("assert Stack().pop is not None", "they use `.pop` of what `Stack` returns"),
-        ("assert make().push(1) is None", "they use `.push` of what `make` returns"),
-        ("s = make()\ns.push(1)\nassert s == [1]", "they use `.push` of what the program returned"),
+        ("assert Stack().pop is not None", "they use `.pop` of the result of `Stack`"),
+        ("assert make().push(1) is None", "they use `.push` of the result of `make`"),
+        ("s = make()\ns.push(1)\nassert s == [1]", "they use `.push` of a result of the program"),
         ("assert show([Stack()]) == ''", "they pass an instance of `Stack`"),
-        ("assert isinstance(make(), Stack)", "they use the program's `Stack` other than by calling it"),
-        ("assert LIMIT == 4", "they use the program's `LIMIT` other than by calling it"),
-        ("assert Stack.push", "they use the program's `Stack` other than by calling it"),
-        ("assert make()() is None", "they call, enter or await what `make` returns"),
-        ("x = [2, 1]\nsort(x)\nassert x == [1, 2]", "they look at what `sort` does to its arguments, which are copies"),
+        ("assert isinstance(make(), Stack)", "they use the program's `Stack` without calling it"),
+        ("assert LIMIT == 4", "they use the program's `LIMIT` without calling it"),
+        ("assert Stack.push", "they use the program's `Stack` without calling it"),
+        ("assert make()() is None", "they call, enter or await the result of `make`"),
+        (
+            "x = [2, 1]\nsort(x)\nassert x == [1, 2]",
+            "they inspect arguments that `sort` changes in place, but it gets copies",
+        ),
         ("assert apply(lambda x: x, 1) == 1", "they pass an object of their own, such as a function"),
         ("assert True", "the tests call no function of the program"),
         ("assert add(1, 2) = 3", "the tests are not Python: "),
@@ -230,7 +233,7 @@ def test_they_run_in_the_same_process_if_the_recipe_says_so(caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING, "pgrpo"):
         test = ["s = Stack()\ns.push(LIMIT)\nassert s.pop() == 4"]
         assert score(block(STACK), test, isolation="same_process") == 1
-    assert "args.isolation is same_process: tests run in the program's own process, so a model can" in caplog.text
+    assert "args.isolation=same_process runs tests in the program's own process, so a model can" in caplog.text
     program, tests = CHEATS["exec is patched"]
     assert score(block(program), tests, isolation="same_process") == 1  # as it says
     with pytest.raises(ValueError, match="isolation is process or same_process, not 'none'"):
@@ -242,14 +245,14 @@ def test_an_object_where_data_is_wanted_fails_its_test_and_is_said(caplog: pytes
     with caplog.at_level(logging.WARNING, "pgrpo"):
         code = "def add(a, b): return a + b if a != 2 else object()"
         assert score(block(code), ADD, partial=True) == pytest.approx(2 / 3, abs=1e-12)
-    assert "a program returned an object that is no plain data, so its test failed" in caplog.text
+    assert "a program returned an object that is not plain data, so its test failed" in caplog.text
 
 
 def test_the_column_is_named_where_it_is_missing():
     runner = RewardRunner([RewardConfig("code")], on_error="mask")
     with runner, pytest.raises(ConfigError, match=r"reward `code` needs the column `tests`; the data has test_list"):
         runner.check(Prompt(0, "p", [1], {"test_list": ADD}))
-    with pytest.raises(ValueError, match=r"needs the column `tests`; there is test_list \(args.column names it\)"):
+    with pytest.raises(ValueError, match=r"no column `tests` \(args\.column\) among test_list"):
         Code()([""], test_list=[ADD])
 
 

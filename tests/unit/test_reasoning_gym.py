@@ -96,7 +96,7 @@ def test_tasks_not_on_the_list_are_refused_by_name(
     trace = tmp_path / "ran"
     attack = f"<answer>__import__('pathlib').Path({str(trace)!r}).touch()</answer>"
     with pytest.raises(
-        ValueError, match=rf"scorer of `{task}` runs the model's answer as code, or is not known .*: refused"
+        ValueError, match=rf"task `{task}` is refused: .*scorer runs the model's answer as code, or was not reviewed"
     ):
         reward([attack], [task], [{"answer": "1", "metadata": {}}], [{}])
     assert not trace.exists()

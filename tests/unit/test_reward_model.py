@@ -99,7 +99,9 @@ def test_a_gpu_without_room_stops_the_run_and_says_what_to_do(folder: Path, monk
     scored = group(Prompt(0, "1+1=", [0]), *(episode([0], text=text) for text in ("2", "3")))
     with (
         runner,
-        pytest.raises(RewardError, match=r"reward `reward_model` \(rewards\.functions\[0\]\): the GPU has no room for"),
+        pytest.raises(
+            RewardError, match=r"reward `reward_model` \(rewards\.functions\[0\]\): the GPU has not enough memory for"
+        ),
     ):
         runner.score([scored])
     assert len(loads) == 1

@@ -525,11 +525,11 @@ def test_without_a_sandbox_nothing_runs(monkeypatch: pytest.MonkeyPatch):
             patch.setattr(shutil, "which", lambda _: None)
             patch.setattr(subprocess, "Popen", lambda *a, **k: started.append(a))
             with pytest.raises(
-                SandboxError, match=r"no sandbox on this machine \(unshare: not installed; bwrap: not"
+                SandboxError, match=r"no sandbox works on this machine \(unshare: not installed; bwrap: not"
             ) as caught:
                 find_sandbox()
         assert "Install bubblewrap" in str(caught.value)
-        assert "take the reward `code` out of the recipe" in str(caught.value)
+        assert "remove the reward `code` from the recipe" in str(caught.value)
         assert started == []
     finally:
         find._find.cache_clear()
@@ -579,7 +579,7 @@ def test_an_ordinary_user_has_a_sandbox_too():
     if done.returncode == 77 or "Permission denied" in done.stderr:
         pytest.skip("no Python 3.11 that this user can read")
     assert done.returncode == 0, done.stderr
-    assert "1 PermissionError" in done.stdout or "no sandbox on this machine" in done.stdout
+    assert "1 PermissionError" in done.stdout or "no sandbox works on this machine" in done.stdout
 
 
 def test_threads_may_look_for_it_at_once():
