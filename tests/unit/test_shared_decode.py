@@ -188,12 +188,20 @@ def test_always_where_it_cannot_run_is_refused_and_auto_says_why(monkeypatch, ca
     always = config("always")
     always.rollout.allow_untested_vllm = True
     with pytest.raises(
-        ConfigError, match=r"rollout\.shared_decode: always, but it was tried with vLLM 0\.26, and this is"
+        ConfigError, match=r"rollout\.shared_decode: always, but it knows vLLM 0\.26, and this is 0\.27\.0"
     ):
         vllm_start.check_version(always, gpu)
     caplog.set_level(logging.INFO)
     assert vllm_start._shared_backend(config(), "cuda") is None
-    assert "it was tried with vLLM (none yet), and this is 0.27.0" in caplog.text
+    assert "it knows vLLM 0.26, and this is 0.27.0" in caplog.text
+    assert shared_decode.cannot(config("always"), "cuda", "0.26.0") is None
+    assert shared_decode.cannot(config("always"), "cpu", "0.26.0") == "it needs a GPU"
+    monkeypatch.setattr(shared_decode, "RAN", ())
+    assert shared_decode.cannot(config(), "cuda", "0.26.0") == (
+        "it has not run on a GPU with vLLM 0.26.0 yet; rollout.shared_decode=always tries it"
+    )
+    monkeypatch.setattr(shared_decode, "RAN", ("0.26",))
+    assert shared_decode.cannot(config(), "cuda", "0.26.0") is None
     assert vllm_start._shared_backend(config(), "cpu") is None
     assert vllm_start._shared_backend(config(group_size=2), "cuda") is None
     assert "a step would read 1.8 times fewer keys (rollout.group_size 2" in caplog.text
