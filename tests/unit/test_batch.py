@@ -1,6 +1,7 @@
 """Packing: the worked example of batch.py by hand, budgets, and how a step is shared out among ranks."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,7 +145,7 @@ def test_packed_tokens():
 
 
 def test_samples_of_a_group_that_share_a_prompt_are_one_tree():
-    prompt, rewritten = [1, 2, 3], [1, 9]
+    prompt, rewritten = [1, 2, 3], [1, 2, 9]
     a, b, c = sample(prompt, [4]), sample(list(prompt), [5]), sample(rewritten, [6, 7])
     other = sample(list(prompt), [8])
     trees = [
@@ -212,6 +213,10 @@ def test_fill_micro_batches_evens_out_costs_not_tokens():
     bins = fill_micro_batches(trees, 18, packed_tokens, cost)
     assert sorted(sum(map(cost, b)) for b in bins) == [74, 74]
     assert sorted(sum(map(cost, b)) for b in _first_fit(trees, 18, packed_tokens)) == [18, 130]
+    # Trees of 4, 6, 7 and 8 tokens that cost 10, 6, 5 and 2: by cost 12 and 11; by tokens, in order or in load, otherwise.
+    a, b, c, d = (sized(i, 1, [n - 1]) for i, n in enumerate([4, 6, 7, 8]))
+    costs = {4: 10, 6: 6, 7: 5, 8: 2}
+    assert fill_micro_batches([a, b, c, d], 14, packed_tokens, lambda g: costs[packed_tokens(g)]) == [[a, d], [b, c]]
     # Where evening out finds no room, first fit stands: 6 + 4 and 5 + 5 fill two bins of 10, 6 + 5 would not fit.
     tight = [sized(i, 1, [n - 1]) for i, n in enumerate([6, 5, 5, 4])]
     assert [[packed_tokens(g) for g in b] for b in fill_micro_batches(tight, 10)] == [[6, 4], [5, 5]]
@@ -238,6 +243,17 @@ def test_share_out_gives_every_sample_to_one_rank_once(trees, world_size, budget
     assert all(b and sum(map(tokens, b)) <= budget for batches in plan for b in batches)
     for given_ in trees:  # nothing was changed in place
         assert all(all(s.mask) for s in given_.samples)
+
+
+def test_the_costliest_micro_batch_comes_first_and_a_filler_is_the_shortest_sample_of_the_smallest_tree():
+    smallest = sized(1, 1, [4, 3, 6])
+    trees = [sized(0, 9, [6]), smallest, sized(2, 9, [7])]
+    (first, filler), others = share_out(trees, 2, 16, packed_tokens)
+    assert first == [trees[2]] and others == [[trees[0]], [smallest]]  # 16 tokens; 15 and 14
+    shortest = replace(smallest.samples[1], mask=[False] * 3, advantages=[0.0] * 3)
+    assert filler == [Tree([1], [shortest])]
+    ten, six, five = (sized(i, 1, [n - 1]) for i, n in enumerate([10, 6, 5]))
+    assert share_out([ten, six, five], 1, 16, packed_tokens) == [[[six, five], [ten]]]
 
 
 def test_share_out_of_nothing():

@@ -136,3 +136,5 @@ def test_few_groups_are_scored_more_than_once_but_no_text_twice():
     groups = [group([i], completion(4), completion(5), completion(4), completion(4, first=1)) for i in range(3)]
     got = [(tree.prompt_ids[0], *tree.lengths, tree.samples[0].token_ids[0]) for tree in pick(trees_of(groups))]
     assert got == [(0, 5, 0), (1, 5, 0), (2, 5, 0), (0, 4, 0), (1, 4, 0), (2, 4, 0), (0, 4, 1), (1, 4, 1), (2, 4, 1)]
+    alike = group([0], completion(7), completion(6))  # in what is scored of them
+    assert [tree.lengths for tree in pick(trees_of([alike]), 5)] == [[5]]
