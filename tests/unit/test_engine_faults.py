@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pgrpo
-from pgrpo import checkpoint
+from pgrpo import checkpoint, grpo
 from pgrpo.rollout.vllm.canary import CanaryError
 from pgrpo.rollout.vllm.delivery import DeliveryError
 from pgrpo.rollout.vllm.engine import EngineError
@@ -96,12 +96,20 @@ def test_weights_that_do_not_arrive_stop_the_run(train, tmp_path, fault, error, 
     assert steps(tmp_path) == [1, 2] and saved(tmp_path) == ["step_2"]
 
 
-def test_a_completion_that_vllm_aborts_is_sampled_again(train, tmp_path, caplog):
+def test_a_completion_that_vllm_aborts_is_sampled_again(train, tmp_path, caplog, monkeypatch):
+    versions, update = [], grpo.update
+
+    def noting(learner, progress, groups):
+        versions.append({sample.weights_version for group in groups for sample in group.samples})
+        return update(learner, progress, groups)
+
+    monkeypatch.setattr(grpo, "update", noting)
     train("give_up:6", "track.completions=16")
     assert caplog.text.count("vLLM gave up completions of 1 of 4 prompts (abort): they are sampled again") == 1
     rows = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
     assert [sum(row["step"] == step for row in rows) for step in (1, 2, 3, 4)] == [16] * 4
     assert all((row["reward"] > 0) == bool(row["completion"]) for row in rows)
+    assert versions == [{0}, {1}, {2}, {3}]  # of the weights: the steps behind them
 
 
 def test_a_completion_that_vllm_always_aborts_stops_the_run(train, tmp_path):

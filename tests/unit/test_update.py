@@ -6,6 +6,7 @@ import math
 import shutil
 from contextlib import ExitStack
 
+import making
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,7 +16,7 @@ from pgrpo.algorithm.loss import policy_loss
 from pgrpo.algorithm.metrics import group_metrics
 from pgrpo.config import LossConfig, load_config
 from pgrpo.distributed.world import World
-from pgrpo.grpo import backward, sample_groups, update
+from pgrpo.grpo import backward, grpo_step, sample_groups, update
 from pgrpo.model.policy import Policy
 from pgrpo.model.proof import reference_logprobs, tokens_as_groups
 from pgrpo.packing.batch import build_batch
@@ -23,6 +24,7 @@ from pgrpo.packing.forest import trees_of
 from pgrpo.training.build import build as build_parts
 from pgrpo.training.progress import Progress
 from pgrpo.training.update import count, has_gradient, micro_batches, refresh_reference
+from pgrpo.types import Sample
 
 FLAT = [1.0, 1.0, 1.0, 1.0]
 SKIPPED = "Skipped the update: in every group all rewards are equal, or all completions masked: no gradient"
@@ -187,6 +189,27 @@ def test_tokens_that_the_policy_did_not_sample_are_read_and_neither_in_the_loss_
         gradients(parts, groups), {n: p.grad for n, p in Policy(model).named_parameters() if p.grad is not None}
     )
     assert step(parts, groups)["loss"] == pytest.approx(loss.item(), abs=1e-6)
+
+
+def test_counts_are_of_all_samples_and_of_the_tokens_that_the_policy_sampled():
+    """An episode whose history was rewritten has two samples."""
+    one = making.group([1], making.episode([4, 5, 6], mask=[True, False, True]), making.episode([7]))
+    one.episodes[0].samples.append(Sample([1, 9], [8], [True], [0.0]))
+    assert count([one, one]) == (2 * 4, 2 * 3)
+
+
+def test_a_step_s_samples_say_which_weights_sampled_them_and_their_tokens_have_their_episode_s_advantage(build):
+    parts = build("optim.schedule=constant")
+    for done in (0, 3):
+        groups, _ = grpo_step(parts, Progress(step=done))
+        assert {sample.weights_version for sample in samples_of(groups)} == {done}
+        assert any(has_spread(group.rewards) for group in groups)
+        for group in groups:
+            rewards = torch.tensor(group.rewards, dtype=torch.float64)
+            wanted = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+            for episode, advantage in zip(group.episodes, wanted.tolist(), strict=True):
+                (sample,) = episode.samples
+                assert sample.advantages == pytest.approx([advantage] * len(sample.token_ids))
 
 
 def cut(groups, *where):
