@@ -116,6 +116,7 @@ def test_bfloat16_error_is_at_most_twice_that_of_a_plain_computation(monkeypatch
     assert got[1].dtype == got[2].dtype == torch.bfloat16
     for name, g, p, e in zip(["logprobs", "dhidden", "dweight"], got, plain, exact, strict=True):
         assert error(g, e) <= 2 * error(p, e), name
+    assert error(got[2], exact[2]) <= error(plain[2], exact[2]), "chunks are added up in float32"
 
 
 def test_large_logits_do_not_overflow():

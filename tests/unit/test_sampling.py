@@ -60,6 +60,11 @@ def test_logprobs_are_those_of_the_renormalised_distribution(params):
     assert got.exp().squeeze(0).tolist() == pytest.approx(exact(PROBS, params), abs=1e-6)
 
 
+def test_a_token_goes_where_those_before_it_have_top_p_to_the_bit():
+    kept = sampling_logprobs(torch.zeros(1, 4), SamplingParams(1, top_p=0.5))
+    assert sorted(kept[0].exp().tolist()) == [0, 0, 0.5, 0.5]
+
+
 @pytest.mark.parametrize("params", CASES)
 def test_frequencies(params):
     """Chi-square of 20000 draws; 6 degrees of freedom at most, 22.5 is the 99.9th percentile. The seeds are fixed."""
@@ -95,6 +100,17 @@ def test_one_draw_in_a_large_vocabulary_is_the_inverse_of_the_cumulative_distrib
     for row, (token, u) in enumerate(zip(tokens.tolist(), uniform.tolist(), strict=True)):
         assert cumulative[row, token] > u - 1e-6
         assert token == 0 or cumulative[row, token - 1] <= u + 1e-6
+    # A row's own sum, which float32 leaves a little beside 1, is the end of its interval.
+    assert draw(rows, SamplingParams(1), torch.full((20,), 1 - 2**-24))[0].max() < 5000
+
+
+def test_tokens_that_float32_cannot_add_to_one_are_drawn():
+    """64 tokens of 2^-26 each behind one that has the rest: float32 counts in steps of 2^-24 there."""
+    row = torch.tensor([[math.log(1 - 2**-20), *[-26 * math.log(2)] * 64]])
+    uniform = 1 - torch.arange(1, 16) * 2**-24
+    cumulative = row.log_softmax(-1)[0].exp().double().cumsum(-1)
+    wanted = [int((cumulative > u * cumulative[-1]).nonzero()[0]) for u in uniform.double()]
+    assert draw(row.expand(15, -1), SamplingParams(1), uniform)[0].tolist() == wanted
 
 
 def test_temperature_zero_takes_the_likeliest_and_reports_the_model_s_own_logprob():
