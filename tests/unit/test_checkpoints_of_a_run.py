@@ -110,6 +110,28 @@ def test_another_run_may_go_on_with_other_data_and_begins_at_its_first_prompt(sa
     assert torch.equal(other.policy.model.weight, saved.policy.model.weight)
 
 
+def test_a_step_is_saved_again_once_its_metrics_are_logged(saved, tmp_path):
+    saved.progress.unlogged = None
+    saved.checkpoints.save(TRACKERS)
+    saved.checkpoints.wait()
+    run = build(tmp_path / "run")
+    run.checkpoints.restore("auto")
+    assert run.progress.step == 3 and run.progress.unlogged is None
+
+
+def test_another_run_s_checkpoint_is_not_this_run_s_own(saved, tmp_path):
+    """The step that it went on from is saved in its own folder, also where nothing of it waits any more."""
+    saved.progress.step, saved.progress.unlogged = 4, None
+    saved.checkpoints.save(TRACKERS)
+    saved.checkpoints.wait()
+    other = build(tmp_path / "other")
+    other.checkpoints.restore(tmp_path / "run" / "checkpoints" / "step_4")
+    assert other.progress.step == 4 and other.progress.best is None
+    other.checkpoints.save(TRACKERS)
+    other.checkpoints.wait()
+    assert [path.name for path in (tmp_path / "other" / "checkpoints").iterdir()] == ["step_4"]
+
+
 def test_a_link_that_is_named_is_the_checkpoint_it_points_to(saved, tmp_path):
     (tmp_path / "newest").symlink_to(tmp_path / "run" / "checkpoints" / "step_3")
     run = build(tmp_path / "run")

@@ -266,7 +266,9 @@ def test_a_refreshed_reference_is_the_policy(build):
     assert isinstance(parts.learner.reference, Policy)
     assert step(parts, groups)["kl"] == 0
     assert step(parts, groups)["kl"] > 1e-4
+    before = weights(parts)
     refresh_reference(parts.learner)
+    assert_unmoved(parts, before)
     assert step(parts, groups)["kl"] == 0
     assert not any(p.requires_grad for p in parts.learner.reference.parameters())
 
@@ -403,6 +405,17 @@ def assert_unmoved(parts, before):
 
 def weights(parts):
     return copy.deepcopy(parts.policy.model.state_dict())
+
+
+@pytest.mark.faults
+def test_a_gradient_that_overflows_beside_a_finite_loss_is_skipped(build):
+    parts, groups = build(), make_groups()
+    for sample in samples_of(groups):
+        sample.advantages = [1e30 * advantage for advantage in sample.advantages]
+    before = weights(parts)
+    metrics = step(parts, groups)
+    assert math.isfinite(metrics["loss"]) and metrics["grad_norm"] == math.inf and metrics["skipped_updates"] == 1
+    assert_unmoved(parts, before)
 
 
 @pytest.mark.faults
