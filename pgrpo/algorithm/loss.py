@@ -74,16 +74,17 @@ def policy_loss(
     """
     # Mask before exp: an overflow would give nan gradients even if it were masked afterwards.
     log_ratio_BR = log_importance_ratio(torch.where(mask_BR, logprobs_BR - old_logprobs_BR, 0.0), mask_BR, config.ratio)
-    objective_BR = surrogate(log_ratio_BR, torch.where(mask_BR, logprobs_BR, 0.0), advantages_BR, config)
-
-    corrected_BR = torch.zeros_like(mask_BR)
+    advantages_BR = torch.where(mask_BR, advantages_BR, 0.0)
+    correction_BR, corrected_BR = torch.ones_like(log_ratio_BR), torch.zeros_like(mask_BR)
     if config.rollout_correction != "none":
         if rollout_logprobs_BR is None:
             raise ValueError(f"rollout_correction={config.rollout_correction} needs rollout_logprobs")
         correction_BR, corrected_BR = rollout_correction(
             old_logprobs_BR, rollout_logprobs_BR, mask_BR, config.rollout_correction, config.rollout_correction_cap
         )
-        objective_BR = objective_BR * correction_BR
+    # Without an advantage the surrogate takes no exp of a ratio, which may overflow where the correction drops the token.
+    kept_BR = torch.where(correction_BR == 0, 0.0, advantages_BR)
+    objective_BR = surrogate(log_ratio_BR, torch.where(mask_BR, logprobs_BR, 0.0), kept_BR, config) * correction_BR
 
     kl_BR = torch.zeros_like(log_ratio_BR)
     if config.kl_coef:

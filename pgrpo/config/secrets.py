@@ -32,6 +32,7 @@ _ESCAPES = (
     lambda text: repr(text)[1:-1],
     lambda text: repr(text + "'\"")[1:-4],  # as part of a text that contains both kinds of quotes
     lambda text: text.encode("unicode_escape").decode(),
+    lambda text: repr(text.encode(errors="surrogatepass"))[2:-1],
     html.escape,
     lambda text: quote(text, errors="surrogatepass"),
     lambda text: quote(text, safe="", errors="surrogatepass"),

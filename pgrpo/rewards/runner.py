@@ -21,6 +21,9 @@ from pgrpo.rewards.pool import Workers
 from pgrpo.rewards.scoring import Fault, Outcome, RewardError, RewardReport, Scored, Scoring
 from pgrpo.types import Group, Prompt
 
+LARGEST = 1e30
+"""Of a reward's magnitude: times the largest weight, advantages still fit into float32."""
+
 
 class RewardRunner:
     """The reward functions of a run.
@@ -192,11 +195,13 @@ def _outcome(value: Any) -> Outcome:
     """Of one entry of a function's list."""
     if value is None:
         return None
-    if isinstance(value, Real) and math.isfinite(value):
+    if isinstance(value, Real) and abs(value) <= LARGEST:  # not so of nan
         return float(value)
     if isinstance(value, Exception):
         return Fault(f"it returned the error {describe(value)}")
-    return Fault(f"it returned {value!r:.80}, not a finite number or None")
+    is_finite = isinstance(value, Real) and abs(value) < math.inf
+    wanted = f"a number of magnitude {LARGEST:g} at most" if is_finite else "a finite number or None"
+    return Fault(f"it returned {value!r:.80}, not {wanted}")
 
 
 def _file(worker: str) -> str:

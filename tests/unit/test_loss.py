@@ -197,7 +197,7 @@ EVERYTHING = {"kl_coef": 0.1, "entropy_coef": 0.1, "correction": "sequence_trunc
 
 @pytest.mark.faults
 @pytest.mark.parametrize("bad", [1e4, -1e4, math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("where", [0, 1, 2, 5, 6])
+@pytest.mark.parametrize("where", [0, 1, 2, 4, 5, 6])
 @pytest.mark.parametrize(
     "keys", [*({"aggregate": a} | EVERYTHING for a in AGGREGATES), {"objective": "cispo"}], ids=str
 )
@@ -321,6 +321,20 @@ def test_a_ratio_that_overflows_is_clipped_without_nan(objective, ratio):
         assert logp.grad.flatten().tolist() == pytest.approx([0, 0, 0, -2 * math.exp(0.1) / 4])
     else:  # every token has a gradient: the clipped ratio times the advantage
         assert logp.grad.flatten().tolist() == pytest.approx([-1.2 * 2 / 4, 0.8 * 2 / 4, 0, -2 * math.exp(0.1) / 4])
+
+
+@pytest.mark.parametrize("correction", ["token_mask", "sequence_mask"])
+def test_a_ratio_that_overflows_is_dropped_without_nan(correction):
+    """The correction masks the first sample, whose ratio exp(149) no clip limits: its advantage is negative."""
+    logp = torch.tensor([[-1.0], [-1.0]], requires_grad=True)
+    old, sampler = torch.tensor([[-150.0], [-1.1]]), torch.tensor([[-1.0], [-1.1]])
+    mask, advantages = torch.ones(2, 1, dtype=torch.bool), torch.tensor([[-1.0], [2.0]])
+    config = LossConfig(rollout_correction=correction)
+    out = policy_loss(logp, old, advantages, mask, Counts(2, 2), config, LENGTH, rollout_logprobs_BR=sampler)
+    out.loss.backward()
+    assert logp.grad is not None and out.corrected == 1
+    assert out.loss.item() == pytest.approx(-2 * math.exp(0.1) / 2)
+    assert logp.grad.flatten().tolist() == pytest.approx([0, -2 * math.exp(0.1) / 2])
 
 
 def test_token_weights_by_hand():

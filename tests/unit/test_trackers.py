@@ -451,6 +451,12 @@ def test_digits_of_a_secret_are_digits_of_a_number_too(tmp_path, monkeypatch):
     assert (row["step"], row["reward"], row["prompt"]) == (123456, 123456.5, "pin (redacted)")
 
 
+def test_a_secret_as_bytes_in_a_column_is_redacted(monkeypatch):
+    monkeypatch.setattr(secrets, "_spellings", [])
+    secrets.remember(SECRET)
+    assert json.loads(secrets.to_json({"nested": [{"key": SECRET.encode()}]})) == {"nested": [{"key": "b'(redacted)'"}]}
+
+
 LINKS = ("log.txt", "metrics.jsonl", "completions.jsonl")
 
 
