@@ -139,7 +139,7 @@ def test_other_tasks(gym: Any, reward: ReasoningGym, task: str):
 def test_a_scorer_that_does_not_end_fails_that_sample_alone(
     gym: Any, reward: ReasoningGym, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(reward._pool, "_function", _slow_for_slow)
+    monkeypatch.setattr("pgrpo.rewards.reasoning_gym._score", _slow_for_slow)
     scores = score(reward, gym, "leg_counting", "<answer>1</answer>", "<answer>slow</answer>", timeout_s=1.0)
     assert scores[0] == 5.0
     assert isinstance(scores[1], RuntimeError)
@@ -165,5 +165,5 @@ def test_rows_of_the_recipe(gym: Any, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="train and eval"):
         rows("test")
     monkeypatch.setitem(rows.__globals__["TASKS"], "n_queens", {})
-    with pytest.raises(ValueError, match="scorer of `n_queens` runs"):
+    with pytest.raises(ValueError, match="task `n_queens` is refused"):
         rows("train")
