@@ -136,6 +136,11 @@ def _tokenize_raw(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[
 def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool) -> list[list[int]]:
     if not texts:
         return []
-    batch = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
+    try:
+        batch = tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False)
+    except Exception as error:  # the tokenizers package raises no other class, for a character without an id, say
+        if len(texts) == 1:
+            raise ConfigError(f"the model's tokenizer cannot encode the prompt {texts[0]!r:.200} ({error})") from error
+        return [ids for text in texts for ids in _tokenize([text], tokenizer, add_special_tokens)]  # which one it is
     ids: Any = batch["input_ids"]
     return ids

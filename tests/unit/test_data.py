@@ -276,6 +276,14 @@ def test_null_and_empty_prompts():
         load([])
 
 
+def test_a_character_that_the_tokenizer_has_no_id_for_names_the_prompt():
+    """As the quick start's tokenizer, which has no unknown token either."""
+    model = Tokenizer(models.WordLevel({"1": 0, "+": 1, "=": 2}))
+    model.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    with pytest.raises(ConfigError, match=r"the model's tokenizer cannot encode the prompt '1\+2=' \(.*UNK.*\)"):
+        load([{"q": "1+1"}, {"q": "1+2"}], raw("{q}="), PreTrainedTokenizerFast(tokenizer_object=model))
+
+
 def test_no_chat_template_names_the_raw_prompt():
     with pytest.raises(ConfigError, match=r"no chat template; give a raw prompt with prompt\.template"):
         load(prompt=chat("{question}"), tokenizer=make_tokenizer(chat_template=None))
