@@ -1,4 +1,4 @@
-"""Which engine samples, how it is built, and whether it has the policy's weights."""
+"""Builds the engine that samples, and the canary that checks that it has the policy's weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ VLLM_KEYS = (
 
 
 def check_engine(config: Config, dims: ModelDims, world: World) -> None:
-    """Refuse an engine that cannot run as configured, before a weight is loaded.
+    """Refuse an engine that cannot run as configured. Runs before weights are loaded.
 
     Raises:
         ConfigError: with the key and what to do.
@@ -74,10 +74,10 @@ def check_engine(config: Config, dims: ModelDims, world: World) -> None:
 def build_engine(
     config: Config, world: World, policy: Policy, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]
 ) -> RolloutEngine:
-    """The engine that ``check_engine`` let pass. A collective call.
+    """The configured engine, which ``check_engine`` accepted. A collective call.
 
     Raises:
-        ConfigError: vLLM has no room beside the policy.
+        ConfigError: the policy leaves too little memory for vLLM.
     """
     if engine_name(config, world.device) == "embedded":
         return EmbeddedEngine(
@@ -106,11 +106,11 @@ class ScoringEngine(Protocol):
 
 
 class Canary:
-    """Compares, every so many steps, what an update did to the policy's log-probs with what it did to the engine's.
+    """Compares the change of the policy's log-probs by an update with the change of the engine's.
 
     Args:
-        every: steps between two checks; the first step's update is always checked.
-        most_tokens: of a completion that are scored.
+        every: steps between two checks, beginning with the first step.
+        most_tokens: the most tokens of a completion that are scored.
     """
 
     def __init__(self, world: World, policy: Policy, engine: ScoringEngine, every: int, most_tokens: int) -> None:
@@ -121,22 +121,23 @@ class Canary:
         self._new: list[float] | None = None
 
     def before_update(self, step: int, groups: Sequence[Group]) -> None:
-        """Remember some of the step's samples, which rank 0 has, and their log-probs. A collective call."""
+        """Record some of the step's samples and their log-probs. ``groups`` are rank 0's. A collective call."""
         self._trees, self._new = [], None
         if step % self.every == 0:
             self._trees = self.world.from_main(canary.pick(trees_of(groups), self.most_tokens))
             self._old = self._logprobs()
 
     def after_update(self) -> None:
-        """Their log-probs now. A collective call."""
+        """Record the log-probs of these samples again. A collective call."""
         if self._trees:
             self._new = self._logprobs()
 
     def look(self) -> dict[str, float]:
-        """What the engine, awake on the new weights, says of them. Returns metrics where there was something to compare.
+        """Score these samples with the engine, which is awake with the new weights, and compare. Returns metrics, if there was an
+        update to check.
 
         Raises:
-            CanaryError: the engine has other weights; where it is another rank's, ``RankFailed``.
+            CanaryError: the engine has other weights. ``RankFailed``: another rank's engine has.
         """
         if self._new is None:
             return {}
@@ -156,7 +157,7 @@ class Canary:
 
 
 def build_canary(config: Config, world: World, policy: Policy, engine: RolloutEngine) -> Canary | None:
-    """None where there is nothing to check: the embedded engine is the policy; and with completions of one token."""
+    """The canary; None if it is off, for the embedded engine, which has no weights of its own, and for completions of one token."""
     most_tokens = min(canary.TOKENS, config.rollout.max_completion_tokens - 1)  # vLLM samples one more to score
     if not config.rollout.canary_every or not most_tokens or not isinstance(engine, vllm.VLLMEngine):
         return None

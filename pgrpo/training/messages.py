@@ -1,4 +1,4 @@
-"""What a run tells people beside its metrics: what it is, why memory ran out, and which batch could not be learned from."""
+"""Messages of a run: its summary, advice when memory runs out, and the dump of a batch whose loss is not finite."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from pgrpo.types import Group
 
 
 def summary(parts: Parts, folder: Path) -> str:
-    """One line at the start of a run."""
+    """The line that a run logs when it starts."""
     config, world, policy = parts.config, parts.world, parts.policy
     total = sum(p.numel() for p in policy.parameters())
     trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     parameters = f"{total / 1e6:.1f}M parameters" + (f" ({trained / 1e6:.2f}M trained)" if trained < total else "")
     share = ""
-    if engine_name(config, world.device) == "vllm":  # somebody may want to change it
+    if engine_name(config, world.device) == "vllm":  # a value to start from, for who wants to set it
         share = f" with gpu_memory_utilization {vllm_memory_share(config, parts.learner.dims, world):.2f}"
     return (
         f"{config.model.path}: {parameters}, {config.model.attention} attention on the "
@@ -70,7 +70,7 @@ def out_of_memory(error: Exception, parts: Parts, progress: Progress) -> Runtime
 
 @contextmanager
 def naming_the_batch(parts: Parts, progress: Progress, groups: Sequence[Group]) -> Iterator[None]:
-    """Where an update raises ``NonFiniteError``, write the step's groups and add to the message where they are."""
+    """If the block raises ``NonFiniteError``, write the step's groups to a file and add its name to the message."""
     try:
         yield
     except NonFiniteError as error:
@@ -89,7 +89,7 @@ def _dump(parts: Parts, progress: Progress, groups: Sequence[Group]) -> str:
     try:
         if parts.world.is_main:
             rows: list[Any] = redact(list(groups))  # as mappings
-            for row in rows:  # token ids are the secret too
+            for row in rows:  # token ids spell secrets too
                 in_prompt = REDACTED in row["prompt"]["text"]
                 if in_prompt:
                     row["prompt"]["token_ids"] = REDACTED
@@ -108,7 +108,7 @@ def _dump(parts: Parts, progress: Progress, groups: Sequence[Group]) -> str:
 
 
 class StepClock:
-    """Seconds, FLOPs and memory of one step, from its construction to ``metrics``."""
+    """Measures seconds, FLOPs and memory of one step, from its construction to ``metrics``."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts, self._started = parts, time.perf_counter()
@@ -116,13 +116,13 @@ class StepClock:
         self._reset_peak()
 
     def sampled(self) -> None:
-        """Sampling and scoring are done, the update begins."""
+        """Call this between scoring and the update."""
         self._sampled = time.perf_counter()
-        if self._parts.engine.counted_bytes:  # the memory of an engine of its own in the rollout is its own affair
+        if self._parts.engine.counted_bytes:  # a separate engine's memory in the rollout does not count
             self._reset_peak()
 
     def metrics(self, groups: Sequence[Group], updated: dict[str, float]) -> dict[str, float]:
-        """The step is done. ``groups`` are rank 0's, ``updated`` the metrics of the updates."""
+        """Metrics at the end of the step. ``groups`` are rank 0's, ``updated`` the metrics of the updates."""
         learner, world = self._parts.learner, self._parts.world
         world.synchronize()
         done = time.perf_counter()
@@ -145,7 +145,7 @@ class StepClock:
             torch.cuda.reset_peak_memory_stats()
 
     def _peak_memory(self) -> float:
-        """GiB of this rank: the step's peak on a GPU, of the update alone beside a sleeping vLLM; the process's peak on a CPU."""
+        """Peak memory of this rank in GiB: on a GPU of the step, or with vLLM of the update alone; on a CPU of the process."""
         if self._parts.world.device.type == "cuda":
             return (torch.cuda.max_memory_allocated() - self._parts.engine.counted_bytes) / GIB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB

@@ -1,4 +1,4 @@
-"""AdamW whose moments live in host memory and visit the GPU once an update, piece by piece, while other pieces are computed."""
+"""AdamW with moments in host memory, which are copied to the GPU and back in pieces during an update."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch.optim.adamw import adamw
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PIECE = 2**26
-"""Elements of a moment that travel at once: 256 MiB."""
+"""Elements of a moment in one copy: 256 MiB."""
 PIECES_ON_GPU = 3
-"""Arriving, in work, leaving."""
+"""One is copied in, one updated, one copied out."""
 
 
 class OffloadedAdamW(torch.optim.AdamW):
     """The same update as ``torch.optim.AdamW(fused=True)``, which it calls on pieces of every parameter.
 
-    Each piece's two moments are copied in on one stream, updated on the main stream and copied out on a third, so that both
-    directions of the bus are busy while the arithmetic (which is little) hides behind them. Parameters and gradients stay on the
-    GPU. The moments are flat pinned tensors of this rank's shard.
+    Each piece's two moments are copied in on one stream, updated on the main stream and copied out on a third, so copies in both
+    directions overlap, and the little arithmetic with them. Parameters and gradients stay on the GPU. The moments are flat pinned
+    tensors of this rank's shard.
     """
 
     def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, **settings, fused=True)
 
     def init_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Zero moments in host memory, unless the parameter has some."""
+        """The parameter's state; if it has none, make zero moments in host memory."""
         state = self.state[parameter]
         if not state:
             size, device = local(parameter).numel(), local(parameter).device
@@ -53,7 +53,7 @@ class OffloadedAdamW(torch.optim.AdamW):
                 for name, moment in zip(MOMENTS, moments, strict=True):
                     moment.copy_(state[name][rows], non_blocking=True)
             main.wait_stream(copy_in)
-            # adamw counts the step once a piece; only a parameter's first piece may.
+            # adamw increments the step in every piece; only a parameter's first piece may.
             step = state["step"] if rows.start == 0 else state["step"] - 1
             adamw(
                 [values], [local(gradient).view(-1)[rows]], [moments[0]], [moments[1]], [], [step], fused=True, foreach=False,
@@ -66,7 +66,7 @@ class OffloadedAdamW(torch.optim.AdamW):
                     state[name][rows].copy_(moment, non_blocking=True)
                 emptied[slot].record()
         main.wait_stream(copy_out)
-        main.synchronize()  # the host may read the moments now
+        main.synchronize()  # from here the host may read the moments
 
     def _pieces(self) -> Iterator[tuple[dict[str, Any], Tensor, Tensor, slice]]:
         """(parameter group, parameter, its gradient, rows of their flat shards) of everything that has a gradient."""

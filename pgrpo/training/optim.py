@@ -1,4 +1,4 @@
-"""AdamW, its learning rate, and its state as named tensors."""
+"""AdamW, learning rate schedules, gradient clipping, and the optimizer's state as named tensors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pgrpo.training.offload import MOMENTS, OffloadedAdamW
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) with decoupled weight decay of matrices: norms, biases and embeddings (a head that is tied to
-    them too) have none."""
+    """AdamW (arXiv 1711.05101) with weight decay for matrices only: not for norms, biases and embeddings (tied heads are
+    embeddings)."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     decays = [p.ndim >= 2 and id(p) not in embeddings for p in parameters]
@@ -35,7 +35,8 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
-    """Learning rate of 0-based ``step``: linear warm-up over ``warmup_steps``, then the schedule down to 0 after the last step."""
+    """Learning rate of 0-based ``step``: linear warm-up over ``warmup_steps``, then the schedule, which reaches 0 after the last
+    step."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -52,13 +53,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def clip_gradients(module: nn.Module, max_norm: float) -> float:
-    """Scale gradients to a global norm of at most ``max_norm`` (0: leave them); returns the norm before, over all ranks."""
+    """Scale gradients to a global norm of at most ``max_norm`` (0: no clipping). Returns the norm before, over all ranks."""
     norm = nn.utils.clip_grad_norm_(module.parameters(), max_norm if max_norm > 0 else float("inf"))
     return float((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
 
 
 def optimizer_shards(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Shard]:
-    """This rank's part of AdamW's moments, and the step counts, as ``<parameter name>.<moment>``; shares their memory."""
+    """This rank's shards of AdamW's moments, and the step counts, as ``<parameter name>.<moment>``. Shares their memory."""
     shards = {}
     for name, parameter in module.named_parameters():
         state = optimizer.state.get(parameter)
@@ -73,11 +74,11 @@ def optimizer_shards(optimizer: torch.optim.Optimizer, module: nn.Module) -> dic
 def load_optimizer_shards(
     optimizer: torch.optim.Optimizer, module: nn.Module, names: Container[str], read: Callable[[str, Shard], Tensor]
 ) -> None:
-    """Put what ``optimizer_shards`` gave back, on any number of ranks. A parameter that had no state gets none.
+    """Restore the state that ``optimizer_shards`` gave, on any number of ranks. A parameter that had no state gets none.
 
     Args:
-        names: what was saved.
-        read: gives the part of a saved tensor that lies where a shard lies.
+        names: names of the saved tensors.
+        read: reads the part of a saved tensor that a shard covers.
     """
     for name, parameter in module.named_parameters():
         if f"{name}.step" not in names:
@@ -95,7 +96,7 @@ def load_optimizer_shards(
 
 
 def _moment_shard(moment: Tensor, parameter: nn.Parameter) -> Shard:
-    """A moment lies where its parameter lies; an offloaded one is a flat tensor in host memory."""
+    """A moment is sharded like its parameter. An offloaded one is a flat tensor in host memory."""
     if isinstance(moment, DTensor) or not isinstance(parameter, DTensor):
         return shard_of(moment.view(parameter.shape))
     place = shard_of(parameter)

@@ -1,4 +1,4 @@
-"""A model on this rank's device: loaded, with attention, recomputation and compilation as configured, and sharded."""
+"""Loads a model, sets its attention, recomputation and compilation as configured, and shards it over ranks."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from pgrpo.planning.placement import attention_choice, compute_dtype, is_compile
 
 
 def place_policy(config: Config, world: World) -> Policy:
-    """The model on this rank's device, sharded where there are several ranks. With LoRA it is frozen, in the compute dtype, and
-    has new adapters.
+    """The model on this rank's device, sharded if there are several ranks. With LoRA the model is frozen in the compute dtype and
+    gets new adapters.
 
     Raises:
         ConfigError: the model cannot run on this device as configured.
@@ -36,9 +36,9 @@ def place_policy(config: Config, world: World) -> Policy:
 
 
 def place_reference(config: Config, world: World) -> Policy:
-    """The initial model for the KL term: frozen, sharded like the policy, and in the compute dtype, which gives the same bits as
-    float32 weights that are cast in each forward. With ``loss.ref_offload=cpu`` it is in host memory and visits the GPU layer by
-    layer."""
+    """The initial model for the KL term: frozen, sharded like the policy, and in the compute dtype, with the same bits as float32
+    weights that are cast in each forward. With ``loss.ref_offload=cpu`` it is in host memory, and a layer is on the GPU only while
+    it computes."""
     model = load_model(
         config.model, config.data.max_prompt_tokens + config.rollout.max_completion_tokens, compute_dtype(config)
     )
@@ -49,7 +49,7 @@ def place_reference(config: Config, world: World) -> Policy:
 
 
 def wrap(model: PreTrainedModel, config: Config, world: World) -> Policy:
-    """A policy whose layers run as configured. Does not move the weights."""
+    """A policy with attention, recomputation and compilation as configured. Does not move the weights."""
     dims = ModelDims.from_config(model.config)
     policy = Policy(model, config.rollout.temperature, attention_choice(config, dims, world.device))
     set_up_layers(

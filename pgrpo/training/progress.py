@@ -1,4 +1,4 @@
-"""How far a run has come: what changes from step to step beside weights, moments, data position and random numbers."""
+"""State of a run that changes from step to step, except weights, moments, data position and random numbers."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Progress:
-    """Saved in every checkpoint.
+    """Saved in every checkpoint, except ``has_moved``.
 
     Attributes:
-        step: steps that are done.
-        recent_rewards: mean rewards of the last of them.
+        step: number of finished steps.
+        recent_rewards: mean rewards of the last steps.
         best: step and value of the best evaluation so far, by ``checkpoint.keep_best``.
-        unlogged: metrics of ``step``, as long as they wait for an evaluation.
-        skipped_in_row: updates that were skipped since the last one that was not.
-        has_moved: whether an update has begun to change weights since the last finished step. Not saved.
+        unlogged: metrics of ``step`` while they wait for an evaluation, else None.
+        skipped_in_row: updates skipped since the last that was not.
+        has_moved: whether the unfinished step has changed weights.
     """
 
     step: int = 0
@@ -32,7 +32,7 @@ class Progress:
     has_moved: bool = False
 
     def is_best(self, name: str | None, metrics: Mapping[str, float]) -> bool:
-        """Whether metric ``name`` of an evaluation of a trained model is the highest so far; if so it is noted as ``best``."""
+        """Whether metric ``name`` of an evaluation is the highest so far; then it becomes ``best``. False before training."""
         if name is None or self.step == 0 or not metrics[name] > (self.best["value"] if self.best else -math.inf):
             return False
         self.best = {"step": self.step, "value": metrics[name]}
@@ -40,7 +40,7 @@ class Progress:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """As JSON types. Numbers that may be nan, which JSON has not, are text."""
+        """As JSON types. Numbers that may be nan are text, as JSON has no nan."""
         return {
             "step": self.step,
             "recent_rewards": [repr(reward) for reward in self.recent_rewards],
@@ -50,7 +50,7 @@ class Progress:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what ``state_dict`` gave."""
+        """Restore what ``state_dict`` gave."""
         self.step, self.best, unlogged = state["step"], state["best"], state["unlogged"]
         self.skipped_in_row = state["skipped_in_row"]
         self.recent_rewards = [float(reward) for reward in state["recent_rewards"]]

@@ -1,7 +1,7 @@
-"""A training in its folder: what surrounds the algorithm from the first lock to the last checkpoint.
+"""A run in its folder, around the algorithm: from the lock of the folder to the last checkpoint.
 
-``open_session`` joins the ranks, takes the run folder, catches signals, builds the parts and goes on from a checkpoint. Between two
-steps ``Session`` evaluates, logs and saves. A signal or a failure drops the step that was begun and saves the last finished one.
+``open_session`` joins the ranks, locks the run folder, handles signals, builds the parts and resumes from a checkpoint. After each
+step ``Session`` evaluates, logs and saves. A signal or a failure abandons the unfinished step and saves the last finished one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pgrpo.types import Group
 
 log = logging.getLogger(__name__)
 WINDOW = 10
-"""Steps whose mean reward is compared with ``train.target_reward``."""
+"""Number of steps whose mean reward is compared with ``train.target_reward``."""
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def open_session(
     dataset: Iterable[Mapping[str, Any]] | None,
     resume: str | Path | None,
 ) -> Iterator[Session]:
-    """A session, ready for its first step, and closed whatever happens in it. Arguments and errors are those of ``grpo.train``."""
+    """A session that is ready for its next step, and is closed at the end. Arguments and errors as in ``grpo.train``."""
     with (
         distributed.start(config.model.fsdp_size) as world,
         _held_folder(config, world, resume is not None),
@@ -56,13 +56,13 @@ def open_session(
         with _written_to_the_end(checkpoints):
             tracker_state = checkpoints.restore(resume)
             if progress.step == 0 and tracker_state is None and config.eval.every:
-                progress.unlogged = {}  # the model before its training is evaluated
+                progress.unlogged = {}  # evaluate the untrained model
             if resume and world.is_main:
                 for name in ("checkpoints", "eval"):
                     set_aside_after(folder / name, progress.step)
             trackers = closing(Trackers(config, folder, resume=tracker_state)) if world.is_main else nullcontext()
             with trackers as tracking:
-                if tracking:  # not before all of the input was found right, and the checkpoint this model's
+                if tracking:  # write only now that the input and the checkpoint are valid
                     with replacing(folder / "config.yaml") as file:
                         file.write(to_yaml(config))
                     tracking.message(summary(parts, folder))
@@ -74,7 +74,7 @@ def open_session(
 
 @dataclass
 class Session:
-    """A run that is open: its parts, how far it has come, its checkpoints, and rank 0's trackers."""
+    """An open run: its parts, progress and checkpoints, and on rank 0 its trackers."""
 
     parts: Parts
     progress: Progress
@@ -89,7 +89,7 @@ class Session:
         return run_folder(self.parts.config)
 
     def goes_on(self) -> bool:
-        """Whether there is another step to do. Evaluates the untrained model first. A stop signal ends the session here."""
+        """Whether there is another step. The first call evaluates an untrained model. Raises ``Stopped`` after a stop signal."""
         if self.progress.unlogged is not None:
             self._evaluate_log_and_save()
         if self._is_done():
@@ -98,7 +98,7 @@ class Session:
         return True
 
     def finish_step(self, groups: Sequence[Group], metrics: dict[str, float]) -> None:
-        """Count a step that is done, record it, and evaluate and save where it is time for it."""
+        """Count and log a finished step, and evaluate and save when due."""
         progress = self.progress
         progress.step += 1
         progress.unlogged = metrics
@@ -118,13 +118,13 @@ class Session:
 
     @contextmanager
     def saving_what_is_finished(self) -> Iterator[None]:
-        """Where a signal or a failure ends the block, drop the step that was begun, and save the one before."""
+        """If a signal or an error ends the block, abandon the unfinished step and save the last finished one."""
         progress, steps = self.progress, self.parts.config.train.steps
         try:
             yield
         except Stopped as stopped:
             self._save_last_finished()
-            log.warning("stopped after step %d of %d, saved; go on with --resume auto", progress.step, steps)
+            log.warning("stopped after step %d of %d, saved; --resume auto continues", progress.step, steps)
             raise SystemExit(128 + stopped.signum) from None
         except Exception as error:
             self._rescue(error)
@@ -155,7 +155,7 @@ class Session:
             self.checkpoints.wait()
 
     def _is_done(self) -> bool:
-        """After the last step, or when rewards are good enough. All ranks see the same rewards."""
+        """Whether the last step is done or ``train.target_reward`` is reached. All ranks have the same rewards."""
         train, recent = self.parts.config.train, self.progress.recent_rewards
         if train.target_reward is not None and len(recent) == WINDOW and sum(recent) / WINDOW >= train.target_reward:
             return True
@@ -165,12 +165,12 @@ class Session:
         self.checkpoints.save(self.trackers.state_dict() if self.trackers else {})
 
     def _mark(self) -> None:
-        """``_save_last_finished`` comes back to here: a step, or an evaluation, is done."""
+        """Remember the state after a finished step or evaluation, for ``_save_last_finished``."""
         self._marked = self.parts.stream.state_dict(), rng_state()
         self.progress.has_moved = False
 
     def _save_last_finished(self) -> None:
-        """Forget a step that was begun, up to its first optimizer step, or an evaluation; save the one before, durably."""
+        """Go back to the last ``_mark``, from an evaluation or a step that has not changed weights, save, and wait for the save."""
         stream, generators = self._marked
         self.parts.stream.load_state_dict(stream)
         set_rng_state(generators)
@@ -179,23 +179,24 @@ class Session:
         self.checkpoints.wait()
 
     def _rescue(self, error: Exception) -> None:
-        """Save the last finished step after a failure in the next one, if that has changed nothing yet and all ranks know of it."""
+        """Save the last finished step after an error in the next one, unless that has changed weights or other ranks do not know of
+        the error."""
         progress = self.progress
         known = self.parts.world.size == 1 or isinstance(error, NonFiniteError) or distributed.all_ranks_know(error)
         if not known or not progress.step or progress.has_moved or isinstance(error, CheckpointError):
             return
         try:
             self._save_last_finished()
-        except Exception as another:  # what ended the run is told by its own exception
+        except Exception as another:  # the caller raises the first error
             log.error("step %d could not be saved: %s", progress.step, another)
         else:
             steps = self.parts.config.train.steps
-            log.warning("failed after step %d of %d, saved; go on with --resume auto", progress.step, steps)
+            log.warning("failed after step %d of %d, saved; --resume auto continues", progress.step, steps)
 
 
 @contextmanager
 def _written_to_the_end(checkpoints: Checkpoints) -> Iterator[None]:
-    """Wait for the last checkpoint; its failure is an error unless another one ended the run, which its own exception tells."""
+    """Wait for the last checkpoint at the end of the block. If another error ends the block, a failed write is only logged."""
     try:
         yield
     except BaseException:
@@ -210,7 +211,7 @@ def _written_to_the_end(checkpoints: Checkpoints) -> Iterator[None]:
 def _built(
     config: Config, world: World, rewards: Sequence[Callable[..., Any]], dataset: Iterable[Mapping[str, Any]] | None
 ) -> Parts:
-    """The parts. A stop signal ends building them at once: there is nothing to save yet."""
+    """Build the parts. A stop signal ends this at once, as there is nothing to save yet."""
     try:
         with world.stop.breaking_off():
             world.together(lambda: check_services(config) if world.is_main else None)
@@ -221,7 +222,7 @@ def _built(
 
 @contextmanager
 def _held_folder(config: Config, world: World, resume: bool) -> Iterator[None]:
-    """Rank 0 holds the run folder's lock; all ranks see the folder."""
+    """Rank 0 locks the run folder; all ranks check that they see it."""
     check_world_size(config, world.size, world.dp_size)
     agree_on_run_dir(config, world.from_main)
     with ExitStack() as stack:

@@ -1,5 +1,5 @@
-"""What a step's updates are made of, beside the algorithm itself (grpo.py): which samples have a gradient, micro-batches, sums over
-tokens, and the rule for losses that are not finite."""
+"""The pieces of an update that grpo.py calls: groups with a gradient, micro-batches, sums over tokens, metrics, and the rule for
+losses that are not finite."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -31,19 +32,19 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient norm is nan or inf, too often in a row; the weights were not changed by it."""
+    """The loss or the gradient norm was nan or inf in too many updates in a row. These updates did not change the weights."""
 
 
 class UpdateSums(NamedTuple):
-    """Added up over the tokens in the loss: of a micro-batch, of an update, of a step. Each a float64 scalar.
+    """Sums over the tokens in the loss of a micro-batch, an update or a step. Each a float64 scalar.
 
     Attributes:
-        loss: the share of the global loss.
+        loss: the part of the global loss.
         corrected: tokens whose weight ``loss.rollout_correction`` truncated or masked.
-        unknown: tokens whose ``rollout_logprobs`` are not finite. What follows is over the others.
+        unknown: tokens whose ``rollout_logprobs`` are not finite. The attributes below are over the other tokens.
         difference: ``|old_logprobs - rollout_logprobs|``.
         importance: ``exp(old_logprobs - rollout_logprobs)``.
-        largest_difference: the largest ``difference`` of a token; a maximum where the others are sums.
+        largest_difference: the largest ``difference`` of a token: a maximum, not a sum.
     """
 
     loss: Tensor
@@ -67,7 +68,7 @@ class UpdateSums(NamedTuple):
     def of(
         output: LossOutput, mask_BR: Tensor, entropy_BR: Tensor, old_logprobs_BR: Tensor, rollout_logprobs_BR: Tensor
     ) -> UpdateSums:
-        """Of one micro-batch."""
+        """Sums of one micro-batch."""
         known_BR = mask_BR & rollout_logprobs_BR.isfinite()
         difference_BR = torch.where(known_BR, old_logprobs_BR - rollout_logprobs_BR, 0.0)
         sums = UpdateSums(
@@ -90,13 +91,13 @@ class UpdateSums(NamedTuple):
         return sums._replace(largest_difference=torch.maximum(self.largest_difference, other.largest_difference))
 
     def over_ranks(self, world: World) -> UpdateSums:
-        """Of all ranks. A collective call."""
+        """Sums over all ranks. A collective call."""
         largest = world.max(self.largest_difference.view(1))[0]
         return UpdateSums(*world.sum(torch.stack(self)))._replace(largest_difference=largest)
 
 
 class Outcome(NamedTuple):
-    """Of one optimizer step, over all ranks. ``is_skipped``: its loss or gradient was not finite."""
+    """One optimizer step, over all ranks. ``is_skipped``: the loss or the gradient norm was not finite."""
 
     sums: UpdateSums
     grad_norm: float
@@ -104,20 +105,14 @@ class Outcome(NamedTuple):
 
 
 def micro_batches(learner: Learner, groups: Sequence[Group]) -> list[GroupedBatch]:
-    """This rank's micro-batches of rank 0's groups. A group without a gradient is left out; it stays in every count. A collective
+    """This rank's micro-batches of rank 0's groups, without groups that have no gradient (``count`` includes them). A collective
     call."""
     config, world = learner.config, learner.world
-    share_prompts = config.model.attention == "grouped"
+    share_prompts, budget = config.model.attention == "grouped", config.train.token_budget
 
     def share() -> list[list[list[Tree]]]:
-        trained = [_in_the_loss(learner, group) for group in groups if has_gradient(learner, group)]
-        return share_out(
-            trees_of(trained),
-            world.dp_size,
-            config.train.token_budget,
-            lambda tree: tree_cost(learner, tree),
-            share_prompts=share_prompts,
-        )
+        trees = trees_of(_in_the_loss(learner, group) for group in groups if has_gradient(learner, group))
+        return share_out(trees, world.dp_size, budget, partial(tree_cost, learner), share_prompts=share_prompts)
 
     attention = learner.policy.attention
     return [
@@ -135,19 +130,19 @@ def has_gradient(learner: Learner, group: Group) -> bool:
 
 
 def _in_the_loss(learner: Learner, group: Group) -> Group:
-    """The group with overlong episodes masked (``loss.mask_overlong``; DAPO, arXiv 2503.14476, section 3.4). It is counted as it
-    was."""
+    """The group with overlong episodes masked (``loss.mask_overlong``; DAPO, arXiv 2503.14476, section 3.4). ``count`` counts the
+    tokens before masking."""
+
+    def masked(episode: Episode) -> Episode:
+        return replace(episode, samples=[replace(s, mask=[False] * len(s.mask)) for s in episode.samples])
+
     if not learner.config.loss.mask_overlong:
         return group
-    return Group(group.prompt, [_masked(e) if _is_overlong(e) else e for e in group.episodes])
+    return Group(group.prompt, [masked(e) if _is_overlong(e) else e for e in group.episodes])
 
 
 def _is_overlong(episode: Episode) -> bool:
     return episode.finish_reason == "length"
-
-
-def _masked(episode: Episode) -> Episode:
-    return replace(episode, samples=[replace(s, mask=[False] * len(s.mask)) for s in episode.samples])
 
 
 def tree_cost(learner: Learner, tree: Tree) -> float:
@@ -158,13 +153,13 @@ def tree_cost(learner: Learner, tree: Tree) -> float:
 
 
 def count(groups: Sequence[Group]) -> Counts:
-    """What the loss is divided by: all samples and their masked-in tokens, those of skipped groups too."""
+    """The divisors of the loss: all samples and their unmasked tokens, also of groups without a gradient."""
     samples = [sample for group in groups for sample in group.samples]
     return Counts(tokens=sum(sum(sample.mask) for sample in samples), samples=len(samples))
 
 
 def record_old_logprobs(learner: Learner, batches: Sequence[GroupedBatch]) -> None:
-    """Log-probs of the weights of now, for an update that comes after another one."""
+    """Store the log-probs of the current weights in the batches of a later update."""
     with no_gradient(learner.policy):
         for batch in batches:
             learner.world.check_stop()
@@ -172,18 +167,18 @@ def record_old_logprobs(learner: Learner, batches: Sequence[GroupedBatch]) -> No
 
 
 def refresh_reference(learner: Learner) -> None:
-    """The reference becomes a copy of the policy as it is now."""
+    """Copy the policy's current weights to the reference."""
     assert isinstance(learner.reference, Policy)
     with torch.no_grad():
         for ours, new in zip(learner.reference.parameters(), learner.policy.parameters(), strict=True):
-            shard_of(ours).tensor.copy_(shard_of(new).tensor)  # cut alike; ours may lie in host memory
+            shard_of(ours).tensor.copy_(shard_of(new).tensor)  # sharded alike; the reference may be in host memory
 
 
 def is_sound(learner: Learner, progress: Progress, loss: float, grad_norm: float) -> bool:
-    """Whether an update may be done. Both numbers are sums over all ranks, so that all of them say the same.
+    """Whether to apply an update. Both numbers are over all ranks, so all ranks agree.
 
     Raises:
-        NonFiniteError: ``train.max_skipped_updates`` in a row were skipped, and this is one more. On all ranks.
+        NonFiniteError: more than ``train.max_skipped_updates`` updates in a row were skipped. On all ranks.
     """
     if math.isfinite(loss) and math.isfinite(grad_norm):
         progress.skipped_in_row = 0
@@ -202,14 +197,13 @@ def is_sound(learner: Learner, progress: Progress, loss: float, grad_norm: float
 
 
 def update_metrics(learner: Learner, outcomes: Sequence[Outcome], batches: Sequence[GroupedBatch]) -> dict[str, float]:
-    """Metrics of a step's updates; ``batches``: this rank's micro-batches, as often as they were used. A collective call.
+    """Metrics of a step's updates. ``batches``: this rank's micro-batches, each once for every use. A collective call.
 
     ``loss`` and ``grad_norm`` are means over the updates. Entropy, KL, clip ratios and the difference to the sampler's log-probs
-    are means over the tokens of all updates, in groups that have a gradient, as no other is computed; without any they are left
-    out.
+    are means over the tokens of all updates in groups with a gradient; without such tokens they are not there.
     """
     if not batches and learner.world.is_main:
-        log.warning("Skipped the update: in every group all rewards are equal, or all completions masked: no gradient")
+        log.warning("Skipped the update: in every group rewards are equal or completions masked, so there is no gradient")
     sums = UpdateSums.zero(learner.world.device)
     for outcome in outcomes:
         sums = sums.plus(outcome.sums)
@@ -222,7 +216,7 @@ def update_metrics(learner: Learner, outcomes: Sequence[Outcome], batches: Seque
 
 
 def _token_means(learner: Learner, sums: UpdateSums) -> dict[str, float]:
-    """Metrics of a step's tokens in the loss. Says so when a correction left none of them."""
+    """Means over a step's tokens in the loss. Warns if ``loss.rollout_correction`` masked all of them."""
     if not sums.tokens:
         # No zeros: an entropy of 0 would look like a collapse, a difference of 0 like a perfect sampler.
         return {}
@@ -244,9 +238,9 @@ def _token_means(learner: Learner, sums: UpdateSums) -> dict[str, float]:
         means[f"sampling/frac_{'masked' if masks else 'truncated'}"] = sums.corrected / sums.tokens
     if masks and sums.corrected == sums.tokens and learner.world.is_main:
         log.warning(
-            "loss.rollout_correction=%s masked every token of this step, so its rewards teach nothing: the sampler's log-probs "
-            "differ from the trainer's by %.3g on average, at most by %.3g. Raise loss.rollout_correction_cap=%s, or look for "
-            "the reason of the difference",
+            "loss.rollout_correction=%s masked every token of this step, so the step has no policy gradient: the sampler's "
+            "log-probs differ from the trainer's by %.3g on average, at most by %.3g. Raise loss.rollout_correction_cap=%s, or "
+            "find out why they differ",
             loss.rollout_correction, means["sampling/sampling_logp_difference/mean"], sums.largest_difference,
             loss.rollout_correction_cap,
         )  # fmt: skip

@@ -104,7 +104,7 @@ def assert_both_stopped_after_step_2(process, folder, message):
     assert code == 1, printed
     assert printed.count(message) == 1
     assert "pgrpo: RankFailed: rank 1 failed; its own log has the reason" in printed
-    assert "failed after step 2 of 4, saved; go on with --resume auto" in printed
+    assert "failed after step 2 of 4, saved; --resume auto continues" in printed
     assert f'File "{ROOT}/pgrpo' not in printed, "a traceback of ours"
     assert checkpoint.latest(folder / "run" / "checkpoints") == folder / "run" / "checkpoints" / "step_2"
 

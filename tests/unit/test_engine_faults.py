@@ -64,7 +64,7 @@ def saved(folder):
 def test_an_engine_that_dies_ends_the_run_with_the_last_step_saved(train, tmp_path, caplog):
     with pytest.raises(EngineError, match=r"^vLLM failed in rollout: RuntimeError: the device is lost$"):
         train("step:11")  # in the third step
-    assert "failed after step 2 of 4, saved; go on with --resume auto" in caplog.text
+    assert "failed after step 2 of 4, saved; --resume auto continues" in caplog.text
     assert steps(tmp_path) == [1, 2] and saved(tmp_path) == ["step_2"]
     train("", resume="auto")
     assert steps(tmp_path) == [1, 2, 3, 4] and saved(tmp_path) == ["step_2", "step_4"]

@@ -27,7 +27,7 @@ from pgrpo.training.update import count, has_gradient, micro_batches, refresh_re
 from pgrpo.types import Sample
 
 FLAT = [1.0, 1.0, 1.0, 1.0]
-SKIPPED = "Skipped the update: in every group all rewards are equal, or all completions masked: no gradient"
+SKIPPED = "Skipped the update: in every group rewards are equal or completions masked, so there is no gradient"
 
 
 def ones(completions, **_):
