@@ -1,3 +1,3 @@
-"""How a process starts and ends: stop signals, deadlines for calls that hang, the exit code, random generators, and the lock of
-a run folder. Begin with ``signals.py``.
+"""Start and end of a process: stop signals, deadlines for calls that hang, the exit code, random generators, and the lock of a run
+folder. Begin with ``signals.py``.
 """

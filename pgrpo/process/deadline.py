@@ -1,4 +1,4 @@
-"""A deadline for calls that cannot be interrupted from Python: a device that hangs, a collective that waits for a dead rank."""
+"""A deadline for calls that Python cannot interrupt: a device that hangs, a collective call that waits for a dead rank."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def deadline(seconds: float, what: str, key: str) -> Iterator[None]:
-    """End the process with code 1 unless the block ends in time; says what hung, which key to raise, and where every thread is.
+    """End the process with code 1 unless the block ends in time. Prints the name of the call, the key to raise, and all stacks.
 
-    The process cannot go on: the call may hold locks and device memory for ever. The run's last checkpoint resumes.
+    The process cannot continue, as the call may never release its locks and device memory. The last checkpoint can be resumed.
 
     Args:
-        seconds: time for the block.
-        what: the call, for the message.
+        seconds: limit for the block.
+        what: name of the call, for the message.
         key: the config key that sets the time.
     """
 
@@ -26,12 +26,12 @@ def deadline(seconds: float, what: str, key: str) -> Iterator[None]:
         try:
             print(
                 f"{what} took longer than {key}={seconds:g} seconds and was ended; raise {key} if it was only slow. "
-                "--resume auto goes on from the last checkpoint, if there is one. Where it hung:",
+                "--resume auto continues from the last checkpoint, if there is one. Where it hung:",
                 file=sys.stderr,
                 flush=True,
             )
             faulthandler.dump_traceback(file=2, all_threads=True)
-        finally:  # whatever became of stderr
+        finally:  # even if stderr is closed
             os._exit(1)
 
     timer = threading.Timer(seconds, give_up)

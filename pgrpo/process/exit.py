@@ -1,4 +1,4 @@
-"""How a process ends that has taken part in collective calls."""
+"""Exit of a process that took part in collective calls."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ from typing import NoReturn
 
 
 def run_and_leave(main: Callable[[], object]) -> NoReturn:
-    """Call ``main`` as the whole of this process, and exit with what it exits with (0 when it returns).
+    """Run ``main`` and exit the process with its exit code (0 if it returns).
 
-    A thread of gloo may hold a tensor of a collective call for a while after the call, and needs the interpreter to let go of
-    it. If that is being taken down by then, CPython before 3.14 ends the thread inside C++, and the process aborts: "terminate
-    called without an active exception", -6 as the exit code of work that is done (https://github.com/pytorch/pytorch/issues/190489).
-    ``destroy_process_group`` ends the threads only where nothing refers to the group any more; caches of DTensor do. So where
-    there are such threads, all that was registered for the exit is done, in Python and in C (vLLM removes shared memory there),
-    but the interpreter is not taken down: the thread waits for it until the process has ended. Not on a GPU, where gloo carries
-    a few numbers that were let go of long before, and what libraries do at the exit is best done in its usual order.
+    A gloo thread may hold a tensor for a while after a collective call, and needs the interpreter to release it. If the
+    interpreter is finalizing by then, CPython before 3.14 ends the thread inside C++ and the process aborts with "terminate called
+    without an active exception" and exit code -6, although its work is done (https://github.com/pytorch/pytorch/issues/190489).
+    ``destroy_process_group`` does not end these threads while DTensor's caches refer to the group. So if there are gloo threads,
+    this runs all exit handlers, of Python and of C (vLLM removes shared memory there), but does not finalize the interpreter. On
+    GPUs it exits as usual: there gloo carries only a few numbers, which were released long before.
     """
     code: str | int | None = 0
     try:
@@ -45,15 +44,15 @@ def run_and_leave(main: Callable[[], object]) -> NoReturn:
 
 
 def gloo_threads() -> int:
-    """How many threads of this process run gloo's collective calls. Linux tells; elsewhere 0."""
+    """Number of gloo threads in this process; 0 on systems other than Linux."""
     count = 0
     for thread in Path("/proc/self/task").glob("*"):
-        with suppress(OSError):  # it has ended since
+        with suppress(OSError):  # the thread has ended
             count += (thread / "comm").read_text().startswith("pt_gloo")
     return count
 
 
 def on_gpu() -> bool:
-    """Whether this process has used one."""
+    """Whether this process has used a GPU."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.cuda.is_initialized()

@@ -1,4 +1,4 @@
-"""One run at a time in a run folder."""
+"""The lock of a run folder: one run at a time."""
 
 from __future__ import annotations
 
@@ -19,18 +19,16 @@ def run_folder(config: Config) -> Path:
 
 
 def agree_on_run_dir(config: Config, from_main: Callable[[str], str]) -> None:
-    """All ranks take rank 0's: `${now:...}` in it may differ between them. A collective call."""
+    """Set ``run_dir`` to rank 0's on all ranks, as `${now:...}` may differ between them. A collective call."""
     config.run_dir = from_main(config.run_dir)
 
 
 def lock_run_dir(run_dir: Path) -> IO[str]:
-    """Take the run folder for this process, until the result is closed or the process ends.
+    """Lock the run folder until the returned file is closed or the process ends. ConfigError: another process holds the lock.
 
-    ConfigError if another process has it.
-
-    A record lock (``lockf``) is not inherited by children, so a reward worker that outlives a killed run holds nothing.
+    Children do not inherit a record lock (``lockf``), so a reward worker that outlives a killed run does not hold it.
     """
-    # It stays open, that is the lock; a symbolic link in its place is not followed.
+    # The open file is the lock. O_NOFOLLOW: a symbolic link in its place is an error.
     lock = open(Path(run_dir) / ".lock", "a+", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666))  # noqa: SIM115
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,17 +48,17 @@ def lock_run_dir(run_dir: Path) -> IO[str]:
 LEFTOVERS = (
     "log.txt", "metrics.jsonl", "completions.jsonl", "config.yaml", "bad_batch_step_1.json", "checkpoints", "tensorboard", "wandb",
 )  # fmt: skip
-"""What a run makes before its first step is done. The next run in the folder replaces these, and goes on with log.txt."""
+"""Files that a run writes before its first step is done. The next run in the folder replaces them, and appends to log.txt."""
 
 
 def check_shared(run_dir: Path, patience_s: float = 60.0) -> None:
-    """Refuse a run folder that only the first node sees, where the first rank has just taken it.
+    """Refuse a run folder that this node does not share with rank 0, which has just locked it.
 
     Args:
         patience_s: seconds that a network disk may take to show a new file.
 
     Raises:
-        ConfigError: the folder's lock does not turn up on this node.
+        ConfigError: the lock file does not appear on this node.
     """
     deadline = time.monotonic() + patience_s
     while not (run_dir / ".lock").exists():
@@ -73,19 +71,19 @@ def check_shared(run_dir: Path, patience_s: float = 60.0) -> None:
 
 
 def open_run_dir(run_dir: Path, resume: bool) -> IO[str]:
-    """Make and lock the run folder and return the lock; call it on rank 0 and keep the result until the run ends.
+    """Create and lock the run folder, on rank 0. Keep the returned lock until the run ends.
 
     Raises:
-        ConfigError: the folder is in use, cannot be made, or has files in it while ``resume`` is false. What ``pgrpo eval`` wrote
-            of the model before its training may be there, and what a run left that ended before its first step was done.
+        ConfigError: the folder is in use, cannot be created, or is not empty while ``resume`` is false. Results of ``pgrpo eval``
+            and files of a run that finished no step do not count.
     """
     run_dir = Path(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         names = {entry.name for entry in run_dir.iterdir()} - {"eval"}
-        if ".lock" in names and _finished_no_step(run_dir):  # a folder without a lock is not a run's
+        if ".lock" in names and _finished_no_step(run_dir):  # a run's folder has a lock file
             names -= set(LEFTOVERS)
-        # Without resume a folder that is not a run's gets no lock file of ours.
+        # Leave no lock file in a folder that is not a run's and will be refused.
         lock = lock_run_dir(run_dir) if resume or ".lock" in names or not names else None
     except OSError as error:
         raise ConfigError(f"run_dir={run_dir}: cannot be used ({error}); set another run_dir") from error
@@ -98,7 +96,7 @@ def open_run_dir(run_dir: Path, resume: bool) -> IO[str]:
 
 
 def _finished_no_step(run_dir: Path) -> bool:
-    """No checkpoint, and metrics of step 0 (the evaluation before training) at most."""
+    """Whether there is no checkpoint, and no metrics but of step 0 (the evaluation before training)."""
     metrics = run_dir / "metrics.jsonl"
     rows = metrics.read_bytes().splitlines() if metrics.is_file() else []
     return all(row.startswith(b'{"step": 0,') for row in rows) and not any((run_dir / "checkpoints").glob("*"))

@@ -1,4 +1,4 @@
-"""The state of the random generators that user code may draw from, as tensors. pgrpo's own sampling derives from seeds."""
+"""State of the global random generators, which user code may use, as tensors. pgrpo samples from seeds of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def seed_all(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Tensor]:
-    """Everything that ``set_rng_state`` needs."""
+    """The state of all generators, for ``set_rng_state``."""
     version, words, gauss = random.getstate()
     numpy = np.random.get_state(legacy=False)
     mt19937 = numpy["state"]
@@ -34,7 +34,7 @@ def rng_state() -> dict[str, Tensor]:
 
 
 def set_rng_state(state: dict[str, Tensor]) -> None:
-    """Go on where ``rng_state`` was taken. A CUDA state is put back where there is a GPU."""
+    """Restore what ``rng_state`` gave. A CUDA state is restored only if there is a GPU."""
     version, *words = state["python"].tolist()
     gauss = state["python_gauss"].tolist()
     random.setstate((version, tuple(words), gauss[0] if gauss else None))

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first one stops the run with a save, the second one ends the process at once, and all that it started."""
+"""Ctrl-C and SIGTERM: the first signal stops the run with a save, the second kills this process and all its descendants at once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def stop_signals(flag: StopFlag) -> Iterator[None]:
-    """Set ``flag`` at SIGINT and SIGTERM instead of dying of them. At a second one: kill all children and exit.
+    """The first SIGINT or SIGTERM inside this block sets ``flag``. The second kills all children and exits.
 
-    Python runs a handler in the main thread alone, once that has come back from the call it is in; and a signal that
-    another thread took does not end such a call. So a thread of its own reads the signals too: it needs nobody for the
-    second one, and at the first one it interrupts the main thread's call until the handler has run.
+    Python runs signal handlers only in the main thread, after its current call returns, and a signal that another thread receives
+    does not interrupt that call. So a watcher thread reads the signals too: at the first it interrupts the main thread until the
+    handler has run, and at the second it exits by itself.
 
-    In a thread that is not the main one nothing is done: Python lets only the main one set handlers, so signals are the caller's.
+    In another thread than the main one this does nothing, as Python allows handlers there only: signals are up to the caller.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -33,7 +33,7 @@ def stop_signals(flag: StopFlag) -> Iterator[None]:
     read, write = os.pipe()
     os.set_blocking(write, False)
     before = {s: signal.signal(s, lambda signum, _: flag.set(signum)) for s in _STOPS}
-    before[signal.SIGURG] = signal.signal(signal.SIGURG, lambda *_: None)  # interrupts a call, and means nothing
+    before[signal.SIGURG] = signal.signal(signal.SIGURG, lambda *_: None)  # only interrupts calls
     fd_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(read, flag), name="pgrpo-signals", daemon=True)
     watcher.start()
@@ -49,7 +49,7 @@ def stop_signals(flag: StopFlag) -> Iterator[None]:
 
 
 def _watch(read: int, flag: StopFlag) -> None:
-    """Read the numbers of signals from ``read`` until its other end is closed."""
+    """Read signal numbers from the pipe ``read`` until its other end is closed."""
     seen = 0
     while True:
         unanswered = seen and not flag.signum
@@ -65,15 +65,15 @@ def _watch(read: int, flag: StopFlag) -> None:
         if seen > 1:
             try:
                 kill_children()
-            finally:  # whatever went wrong in there: at once means at once
+            finally:  # exit even if that fails
                 os._exit(128 + byte[0])
         name = signal.Signals(byte[0]).name
-        # Not by logging: the main thread may be in the middle of a write to the same file.
+        # Not by logging: the main thread may hold its lock.
         os.write(2, f"pgrpo: {name}: stopping, with a save; once more to stop at once\n".encode())
 
 
 def kill_children() -> None:
-    """SIGKILL every process that descends from this one: reward workers, what they started, an engine."""
+    """SIGKILL all descendants of this process: reward workers, their children, an engine."""
     children = {child.pid for child in active_children() if child.pid} | set(_descendants(os.getpid()))
     for pid in children:
         with contextlib.suppress(OSError):
@@ -81,11 +81,11 @@ def kill_children() -> None:
 
 
 def _descendants(pid: int) -> list[int]:
-    """Linux only: elsewhere those that multiprocessing knows must do."""
+    """All descendants on Linux; elsewhere none, and only children of multiprocessing are killed."""
     parents: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, IndexError):  # gone meanwhile: the file is not there, or is empty
-            # After the name, which may hold spaces and brackets: state, parent.
+        with contextlib.suppress(OSError, IndexError):  # the process has ended: no file, or an empty one
+            # Fields after the name, which may contain spaces and brackets: state, parent.
             parents.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
     found = [pid]
     for parent in found:

@@ -1,4 +1,4 @@
-"""What a stop signal does to the work in progress."""
+"""The stop flag, which a signal sets, and the exception that ends work in progress."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class Stopped(BaseException):
-    """The run was told to stop, by signal ``signum``. Not an ``Exception``: what runs must not take it for a fault of its own."""
+    """Signal ``signum`` stops the run. A ``BaseException``, so that no ``except Exception`` takes it for an error."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -15,21 +15,21 @@ class Stopped(BaseException):
 
 
 class StopFlag:
-    """Whether this process was told to stop: ``signum``, 0 while it was not."""
+    """``signum``: the stop signal that this process received, or 0."""
 
     def __init__(self) -> None:
         self.signum = 0
         self._breaking_off = False
 
     def set(self, signum: int) -> None:
-        """From a signal handler. Raises ``Stopped`` inside ``breaking_off``."""
+        """Called by a signal handler. Raises ``Stopped`` inside ``breaking_off``."""
         self.signum = signum
         if self._breaking_off:
             raise Stopped(signum)
 
     @contextmanager
     def breaking_off(self) -> Iterator[None]:
-        """A signal ends what runs in here at once, in the middle, with ``Stopped``; so does one that came before."""
+        """Inside this block a signal raises ``Stopped`` at once; if one already arrived, ``Stopped`` is raised on entry."""
         if self.signum:
             raise Stopped(self.signum)
         self._breaking_off = True

@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait for work, which is decided when torch is imported."""
+"""OpenMP's wait policy, which is fixed when torch is imported."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import os
 from pathlib import Path
 
 GPU_DEVICES = ("nvidia[0-9]*", "dxg", "kfd")
-"""In /dev: NVIDIA's, those of Windows (WSL), AMD's."""
+"""Patterns in /dev: NVIDIA, Windows (WSL), AMD."""
 
 
 def wait_passively() -> None:
-    """Let OpenMP's threads sleep while they wait for each other. Call it before torch is imported; no effect after.
+    """Let OpenMP's threads sleep while they wait for each other. Call this before torch is imported.
 
-    A thread that waits spins for some milliseconds by default. Where other programs want the cores, the thread that it waits for
-    does not run meanwhile, and a step takes many times as long. A run on a GPU does little on the CPU and is left as it is. So is
-    a policy that the user set. Child processes inherit the setting.
+    By default a waiting thread spins for some milliseconds. If other programs use the cores, that keeps the thread it waits for
+    from running, and a step takes many times as long. Does nothing on machines with a GPU, where the CPU has little to do, and if
+    the user set a policy. Child processes inherit the setting.
     """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
     if hidden or not any(any(Path("/dev").glob(pattern)) for pattern in GPU_DEVICES):

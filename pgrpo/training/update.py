@@ -203,7 +203,9 @@ def update_metrics(learner: Learner, outcomes: Sequence[Outcome], batches: Seque
     are means over the tokens of all updates in groups with a gradient; without such tokens they are not there.
     """
     if not batches and learner.world.is_main:
-        log.warning("Skipped the update: in every group rewards are equal or completions masked, so there is no gradient")
+        log.warning(
+            "Skipped the update: in every group rewards are equal or completions masked, so there is no gradient"
+        )
     sums = UpdateSums.zero(learner.world.device)
     for outcome in outcomes:
         sums = sums.plus(outcome.sums)
