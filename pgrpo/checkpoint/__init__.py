@@ -1,4 +1,4 @@
-"""Checkpoints: named sets of tensors and JSON scalars, written whole or not at all. Knows nothing of models.
+"""Checkpoints: named sets of tensors and JSON scalars, written atomically. Independent of models.
 
     step_40/
       model.0.safetensors       one file a tensor set and rank: each rank writes what it holds
@@ -8,16 +8,15 @@
       scalars.json
       manifest.json             step, and size and sha256 of every other file
 
-A checkpoint is written under a hidden name, synced to the disk and renamed, so a ``step_N`` that exists was once
-complete; the manifest tells whether it still is. Nothing here pickles: tensors are safetensors, the rest is JSON.
+A checkpoint is written under a hidden name, synced to the disk and renamed, so a ``step_N`` that exists was complete; the
+manifest shows whether it still is. Nothing is pickled: tensors are safetensors, the rest is JSON.
 
 Begin with ``files.py``, which writes and reads one folder. ``folder.py`` manages the folders of a run, ``writer.py`` writes in the
 background while training continues. The lock of the run folder (``process/lock.py``) keeps a second run out, so that cleaning
 up after a killed write is safe.
 
-Why not ``torch.distributed.checkpoint``: its safetensors writer plans over the process group in the thread that writes, and takes a
-tensor's shape from the shards that it finds, so that a lost shard makes the tensor smaller. Checksums and renaming would still
-be ours.
+Why not ``torch.distributed.checkpoint``: its safetensors writer communicates over the process group from the writing thread, and
+takes a tensor's shape from the shards it finds, so a lost shard makes the tensor smaller. It has no checksums and no renaming.
 """
 
 from pgrpo.checkpoint.files import Saved, load, open_saved, verify

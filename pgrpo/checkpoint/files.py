@@ -1,4 +1,4 @@
-"""The files of one checkpoint: written by all ranks, each its own shards; verified; read whole or in any part."""
+"""The files of one checkpoint: each rank writes its shards; files are verified, and read whole or in part."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from pgrpo.distributed.shards import Shard
 PREFIX = "step_"
 MANIFEST, SCALARS = "manifest.json", "scalars.json"
 CUT = "cut"
-"""Key in a safetensors file's metadata: JSON, name -> [shape of the whole, offset], of the tensors that are a part."""
+"""Key in a safetensors file's metadata: JSON, name -> [shape of the whole, offset], of tensors that are shards."""
 Files = dict[str, dict[str, Any]]
 """File name -> its size and sha256, as the manifest has them."""
 MANIFEST_FORM = {"step": COUNT, "files": {str: {"size": COUNT, "sha256": str}}}
 
 
 def write_shards(folder: Path, rank: int, sets: Mapping[str, Mapping[str, Shard]]) -> Files:
-    """Write this rank's files into a folder that exists; on the disk when this returns.
+    """Write this rank's files into an existing folder. They are synced to the disk when this returns.
 
     Raises:
         CheckpointError: a weight (set ``model``) is not finite, tensors share memory, or the disk is full.
@@ -54,7 +54,8 @@ def write_shards(folder: Path, rank: int, sets: Mapping[str, Mapping[str, Shard]
 
 
 def write(file: Path, need: int, content: Callable[[], Any]) -> Files:
-    """Have ``content`` write a file, sync it, and read it back for its sum. CheckpointError: the disk takes no ``need`` bytes."""
+    """Call ``content``, which writes a file, sync the file, and read it back for its sha256. CheckpointError: it cannot be written;
+    if the disk is full the message has ``need``, the bytes that this rank's part of the checkpoint takes."""
     try:
         content()
         sync(file)
@@ -69,7 +70,7 @@ def write(file: Path, need: int, content: Callable[[], Any]) -> Files:
 
 
 def dump_scalars(scalars: Mapping[str, Any]) -> str:
-    """As JSON. CheckpointError if they would not come back equal."""
+    """JSON of scalars. CheckpointError: they would not be equal when read back."""
     text = json.dumps(scalars, indent=1)
     back = json.loads(text)
     if changed := [key for key in scalars if back.get(key) != scalars[key]]:
@@ -80,10 +81,10 @@ def dump_scalars(scalars: Mapping[str, Any]) -> str:
 
 
 class Saved:
-    """A checkpoint to be read, piece by piece: only what is asked for is read from the disk.
+    """An open checkpoint. Reads from the disk only the tensors, or parts of them, that are asked for.
 
     Attributes:
-        scalars: as they were given to ``save``.
+        scalars: as given to ``save``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -91,7 +92,7 @@ class Saved:
         self.scalars: dict[str, Any] = parse((path / SCALARS).read_text(), dict, path / SCALARS)
         self._open = ExitStack()
         self._parts: dict[str, dict[str, list[_Part]]] = {}  # set -> tensor name -> its parts
-        with ExitStack() as opened:  # closed again unless all of it is sound
+        with ExitStack() as opened:  # closed again on an error
             for name in parse((path / MANIFEST).read_text(), MANIFEST_FORM, path / MANIFEST)["files"]:
                 if name.endswith(".safetensors"):
                     self._index(opened, path / name)
@@ -111,21 +112,24 @@ class Saved:
         return sorted(self._parts)
 
     def shapes(self, set_name: str) -> dict[str, tuple[int, ...]]:
-        """Tensor name -> shape of the whole, of a set; empty if there is no such set."""
+        """Tensor name -> shape of the whole tensor, for all of a set; empty if there is no such set."""
         return {name: parts[0].shape for name, parts in self._parts.get(set_name, {}).items()}
 
     def read(self, set_name: str, name: str, like: Shard | None = None) -> Tensor:
-        """The part of a tensor that lies where ``like`` lies (None: all of it), on the CPU, whoever wrote it in what parts.
+        """The part of a tensor that the shard ``like`` covers (None: the whole tensor), on the CPU, put together from the shards
+        that were written.
 
         Raises:
-            CheckpointError: there is no such tensor, or the whole that ``like`` is a part of has another shape.
+            CheckpointError: there is no such tensor, or its shape is not ``like.shape``.
         """
         parts = self._parts.get(set_name, {}).get(name)
         if not parts:
             raise CheckpointError(f"{self.path}: has no {name} in {set_name}")
         shape = parts[0].shape
         if like and like.shape != shape:
-            raise CheckpointError(f"{self.path}: {name} in {set_name} is {list(shape)} there, {list(like.shape)} here")
+            raise CheckpointError(
+                f"{self.path}: {name} in {set_name} is {list(shape)} in the checkpoint, {list(like.shape)} here"
+            )
         start = like.offset if like else (0,) * len(shape)
         size = tuple(like.tensor.shape) if like else shape
         result: Tensor | None = None
@@ -140,11 +144,11 @@ class Saved:
             whole = result if result is not None else values.new_empty(size)
             whole[_box(low, high, start)] = values
             result = whole
-        # Parts cover the whole: nothing of them lies in ``like`` only where it is empty.
+        # The parts cover the whole tensor, so there is no result only if ``like`` is empty.
         return result if result is not None else parts[0].file.get_slice(name)[:0].new_empty(size)
 
     def _index(self, opened: ExitStack, path: Path) -> None:
-        # Read as bytes of known types: nothing in the file can run.
+        # safetensors holds bytes of known types: nothing in the file can run.
         file = opened.enter_context(safe_open(path, framework="pt"))
         names = list(file.keys())
         cut = parse((file.metadata() or {}).get(CUT, "{}"), {str: [[COUNT]]}, f"{path}: {CUT}")
@@ -161,7 +165,7 @@ class Saved:
 
 
 class _Part(NamedTuple):
-    """A box of a tensor, in one file: where it begins in the whole, its size, and the whole's shape."""
+    """A box of a tensor in one file: its offset in the whole tensor, its size, and the shape of the whole."""
 
     file: Any
     offset: tuple[int, ...]
@@ -171,7 +175,7 @@ class _Part(NamedTuple):
 
 
 def _check_cover(parts: Sequence[_Part], where: str) -> None:
-    """CheckpointError unless the parts make up a whole: of one shape and dtype, inside of it, disjoint, with no gap."""
+    """CheckpointError unless the parts make up one tensor: same shape and dtype, inside the shape, disjoint, without gaps."""
     shape = parts[0].shape
     if any(part.shape != shape or part.dtype != parts[0].dtype or len(part.size) != len(shape) for part in parts):
         raise CheckpointError(f"{where}: its parts are of different tensors")
@@ -189,11 +193,11 @@ def _check_cover(parts: Sequence[_Part], where: str) -> None:
 
 
 def open_saved(path: Path, *, verified: bool = False) -> Saved:
-    """A ``step_N`` folder, to be read. All of it is verified first, unless it was just now.
+    """Open a ``step_N`` folder. Verifies all files first, unless ``verified`` says that this was done.
 
     Raises:
-        ConfigError: there is no such folder; lists the steps that exist beside it.
-        CheckpointError: a file is missing, or its size or sha256 is not the manifest's.
+        ConfigError: there is no such folder; the message lists the steps in its parent folder.
+        CheckpointError: a file is missing, or its size or sha256 is not as in the manifest.
     """
     path = Path(path)
     if not path.is_dir():
@@ -208,11 +212,11 @@ def open_saved(path: Path, *, verified: bool = False) -> Saved:
 
 
 def load(path: Path, only: Container[str] | None = None) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Read ``(tensors, scalars)`` as they were given to ``save``; the tensors are whole, on the CPU, bit-equal.
+    """Read ``(tensors, scalars)`` as given to ``save``: whole tensors, on the CPU, bit-equal.
 
     Args:
-        path: a ``step_N`` folder. All of it is verified.
-        only: the tensor sets to read. None reads all.
+        path: a ``step_N`` folder. All files are verified.
+        only: names of the tensor sets to read. None reads all.
 
     Raises:
         ConfigError, CheckpointError: as ``open_saved``.
@@ -224,7 +228,7 @@ def load(path: Path, only: Container[str] | None = None) -> tuple[dict[str, dict
 
 
 def verify(path: Path) -> list[str]:
-    """Read every byte of a checkpoint and return its file names; CheckpointError names the first file that is wrong."""
+    """Read every byte of a checkpoint and return its file names. CheckpointError names the first damaged file."""
     manifest = path / MANIFEST
     try:
         content = parse(manifest.read_text(), MANIFEST_FORM, manifest)
@@ -251,7 +255,7 @@ def verify(path: Path) -> list[str]:
 
 
 def list_steps(root: Path) -> list[int]:
-    """Steps that have a folder in ``root``, ascending, verified or not. ``step_007``, files and symbolic links are none."""
+    """Steps with a folder in ``root``, ascending, not verified. Ignores ``step_007``, files and symbolic links."""
     entries = list(root.glob(f"{PREFIX}*")) if root.is_dir() else []
     names = [entry.name.removeprefix(PREFIX) for entry in entries if entry.is_dir() and not entry.is_symlink()]
     return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]{0,17}", name))
@@ -271,7 +275,7 @@ def _check(set_name: str, named: Mapping[str, Shard]) -> None:
         tensor = shard.tensor
         if not tensor.numel():
             continue
-        # The extremes are NaN when any entry is: one pass, and no mask of the tensor's size.
+        # aminmax is NaN if any entry is: one pass, without a mask of the tensor's size.
         if set_name == "model" and tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise CheckpointError(
                 f"model weight {name} holds NaN or inf: not saved; lower optim.lr or optim.max_grad_norm"
@@ -291,7 +295,7 @@ def _sha256(file: Path) -> str:
 
 
 def _disk_full(error: BaseException) -> bool:
-    # safetensors reports an I/O error of its writer as text only. EFBIG: the largest file that this process may write.
+    # safetensors reports I/O errors as text only. EFBIG: the limit of file sizes of this process.
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError):
         return error.errno in full

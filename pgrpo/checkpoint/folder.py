@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which there are, how one more is added whole, and which are removed."""
+"""The folder of a run's checkpoints: finding them, adding one atomically, and removing old ones."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ REPLACED = ".replaced-"  # a complete one that makes room for another of the sam
 
 
 def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], scalars: Mapping[str, Any]) -> Path:
-    """Write ``root/step_N`` from this process alone and return its path. Durable when this returns; until then there is none.
+    """Write ``root/step_N`` from a single process and return its path. Atomic, and synced to the disk when this returns.
 
     Args:
-        root: folder of the run's checkpoints, made if missing. Leftovers of a killed write in it are removed.
+        root: folder of the run's checkpoints, created if missing. Leftovers of a killed write in it are removed.
         step: N. An existing ``step_N`` is replaced.
         tensors: set name -> tensor name -> tensor of any shape, dtype and device; stored contiguous.
             Tied ones (the same memory under two names) are an error: pass one of the names.
-        scalars: what must come back equal from JSON: string keys, lists instead of tuples, no NaN.
+        scalars: JSON types that are read back equal: string keys, lists instead of tuples, no NaN.
 
     Raises:
         CheckpointError: NaN or inf in the set ``model``, tied tensors, scalars that JSON would change, or a full disk.
@@ -60,7 +60,7 @@ def save(root: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], sca
 
 
 def begin(root: Path, step: int) -> Path:
-    """The folder that all ranks write a checkpoint into, made by the first of them."""
+    """The folder that all ranks write a checkpoint into. The first rank to call this creates it."""
     folder = root / f"{WRITING}{PREFIX}{step}"
     if folder.is_symlink():
         raise CheckpointError(f"{folder}: is a symbolic link, which is not written through; remove it")
@@ -72,18 +72,16 @@ def begin(root: Path, step: int) -> Path:
 
 
 def publish(root: Path, step: int, files: Files, scalars: str) -> Path:
-    """Give the folder of ``begin`` its name, once all ranks' ``files`` are in it, and return it.
+    """Rename the folder of ``begin`` to ``step_N`` after all ranks wrote their ``files``, and return it.
 
     Raises:
-        CheckpointError: a file is not there as its writer left it, or the disk is full.
+        CheckpointError: a file is missing or has another size than its writer reported, or the disk is full.
     """
     folder, final = root / f"{WRITING}{PREFIX}{step}", root / f"{PREFIX}{step}"
     for name, entry in files.items():
         if not (folder / name).is_file() or (folder / name).stat().st_size != entry["size"]:
             raise CheckpointError(f"{folder / name}: missing; all ranks must see the same run_dir")
-    for stale in {
-        entry.name for entry in folder.iterdir()
-    } - files.keys():  # of a write that failed, by more ranks than now
+    for stale in {entry.name for entry in folder.iterdir()} - files.keys():  # of a failed write by more ranks
         remove(folder / stale)
     files |= write(folder / SCALARS, len(scalars), lambda: (folder / SCALARS).write_text(scalars))
     manifest = json.dumps({"step": step, "files": files}, indent=1)
@@ -104,13 +102,13 @@ def abandon(root: Path, step: int) -> None:
 
 
 def latest(root: Path) -> Path | None:
-    """The newest checkpoint that verifies. Each broken one on the way there is skipped with a warning."""
+    """The newest checkpoint that verifies. Skips broken ones with a warning."""
     return _newest_good(Path(root), list_steps(Path(root)))
 
 
 def prune(root: Path, keep: int, spare: Collection[int] = (), written: Collection[int] = ()) -> None:
-    """Remove all but the newest ``keep`` checkpoints (>= 1) and those of the steps ``spare``; if none of the newest verifies,
-    the newest that does stays too. ``written``: steps that this process has just written, whose files need not be read again."""
+    """Remove all but the newest ``keep`` checkpoints (>= 1) and those of the steps ``spare``. If none of the newest verifies, the
+    newest that does also stays. ``written``: steps that this process has just written, which need no verification."""
     if keep < 1:
         raise ConfigError(f"checkpoint.keep={keep}: must be at least 1")
     root = Path(root)
@@ -131,17 +129,17 @@ def prune(root: Path, keep: int, spare: Collection[int] = (), written: Collectio
 def set_aside_after(root: Path, step: int) -> None:
     """Rename checkpoints newer than ``step`` to ``abandoned_step_M``, with a warning.
 
-    A run that goes on from an older step calls this: ``latest`` and ``prune`` would still take those for its newest.
+    For a run that resumes from an older step: otherwise ``latest`` and ``prune`` would take those for its newest.
     """
     for newer in [s for s in list_steps(root) if s > step]:
         path, aside = root / f"{PREFIX}{newer}", root / f"abandoned_{PREFIX}{newer}"
         remove(aside)
         path.rename(aside)
-        log.warning("%s is newer than step %d, from which this run goes on: renamed to %s", path, step, aside.name)
+        log.warning("%s is newer than step %d, from which this run resumes: renamed to %s", path, step, aside.name)
 
 
 def tidy(root: Path) -> None:
-    """Undo what a killed ``save`` or ``prune`` left. Only the holder of the run's lock may call this."""
+    """Clean up after a killed ``save`` or ``prune``. Only the holder of the run's lock may call this."""
     for replaced in root.glob(f"{REPLACED}*"):
         original = root / replaced.name.removeprefix(REPLACED)
         if os.path.lexists(original):
@@ -154,7 +152,7 @@ def tidy(root: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with all that is in it, a file, or a symbolic link, but never what a link points to."""
+    """Remove a folder with its contents, a file, or a symbolic link (but not its target)."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

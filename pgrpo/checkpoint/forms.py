@@ -1,4 +1,4 @@
-"""JSON of a checkpoint, read with its form checked: what is damaged is an error that names the field."""
+"""Reads JSON of a checkpoint and checks its form. An error names the damaged field."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import json
 from typing import Any
 
 COUNT = range(2**63)
-"""The form of a number of things."""
+"""Form of a count: a whole number from 0."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written, or is not what was written. The message names the file."""
+    """A checkpoint cannot be written, or is damaged. The message names the file."""
 
 
 def parse(text: str, form: Any, where: object) -> Any:
-    """The value of a JSON text that has a form (see ``check``). CheckpointError: it is not JSON, or of another form."""
+    """Parse JSON text and check its form (see ``check``). CheckpointError: it is not JSON, or has another form."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -24,7 +24,7 @@ def parse(text: str, form: Any, where: object) -> Any:
 
 
 def check(value: Any, form: Any, where: object) -> None:
-    """CheckpointError, with the name of the first field in which a JSON value has not the form.
+    """Raise CheckpointError, with the name of the first wrong field, if a JSON value does not have the form.
 
     Args:
         form: a type (``float`` takes whole numbers too); a range of whole numbers; ``[form]``: a list of these; ``(form,)``: this,

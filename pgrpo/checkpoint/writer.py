@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on."""
+"""Writes checkpoints in the background while training continues."""
 
 from __future__ import annotations
 
@@ -25,16 +25,15 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CAN_WAIT = TorchVersion(torch.__version__) >= "2.12"
-"""Whether this PyTorch's torchrun waits as long as it is told to. To ask its launcher would mean to import it in every rank."""
+"""Whether torchrun of this PyTorch has TORCH_ELASTIC_SHUTDOWN_TIMEOUT. Read from the version, as importing torchrun is slow."""
 
 
 class Writer:
-    """Writes a run's checkpoints, each rank its own shards, from a copy in host memory.
+    """Writes a run's checkpoints: each rank writes its shards from a copy in host memory.
 
-    ``save`` returns once the copy is taken. A thread on every rank then writes and syncs; when all ranks have, rank 0 names the
-    checkpoint and removes old ones. A failure anywhere fails it on all ranks, and leaves older checkpoints as they are. The
-    host memory of the copy is kept for the next one; to get it from the system takes longer than the copy, so ``reserve`` does
-    that ahead.
+    ``save`` returns after copying. A thread on every rank then writes and syncs; after all ranks have, rank 0 renames the
+    checkpoint and removes old ones. A failure on one rank fails the checkpoint on all ranks; older checkpoints stay intact. The
+    host memory of the copy is kept for the next one. Allocating it takes longer than copying, so ``reserve`` does it ahead.
 
     Args:
         root: folder of the run's checkpoints, the same on all ranks.
@@ -44,7 +43,7 @@ class Writer:
 
     def __init__(self, root: Path, world: World, keep: int) -> None:
         self._root, self._world, self._keep = root, world, keep
-        # Of its own: the threads' exchanges must not mix with those of training, nor wait for a GPU.
+        # A separate gloo group: the threads' calls must not mix with those of training, nor wait for a GPU.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
         self._copies: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
@@ -52,7 +51,7 @@ class Writer:
         self._seconds, self._is_warned = 0.0, False
 
     def reserve(self, sets: Mapping[str, Mapping[str, Shard]]) -> None:
-        """Get the host memory for copies of ``sets``, in the background: of sizes, so the values may change meanwhile."""
+        """Allocate host memory for copies of ``sets`` in the background. Reads only their sizes, so values may change."""
         self.wait()
         like = [((s, name), shard.tensor) for s, named in sets.items() for name, shard in named.items()]
 
@@ -70,36 +69,36 @@ class Writer:
         scalars: Mapping[str, Any],
         spare: Collection[int] = (),
     ) -> None:
-        """Copy what this rank holds and begin to write ``step_N``. Waits for the checkpoint before it. All ranks call this.
+        """Wait for the previous checkpoint, copy this rank's shards, and start to write ``step_N``. All ranks call this.
 
         Args:
             step: N. An existing ``step_N`` is replaced.
-            sets: set name -> tensor name -> this rank's shard. What every rank has whole is rank 0's.
+            sets: set name -> tensor name -> a shard that this rank writes.
             scalars: rank 0's are written.
-            spare: steps that pruning leaves alone.
+            spare: steps that pruning keeps.
 
         Raises:
-            CheckpointError: as ``wait``, of the checkpoint before.
+            CheckpointError: the previous checkpoint could not be written (``wait``).
         """
         self.wait()
         text = dump_scalars(scalars)
         copies = {name: {n: self._copy(name, n, shard) for n, shard in named.items()} for name, named in sets.items()}
         if self._world.device.type == "cuda":
             torch.cuda.synchronize(self._world.device)
-        # Not a daemon: a run that ends by an exception still finishes the checkpoint that it had begun.
+        # Not a daemon: a run that ends by an exception still finishes the checkpoint.
         self._thread = threading.Thread(target=self._run, args=(step, copies, text, spare), name="pgrpo-checkpoint")
         self._thread.start()
 
     @property
     def failed(self) -> bool:
-        """Whether the checkpoint that was being written is known to have failed; ``wait`` says why."""
+        """Whether the last checkpoint is known to have failed; ``wait`` raises the reason."""
         return self._error is not None
 
     def wait(self) -> None:
-        """Until the checkpoint that was begun last has its name, on all ranks.
+        """Wait until the last checkpoint is complete on all ranks.
 
         Raises:
-            CheckpointError: it could not be written, with the reason of every rank that has one.
+            CheckpointError: it could not be written, with the reasons of all ranks.
         """
         if self._thread is not None:
             self._thread.join()
@@ -146,7 +145,7 @@ class Writer:
             raise CheckpointError("; ".join(dict.fromkeys(reasons)))
 
     def _warn_if_slow(self) -> None:
-        """torchrun kills the ranks a while after it passed a stop signal on: a save that takes longer would then be lost."""
+        """Warn if writing takes about as long as torchrun waits, after passing on a stop signal, before it kills the ranks."""
         grace = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30)) if CAN_WAIT else 30.0
         near = self._seconds > grace / 2 and "TORCHELASTIC_RUN_ID" in os.environ
         if near and self._world.is_main and not self._is_warned:
@@ -167,7 +166,7 @@ class Writer:
 
 
 def _host(tensor: Tensor) -> Tensor:
-    """Host memory for a copy, pinned for one that comes from a GPU."""
+    """Host memory for a copy, pinned if the tensor is on a GPU."""
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
 
 

@@ -176,5 +176,5 @@ def test_damaged_scalars_are_refused_or_mean_the_same(saved, tmp_path):
 
 @pytest.mark.faults
 def test_a_checkpoint_of_another_shape_is_refused(saved, tmp_path):
-    with pytest.raises(CheckpointError, match=r"model\.lora_rank: weight is \[2, 3\] there, \[2, 4\] here"):
+    with pytest.raises(CheckpointError, match=r"model\.lora_rank: weight is \[2, 3\] in the checkpoint, \[2, 4\] here"):
         build(tmp_path / "run", width=4).checkpoints.restore("auto")
