@@ -1,4 +1,4 @@
-"""What the training loop asks of an engine."""
+"""The protocol of engines, which sample completions."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ class RolloutEngine(Protocol):
     """Samples completions with the policy's weights. Every rank calls its methods alike.
 
     Attributes:
-        timings: seconds of the last waking, weight push and falling asleep, under metric names.
-        counted_bytes: of GPU memory that PyTorch counts as allocated for the engine, though it sleeps.
+        timings: seconds of the last wake-up, weight push and sleep, by metric name.
+        counted_bytes: GPU memory that PyTorch counts as allocated by the engine even while it sleeps.
     """
 
     timings: dict[str, float]
     counted_bytes: int
 
     def awake(self, version: int) -> AbstractContextManager[None]:
-        """Inside, ``sample`` samples with the policy's weights of the moment of entering, which have ``version`` training steps
-        behind them."""
+        """Inside this block ``sample`` uses the policy's weights at the time of entering. ``version``: their number of training
+        steps."""
         ...
 
     def close(self) -> None:
-        """Give everything up; after this only the process's end."""
+        """Shut the engine down, at the end of the process."""
         ...
 
     def sample(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
@@ -67,7 +67,7 @@ def generate(
 def sample_seeds(*path: int | str, group_size: int) -> list[int]:
     """One 63-bit seed for each sample of a prompt, from (seed, step, prompt) and the sample's number.
 
-    A hash, not a running generator: a resumed run, or one on another number of ranks, samples what this one would have.
+    A hash, not a generator with state, so that a resumed run or another number of ranks samples the same.
     """
     seeds = []
     for sample in range(group_size):
@@ -77,7 +77,7 @@ def sample_seeds(*path: int | str, group_size: int) -> list[int]:
 
 
 def sampling_params(config: Config, temperature: float | None = None) -> SamplingParams:
-    """How the config says to sample; without a temperature at the rollout's."""
+    """The config's sampling parameters; ``temperature`` replaces the rollout's."""
     rollout = config.rollout
     return SamplingParams(
         max_completion_tokens=rollout.max_completion_tokens,

@@ -1,4 +1,4 @@
-"""Which tokens end a completion, and whether the chat template's own end of a turn is among them."""
+"""The tokens that end a completion, and a check that the chat template's end of a turn is one of them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ CONTENT = "END-OF-TURN-PROBE"
 def end_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_eos: int | Sequence[int] | None, stop: Sequence[str]
 ) -> list[int]:
-    """The tokenizer's eos, those that the model's generation config adds, and every stop string that is a special token, which text
-    leaves out, so that it could not be found there. Any other stop string is found in the text.
+    """Ids of the tokenizer's eos, the generation config's eos, and stop strings that are special tokens: decoded text does not have
+    those. Other stop strings are found in the text.
 
     Raises:
-        ConfigError: there are none, or a stop string has a special token beside other text.
+        ConfigError: there is no eos, or a stop string mixes a special token with other text.
     """
     ids: set[int] = set()
     for eos in (tokenizer.eos_token_id, generation_eos):
@@ -44,7 +44,7 @@ def end_token_ids(
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Text -> id of the tokens that decoding leaves out."""
+    """Text -> id of the tokens that decoding skips."""
     return {str(added): token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
 
 
@@ -57,7 +57,7 @@ def check_turn_end(tokenizer: PreTrainedTokenizerBase, prompt: PromptConfig, end
     try:
         text = str(tokenizer.apply_chat_template(chat, tokenize=False, **kwargs))
     except (TemplateError, ValueError, TypeError):
-        return  # it has no such chat; what it makes of the data's own is checked with the data
+        return  # the template refuses this chat; the data's own chats are checked with the data
     tail = text.rpartition(CONTENT)[2].lstrip()
     end = next((token for token in special_tokens(tokenizer).items() if tail.startswith(token[0])), None)
     if end and end[1] not in end_ids:

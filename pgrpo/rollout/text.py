@@ -1,4 +1,4 @@
-"""From sampled token ids to completions, the same for every engine."""
+"""Makes completions from sampled token ids, for all engines."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def make_completions(
     """Completions with their text, which ends before the first stop string.
 
     Args:
-        token_ids: of each completion, the final eos or the tokens of the stop string among them.
-        logprobs: one for each token, see ``Completion.rollout_logprobs``.
-        stopped: whether eos or a stop string ended it.
+        token_ids: of each completion, with the final eos or the tokens of the stop string.
+        logprobs: one a token, see ``Completion.rollout_logprobs``.
+        stopped: whether eos or a stop string ended each completion.
         stop: the stop strings.
-        weights_version: of all of them.
+        weights_version: number of training steps of the weights.
     """
     texts = tokenizer.batch_decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     completions = []

@@ -1,5 +1,5 @@
-"""Writes a run's metrics and completions: to metrics.jsonl and completions.jsonl always; to the terminal, wandb and tensorboard as
-configured. Begin with ``run.py``.
+"""Writes a run's metrics and completions: always to metrics.jsonl and completions.jsonl, and to the terminal, wandb and tensorboard
+as configured. Begin with ``run.py``.
 """
 
 from pgrpo.tracking.console import Terminal, printable

@@ -35,22 +35,20 @@ HEADLINES = (
     "eval/pass@*",
     "eval/greedy/pass@1",
 )
-"""Patterns of the metrics that the terminal shows; the files have all metrics."""
+"""Patterns of the metrics that the terminal shows. The files have all metrics."""
 
 WIDEST = 600
-"""The terminal shows so many characters of a prompt (its end) and of a completion (its start)."""
+"""Characters of a prompt (its end) and of a completion (its start) that the terminal shows."""
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
-    """``text`` with everything except printable characters and newlines escaped, so that a model cannot send control sequences to
-    the terminal."""
+    """Escape all but printable characters and newlines, so that a model's text cannot send control sequences to the terminal."""
     shown = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
     return shown.encode(encoding, "backslashreplace").decode(encoding)
 
 
 class Terminal(logging.Handler):
-    """Prints warnings where no ``Trackers`` do, with secrets redacted. Installed as ``logging.lastResort``, so that it is used
-    only there."""
+    """Prints warnings to stderr, with secrets redacted. As ``logging.lastResort`` it is used only if there are no ``Trackers``."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

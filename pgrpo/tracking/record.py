@@ -1,4 +1,4 @@
-"""Files that are the record of a run: an error in writing one names it, and a symbolic link in the place of one is not followed."""
+"""Files of a run's record. Errors name the file; symbolic links are not followed."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-TRAINING = "without the run's record training does not go on; {fix}, then --resume auto"
+TRAINING = "training stops without its record; {fix}, then --resume auto"
 
 
 @contextmanager
 def writing(path: str | Path, advice: str = TRAINING) -> Iterator[None]:
-    """The system's error of a write does not say of which file.
+    """Turn an ``OSError`` of a write, which does not name the file, into an error that does.
 
     Args:
-        advice: what to do; ``{fix}`` becomes what helps against the system's error.
+        advice: end of the message, with ``{fix}`` for the remedy of the system's error.
 
     Raises:
-        RuntimeError: one that names the file, and what to do.
+        RuntimeError: writing failed; the message names the file and the remedy.
     """
     try:
         yield
@@ -32,15 +32,14 @@ def writing(path: str | Path, advice: str = TRAINING) -> Iterator[None]:
 
 
 def appending(path: Path) -> IO[str]:
-    """The file, open to append whole lines: a row is in it when its step is over. A lone surrogate becomes its JSON escape."""
+    """Open a file to append lines; each line is written at once. A lone surrogate becomes its JSON escape."""
     with writing(path):
         return open(path, "a", encoding="utf-8", errors="backslashreplace", buffering=1, opener=_not_through_a_link)
 
 
 @contextmanager
 def replacing(path: Path, advice: str = TRAINING) -> Iterator[IO[str]]:
-    """A file to write, which takes the place of ``path`` when the block ends: it is there whole or not at all. ``advice`` is that
-    of ``writing``."""
+    """Write ``path`` atomically: the file replaces it at the end of the block. ``advice``: see ``writing``."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     with writing(path, advice):
         part.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Where a run's numbers go: metrics.jsonl and completions.jsonl always; terminal, wandb and tensorboard when asked for.
+"""Logs a run: always to metrics.jsonl and completions.jsonl, and to terminal, wandb and tensorboard as configured.
 
-Only rank 0 builds ``Trackers``. The JSONL files are the record of the run, and failing to write them fails the run; any
-other tracker that fails while training is dropped with one warning, and training goes on.
+Only rank 0 builds ``Trackers``. The JSONL files are the record of the run: an error in writing them ends it. Any other tracker that
+fails is dropped with one warning, and training continues.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ Row = dict[str, Any]
 
 
 class Trackers:
-    """Everything a run logs.
+    """All outputs of a run.
 
     Args:
-        config: the run's configuration; ``track`` says which trackers there are.
+        config: the run's configuration; ``track`` chooses the trackers.
         run_dir: the run folder, which exists. Files: metrics.jsonl, completions.jsonl, log.txt, tensorboard/, wandb/.
-        resume: ``state_dict()`` of the checkpoint that the run goes on from: rows of later steps are dropped from the
-            files, and the wandb run is the same one. None starts both JSONL files anew.
+        resume: ``state_dict()`` from the checkpoint that the run resumes from: drops rows of later steps from the files and
+            continues the same wandb run. None starts both JSONL files anew.
 
     Raises:
-        ConfigError: a tracker that is asked for is not installed, or wandb has no login.
+        ConfigError: a configured tracker is not installed, or wandb has no login.
     """
 
     def __init__(self, config: Config, run_dir: Path, *, resume: dict[str, Any] | None = None):
@@ -54,7 +54,7 @@ class Trackers:
         self._services: dict[str, Service] = {}
         if resume is None and (run_dir / "metrics.jsonl").exists():
             log.warning(
-                "%s: an earlier try left no checkpoint; its metrics, completions and config are replaced, log.txt goes on",
+                "%s: an earlier run saved no checkpoint; replacing its metrics, completions and config, appending to log.txt",
                 run_dir,
             )
         try:
@@ -73,7 +73,7 @@ class Trackers:
             raise
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Record one step; call it once a step. A number that is not finite is null in metrics.jsonl."""
+        """Log one step; call this once a step. Numbers that are not finite are null in metrics.jsonl."""
         metrics = {name: float(value) for name, value in metrics.items()}
         row = {name: _finite(value) for name, value in metrics.items()}
         _write_row(self._metrics_file, {"step": step, **row})
@@ -88,8 +88,8 @@ class Trackers:
                 self._print(metrics_panel(f"step {step}/{self._steps}", numbers) if self._console.is_terminal else line)
 
     def completions(self, step: int, groups: Sequence[Group]) -> None:
-        """Record ``track.completions`` samples of a step, spread evenly over its groups. completions.jsonl has them of every step,
-        the terminal, wandb and tensorboard of those that are reported."""
+        """Log ``track.completions`` samples of a step, spread evenly over its groups: to completions.jsonl in every step, to the
+        terminal, wandb and tensorboard every ``track.console_every`` steps."""
         rows = redact([{"step": step, **row} for row in _pick(groups, self._track.completions)])
         for row in rows:
             _write_row(self._completions_file, row)
@@ -103,22 +103,22 @@ class Trackers:
                 self._print(plain(row, self._console.encoding))
 
     def message(self, text: str) -> None:
-        """A line for people: to log.txt, and to the terminal if there is one."""
+        """Write a line to log.txt and, if configured, to the terminal."""
         text = redact(text)
         self._write_log(text)
         if self._console:
             self._print(printable(text, self._console.encoding))
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON: the last logged step and the wandb run id. A checkpoint of step N takes it after ``log(N, ...)``."""
+        """The last logged step and the wandb run id, as JSON types. Call this after ``log(N, ...)`` for a checkpoint of step N."""
         return dict(self._state)
 
     def close(self) -> None:
-        """Flush and close everything. Calling it again does nothing."""
+        """Flush and close everything. A second call does nothing."""
         self._tell_services(lambda service: service.close())
         self._services.clear()
         logging.getLogger("pgrpo").removeHandler(self._handler)
-        with ExitStack() as files:  # all of them, whatever one meets that still has something to write
+        with ExitStack() as files:  # close all, even if one fails to flush
             for file in self._files:
                 files.enter_context(writing(file.name))
                 files.callback(file.close)
@@ -128,7 +128,7 @@ class Trackers:
 
     def _print(self, renderable: Any) -> None:
         assert self._console
-        # soft_wrap leaves the lines of a log whole; tables and panels fit themselves to the terminal.
+        # soft_wrap keeps log lines whole; tables and panels adapt to the terminal's width.
         self._console.print(renderable, soft_wrap=isinstance(renderable, str))
 
     def _write_log(self, text: str) -> None:
@@ -140,20 +140,20 @@ class Trackers:
             self._services[name] = start()
         except ConfigError:
             raise
-        except Exception as error:  # no network, a timeout, a bug of its own: none of it is worth a run
-            log.warning("%s did not start (%s: %s): the run goes on without it", name, type(error).__name__, error)
+        except Exception as error:  # no network, a timeout, a bug of its own: not worth losing the run
+            log.warning("%s did not start (%s: %s): the run continues without it", name, type(error).__name__, error)
 
     def _tell_services(self, call: Callable[[Service], None]) -> None:
         for name, service in list(self._services.items()):
             try:
                 call(service)
-            except Exception as error:  # a tracker may raise anything, and none of it is worth a run
+            except Exception as error:  # a tracker may raise anything: not worth losing the run
                 del self._services[name]
-                log.warning("%s failed (%s: %s): the run goes on without it", name, type(error).__name__, error)
+                log.warning("%s failed (%s: %s): the run continues without it", name, type(error).__name__, error)
 
 
 class _WarningHandler(logging.Handler):
-    """Brings warnings of any pgrpo file into log.txt and to the terminal."""
+    """Writes warnings of all pgrpo modules to log.txt and the terminal."""
 
     def __init__(self, trackers: Trackers):
         super().__init__(logging.WARNING)
@@ -185,7 +185,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def _reopen(path: Path, step: int) -> IO[str]:
-    """Open a JSONL file to append, without rows after ``step`` and without a last line that a kill cut short."""
+    """Open a JSONL file to append. First drops rows after ``step`` and lines that are not valid rows, as a kill leaves."""
     if not path.exists():
         return appending(path)
     with path.open(encoding="utf-8", newline="\n") as rows, replacing(path) as kept:
@@ -193,7 +193,7 @@ def _reopen(path: Path, step: int) -> IO[str]:
             try:
                 keep = line.endswith("\n") and json.loads(line)["step"] <= step
             except (ValueError, KeyError, TypeError):
-                log.warning("%s: dropped a line that is not a row of it: %.80r", path, line)
+                log.warning("%s: dropped a line that is not a valid row: %.80r", path, line)
                 continue
             if keep:
                 kept.write(line)

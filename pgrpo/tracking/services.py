@@ -1,4 +1,4 @@
-"""wandb and tensorboard: numbers of every step, and completions as a table."""
+"""wandb and tensorboard: metrics of every step, and completions as a table."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ Row = dict[str, Any]
 
 
 class Service(Protocol):
-    """What it raises is caught, and ends its part in the run."""
+    """A tracker outside of pgrpo. After an error it is dropped, and the run continues."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None: ...
     def completions(self, step: int, rows: Sequence[Row]) -> None:
-        """``rows`` as in completions.jsonl."""
+        """``rows``: as in completions.jsonl."""
         ...
 
     def close(self) -> None: ...
 
 
 def check_services(config: Config) -> None:
-    """Refuse a service that is not installed, and wandb without a login; nothing is sent. Called before a model is loaded.
+    """Refuse a service that is not installed, and wandb without a login. Sends nothing; runs before a model is loaded.
 
     Raises:
-        ConfigError: with what to install or set.
+        ConfigError: the message has what to install or set.
     """
     if config.track.tensorboard:
         _summary_writer()
     if config.track.wandb:
         wandb = _wandb()
         can_start = wandb.setup().settings.mode != "online" or wandb.login(prompt=False, verify=False)
-        wandb.teardown()  # the run reads its settings anew
+        wandb.teardown()  # so that the run reads its settings again
         if not can_start:
             raise ConfigError("track.wandb=true: wandb has no login; run `wandb login`, or set WANDB_MODE=offline")
 
@@ -60,7 +60,7 @@ def _wandb() -> Any:
 
 
 class Tensorboard:
-    """Event files in ``run_dir/tensorboard``; what was logged there after ``step`` is hidden (-1: all of it).
+    """Event files in ``run_dir/tensorboard``. Hides events that were logged there after ``step`` (-1: all).
 
     Raises:
         ConfigError: tensorboard is not installed.
@@ -82,7 +82,7 @@ class Tensorboard:
 
 
 class Wandb:
-    """A wandb run that is started, or gone on with (``run_id``). WANDB_MODE=offline is heeded.
+    """A new wandb run, or the run ``run_id`` continued. Respects WANDB_MODE=offline.
 
     Raises:
         ConfigError: wandb is not installed.
@@ -102,7 +102,7 @@ class Wandb:
             settings=wandb.Settings(console="off"),
         )
         self._table, self.run_id = wandb.Table, self._run.id
-        # Our own step axis: wandb's internal one drops rows that a resumed run logs again.
+        # A step axis of our own: wandb's drops rows that a resumed run logs again.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -118,7 +118,7 @@ class Wandb:
 
 
 def _flat(step: int, row: Row) -> Row:
-    """One line of a table, by column."""
+    """One row of the table, by column."""
     texts = {name: row[name].encode("utf-8", "backslashreplace").decode() for name in ("prompt", "completion")}
     parts = {f"rewards/{name}": value for name, value in row["parts"].items()}
     numbers = {"reward": row["reward"], **parts, "advantage": row["advantage"]}
@@ -126,7 +126,7 @@ def _flat(step: int, row: Row) -> Row:
 
 
 def _markdown(row: Row) -> str:
-    """A sample as markdown. Indented text is code: nothing that a model wrote is read as markdown or HTML."""
+    """A sample as markdown. Texts are indented as code, so that a model's text is not rendered as markdown or HTML."""
     numbers = {"reward": row["reward"], **row["parts"], "advantage": row["advantage"]}
     head = "  ".join(f"{name} {number(value)}" for name, value in numbers.items()) + f"  {row['finish_reason']}"
     texts = [("prompt", row["prompt"]), ("completion", row["completion"]), ("rewards", head)]

@@ -165,7 +165,7 @@ def test_without_state_the_files_start_anew(tmp_path):
         track.log(1, {"reward": 1})
         track.close()
     assert len(rows(tmp_path / "metrics.jsonl")) == 1
-    assert (tmp_path / "log.txt").read_text().count("an earlier try left no checkpoint; its metrics, ") == 1
+    assert (tmp_path / "log.txt").read_text().count("an earlier run saved no checkpoint; replacing its metrics, ") == 1
     assert (tmp_path / "log.txt").read_text().count("step 1/20  reward 1\n") == 2  # log.txt keeps what happened
 
 
@@ -390,7 +390,7 @@ def test_a_wandb_that_does_not_start_is_a_warning_and_its_run_is_found_again(tmp
     track.log(1, {"reward": 1.0})
     track.close()
     assert "wandb did not start (" in caplog.text and "no route" in caplog.text
-    assert ": the run goes on without it" in (tmp_path / "log.txt").read_text()
+    assert ": the run continues without it" in (tmp_path / "log.txt").read_text()
     assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "reward": 1.0}]
     assert track.state_dict() == {"step": 1, "wandb_id": "abc123"}
 
@@ -534,7 +534,7 @@ def test_a_failing_tracker_warns_once_and_training_goes_on(tmp_path, caplog, mon
     for step in range(1, 4):
         track.log(step, {"reward": 1.0})
     track.close()
-    assert caplog.text.count("tensorboard failed (ConnectionError: gone): the run goes on without it") == 1
+    assert caplog.text.count("tensorboard failed (ConnectionError: gone): the run continues without it") == 1
     assert len(rows(tmp_path / "metrics.jsonl")) == 3
 
 
