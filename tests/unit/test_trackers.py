@@ -85,7 +85,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     track = Trackers(make_config(), tmp_path)
     track.log(1, {"reward": 0.5})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    message = r"{}: cannot be written \(File too large\); without .*; make room, then --resume auto$"
+    message = r"{}: cannot be written \(File too large\); training stops .*; make room, then --resume auto$"
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
     try:
         with pytest.raises(RuntimeError, match=message.format("metrics.jsonl")):
@@ -156,7 +156,7 @@ def test_resume_drops_what_is_no_row_and_says_so(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnoise\n[]\n{"loss": 1}\n{"step": 2}\n')
     Trackers(make_config(), tmp_path, resume={"step": 9}).close()
     assert rows(tmp_path / "metrics.jsonl") == [{"step": 1}, {"step": 2}]
-    assert caplog.text.count("dropped a line that is not a row") == 3
+    assert caplog.text.count("dropped a line that is not a valid row") == 3
 
 
 def test_without_state_the_files_start_anew(tmp_path):
@@ -553,6 +553,6 @@ def test_a_tracker_that_goes_down_leaves_metrics_jsonl_complete(tiny_model, tmp_
     monkeypatch.setattr(SummaryWriter, "add_scalar", fail)
     keys = [f"model.path={tiny_model}", f"run_dir={tmp_path / 'run'}", "train.steps=4", "rollout.prompts_per_step=2"]
     pgrpo.train("quickstart", [*keys, "eval.every=0", "track.console=false", "track.tensorboard=true"])
-    assert caplog.text.count("tensorboard failed (OSError: [Errno 5] Input/output error): the run goes on") == 1
+    assert caplog.text.count("tensorboard failed (OSError: [Errno 5] Input/output error): the run continues") == 1
     assert [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
     assert list((tmp_path / "run" / "checkpoints").glob("step_4"))
