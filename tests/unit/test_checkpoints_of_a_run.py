@@ -105,7 +105,7 @@ def test_another_run_may_go_on_with_other_data_and_begins_at_its_first_prompt(sa
         same.checkpoints.restore(path)
         assert "hash" not in caplog.text
         other.checkpoints.restore(path)
-    assert "a hash of their content" in caplog.text and "begins at the first of this run's prompts" in caplog.text
+    assert "a hash of their content" in caplog.text and "training starts with the first prompt" in caplog.text
     assert same.stream.epoch > 1 and other.stream.epoch == 0 and other.progress.step == 3
     assert torch.equal(other.policy.model.weight, saved.policy.model.weight)
 
