@@ -87,7 +87,7 @@ OTHER_ROWS = [*ROWS[:-1], {"q": "5", "answer": 6}]
     ],
 )
 def test_another_data_set_does_not_go_on_in_the_same_run(saved, tmp_path, rows, message):
-    with pytest.raises(ConfigError, match=f"cannot resume: .*{message}.*another run_dir, and --resume with"):
+    with pytest.raises(ConfigError, match=f"cannot resume: .*{message}.*another run_dir, and pass the checkpoint"):
         build(tmp_path / "run", rows).checkpoints.restore("auto")
 
 
