@@ -121,10 +121,13 @@ def test_steps_without_any_reward_are_saved(tiny_model, tmp_path):
 
 
 def test_a_run_stops_at_its_target_reward(tiny_model, tmp_path, caplog):
-    """After ten steps, also when the first five of them were another run's; then there is nothing to go on with."""
+    """After ten steps that reach it, the first of them before a resume; then there is nothing to go on with."""
 
-    def ones(completions, **_):
-        return [1.0] * len(completions)
+    first = set()
+
+    def ones(completions, prompts, **_):
+        first.update(prompts if len(first) < 4 else ())  # the first step's four get nothing
+        return [float(prompt not in first) for prompt in prompts]
 
     changes = {"train.target_reward": 1.0, "rewards.functions": [], "optim.schedule": "constant"}
     pgrpo.train("quickstart", overrides(tiny_model, tmp_path / "run", steps=5, **changes), rewards=[ones])
@@ -132,9 +135,9 @@ def test_a_run_stops_at_its_target_reward(tiny_model, tmp_path, caplog):
     for _ in range(2):
         caplog.clear()
         run_dir = pgrpo.train("quickstart", keys, rewards=[ones], resume="auto")
-        assert metrics(run_dir)[-1]["step"] == 10
-        assert (run_dir / "checkpoints" / "step_10").is_dir()
-        assert "train.target_reward=1.0 reached: mean reward of the last 10 steps 1; done after step 10" in caplog.text
+        assert metrics(run_dir)[-1]["step"] == 11
+        assert (run_dir / "checkpoints" / "step_11").is_dir()
+        assert "train.target_reward=1.0 reached: mean reward of the last 10 steps 1; done after step 11" in caplog.text
     assert "eval/reward" in metrics(run_dir)[-1]
 
 
