@@ -21,15 +21,15 @@ prompt: {template: "{q}"}
 rewards: {functions: [{function: exact_match}]}
 train: {steps: 10}
 """
-# Runs the real main() with `pgrpo.training` replaced, so that exit codes can be told apart from training.
+# Runs the real main() with `pgrpo.grpo` replaced, so that exit codes can be told apart from training.
 FAKE_TRAIN = """\
 import os, signal, sys, time, types
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
-module = types.ModuleType("pgrpo.training")
+module = types.ModuleType("pgrpo.grpo")
 def train(config, resume=None, **_):
     {body}
 module.train = train
-sys.modules["pgrpo.training"] = module
+sys.modules["pgrpo.grpo"] = module
 from pgrpo.cli import main
 main()
 """
