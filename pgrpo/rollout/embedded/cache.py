@@ -1,7 +1,7 @@
-"""Keys and values of a rollout: each prompt's are stored once and read by its whole group, as in training.
+"""Keys and values of a rollout: each prompt's are stored once and shared by its group, as in training.
 
-A decoding step is the same two attention calls and merge as a training step: every row against its own completion so far (all
-rows are equally long, so this is a dense batch), and all rows of a group against the group's prefix.
+A decoding step has the same two attention calls and merge as a training step: each row attends to its own completion so far (a
+dense batch, as all have the same length), and all rows of a group attend to the group's prompt.
 
 N prompts, B rows in the batch (completions still running), K key/value heads, D head dim, C capacity in tokens.
 """
@@ -20,12 +20,12 @@ from pgrpo.attention.merge import merge_
 
 
 class DecodeCache:
-    """A layout (``attention.hook.DecodingLayout``) that is first shown all prompts, packed, and then one token a row.
+    """A layout (``attention.hook.DecodingLayout``). Its first call has all prompts, packed; later calls have one token a row.
 
     Args:
         prompt_lens: N prompt lengths.
         group_size: rows of each prompt; rows are ordered by prompt.
-        capacity: the most completion tokens.
+        capacity: the most tokens of a completion.
     """
 
     def __init__(self, prompt_lens: Sequence[int], group_size: int, capacity: int, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class DecodeCache:
         self._across = self._suffix_segments()
 
     def attend(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float, layer: int) -> Tensor:
-        """[T, H, D]: over the prompts on a layer's first call, then over one new token a row."""
+        """[T, H, D] attention output: of the prompts in a layer's first call, then of one new token a row."""
         if layer not in self._prefixes:
             self._prefixes[layer] = k_TKD.contiguous(), v_TKD.contiguous()
             within = Segments(self._cu_prefix, self._cu_prefix, self._max_prefix, self._max_prefix)
@@ -56,11 +56,11 @@ class DecodeCache:
         return out_BHD
 
     def advance(self) -> None:
-        """All layers have seen the new token of every row."""
+        """Call this after all layers have attended with the new tokens."""
         self.length += 1
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these (ascending indices into the present rows)."""
+        """Drop all rows except these (ascending indices into the current rows)."""
         self._group_of_row = self._group_of_row[rows.cpu()]
         for layer, buffers in self._suffixes.items():
             kept = tuple(x.new_empty(len(rows), *x.shape[1:]) for x in buffers)

@@ -1,7 +1,7 @@
-"""Sampling with the policy's own transformers model, in the trainer's process: nothing to install, nothing to synchronise.
+"""Samples with the policy's own transformers model, in the trainer's process: no weights are copied.
 
-Each prompt is computed once, its keys and values are shared by the group, nothing is padded, and finished completions leave
-the batch. For speed on a GPU use vLLM.
+Each prompt is computed once and its group shares the keys and values. Nothing is padded, and finished completions leave the batch.
+vLLM is faster on a GPU.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from pgrpo.rollout.text import Tokenizer, make_completions
 from pgrpo.types import Request, SamplingParams
 
 LEAVE_FRACTION = 0.25
-"""Finished completions leave the batch when they are this share of it: leaving copies the cache of those that stay."""
+"""Finished completions leave the batch when they are this fraction of it, as the cache of the others is copied then."""
 CHECK_EVERY = 8
-"""Tokens between looks at the stop signal, which ranks exchange."""
+"""Tokens between two checks of the stop signal, which are collective calls."""
 
 
 class DecodingPolicy(Root, Protocol):
@@ -39,12 +39,12 @@ class EmbeddedEngine:
     """A ``RolloutEngine`` on the policy itself.
 
     Args:
-        policy: gives the logits of the next token.
-        tokenizer: turns ids into text, for rewards and stop strings.
+        policy: computes the logits of the next token.
+        tokenizer: decodes ids, for rewards and stop strings.
         eos_token_ids: tokens that end a completion.
-        max_concurrent: completions decoded at once.
+        max_concurrent: the most completions decoded at once.
         any_rank: whether a flag is true on any rank. With sharded weights every rank decodes until the slowest is done.
-        check_stop: called every few tokens, on all ranks alike; what it raises ends the rollout.
+        check_stop: called every few tokens on all ranks; an exception of it ends the rollout.
     """
 
     def __init__(
@@ -63,20 +63,21 @@ class EmbeddedEngine:
         self.max_concurrent = max_concurrent
         self.any_rank = any_rank
         self.check_stop = check_stop
-        self.timings: dict[str, float] = {"time/weight_sync": 0.0}  # there is nothing to push
+        self.timings: dict[str, float] = {"time/weight_sync": 0.0}  # no weights to push
         self.counted_bytes = 0
         self.weights_version = 0
 
     def awake(self, version: int) -> nullcontext[None]:
-        """It samples with the policy itself."""
+        """See ``RolloutEngine``; nothing to wake."""
         self.weights_version = version
         return nullcontext()
 
     def close(self) -> None:
-        """It holds nothing."""
+        """See ``RolloutEngine``; nothing to release."""
 
     def sample(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
-        """Sample all requests, as many at once as ``max_concurrent`` allows. A completion's own seed decides its random numbers."""
+        """Sample all requests in waves of at most ``max_concurrent`` completions. Each completion's seed alone decides its random
+        numbers."""
         wave = max(1, self.max_concurrent // len(requests[0].seeds))
         for start in range(0, len(requests), wave):
             with no_gradient(self.policy):
@@ -111,7 +112,7 @@ class EmbeddedEngine:
             on_finished(position, made)
 
         cache = DecodeCache(prompt_lens, group_size, limit, device)
-        rows = torch.arange(total, device=device)  # which completion each row of the batch is
+        rows = torch.arange(total, device=device)  # the completion of each row of the batch
         positions = torch.tensor(prompt_lens, device=device).repeat_interleave(group_size)
         logits = self._prefill(requests, prompt_lens, cache).repeat_interleave(group_size, dim=0)
         for t in range(limit):
@@ -135,7 +136,7 @@ class EmbeddedEngine:
                 break
             if running.sum() <= (1 - LEAVE_FRACTION) * len(rows):
                 stay = running.nonzero().flatten()
-                if not len(stay):  # other ranks still decode: go on with one row, to no effect
+                if not len(stay):  # other ranks still decode, so decode one row and ignore it
                     stay = torch.zeros(1, dtype=torch.long, device=device)
                 cache.keep(stay)
                 rows, drawn = rows[stay], drawn[stay]
@@ -158,7 +159,7 @@ class EmbeddedEngine:
         """[B] bool: the newest token completed a stop string."""
         if not stop:
             return torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
-        # A stop string of n bytes spans at most n tokens; a few more keep a character that straddles the cut whole.
+        # A stop string of n bytes spans at most n tokens; four more keep the first character of the window whole.
         window = max(len(s.encode()) for s in stop) + 4
         texts = self.tokenizer.batch_decode(
             tokens_BT[:, -window:].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False

@@ -11,7 +11,7 @@ from pgrpo.types import SamplingParams
 
 
 def at_temperature(logits_BV: Tensor, params: SamplingParams) -> Tensor:
-    """[B, V] float32 logits over the temperature; temperature 0 leaves them as they are."""
+    """[B, V] float32 logits divided by the temperature; unchanged at temperature 0."""
     logits_BV = logits_BV.float()
     return logits_BV if params.temperature in (0.0, 1.0) else logits_BV / params.temperature
 
@@ -34,7 +34,7 @@ def sampling_logprobs(logits_BV: Tensor, params: SamplingParams) -> Tensor:
 
 def draw(logits_BV: Tensor, params: SamplingParams, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     """Token ids [B], by inversion of the cumulative distribution at ``uniform_B`` (in [0, 1)), and their log-probs [B] at the
-    temperature, before top-k and top-p: what the trainer's are compared with."""
+    temperature but before top-k and top-p, like the trainer's."""
     logprobs_BV = sampling_logprobs(logits_BV, params)
     if params.temperature == 0.0:
         token_B1 = logprobs_BV.argmax(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Did every tensor arrive? Names and bits of a weight push, at the sender and in the engine."""
+"""Checks that all weights of a push arrived in the engine, by names and checksums."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class DeliveryError(RuntimeError):
-    """A push did not bring the engine all of the policy's weights."""
+    """After a push the engine does not have all of the policy's weights."""
 
 
 class Delivery:
-    """What one push sends, noted on its way: iterate it once, as (Hugging Face name, tensor)."""
+    """The weights of one push. Iterate once, over (Hugging Face name, tensor): this records names and checksums."""
 
     def __init__(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         self.weights = weights
@@ -38,15 +38,15 @@ class Delivery:
         """A collective call of the ranks that share an engine.
 
         Args:
-            names: all that had to be sent.
-            written: names of its own parameters that the engine says it wrote.
-            parameters: the engine's own, on this rank; an empty one cannot be read back, and is not compared.
-            fused: what it makes one parameter of: ``qkv_proj`` of ``[q_proj, k_proj, v_proj]``.
-            ranks: how many share the engine, a parameter split or whole on each.
-            sum_over_ranks: adds an int64 tensor up over them.
+            names: all names that must be sent.
+            written: names of the engine's parameters that it reports as written.
+            parameters: the engine's parameters on this rank. Empty ones cannot be read back and are not compared.
+            fused: fused parameter -> its sources, as ``qkv_proj`` -> ``[q_proj, k_proj, v_proj]``.
+            ranks: number of ranks that share the engine. Each has a part of a parameter, or all of it.
+            sum_over_ranks: sums an int64 tensor over these ranks.
 
         Raises:
-            DeliveryError: a name was not sent, is unknown or was not written, or an engine's parameter has other bits.
+            DeliveryError: a name was not sent, is unknown or was not written, or a checksum differs.
         """
         if differing := sorted(names ^ self.sent.keys()):
             raise DeliveryError(f"weight push: {_some(differing)} were not sent, or are not the policy's")
@@ -61,7 +61,7 @@ class Delivery:
                 raise DeliveryError(
                     f"weight push: the engine's {name} is made of {sources}, which the policy does not have"
                 )
-            # Split over the ranks, or whole on each and then counted that many times. Padding (of a vocabulary) adds no bits.
+            # A parameter that is whole on each rank is counted once a rank. Zero padding (of a vocabulary) adds nothing.
             copies = ranks if parameter.numel() >= sum(self.sizes[source] for source in sources) else 1
             compared.append(name)
             wanted.append(copies * torch.stack([self.sent[source] for source in sources]).sum())
@@ -72,13 +72,13 @@ class Delivery:
 
 
 def bit_sum(tensor: Tensor) -> Tensor:
-    """Sum of the elements' bit patterns as integers, a 0-d int64 tensor: the same in any order and any cut; zeros add nothing."""
+    """Checksum: the sum of the elements' bits as integers, a 0-d int64 tensor. Independent of order and sharding; 0 for zeros."""
     integer = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
     return tensor.detach().contiguous().view(integer).sum(dtype=torch.int64)
 
 
 def sources_of(name: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
-    """Checkpoint names of what an engine fuses into a parameter: ``...qkv_proj.weight`` is made of q, k and v."""
+    """Names of the weights that an engine fuses into a parameter: q, k and v of ``...qkv_proj.weight``."""
     for whole, parts in fused.items():
         if f".{whole}." in name:
             return [name.replace(f".{whole}.", f".{part}.") for part in parts]

@@ -1,4 +1,4 @@
-"""Requests to a vLLM engine in this process, run step by step: one that fails says so, one that is given up is run again."""
+"""Runs requests on a vLLM engine in this process, step by step. Retries requests that vLLM aborts."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from pgrpo.rollout.vllm.delivery import DeliveryError
 
 DEADLINE = "rollout.vllm_deadline_s"
 RETRIES = 2
-"""How often a prompt is sampled again whose completions vLLM gave up."""
+"""Number of times that a prompt is sampled again if vLLM aborts its completions."""
 OnOutput = Callable[[int, Any], None]
-"""Called with a position and vLLM's output."""
+"""Called with a prompt's position and vLLM's output for it."""
 log = logging.getLogger(__name__)
 
 
 class EngineError(RuntimeError):
-    """vLLM did not do what was asked of it."""
+    """vLLM failed, or did not finish a request."""
 
 
 class Requests:
-    """What a vLLM engine is asked.
+    """The requests to one vLLM engine.
 
     Args:
         llm: vLLM's ``LLM``.
-        seconds: that a call may take; then the process ends, with a message.
-        stop_signal: given the number of steps so far, the signal that came, or 0.
+        seconds: deadline of a call; then the process ends with a message.
+        stop_signal: given the number of steps so far, returns the stop signal that arrived, or 0.
     """
 
     def __init__(self, llm: Any, seconds: float, stop_signal: Callable[[int], int]) -> None:
         self.llm, self.seconds, self.stop_signal = llm, seconds, stop_signal
 
     def run_all(self, prompts: list[list[int]], request: Any, seed: int, on_output: OnOutput) -> None:
-        """``run``, again for the prompts of which vLLM gave a completion up: a part of one must not be scored.
+        """``run``, and again for prompts with a completion that vLLM aborted, as a partial completion must not be scored.
 
         Raises:
-            EngineError: it gave one up ``RETRIES`` times.
+            EngineError: prompts were still aborted after ``RETRIES`` retries.
         """
         waiting, text = list(range(len(prompts))), ""
         for attempt in range(1 + RETRIES):
@@ -68,7 +68,7 @@ class Requests:
         raise EngineError(f"{text}, {1 + RETRIES} times in a row")
 
     def run(self, prompts: list[list[int]], request: Any, seed: int, on_output: OnOutput) -> None:
-        """Call ``on_output`` with each prompt's position and output, as soon as it is finished."""
+        """Call ``on_output`` with each prompt's position and output as soon as it is finished."""
         state = rng_state()
         seed_all(seed)
         steps = finished = 0
@@ -85,7 +85,7 @@ class Requests:
                             on_output(int(output.request_id) - first, output)
                             finished += 1
             except BaseException:
-                with suppress(Exception):  # it may fail in this too, and the first error is the one to tell
+                with suppress(Exception):  # aborting may fail too; raise the first error
                     engine.abort_request(ids, internal=True)
                 raise
             finally:
@@ -96,7 +96,7 @@ class Requests:
 
 @contextmanager
 def vllm_errors(what: str) -> Iterator[None]:
-    """What vLLM raises, as one error that says where."""
+    """Turn errors of vLLM into an ``EngineError`` that names the call."""
     try:
         yield
     except (ConfigError, DeliveryError, EngineError, torch.OutOfMemoryError):
