@@ -257,7 +257,7 @@ def test_eval_reads_the_adapters_of_a_checkpoint_and_refuses_others(tiny, tmp_pa
     with pytest.raises(CheckpointError, match=r"these are not adapters of .*: .*size mismatch"):
         export(tmp_path, tmp_path / "out")
     (tmp_path / "config.yaml").write_text(f"model: {{path: {tiny}, lora_rank: 4, lora_targets: [q_proj]}}\n")
-    with pytest.raises(CheckpointError, match="are in one of the two only"):
+    with pytest.raises(CheckpointError, match="are not in both"):
         export(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
