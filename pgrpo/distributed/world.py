@@ -201,11 +201,12 @@ def start(fsdp_size: int | None = None) -> Iterator[World]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if size > 1 and not dist.is_initialized():
+    is_ours = not dist.is_initialized()
+    if size > 1 and is_ours:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     control = dist.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
     try:
         yield World(rank, size, device, control=control, fsdp_size=fsdp_size)
     finally:
-        if dist.is_initialized():
+        if is_ours and dist.is_initialized():
             dist.destroy_process_group()

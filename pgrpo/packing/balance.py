@@ -46,7 +46,8 @@ def weightless(tree: Tree) -> Tree:
     """The shortest sample of the tree, with no token in the loss."""
     shortest = min(tree.samples, key=lambda sample: len(sample.token_ids))
     length = len(shortest.token_ids)
-    return tree.with_samples([replace(shortest, mask=[False] * length, advantages=[0.0] * length)])
+    masked = replace(shortest, mask=[False] * length, advantages=[0.0] * length)
+    return Tree(tree.prompt_ids, [masked], is_filler=True)
 
 
 def split_to_budget(tree: Tree, token_budget: int, share_prompts: bool = True) -> list[Tree]:

@@ -43,7 +43,8 @@ class GroupedBatch:
         mask: [B, R] bool, True on tokens in the loss.
         advantages: [B, R] float32, 0 where there is no token.
         rollout_logprobs: [B, R] float32, 0 where there is no token.
-        repeated_tokens: number of packed tokens if every sample had its own copy of the prompt.
+        counted_tokens: number of packed tokens, without those of fillers.
+        repeated_tokens: the same if every sample had its own copy of the prompt.
         old_logprobs: [B, R] float32; None until computed, if the current weights are those that sampled.
     """
 
@@ -55,6 +56,7 @@ class GroupedBatch:
     mask: Tensor
     advantages: Tensor
     rollout_logprobs: Tensor
+    counted_tokens: int
     repeated_tokens: int
     old_logprobs: Tensor | None = None
 
@@ -127,7 +129,8 @@ def build_batch(
         mask=rows([s.mask for s in samples], torch.bool),
         advantages=rows([s.advantages or [0.0] * len(s.token_ids) for s in samples], torch.float32),
         rollout_logprobs=rows([s.rollout_logprobs for s in samples], torch.float32),
-        repeated_tokens=sum(packed_tokens(tree, share_prompts=False) for tree in trees),
+        counted_tokens=sum(packed_tokens(tree, share_prompts) for tree in trees if not tree.is_filler),
+        repeated_tokens=sum(packed_tokens(tree, share_prompts=False) for tree in trees if not tree.is_filler),
     )
 
 

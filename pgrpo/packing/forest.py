@@ -14,6 +14,8 @@ class Tree:
 
     prompt_ids: list[int]
     samples: Sequence[Sample]
+    is_filler: bool = False
+    """A copy that only keeps ranks in step: no token of it is in the loss or in a count."""
 
     @property
     def lengths(self) -> list[int]:

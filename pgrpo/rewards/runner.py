@@ -195,11 +195,12 @@ def _outcome(value: Any) -> Outcome:
     """Of one entry of a function's list."""
     if value is None:
         return None
-    if isinstance(value, Real) and abs(value) <= LARGEST:  # not so of nan
+    magnitude: Any = abs(value) if isinstance(value, Real) else None
+    if magnitude is not None and magnitude <= LARGEST:  # not so of nan
         return float(value)
     if isinstance(value, Exception):
         return Fault(f"it returned the error {describe(value)}")
-    is_finite = isinstance(value, Real) and abs(value) < math.inf
+    is_finite = magnitude is not None and magnitude < math.inf
     wanted = f"a number of magnitude {LARGEST:g} at most" if is_finite else "a finite number or None"
     return Fault(f"it returned {value!r:.80}, not {wanted}")
 

@@ -250,7 +250,7 @@ def _token_means(learner: Learner, sums: UpdateSums) -> dict[str, float]:
 
 
 def _token_counts(world: World, batches: Iterable[GroupedBatch]) -> dict[str, float]:
-    counts = [[b.packed_tokens, b.repeated_tokens] for b in batches]
+    counts = [[b.counted_tokens, b.repeated_tokens] for b in batches]
     totals = torch.tensor([[0, 0], *counts], dtype=torch.float64, device=world.device).sum(0)
     packed, repeated = world.sum(totals).tolist()
     return {"tokens/packed": packed, "tokens/repeated": repeated, "tokens/rho": repeated / packed if packed else 1.0}

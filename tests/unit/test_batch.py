@@ -66,6 +66,7 @@ def test_the_worked_example():
     assert batch.rollout_logprobs.tolist() == [[-0.5, -1, 0], [-0.5, -1, -1.5], [-0.5, 0, 0], [-0.5, -1, 0]]
     assert batch.rollout_logprobs.dtype == batch.advantages.dtype == torch.float32
     assert batch.repeated_tokens == (3 + 2) + (3 + 3) + (2 + 1) + (2 + 2)
+    assert batch.counted_tokens == batch.packed_tokens == 13
     assert batch.old_logprobs is None
 
 
@@ -251,7 +252,10 @@ def test_the_costliest_micro_batch_comes_first_and_a_filler_is_the_shortest_samp
     (first, filler), others = share_out(trees, 2, 16, packed_tokens)
     assert first == [trees[2]] and others == [[trees[0]], [smallest]]  # 16 tokens; 15 and 14
     shortest = replace(smallest.samples[1], mask=[False] * 3, advantages=[0.0] * 3)
-    assert filler == [Tree([1], [shortest])]
+    assert filler == [Tree([1], [shortest], is_filler=True)]
+    counted, not_counted = (build_batch(trees) for trees in (first, filler))
+    assert (counted.counted_tokens, counted.repeated_tokens, counted.packed_tokens) == (16, 16, 16)
+    assert (not_counted.counted_tokens, not_counted.repeated_tokens, not_counted.packed_tokens) == (0, 0, 4)
     ten, six, five = (sized(i, 1, [n - 1]) for i, n in enumerate([10, 6, 5]))
     assert share_out([ten, six, five], 1, 16, packed_tokens) == [[[six, five], [ten]]]
 

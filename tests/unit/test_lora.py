@@ -43,7 +43,7 @@ RANK, ALPHA = 3, 12.0
 
 def whole(tensor):
     """Of all shards, without a gradient."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def make_model(model_type: str, path: Path) -> str:
