@@ -21,8 +21,8 @@ from pgrpo.rewards.pool import Workers
 from pgrpo.rewards.scoring import Fault, Outcome, RewardError, RewardReport, Scored, Scoring
 from pgrpo.types import Group, Prompt
 
-LARGEST = 1e30
-"""Of a reward's magnitude: times the largest weight, advantages still fit into float32."""
+LARGEST = 1e100
+"""Of a reward's magnitude: sums and standard deviations of such rewards do not overflow in float64."""
 
 
 class RewardRunner:
