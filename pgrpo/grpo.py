@@ -164,9 +164,7 @@ def optimizer_step(
     """One optimizer step on the summed gradients of all micro-batches; skipped if there are none or a number is not finite."""
     world, sums = learner.world, updates.UpdateSums.zero(learner.world.device)
     for batch in batches:
-        if (
-            not progress.has_moved
-        ):  # until the step changes weights, a stop signal may abandon it and save the one before
+        if not progress.has_moved:  # until weights change, a stop signal may drop the step and save the one before
             world.check_stop()
         sums = sums.plus(backward(learner, batch, counts))
     grad_norm = clip_gradients(learner.policy, learner.config.optim.max_grad_norm) if batches else 0.0
