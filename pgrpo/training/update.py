@@ -199,8 +199,9 @@ def is_sound(learner: Learner, progress: Progress, loss: float, grad_norm: float
 def update_metrics(learner: Learner, outcomes: Sequence[Outcome], batches: Sequence[GroupedBatch]) -> dict[str, float]:
     """Metrics of a step's updates. ``batches``: this rank's micro-batches, each once for every use. A collective call.
 
-    ``loss`` and ``grad_norm`` are means over the updates. Entropy, KL, clip ratios and the difference to the sampler's log-probs
-    are means over the tokens of all updates in groups with a gradient; without such tokens they are not there.
+    ``loss`` and ``grad_norm`` are means over the updates that were done, or over those that were skipped where none was done.
+    Entropy, KL, clip ratios and the difference to the sampler's log-probs are means over the tokens of all updates in groups with
+    a gradient; without such tokens they are not there.
     """
     if not batches and learner.world.is_main:
         log.warning(
@@ -209,9 +210,11 @@ def update_metrics(learner: Learner, outcomes: Sequence[Outcome], batches: Seque
     sums = UpdateSums.zero(learner.world.device)
     for outcome in outcomes:
         sums = sums.plus(outcome.sums)
+    computed = [outcome for outcome in outcomes if outcome.sums.tokens] or outcomes
+    done = [outcome for outcome in computed if not outcome.is_skipped] or computed
     metrics = {
-        "loss": sums.loss.item() / len(outcomes),
-        "grad_norm": sum(o.grad_norm for o in outcomes) / len(outcomes),
+        "loss": sum(o.sums.loss.item() for o in done) / len(done),
+        "grad_norm": sum(o.grad_norm for o in done) / len(done),
         "skipped_updates": float(sum(o.is_skipped for o in outcomes)),
     }
     return metrics | _token_means(learner, sums) | _token_counts(learner.world, batches)

@@ -320,6 +320,20 @@ def test_over_updates_a_maximum_is_a_maximum_and_means_are_by_tokens(build):
         assert got[name] == pytest.approx(wanted[name], rel=1e-5, abs=1e-9), name
 
 
+def test_loss_and_gradient_norm_are_means_over_the_updates_that_were_done(build):
+    """Of four updates one has no gradient and one is not finite."""
+    parts, alone = build("train.updates_per_step=4", "optim.lr=0"), build("optim.lr=0")
+    groups = as_sampled(parts, make_groups())
+    for episode in groups[0].episodes:
+        episode.reward = 1.0
+    groups[1].samples[0].advantages[0] = math.inf
+    wanted = [step(alone, [group]) for group in groups[2:]]
+    got = step(parts, groups)
+    assert got["skipped_updates"] == 1
+    for name in ("loss", "grad_norm"):
+        assert got[name] == pytest.approx(sum(metrics[name] for metrics in wanted) / 2, rel=1e-5, abs=1e-7), name
+
+
 @pytest.mark.parametrize("correction", ["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 def test_rollout_logprobs_that_are_no_numbers_are_counted_and_left_out_of_the_sampler_s_metrics(build, correction):
     parts = build(f"loss.rollout_correction={correction}", "train.updates_per_step=2", "optim.lr=0")
