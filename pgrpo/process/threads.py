@@ -7,6 +7,9 @@ from pathlib import Path
 
 GPU_DEVICES = ("nvidia[0-9]*", "dxg", "kfd")
 """Patterns in /dev: NVIDIA, Windows (WSL), AMD."""
+SPINS = "1000"
+"""Rounds that a thread of GNU's OpenMP (PyTorch's on Linux) spins before it sleeps. Without any, a step of the quick start takes 1.7
+times as long on idle cores."""
 
 
 def wait_passively() -> None:
@@ -18,4 +21,6 @@ def wait_passively() -> None:
     """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
     if hidden or not any(any(Path("/dev").glob(pattern)) for pattern in GPU_DEVICES):
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if "OMP_WAIT_POLICY" not in os.environ:
+            os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+            os.environ.setdefault("GOMP_SPINCOUNT", SPINS)

@@ -89,13 +89,14 @@ def test_threads_wait_passively_where_no_gpu_is_to_be_used(
     environment: dict[str, str], device: str, policy: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threads, "GPU_DEVICES", (device,))
-    for name in ("OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES"):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.setenv(name, "")  # so that it is put back, whatever it was
         monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     threads.wait_passively()
     assert os.environ.get("OMP_WAIT_POLICY") == policy
+    assert os.environ.get("GOMP_SPINCOUNT") == ("1000" if policy == "PASSIVE" else None)
 
 
 def test_wrong_input_is_2(folder: Path) -> None:
