@@ -8,8 +8,8 @@ from pathlib import Path
 GPU_DEVICES = ("nvidia[0-9]*", "dxg", "kfd")
 """Patterns in /dev: NVIDIA, Windows (WSL), AMD."""
 SPINS = "1000"
-"""Rounds that a thread of GNU's OpenMP (PyTorch's on Linux) spins before it sleeps. Without any, a step of the quick start takes 1.7
-times as long on idle cores."""
+"""Rounds that a thread of GNU's OpenMP (PyTorch's on Linux) spins before it sleeps. Without any, a step of the quick start takes
+1.7 times as long on idle cores."""
 
 
 def wait_passively() -> None:
@@ -20,7 +20,7 @@ def wait_passively() -> None:
     the user set a policy. Child processes inherit the setting.
     """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
-    if hidden or not any(any(Path("/dev").glob(pattern)) for pattern in GPU_DEVICES):
-        if "OMP_WAIT_POLICY" not in os.environ:
-            os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-            os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    no_gpu = hidden or not any(any(Path("/dev").glob(pattern)) for pattern in GPU_DEVICES)
+    if no_gpu and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
