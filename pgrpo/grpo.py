@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pgrpo.algorithm.advantages import has_spread, step_advantages
-from pgrpo.algorithm.loss import Counts, policy_loss
+from pgrpo.algorithm.loss import Counts
 from pgrpo.algorithm.metrics import group_metrics
 from pgrpo.config import Config
 from pgrpo.distributed.fsdp import no_gradient
@@ -189,9 +189,9 @@ def backward(learner: Learner, batch: GroupedBatch, counts: Counts) -> updates.U
     logprobs_BR, entropy_BR = batch.unpack(flat_logprobs_L), batch.unpack(flat_entropy_L)
     if batch.old_logprobs is None:  # the weights are those that sampled, so the ratio is 1
         batch.old_logprobs = logprobs_BR.detach()
-    output = policy_loss(
-        logprobs_BR, batch.old_logprobs, batch.advantages, batch.mask, counts, config.loss,
-        config.rollout.max_completion_tokens,
+    output = learner.loss(  # policy_loss, or the user's
+        logprobs_BR=logprobs_BR, old_logprobs_BR=batch.old_logprobs, advantages_BR=batch.advantages, mask_BR=batch.mask,
+        counts=counts, config=config.loss, max_completion_tokens=config.rollout.max_completion_tokens,
         rollout_logprobs_BR=batch.rollout_logprobs, ref_logprobs_BR=ref_logprobs_BR, entropy_BR=entropy_BR,
     )  # fmt: skip
     (output.loss * learner.world.dp_size).backward()  # FSDP averages gradients over ranks, but the loss is their sum

@@ -154,6 +154,8 @@ def _anchored(source: Source) -> dict[str, Any]:
     if functions := (values.get("rewards") or {}).get("functions"):
         anchored = [{k: _anchor(v, source.folder) if k == "function" else v for k, v in f.items()} for f in functions]
         values["rewards"] = {**values["rewards"], "functions": anchored}
+    if loss := values.get("loss"):
+        values["loss"] = {k: _anchor(v, source.folder) if k == "function" else v for k, v in loss.items()}
     return values
 
 
@@ -174,6 +176,7 @@ def _finish_paths(config: Config) -> None:
     if config.model.path and Path(config.model.path).is_dir():
         config.model.path = str(Path(config.model.path).absolute())
     targets = [(config.data, "path", "data.path"), (config.data, "eval_path", "data.eval_path")]
+    targets += [(config.loss, "function", "loss.function")]
     targets += [(f, "function", f"rewards.functions[{i}].function") for i, f in enumerate(config.rewards.functions)]
     for owner, name, key in targets:
         value = _anchor(getattr(owner, name), Path.cwd())

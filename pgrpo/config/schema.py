@@ -178,6 +178,9 @@ class RewardsConfig:
 class LossConfig:
     preset: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] | None = None
     """The settings of a paper, which replace the defaults below; keys that you set override them. See the table of presets."""
+    function: str | None = None
+    """A loss of your own (`file.py:function` or `module:function`), called with the inputs of `pgrpo.algorithm.loss.policy_loss`.
+    Groups whose rewards are all equal are computed too. None: the loss that the keys below describe."""
     ratio: Literal["token", "sequence"] = "token"
     """Probability ratio of the loss: of each token, or the geometric mean over the sample (GSPO)."""
     objective: Literal["clip", "cispo"] = "clip"

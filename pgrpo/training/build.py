@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pgrpo.algorithm.loss import LossOutput, policy_loss
 from pgrpo.config import Config, ConfigError
 from pgrpo.data import PromptStream, load_prompts
 from pgrpo.distributed.world import World
@@ -24,6 +25,7 @@ from pgrpo.rollout.ends import check_turn_end, end_token_ids
 from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine
 from pgrpo.training.evaluation import check_keep_best
 from pgrpo.training.optim import build_optimizer
+from pgrpo.training.own_loss import loss_function
 from pgrpo.training.place import place_policy, place_reference
 from pgrpo.types import Prompt
 
@@ -39,6 +41,7 @@ class Learner:
         reference: log-probs of the reference model for the KL term; None without that term.
         optimizer: of the policy's parameters.
         dims: sizes of the model, for cost estimates.
+        loss: ``policy_loss``, or the user's function that takes its place.
     """
 
     config: Config
@@ -47,6 +50,7 @@ class Learner:
     reference: LogprobsOf | None
     optimizer: torch.optim.Optimizer
     dims: ModelDims
+    loss: Callable[..., LossOutput] = policy_loss
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,11 @@ def build(
     for prompt in (*prompts[:1], *held_out[:1]):
         runner.check(prompt)
     check_keep_best(config, runner)
+    loss = loss_function(config.loss)
     seed_all(config.seed + world.rank)
     policy = place_policy(config, world)
     reference = initial_model(policy, config, world) if config.loss.kl_coef else None
-    learner = Learner(config, world, policy, reference, build_optimizer(policy, config.optim), dims)
+    learner = Learner(config, world, policy, reference, build_optimizer(policy, config.optim), dims, loss)
     generation_eos = getattr(policy.model.generation_config, "eos_token_id", None)
     end_ids = end_token_ids(tokenizer, generation_eos, config.rollout.stop)
     if world.is_main:

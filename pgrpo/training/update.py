@@ -122,11 +122,12 @@ def micro_batches(learner: Learner, groups: Sequence[Group]) -> list[GroupedBatc
 
 
 def has_gradient(learner: Learner, group: Group) -> bool:
-    """Whether the group has a gradient: a token in the loss, and rewards that differ or a KL or entropy term."""
+    """Whether the group has a gradient: a token in the loss, and rewards that differ, a KL or entropy term, or a loss of the
+    user's, which may have one anyway."""
     loss = learner.config.loss
     if loss.mask_overlong and all(_is_overlong(episode) for episode in group.episodes):
         return False
-    return bool(loss.kl_coef or loss.entropy_coef) or has_spread(group.rewards)
+    return bool(loss.kl_coef or loss.entropy_coef or loss.function) or has_spread(group.rewards)
 
 
 def _in_the_loss(learner: Learner, group: Group) -> Group:

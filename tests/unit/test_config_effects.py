@@ -35,6 +35,8 @@ def sleepy(completions):
     return [1.0] * len(completions)
 def huge(completions):
     return [1e60, *[0.0] * (len(completions) - 1)]  # infinite as a float32 advantage: its update is skipped
+def half(logprobs_BR, advantages_BR, mask_BR, counts):
+    return -(logprobs_BR * advantages_BR)[mask_BR].sum() / counts.tokens / 2
 def picky(completions):
     return [float("nan") if "1" in c else 1.0 for c in completions]
 """
@@ -149,6 +151,7 @@ EFFECTS = dict(
         effect("rewards.on_error", "raise", "error", base=PICKY),
         effect("rollout.resample_limit", 2),
         effect("loss.preset", "dr_grpo", "weights"),
+        effect("loss.function", "{tmp}/own.py:half", "metrics", "weights"),
         effect("loss.ratio", "sequence", "weights", base=TWO_UPDATES),
         effect("loss.objective", "cispo", "weights", base=TWO_UPDATES | {"loss.clip_high": 1e-3}),
         effect("loss.advantage_baseline", "leave_one_out", "metrics"),
