@@ -19,10 +19,10 @@ from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.attention.kernels.flash import varlen_backward, varlen_forward
 from pgrpo.attention.kernels.segments import Segments
 from pgrpo.commands.bench import Job, Packed
+from pgrpo.model.head import Head
 from pgrpo.model.logprobs import token_logprobs
-from pgrpo.model.policy import Policy, logit_scale
+from pgrpo.model.policy import Policy, decoder_layers
 from pgrpo.packing.forest import Tree
-from pgrpo.training.place import decoder_layers
 from pgrpo.types import Recompute
 
 METHODS = ("grouped", "repeated_packed", "repeated_padded", "concat", "prefix_grouper", "prefix_grouper_ours")
@@ -118,7 +118,7 @@ class _Padded:
         hidden = model.base_model(input_ids=self.ids, attention_mask=self.mask, use_cache=False).last_hidden_state
         head: nn.Linear = model.lm_head  # pyright: ignore[reportAssignmentType]
         hidden_LE = hidden.flatten(0, 1).index_select(0, self.rows)
-        return token_logprobs(hidden_LE, head.weight, self.targets, logit_scale(model.config)).logprobs
+        return token_logprobs(hidden_LE, head.weight, self.targets, Head(model).scale or 1.0).logprobs
 
 
 class _PrefixGrouper:
@@ -156,7 +156,7 @@ class _PrefixGrouper:
         AttentionInterface.register(PEER_KERNEL, partial(_our_flash, kernel))
         hidden_LE = self._suffix(model.base_model(**self.inputs).last_hidden_state)
         head: nn.Linear = model.lm_head  # pyright: ignore[reportAssignmentType]
-        return token_logprobs(hidden_LE, head.weight, self.targets, logit_scale(model.config)).logprobs
+        return token_logprobs(hidden_LE, head.weight, self.targets, Head(model).scale or 1.0).logprobs
 
     def _suffix(self, output: Tensor) -> Tensor:
         """The rows that predict the completions."""

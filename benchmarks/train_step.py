@@ -27,12 +27,13 @@ from pgrpo.config import Config, load_config
 from pgrpo.distributed.fsdp import place
 from pgrpo.distributed.world import World, start
 from pgrpo.grpo import update
+from pgrpo.model.policy import decoder_layers
 from pgrpo.model.proof import tokens_as_groups
 from pgrpo.planning.flops import GIB, ModelDims, forward_flops
 from pgrpo.planning.placement import compute_dtype, recompute_by_layer
 from pgrpo.training.build import Learner
 from pgrpo.training.optim import build_optimizer
-from pgrpo.training.place import decoder_layers, wrap
+from pgrpo.training.place import wrap
 from pgrpo.training.progress import Progress
 
 

@@ -4,6 +4,8 @@ exactly.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -27,6 +29,25 @@ AttentionLayout = PackedLayout | DecodingLayout
 """Who attends to whom."""
 
 
+class Current:
+    """The layout of the forward that runs now. Models need not hand it down: some decoders drop keywords that they do not know."""
+
+    layout: AttentionLayout | None = None
+
+
+current = Current()
+
+
+@contextmanager
+def attending(layout: AttentionLayout) -> Iterator[None]:
+    """Attention of forwards inside this block is that of ``layout``."""
+    current.layout = layout
+    try:
+        yield
+    finally:
+        current.layout = None
+
+
 class UnsupportedAttentionError(RuntimeError):
     """The model asks for something that grouped attention would get wrong."""
 
@@ -40,7 +61,6 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
-    attention_layout: AttentionLayout | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, H, T, D], key and value [1, K, T, D] -> ([1, T, H, D], None).
@@ -49,6 +69,7 @@ def attention_forward(
         UnsupportedAttentionError: no layout was passed, the batch is padded or not packed, or the layer wants dropout, a window
             shorter than a sample, soft-capping or sinks.
     """
+    attention_layout = current.layout
     if attention_layout is None:
         raise UnsupportedAttentionError(
             "grouped attention was called without its layout: call the policy, not the bare model "

@@ -10,9 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pgrpo.model.head import Head
+
 LOGITS_PER_CHUNK = {"cpu": 2**25, "cuda": 2**30}
 """Logits in memory at once: 128 MiB of float32 on a CPU, 2 GiB of bfloat16 on a GPU. A GPU needs many rows for an efficient product
 with the head, and reads and writes the head's gradient once a chunk."""
+
+HEAD_COPIES = 4
+"""Temporaries as large as the logits that autograd keeps of a head with soft-capping, in the logits' precision."""
 
 
 def chunk_bytes(device_type: str) -> int:
@@ -45,6 +50,56 @@ def token_logprobs(
     """
     logprobs_L, entropy_L = _ChunkedLogprobs.apply(hidden_LE, weight_VE, target_ids_L, scale, entropy)
     return TokenLogprobs(logprobs_L, entropy_L if entropy else None)
+
+
+def head_logprobs(
+    hidden_LE: Tensor, head: Head, target_ids_L: Tensor, scale: float = 1.0, *, entropy: bool = False
+) -> TokenLogprobs:
+    """``token_logprobs`` of any head: its logits in chunks, differentiated by autograd. Gradients go to ``head.parameters``."""
+    logprobs_L, entropy_L = _HeadLogprobs.apply(hidden_LE, target_ids_L, head, scale, entropy, *head.parameters)
+    return TokenLogprobs(logprobs_L, entropy_L if entropy else None)
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_LE, target_ids_L, head, scale, want_entropy, *parameters):
+        named = dict(zip(head.names, parameters, strict=True))
+        chunks = _chunks(hidden_LE, head.weight, HEAD_COPIES)
+        parts = []
+        for rows in chunks:
+            logits_CV = head.logits(hidden_LE[rows], named).clone()  # the head may return what it keeps
+            parts.append(row_statistics(logits_CV, target_ids_L[rows], scale, want_entropy))
+        empty_L = hidden_LE.new_empty(0, dtype=torch.promote_types(hidden_LE.dtype, torch.float32))
+        logprobs_L, lse_L, entropy_L = (torch.cat(x) for x in zip(*parts, (empty_L,) * 3, strict=True))
+        ctx.save_for_backward(hidden_LE, target_ids_L, lse_L, entropy_L, *parameters)
+        ctx.head, ctx.scale, ctx.chunks = head, scale, chunks
+        ctx.set_materialize_grads(False)
+        return logprobs_L, entropy_L if want_entropy else None
+
+    @staticmethod
+    def backward(ctx, dlogprobs_L, dentropy_L):
+        hidden_LE, target_ids_L, lse_L, entropy_L, *parameters = ctx.saved_tensors
+        dlogprobs_L = torch.zeros_like(lse_L) if dlogprobs_L is None else dlogprobs_L
+        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5:]]
+        inputs = [hidden_LE, *parameters]
+        totals = [
+            torch.zeros_like(x, dtype=lse_L.dtype) if need else None for x, need in zip(inputs, needed, strict=True)
+        ]
+        for rows in ctx.chunks:
+            leaves = [x.detach().requires_grad_(n) for x, n in zip((hidden_LE[rows], *parameters), needed, strict=True)]
+            with torch.enable_grad():
+                logits_CV = ctx.head.logits(leaves[0], dict(zip(ctx.head.names, leaves[1:], strict=True)))
+            entropies = None if dentropy_L is None else (entropy_L[rows], dentropy_L[rows])
+            dlogits_CV = to_logit_gradient_(
+                logits_CV.detach().clone(), target_ids_L[rows], lse_L[rows], dlogprobs_L[rows], ctx.scale, entropies
+            )
+            trained = [i for i, need in enumerate(needed) if need]
+            found = torch.autograd.grad(logits_CV, [leaves[i] for i in trained], dlogits_CV, allow_unused=True)
+            for i, gradient in zip(trained, found, strict=True):
+                if gradient is not None:
+                    (totals[0][rows] if i == 0 else totals[i]).add_(gradient)
+        grads = [None if total is None else total.to(x.dtype) for total, x in zip(totals, inputs, strict=True)]
+        return grads[0], None, None, None, None, *grads[1:]
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -154,8 +209,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _chunks(hidden_LE: Tensor, weight_VE: Tensor) -> list[slice]:
+def _chunks(hidden_LE: Tensor, weight_VE: Tensor, copies: int = 1) -> list[slice]:
     """Slices of about equal length, so that no product has only a few rows."""
-    tokens, limit = len(hidden_LE), max(1, LOGITS_PER_CHUNK[hidden_LE.device.type] // len(weight_VE))
+    tokens = len(hidden_LE)
+    limit = max(1, LOGITS_PER_CHUNK[hidden_LE.device.type] // len(weight_VE) // copies)
     rows = -(-tokens // max(1, -(-tokens // limit)))
     return [slice(start, start + rows) for start in range(0, tokens, max(1, rows))]

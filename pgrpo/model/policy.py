@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pgrpo.attention.choose import AttentionChoice
-from pgrpo.attention.hook import ATTENTION_NAME, AttentionLayout, attention_forward
+from pgrpo.attention.hook import ATTENTION_NAME, AttentionLayout, attending, attention_forward
 from pgrpo.config import ConfigError, ModelConfig
-from pgrpo.model.logprobs import TokenLogprobs, token_logprobs
+from pgrpo.model.head import Head
+from pgrpo.model.logprobs import TokenLogprobs, head_logprobs, token_logprobs
 from pgrpo.packing.batch import GroupedBatch
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class Policy(nn.Module):
         self.model = model
         self.temperature = temperature
         self.attention = attention or AttentionChoice()
-        self.logit_scale = logit_scale(model.config)
+        self.head = Head(model)
 
     @property
     def device(self) -> torch.device:
@@ -53,25 +54,20 @@ class Policy(nn.Module):
         # The last prompt row occurs once for each completion. The backward of index_select adds up its gradients in a fixed order;
         # that of indexing does not, and would not be bit-stable.
         hidden_LE = hidden_TE.index_select(0, batch.logit_index)
-        scale = self.logit_scale / (self.temperature if temperature is None else temperature)
-        return token_logprobs(hidden_LE, self._head_weight(), batch.target_ids, scale, entropy=entropy)
+        temperature = self.temperature if temperature is None else temperature
+        if self.head.scale is None:
+            return head_logprobs(hidden_LE, self.head, batch.target_ids, 1.0 / temperature, entropy=entropy)
+        scale = self.head.scale / temperature
+        return token_logprobs(hidden_LE, self.head.weight, batch.target_ids, scale, entropy=entropy)
 
     def next_logits(self, inputs: Mapping[str, Tensor], layout: AttentionLayout, rows_B: Tensor) -> Tensor:
         """Logits [B, V] at the given packed rows, as the model's own forward computes them (without temperature)."""
-        hidden_TE = self._hidden(inputs, layout)
-        logits_BV = hidden_TE.index_select(0, rows_B) @ self._head_weight().T
-        return logits_BV if self.logit_scale == 1.0 else logits_BV * self.logit_scale
+        return self.head.logits(self._hidden(inputs, layout).index_select(0, rows_B))
 
     def _hidden(self, inputs: Mapping[str, Tensor], layout: AttentionLayout) -> Tensor:
-        output = self.model.base_model(
-            **{name: value.unsqueeze(0) for name, value in inputs.items()},
-            attention_layout=layout,
-            use_cache=False,
-        )
-        return output.last_hidden_state.squeeze(0)
-
-    def _head_weight(self) -> Tensor:
-        return self.model.lm_head.weight  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+        with attending(layout):
+            output = self.model.base_model(**{name: x.unsqueeze(0) for name, x in inputs.items()}, use_cache=False)
+        return output[0].squeeze(0)
 
 
 def load_model(config: ModelConfig, max_sample: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -96,6 +92,19 @@ def load_model(config: ModelConfig, max_sample: int, dtype: torch.dtype = torch.
     if model.lm_head.bias is not None:
         raise ConfigError(f"model.path={config.path}: a language-model head with a bias is not supported")
     return model.train()  # there is no dropout: check_supported refuses it
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of the decoder, in order: its first list of as many modules as the config has layers.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for part in model.base_model.modules():
+        if isinstance(part, nn.ModuleList) and len(part) == count:
+            return list(part)
+    raise ConfigError(f"model.path: {model.config.model_type} model: it has no list of {count} decoder layers")
 
 
 def load_hf_config(config: ModelConfig) -> PretrainedConfig:
@@ -195,8 +204,3 @@ def _sliding_window(config: PretrainedConfig) -> int | None:
     if getattr(config, "use_sliding_window", True) is False:
         return None
     return getattr(config, "sliding_window", None)
-
-
-def logit_scale(config: PretrainedConfig) -> float:
-    """Factor that the model's own forward applies to its logits (Granite divides them by ``logits_scaling``)."""
-    return 1.0 / getattr(config, "logits_scaling", 1.0)

@@ -49,10 +49,12 @@ def reference_logprobs(model: nn.Module, trees: Sequence[Tree], temperature: flo
 
 
 def gradients(logprobs: Tensor, module: nn.Module) -> list[Tensor]:
-    """Gradients of a fixed random combination of log-probs, one for each trained parameter. Leaves ``.grad`` alone."""
+    """Gradients of a fixed random combination of log-probs, one for each trained parameter (0 for one without influence). Leaves
+    ``.grad`` alone."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(len(logprobs), generator=generator, dtype=torch.float64).to(logprobs)
-    return list(torch.autograd.grad((weights * logprobs).sum(), [p for p in module.parameters() if p.requires_grad]))
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return list(torch.autograd.grad((weights * logprobs).sum(), trained, allow_unused=True, materialize_grads=True))
 
 
 def difference(

@@ -12,6 +12,7 @@ import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from pgrpo.attention.hook import current
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.types import Recompute
 
@@ -22,7 +23,7 @@ def set_up_layers(layers: Iterable[nn.Module], recompute: Sequence[Recompute], *
     Hooks of the layer (FSDP2's) stay outside: they see one forward and one backward, whatever is recomputed.
 
     Args:
-        layers: decoder layers whose forward takes ``attention_layout`` as a keyword.
+        layers: decoder layers.
         recompute: one entry a layer: what its backward recomputes.
         compiled: use ``torch.compile`` with dynamic shapes; all layers of a kind share one compilation for each gradient mode.
     """
@@ -34,9 +35,13 @@ def set_up_layers(layers: Iterable[nn.Module], recompute: Sequence[Recompute], *
 def _forward(
     layer: nn.Module, run: Callable[..., Tensor], run_without_grad: Callable[..., Tensor], *args: Any, **kwargs: Any
 ) -> Tensor:
-    if not isinstance(kwargs.get("attention_layout"), PackedLayout):
-        return _plain(layer, *args, **kwargs)
-    return (run if torch.is_grad_enabled() else run_without_grad)(layer, *args, **kwargs)
+    layout = current.layout
+    if not isinstance(layout, PackedLayout):
+        return type(layer).forward(layer, *args, **kwargs)
+    try:
+        return (run if torch.is_grad_enabled() else run_without_grad)(layer, layout, *args, **kwargs)
+    finally:
+        current.layout = layout
 
 
 @cache
@@ -55,21 +60,40 @@ def _runner(mode: Recompute, compiled: bool) -> Callable[..., Tensor]:
     return run_compiled
 
 
-def _plain(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    return type(layer).forward(layer, *args, **kwargs)
+def _plain(layer: nn.Module, layout: PackedLayout, *args: Any, **kwargs: Any) -> Tensor:
+    return _attending(layout, partial(type(layer).forward, layer), *args, **kwargs)
 
 
 # PyTorch warns about in-place ops in every checkpointed region. Our layers have none, so silence that logger.
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 
-def _all_but_attention(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+def _all_but_attention(layer: nn.Module, layout: PackedLayout, *args: Any, **kwargs: Any) -> Tensor:
     contexts = partial(create_selective_checkpoint_contexts, _save_attention)
-    return checkpoint(_plain, layer, *args, use_reentrant=False, context_fn=contexts, **kwargs)  # pyright: ignore[reportReturnType]
+    return _attending(
+        layout, partial(checkpoint, _again, use_reentrant=False, context_fn=contexts), layer, layout, *args, **kwargs
+    )
 
 
-def _everything(layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-    return checkpoint(_plain, layer, *args, use_reentrant=False, **kwargs)  # pyright: ignore[reportReturnType]
+def _everything(layer: nn.Module, layout: PackedLayout, *args: Any, **kwargs: Any) -> Tensor:
+    return _attending(layout, partial(checkpoint, _again, use_reentrant=False), layer, layout, *args, **kwargs)
+
+
+def _attending(layout: PackedLayout, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    """``hook.attending`` where the layout is an argument: compiled code then has it as an input, and no guard on its identity."""
+    current.layout = layout
+    try:
+        return run(*args, **kwargs)
+    finally:
+        current.layout = None
+
+
+def _again(layer: nn.Module, layout: PackedLayout, *args: Any, **kwargs: Any) -> Tensor:
+    """The part of a layer that a checkpoint runs, and runs again in the backward. Compiled code has no side effects in here, and
+    needs none: its backward does not run Python again."""
+    if torch.compiler.is_compiling():
+        return type(layer).forward(layer, *args, **kwargs)
+    return _plain(layer, layout, *args, **kwargs)
 
 
 def _save_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

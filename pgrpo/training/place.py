@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from torch import nn
 from transformers import PreTrainedModel
 
 from pgrpo.config import Config
 from pgrpo.distributed import fsdp
 from pgrpo.distributed.world import World
 from pgrpo.model.lora import add_adapters
-from pgrpo.model.policy import Policy, load_model
+from pgrpo.model.policy import Policy, decoder_layers, load_model
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.placement import attention_choice, compute_dtype, is_compiled, recompute_by_layer
@@ -56,7 +53,3 @@ def wrap(model: PreTrainedModel, config: Config, world: World) -> Policy:
         decoder_layers(model), recompute_by_layer(config, dims, world), compiled=is_compiled(config, world.device)
     )
     return policy
-
-
-def decoder_layers(model: PreTrainedModel) -> Iterable[nn.Module]:
-    return model.base_model.layers  # pyright: ignore[reportReturnType]

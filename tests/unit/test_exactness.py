@@ -1,5 +1,6 @@
 """Grouped log-probs and gradients against the untouched transformers model, one unpadded sample a call."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +8,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from pgrpo.attention.hook import ATTENTION_NAME, UnsupportedAttentionError
+from pgrpo.attention.hook import ATTENTION_NAME, UnsupportedAttentionError, attending
 from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.model.logprobs import LOGITS_PER_CHUNK
 from pgrpo.model.policy import SUPPORTED, Policy, check_positions, check_supported, load_model
 from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_trees
 from pgrpo.model.recompute import set_up_layers
@@ -114,6 +116,44 @@ def test_temperature_and_checkpointing_change_nothing_but_what_they_should(tmp_p
     assert got.gradient <= 1e-5
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(
+    ("model_type", "changes", "scale"),
+    [
+        ("cohere", {"logit_scale": 0.25}, 0.25),
+        ("phi", {"tie_word_embeddings": False}, None),  # a bias
+        ("gemma2", {"final_logit_softcapping": 2.0, "attn_logit_softcapping": None, "head_dim": 8}, None),
+        ("nanochat", {}, None),  # soft-capping in float32, by no key
+        ("stablelm", {"tie_word_embeddings": True}, 1.0),  # its layers do not hand keywords down
+        ("nemotron", {}, 1.0),
+    ],
+)
+def test_a_head_of_any_kind_gives_the_log_probs_of_the_models_own_forward(
+    model_type, changes, scale, temperature, monkeypatch
+):
+    monkeypatch.setitem(LOGITS_PER_CHUNK, "cpu", 61 * 4 * 5)  # several chunks, the last one shorter
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **(SMALL | changes))
+    kind = "eager" if model_type == "gemma2" else "sdpa"
+    untouched = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation=kind)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=ATTENTION_NAME)
+    model.double().load_state_dict(untouched.double().state_dict())
+    policy = Policy(model, temperature)
+    assert policy.head.scale == scale
+    got = difference(policy, build_batch(trees()), *wanted(untouched, temperature))
+    assert got.logprob <= 1e-5
+    assert got.gradient <= 1e-5
+    entropy = policy(build_batch(trees()), entropy=True).entropy
+    first = trees()[0]
+    ids = torch.tensor([first.prompt_ids + first.samples[1].token_ids])
+    logits = untouched(input_ids=ids).logits[0, len(first.prompt_ids) - 1 : -1] / temperature
+    assert (entropy[3:8] - torch.distributions.Categorical(logits=logits).entropy()).abs().max() < 1e-5
+    inputs = {"input_ids": ids[0], "position_ids": torch.arange(ids.shape[1])}
+    layout = build_batch(tokens_as_trees([ids[0].tolist()], [[[]]])).layout
+    rows = policy.next_logits(inputs, layout, torch.tensor([3, 1]))
+    assert (rows - untouched(input_ids=ids).logits[0, [3, 1]]).abs().max() < 1e-5
+
+
 def test_entropy_is_that_of_the_untouched_models_distribution(tmp_path):
     policy, untouched = pair(make_model("granite", tmp_path), torch.float64)
     group = tokens_as_trees([[5, 6, 7]], [[[8, 9]]])
@@ -199,7 +239,9 @@ def test_the_bare_model_and_padded_batches_are_refused(tmp_path):
         model(input_ids=torch.tensor([[3, 4]]))
     plan = build_batch(tokens_as_trees([[3, 4]], [[[5]]])).layout
     ids = torch.tensor([[3, 4, 5]])
-    with pytest.raises(UnsupportedAttentionError, match="packed row"):
-        model(input_ids=ids.repeat(2, 1), attention_layout=plan)
-    with pytest.raises(UnsupportedAttentionError, match="padding mask"):
-        model(input_ids=ids, attention_mask=torch.zeros(1, 1, 3, 3), attention_layout=plan)
+    with pytest.raises(UnsupportedAttentionError, match="packed row"), attending(plan):
+        model(input_ids=ids.repeat(2, 1))
+    with pytest.raises(UnsupportedAttentionError, match="padding mask"), attending(plan):
+        model(input_ids=ids, attention_mask=torch.zeros(1, 1, 3, 3))
+    with pytest.raises(UnsupportedAttentionError, match="without its layout"):
+        model(input_ids=ids)  # the block is over
