@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pgrpo.algorithm.advantages import has_spread, step_advantages
+from pgrpo.algorithm.advantages import compare, rewards_differ
 from pgrpo.algorithm.loss import Counts
 from pgrpo.algorithm.metrics import group_metrics
 from pgrpo.config import Config
@@ -73,9 +73,7 @@ def grpo_step(parts: Parts, progress: Progress) -> tuple[list[Group], Metrics]:
     clock.sampled()
 
     # 2. Compare. The reward is for the whole episode, so all of its tokens get the same advantage.
-    loss = config.loss
-    compared = step_advantages([group.rewards for group in groups], loss.scale_advantages, loss.advantage_baseline)
-    for group, advantages in zip(groups, compared, strict=True):
+    for group, advantages in zip(groups, compare(groups, config.loss, parts.rewards.weights), strict=True):
         for episode, advantage in zip(group.episodes, advantages, strict=True):
             for sample in episode.samples:
                 sample.advantages = [advantage] * len(sample.token_ids)
@@ -116,11 +114,14 @@ def sample_groups(parts: Parts, step: int) -> tuple[list[Group], list[Group], Me
         metrics["rewards/errors"] += scored.errors
         return to_main(world, prompts, scored.groups)
 
+    def is_flat(group: Group) -> bool:
+        return not rewards_differ(group, config.loss, parts.rewards.weights)
+
     wanted = config.rollout.prompts_per_step
     groups = sample(wanted)
     all_groups = list(groups)
     while rounds < config.rollout.resample_limit:
-        flat = world.from_main([i for i, group in enumerate(groups) if not has_spread(group.rewards)])
+        flat = world.from_main([i for i, group in enumerate(groups) if is_flat(group)])
         if not flat:
             break
         fresh = sample(len(flat))
@@ -130,7 +131,7 @@ def sample_groups(parts: Parts, step: int) -> tuple[list[Group], list[Group], Me
         rounds += 1
     if config.rollout.resample_limit:
         metrics["resampling/rounds"], metrics["resampling/groups"] = rounds, count - wanted
-        metrics["resampling/frac_reward_zero_std"] = sum(not has_spread(group.rewards) for group in groups) / wanted
+        metrics["resampling/frac_reward_zero_std"] = sum(map(is_flat, groups)) / wanted
     return groups, all_groups, metrics
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
+
+from pgrpo.config import LossConfig
+from pgrpo.types import Group
 
 EPS = 1e-4
 """Added to the standard deviation, so that nearly equal rewards do not give huge advantages."""
@@ -12,6 +15,51 @@ EPS = 1e-4
 Scale = Literal["group", "batch", "none"]
 Baseline = Literal["group_mean", "leave_one_out"]
 Rewards = Sequence[float | None]
+
+
+def compare(groups: Sequence[Group], config: LossConfig, weights: Mapping[str, float]) -> list[list[float]]:
+    """The advantage of each episode of a step's groups.
+
+    ``sum_then_normalize``: ``step_advantages`` of the total rewards. ``normalize_then_sum`` (GDPO, arXiv 2601.05242, equations 4
+    to 7): ``step_advantages`` of each reward function alone, then their weighted sum, divided by its standard deviation over the
+    step plus 1e-4. The mean that the paper subtracts is 0, as every reward's is in every group.
+
+    Args:
+        groups: scored.
+        config: the section ``loss``.
+        weights: name of each reward function -> its weight.
+    """
+    scale, baseline = config.scale_advantages, config.advantage_baseline
+    if config.combine_rewards == "sum_then_normalize":
+        return step_advantages([group.rewards for group in groups], scale, baseline)
+    parts = [
+        step_advantages([_part(g, name) for g in groups], scale, baseline) for name, weight in weights.items() if weight
+    ]
+    used = [weight for weight in weights.values() if weight]
+    sums = [
+        [math.fsum(w * a for w, a in zip(used, values, strict=True)) for values in zip(*group, strict=True)]
+        for group in zip(*parts, strict=True)
+    ]
+    counted = [
+        value for group, values in zip(groups, sums, strict=True)
+        for reward, value in zip(group.rewards, values, strict=True) if reward is not None
+    ]  # fmt: skip
+    divisor = standard_deviation(counted) + EPS
+    return [[value / divisor for value in values] for values in sums]
+
+
+def rewards_differ(group: Group, config: LossConfig, weights: Mapping[str, float]) -> bool:
+    """Whether the group's rewards differ, so that its advantages may: the totals, or with ``normalize_then_sum`` those of some
+    function. If not, all of its advantages are 0."""
+    if config.combine_rewards == "sum_then_normalize":
+        return has_spread(group.rewards)
+    return any(has_spread(_part(group, name)) for name, weight in weights.items() if weight)
+
+
+def _part(group: Group, name: str) -> list[float | None]:
+    """One function's rewards; None for episodes that take no part."""
+    pairs = zip(group.rewards, group.reward_part(name), strict=True)
+    return [None if total is None else value for total, value in pairs]
 
 
 def step_advantages(

@@ -6,6 +6,7 @@ B samples of the micro-batch, R tokens of the longest completion.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,7 +18,6 @@ Ratio = Literal["token", "sequence"]
 Objective = Literal["clip", "cispo"]
 Aggregate = Literal["token", "sample", "constant"]
 KlEstimator = Literal["k1", "k2", "k3"]
-Correction = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 class Counts(NamedTuple):
@@ -36,6 +36,10 @@ class LossOutput(NamedTuple):
     kl: Tensor
     corrected: Tensor
     """Tokens that ``rollout_correction`` truncated or masked."""
+    clipped_dual: Tensor
+    """Tokens of negative advantage whose ratio is above ``clip_dual``."""
+    off_policy: Tensor
+    """Tokens that ``off_policy_threshold`` masked."""
 
 
 def policy_loss(
@@ -53,7 +57,8 @@ def policy_loss(
 ) -> LossOutput:
     """``- sum_i w_i [ c_i * J_i - kl_coef * KL_i + entropy_coef * H_i ]`` over masked tokens i.
 
-    With token ratios, clipping, ``aggregate="sample"`` and k3 it is GRPO's (DeepSeekMath, arXiv 2402.03300, equation 3).
+    With token ratios, clipping, ``aggregate="sample"`` and k3 without ``kl_correction`` it is GRPO's (DeepSeekMath, arXiv
+    2402.03300, equation 3).
 
     Args:
         logprobs_BR: [B, R] of the current weights. Only this and ``entropy_BR`` may carry a gradient.
@@ -62,9 +67,9 @@ def policy_loss(
         mask_BR: [B, R] bool, True on tokens in the loss. All other inputs may have any value elsewhere, inf and nan too.
         counts: tokens and samples of the whole update, over all ranks.
         config: the section ``loss``. The terms of the formula: J is ``surrogate``, KL is ``kl_estimate``, c is
-            ``rollout_correction`` (1 without one), and w is ``token_weights``.
+            ``rollout_correction`` (1 without one) and 0 where ``off_policy_threshold`` masks, and w is ``token_weights``.
         max_completion_tokens: the fixed length that ``aggregate="constant"`` divides by.
-        rollout_logprobs_BR: [B, R] of the sampler; needed for a ``rollout_correction``.
+        rollout_logprobs_BR: [B, R] of the sampler; needed for ``rollout_correction`` and ``off_policy_threshold``.
         ref_logprobs_BR: [B, R] of the reference model; needed when ``kl_coef`` is not 0.
         entropy_BR: [B, R] entropy H of each token's distribution; needed when ``entropy_coef`` is not 0 (PPO, arXiv 1707.06347,
             equation 9).
@@ -73,15 +78,21 @@ def policy_loss(
         ValueError: a term's input is missing.
     """
     # Mask before exp: an overflow would give nan gradients even if it were masked afterwards.
-    log_ratio_BR = log_importance_ratio(torch.where(mask_BR, logprobs_BR - old_logprobs_BR, 0.0), mask_BR, config.ratio)
+    token_log_ratio_BR = torch.where(mask_BR, logprobs_BR - old_logprobs_BR, 0.0)
+    log_ratio_BR = log_importance_ratio(token_log_ratio_BR, mask_BR, config.ratio)
     advantages_BR = torch.where(mask_BR, advantages_BR, 0.0)
     correction_BR, corrected_BR = torch.ones_like(log_ratio_BR), torch.zeros_like(mask_BR)
     if config.rollout_correction != "none":
         if rollout_logprobs_BR is None:
             raise ValueError(f"rollout_correction={config.rollout_correction} needs rollout_logprobs")
-        correction_BR, corrected_BR = rollout_correction(
-            old_logprobs_BR, rollout_logprobs_BR, mask_BR, config.rollout_correction, config.rollout_correction_cap
-        )
+        correction_BR, corrected_BR = rollout_correction(old_logprobs_BR, rollout_logprobs_BR, mask_BR, config)
+    off_policy_BR = torch.zeros_like(mask_BR)
+    if config.off_policy_threshold is not None:
+        if rollout_logprobs_BR is None:
+            raise ValueError(f"off_policy_threshold={config.off_policy_threshold} needs rollout_logprobs")
+        drift_B1 = sequence_drift(logprobs_BR, rollout_logprobs_BR, mask_BR)
+        off_policy_BR = (advantages_BR < 0) & (drift_B1 > config.off_policy_threshold)
+        correction_BR = torch.where(off_policy_BR, 0.0, correction_BR)
     # Without an advantage the surrogate takes no exp of a ratio, which may overflow where the correction drops the token.
     kept_BR = torch.where(correction_BR == 0, 0.0, advantages_BR)
     objective_BR = surrogate(log_ratio_BR, torch.where(mask_BR, logprobs_BR, 0.0), kept_BR, config) * correction_BR
@@ -90,7 +101,8 @@ def policy_loss(
     if config.kl_coef:
         if ref_logprobs_BR is None:
             raise ValueError(f"kl_coef={config.kl_coef} needs ref_logprobs")
-        kl_BR = kl_estimate(torch.where(mask_BR, ref_logprobs_BR - logprobs_BR, 0.0), config.kl_estimator)
+        d_BR = torch.where(mask_BR, ref_logprobs_BR - logprobs_BR, 0.0)
+        kl_BR = kl_estimate(d_BR, config.kl_estimator, token_log_ratio_BR if config.kl_correction else None)
         objective_BR = objective_BR - config.kl_coef * kl_BR
     if config.entropy_coef:
         if entropy_BR is None:
@@ -105,12 +117,15 @@ def policy_loss(
         may_clip_high_BR = advantages_BR != 0 if config.objective == "cispo" else advantages_BR > 0
         low_BR = mask_BR & (ratio_BR < 1 - config.clip_low) & may_clip_low_BR
         high_BR = mask_BR & (ratio_BR > 1 + config.clip_high) & may_clip_high_BR
+        dual_BR = (advantages_BR < 0) & (ratio_BR > (config.clip_dual or math.inf))
     return LossOutput(
         loss=-(weights_BR * objective_BR).sum(),
         clipped_low=low_BR.sum(),
         clipped_high=high_BR.sum(),
         kl=kl_BR.detach().sum(),
         corrected=corrected_BR.sum(),
+        clipped_dual=dual_BR.sum(),
+        off_policy=off_policy_BR.sum(),
     )
 
 
@@ -130,37 +145,49 @@ def surrogate(log_ratio_BR: Tensor, logprobs_BR: Tensor, advantages_BR: Tensor, 
     """[B, R] objective J, which is maximised.
 
     ``clip``: ``min(r A, clip(r) A)`` (PPO, arXiv 1707.06347, equation 7). A token whose ratio is clipped has no gradient.
-    The bounds are 1 - clip_low and 1 + clip_high (separate bounds: DAPO, arXiv 2503.14476, equation 10).
+    The bounds are 1 - clip_low and 1 + clip_high (separate bounds: DAPO, arXiv 2503.14476, equation 10). With ``clip_dual`` a
+    negative advantage has an upper bound too, ``max(min(r A, clip(r) A), clip_dual A)`` (dual clip: arXiv 1912.09729, equation 5).
     ``cispo``: ``stop_gradient(clip(r)) A logprob`` (MiniMax-M1, arXiv 2506.13585, equations 4 and 5). Every token has a gradient.
     """
     low, high = 1 - config.clip_low, 1 + config.clip_high
     ratio_BR = log_ratio_BR.detach().exp()
-    clipped_BR = ratio_BR.clamp(low, high)
     if config.objective == "cispo":
-        return clipped_BR * advantages_BR * logprobs_BR
-    is_clipped_BR = torch.where(advantages_BR > 0, ratio_BR > high, ratio_BR < low) | (advantages_BR == 0)
+        return ratio_BR.clamp(low, high) * advantages_BR * logprobs_BR
+    floor_BR = torch.full_like(ratio_BR, low).masked_fill(advantages_BR > 0, 0.0)
+    ceiling_BR = torch.full_like(ratio_BR, high).masked_fill(advantages_BR < 0, config.clip_dual or math.inf)
+    clipped_BR = ratio_BR.clamp(floor_BR, ceiling_BR)
+    is_clipped_BR = (ratio_BR < floor_BR) | (ratio_BR > ceiling_BR) | (advantages_BR == 0)
     # A ratio above exp(88) is inf in float32, and the backward of exp gives 0 * inf = nan. So clipped tokens do not go through exp.
     free_BR = torch.where(is_clipped_BR, 0.0, log_ratio_BR).exp()
     return torch.where(is_clipped_BR, clipped_BR, free_BR) * advantages_BR
 
 
-def kl_estimate(d_BR: Tensor, estimator: KlEstimator) -> Tensor:
+def kl_estimate(d_BR: Tensor, estimator: KlEstimator, log_ratio_BR: Tensor | None = None) -> Tensor:
     """[B, R] one-sample estimates of KL(policy || reference), with ``d = ref_logprobs - logprobs``.
 
     ``k1``: ``-d``. ``k2``: ``d^2 / 2``. ``k3``: ``exp(d) - d - 1`` (DeepSeekMath, arXiv 2402.03300, equation 4; the names are
     Schulman's, joschu.net/blog/kl-approx.html).
 
     The gradient of k1 itself has expectation 0 for any reference (arXiv 2510.01555). This k1 has the gradient of a k1 that is
-    subtracted from the reward, ``stop_gradient(k1) * d logprob``, which is also the gradient of k2.
+    subtracted from the reward, ``stop_gradient(k1) * d logprob``, which is also the gradient of k2. That of k3 is another one,
+    whose expectation is the gradient of KL(reference || policy).
+
+    With ``log_ratio_BR`` (``logprobs - old_logprobs``) each estimate is weighted by the token's ratio r, and all have the gradient
+    ``r * k1 * d logprob``: that of KL(policy || reference), also after the weights have moved from those that sampled
+    (DeepSeek-V3.2, arXiv 2512.02556, equation 7). For k3 that is the derivative of ``r * k3``, through both factors.
     """
     if estimator == "k1":
         k1_BR = -d_BR.detach()
-        return k1_BR - k1_BR * (d_BR - d_BR.detach())
-    return d_BR.square() / 2 if estimator == "k2" else d_BR.exp() - d_BR - 1
+        kl_BR = k1_BR - k1_BR * (d_BR - d_BR.detach())
+    else:
+        kl_BR = d_BR.square() / 2 if estimator == "k2" else d_BR.exp() - d_BR - 1
+    if log_ratio_BR is None:
+        return kl_BR
+    return kl_BR * (log_ratio_BR if estimator == "k3" else log_ratio_BR.detach()).exp()
 
 
 def rollout_correction(
-    old_logprobs_BR: Tensor, rollout_logprobs_BR: Tensor, mask_BR: Tensor, correction: Correction, cap: float
+    old_logprobs_BR: Tensor, rollout_logprobs_BR: Tensor, mask_BR: Tensor, config: LossConfig
 ) -> tuple[Tensor, Tensor]:
     """Importance weights that correct for numerical differences between the sampler and the trainer.
 
@@ -168,24 +195,37 @@ def rollout_correction(
     them. The product is unbiased, and is also ``sequence`` in TRL (``vllm_importance_sampling_mode``) and verl (``rollout_is``);
     verl's name for the geometric mean is ``geometric``.
 
-    ``truncate``: ``min(r, cap)``, truncated importance sampling (TIS: Yao et al., 2025, "Your efficient RL framework secretly
-    brings you off-policy RL training"; the estimator is Ionides', 2008). ``mask``: ``r`` where ``1/cap <= r <= cap``, else 0,
-    masked importance sampling (MIS: Liu et al., 2025, "When speed kills stability"; IcePop is its two-sided token form).
+    ``truncate``: ``max(floor, min(r, cap))``, truncated importance sampling (TIS: Yao et al., 2025, "Your efficient RL framework
+    secretly brings you off-policy RL training"; the estimator is Ionides', 2008). ``mask``: ``r`` where ``floor <= r <= cap``,
+    else 0, masked importance sampling (MIS: Liu et al., 2025, "When speed kills stability"; IcePop is its two-sided token form).
+    Without ``rollout_correction_floor`` the floor is 0 for ``truncate``, and 1/cap for ``mask``.
 
     If a token's rollout log-prob is not finite, its ``r`` is 1, also in the product.
 
     Returns:
         [B, R] weight of each token's objective, detached, and [B, R] bool, True on tokens that were truncated or masked.
     """
+    correction, cap = config.rollout_correction, config.rollout_correction_cap
     known_BR = mask_BR & rollout_logprobs_BR.isfinite()
     log_ratio_BR = torch.where(known_BR, old_logprobs_BR - rollout_logprobs_BR, 0.0).detach()
     if correction in ("sequence_truncate", "sequence_mask"):
         log_ratio_BR = log_ratio_BR.sum(-1, keepdim=True).expand_as(log_ratio_BR)
     ratio_BR = log_ratio_BR.exp()
-    if correction in ("token_truncate", "sequence_truncate"):
-        return ratio_BR.clamp(max=cap), mask_BR & (ratio_BR > cap)
-    outside_BR = (ratio_BR > cap) | (ratio_BR < 1 / cap)
-    return torch.where(outside_BR, 0.0, ratio_BR), mask_BR & outside_BR
+    truncates, floor = correction in ("token_truncate", "sequence_truncate"), config.rollout_correction_floor
+    if floor is None:
+        floor = 0.0 if truncates else 1 / cap
+    outside_BR = (ratio_BR > cap) | (ratio_BR < floor)
+    return ratio_BR.clamp(floor, cap) if truncates else torch.where(outside_BR, 0.0, ratio_BR), mask_BR & outside_BR
+
+
+def sequence_drift(logprobs_BR: Tensor, rollout_logprobs_BR: Tensor, mask_BR: Tensor) -> Tensor:
+    """[B, 1] mean of ``rollout_logprobs - logprobs`` over each sample's tokens, detached: an estimate of KL(sampler || policy) a
+    token. A sample of negative advantage is left out of the objective where this is above ``off_policy_threshold`` (DeepSeek-V3.2,
+    arXiv 2512.02556, equation 9). A log-prob of the sampler that is not finite adds 0.
+    """
+    known_BR = mask_BR & rollout_logprobs_BR.isfinite()
+    drift_BR = torch.where(known_BR, rollout_logprobs_BR - logprobs_BR.detach(), 0.0)
+    return drift_BR.sum(-1, keepdim=True) / mask_BR.sum(-1, keepdim=True).clamp(min=1)
 
 
 def token_weights(mask_BR: Tensor, counts: Counts, aggregate: Aggregate, max_completion_tokens: int) -> Tensor:

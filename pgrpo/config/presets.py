@@ -17,11 +17,13 @@ PLAIN: dict[str, Any] = {
     "scale_advantages": "group",
     "mask_overlong": False,
     "kl_coef": 0.0,
+    "kl_correction": True,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
     # DeepSeekMath, arXiv 2402.03300, section 4: the only one with a KL term, which needs a reference model.
-    "grpo": {**PLAIN, "aggregate": "sample", "kl_coef": 0.04},
+    # Its KL has k3's own gradient.
+    "grpo": {**PLAIN, "aggregate": "sample", "kl_coef": 0.04, "kl_correction": False},
     # arXiv 2503.20783, section 3.2: no division by sample length or group standard deviation.
     "dr_grpo": {**PLAIN, "aggregate": "constant", "scale_advantages": "none"},
     # arXiv 2503.14476, section 3: clip-higher, token-level loss, overlong filtering.

@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass, replace
 from operator import attrgetter
 from typing import Any
 
-from pgrpo.config.schema import Config, ConfigError
+from pgrpo.config.schema import Config, ConfigError, LossConfig
 from pgrpo.config.secrets import REDACTED
 
 NEEDS = {
@@ -18,6 +18,8 @@ NEEDS = {
     "loss.ref_refresh_every": ("loss.kl_coef", 0),
     "loss.ref_offload": ("loss.kl_coef", 0),
     "loss.rollout_correction_cap": ("loss.rollout_correction", "none"),
+    "loss.rollout_correction_floor": ("loss.rollout_correction", "none"),
+    "loss.clip_dual": ("loss.objective", "cispo"),
 }
 """Key -> (other key, its value with which the key has no effect)."""
 MOST_SAMPLES, MOST_HELD_OUT = 2**20, 2**24
@@ -52,6 +54,7 @@ def check_values(config: Config, *, rewards_from_python: bool) -> None:
         if not 0 <= beta < 1:
             raise ConfigError(f"optim.betas[{i}]: {beta} is out of range; it must be at least 0 and below 1")
     _check_needs(config)
+    _check_loss(config.loss)
     _check_sizes(config)
     _check_prompt(config)
     if not config.rewards.functions and not rewards_from_python:
@@ -100,6 +103,14 @@ def _check_needs(config: Config) -> None:
                 f"{key}: {value} has no effect with model.lora_rank {config.model.lora_rank}: the reference is the frozen "
                 "model without its adapters; leave it out"
             )
+
+
+def _check_loss(loss: LossConfig) -> None:
+    if loss.clip_dual is not None and loss.clip_dual <= 1 + loss.clip_high:
+        raise ConfigError(
+            f"loss.clip_dual: {loss.clip_dual:g} is not above 1 + loss.clip_high, {1 + loss.clip_high:g}, where positive "
+            "advantages are clipped; raise it (3 is usual), or leave it out"
+        )
 
 
 def _check_sizes(config: Config) -> None:

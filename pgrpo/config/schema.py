@@ -189,11 +189,17 @@ class LossConfig:
     """The ratio's lower clip is 1 - clip_low."""
     clip_high: float = number(0.2, above=0, most=1e6)
     """The ratio's upper clip is 1 + clip_high."""
+    clip_dual: float | None = number(None, above=1, most=1e6)
+    """Dual clip: a token of negative advantage has no gradient once its ratio is above this (verl's `clip_ratio_c`, TRL's
+    `delta`). Must be above 1 + clip_high. None: no such bound."""
     aggregate: Literal["token", "sample", "constant"] = "token"
     """`token`: mean over all tokens (DAPO). `sample`: mean over each sample's tokens, then over samples (GRPO). `constant`: each
     sample's sum over tokens, divided by `max_completion_tokens` (Dr. GRPO)."""
     advantage_baseline: Literal["group_mean", "leave_one_out"] = "group_mean"
     """A reward is compared with the mean of its group, or with the mean of the other rewards of its group (RLOO)."""
+    combine_rewards: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """`sum_then_normalize`: advantages are of the weighted sum of rewards. `normalize_then_sum`: of each reward in its group, then
+    their weighted sum, divided by its standard deviation over the step, so that no reward drowns another (GDPO)."""
     scale_advantages: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the standard deviation of the group's rewards, or of all rewards of the step, or not at all (Dr.
     GRPO)."""
@@ -203,6 +209,9 @@ class LossConfig:
     """Weight of the KL to the reference model, which is the initial model until it is refreshed. 0 loads no reference model."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of the KL for a token: `k1` the log-ratio, `k2` half its square, `k3` never negative and unbiased (GRPO)."""
+    kl_correction: bool = True
+    """Weigh a token's KL by its ratio, with the gradient of both, which is then the gradient of the KL, also after the weights have
+    moved from those that sampled (DeepSeek-V3.2). False: the estimator's own gradient, `k3`'s in GRPO."""
     ref_refresh_every: int = number(0, least=0, most=MOST_STEPS)
     """Steps between copies of the policy into the reference model (checkpoints then hold both). 0: never."""
     ref_offload: Literal["none", "cpu"] = "none"
@@ -211,9 +220,15 @@ class LossConfig:
     """Weight of an entropy bonus."""
     rollout_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"
     """Weigh tokens by the trainer's probability over the sampler's, of the token or of its whole sample: `truncate` limits the
-    weight to `rollout_correction_cap` (TIS), `mask` drops weights outside [1/cap, cap] (MIS). The difference is always logged."""
+    weight to `rollout_correction_cap` (TIS), `mask` drops weights outside of
+    [floor, cap] (MIS). The difference is always logged."""
     rollout_correction_cap: float = number(2.0, least=1, most=1e6)
     """The largest weight."""
+    rollout_correction_floor: float | None = number(None, least=0, most=1)
+    """The smallest weight: `truncate` raises smaller ones to it, `mask` drops them. None: 0 for `truncate`, 1/cap for `mask`."""
+    off_policy_threshold: float | None = number(None, above=0, most=1e6)
+    """Leave a sample of negative advantage out of the objective if the sampler's log-probs are higher than the policy's by more
+    than this, on average over its tokens (DeepSeek-V3.2's off-policy sequence masking). It stays in every count. None: off."""
 
 
 @dataclass

@@ -57,6 +57,11 @@ class RewardRunner:
         # Functions of one file share a process, and what they keep there.
         self._pools = {_file(reward.worker): Workers(1) for reward in self._rewards if reward.worker}
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Name -> weight in the total reward."""
+        return {reward.name: reward.weight for reward in self._rewards}
+
     def correct(self, group: Group) -> list[bool]:
         """Which samples of a scored group are right: every reward that applies gave 1 or more, and one did apply. Penalties,
         those of negative weight and the built-in ones for length, have no say.

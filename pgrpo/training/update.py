@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pgrpo.algorithm.advantages import has_spread
 from pgrpo.algorithm.loss import Counts, LossOutput
 from pgrpo.distributed.fsdp import no_gradient
 from pgrpo.distributed.shards import shard_of
@@ -41,6 +40,8 @@ class UpdateSums(NamedTuple):
     Attributes:
         loss: the part of the global loss.
         corrected: tokens whose weight ``loss.rollout_correction`` truncated or masked.
+        clipped_dual: tokens above ``loss.clip_dual``.
+        off_policy: tokens that ``loss.off_policy_threshold`` masked.
         unknown: tokens whose ``rollout_logprobs`` are not finite. The attributes below are over the other tokens.
         difference: ``|old_logprobs - rollout_logprobs|``.
         importance: ``exp(old_logprobs - rollout_logprobs)``.
@@ -54,6 +55,8 @@ class UpdateSums(NamedTuple):
     kl: Tensor
     entropy: Tensor
     corrected: Tensor
+    clipped_dual: Tensor
+    off_policy: Tensor
     unknown: Tensor
     difference: Tensor
     importance: Tensor
@@ -79,6 +82,8 @@ class UpdateSums(NamedTuple):
             kl=output.kl,
             entropy=torch.where(mask_BR, entropy_BR, 0.0).sum(),
             corrected=output.corrected,
+            clipped_dual=output.clipped_dual,
+            off_policy=output.off_policy,
             unknown=(mask_BR & ~known_BR).sum(),
             difference=difference_BR.abs().sum(),
             importance=torch.where(known_BR, difference_BR.exp(), 0.0).sum(),
@@ -122,12 +127,12 @@ def micro_batches(learner: Learner, groups: Sequence[Group]) -> list[GroupedBatc
 
 
 def has_gradient(learner: Learner, group: Group) -> bool:
-    """Whether the group has a gradient: a token in the loss, and rewards that differ, a KL or entropy term, or a loss of the
-    user's, which may have one anyway."""
+    """Whether the group, which has been compared, has a gradient: a token in the loss, and an advantage that is not 0, a KL or
+    entropy term, or a loss of the user's, which may have one anyway."""
     loss = learner.config.loss
     if loss.mask_overlong and all(_is_overlong(episode) for episode in group.episodes):
         return False
-    return bool(loss.kl_coef or loss.entropy_coef or loss.function) or has_spread(group.rewards)
+    return bool(loss.kl_coef or loss.entropy_coef or loss.function) or any(any(s.advantages) for s in group.samples)
 
 
 def _in_the_loss(learner: Learner, group: Group) -> Group:
@@ -234,6 +239,10 @@ def _token_means(learner: Learner, sums: UpdateSums) -> dict[str, float]:
     }
     if learner.reference is not None:
         means["kl"] = sums.kl / sums.tokens
+    if loss.clip_dual is not None:
+        means["clip_ratio/dual_mean"] = sums.clipped_dual / sums.tokens
+    if loss.off_policy_threshold is not None:
+        means["sampling/frac_off_policy_masked"] = sums.off_policy / sums.tokens
     known = sums.tokens - sums.unknown
     if known:
         means["sampling/sampling_logp_difference/mean"] = sums.difference / known

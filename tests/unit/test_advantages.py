@@ -1,9 +1,19 @@
 """Advantages by hand and against torch."""
 
+import making
 import pytest
 import torch
 
-from pgrpo.algorithm.advantages import EPS, group_advantages, has_spread, standard_deviation, step_advantages
+from pgrpo.algorithm.advantages import (
+    EPS,
+    compare,
+    group_advantages,
+    has_spread,
+    rewards_differ,
+    standard_deviation,
+    step_advantages,
+)
+from pgrpo.config import LossConfig
 
 
 def test_by_hand():
@@ -91,3 +101,58 @@ def test_a_sample_without_a_reward_takes_no_part():
 def test_nearly_equal_rewards_are_not_blown_up():
     first, second = group_advantages([1.0, 1.0 + 1e-9])
     assert -1e-5 < first < 0 < second < 1e-5
+
+
+GDPO_PARTS = [  # group -> episode -> (right, short, unused); None: does not apply
+    [(1.0, 0.0, 5.0), (0.0, 3.0, 1.0), (1.0, 1.0, 2.0)],
+    [(0.0, 1.0, 7.0), (0.0, 1.0, 8.0), (0.0, 1.0, 9.0)],  # no spread in what counts
+    [(None, 2.0, 0.0), (1.0, 7.0, 1.0), (0.0, None, 0.0)],
+    [(0.5, 1.0, 0.0), (None, None, 1.0), (1.0, 0.0, 0.0)],  # the second's reward failed
+]
+GDPO_WEIGHTS = {"right": 1.0, "short": -0.5, "unused": 0.0}
+
+
+def gdpo_groups():
+    failed, names = (3, 1), tuple(GDPO_WEIGHTS)
+
+    def scored(n, i, values):
+        terms = [w * v for w, v in zip(GDPO_WEIGHTS.values(), values, strict=True) if v is not None]
+        total = None if (n, i) == failed else sum(terms)
+        return making.episode([1], total, parts=dict(zip(names, values, strict=True)))
+
+    return [making.group([5], *(scored(n, i, v) for i, v in enumerate(rows))) for n, rows in enumerate(GDPO_PARTS)]
+
+
+@pytest.mark.parametrize("baseline", ["group_mean", "leave_one_out"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_rewards_that_are_normalized_before_they_are_summed(scale, baseline):
+    """GDPO's equations, one number at a time."""
+    config = LossConfig(combine_rewards="normalize_then_sum", scale_advantages=scale, advantage_baseline=baseline)
+    groups = gdpo_groups()
+    sums = [[0.0] * 3 for _ in groups]
+    for k, weight in enumerate([1.0, -0.5]):
+        table = [[v[k] if e.reward is not None else None for v, e in zip(rows, g.episodes, strict=True)]
+                 for rows, g in zip(GDPO_PARTS, groups, strict=True)]  # fmt: skip
+        for n, row in enumerate(paper_advantages(table, scale, baseline)):
+            sums[n] = [total + weight * value for total, value in zip(sums[n], row, strict=True)]
+    counted = [v for row, g in zip(sums, groups, strict=True) for v, e in zip(row, g.episodes, strict=True)
+               if e.reward is not None]  # fmt: skip
+    mean = sum(counted) / len(counted)
+    deviation = (sum((v - mean) ** 2 for v in counted) / (len(counted) - 1)) ** 0.5
+    got = compare(groups, config, GDPO_WEIGHTS)
+    for mine, row in zip(got, sums, strict=True):
+        assert mine == pytest.approx([(v - mean) / (deviation + EPS) if v else 0.0 for v in row], abs=1e-12)
+    assert got[1] == [0.0] * 3 and got[3][1] == 0.0
+    assert [rewards_differ(g, config, GDPO_WEIGHTS) for g in groups] == [True, False, True, True]
+
+
+def test_rewards_whose_sum_is_equal_have_an_advantage_only_if_normalized_first():
+    rows = [(1.0, 0.0), (0.0, 1.0), (1.0, 0.0), (1.0, 0.0)]
+    one = making.group([5], *(making.episode([1], sum(r), parts={"a": r[0], "b": r[1]}) for r in [*rows, (0.0, 1.0)]))
+    two = making.group(
+        [6], *(making.episode([1], sum(r), parts={"a": r[0], "b": 10 * r[1]}) for r in [*rows, (0.0, 0.0)])
+    )
+    weights = {"a": 1.0, "b": 1.0}
+    for config, differ in ((LossConfig(), False), (LossConfig(combine_rewards="normalize_then_sum"), True)):
+        assert rewards_differ(one, config, weights) == differ
+        assert any(a != 0 for a in compare([one, two], config, weights | {"b": 0.5})[0]) == differ

@@ -121,6 +121,7 @@ def test_a_preset_is_printed_resolved_and_reads_back_the_same(preset: str, folde
         ("loss.ref_refresh_every=5", "loss.kl_coef is 0"),
         ("loss.ref_offload=cpu", "loss.kl_coef is 0"),
         ("loss.rollout_correction_cap=3", "loss.rollout_correction is none"),
+        ("loss.rollout_correction_floor=0.5", "loss.rollout_correction is none"),
         ("model.lora_alpha=3", "model.lora_rank is 0"),
     ],
 )
@@ -129,6 +130,15 @@ def test_a_key_that_would_have_no_effect_is_refused(override: str, needed: str) 
     message = refused(BASE, override)
     assert message.startswith(f"{key}: {value}")
     assert f"has no effect while {needed}; set {needed.split()[0]}, or leave it out" in message
+
+
+def test_a_dual_clip_inside_of_the_clip_or_without_one_is_refused() -> None:
+    for bound in ("1.1", "1.2"):
+        message = refused(BASE, f"loss.clip_dual={bound}")
+        assert message.startswith(f"loss.clip_dual: {bound} is not above 1 + loss.clip_high, 1.2, ")
+    assert "1.28" in refused(BASE, "loss.clip_dual=1.25", "loss.preset=dapo")
+    assert load_config(BASE, ["loss.clip_dual=1.21"]).loss.clip_dual == 1.21
+    assert "no effect while loss.objective is cispo" in refused(BASE, "loss.clip_dual=9", "loss.preset=cispo")
 
 
 def test_the_reference_of_lora_cannot_be_refreshed() -> None:

@@ -139,7 +139,7 @@ def test_numbers_of_the_updates(run):
             table, now = at(weights, model)
             ratio = (now - old).exp()
             gain = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-            kl = (ref - now).exp() - (ref - now) - 1
+            kl = ratio * ((ref - now).exp() - (ref - now) - 1)
             numbers = {
                 "loss": (KL_COEF * kl - gain).mean(),
                 "kl": kl.mean(),

@@ -10,7 +10,6 @@ import torch
 
 from pgrpo.algorithm.loss import (
     Aggregate,
-    Correction,
     Counts,
     kl_estimate,
     log_importance_ratio,
@@ -22,7 +21,7 @@ from pgrpo.config import LossConfig
 from pgrpo.config.presets import PRESETS
 
 AGGREGATES: list[Aggregate] = ["token", "sample", "constant"]
-CORRECTIONS: list[Correction] = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+CORRECTIONS = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 LENGTH = 11
 COMPOSITIONS = [
     *({"aggregate": a, "clip_low": low, "clip_high": high, "kl_coef": beta}
@@ -31,11 +30,17 @@ COMPOSITIONS = [
       for beta in (0.0, 0.04, 1.5)),
     *({"ratio": r, "objective": o, "aggregate": a, "clip_low": 0.1, "clip_high": 0.15}
       for r, o, a in itertools.product(["token", "sequence"], ["clip", "cispo"], AGGREGATES)),
-    *({"kl_coef": 0.3, "kl_estimator": k, "aggregate": "sample"} for k in ("k1", "k2", "k3")),
+    *({"kl_coef": 0.3, "kl_estimator": k, "aggregate": "sample", "kl_correction": c}
+      for k in ("k1", "k2", "k3") for c in (False, True)),
+    *({"clip_dual": dual, "clip_high": 0.1, "aggregate": a, "ratio": r}
+      for dual, a, r in itertools.product((1.15, 1.5), AGGREGATES, ("token", "sequence"))),
+    *({"off_policy_threshold": 0.05, "aggregate": a, "objective": o, "kl_coef": 0.1}
+      for a in AGGREGATES for o in ("clip", "cispo")),
+    *({"correction": c, "cap": 1.3, "floor": f} for c in CORRECTIONS for f in (0.0, 0.9, 1.0)),
     *({"entropy_coef": 0.3, "aggregate": a} for a in AGGREGATES),
     *({"correction": c, "cap": 1.3, "objective": o} for c in CORRECTIONS for o in ("clip", "cispo")),
     {"ratio": "sequence", "clip_low": 0.05, "clip_high": 0.02, "aggregate": "sample", "kl_coef": 0.1, "kl_estimator": "k1",
-         "entropy_coef": 0.01, "correction": "sequence_mask", "cap": 1.5},
+         "entropy_coef": 0.01, "correction": "sequence_mask", "cap": 1.5, "clip_dual": 1.1, "off_policy_threshold": 0.2},
     *({k: v for k, v in preset.items() if k not in ("scale_advantages", "mask_overlong")} for preset in PRESETS.values()),
 ]  # fmt: skip
 
@@ -46,12 +51,14 @@ def clip(x, low, high):
 
 def paper_loss(
     rows, tokens, samples, aggregate="token", clip_low=0.2, clip_high=0.2, ratio="token", objective="clip", kl_coef=0.0,
-    kl_estimator="k3", entropy_coef=0.0, correction=None, cap=2.0, at=None,
+    kl_estimator="k3", kl_correction=True, entropy_coef=0.0, correction=None, cap=2.0, floor=None, clip_dual=None,
+    off_policy_threshold=None, at=None,
 ):  # fmt: skip
     """One token at a time, plain Python.
 
     PPO equation 7; DeepSeekMath equations 3 and 4; DAPO equations 10 to 12; Dr. GRPO section 3.2; GSPO equations 5 and 7;
-    MiniMax-M1 equations 4 and 5; TIS and MIS; k1 as a penalty of the reward. ``at``: the log-probs at which gradients are
+    MiniMax-M1 equations 4 and 5; TIS and MIS; k1 as a penalty of the reward; dual clip (1912.09729, equation 5); DeepSeek-V3.2
+    equations 7 to 9. ``at``: the log-probs at which gradients are
     stopped (``rows`` may be moved away from them).
     """
     logp, old, ref, mask, advantages, entropy, rollout = rows
@@ -69,15 +76,25 @@ def paper_loss(
                 term = clip(fixed_r, 1 - clip_low, 1 + clip_high) * advantages[i][t] * logp[i][t]
             else:
                 term = min(r * advantages[i][t], clip(r, 1 - clip_low, 1 + clip_high) * advantages[i][t])
+                if clip_dual and advantages[i][t] < 0:
+                    term = max(term, clip_dual * advantages[i][t])
+            drift = sum(rollout[i][s] - at[i][s] for s in present) / len(present)
+            if off_policy_threshold and advantages[i][t] < 0 and drift > off_policy_threshold:
+                term = 0
             if correction:
                 mine = [t] if correction.startswith("token") else present
                 c = math.prod(math.exp(old[i][s]) / math.exp(rollout[i][s]) for s in mine)
-                term *= min(c, cap) if "truncate" in correction else c if 1 / cap <= c <= cap else 0
+                if "truncate" in correction:
+                    term *= max(min(c, cap), floor or 0)
+                else:
+                    term *= c if (1 / cap if floor is None else floor) <= c <= cap else 0
             x, fixed_x = math.exp(ref[i][t]) / math.exp(logp[i][t]), math.exp(ref[i][t]) / math.exp(at[i][t])
+            own_r, fixed_own_r = math.exp(logp[i][t] - old[i][t]), math.exp(at[i][t] - old[i][t])
+            weight = 1 if not kl_correction else own_r if kl_estimator == "k3" else fixed_own_r
             if kl_estimator == "k1":  # a constant of the reward, times the score
-                term -= kl_coef * (-math.log(fixed_x) - math.log(fixed_x) * (logp[i][t] - at[i][t]))
+                term -= kl_coef * weight * (-math.log(fixed_x) - math.log(fixed_x) * (logp[i][t] - at[i][t]))
             else:
-                term -= kl_coef * {"k2": math.log(x) ** 2 / 2, "k3": x - math.log(x) - 1}[kl_estimator]
+                term -= kl_coef * weight * {"k2": math.log(x) ** 2 / 2, "k3": x - math.log(x) - 1}[kl_estimator]
             terms.append(term + entropy_coef * entropy[i][t])
         per_sample.append(terms)
     if aggregate == "token":
@@ -104,10 +121,15 @@ def tensors(rows):
     return [torch.tensor(x, dtype=torch.bool if x is rows[3] else torch.float64) for x in rows]
 
 
-def run(values, counts, correction=None, cap=2.0, **keys):
+def correcting(correction, cap, floor=None) -> dict[str, Any]:
+    keys = ("rollout_correction", "rollout_correction_cap", "rollout_correction_floor")
+    return dict(zip(keys, (correction, cap, floor), strict=True))
+
+
+def run(values, counts, correction=None, cap=2.0, floor=None, **keys):
     """``policy_loss`` as the trainer calls it."""
     logp, old, ref, mask, advantages, entropy, rollout = values
-    config = LossConfig(rollout_correction=correction or "none", rollout_correction_cap=cap, **keys)
+    config = LossConfig(**correcting(correction or "none", cap, floor), **keys)
     return policy_loss(
         logp, old, advantages, mask, counts, config, LENGTH, rollout_logprobs_BR=rollout, ref_logprobs_BR=ref, entropy_BR=entropy
     )  # fmt: skip
@@ -131,7 +153,8 @@ def test_gradient_by_finite_differences_of_the_papers(keys):
         low, high = 1 - keys.get("clip_low", 0.2), 1 + keys.get("clip_high", 0.2)
         log_ratio = torch.where(values[3], values[0] - values[1], 0.0)
         ratios = log_importance_ratio(log_ratio, values[3], keys.get("ratio", "token")).exp()
-        assert min((ratios - low).abs().min(), (ratios - high).abs().min()) > 1e-5, "a ratio lies on the kink"
+        for kink in (low, high, keys.get("clip_dual") or high):
+            assert (ratios - kink).abs().min() > 1e-5, "a ratio lies on the kink"
         values[0].requires_grad_()
         values[5].requires_grad_()
         out = run(values, Counts(17, 4), **keys)
@@ -192,7 +215,24 @@ def test_kl_estimates_estimate_the_kl():
             torch.testing.assert_close(torch.autograd.grad(mean, logits, retain_graph=True)[0], wanted)
 
 
-EVERYTHING = {"kl_coef": 0.1, "entropy_coef": 0.1, "correction": "sequence_truncate", "ratio": "sequence"}
+def test_a_corrected_kl_has_the_gradient_of_the_kl_after_the_weights_have_moved():
+    """Samples of old weights, averaged over their distribution: the derivative of KL(policy || reference) at the new weights."""
+    generator = torch.Generator().manual_seed(1)
+    logits, old_logits, ref_logits = torch.randn(3, 9, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    logp, old, ref = logits.log_softmax(-1), old_logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    wanted = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), logits, retain_graph=True)[0]
+    for name in ("k1", "k2", "k3"):
+        mean = (old.exp() * kl_estimate(ref - logp, name, logp - old)).sum()
+        torch.testing.assert_close(torch.autograd.grad(mean, logits, retain_graph=True)[0], wanted)
+        mean = (old.exp() * kl_estimate(ref - logp, name)).sum()
+        assert (torch.autograd.grad(mean, logits, retain_graph=True)[0] - wanted).abs().max() > 0.05
+
+
+EVERYTHING = {
+    "kl_coef": 0.1, "entropy_coef": 0.1, "correction": "sequence_truncate", "ratio": "sequence", "clip_dual": 1.3,
+    "off_policy_threshold": 0.01,
+}  # fmt: skip
 
 
 @pytest.mark.faults
@@ -241,7 +281,8 @@ def test_clipped_tokens_and_kl_by_hand():
     advantages = torch.tensor([-1.0, 1.0, 0.0]).view(3, 1).expand(3, 4)
     old = torch.full_like(ratio, -1.0)
     inputs = (old + ratio.log(), old, advantages, mask, Counts(11, 3))
-    out = policy_loss(*inputs, LossConfig(kl_coef=1.0), LENGTH, ref_logprobs_BR=old + ratio.log() + math.log(2.0))
+    config = LossConfig(kl_coef=1.0, kl_correction=False)
+    out = policy_loss(*inputs, config, LENGTH, ref_logprobs_BR=old + ratio.log() + math.log(2.0))
     assert out.clipped_low.item() == 2  # low ratios of the negative sample
     assert out.clipped_high.item() == 1  # the masked one is not counted, nor those of the sample without an advantage
     assert out.kl.item() == pytest.approx(11 * (2 - math.log(2) - 1))
@@ -250,6 +291,10 @@ def test_clipped_tokens_and_kl_by_hand():
     assert not any(x.requires_grad for x in out[1:])
     out = policy_loss(*inputs, LossConfig(objective="cispo"), LENGTH)  # the weight is clipped on either side
     assert (out.clipped_low.item(), out.clipped_high.item()) == (3, 2)
+    assert out.clipped_dual == 0
+    out = policy_loss(*inputs, LossConfig(clip_high=0.1, clip_dual=1.3), LENGTH)
+    assert (out.clipped_low.item(), out.clipped_high.item(), out.clipped_dual.item()) == (2, 1, 1)
+    assert out.loss.item() == pytest.approx((0.8 + 0.8 + 1.3 + 1.1 - 0.5 - 1.1 - 0.9) / 11)
     # Geometric means of the three samples: 0.80 (4 tokens), 0.88 (3 tokens), 0.93.
     out = policy_loss(*inputs, LossConfig(ratio="sequence", clip_low=0.15, clip_high=0.15), LENGTH)
     assert (out.clipped_low.item(), out.clipped_high.item()) == (4, 0)
@@ -259,15 +304,20 @@ def test_rollout_correction_by_hand():
     ratio = torch.tensor([[2.0, 0.5, 1.5, 9.0], [1.0, 1.2, 0.1, 1.0]], dtype=torch.float64)
     mask = torch.tensor([[True, True, True, False], [True, True, False, True]])  # products: 1.5 and 1.2
     old = torch.full_like(ratio, -1.0).requires_grad_()
-    expected: list[tuple[Correction, float, list[list[float]], int]] = [
-        ("token_truncate", 1.3, [[1.3, 0.5, 1.3], [1, 1.2, 1]], 2),
-        ("token_mask", 1.3, [[0, 0, 0], [1, 1.2, 1]], 3),
-        ("token_mask", 2.0, [[2, 0.5, 1.5], [1, 1.2, 1]], 0),
-        ("sequence_truncate", 1.3, [[1.3] * 3, [1.2] * 3], 3),
-        ("sequence_mask", 1.3, [[0] * 3, [1.2] * 3], 3),
+    expected = [
+        ("token_truncate", 1.3, None, [[1.3, 0.5, 1.3], [1, 1.2, 1]], 2),
+        ("token_truncate", 1.3, 0.7, [[1.3, 0.7, 1.3], [1, 1.2, 1]], 3),
+        ("token_mask", 1.3, None, [[0, 0, 0], [1, 1.2, 1]], 3),
+        ("token_mask", 1.3, 0.0, [[0, 0.5, 0], [1, 1.2, 1]], 2),
+        ("token_mask", 2.0, None, [[2, 0.5, 1.5], [1, 1.2, 1]], 0),
+        ("token_mask", 2.0, 0.7, [[2, 0, 1.5], [1, 1.2, 1]], 1),
+        ("sequence_truncate", 1.3, None, [[1.3] * 3, [1.2] * 3], 3),
+        ("sequence_mask", 1.3, None, [[0] * 3, [1.2] * 3], 3),
     ]
-    for correction, cap, weights, changed in expected:
-        got, flags = rollout_correction(old, old.detach() - ratio.log(), mask, correction, cap)
+    for correction, cap, floor, weights, changed in expected:
+        got, flags = rollout_correction(
+            old, old.detach() - ratio.log(), mask, LossConfig(**correcting(correction, cap, floor))
+        )
         assert got[mask].tolist() == pytest.approx([w for row in weights for w in row]), correction
         assert flags.sum().item() == changed
         assert not flags[~mask].any()
@@ -277,7 +327,7 @@ def test_rollout_correction_by_hand():
 def test_a_hopeless_mismatch_is_truncated_or_masked_without_nan():
     zeros, mask = torch.zeros(1, 4), torch.ones(1, 4, dtype=torch.bool)
     for correction, weight in zip(CORRECTIONS, (2.0, 0.0, 2.0, 0.0), strict=True):
-        got, flags = rollout_correction(zeros, zeros - 500, mask, correction, 2.0)
+        got, flags = rollout_correction(zeros, zeros - 500, mask, LossConfig(**correcting(correction, 2.0)))
         assert got.tolist() == [[weight] * 4]
         assert flags.all()
 
@@ -294,7 +344,7 @@ def test_a_rollout_logprob_that_is_no_number_leaves_its_token_s_factor_at_1(corr
         values = [x.clone() for x in clean]
         values[6][i, t] = value
         leaf = values[0].requires_grad_()
-        factor, flags = rollout_correction(old, values[6], mask, correction, 1.3)
+        factor, flags = rollout_correction(old, values[6], mask, LossConfig(**correcting(correction, 1.3)))
         if correction.startswith("token"):
             assert factor[i, t] == 1 and not flags[i, t]
         out = run([leaf, *values[1:]], Counts(9, 4), correction=correction, cap=1.3)
@@ -337,6 +387,19 @@ def test_a_ratio_that_overflows_is_dropped_without_nan(correction):
     assert logp.grad.flatten().tolist() == pytest.approx([0, -2 * math.exp(0.1) / 2])
 
 
+def test_off_policy_masking_by_hand():
+    """Drifts a token of 0.5, 0.1 and 0.5; the first and second sample have negative advantages. One log-prob is unknown."""
+    rollout = torch.tensor([[-1.0, -1.0], [-1.0, math.nan], [-1.0, -1.0]], dtype=torch.float64)
+    logp = (rollout.nan_to_num(-1.0) - torch.tensor([[0.5, 0.5], [0.2, 9.0], [0.2, 0.8]])).requires_grad_()
+    advantages = torch.tensor([[-1.0], [-1.0], [1.0]]).expand(3, 2)
+    mask = torch.ones(3, 2, dtype=torch.bool)
+    config = LossConfig(off_policy_threshold=0.4)
+    out = policy_loss(logp, logp.detach(), advantages, mask, Counts(6, 3), config, LENGTH, rollout_logprobs_BR=rollout)
+    out.loss.backward()
+    assert logp.grad is not None and out.off_policy == 2 and out.loss.item() == pytest.approx((2 - 2) / 6)
+    assert logp.grad.tolist() == [[0, 0], [pytest.approx(1 / 6)] * 2, [pytest.approx(-1 / 6)] * 2]
+
+
 def test_token_weights_by_hand():
     mask = torch.tensor([[True, True, False], [True, False, False], [False] * 3])
     weights = {a: token_weights(mask, Counts(12, 6), a, 5) for a in AGGREGATES}
@@ -352,7 +415,7 @@ def test_an_empty_batch_has_no_loss_and_no_gradient(shape, keys):
     mask = torch.zeros(shape, dtype=torch.bool)
     out = run((logp, zeros, zeros, mask, torch.ones(shape), zeros, zeros), Counts(0, 0), **keys)
     out.loss.backward()
-    assert [x.item() for x in out] == [0, 0, 0, 0, 0]
+    assert [x.item() for x in out] == [0] * len(out)
     assert logp.grad is not None
     assert logp.grad.abs().sum() == 0
 
@@ -363,6 +426,7 @@ def test_an_empty_batch_has_no_loss_and_no_gradient(shape, keys):
         ("kl_coef", 0.1, "ref_logprobs"),
         ("entropy_coef", 0.1, "entropy"),
         ("rollout_correction", "token_mask", "rollout_logprobs"),
+        ("off_policy_threshold", 0.5, "rollout_logprobs"),
     ],
 )
 def test_what_a_term_needs_must_be_there(key, value, needed):

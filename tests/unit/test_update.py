@@ -324,8 +324,7 @@ def test_loss_and_gradient_norm_are_means_over_the_updates_that_were_done(build)
     """Of four updates one has no gradient and one is not finite."""
     parts, alone = build("train.updates_per_step=4", "optim.lr=0"), build("optim.lr=0")
     groups = as_sampled(parts, make_groups())
-    for episode in groups[0].episodes:
-        episode.reward = 1.0
+    groups[0] = with_rewards(groups[0], FLAT)
     groups[1].samples[0].advantages[0] = math.inf
     wanted = [step(alone, [group]) for group in groups[2:]]
     got = step(parts, groups)
