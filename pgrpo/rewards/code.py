@@ -9,6 +9,7 @@ import textwrap
 from functools import cache, lru_cache
 from typing import Any, Literal
 
+from pgrpo.rewards.answers import final_parts
 from pgrpo.rewards.pool import GradingThreads, graders
 from pgrpo.sandbox.called import called
 from pgrpo.sandbox.calls import run_tests
@@ -39,7 +40,7 @@ sys.__stdout__.write("\\n" + _work["mark"] + _passed + "\\n")
 
 
 class Code:
-    """1.0 if the last code block of the completion passes every test of the row, else 0.0.
+    """1.0 if the last code block of the completion, thoughts left out, passes every test of the row, else 0.0.
 
     The tests of a row are Python statements (a text or a list of texts: ``assert add(1, 2) == 3``), or pairs of standard input
     and expected output (``[{"input": ..., "output": ...}]``, or ``{"inputs": [...], "outputs": [...]}``), as values or as JSON
@@ -59,6 +60,7 @@ class Code:
     def __call__(
         self,
         completions: list[str],
+        prompts: list[str] | None = None,
         *,
         column: str = "tests",
         partial: bool = False,
@@ -86,15 +88,16 @@ class Code:
                 "code: args.isolation=same_process runs tests in the program's own process, so a model can cheat them"
             )
         limits = Limits(wall_s=timeout_s, cpu_s=max(1, round(timeout_s)), memory_mb=memory_mb)
-        tests = [_tests(value, column) for value in columns[column]]
 
-        def score(sample: tuple[str, list[Any]]) -> float | Exception:
+        def score(sample: tuple[str | None, Any]) -> float | Exception:
+            text, tests = sample
             try:
-                return _score(sandbox, limits, *sample, partial, isolation)
+                return _score(sandbox, limits, text or "", _tests(tests, column), partial, isolation)
             except Exception as error:  # a fault of the sandbox or the tests, not of the program
                 return error
 
-        return self._threads.map(score, zip(completions, tests, strict=True), graders())
+        samples = zip(final_parts(completions, prompts), columns[column], strict=True)
+        return self._threads.map(score, samples, graders())
 
     def close(self) -> None:
         """Start no further programs."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from pebble import ProcessExpired
 
+from pgrpo.rewards.answers import final_parts
 from pgrpo.rewards.pool import Workers, graders
 
 _TASKS = """
@@ -50,6 +51,7 @@ def check_task(task: str) -> None:
 
 class ReasoningGym:
     """The score of the last ``<answer>...</answer>`` by the task's scorer, usually 0 to 1. The scorer gets None if there is none.
+    Thoughts do not count.
 
     The rows come from ``recipes/reasoning_tasks.py``: ``task`` (name), ``entry`` (question, answer and metadata as reasoning-gym
     made them, because some scorers need tuples, which JSON would lose) and ``config`` (the task's settings).
@@ -61,14 +63,22 @@ class ReasoningGym:
         self._pool = Workers(graders(), _warm_up)
 
     def __call__(
-        self, completions: list[str], task: list[str], entry: list[dict], config: list[dict], *, timeout_s: float = 10.0
+        self,
+        completions: list[str],
+        task: list[str],
+        entry: list[dict],
+        config: list[dict],
+        prompts: list[str] | None = None,
+        *,
+        timeout_s: float = 10.0,
     ) -> list[float | Exception]:
         """``timeout_s``: deadline per completion in seconds. A scorer that exceeds it, or crashes, fails the sample."""
         if find_spec("reasoning_gym") is None:
             raise ValueError("reasoning-gym is not installed: pip install 'pgrpo[reasoning-gym]'")
         for name in set(task):
             check_task(name)
-        answers = [found[-1].strip() if (found := _ANSWER.findall(text)) else None for text in completions]
+        texts = final_parts(completions, prompts)
+        answers = [found[-1].strip() if (found := _ANSWER.findall(text or "")) else None for text in texts]
         # Completions of a group share their row and often the answer: score each distinct pair once.
         keys = [(id(row), answer) for row, answer in zip(entry, answers, strict=True)]
         calls = dict(zip(keys, zip(task, config, entry, answers, strict=True), strict=True))
