@@ -27,6 +27,7 @@ from pgrpo.distributed.fsdp import no_gradient
 from pgrpo.model.policy import Policy
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.rollout.base import sample_seeds, sampling_params
+from pgrpo.tracking.live import watched
 from pgrpo.training import update as updates
 from pgrpo.training.build import Learner, Parts
 from pgrpo.training.messages import StepClock, naming_the_batch
@@ -164,7 +165,7 @@ def optimizer_step(
 ) -> updates.Outcome:
     """One optimizer step on the summed gradients of all micro-batches; skipped if there are none or a number is not finite."""
     world, sums = learner.world, updates.UpdateSums.zero(learner.world.device)
-    for batch in batches:
+    for batch in watched("update", batches, "micro-batches"):
         if not progress.has_moved:  # until weights change, a stop signal may drop the step and save the one before
             world.check_stop()
         sums = sums.plus(backward(learner, batch, counts))

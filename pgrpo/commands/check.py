@@ -17,6 +17,7 @@ from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logp
 from pgrpo.packing.batch import build_batch
 from pgrpo.rollout.base import sample_seeds, sampling_params
 from pgrpo.tracking import printable
+from pgrpo.tracking.live import showing
 from pgrpo.training.build import Parts, build, load_tokenizer
 from pgrpo.training.rollout import sample_and_score
 from pgrpo.types import Group
@@ -38,8 +39,11 @@ def check(config: Config) -> None:
     """
     config = fit_world_size(config, world_size())
     check_world_size(config, world_size())
-    with start(config.model.fsdp_size) as world, build(config, world) as parts:
-        console = Console(markup=False, highlight=False, quiet=not world.is_main)
+    with (
+        start(config.model.fsdp_size) as world,
+        showing(console := Console(markup=False, highlight=False, quiet=not world.is_main)),
+        build(config, world) as parts,
+    ):
         _show_lengths(parts, config, console)
         groups = _sample(parts, config)
         _show_samples(groups, console)

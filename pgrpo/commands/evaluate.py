@@ -13,6 +13,7 @@ from rich.table import Table
 from pgrpo.config import Config, ConfigError, fit_world_size
 from pgrpo.distributed.world import World, start, world_size
 from pgrpo.process.lock import agree_on_run_dir, run_folder
+from pgrpo.tracking.live import showing
 from pgrpo.training.build import Parts, build
 from pgrpo.training.checkpointing import Checkpoints
 from pgrpo.training.evaluation import evaluate_held_out, own_folder
@@ -39,14 +40,17 @@ def evaluate(config: Config, checkpoint: str | None = None, out: Path | None = N
         checkpoint=replace(config.checkpoint, keep_best=None),
     )
     progress = Progress()
-    with start(config.model.fsdp_size) as world, _built(config, world) as parts:
+    with (
+        start(config.model.fsdp_size) as world,
+        showing(console := Console(quiet=not world.is_main)),
+        _built(config, world) as parts,
+    ):
         checkpoints = Checkpoints(run_folder(config) / "checkpoints", parts.learner, parts.stream, progress)
         if checkpoint and not checkpoints.load_weights(checkpoint):
             raise ConfigError(f"--checkpoint {checkpoint}: run_dir={config.run_dir} has no checkpoint")
         folder = out or own_folder(config, progress.step)
         held_out = parts.held_out
         metrics = evaluate_held_out(config, world, parts.engine, parts.rewards, held_out, progress.step, folder)
-    console = Console(quiet=not world.is_main)
     name = f"{config.model.path} after step {progress.step}" if checkpoint else config.model.path
     console.print(_table(f"{name}: {len(held_out)} prompts x {config.eval.samples}", metrics))
     console.print(f"completions and summary: {folder}", soft_wrap=True)

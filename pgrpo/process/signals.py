@@ -66,6 +66,8 @@ def _watch(read: int, flag: StopFlag) -> None:
             try:
                 kill_children()
             finally:  # exit even if that fails
+                if os.isatty(2):
+                    os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
                 os._exit(128 + byte[0])
         name = signal.Signals(byte[0]).name
         # Not by logging: the main thread may hold its lock.

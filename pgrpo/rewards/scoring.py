@@ -9,6 +9,7 @@ from threading import Event, Lock, Semaphore, Thread
 from typing import NamedTuple
 
 from pgrpo.rewards.call import Reward
+from pgrpo.tracking.live import counting
 from pgrpo.types import Episode, Group, Prompt
 
 Scored = tuple[Prompt, Episode]
@@ -80,12 +81,14 @@ class Scoring:
         everything = dict(enumerate(groups))
         rest = {position: group for position, group in everything.items() if position not in self._added}
         self._all_added.set()
-        # Plain functions run last: in this thread, while others run in theirs.
-        for calls in sorted(self._calls, key=lambda calls: not calls.reward.may_run_beside_others):
-            calls.add(rest if calls.reward.may_run_beside_sampling else everything)
         samples = {(n, i): (g.prompt, episode) for n, g in everything.items() for i, episode in enumerate(g.episodes)}
+        with counting("grading", len(self._calls) * len(samples), "rewards", self._done):
+            # Plain functions run last: in this thread, while others run in theirs.
+            for calls in sorted(self._calls, key=lambda calls: not calls.reward.may_run_beside_others):
+                calls.add(rest if calls.reward.may_run_beside_sampling else everything)
+            ended = [(calls.reward, calls.outcomes()) for calls in self._calls]
         failed: dict[Position, str] = {}
-        for reward, outcomes in [(calls.reward, calls.outcomes()) for calls in self._calls]:
+        for reward, outcomes in ended:
             for position, (prompt, episode) in samples.items():
                 outcome = outcomes[position]
                 if isinstance(outcome, Fault):
@@ -96,6 +99,10 @@ class Scoring:
         for position, (_, episode) in samples.items():
             episode.reward = None if position in failed else self._total(episode)
         return RewardReport(len(failed), failed[min(failed)] if failed else None)
+
+    def _done(self) -> int:
+        """Number of values so far, one an episode and function."""
+        return sum(calls.count for calls in self._calls)
 
     def _total(self, episode: Episode) -> float | None:
         """The weighted sum of what applies to an episode, None where nothing does."""
@@ -128,6 +135,10 @@ class _Calls:
             self._running.append(done)
             # A daemon: an exit does not wait for a function that never returns.
             Thread(target=self._call_in_turn, args=(done,), name="pgrpo-rewards", daemon=True).start()
+
+    @property
+    def count(self) -> int:
+        return len(self._outcomes)
 
     def outcomes(self) -> dict[Position, Outcome]:
         """Of all that was added, once the function is done with it."""

@@ -2,8 +2,8 @@
 as configured. Begin with ``run.py``.
 """
 
-from pgrpo.tracking.console import Terminal, printable
+from pgrpo.tracking.console import Terminal, printable, terminal
 from pgrpo.tracking.run import Trackers
 from pgrpo.tracking.services import check_services
 
-__all__ = ["Terminal", "Trackers", "check_services", "printable"]
+__all__ = ["Terminal", "Trackers", "check_services", "printable", "terminal"]

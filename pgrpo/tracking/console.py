@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +19,8 @@ Row = dict[str, Any]
 
 HEADLINES = (
     "reward",
+    "rewards/*/mean",
+    "rewards/errors",
     "reward_std",
     "frac_reward_zero_std",
     "completions/mean_length",
@@ -32,6 +35,7 @@ HEADLINES = (
     "perf/peak_memory_gib",
     "time/step",
     "eval/reward",
+    "eval/rewards/*/mean",
     "eval/pass@*",
     "eval/greedy/pass@1",
 )
@@ -56,6 +60,11 @@ class Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = redact(f"{record.levelname.lower()}: {record.getMessage()}")
         print(printable(text, sys.stderr.encoding or "utf-8"), file=sys.stderr)
+
+
+def terminal() -> Console:
+    """The console of a run: text is shown as it is, without markup."""
+    return Console(markup=False, highlight=False, emoji=False)
 
 
 def number(value: float | None) -> str:

@@ -10,6 +10,8 @@ import json
 import logging
 import math
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import datetime
@@ -21,6 +23,7 @@ from rich.console import Console
 
 from pgrpo.config import Config, ConfigError, redact, to_json
 from pgrpo.tracking.console import HEADLINES, completions_table, metrics_panel, plain, printable
+from pgrpo.tracking.live import duration
 from pgrpo.tracking.record import appending, replacing, writing
 from pgrpo.tracking.services import Service, Tensorboard, Wandb
 from pgrpo.types import Group
@@ -28,6 +31,8 @@ from pgrpo.types import Group
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+PACE = 10
+"""Number of steps whose mean time says how long the rest takes."""
 
 
 class Trackers:
@@ -38,15 +43,19 @@ class Trackers:
         run_dir: the run folder, which exists. Files: metrics.jsonl, completions.jsonl, log.txt, tensorboard/, wandb/.
         resume: ``state_dict()`` from the checkpoint that the run resumes from: drops rows of later steps from the files and
             continues the same wandb run. None starts both JSONL files anew.
+        console: the terminal (``track.console``), or None.
 
     Raises:
         ConfigError: a configured tracker is not installed, or wandb has no login.
     """
 
-    def __init__(self, config: Config, run_dir: Path, *, resume: dict[str, Any] | None = None):
+    def __init__(
+        self, config: Config, run_dir: Path, *, resume: dict[str, Any] | None = None, console: Console | None = None
+    ):
         self._track, self._steps = config.track, config.train.steps
         self._state: dict[str, Any] = {"step": -1, "wandb_id": None, **(resume or {})}
-        self._console = Console(markup=False, highlight=False, emoji=False) if config.track.console else None
+        self._console = console
+        self._times = deque([(max(self._state["step"], 0), time.monotonic())], maxlen=PACE + 1)
         self._log_file = appending(run_dir / "log.txt")
         self._handler = _WarningHandler(self)
         logging.getLogger("pgrpo").addHandler(self._handler)
@@ -79,13 +88,15 @@ class Trackers:
         _write_row(self._metrics_file, {"step": step, **row})
         self._state["step"] = step
         self._tell_services(lambda service: service.log(step, metrics))
+        pace = self._pace(step)
         if self._reports(step):
             shown = [name for pattern in HEADLINES for name in metrics if fnmatchcase(name, pattern)]
             numbers = {name: f"{metrics[name]:.4g}" for name in shown}
-            line = f"step {step}/{self._steps}  " + "  ".join(f"{name} {value}" for name, value in numbers.items())
+            title = f"step {step}/{self._steps}{pace}"
+            line = f"{title}  " + "  ".join(f"{name} {value}" for name, value in numbers.items())
             self._write_log(line)
             if self._console:
-                self._print(metrics_panel(f"step {step}/{self._steps}", numbers) if self._console.is_terminal else line)
+                self._print(metrics_panel(title, numbers) if self._console.is_terminal else line)
 
     def completions(self, step: int, groups: Sequence[Group]) -> None:
         """Log ``track.completions`` samples of a step, spread evenly over its groups: to completions.jsonl in every step, to the
@@ -125,6 +136,17 @@ class Trackers:
 
     def _reports(self, step: int) -> bool:
         return step % self._track.console_every == 0 or step in (1, self._steps)
+
+    def _pace(self, step: int) -> str:
+        """``, 12 s a step, about 20 min left``; nothing before the first step is done."""
+        self._times.append((step, time.monotonic()))
+        (first, began), (_, now) = self._times[0], self._times[-1]
+        if step <= first:  # metrics before training, or those that waited for an evaluation when the run was stopped
+            self._times = deque([(step, now)], maxlen=PACE + 1)
+            return ""
+        each = (now - began) / (step - first)
+        left = f", about {duration(each * (self._steps - step))} left" if step < self._steps else ""
+        return f", {duration(each)} a step{left}"
 
     def _print(self, renderable: Any) -> None:
         assert self._console

@@ -22,6 +22,7 @@ from pgrpo.process.rng import seed_all
 from pgrpo.rewards.runner import RewardRunner
 from pgrpo.rollout.base import RolloutEngine
 from pgrpo.rollout.ends import check_turn_end, end_token_ids
+from pgrpo.tracking.live import counting
 from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine
 from pgrpo.training.evaluation import check_keep_best
 from pgrpo.training.optim import build_optimizer
@@ -108,14 +109,16 @@ def build(
     check_keep_best(config, runner)
     loss = loss_function(config.loss)
     seed_all(config.seed + world.rank)
-    policy = place_policy(config, world)
-    reference = initial_model(policy, config, world) if config.loss.kl_coef else None
+    with counting("loading the model"):
+        policy = place_policy(config, world)
+        reference = initial_model(policy, config, world) if config.loss.kl_coef else None
     learner = Learner(config, world, policy, reference, build_optimizer(policy, config.optim), dims, loss)
     generation_eos = getattr(policy.model.generation_config, "eos_token_id", None)
     end_ids = end_token_ids(tokenizer, generation_eos, config.rollout.stop)
     if world.is_main:
         check_turn_end(tokenizer, config.prompt, end_ids)
-    engine = build_engine(config, world, policy, tokenizer, end_ids)
+    with counting("starting the sampler"):
+        engine = build_engine(config, world, policy, tokenizer, end_ids)
     canary = build_canary(config, world, policy, engine)
     return Parts(config, world, stream, held_out, runner, learner, engine, canary)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import resource
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +13,12 @@ from typing import Any
 
 import torch
 
-from pgrpo.config import REDACTED, redact, to_json
+from pgrpo.config import REDACTED, Config, redact, to_json
 from pgrpo.packing.forest import trees_of
 from pgrpo.planning.flops import GIB, peak_flops
 from pgrpo.planning.placement import engine_choice, engine_name, vllm_memory_share
 from pgrpo.process.lock import run_folder
+from pgrpo.tracking.live import duration
 from pgrpo.tracking.record import replacing
 from pgrpo.training.build import Parts
 from pgrpo.training.progress import Progress
@@ -39,6 +42,26 @@ def summary(parts: Parts, folder: Path) -> str:
         f"{config.rollout.prompts_per_step} prompts x {config.rollout.group_size} completions a step, "
         f"{world.size} x {world.device.type}, {len(parts.stream)} prompts, run folder {folder}"
     )
+
+
+def closing_summary(folder: Path, config: Config, step: int, steps: int, seconds: float) -> str:
+    """The lines that a run ends with after ``step``, from the folder's metrics. This process did ``steps``, in ``seconds``."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    earlier = f" (the first {step - steps} by an earlier process)" if steps < step else ""
+    lines = [f"done: {step} steps{earlier}; {duration(seconds)}; saved in {folder}"]
+    rewards = [row["reward"] for row in rows if row.get("reward") is not None]
+    if rewards:
+        few = min(10, len(rewards))
+        first, last = (sum(part) / few for part in (rewards[:few], rewards[-few:]))
+        lines.append(f"reward: {first:.4g} in the first {few} step(s), {last:.4g} in the last")
+    name = config.checkpoint.keep_best or "eval/reward"
+    if evaluated := [row for row in rows if row.get(name) is not None]:
+        best, last = max(evaluated, key=lambda row: row[name]), evaluated[-1]
+        lines.append(
+            f"{name}: best {best[name]:.4g} after step {best['step']}, last {last[name]:.4g} after step {last['step']}"
+        )
+    where = shlex.quote(str(folder))
+    return "\n".join([*lines, f"next: pgrpo plot {where}, and pgrpo export {where} FOLDER"])
 
 
 def out_of_memory(error: Exception, parts: Parts, progress: Progress) -> RuntimeError | None:

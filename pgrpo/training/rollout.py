@@ -12,6 +12,7 @@ import torch
 from pgrpo.distributed.world import World
 from pgrpo.rewards.runner import RewardRunner
 from pgrpo.rollout.base import RolloutEngine, generate
+from pgrpo.tracking.live import counting
 from pgrpo.types import Group, Prompt, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -49,12 +50,15 @@ def sample_and_score(
     (own_prompts, count), (own_seeds, _) = world.share(prompts), world.share(seeds)
     own = range(count if world.leads else 0)
     scoring = rewards.begin()
+    unit = "prompts" if world.size == 1 else "prompts of this rank"
+    with counting(purpose, count, unit) as progress:
 
-    def finished(position: int, group: Group) -> None:
-        if position in own:
-            scoring.add(position, group)
+        def finished(position: int, group: Group) -> None:
+            progress.done += position < count
+            if position in own:
+                scoring.add(position, group)
 
-    groups = generate(engine, own_prompts, params, own_seeds, finished)[:count]
+        groups = generate(engine, own_prompts, params, own_seeds, finished)[:count]
     sampled = time.perf_counter()
     report = world.together(lambda: scoring.finish(groups[: len(own)]), break_off=True)
     if report.first_error:

@@ -7,6 +7,7 @@ step ``Session`` evaluates, logs and saves. A signal or a failure abandons the u
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,12 +22,13 @@ from pgrpo.process.lock import agree_on_run_dir, check_shared, open_run_dir, run
 from pgrpo.process.rng import rng_state, set_rng_state
 from pgrpo.process.signals import stop_signals
 from pgrpo.process.stopping import Stopped
-from pgrpo.tracking import Trackers, check_services
+from pgrpo.tracking import Trackers, check_services, terminal
+from pgrpo.tracking.live import entitle, showing
 from pgrpo.tracking.record import replacing
 from pgrpo.training.build import Parts, build
 from pgrpo.training.checkpointing import Checkpoints
 from pgrpo.training.evaluation import evaluate_held_out
-from pgrpo.training.messages import out_of_memory, summary
+from pgrpo.training.messages import closing_summary, out_of_memory, summary
 from pgrpo.training.progress import Progress
 from pgrpo.training.update import NonFiniteError
 from pgrpo.types import Group
@@ -46,6 +48,7 @@ def open_session(
     """A session that is ready for its next step, and is closed at the end. Arguments and errors as in ``grpo.train``."""
     with (
         distributed.start(config.model.fsdp_size) as world,
+        showing(console := terminal() if world.is_main and config.track.console else None),
         _held_folder(config, world, resume is not None),
         stop_signals(world.stop),
         _built(config, world, rewards, dataset) as parts,
@@ -60,7 +63,9 @@ def open_session(
             if resume and world.is_main:
                 for name in ("checkpoints", "eval"):
                     set_aside_after(folder / name, progress.step)
-            trackers = closing(Trackers(config, folder, resume=tracker_state)) if world.is_main else nullcontext()
+            trackers = nullcontext()
+            if world.is_main:
+                trackers = closing(Trackers(config, folder, resume=tracker_state, console=console))
             with trackers as tracking:
                 if tracking:  # write only now that the input and the checkpoint are valid
                     with replacing(folder / "config.yaml") as file:
@@ -69,7 +74,7 @@ def open_session(
                 session = Session(parts, progress, checkpoints, tracking)
                 with session.saving_what_is_finished():
                     yield session
-                session.say_if_target_reached()
+                session.say_how_it_ended()
 
 
 @dataclass
@@ -82,6 +87,7 @@ class Session:
     trackers: Trackers | None
 
     def __post_init__(self) -> None:
+        self._opened, self._first = time.monotonic(), self.progress.step
         self._mark()
 
     @property
@@ -95,6 +101,7 @@ class Session:
         if self._is_done():
             return False
         self.parts.world.check_stop()
+        entitle(f"step {self.progress.step + 1}/{self.parts.config.train.steps}")
         return True
 
     def finish_step(self, groups: Sequence[Group], metrics: dict[str, float]) -> None:
@@ -107,7 +114,8 @@ class Session:
             self.trackers.completions(progress.step, groups)
         self._evaluate_log_and_save()
 
-    def say_if_target_reached(self) -> None:
+    def say_how_it_ended(self) -> None:
+        """The last lines of a run that is done."""
         progress, train = self.progress, self.parts.config.train
         if progress.step < train.steps:
             text = (
@@ -115,6 +123,11 @@ class Session:
             )
             mean = sum(progress.recent_rewards) / WINDOW
             log.warning(text, train.target_reward, WINDOW, mean, progress.step, train.steps)
+        if self.trackers:
+            seconds = time.monotonic() - self._opened
+            self.trackers.message(
+                closing_summary(self.run_dir, self.parts.config, progress.step, progress.step - self._first, seconds)
+            )
 
     @contextmanager
     def saving_what_is_finished(self) -> Iterator[None]:

@@ -23,6 +23,7 @@ from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import GroupedBatch, build_batch
 from pgrpo.packing.forest import Tree, trees_of
 from pgrpo.planning.flops import update_flops
+from pgrpo.tracking.live import watched
 from pgrpo.training.build import Learner
 from pgrpo.training.progress import Progress
 from pgrpo.types import Episode, Group
@@ -167,7 +168,7 @@ def count(groups: Sequence[Group]) -> Counts:
 def record_old_logprobs(learner: Learner, batches: Sequence[GroupedBatch]) -> None:
     """Store the log-probs of the current weights in the batches of a later update."""
     with no_gradient(learner.policy):
-        for batch in batches:
+        for batch in watched("old log-probs", batches, "micro-batches"):
             learner.world.check_stop()
             batch.old_logprobs = batch.unpack(learner.policy(batch).logprobs)
 

@@ -22,7 +22,6 @@ from rich.console import Console
 import pgrpo
 from pgrpo.config import Config, ConfigError, RewardConfig, secrets
 from pgrpo.tracking import Trackers, check_services, printable
-from pgrpo.tracking import run as trackers_run
 from pgrpo.types import Group, Prompt
 
 HOSTILE = "[bold red]5[/bold red] \x1b[2J\x07 \u202e :smile: é\nnext"
@@ -62,11 +61,10 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
-def with_console(monkeypatch, terminal: bool) -> io.StringIO:
+def make_console(*, terminal: bool) -> tuple[Console, io.StringIO]:
     out = io.StringIO()
-    real = {"file": out, "force_terminal": terminal, "width": 120, "color_system": None}
-    monkeypatch.setattr(trackers_run, "Console", lambda **given: Console(**real, **given))
-    return out
+    real: dict[str, Any] = {"file": out, "force_terminal": terminal, "width": 120, "color_system": None}
+    return Console(markup=False, highlight=False, emoji=False, **real), out
 
 
 def test_metrics_rows_are_on_disk_when_the_step_is_over(tmp_path):
@@ -166,12 +164,12 @@ def test_without_state_the_files_start_anew(tmp_path):
         track.close()
     assert len(rows(tmp_path / "metrics.jsonl")) == 1
     assert (tmp_path / "log.txt").read_text().count("an earlier run saved no checkpoint; replacing its metrics, ") == 1
-    assert (tmp_path / "log.txt").read_text().count("step 1/20  reward 1\n") == 2  # log.txt keeps what happened
+    assert (tmp_path / "log.txt").read_text().count("left  reward 1\n") == 2  # log.txt keeps what happened
 
 
-def test_terminal_shows_escaped_text(tmp_path, monkeypatch):
-    out = with_console(monkeypatch, terminal=True)
-    track = Trackers(make_config(console=True, console_every=10), tmp_path)
+def test_terminal_shows_escaped_text(tmp_path):
+    console, out = make_console(terminal=True)
+    track = Trackers(make_config(console_every=10), tmp_path, console=console)
     for step in range(2, 11):
         track.log(step, {"reward": 0.123456, "eval/pass@1": 0.75, "eval/completions/mean_length": 9.0})
         track.completions(step, make_groups())
@@ -186,17 +184,44 @@ def test_terminal_shows_escaped_text(tmp_path, monkeypatch):
     assert text.count("prompt 0") == 2 and "0.5" in text and "saved [bold red]" in text
 
 
-def test_plain_lines_without_a_terminal(tmp_path, monkeypatch):
-    out = with_console(monkeypatch, terminal=False)
-    track = Trackers(make_config(console=True, console_every=1, completions=2), tmp_path)
+def test_plain_lines_without_a_terminal(tmp_path):
+    console, out = make_console(terminal=False)
+    track = Trackers(make_config(console_every=1, completions=2), tmp_path, console=console)
     track.log(1, {f"eval/pass@{i}": i for i in range(40)} | {"reward": 1.0})
     track.completions(1, make_groups(1, 2))
     track.close()
     lines = out.getvalue().splitlines()
-    assert len(lines) == 3 and lines[0].startswith("step 1/20  reward 1  eval/pass@0 0") and len(lines[0]) > 300
+    assert len(lines) == 3 and "left  reward 1  eval/pass@0 0" in lines[0] and len(lines[0]) > 300
     assert lines[1].startswith("  'prompt 0' -> '[bold red]5[/bold red] \\x1b[2J")
     assert lines[1].endswith("advantage 0  length")
     assert lines[2].endswith(r"é\nnext 0.1'  reward -  advantage 0.25  stop")
+
+
+def test_a_step_says_how_long_the_rest_takes(tmp_path, monkeypatch):
+    """By the mean of the last ten steps; the evaluation before training is in no step."""
+    clock = iter([0, 100, 103, 105, *range(106, 115)])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    track = Trackers(make_config(console_every=1), tmp_path)
+    for step in range(12):
+        track.log(step, {"reward": 1.0})
+    track.close()
+    said = [line.split("  ")[1] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert said[:3] == [
+        "step 0/20",
+        "step 1/20, 3 s a step, about 57 s left",
+        "step 2/20, 2.5 s a step, about 45 s left",
+    ]
+    assert said[-1] == "step 11/20, 1.1 s a step, about 9.9 s left"  # from step 1 at 103 s to step 11 at 114 s
+
+
+def test_the_terminal_shows_every_reward(tmp_path):
+    console, out = make_console(terminal=True)
+    track = Trackers(make_config(console_every=1), tmp_path, console=console)
+    names = ["rewards/exact_match/mean", "rewards/format/mean", "eval/rewards/format/mean"]
+    track.log(1, dict.fromkeys([*names, "rewards/format/std"], 0.25))
+    track.close()
+    assert [f"{name} 0.25" in out.getvalue() for name in names] == [True] * 3
+    assert "format/std" not in out.getvalue()
 
 
 def test_printable():
@@ -417,8 +442,8 @@ def test_a_secret_in_a_prompt_reaches_no_tracker(tmp_path, monkeypatch, terminal
     secrets.remember(SECRET)
     run = OnlineRun()
     monkeypatch.setattr(wandb, "init", lambda **_: run)
-    out = with_console(monkeypatch, terminal)
-    track = Trackers(make_config(console=True, tensorboard=True, wandb=True, completions=2), tmp_path)
+    console, out = make_console(terminal=terminal)
+    track = Trackers(make_config(tensorboard=True, wandb=True, completions=2), tmp_path, console=console)
     groups = make_groups(1, 2)
     groups[0].prompt.text = f"{SECRET} {'x' * 596}{SECRET}"  # the terminal shows the last 600 characters
     groups[0].episodes[0].text = f"it is {SECRET!r}"
