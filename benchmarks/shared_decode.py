@@ -5,7 +5,7 @@
         [--group-size 8] [--json FILE]
 
 ``kernels``: one layer's attention by FlashAttention 3 as vLLM calls it, by the same over prompts once, and by pgrpo's kernels, in
-milliseconds and errors. ``engine``: vLLM with and without, in one process: milliseconds of a decode step, and how far log-probs of
+milliseconds and errors. ``engine``: vLLM with and without: milliseconds of a decode step, and how far log-probs of
 sampled tokens are from a prefill's, and from the policy's in bfloat16 and float32.
 """
 
@@ -14,13 +14,13 @@ sampled tokens are from a prefill's, and from the policy's in bfloat16 and float
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -177,30 +177,32 @@ def kernels(args: argparse.Namespace) -> None:
 
 
 def engine(args: argparse.Namespace) -> None:
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    """A process for each way: an engine in this process would keep its memory, which the policy needs."""
     from full_step import make_model
-    from vllm.v1.attention import selector
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    from pgrpo.rollout.vllm import shared_backend
 
     if not args.model.exists():
         make_model(args.shape_of, args.model)
     for way in ("plain", "shared"):
-        AttentionBackendEnum.FLASH_ATTN.clear_override()
-        selector._cached_get_attn_backend.cache_clear()
-        if way == "shared":
-            shared_backend.register()
-        row = engine_row(args)
+        with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
+            subprocess.run([sys.executable, *sys.argv, "--way", way, "--sampled", file.name], check=True)
+            row, asked, reported = json.load(file)
+        for dtype in (torch.bfloat16, torch.float32):
+            row |= apart(str(dtype).removeprefix("torch."), reported, policy_logprobs(args, asked, dtype))
         write({"way": way} | row, args)
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
-def engine_row(args: argparse.Namespace) -> dict[str, Any]:
-    """Median milliseconds of a decode step at full batch, and mean |difference| of log-probs of sampled tokens, in nats."""
+def one_way(args: argparse.Namespace) -> None:
+    """Samples, and leaves in a file: a row, token ids of some samples, and their log-probs as vLLM gave them.
+
+    The row: median milliseconds of a decode step at full batch, and mean |difference| of those log-probs from a prefill's, in nats.
+    """
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     from vllm import LLM, SamplingParams
 
+    from pgrpo.rollout.vllm import shared_backend
+
+    if args.way == "shared":
+        shared_backend.register()
     limit = args.prompt + args.completion + 1  # scoring them asks for one more
     started = time.perf_counter()
     llm = LLM(
@@ -215,7 +217,7 @@ def engine_row(args: argparse.Namespace) -> dict[str, Any]:
         n=args.group_size, max_tokens=args.completion, logprobs=0, ignore_eos=True, detokenize=False, seed=None
     )
 
-    def sample(llm: Any, asked: list[list[int]], sampling: Any) -> tuple[list[Any], list[float]]:
+    def sample(asked: list[list[int]], sampling: Any) -> tuple[list[Any], list[float]]:
         llm.enqueue([{"prompt_token_ids": p} for p in asked], sampling, use_tqdm=False)
         done, times = [], [time.perf_counter()]
         while llm.llm_engine.has_unfinished_requests():
@@ -223,28 +225,22 @@ def engine_row(args: argparse.Namespace) -> dict[str, Any]:
             times.append(time.perf_counter())
         return done, [1e3 * (b - a) for a, b in pairwise(times)]
 
-    sample(llm, prompts[:2], SamplingParams(n=args.group_size, max_tokens=8, ignore_eos=True, detokenize=False))
+    sample(prompts[:2], SamplingParams(n=args.group_size, max_tokens=8, ignore_eos=True, detokenize=False))
     llm.reset_prefix_cache()
-    outputs, times = sample(llm, prompts, params)
+    outputs, times = sample(prompts, params)
     row["decode_ms"] = statistics.median(times[-args.completion * 3 // 5 :])
     row["rollout_tokens_per_s"] = args.prompts * args.group_size * args.completion / sum(times) * 1e3
     scored = [(output.prompt_token_ids, sampled) for output in outputs[: args.scored] for sampled in output.outputs[:2]]
     asked = [list(prompt) + list(sampled.token_ids) for prompt, sampled in scored]
     reported = [[entry[token].logprob for entry, token in zip(s.logprobs, s.token_ids, strict=True)] for _, s in scored]
-    again, _ = sample(llm, asked, SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False))
+    again, _ = sample(asked, SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False))
     again = sorted(again, key=lambda output: int(str(output.request_id).split("-")[0]))
     prefill = [
         [output.prompt_logprobs[i][ids[i]].logprob for i in range(args.prompt, len(ids))]
         for output, ids in zip(again, asked, strict=True)
     ]
-    row |= apart("prefill", reported, prefill)
+    args.sampled.write_text(json.dumps([row | apart("prefill", reported, prefill), asked, reported]))
     llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
-    torch.cuda.empty_cache()
-    for dtype in (torch.bfloat16, torch.float32):
-        row |= apart(str(dtype).removeprefix("torch."), reported, policy_logprobs(args, asked, dtype))
-    return row
 
 
 def policy_logprobs(args: argparse.Namespace, asked: list[list[int]], dtype: torch.dtype) -> list[list[float]]:
@@ -296,8 +292,10 @@ def main() -> None:
     )
     parser.add_argument("--commit", help="where there is no git")
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows are added to this file")
+    parser.add_argument("--way", choices=["plain", "shared"], help=argparse.SUPPRESS)
+    parser.add_argument("--sampled", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    {"kernels": kernels, "engine": engine}[args.what](args)
+    {"kernels": kernels, "engine": one_way if args.way else engine}[args.what](args)
 
 
 if __name__ == "__main__":
