@@ -26,7 +26,7 @@ from pgrpo.commands.bench_report import Shape
 from pgrpo.config import Config, load_config
 from pgrpo.distributed.fsdp import place
 from pgrpo.distributed.world import World, start
-from pgrpo.grpo import update
+from pgrpo.grpo import update_policy
 from pgrpo.model.policy import decoder_layers
 from pgrpo.model.proof import tokens_as_groups
 from pgrpo.planning.flops import GIB, ModelDims, forward_flops
@@ -59,7 +59,7 @@ def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str,
             torch.cuda.reset_peak_memory_stats()
         world.synchronize()
         started = time.perf_counter()
-        metrics = update(learner, progress, groups)
+        metrics = update_policy(learner, progress, groups)
         world.synchronize()
         seconds.append(time.perf_counter() - started)
     median = statistics.median(seconds[1:])

@@ -28,7 +28,7 @@ from pgrpo.model.policy import Policy
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.rollout.base import sample_seeds, sampling_params
 from pgrpo.tracking.live import watched
-from pgrpo.training import update as updates
+from pgrpo.training import update
 from pgrpo.training.build import Learner, Parts
 from pgrpo.training.messages import StepClock, naming_the_batch
 from pgrpo.training.optim import clip_gradients, learning_rate, set_learning_rate
@@ -65,7 +65,7 @@ def grpo_step(parts: Parts, progress: Progress) -> tuple[list[Group], Metrics]:
     config, world, learner, canary = parts.config, parts.world, parts.learner, parts.canary
     clock = StepClock(parts)
     if (every := config.loss.ref_refresh_every) and progress.step and progress.step % every == 0:
-        updates.refresh_reference(learner)
+        update.refresh_reference(learner)
 
     # 1. Sample and score. Entering ``awake`` pushes the policy's weights to the engine. The canary checks that they arrived.
     with parts.engine.awake(progress.step):
@@ -84,7 +84,7 @@ def grpo_step(parts: Parts, progress: Progress) -> tuple[list[Group], Metrics]:
     if canary:
         canary.before_update(progress.step, groups)
     with naming_the_batch(parts, progress, groups):
-        updated = update(learner, progress, groups)
+        updated = update_policy(learner, progress, groups)
     if canary:
         canary.after_update()
 
@@ -136,50 +136,50 @@ def sample_groups(parts: Parts, step: int) -> tuple[list[Group], list[Group], Me
     return groups, all_groups, metrics
 
 
-def update(learner: Learner, progress: Progress, groups: Sequence[Group]) -> Metrics:
+def update_policy(learner: Learner, progress: Progress, groups: Sequence[Group]) -> Metrics:
     """All optimizer steps of a step: each epoch uses every group once, in ``updates_per_step`` equal shares. Returns metrics."""
     config, world = learner.config.train, learner.world
     size = len(groups) // config.updates_per_step
     shares = [groups[i * size : (i + 1) * size] for i in range(config.updates_per_step)]
-    batches = [updates.micro_batches(learner, share) for share in shares]
+    batches = [update.micro_batches(learner, share) for share in shares]
     # The loss divides by the counts of the whole update, so it does not depend on micro-batches and ranks.
-    counts = world.from_main([updates.count(share) for share in shares])
+    counts = world.from_main([update.count(share) for share in shares])
 
     started = time.perf_counter()
     # Old log-probs are of the weights that sampled. The first update's own forward has these weights; later shares need one now.
     for share in batches[1:]:
-        updates.record_old_logprobs(learner, share)
+        update.record_old_logprobs(learner, share)
     world.synchronize()
     old_logprobs_s = time.perf_counter() - started
 
-    outcomes: list[updates.Outcome] = []
+    outcomes: list[update.Outcome] = []
     for _ in range(config.epochs_per_step):
         for share, counted in zip(batches, counts, strict=True):
             outcomes.append(optimizer_step(learner, progress, share, counted))
     trained = [batch for share in batches for batch in share] * config.epochs_per_step
-    return updates.update_metrics(learner, outcomes, trained) | {"time/old_logprobs": old_logprobs_s}
+    return update.update_metrics(learner, outcomes, trained) | {"time/old_logprobs": old_logprobs_s}
 
 
 def optimizer_step(
     learner: Learner, progress: Progress, batches: Sequence[GroupedBatch], counts: Counts
-) -> updates.Outcome:
+) -> update.Outcome:
     """One optimizer step on the summed gradients of all micro-batches; skipped if there are none or a number is not finite."""
-    world, sums = learner.world, updates.UpdateSums.zero(learner.world.device)
+    world, sums = learner.world, update.UpdateSums.zero(learner.world.device)
     for batch in watched("update", batches, "micro-batches"):
         if not progress.has_moved:  # until weights change, a stop signal may drop the step and save the one before
             world.check_stop()
         sums = sums.plus(backward(learner, batch, counts))
     grad_norm = clip_gradients(learner.policy, learner.config.optim.max_grad_norm) if batches else 0.0
     sums = sums.over_ranks(world)
-    sound = updates.is_sound(learner, progress, sums.loss.item(), grad_norm) if batches else True
+    sound = update.is_sound(learner, progress, sums.loss.item(), grad_norm) if batches else True
     if batches and sound:
         progress.has_moved = True
         learner.optimizer.step()
     learner.optimizer.zero_grad()
-    return updates.Outcome(sums, grad_norm, is_skipped=not sound)
+    return update.Outcome(sums, grad_norm, is_skipped=not sound)
 
 
-def backward(learner: Learner, batch: GroupedBatch, counts: Counts) -> updates.UpdateSums:
+def backward(learner: Learner, batch: GroupedBatch, counts: Counts) -> update.UpdateSums:
     """Forward and backward of one micro-batch; gradients accumulate. Returns sums over its tokens."""
     config, policy, reference = learner.config, learner.policy, learner.reference
     ref_logprobs_BR = None
@@ -197,4 +197,4 @@ def backward(learner: Learner, batch: GroupedBatch, counts: Counts) -> updates.U
         rollout_logprobs_BR=batch.rollout_logprobs, ref_logprobs_BR=ref_logprobs_BR, entropy_BR=entropy_BR,
     )  # fmt: skip
     (output.loss * learner.world.dp_size).backward()  # FSDP averages gradients over ranks, but the loss is their sum
-    return updates.UpdateSums.of(output, batch.mask, entropy_BR, batch.old_logprobs, batch.rollout_logprobs)
+    return update.UpdateSums.of(output, batch.mask, entropy_BR, batch.old_logprobs, batch.rollout_logprobs)

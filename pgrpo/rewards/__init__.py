@@ -2,14 +2,14 @@
 
     def reward(prompts: list[str], completions: list[str], **columns: list) -> list[float | None]
 
-A function is called with keywords and gets what its signature names: ``prompts``, ``completions``, ``completion_ids``
-(lists of ints), ``finish_reasons``, ``messages`` (the chat before the template) and any column of the data set, each
-with one entry a completion. An entry of ``None`` says that the reward does not apply to that completion; an exception as an entry
-says that the reward failed on that completion alone. A parameter called ``column`` holds the name of a column that the function
-reads; pgrpo checks that the column exists before it loads the model.
+pgrpo passes the keyword arguments that the signature names: ``prompts``, ``completions``, ``completion_ids`` (lists of ints),
+``finish_reasons``, ``messages`` (the chat before the template) and any column of the data set. Each has one entry per completion.
+The function returns one entry per completion: a number, ``None`` if the reward does not apply to it, or an exception if the reward
+failed on it alone. A parameter called ``column`` holds the name of a column that the function reads; pgrpo checks that the column
+exists before it loads the model.
 
-A function that the config names is called several times a step, each time with all completions of one or more groups, and begins
-while other groups are still sampled (``scoring.py``). Begin with ``runner.py``.
+A function named in the config is called several times a step, each time with all completions of one or more groups, while other
+groups are still sampled (``scoring.py``). Start reading at ``runner.py``.
 """
 
 from pgrpo.rewards.runner import RewardRunner

@@ -1,7 +1,7 @@
-"""The reward functions of a run, and how each is called. No failure becomes a zero: it stops the run, or it is counted.
+"""Calls the reward functions of a run. A failure never becomes a reward of zero: it stops the run or is counted.
 
-Functions that a config names run in worker processes, one for each file, so that one that hangs can be killed; built-in
-ones and those given from Python run in this process.
+Functions named in the config run in worker processes, one per file, so that a hanging one can be killed. Built-in functions and
+those given from Python run in this process.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from pgrpo.rewards.scoring import Fault, Outcome, RewardError, RewardReport, Sco
 from pgrpo.types import Group, Prompt
 
 LARGEST = 1e100
-"""Of a reward's magnitude: sums and standard deviations of such rewards do not overflow in float64."""
+"""The largest magnitude of a reward: sums and standard deviations of such rewards do not overflow in float64."""
 
 
 class RewardRunner:
     """The reward functions of a run.
 
     Args:
-        functions: from the config; every name is resolved now (``ConfigError``).
-        on_error: `raise` stops with a ``RewardError`` at the first failure; `mask` leaves the failed samples out.
+        functions: entries of the config. Every name is resolved here (``ConfigError``).
+        on_error: `raise` raises ``RewardError`` at the first failure; `mask` leaves failed samples out.
         extra: functions given from Python, each with weight 1.
 
     Attributes:
-        names: of the functions, in order, unique; keys of ``Episode.reward_parts``.
+        names: unique names of the functions, in order; the keys of ``Episode.reward_parts``.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class RewardRunner:
         self._on_error = on_error
         self._caller = Caller()
         self._closed = False
-        # Functions of one file share a process, and what they keep there.
+        # Functions of one file share a process, and so their module's state.
         self._pools = {_file(reward.worker): Workers(1) for reward in self._rewards if reward.worker}
 
     @property
@@ -74,9 +74,9 @@ class RewardRunner:
         return flags
 
     def check(self, prompt: Prompt) -> None:
-        """``ConfigError`` when a function needs what the data set's rows, such as ``prompt``, do not have."""
+        """Raise ``ConfigError`` if a function needs a column that the data set's rows, such as ``prompt``, do not have."""
         for reward in self._rewards:
-            # A chat prompt's messages are there whatever the columns are called.
+            # A chat prompt has `messages`, whatever its columns are called.
             there = prompt.columns.keys() | ({"messages"} if prompt.messages is not None else set())
             missing = [column for column in reward.columns if column not in there]
             if missing:
@@ -86,21 +86,21 @@ class RewardRunner:
                 )
 
     def begin(self) -> Scoring:
-        """Score a rollout's groups as they finish."""
+        """Begin to score a rollout, whose groups are added as they finish."""
         return Scoring(self._rewards, self._evaluate, stop_at_error=self._on_error == "raise")
 
     def score(self, groups: Sequence[Group]) -> RewardReport:
-        """Set ``reward`` and ``reward_parts`` of every episode. ``RewardError``."""
+        """Set ``reward`` and ``reward_parts`` of every episode. Raises ``RewardError``."""
         for group in groups[:1]:
             self.check(group.prompt)
         return self.begin().finish(groups)
 
     def _evaluate(self, reward: Reward, samples: Sequence[Scored]) -> list[Outcome]:
-        """One outcome an episode."""
+        """Call a function. Returns one outcome per episode."""
         try:
             return [_outcome(value) for value in self._call(reward, samples)]
         except BrokenProcessPool as error:
-            # Not the fault of any sample: it stops the run whatever on_error says.
+            # No sample is at fault: stop the run whatever on_error says.
             raise RewardError(
                 f"reward `{reward.name}`: no worker process can start ({error}); "
                 "a script that trains needs its call under `if __name__ == '__main__':`"
@@ -112,7 +112,7 @@ class RewardRunner:
         return [fault] if len(samples) == 1 else self._one_by_one(reward, samples, fault)
 
     def _one_by_one(self, reward: Reward, samples: Sequence[Scored], fault: Fault) -> list[Outcome]:
-        """A call failed as a whole: call again, a completion at a time, to find the ones at fault."""
+        """A call on all samples failed: call once per sample to find those at fault."""
         outcomes: list[Outcome] = []
         for sample in samples:
             outcomes += self._evaluate(reward, [sample])
@@ -121,10 +121,12 @@ class RewardRunner:
         if any(isinstance(outcome, Fault) for outcome in outcomes):
             return outcomes
         count = len(samples)
-        return [Fault(f"{fault.reason}; it fails on {count} completions together, on none of them alone")] * count
+        return [
+            Fault(f"{fault.reason}; it fails on these {count} completions together but on none of them alone")
+        ] * count
 
     def _call(self, reward: Reward, samples: Sequence[Scored]) -> list[Any]:
-        """The function's list, of the right length. ``_CallError``; ``TimeoutError`` past the deadline."""
+        """Returns the function's list, of the right length. Raises ``_CallError``, or ``TimeoutError`` past the deadline."""
         arguments = reward.arguments(_table(samples))
         if reward.worker is not None:
             result = self._call_worker(reward, reward.worker, arguments)
@@ -154,7 +156,7 @@ class RewardRunner:
             raise TimeoutError(reason) from error
         except ProcessExpired as error:
             raise _CallError(f"its process died with exit code {error.exitcode}") from error
-        except (BrokenProcessPool, CancelledError):  # the latter: `close` was called, after Ctrl-C
+        except (BrokenProcessPool, CancelledError):  # cancelled: `close` was called after Ctrl-C
             raise
         except Exception as error:
             raise _CallError(f"its arguments or result cannot cross a process: {describe(error)}") from error
@@ -163,7 +165,7 @@ class RewardRunner:
         return result
 
     def close(self) -> None:
-        """End worker processes and threads, for good. Another call does nothing."""
+        """End worker processes and threads. A second call does nothing."""
         self._closed = True
         for pool in self._pools.values():
             pool.close()
@@ -180,11 +182,11 @@ class RewardRunner:
 
 
 class _CallError(Exception):
-    """A call that gave no usable list."""
+    """A call that returned no usable list."""
 
 
 def _table(samples: Sequence[Scored]) -> dict[str, list[Any]]:
-    """Everything that a function may ask for, one entry a sample. Our names win over columns of the same name."""
+    """All arguments that a function may name, with one entry per sample. Our names win over columns of the same name."""
     first = samples[0][0]
     table: dict[str, list[Any]] = {name: [prompt.columns.get(name) for prompt, _ in samples] for name in first.columns}
     table["prompts"] = [prompt.text for prompt, _ in samples]
@@ -197,19 +199,19 @@ def _table(samples: Sequence[Scored]) -> dict[str, list[Any]]:
 
 
 def _outcome(value: Any) -> Outcome:
-    """Of one entry of a function's list."""
+    """Turn one entry of a function's list into an outcome."""
     if value is None:
         return None
     magnitude: Any = abs(value) if isinstance(value, Real) else None
-    if magnitude is not None and magnitude <= LARGEST:  # not so of nan
+    if magnitude is not None and magnitude <= LARGEST:  # false for nan
         return float(value)
     if isinstance(value, Exception):
         return Fault(f"it returned the error {describe(value)}")
     is_finite = magnitude is not None and magnitude < math.inf
-    wanted = f"a number of magnitude {LARGEST:g} at most" if is_finite else "a finite number or None"
+    wanted = f"a number of magnitude at most {LARGEST:g}" if is_finite else "a finite number or None"
     return Fault(f"it returned {value!r:.80}, not {wanted}")
 
 
 def _file(worker: str) -> str:
-    """The file or module of a function."""
+    """The file or module that defines a function."""
     return worker.rpartition(":")[0]

@@ -1,4 +1,4 @@
-"""Scores the groups of one rollout: a finished group may be scored while others still decode."""
+"""Scores the groups of one rollout. A finished group can be scored while others are still sampled."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from pgrpo.types import Episode, Group, Prompt
 
 Scored = tuple[Prompt, Episode]
 Position = tuple[int, int]
-"""Of an episode: its group's position, and its own in the group."""
+"""The position of an episode: that of its group, then its own in the group."""
 AT_ONCE = 8
-"""Calls of one built-in function at a time: a completion that takes long must not hold up the groups behind it."""
+"""Concurrent calls of one built-in function: a slow completion must not delay the groups behind it."""
 TOGETHER_S = 0.25
-"""Seconds that a call waits for more groups while the engine decodes: they often finish together, and one call costs less than
-two."""
+"""Seconds that a call waits for more groups while sampling goes on: groups often finish together, and one call is
+cheaper than two."""
 
 
 class RewardError(RuntimeError):
-    """A reward function failed. The message shows the function, the sample and the reason."""
+    """A reward function failed. The message names the function, the sample and the reason."""
 
 
 class Fault(NamedTuple):
-    """Why a function has no value for an episode."""
+    """The reason why a function failed on an episode."""
 
     reason: str
 
@@ -38,22 +38,22 @@ Evaluate = Callable[[Reward, Sequence[Scored]], list[Outcome]]
 
 @dataclass(frozen=True, slots=True)
 class RewardReport:
-    """``errors``: samples left out because a reward failed on them. ``first_error``: the first reason, to be shown."""
+    """``errors``: number of samples left out because a reward failed. ``first_error``: the first such failure, as a message."""
 
     errors: int = 0
     first_error: str | None = None
 
 
 class Scoring:
-    """Made by ``RewardRunner.begin``, whose ``close`` ends what its threads wait for.
+    """Scores one rollout; made by ``RewardRunner.begin``. ``RewardRunner.close`` ends calls that its threads wait for.
 
-    Functions that ``may_run_beside_sampling`` begin with a group as soon as it is added, in threads. The others are called by
-    ``finish`` with all groups at once. Results and errors do not depend on the order in which groups are added.
+    Functions that ``may_run_beside_sampling`` score a group in a thread as soon as it is added. ``finish`` calls the others, with
+    all groups at once. Results and errors do not depend on the order in which groups are added.
 
     Args:
         rewards: the functions.
-        evaluate: calls one of them, from any thread; one outcome an episode.
-        stop_at_error: whether a fault of a function is a ``RewardError``, else it leaves the episode out.
+        evaluate: calls one of them, from any thread, and returns one outcome per episode.
+        stop_at_error: raise ``RewardError`` if a function fails; otherwise leave the episode out.
     """
 
     def __init__(self, rewards: Sequence[Reward], evaluate: Evaluate, *, stop_at_error: bool) -> None:
@@ -63,7 +63,7 @@ class Scoring:
         self._stop_at_error = stop_at_error
 
     def add(self, position: int, group: Group) -> None:
-        """Begin with a finished group. Returns at once, and does not raise."""
+        """Start to score a finished group. Returns at once and never raises."""
         self._added.add(position)
         for calls in self._calls:
             if calls.reward.may_run_beside_sampling:
@@ -73,17 +73,17 @@ class Scoring:
         """Set ``reward`` and ``reward_parts`` of every episode.
 
         Args:
-            groups: all groups, in order of position, whether they were added or not.
+            groups: all groups, in order of position, added before or not.
 
         Raises:
-            RewardError: of the first function that failed, on the first episode it failed on.
+            RewardError: the first function that failed, on the first episode that it failed on.
         """
         everything = dict(enumerate(groups))
         rest = {position: group for position, group in everything.items() if position not in self._added}
         self._all_added.set()
         samples = {(n, i): (g.prompt, episode) for n, g in everything.items() for i, episode in enumerate(g.episodes)}
         with counting("grading", len(self._calls) * len(samples), "rewards", self._done):
-            # Plain functions run last: in this thread, while others run in theirs.
+            # Functions that need this thread run last, while the others run in threads of their own.
             for calls in sorted(self._calls, key=lambda calls: not calls.reward.may_run_beside_others):
                 calls.add(rest if calls.reward.may_run_beside_sampling else everything)
             ended = [(calls.reward, calls.outcomes()) for calls in self._calls]
@@ -105,18 +105,18 @@ class Scoring:
         return sum(calls.count for calls in self._calls)
 
     def _total(self, episode: Episode) -> float | None:
-        """The weighted sum of what applies to an episode, None where nothing does."""
+        """The weighted sum of the rewards that apply to an episode; None if none applies."""
         parts = [(calls.reward.weight, episode.reward_parts[calls.reward.name]) for calls in self._calls]
         terms = [weight * value for weight, value in parts if value is not None]
         return sum(terms) if terms else None
 
 
 class _Calls:
-    """The calls of one function. Groups that are added while it is busy are one call, as soon as it is free."""
+    """The calls of one function. Groups added while it is busy wait, and then go into one call together."""
 
     def __init__(self, reward: Reward, evaluate: Evaluate, all_added: Event) -> None:
         self.reward, self._evaluate, self._all_added = reward, evaluate, all_added
-        # A worker process runs one call at a time: what waits for it is better one call than several.
+        # A worker process runs one call at a time, so let waiting groups gather into one call.
         self._turn = Semaphore(AT_ONCE if reward.worker is None else 1)
         self._lock = Lock()
         self._waiting: dict[int, Group] = {}
@@ -124,16 +124,16 @@ class _Calls:
         self._outcomes: dict[Position, Outcome] = {}
 
     def add(self, groups: Mapping[int, Group]) -> None:
-        """Position -> group. A function that may not run beside others runs now, in this thread."""
+        """``groups``: position -> group. A function that may not run beside others runs now, in this thread."""
         with self._lock:
-            has_thread = bool(self._waiting)  # one that has yet to begin, with all that waits then
+            has_thread = bool(self._waiting)  # it has not started yet and will take these groups too
             self._waiting |= groups
         if not self.reward.may_run_beside_others:
             self._call()
         elif groups and not has_thread:
             done = Future()
             self._running.append(done)
-            # A daemon: an exit does not wait for a function that never returns.
+            # A daemon thread: the process can exit although a function never returns.
             Thread(target=self._call_in_turn, args=(done,), name="pgrpo-rewards", daemon=True).start()
 
     @property
@@ -141,7 +141,7 @@ class _Calls:
         return len(self._outcomes)
 
     def outcomes(self) -> dict[Position, Outcome]:
-        """Of all that was added, once the function is done with it."""
+        """Wait for all calls and return their outcomes."""
         for done in self._running:
             done.result()
         return self._outcomes
@@ -150,7 +150,7 @@ class _Calls:
         with self._turn:
             try:
                 done.set_result(self._call())
-            except BaseException as error:  # for the thread that waits
+            except BaseException as error:  # raised again in the thread that waits
                 done.set_exception(error)
 
     def _call(self) -> None:

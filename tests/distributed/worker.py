@@ -10,7 +10,7 @@ from tensors import copy_full, full_tensor
 
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import start
-from pgrpo.grpo import backward, update
+from pgrpo.grpo import backward, update_policy
 from pgrpo.model.policy import Policy
 from pgrpo.model.proof import tokens_as_groups
 from pgrpo.planning.flops import ModelDims
@@ -115,7 +115,7 @@ def one_update(world, model, changes):
     gradients = {name: full_tensor(p.grad).clone() for name, p in policy.model.named_parameters() if p.grad is not None}
     optimizer.zero_grad()
     before = {name: full_tensor(p).clone() for name, p in policy.model.named_parameters()}
-    metrics = update(learner, Progress(), groups)
+    metrics = update_policy(learner, Progress(), groups)
     after = {name: full_tensor(p) for name, p in policy.model.named_parameters()}
     return {
         "sums": sums,

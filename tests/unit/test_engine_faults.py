@@ -97,13 +97,13 @@ def test_weights_that_do_not_arrive_stop_the_run(train, tmp_path, fault, error, 
 
 
 def test_a_completion_that_vllm_aborts_is_sampled_again(train, tmp_path, caplog, monkeypatch):
-    versions, update = [], grpo.update
+    versions, update = [], grpo.update_policy
 
     def noting(learner, progress, groups):
         versions.append({sample.weights_version for group in groups for sample in group.samples})
         return update(learner, progress, groups)
 
-    monkeypatch.setattr(grpo, "update", noting)
+    monkeypatch.setattr(grpo, "update_policy", noting)
     train("give_up:6", "track.completions=16")
     assert caplog.text.count("vLLM gave up completions of 1 of 4 prompts (abort): they are sampled again") == 1
     rows = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]

@@ -16,7 +16,7 @@ from pgrpo.algorithm.loss import policy_loss
 from pgrpo.algorithm.metrics import group_metrics
 from pgrpo.config import LossConfig, load_config
 from pgrpo.distributed.world import World
-from pgrpo.grpo import backward, grpo_step, sample_groups, update
+from pgrpo.grpo import backward, grpo_step, sample_groups, update_policy
 from pgrpo.model.policy import Policy
 from pgrpo.model.proof import reference_logprobs, tokens_as_groups
 from pgrpo.packing.batch import build_batch
@@ -92,7 +92,7 @@ def samples_of(groups):
 
 
 def step(parts, groups):
-    return update(parts.learner, Progress(), groups)
+    return update_policy(parts.learner, Progress(), groups)
 
 
 def sample(parts):

@@ -226,7 +226,7 @@ def test_stop_strings(awake):
 
 def test_an_overlong_prompt_is_refused(awake):
     engine, _ = awake
-    with pytest.raises(EngineError, match="a prompt of 33 tokens and 16 of its completion do not fit the engine's 48"):
+    with pytest.raises(EngineError, match="a prompt of 33 tokens and a completion of up to 16 exceed the engine's 48"):
         generate(engine, prompts("a" * 33), PARAMS, seeds(1, 2))
     assert generate(engine, prompts("a" * 32), PARAMS, seeds(1, 2))
 
@@ -267,7 +267,7 @@ def test_waking_pushes(engine):
     trees = tokens_as_trees([[3, 4, 5]], [[[7, 8, 9], [10, 11]]])
     with vllm.awake(0):
         assert vllm.score(trees) == pytest.approx(logprobs(policy, trees), abs=tolerance(policy))
-    with pytest.raises(EngineError, match="the engine sleeps"):
+    with pytest.raises(EngineError, match="the engine is asleep"):
         vllm.score(trees)
     assert {"time/wake", "time/weight_sync", "time/sleep"} <= vllm.timings.keys()
     assert vllm.timings["time/weight_sync"] > 0

@@ -1,14 +1,14 @@
-"""Does the engine have the new weights? Single log-probs cannot tell: bfloat16 noise between engine and policy, about 0.04, is
-larger than what one step changes. Many together can.
+"""Tests statistically whether the engine has the new weights. A single log-prob cannot tell: bfloat16 noise between engine and
+policy, about 0.04 nats, exceeds what one step changes. Thousands of log-probs together can.
 
 For tokens of the last batch, let ``old`` and ``new`` be the policy's log-probs before and after the update, and ``engine`` the
-engine's. The slope of (engine - new) on (old - new) is about 0 when the engine has the new weights, and about 1 when it still has
-the old ones. The policy's own noise is in ``new`` on both sides, so where the update changed little the slope tends to something
-below 0.5, which says nothing: only what is far above, in standard errors, is an alarm.
+engine's. The slope of (engine - new) on (old - new) is about 0 if the engine has the new weights and about 1 if it still has the
+old ones. The policy's noise is in ``new`` on both sides of the regression, which pulls the slope to a value below 0.5 where the
+update changed little. So the alarm is a slope that exceeds 0.5 by several standard errors.
 
-Noise differs by orders of magnitude between tokens (a sure one has none), so that a plain least-squares slope is that of a few
-tokens: each token's pair is scaled to a size of at most 1, and the error is a jackknife over samples, whose tokens share their
-context and may be wrong together.
+Noise differs by orders of magnitude between tokens (a near-certain token has none), so a few tokens would dominate a plain
+least-squares slope: scale each token's pair to at most 1. Errors of a sample's tokens are correlated, since they share their
+context: take the standard error from a jackknife over samples.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from pgrpo.packing.forest import Tree
 from pgrpo.types import Sample
 
 SAMPLES, CONTEXT, TOKENS = 64, 32, 64
-"""How many samples are scored, behind how much of their prompts, and how many of their tokens: four thousand log-probs see a change
-as large as the noise. vLLM holds the full logits of one sample at a time."""
+"""The number of samples to score, and the prompt and completion tokens of each: four thousand log-probs detect a change as large as
+the noise. The samples are short because vLLM holds the full logits of one sample at a time."""
 SURE = 5.0
-"""An alarm is as unlikely by chance as a number that many standard errors away, if errors are normal."""
+"""A false alarm is as unlikely as a normal variable this many standard deviations from its mean."""
 LEAST_SAMPLES = 16
-"""Fewer samples whose log-probs changed say nothing."""
+"""The fewest samples with changed log-probs that can raise an alarm."""
 LARGEST_NOISE = 0.3
-"""Mean |engine - new| in nats above which the engine computes something else altogether."""
+"""Mean |engine - new| in nats above which the engine computes a different function."""
 
 
 class CanaryError(RuntimeError):
@@ -41,8 +41,8 @@ class Slope(NamedTuple):
     """The slope of (engine - new) on (old - new), through the origin.
 
     Attributes:
-        slope: about 0 with the new weights, about 1 with the old ones; nan if nothing changed.
-        error: its standard error, enlarged as Student's t asks where samples are few; inf where too few changed.
+        slope: about 0 with the new weights, about 1 with the old ones; nan if no log-prob changed.
+        error: standard error, enlarged by Student's t for few samples; inf if too few samples changed.
         noise: mean |engine - new|, nats.
     """
 
@@ -52,7 +52,7 @@ class Slope(NamedTuple):
 
 
 def regress(old: Sequence[float], new: Sequence[float], engine: Sequence[float], lengths: Sequence[int]) -> Slope:
-    """The slope, of log-probs (natural logarithm) of the same tokens, the next ``lengths[i]`` of which are sample i's."""
+    """The slope for log-probs (nats) of the same tokens; sample i owns the next ``lengths[i]`` of them."""
     x = [a - b for a, b in zip(old, new, strict=True)]
     y = [a - b for a, b in zip(engine, new, strict=True)]
     noise = sum(map(abs, y)) / max(len(y), 1)
@@ -63,11 +63,11 @@ def regress(old: Sequence[float], new: Sequence[float], engine: Sequence[float],
     sizes = [max(abs(a), usual) for a in x]
     x = [a / size for a, size in zip(x, sizes, strict=True)]
     y = [min(max(b / size, -2.0), 2.0) for b, size in zip(y, sizes, strict=True)]
-    sums, at = [], 0  # of a sample's x x and x y
+    sums, at = [], 0  # each sample's sum of x * x and of x * y
     for length in lengths:
         ours = slice(at, at := at + length)
         sums.append((sum(a * a for a in x[ours]), sum(a * b for a, b in zip(x[ours], y[ours], strict=True))))
-    assert at == len(x), "lengths are those of other tokens"
+    assert at == len(x), "lengths do not add up to the number of tokens"
     sums = [pair for pair in sums if pair[0]]
     xx, xy = map(sum, zip(*sums, strict=True))
     if len(sums) < LEAST_SAMPLES:
@@ -81,23 +81,23 @@ def regress(old: Sequence[float], new: Sequence[float], engine: Sequence[float],
 
 
 def check(slope: Slope) -> None:
-    """Raises CanaryError if the engine has other weights than the policy."""
+    """Raises CanaryError if the engine's weights are not the policy's."""
     if slope.slope - SURE * slope.error > 0.5:
         raise CanaryError(
-            f"canary: the slope of (engine - new) on (old - new) log-probs is {slope.slope:.2f} +- {slope.error:.2f}, about 0 was "
-            "expected: the engine still samples with the weights of before the last update"
+            f"canary: the slope of (engine - new) on (old - new) log-probs is {slope.slope:.2f} +- {slope.error:.2f}, "
+            "expected about 0: the engine still samples with the weights from before the last update"
         )
     if not slope.noise <= LARGEST_NOISE:  # nan too
         raise CanaryError(
-            f"canary: the engine's log-probs are {slope.noise:.3g} nats from the policy's on average (allowed: "
-            f"{LARGEST_NOISE}): it computes something else. Is vLLM's version one that pgrpo supports? "
-            "rollout.engine=embedded samples with the policy itself"
+            f"canary: the engine's log-probs differ from the policy's by {slope.noise:.3g} nats on average (allowed: "
+            f"{LARGEST_NOISE}): vLLM computes another function. Check its version with `pgrpo doctor`, or set "
+            "rollout.engine=embedded, which samples with the policy itself"
         )
 
 
 def pick(trees: Sequence[Tree], most_tokens: int = TOKENS) -> list[Tree]:
-    """The samples to score, each in a tree of its own: the longest of every tree, then the next that are not the same, until
-    there are enough. The first ``most_tokens`` tokens of a sample behind the end of its prompt; any text would do that the
+    """Choose the samples to score, each in a tree of its own: the longest of every tree first, then the next distinct ones, up to
+    ``SAMPLES``. Each is cut to its first ``most_tokens`` tokens behind the end of its prompt: any text serves whose log-probs the
     update changes."""
     ranked = []
     for tree in trees:

@@ -1,19 +1,20 @@
-"""Sampling with vLLM in the trainer's own processes: one engine a rank, or one over ``tensor_parallel_size`` neighbouring ranks.
+"""Sampling with vLLM inside the trainer's processes: one engine per rank, or one shared by ``tensor_parallel_size`` neighbouring
+ranks.
 
-The engine sleeps while the policy trains. It has no weights of its own: each time it wakes, all of the policy's are pushed.
+The engine sleeps while the policy trains and loads no weights from disk: every time it wakes, it receives all of the policy's.
 
-What this file knows of vLLM's insides, on the versions in ``vllm_start.SUPPORTED`` (of its start: ``vllm_start``):
-- Without a seed of its own a request draws from this process's generators (PyTorch, NumPy, Python).
-- ``LLM.enqueue``, ``llm_engine.step`` and ``abort_request`` are what ``LLM.generate`` is made of; requests are counted up by
-  ``LLM.request_counter``, and ``enqueue`` returns them under internal names. The eos that ended a completion is one of its tokens.
-- The engine destroys the process group when it is shut down, and shuts itself down at exit if nobody did.
-- Sleep level 2 gives up weights and keys and values, and ``wake_up`` takes them back by tag; PyTorch counts them as allocated
-  all the while. Only one engine in a process can sleep. A CPU has no sleep.
-- The worker's ``reload_weights`` calls the model's ``load_weights`` once, with Hugging Face names, which returns the names of its
-  own parameters that it wrote; one that it did not write is only warned of. ``packed_modules_mapping`` says which are fused.
-- Its runners get logits from the model's ``compute_logits``, outside of CUDA graphs, for sampling and for prompt log-probs.
-- On a CPU a linear layer's weight is packed away after loading, and cannot be read back; a head that is tied to the embedding
-  is packed once, and a reload leaves that copy as it was.
+This file depends on these internals of vLLM, for the versions in ``vllm_start.SUPPORTED`` (``vllm_start`` lists its own):
+- A request without a seed draws from this process's global generators (PyTorch, NumPy, Python).
+- ``LLM.generate`` consists of ``LLM.enqueue``, ``llm_engine.step`` and ``abort_request``. ``LLM.request_counter`` numbers the
+  requests, and ``enqueue`` returns their internal names. A completion includes the eos that ended it.
+- Shutting the engine down destroys the process group. The engine also shuts itself down at exit.
+- Sleep level 2 frees the weights, keys and values; ``wake_up`` allocates them again by tag. PyTorch counts them as allocated in
+  either state. Only one engine per process can sleep, and none on a CPU.
+- The worker's ``reload_weights`` calls the model's ``load_weights`` once, with Hugging Face names. ``load_weights`` returns the
+  names of the model's own parameters that it wrote; vLLM only warns about the others. ``packed_modules_mapping`` lists fused ones.
+- The model runners compute logits with the model's ``compute_logits``, outside CUDA graphs, for sampling and for prompt log-probs.
+- On a CPU, vLLM repacks a linear layer's weight after loading, so it cannot be read back. A head tied to the embedding is repacked
+  once, and a reload does not update that copy.
 """
 
 from __future__ import annotations
@@ -42,24 +43,25 @@ from pgrpo.types import Completion, Request, SamplingParams
 
 T = TypeVar("T")
 CHECK_EVERY = 16
-"""Decoding steps between looks at the stop signal, where ranks that share an engine exchange it."""
+"""Ranks that share an engine exchange the stop signal once in this many decoding steps."""
 
 
 class VLLMEngine:
-    """A ``RolloutEngine`` on vLLM, asleep after construction. Every rank constructs it and calls its methods alike.
+    """A ``RolloutEngine`` on vLLM. It is asleep after construction. All ranks must construct it and call its methods together.
 
     Args:
-        config: of the run.
+        config: the run's config.
         world: this process among the ranks.
-        tokenizer: turns ids into text for rewards.
+        tokenizer: decodes token ids to the text that rewards see.
         eos_token_ids: tokens that end a completion.
-        weights: yields (Hugging Face name, whole tensor in the compute dtype) of the policy now; a collective call.
+        weights: yields (Hugging Face name, unsharded tensor in the compute dtype) for every current weight of the policy.
+            A collective call.
         weight_names: all names that ``weights`` must yield.
-        memory_share: of the GPU's memory, for weights, keys and values (vLLM's ``gpu_memory_utilization``).
+        memory_share: fraction of the GPU's memory for weights, keys and values (vLLM's ``gpu_memory_utilization``).
 
     Raises:
-        ConfigError: vLLM is of an untested version.
-        EngineError: it cannot be started as configured.
+        ConfigError: the installed version of vLLM is not supported.
+        EngineError: vLLM failed to start with this config.
     """
 
     def __init__(
@@ -82,11 +84,14 @@ class VLLMEngine:
         self.divisor = 1.0
         self.timings: dict[str, float] = {}
         vllm_start.prepare(config, world)
-        # The ranks that share an engine: one group for tensors, and one for objects, which must take no GPU memory from vLLM.
+        # Ranks that share an engine have one group for tensors, and one on the CPU for objects: an awake vLLM leaves no GPU memory.
         self.tp_size, self.tp_group, self.tp_control = config.rollout.tensor_parallel_size, None, None
         for first in range(0, world.size if self.tp_size > 1 else 0, self.tp_size):
             ranks = list(range(first, first + self.tp_size))
-            groups = dist.new_group(ranks), dist.new_group(ranks, backend="gloo")  # collective calls of all ranks
+            groups = (
+                dist.new_group(ranks),
+                dist.new_group(ranks, backend="gloo"),
+            )  # collective: every rank makes every group
             if world.rank in ranks:
                 self.tp_group, self.tp_control = groups
         allocated = self._allocated()
@@ -98,7 +103,7 @@ class VLLMEngine:
 
     @contextmanager
     def awake(self, version: int) -> Iterator[None]:
-        """Inside, ``sample`` and ``score`` run on the policy's weights of the moment of entering."""
+        """Wake the engine and push the policy's current weights: inside this block ``sample`` and ``score`` use them."""
         self.weights_version = version
         waking = self._wake("weights")
         started = self._now()
@@ -110,7 +115,7 @@ class VLLMEngine:
             yield
         except BaseException:
             self.is_awake = False
-            # After a fault of the device this fails too; the first error is the one to tell.
+            # After a device error, sleeping fails too; report the first error.
             with suppress(EngineError):
                 self._fall_asleep()
             raise
@@ -120,17 +125,21 @@ class VLLMEngine:
         self.timings["time/sleep"] = self._now() - started
 
     def sample(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
-        """Sample all requests, each as one of vLLM's. All seeds together decide the random numbers: the same call on the same
-        weights samples the same, a part of it need not. A stop signal ends it, on all ranks (``Stopped``).
+        """Sample every request, as one request of vLLM each.
+
+        The random numbers depend on all seeds of the call together: repeating a call with the same weights gives the same
+        completions, but calling with some of its requests may give others.
 
         Raises:
-            EngineError: vLLM failed, or ended a request early; where it is another rank's, ``RankFailed``.
+            EngineError: vLLM failed or aborted a request on this rank.
+            RankFailed: the same on another rank.
+            Stopped: a stop signal arrived on any rank.
         """
         self._together(lambda: self._sample(requests, params, on_finished))
 
     def _sample(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
         place, count = 0, len(requests)
-        if self.tp_group is not None:  # neighbours run one engine: each takes all of their requests, and keeps its own
+        if self.tp_group is not None:  # every rank of a shared engine submits all requests and keeps its own
             shares: list[Any] = [None] * self.tp_size
             dist.all_gather_object(shares, list(requests), group=self.tp_control)
             place = self.world.rank % self.tp_size * count
@@ -138,20 +147,20 @@ class VLLMEngine:
         for token_ids, _ in requests:
             if len(token_ids) + params.max_completion_tokens > self.max_model_len:
                 raise EngineError(
-                    f"a prompt of {len(token_ids)} tokens and {params.max_completion_tokens} of its completion do not fit "
-                    f"the engine's {self.max_model_len} (data.max_prompt_tokens + rollout.max_completion_tokens)"
+                    f"a prompt of {len(token_ids)} tokens and a completion of up to {params.max_completion_tokens} exceed the "
+                    f"engine's {self.max_model_len} (data.max_prompt_tokens + rollout.max_completion_tokens)"
                 )
         greedy, group_size = params.temperature == 0.0, len(requests[0].seeds)
         request = vllm_start.package().SamplingParams(
-            n=1 if greedy else group_size,  # vLLM refuses several greedy samples: they are one, several times
+            n=1 if greedy else group_size,  # vLLM refuses n > 1 when greedy: sample once, copy below
             max_tokens=params.max_completion_tokens,
-            temperature=0.0 if greedy else 1.0,  # ours divides the logits, see _divide_logits
+            temperature=0.0 if greedy else 1.0,  # _divide_logits applies the temperature
             top_p=params.top_p,
             top_k=params.top_k,
             stop=list(params.stop),
             stop_token_ids=self.eos_token_ids,
-            detokenize=bool(params.stop),  # text is decoded once, when all is sampled
-            logprobs=0,  # of the sampled token alone
+            detokenize=bool(params.stop),  # make_completions decodes the text, once per completion
+            logprobs=0,  # the sampled token's only
             flat_logprobs=True,
             output_kind=vllm_start.package().sampling_params.RequestOutputKind.FINAL_ONLY,
         )
@@ -174,12 +183,12 @@ class VLLMEngine:
         ids = [list(s.token_ids) for s in samples]
         logprobs = [list(s.logprobs.logprobs) for s in samples]
         if [len(i) for i in ids] != [len(p) for p in logprobs]:
-            raise EngineError(f"vLLM gave other numbers of tokens and of log-probs for request {output.request_id}")
+            raise EngineError(f"vLLM returned different numbers of tokens and log-probs in request {output.request_id}")
         stopped = [s.finish_reason == "stop" for s in samples]
         return make_completions(self.tokenizer, ids, logprobs, stopped, params.stop, self.weights_version)
 
     def score(self, trees: Sequence[Tree]) -> list[float]:
-        """Log-probs at temperature 1 of all tokens behind prompts, in order: of trees that this rank's engine shares."""
+        """Log-probs at temperature 1 of all completion tokens, in order. Ranks that share an engine must pass the same trees."""
         samples = [(tree.prompt_ids, sample.token_ids) for tree in trees for sample in tree.samples]
         request = vllm_start.package().SamplingParams(
             max_tokens=1, prompt_logprobs=0, top_p=1.0, temperature=1.0, detokenize=False
@@ -195,19 +204,20 @@ class VLLMEngine:
         ]
 
     def close(self) -> None:
-        """Shut the engine down, and with it the process group: the last thing that a rank does."""
+        """Shut the engine down. This destroys the process group, so it must be the last thing that a rank does."""
         if self.sleeps:
-            # vLLM's allocator unmaps whatever is freed, and reports a CUDA error for each part that sleep has unmapped already.
+            # vLLM's allocator unmaps memory when it is freed, and reports a CUDA error for memory that sleep has already unmapped.
             torch.cuda.empty_cache()
-            with suppress(EngineError):  # without room to wake, those reports are all that is amiss
+            with suppress(EngineError):  # no room to wake: those reports do no harm
                 self._call("wake_up", self.llm.wake_up)
         self._call("shutdown", self.llm.llm_engine.engine_core.shutdown)
 
     def push(self) -> None:
-        """Give the engine the policy's weights. A collective call.
+        """Copy the policy's weights into the engine. A collective call.
 
         Raises:
-            DeliveryError, EngineError: not all of them arrived; where it is another rank's, ``RankFailed``.
+            DeliveryError, EngineError: not every weight arrived on this rank.
+            RankFailed: the same on another rank.
         """
         self._together(self._push)
 
@@ -227,7 +237,7 @@ class VLLMEngine:
                 lambda: self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": sending}),
             )
         except Exception:
-            for _ in sending:  # other ranks' engines wait for this rank's part of every tensor
+            for _ in sending:  # gathering is collective: other ranks wait for this rank's shards
                 pass
             raise
         finally:
@@ -251,10 +261,10 @@ class VLLMEngine:
 
     def _check_awake(self) -> None:
         if not self.is_awake:
-            raise EngineError("the engine sleeps: generate and score belong inside awake()")
+            raise EngineError("the engine is asleep: call sample and score inside awake()")
 
     def _stop_signal(self, step: int) -> int:
-        """The signal that came, or 0: on this rank or, every few steps, on one that shares the engine: those step alike."""
+        """The signal number that arrived, or 0. Ranks that share an engine must stop at the same step, so they exchange it."""
         if self.tp_group is None:
             return self.world.stop.signum
         if step % CHECK_EVERY:
@@ -264,8 +274,8 @@ class VLLMEngine:
         return int(flag.item())
 
     def _together(self, work: Callable[[], T]) -> T:
-        """What a rank's engine does, with an outcome that all ranks learn. Ranks that share an engine are inside of the same call:
-        the one that fails there leaves alone, and the launcher ends the others."""
+        """Run ``work`` and raise on all ranks if it fails on one. Not so for ranks that share an engine: the others are still
+        inside the engine's collective calls, so the failing rank exits alone and the launcher ends the others."""
         if self.tp_group is None:
             return self.world.together(work)
         try:
@@ -277,8 +287,8 @@ class VLLMEngine:
         return result
 
     def _divide_logits(self) -> None:
-        """Let the model itself apply the temperature, to all requests alike: then its raw log-probs, before top-k and top-p, are of
-        the distribution that the trainer's are of."""
+        """Let the model itself divide its logits by the temperature. vLLM's raw log-probs (before top-k and top-p) are then those
+        of the trainer's distribution."""
         model = self._model()
         compute_logits = model.compute_logits
 
@@ -299,10 +309,10 @@ class VLLMEngine:
         return time.perf_counter()
 
     def _wake(self, tag: str) -> float:
-        """Take that part of the engine's memory back. Returns seconds."""
+        """Allocate the engine's memory that has this tag. Returns seconds."""
         started = self._now()
         if self.sleeps:
-            torch.cuda.empty_cache()  # what the trainer's allocator keeps without need gives way
+            torch.cuda.empty_cache()  # the trainer's allocator gives its cached blocks back
             self._together(lambda: self._call("wake_up", lambda: self.llm.wake_up(tags=[tag])))
         return self._now() - started
 
@@ -316,6 +326,6 @@ class VLLMEngine:
 
 
 def _joint_seed(seeds: Sequence[Sequence[int]]) -> int:
-    """One 63-bit seed that depends on all of them."""
+    """A 63-bit hash of all seeds."""
     key = repr([list(group) for group in seeds]).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
