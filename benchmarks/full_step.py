@@ -42,6 +42,7 @@ PARTS = (
     "time/weight_sync",
     "time/rollout",
     "time/sleep",
+    "time/offload",
     "time/reward",
     "time/old_logprobs",
     "time/update",
@@ -50,6 +51,7 @@ PARTS = (
 PLAIN = {"plain_vllm_tokens_per_s": True, "plain_vllm_without_text_tokens_per_s": False}
 """What ``--plain`` measures: vLLM as it is, and without turning ids into text, as the trainer uses it."""
 OTHERS = (
+    "rollout/preemptions",
     "perf/peak_memory_gib",
     "perf/tokens_per_s",
     "perf/mfu",
@@ -118,6 +120,7 @@ def steps(args: argparse.Namespace, report: Callable[[list[dict[str, Any]]], Non
         world = stack.enter_context(start(config.model.fsdp_size))
         world.together(lambda: clear_up(args) if world.is_main else None)
         parts, progress = stack.enter_context(build(config, world, [spread], rows)), Progress()
+        print(*parts.engine.notes, sep="\n", flush=True)
         for turn in range(args.steps + 1):
             config.rollout.prompts_per_step = args.prompts if turn else WARM_UP_PROMPTS
             for name in args.attention:

@@ -90,7 +90,7 @@ def grpo_step(parts: Parts, progress: Progress) -> tuple[list[Group], Metrics]:
 
     scored = world.from_main(group_metrics(all_groups) if world.is_main else {})
     logged = {"lr": lr, "epoch": parts.stream.epoch}
-    return groups, scored | updated | sampled | parts.engine.timings | checked | logged | clock.metrics(groups, updated)
+    return groups, scored | updated | sampled | parts.engine.metrics | checked | logged | clock.metrics(groups, updated)
 
 
 def sample_groups(parts: Parts, step: int) -> tuple[list[Group], list[Group], Metrics]:

@@ -14,7 +14,15 @@ from pgrpo.model.lora import adapter_parameters, check_lora
 from pgrpo.model.policy import check_positions, check_supported, load_hf_config
 from pgrpo.planning.flops import ModelDims, computed_tokens, parameter_count, rho, update_flops
 from pgrpo.planning.memory import memory_plan
-from pgrpo.planning.placement import attention_choice, engine_choice, is_compiled, plan_sizes, recompute_by_layer
+from pgrpo.planning.placement import (
+    attention_choice,
+    engine_choice,
+    engine_name,
+    is_compiled,
+    plan_sizes,
+    recompute_by_layer,
+    vllm_memory,
+)
 from pgrpo.types import Recompute
 
 
@@ -46,7 +54,10 @@ def plan_text(config: Config) -> str:
     world = World(0, ranks, device, fsdp_size=config.model.fsdp_size)
     recompute, layers = _layers(config, dims, world)
     planned = torch.device("cpu" if config.model.dtype == "float32" else "cuda")  # the device that the config is for
-    memory = memory_plan(dims, recompute=recompute, **plan_sizes(config, dims, world, planned))
+    sizes, vllm = plan_sizes(config, dims, world, planned), None
+    if device.type == "cuda" and engine_name(config, planned) == "vllm":
+        vllm = vllm_memory(config, dims, world)
+    memory = memory_plan(dims, recompute=recompute, **sizes, offloaded=vllm.offloaded if vllm else ())
     elsewhere = "" if planned.type == device.type else f", on a {planned.type} device"
     adapters = adapter_parameters(config.model, dims)
     epochs = config.train.epochs_per_step
@@ -62,7 +73,7 @@ def plan_text(config: Config) -> str:
         f"micro-batches {math.ceil(packed / ranks / budget)} a step and rank, of at most {budget:,} tokens "
         f"(train.token_budget), if every prompt and completion is as long as allowed\n"
         f"layers        {layers}\n"
-        f"sampling      {engine_choice(config, planned).text}{elsewhere}\n"
+        f"sampling      {engine_choice(config, planned).text}{elsewhere}{f' with {vllm.text}' if vllm else ''}\n"
         f"work          {flops / 1e12:,.3g} TFLOP for a step's forward and backward\n"
         f"memory        {memory.peak:.1f} GiB a rank (estimate): rollout {memory.rollout:.1f}, update {memory.update:.1f}, "
         f"optimizer step {memory.optimizer_step:.1f}"

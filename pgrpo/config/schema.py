@@ -139,6 +139,10 @@ class RolloutConfig:
     gpu_memory_utilization: float | None = number(None, above=0, most=1)
     """Share of a GPU's memory for vLLM while it is awake. None: the share that the policy leaves free between updates according
     to the memory plan, minus 4 GiB for CUDA graphs."""
+    offload_policy: Literal["auto", "always", "never"] = "auto"
+    """Keep the policy's weights, and AdamW's moments unless `optim.offload` does, in pinned host memory while vLLM samples, which
+    gives their GPU memory to its cache; they are copied out and back once a step. `auto` moves as little as makes room for all
+    completions that are sampled at once, at their longest, and nothing where they fit anyway."""
     enforce_eager: bool = False
     """Run vLLM without compilation and CUDA graphs: it starts sooner and samples more slowly."""
     shared_decode: Literal["auto", "always", "never"] = "auto"

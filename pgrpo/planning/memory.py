@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pgrpo.planning.flops import ModelDims, parameter_count
@@ -35,6 +35,7 @@ class MemoryPlan:
         adam_scratch: temporaries of the optimizer step: none with fused AdamW (GPU); as large as the trained parameters on a CPU;
             the pieces in transit where the moments are in host memory.
         kv_cache: keys and values of the embedded engine, with all completions at full length.
+        offloaded: weights and moments that are in host memory while vLLM samples.
     """
 
     weights: float
@@ -48,10 +49,16 @@ class MemoryPlan:
     reductions: float
     adam_scratch: float
     kv_cache: float
+    offloaded: float
+
+    @property
+    def resting(self) -> float:
+        """What stays on the GPU between updates, while vLLM samples."""
+        return self.weights + self.moments + self.reference - self.offloaded
 
     @property
     def rollout(self) -> float:
-        return self.weights + self.moments + self.reference + self.gathered + self.kv_cache
+        return self.resting + self.gathered + self.kv_cache
 
     @property
     def update(self) -> float:
@@ -86,6 +93,7 @@ def memory_plan(
     prompt_tokens: int = 0,
     completion_tokens: int = 0,
     logit_chunk_bytes: int = 2**30,
+    offloaded: Sequence[str] = (),
 ) -> MemoryPlan:
     """Estimate the memory of a run.
 
@@ -102,6 +110,7 @@ def memory_plan(
         offload: whether the moments are in host memory.
         concurrent, group_size, prompt_tokens, completion_tokens: of the embedded engine; concurrent is 0 for another engine.
         logit_chunk_bytes: logits (and temporaries of their size) that the log-prob head holds at once.
+        offloaded: which of ``weights`` and ``moments`` are in host memory while vLLM samples.
     """
     weights = trained = 4 * parameter_count(dims) / ranks
     embedding = dims.vocab * dims.hidden
@@ -135,7 +144,9 @@ def memory_plan(
         reductions=trained if replicas > 1 else 0,
         adam_scratch=OFFLOAD_SCRATCH if offload else trained if dtype_bytes == 4 else 0,
         kv_cache=kv_row * kv_rows,
+        offloaded=0,
     )
+    parts = replace(parts, offloaded=sum(getattr(parts, name) for name in offloaded))
     return MemoryPlan(*(getattr(parts, name) / GIB for name in MemoryPlan.__slots__))
 
 

@@ -3,6 +3,10 @@ weights."""
 
 from __future__ import annotations
 
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,7 +18,7 @@ from pgrpo.distributed.world import World
 from pgrpo.model.logprobs import chunk_bytes
 from pgrpo.model.lora import adapter_parameters
 from pgrpo.planning.flops import GIB, ModelDims, parameter_count
-from pgrpo.planning.memory import fewest_recomputed_layers, memory_plan
+from pgrpo.planning.memory import MemoryPlan, fewest_recomputed_layers, memory_plan
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.types import Recompute
 
@@ -23,6 +27,11 @@ USABLE_SHARE = 0.92
 SLEEPING_VLLM_GIB = 4.0
 """GPU memory that vLLM holds while it sleeps, and beyond its share while it is awake: CUDA graphs, workspaces, libraries.
 Measured: 3.6 GiB for Qwen3-4B with 256 sequences on an H100."""
+VLLM_ACTIVATIONS_GIB = 2.0
+"""GPU memory within vLLM's share that is neither weights nor cache: activations of its largest prefill."""
+VLLM_BLOCK_TOKENS = 16
+HOST_SHARE = 0.8
+"""Share of the host's memory that ``rollout.offload_policy=auto`` and AdamW's offloaded moments may take together."""
 CPU_SHARE = 0.2
 """Share of the host's memory for vLLM's weights, keys and values where there is no GPU."""
 
@@ -101,36 +110,91 @@ def engine_name(config: Config, device: torch.device) -> Literal["vllm", "embedd
     return engine_choice(config, device).name
 
 
-def vllm_memory_share(config: Config, dims: ModelDims, world: World) -> float:
-    """``rollout.gpu_memory_utilization``; unless it is set, the share of this GPU's memory that the policy leaves free between
-    updates, from the memory plan.
+class VLLMMemory(NamedTuple):
+    """vLLM's part of a GPU's memory.
+
+    Attributes:
+        share: of the GPU's memory, for weights, keys and values (vLLM's ``gpu_memory_utilization``).
+        offloaded: parts of the memory plan that are in host memory while vLLM samples: ``weights``, ``moments``.
+        offloaded_gib: their size.
+    """
+
+    share: float
+    offloaded: tuple[str, ...] = ()
+    offloaded_gib: float = 0.0
+
+    @property
+    def text(self) -> str:
+        away = f", which gets the policy's {' and '.join(self.offloaded)} out of its way ({self.offloaded_gib:.1f} GiB)"
+        return f"gpu_memory_utilization {self.share:.2f}{away if self.offloaded else ''}"
+
+
+def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
+    """What vLLM gets of this GPU: ``rollout.gpu_memory_utilization``; unless it is set, what the policy leaves free between
+    updates, from the memory plan. With ``rollout.offload_policy=auto`` as little of the policy moves to host memory meanwhile as
+    makes room for all completions that are sampled at once, at their longest; if there is never room, all that can.
 
     Raises:
         ConfigError: the engine's weights and one group do not fit into it.
     """
-    if (share := config.rollout.gpu_memory_utilization) is not None:
-        return share
+    rollout = config.rollout
     if world.device.type == "cpu":
-        return CPU_SHARE
+        return VLLMMemory(rollout.gpu_memory_utilization or CPU_SHARE)
     total = torch.cuda.get_device_properties(world.device).total_memory / GIB
     sizes = plan_sizes(config, dims, world, world.device)
-    plan = memory_plan(
-        dims, recompute=["none" for _ in range(dims.layers)], **sizes
-    )  # `recompute` matters for updates only
-    held = plan.weights + plan.moments + plan.reference
-    share = USABLE_SHARE - (held + SLEEPING_VLLM_GIB) / total
-    rollout, width = config.rollout, compute_dtype(config).itemsize
-    rows = config.data.max_prompt_tokens + rollout.group_size * rollout.max_completion_tokens
-    bytes_needed = width * (parameter_count(dims) + 2 * dims.layers * dims.kv_heads * dims.head_dim * rows)
-    needed = bytes_needed / rollout.tensor_parallel_size / GIB
-    if share * total < needed:
+    sizes["recompute"] = ["none"] * dims.layers  # which matters for updates only
+    wanted = vllm_gib(config, dims, vllm_start.completions_at_once(config, world.size)) + VLLM_ACTIVATIONS_GIB
+    if rollout.gpu_memory_utilization is not None:
+        wanted = rollout.gpu_memory_utilization * total
+    free, offloaded, plan = 0.0, (), memory_plan(dims, **sizes)
+    for offloaded in _offload_choices(config, plan):
+        plan = memory_plan(dims, **sizes, offloaded=offloaded)
+        free = USABLE_SHARE * total - SLEEPING_VLLM_GIB - plan.resting
+        if free >= wanted:
+            break
+    if rollout.gpu_memory_utilization is not None:
+        return VLLMMemory(rollout.gpu_memory_utilization, offloaded, plan.offloaded)
+    if free < (needed := vllm_gib(config, dims, rollout.group_size)):
+        away = "" if offloaded else ", rollout.offload_policy=auto"
         raise ConfigError(
-            f"rollout.gpu_memory_utilization: beside the policy's {held:.0f} GiB of {total:.0f}, and "
+            f"rollout.gpu_memory_utilization: beside the policy's {plan.resting:.0f} GiB of {total:.0f}, and "
             f"{total - USABLE_SHARE * total + SLEEPING_VLLM_GIB:.0f} for CUDA, its graphs and libraries, "
-            f"{max(0, share * total):.0f} are left for vLLM, which needs {needed:.0f} for its weights and one group: "
-            "set optim.offload=cpu or model.lora_rank, use more GPUs, or lower rollout.max_completion_tokens"
+            f"{max(0, free):.0f} are left for vLLM, which needs {needed:.0f} for its weights and one group: "
+            f"set optim.offload=cpu or model.lora_rank{away}, use more GPUs, or lower rollout.max_completion_tokens"
         )
-    return share
+    return VLLMMemory(free / total, offloaded, plan.offloaded)
+
+
+def _offload_choices(config: Config, plan: MemoryPlan) -> list[tuple[str, ...]]:
+    """Parts of the memory plan that may go to host memory while vLLM samples, from none on, until one makes enough room. With
+    ``auto`` no more than this host's memory has room for."""
+    moments_stay = config.optim.offload == "cpu"  # they are there already
+    parts = ("weights",) if moments_stay else ("weights", "moments")
+    if config.rollout.offload_policy != "auto":
+        return [parts if config.rollout.offload_policy == "always" else ()]
+    ranks, free = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), HOST_SHARE * host_memory() / GIB
+    taken = ranks * 2 * plan.gradients if moments_stay else 0
+    choices = [parts[:count] for count in range(len(parts) + 1)]
+    return [
+        names for names in choices if taken + ranks * sum(getattr(plan, name) for name in names) <= free or not names
+    ]
+
+
+def host_memory() -> int:
+    """Bytes of memory that this host has, or that this container may use of it."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with suppress(OSError, ValueError):  # no control groups, or "max"
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
+
+
+def vllm_gib(config: Config, dims: ModelDims, samples: int) -> float:
+    """GiB that one GPU holds of vLLM's weights, and of keys and values of so many completions at their longest."""
+    rollout, width = config.rollout, compute_dtype(config).itemsize
+    groups, block = math.ceil(samples / rollout.group_size), VLLM_BLOCK_TOKENS  # a completion's last block is not full
+    rows = groups * config.data.max_prompt_tokens + samples * (rollout.max_completion_tokens + block)
+    row = 2 * dims.layers * dims.kv_heads * dims.head_dim
+    return width * (parameter_count(dims) + row * rows) / rollout.tensor_parallel_size / GIB
 
 
 def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.device) -> dict[str, Any]:

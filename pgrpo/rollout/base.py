@@ -17,11 +17,13 @@ class RolloutEngine(Protocol):
     """Samples completions with the policy's weights. Every rank calls its methods alike.
 
     Attributes:
-        timings: seconds of the last wake-up, weight push and sleep, by metric name.
+        metrics: numbers of the last time that it was awake, by metric name: seconds of the wake-up, the push and the sleep.
+        notes: what a run's log says of the engine when it starts.
         counted_bytes: GPU memory that PyTorch counts as allocated by the engine even while it sleeps.
     """
 
-    timings: dict[str, float]
+    metrics: dict[str, float]
+    notes: list[str]
     counted_bytes: int
 
     def awake(self, version: int) -> AbstractContextManager[None]:

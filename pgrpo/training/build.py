@@ -118,7 +118,7 @@ def build(
     if world.is_main:
         check_turn_end(tokenizer, config.prompt, end_ids)
     with counting("starting the sampler"):
-        engine = build_engine(config, world, policy, tokenizer, end_ids)
+        engine = build_engine(config, world, policy, learner.optimizer, tokenizer, end_ids)
     canary = build_canary(config, world, policy, engine)
     return Parts(config, world, stream, held_out, runner, learner, engine, canary)
 

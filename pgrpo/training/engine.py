@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.fsdp import no_gradient
+from pgrpo.distributed.shards import shard_of
 from pgrpo.distributed.world import World
 from pgrpo.model.policy import Policy
 from pgrpo.model.weights import full_weights, weight_names
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Tree, trees_of
 from pgrpo.planning.flops import ModelDims
-from pgrpo.planning.placement import compute_dtype, engine_choice, engine_name, vllm_memory_share
+from pgrpo.planning.placement import compute_dtype, engine_choice, engine_name, vllm_memory
 from pgrpo.rollout.base import RolloutEngine
 from pgrpo.rollout.embedded.engine import EmbeddedEngine
 from pgrpo.rollout.vllm import canary
 from pgrpo.rollout.vllm import engine as vllm
 from pgrpo.rollout.vllm import start as vllm_start
+from pgrpo.rollout.vllm.offload import Offload
+from pgrpo.training.offload import MOMENTS
 from pgrpo.types import Group
 
 log = logging.getLogger(__name__)
 VLLM_KEYS = (
     "tensor_parallel_size",
     "gpu_memory_utilization",
+    "offload_policy",
     "enforce_eager",
     "shared_decode",
     "canary_every",
@@ -72,7 +78,12 @@ def check_engine(config: Config, dims: ModelDims, world: World) -> None:
 
 
 def build_engine(
-    config: Config, world: World, policy: Policy, tokenizer: PreTrainedTokenizerBase, eos_token_ids: Sequence[int]
+    config: Config,
+    world: World,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token_ids: Sequence[int],
 ) -> RolloutEngine:
     """The configured engine, which ``check_engine`` accepted. A collective call.
 
@@ -88,6 +99,7 @@ def build_engine(
             any_rank=world.any,
             check_stop=world.check_stop,
         )
+    memory = vllm_memory(config, ModelDims.from_config(policy.model.config), world)
     return vllm.VLLMEngine(
         config,
         world,
@@ -95,8 +107,19 @@ def build_engine(
         eos_token_ids,
         partial(full_weights, policy.model, compute_dtype(config)),
         weight_names(policy.model),
-        memory_share=vllm_memory_share(config, ModelDims.from_config(policy.model.config), world),
+        memory_share=memory.share,
+        offload=Offload(lambda: resting_tensors(policy, optimizer, memory.offloaded)),
     )
+
+
+def resting_tensors(policy: nn.Module, optimizer: torch.optim.Optimizer, parts: Container[str]) -> Iterator[Tensor]:
+    """This rank's shards of ``weights`` and of AdamW's ``moments``: those of them that are in ``parts``."""
+    for parameter in policy.parameters():
+        if "weights" in parts:
+            yield shard_of(parameter).tensor
+        state = optimizer.state.get(parameter)
+        if state and "moments" in parts:
+            yield from (shard_of(state[name]).tensor for name in MOMENTS)
 
 
 class ScoringEngine(Protocol):

@@ -16,7 +16,7 @@ import torch
 from pgrpo.config import REDACTED, Config, redact, to_json
 from pgrpo.packing.forest import trees_of
 from pgrpo.planning.flops import GIB, peak_flops
-from pgrpo.planning.placement import engine_choice, engine_name, vllm_memory_share
+from pgrpo.planning.placement import engine_choice, engine_name, vllm_memory
 from pgrpo.process.lock import run_folder
 from pgrpo.tracking.live import duration
 from pgrpo.tracking.record import replacing
@@ -34,7 +34,7 @@ def summary(parts: Parts, folder: Path) -> str:
     parameters = f"{total / 1e6:.1f}M parameters" + (f" ({trained / 1e6:.2f}M trained)" if trained < total else "")
     share = ""
     if engine_name(config, world.device) == "vllm":  # a value to start from, for who wants to set it
-        share = f" with gpu_memory_utilization {vllm_memory_share(config, parts.learner.dims, world):.2f}"
+        share = f" with {vllm_memory(config, parts.learner.dims, world).text}"
     return (
         f"{config.model.path}: {parameters}, {config.model.attention} attention on the "
         f"{policy.attention.kernel} kernel ({policy.attention.reason}), "

@@ -70,7 +70,8 @@ def open_session(
                 if tracking:  # write only now that the input and the checkpoint are valid
                     with replacing(folder / "config.yaml") as file:
                         file.write(to_yaml(config))
-                    tracking.message(summary(parts, folder))
+                    for text in (summary(parts, folder), *parts.engine.notes):
+                        tracking.message(text)
                 session = Session(parts, progress, checkpoints, tracking)
                 with session.saving_what_is_finished():
                     yield session

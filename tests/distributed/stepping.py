@@ -24,7 +24,7 @@ class Echo:
     """An engine whose completions say the seed that they were drawn with."""
 
     def __init__(self):
-        self.timings = {}
+        self.metrics = {}
 
     def awake(self, version):
         return nullcontext()

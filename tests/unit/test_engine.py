@@ -1,7 +1,7 @@
 """Which engine a run takes, what is refused before a weight is loaded, and how much memory vLLM is given."""
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from pgrpo.planning import placement
 from pgrpo.planning.flops import GIB, ModelDims, parameter_count
 from pgrpo.rollout.vllm import engine as vllm
 from pgrpo.rollout.vllm import start as vllm_start
+from pgrpo.rollout.vllm.requests import Requests
 from pgrpo.training import engine
 from pgrpo.types import Request, SamplingParams
 
@@ -79,35 +80,114 @@ def test_what_is_refused(installed, monkeypatch):
     assert "vLLM is not installed: pip install 'pgrpo[vllm]'" in refusal(config(engine="vllm"))
 
 
-def test_memory_share(installed, monkeypatch):
+@pytest.fixture
+def h100(monkeypatch):
+    """A GPU of 80 GiB beside 128 of host memory; returns what sets other sizes."""
+
+    def sizes(gpu: float, host: float = 128) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gpu * GIB))
+        monkeypatch.setattr(placement, "host_memory", lambda: host * GIB)
+
+    sizes(80)
+    return sizes
+
+
+WEIGHTS = 4 * parameter_count(QWEN3_4B) / GIB  # 15
+USABLE = 80 * placement.USABLE_SHARE - placement.SLEEPING_VLLM_GIB
+ONE = World(0, 1, GPU)
+
+
+def test_memory_share(installed, h100):
     """What the policy holds between updates is vLLM's loss: 15 GiB of float32 weights here, beside 80; and what it takes itself."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GIB))
-    world = World(0, 1, GPU)
-    weights = 4 * parameter_count(QWEN3_4B) / GIB / 80
-    share = placement.vllm_memory_share(config(), QWEN3_4B, world)
-    usable = placement.USABLE_SHARE - placement.SLEEPING_VLLM_GIB / 80
-    assert share == pytest.approx(usable - weights) and 0.65 < share < 0.7
-    with_moments = config()
-    with_moments.optim.offload = "none"
-    assert placement.vllm_memory_share(with_moments, QWEN3_4B, world) == pytest.approx(usable - 3 * weights)
-    assert placement.vllm_memory_share(config(gpu_memory_utilization=0.3), QWEN3_4B, world) == 0.3
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=24 * GIB))
+    stays = config(offload_policy="never")
+    share = placement.vllm_memory(stays, QWEN3_4B, ONE).share
+    assert share == pytest.approx((USABLE - WEIGHTS) / 80) and 0.65 < share < 0.7
+    stays.optim.offload = "none"
+    assert placement.vllm_memory(stays, QWEN3_4B, ONE).share == pytest.approx((USABLE - 3 * WEIGHTS) / 80)
+    assert placement.vllm_memory(config(gpu_memory_utilization=0.3), QWEN3_4B, ONE) == (0.3, (), 0.0)
+    h100(24)
     with pytest.raises(
         ConfigError,
-        match=r"beside the policy's 15 GiB of 24, and 6 for CUDA, its graphs and libraries, 3 are left for vLLM, which needs 9 ",
+        match=r"beside the policy's 15 GiB of 24, and 6 for CUDA, its graphs and libraries, 3 are left for vLLM, which needs 9 .*: "
+        r"set optim.offload=cpu or model.lora_rank, rollout.offload_policy=auto, use more",
     ):
-        placement.vllm_memory_share(config(), QWEN3_4B, world)
+        placement.vllm_memory(stays := config(offload_policy="never"), QWEN3_4B, ONE)
+    stays.rollout.offload_policy = "auto"
+    assert placement.vllm_memory(stays, QWEN3_4B, ONE).share == pytest.approx(placement.USABLE_SHARE - 4 / 24)
+
+
+def test_no_more_of_the_policy_makes_room_than_a_step_s_completions_need(installed, h100):
+    """256 completions of 1,024 tokens behind 32 prompts of 4,096 are 393,216 tokens of 144 KiB: 54 GiB, beside 7.5 of weights."""
+
+    def chosen(offload: Literal["none", "cpu"] = "none", **rollout):
+        settings = config(**rollout)
+        settings.optim.offload = offload
+        return placement.vllm_memory(settings, QWEN3_4B, ONE)
+
+    assert chosen("cpu").offloaded == ("weights",)
+    assert chosen("cpu").share == pytest.approx(USABLE / 80)
+    assert chosen("cpu").offloaded_gib == pytest.approx(WEIGHTS)
+    assert chosen("cpu", prompts_per_step=16).offloaded == ()  # 35 GiB fit beside the weights
+    assert chosen("cpu", max_concurrent=128).offloaded == ()
+    assert chosen("none", prompts_per_step=16) == (pytest.approx((USABLE - 2 * WEIGHTS) / 80), ("weights",), WEIGHTS)
+    assert chosen("none").offloaded == ("weights", "moments")
+    assert chosen("none", max_concurrent=1024, prompts_per_step=128).offloaded == ("weights", "moments")  # never enough
+    assert chosen("none", prompts_per_step=1, offload_policy="always").offloaded == ("weights", "moments")
+    assert chosen("cpu", prompts_per_step=1, offload_policy="always").offloaded == ("weights",)
+    assert chosen("cpu", gpu_memory_utilization=0.6).offloaded == ()
+    assert chosen("cpu", gpu_memory_utilization=0.8) == (0.8, ("weights",), pytest.approx(WEIGHTS))
+    assert "weights out of its way (15.0 GiB)" in chosen("cpu").text
+
+
+def test_host_memory_bounds_what_auto_moves(installed, h100, monkeypatch):
+    settings = config()
+    settings.optim.offload = "none"
+    h100(80, host=1.01 * 3 * WEIGHTS / placement.HOST_SHARE)
+    assert placement.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ("weights", "moments")
+    h100(80, host=0.99 * 3 * WEIGHTS / placement.HOST_SHARE)
+    assert placement.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ("weights",)
+    settings.optim.offload = "cpu"  # the moments take that memory
+    assert placement.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ()
+    settings.rollout.offload_policy = "always"
+    assert placement.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ("weights",)
+    settings.rollout.offload_policy, settings.optim.offload = "auto", "none"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # each rank of this host takes as much
+    assert placement.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ()
 
 
 def test_the_log_says_how_many_completions_fit_vllms_cache(caplog):
     """Groups of 8 with prompts of 4,096 and completions of 1,024 take 12,288 tokens."""
-    vllm_start.tell_room(config(group_size=8), 32 * 12_288)
+    text = vllm_start.tell_room(config(group_size=8), 1, 32 * 12_288)
+    assert text == "vLLM's cache holds 393,216 tokens: 256 completions at their longest, of 256 at once"
     assert not caplog.text
-    vllm_start.tell_room(config(group_size=8), 20 * 12_288 + 4096 + 2 * 1024 + 1000)
-    assert "holds 252,904 tokens: 162 completions at their longest, of 256 at once" in caplog.text
+    text = vllm_start.tell_room(config(group_size=8), 1, 20 * 12_288 + 4096 + 2 * 1024 + 1000)
+    assert "holds 252,904 tokens: 162 completions at their longest, of 256 at once" in text and text in caplog.text
+    assert "rollout.offload_policy=auto" not in caplog.text
+    vllm_start.tell_room(config(group_size=8, offload_policy="never"), 1, 20 * 12_288)
+    assert "set rollout.offload_policy=auto, raise rollout.gpu_memory_utilization" in caplog.text
     caplog.clear()
-    vllm_start.tell_room(config(group_size=8, prompts_per_step=4), 4 * 12_288)
-    assert not caplog.text
+    for ranks, parallel, fits in (
+        (1, 1, 4),
+        (2, 1, 2),
+        (4, 2, 2),
+        (3, 1, 2),
+    ):  # each engine has its share of the prompts
+        settings = config(group_size=8, prompts_per_step=4, tensor_parallel_size=parallel)
+        vllm_start.tell_room(settings, ranks, fits * 12_288)
+        assert not caplog.text
+        vllm_start.tell_room(settings, ranks, fits * 12_288 - 1)
+        assert f"of {8 * fits} at once" in caplog.text
+        caplog.clear()
+
+
+def test_preemptions_are_counted():
+    """vLLM's scheduler says in each step whom it preempted, or None."""
+    outputs = iter([None, set(), {"3", "4"}, {"3"}])
+    scheduler = SimpleNamespace(schedule=lambda throttled: SimpleNamespace(preempted_req_ids=next(outputs)))
+    core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler))
+    requests = Requests(SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core)), 60.0, lambda step: 0)
+    assert [scheduler.schedule(False).preempted_req_ids for _ in range(4)] == [None, set(), {"3", "4"}, {"3"}]
+    assert requests.preemptions == 3
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("CUDA Error: out of memory")])
@@ -137,9 +217,13 @@ def test_ranks_that_share_an_engine_exchange_requests_on_the_cpu(monkeypatch):
         gathered.append(group)
         shares[:] = [own, [Request([8], [1])]] if group == ((2, 3), "gloo") else None
 
-    llm = SimpleNamespace(apply_model=lambda f: [f(SimpleNamespace(compute_logits=None))])
+    scheduler = SimpleNamespace(schedule=lambda: None)
+    core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=scheduler))
+    llm = SimpleNamespace(
+        apply_model=lambda f: [f(SimpleNamespace(compute_logits=None))], llm_engine=SimpleNamespace(engine_core=core)
+    )
     monkeypatch.setattr(vllm_start, "prepare", lambda *_: None)
-    monkeypatch.setattr(vllm_start, "start", lambda *_, **__: llm)
+    monkeypatch.setattr(vllm_start, "start", lambda *_: vllm_start.Started(llm, []))
     package = SimpleNamespace(
         SamplingParams=dict, sampling_params=SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=0))
     )

@@ -55,7 +55,8 @@ class Engine:
 
     def __init__(self):
         self.asked, self.counted_bytes = [], 0
-        self.timings: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
+        self.notes: list[str] = []
 
     def awake(self, version):
         return nullcontext()

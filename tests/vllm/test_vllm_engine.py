@@ -20,7 +20,7 @@ from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Tree, trees_of
 from pgrpo.process.stopping import Stopped
 from pgrpo.rollout.base import generate, sample_seeds
-from pgrpo.rollout.vllm import canary
+from pgrpo.rollout.vllm import canary, offload
 from pgrpo.rollout.vllm.delivery import DeliveryError
 from pgrpo.rollout.vllm.engine import EngineError, VLLMEngine
 from pgrpo.types import Prompt, SamplingParams
@@ -269,8 +269,47 @@ def test_waking_pushes(engine):
         assert vllm.score(trees) == pytest.approx(logprobs(policy, trees), abs=tolerance(policy))
     with pytest.raises(EngineError, match="the engine is asleep"):
         vllm.score(trees)
-    assert {"time/wake", "time/weight_sync", "time/sleep"} <= vllm.timings.keys()
-    assert vllm.timings["time/weight_sync"] > 0
+    assert {"time/wake", "time/weight_sync", "time/sleep"} <= vllm.metrics.keys()
+    assert vllm.metrics["time/weight_sync"] > 0
+
+
+def test_an_offloaded_policy_is_gone_while_the_engine_samples_and_back_after(engine, monkeypatch):
+    vllm, policy = engine
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.clone()  # on a CPU it lies in the model's file, whose memory is not PyTorch's
+
+    def sample():
+        with vllm.awake(0):
+            gone = [p.untyped_storage().nbytes() == 0 for p in policy.parameters()]
+            (group,) = generate(vllm, prompts("abc"), PARAMS, seeds(1, 4))
+            return [s.token_ids for s in group.samples], gone
+
+    before, (expected, gone) = [p.detach().clone() for p in policy.parameters()], sample()
+    assert not any(gone)
+    monkeypatch.setattr(offload, "LEAST", 0)
+    monkeypatch.setattr(vllm, "offload", offload.Offload(policy.parameters))
+    sampled, gone = sample()
+    assert all(gone) and sampled == expected
+    assert all(map(torch.equal, policy.parameters(), before))
+    assert vllm.metrics["time/offload"] > 0
+
+
+def test_preemptions_are_counted_and_change_no_completion(engine):
+    """All blocks of the cache but a few are taken away: completions preempt each other as they grow."""
+    vllm, _ = engine
+    scheduler = vllm.llm.llm_engine.engine_core.engine_core.scheduler
+    pool, block = scheduler.kv_cache_manager.block_pool, scheduler.block_size
+    if block >= 48:
+        pytest.skip(f"a completion never outgrows a block of {block} tokens here")
+    with vllm.awake(0):
+        taken = pool.get_new_blocks(pool.get_num_free_blocks() - 5)
+        groups = generate(vllm, prompts("abcdefghijkl", "0123456789ab"), PARAMS, seeds(2, 4))
+        pool.free_blocks(taken)
+    assert all(len(g.episodes) == 4 for g in groups)
+    assert vllm.metrics["rollout/preemptions"] > 0
+    with vllm.awake(0):
+        generate(vllm, prompts("abc"), PARAMS, seeds(1, 4))
+    assert vllm.metrics["rollout/preemptions"] == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no sleep")

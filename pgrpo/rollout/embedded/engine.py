@@ -63,7 +63,8 @@ class EmbeddedEngine:
         self.max_concurrent = max_concurrent
         self.any_rank = any_rank
         self.check_stop = check_stop
-        self.timings: dict[str, float] = {"time/weight_sync": 0.0}  # no weights to push
+        self.metrics: dict[str, float] = {"time/weight_sync": 0.0}  # no weights to push
+        self.notes: list[str] = []
         self.counted_bytes = 0
         self.weights_version = 0
 

@@ -12,6 +12,7 @@ This file depends on these internals of vLLM, for the versions in ``vllm_start.S
   either state. Only one engine per process can sleep, and none on a CPU.
 - The worker's ``reload_weights`` calls the model's ``load_weights`` once, with Hugging Face names. ``load_weights`` returns the
   names of the model's own parameters that it wrote; vLLM only warns about the others. ``packed_modules_mapping`` lists fused ones.
+- The scheduler's ``schedule`` returns the ids of the requests that it preempted (``preempted_req_ids``).
 - The model runners compute logits with the model's ``compute_logits``, outside CUDA graphs, for sampling and for prompt log-probs.
 - On a CPU, vLLM repacks a linear layer's weight after loading, so it cannot be read back. A head tied to the embedding is repacked
   once, and a reload does not update that copy.
@@ -38,6 +39,7 @@ from pgrpo.rollout.base import OnFinished
 from pgrpo.rollout.text import Tokenizer, make_completions
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.rollout.vllm.delivery import Delivery
+from pgrpo.rollout.vllm.offload import Offload
 from pgrpo.rollout.vllm.requests import DEADLINE, EngineError, Requests, vllm_errors
 from pgrpo.types import Completion, Request, SamplingParams
 
@@ -58,6 +60,7 @@ class VLLMEngine:
             A collective call.
         weight_names: all names that ``weights`` must yield.
         memory_share: fraction of the GPU's memory for weights, keys and values (vLLM's ``gpu_memory_utilization``).
+        offload: tensors whose GPU memory vLLM may use from a push to the end of the rollout.
 
     Raises:
         ConfigError: the installed version of vLLM is not supported.
@@ -74,6 +77,7 @@ class VLLMEngine:
         weight_names: set[str],
         *,
         memory_share: float,
+        offload: Offload | None = None,
     ) -> None:
         self.world, self.tokenizer, self.eos_token_ids = world, tokenizer, sorted(eos_token_ids)
         self.weights, self.weight_names = weights, weight_names
@@ -82,7 +86,8 @@ class VLLMEngine:
         self.max_model_len = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
         self.is_awake = False
         self.divisor = 1.0
-        self.timings: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
+        self.offload = offload or Offload()
         vllm_start.prepare(config, world)
         # Ranks that share an engine have one group for tensors, and one on the CPU for objects: an awake vLLM leaves no GPU memory.
         self.tp_size, self.tp_group, self.tp_control = config.rollout.tensor_parallel_size, None, None
@@ -95,34 +100,41 @@ class VLLMEngine:
             if world.rank in ranks:
                 self.tp_group, self.tp_control = groups
         allocated = self._allocated()
-        self.llm = vllm_start.start(config, memory_share, sleeps=self.sleeps)
-        self.requests = Requests(self.llm, self.seconds, self._stop_signal)
-        self._divide_logits()
-        self._fall_asleep()
+        with self.offload.away():  # vLLM refuses a share of memory that is not free when it starts
+            self.llm, self.notes = vllm_start.start(config, world, memory_share)
+            self.requests = Requests(self.llm, self.seconds, self._stop_signal)
+            self._divide_logits()
+            self._fall_asleep()
         self.counted_bytes = self._allocated() - allocated
 
     @contextmanager
     def awake(self, version: int) -> Iterator[None]:
         """Wake the engine and push the policy's current weights: inside this block ``sample`` and ``score`` use them."""
         self.weights_version = version
-        waking = self._wake("weights")
+        waking, preemptions = self._wake("weights"), self.requests.preemptions
         started = self._now()
         self.push()
-        self.timings["time/weight_sync"] = self._now() - started
-        self.timings["time/wake"] = waking + self._wake("kv_cache")
-        self.is_awake = True
-        try:
-            yield
-        except BaseException:
+        self.metrics["time/weight_sync"] = self._now() - started
+        with self.offload.away():
+            self.metrics["time/wake"] = waking + self._wake("kv_cache")
+            self.is_awake = True
+            try:
+                yield
+            except BaseException:
+                self.is_awake = False
+                # After a device error, sleeping fails too; report the first error.
+                with suppress(EngineError):
+                    self._fall_asleep()
+                raise
             self.is_awake = False
-            # After a device error, sleeping fails too; report the first error.
-            with suppress(EngineError):
-                self._fall_asleep()
-            raise
-        self.is_awake = False
-        started = self._now()
-        self._together(self._fall_asleep)
-        self.timings["time/sleep"] = self._now() - started
+            started = self._now()
+            self._together(self._fall_asleep)
+            self.metrics["time/sleep"] = self._now() - started
+        self.metrics["time/offload"] = self.offload.seconds
+        preempted = torch.tensor(
+            [self.requests.preemptions - preemptions], dtype=torch.float64, device=self.world.device
+        )
+        self.metrics["rollout/preemptions"] = self.world.sum(preempted).item() / self.tp_size
 
     def sample(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
         """Sample every request, as one request of vLLM each.

@@ -34,10 +34,26 @@ class Requests:
         llm: vLLM's ``LLM``.
         seconds: deadline of a call; then the process ends with a message.
         stop_signal: given the number of steps so far, returns the stop signal that arrived, or 0.
+
+    Attributes:
+        preemptions: number of times so far that the scheduler stopped a completion for want of cache, to compute it again later.
     """
 
     def __init__(self, llm: Any, seconds: float, stop_signal: Callable[[int], int]) -> None:
         self.llm, self.seconds, self.stop_signal = llm, seconds, stop_signal
+        self.preemptions = 0
+        self._count_preemptions(llm.llm_engine.engine_core.engine_core.scheduler)
+
+    def _count_preemptions(self, scheduler: Any) -> None:
+        """vLLM counts them only together with statistics of every request, which cost time in each step."""
+        schedule = scheduler.schedule
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            output = schedule(*args, **kwargs)
+            self.preemptions += len(output.preempted_req_ids or ())
+            return output
+
+        scheduler.schedule = counted
 
     def run_all(self, prompts: list[list[int]], request: Any, seed: int, on_output: OnOutput) -> None:
         """``run``, and again for prompts with a completion that vLLM aborted, as a partial completion must not be scored.

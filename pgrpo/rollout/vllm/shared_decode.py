@@ -17,6 +17,7 @@ from typing import Any
 from pgrpo.config import Config, ConfigError
 
 log = logging.getLogger(__name__)
+PLAIN = "each completion reads its prompt for itself: {}"
 KNOWN, RAN = ("0.26",), ()
 """Releases of vLLM whose parts below were read, which ``always`` needs; those with which this code ran on a GPU, which ``auto``
 needs: with 0.26 only the prototype did."""
@@ -100,7 +101,7 @@ def plainly(config: Config, reason: str) -> None:
     if config.rollout.shared_decode == "always":
         raise ConfigError(f"rollout.shared_decode: always, but {reason}; set it to auto, which decodes plainly then")
     if os.environ.get("RANK", "0") == "0":
-        log.warning("rollout.shared_decode=auto: each completion reads its prompt for itself: %s", reason)
+        log.warning("rollout.shared_decode=auto: " + PLAIN.format(reason))
 
 
 def why_not_layer(layer: Any) -> str | None:

@@ -15,8 +15,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
+import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -78,19 +79,25 @@ def prepare(config: Config, world: World) -> None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
 
 
-def start(config: Config, memory_share: float, *, sleeps: bool) -> Any:
-    """An ``LLM`` whose weights are still to come. A collective call.
+class Started(NamedTuple):
+    """An ``LLM`` whose weights are still to come, and what a run's log says of it."""
+
+    llm: Any
+    notes: list[str]
+
+
+def start(config: Config, world: World, memory_share: float) -> Started:
+    """Start vLLM, on a GPU with sleep mode. A collective call.
 
     Args:
         memory_share: of the GPU's memory, for weights, keys and values (vLLM's ``gpu_memory_utilization``).
-        sleeps: whether it is to give its memory up.
 
     Raises:
         EngineError: it cannot be started as configured.
     """
     model, rollout, state = config.model, config.rollout, rng_state()
     with deadline(rollout.vllm_deadline_s, "starting vLLM", DEADLINE), vllm_errors("start"):
-        backend = _shared_backend(config, "cuda" if sleeps else "cpu")
+        backend, decoding = _shared_backend(config, world.device.type)
         llm = package().LLM(
             model=model.path,
             revision=model.revision,
@@ -107,43 +114,49 @@ def start(config: Config, memory_share: float, *, sleeps: bool) -> Any:
             gpu_memory_utilization=memory_share,
             enforce_eager=rollout.enforce_eager,
             enable_prefix_caching=True,
-            enable_sleep_mode=sleeps,
+            enable_sleep_mode=world.device.type == "cuda",
             logprobs_mode="raw_logprobs",
             generation_config="vllm",  # no sampling defaults from the model's folder
         )
         if backend is not None and (reason := backend.why_not(llm.llm_engine.vllm_config)):
             shared_decode.plainly(config, reason)
+            decoding = shared_decode.PLAIN.format(reason)
         cache = llm.llm_engine.vllm_config.cache_config
-        tell_room(config, cache.num_gpu_blocks * cache.block_size)
+        room = tell_room(config, world.size, cache.num_gpu_blocks * cache.block_size)
     set_rng_state(state)
-    return llm
+    return Started(llm, [room, decoding])
 
 
-def tell_room(config: Config, tokens: int) -> None:
-    """Log how many completions at their longest fit a cache of so many tokens, with their groups' prompts."""
+def completions_at_once(config: Config, ranks: int) -> int:
+    """The most completions of a step that one of the engines decodes at once."""
+    rollout = config.rollout
+    prompts = math.ceil(rollout.prompts_per_step * rollout.tensor_parallel_size / ranks)
+    return min(rollout.max_concurrent, prompts * rollout.group_size)
+
+
+def tell_room(config: Config, ranks: int, tokens: int) -> str:
+    """How many completions at their longest fit a cache of so many tokens, with their prompts. Warns if they are too few."""
     rollout, prompt = config.rollout, config.data.max_prompt_tokens
     completion, size = rollout.max_completion_tokens, rollout.group_size
     groups, rest = divmod(tokens, prompt + size * completion)
-    fit = groups * size + max(0, rest - prompt) // completion
-    wanted = min(rollout.max_concurrent, rollout.prompts_per_step * size)
+    fit, wanted = groups * size + max(0, rest - prompt) // completion, completions_at_once(config, ranks)
     text = f"vLLM's cache holds {tokens:,} tokens: {fit} completions at their longest, of {wanted} at once"
-    if fit >= wanted:
-        log.info(text)
-    elif os.environ.get("RANK", "0") == "0":
+    if fit < wanted and os.environ.get("RANK", "0") == "0":
+        more = " set rollout.offload_policy=auto," if rollout.offload_policy == "never" else ""
         log.warning(
-            "%s. Where they get that long, the last are stopped and computed again: raise rollout.gpu_memory_utilization, or lower "
-            "rollout.max_concurrent", text,
+            "%s. Where they get that long, the last are stopped and computed again (rollout/preemptions):%s raise "
+            "rollout.gpu_memory_utilization, or lower rollout.max_concurrent", text, more,
         )  # fmt: skip
+    return text
 
 
-def _shared_backend(config: Config, device_type: str) -> Any:
-    """``shared_backend``, registered with vLLM; None where each completion is to read its prompt for itself."""
+def _shared_backend(config: Config, device_type: str) -> tuple[Any, str]:
+    """``shared_backend``, registered with vLLM; None where each completion is to read its prompt for itself. And what to say."""
     if reason := shared_decode.not_wanted(config, device_type):
-        log.info("each completion reads its prompt for itself: %s", reason)
-    elif reason := shared_decode.cannot(config, device_type, package().__version__):
+        return None, shared_decode.PLAIN.format(reason)
+    if reason := shared_decode.cannot(config, device_type, package().__version__):
         shared_decode.plainly(config, reason)
-    else:
-        backend = importlib.import_module("pgrpo.rollout.vllm.shared_backend")
-        backend.register()
-        return backend
-    return None
+        return None, shared_decode.PLAIN.format(reason)
+    backend = importlib.import_module("pgrpo.rollout.vllm.shared_backend")
+    backend.register()
+    return backend, "a decode step reads a group's prompt once"

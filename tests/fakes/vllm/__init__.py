@@ -82,7 +82,8 @@ class LLM:
         self.request_counter = SimpleNamespace(counter=0)
         self.llm_engine = self
         self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(num_gpu_blocks=4096, block_size=16))
-        self.engine_core = SimpleNamespace(shutdown=lambda: None)
+        scheduler = SimpleNamespace(schedule=lambda: SimpleNamespace(preempted_req_ids=None))
+        self.engine_core = SimpleNamespace(shutdown=lambda: None, engine_core=SimpleNamespace(scheduler=scheduler))
 
     def apply_model(self, function):
         return [function(self.model)]

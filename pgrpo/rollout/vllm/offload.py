@@ -1,0 +1,85 @@
+"""Moves what only updates need to host memory while vLLM samples, so that its cache gets that GPU memory.
+
+It empties whole storages and fills them again, so that every view of them stays valid: parameters, FSDP2's flat shards, moments.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor, UntypedStorage
+
+PIECE = 2**28
+"""Bytes of one pinned buffer. PyTorch rounds each buffer up to a power of 2, so one for each tensor would waste a third."""
+LEAST = 2**20
+"""Smaller storages stay: the allocator keeps small tensors together, in segments that it could not give back anyway."""
+
+
+class Offload:
+    """Moves tensors to pinned host memory and back. The buffers are made once, when they are first needed.
+
+    Args:
+        tensors: gives the tensors to move, each time that they leave.
+
+    Attributes:
+        seconds: of the last two moves.
+    """
+
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]] = tuple) -> None:
+        self.tensors = tensors
+        self.seconds = 0.0
+        self._pieces: list[Tensor] = []
+        self._away: list[tuple[UntypedStorage, int]] = []
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Inside this block the tensors' storages are empty, and their GPU memory is free."""
+        self._leave()
+        try:
+            yield
+        except BaseException:
+            with suppress(RuntimeError):  # after a device error this fails too; report the first error
+                self._return()
+            raise
+        self._return()
+
+    def _leave(self) -> None:
+        started = time.perf_counter()
+        storages = {storage.data_ptr(): storage for tensor in self.tensors() if (storage := tensor.untyped_storage())}
+        leaving = [(storage, storage.nbytes()) for storage in storages.values() if storage.nbytes() >= LEAST]
+        self._copy(leaving, to_host=True)
+        for storage, _ in leaving:
+            storage.resize_(0)
+        self._away = leaving
+        if any(storage.device.type == "cuda" for storage, _ in leaving):
+            torch.cuda.empty_cache()
+        self.seconds = time.perf_counter() - started
+
+    def _return(self) -> None:
+        started = time.perf_counter()
+        for storage, size in self._away:
+            storage.resize_(size)
+        self._copy(self._away, to_host=False)
+        self._away = []
+        self.seconds += time.perf_counter() - started
+
+    def _copy(self, storages: Iterable[tuple[UntypedStorage, int]], *, to_host: bool) -> None:
+        """Copy the storages to the buffers, one after the other, or back from there."""
+        at, on_gpu = 0, False
+        for storage, size in storages:
+            on_gpu = storage.device.type == "cuda"
+            own = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+            first = 0
+            while first < size:
+                number, start = divmod(at, PIECE)
+                if number == len(self._pieces):
+                    self._pieces.append(torch.empty(PIECE, dtype=torch.uint8, pin_memory=on_gpu))
+                length = min(size - first, PIECE - start)
+                here, there = own[first : first + length], self._pieces[number][start : start + length]
+                (there if to_host else here).copy_(here if to_host else there, non_blocking=True)
+                first, at = first + length, at + length
+        if on_gpu:
+            torch.cuda.synchronize()

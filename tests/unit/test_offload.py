@@ -1,0 +1,105 @@
+"""What leaves a device while vLLM samples comes back as it was, whatever else happens; and whose tensors those are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from pgrpo.config import OptimConfig
+from pgrpo.distributed import fsdp
+from pgrpo.distributed.world import World, start
+from pgrpo.rollout.vllm import offload
+from pgrpo.rollout.vllm.offload import Offload
+from pgrpo.training.engine import resting_tensors
+from pgrpo.training.optim import build_optimizer
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Buffers that tensors begin and end within."""
+    monkeypatch.setattr(offload, "PIECE", 1000)
+    monkeypatch.setattr(offload, "LEAST", 100)
+
+
+def trained(world: World, dtype: torch.dtype):
+    """Two linear layers after an optimizer step, and their optimizer."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(17, 19), nn.Linear(19, 23))
+    fsdp.place(module, module, world, dtype)
+    optimizer = build_optimizer(module, OptimConfig(lr=0.1))
+    step(module, optimizer)
+    return module, optimizer
+
+
+def step(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    torch.manual_seed(1)
+    module(torch.randn(5, 17)).float().square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def values(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [tensor.clone() for tensor in resting_tensors(module, optimizer, ("weights", "moments"))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["plain", "FSDP2"])
+@pytest.mark.parametrize("parts", [("weights",), ("weights", "moments"), ()])
+def test_weights_and_moments_come_back_and_training_goes_on_as_without(dtype, parts):
+    with start() as world:
+        module, optimizer = trained(world, dtype)
+        other, other_optimizer = trained(world, dtype)
+        before = values(module, optimizer)
+        moved = Offload(lambda: resting_tensors(module, optimizer, parts))
+        for _ in range(2):  # the buffers are used again
+            with moved.away():
+                sizes = {
+                    part: [t.untyped_storage().nbytes() for t in resting_tensors(module, optimizer, (part,))]
+                    for part in ("weights", "moments")
+                }
+            assert all(torch.equal(a, b) for a, b in zip(values(module, optimizer), before, strict=True))
+        biases = {4 * 19, 4 * 23}  # smaller than LEAST
+        for part, found in sizes.items():
+            assert (set(found) == {0, *biases}) if part in parts else (0 not in found)
+        step(module, optimizer)
+        step(other, other_optimizer)
+        assert all(map(torch.equal, values(module, optimizer), values(other, other_optimizer)))
+
+
+def test_views_of_one_storage_are_moved_once_and_stay_views():
+    whole = torch.arange(400.0)
+    views, expected = [whole[:300].view(30, 10), whole[100:]], whole.clone()
+    moved = Offload(lambda: views)
+    with moved.away():
+        assert whole.untyped_storage().nbytes() == 0
+    assert sum(len(piece) for piece in moved._pieces) == 2000, "1,600 bytes take two buffers of 1,000"
+    views[0][0, 0] = -1.0
+    expected[0] = -1.0
+    assert torch.equal(whole, expected)
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["sound", "a device that is lost"])
+def test_an_error_inside_is_the_one_that_is_raised_and_tensors_are_back(broken, monkeypatch):
+    tensor = torch.arange(100.0)
+    moved = Offload(lambda: [tensor])
+    if broken:
+        monkeypatch.setattr(moved, "_return", lambda: torch.empty(-1))
+    with pytest.raises(ValueError, match="the rollout failed"), moved.away():
+        raise ValueError("the rollout failed")
+    assert broken or torch.equal(tensor, torch.arange(100.0))
+
+
+def test_without_room_in_host_memory_nothing_has_left(monkeypatch):
+    tensor = torch.arange(1000.0)
+    moved = Offload(lambda: [tensor])
+
+    def empty(*shape, pin_memory=False, **_):
+        if moved._pieces:
+            raise RuntimeError("CUDA error: out of memory")
+        return torch.zeros(*shape, dtype=torch.uint8)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", empty)
+        with pytest.raises(RuntimeError, match="out of memory"), moved.away():
+            pytest.fail("never here")
+    assert torch.equal(tensor, torch.arange(1000.0))
