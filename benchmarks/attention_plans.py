@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pgrpo.attention.choose import AttentionChoice, Passes
+from pgrpo.attention.choose import AttentionChoice, Way
 from pgrpo.attention.grouped import grouped_attention
 from pgrpo.attention.kernels.flash import choose_kernel
 from pgrpo.attention.layout import PackedLayout
@@ -28,7 +28,7 @@ MOST_TOKENS = 40_000
 
 def milliseconds(layout: PackedLayout, args: argparse.Namespace) -> float:
     """Median of forward and backward."""
-    tokens = int(layout.cu_seqlens[-1])
+    tokens = layout.nodes[-1].end
     shapes = [(tokens, h, args.head_dim) for h in (args.heads, args.kv_heads, args.kv_heads)]
     q, k, v = (torch.randn(s, device="cuda").bfloat16().requires_grad_() for s in shapes)
     dout, times = torch.randn_like(q), []
@@ -57,10 +57,9 @@ def main() -> None:
         if not groups:
             continue
         lengths = [prompt] * groups, [[completion] * size] * groups
-        plans: tuple[Passes, ...] = ("two_passes", "copied_keys")
+        plans: tuple[Way, ...] = ("between_depths", "copied_keys")
         two_calls, concat = (
-            milliseconds(PackedLayout.from_lengths(*lengths, "cuda", AttentionChoice(kernel, passes=plan)), args)
-            for plan in plans
+            milliseconds(PackedLayout.flat(*lengths, "cuda", AttentionChoice(kernel, way=plan)), args) for plan in plans
         )
         mib = 2 * args.head_dim / 2**20
         queries = groups * size * completion * args.heads * mib
@@ -79,8 +78,8 @@ def main() -> None:
         (r["concat_ms"] if pick else r["two_calls_ms"]) / min(r["concat_ms"], r["two_calls_ms"])
         for r, pick in zip(rows, picks, strict=True)
     ]
-    print(f"{kernel}: TWO_PASSES_NS={constants[0]:.0f} TWO_PASSES_NS_PER_MIB={constants[1]:.0f} ", end="")
-    print(f"CONCAT_NS_PER_MIB={constants[2]:.0f}")
+    print(f"{kernel}: PASS_NS={constants[0]:.0f} PASS_NS_PER_MIB={constants[1]:.0f} ", end="")
+    print(f"COPY_NS_PER_MIB={constants[2]:.0f}")
     print(
         f"picks the faster plan in {sum(x == 1 for x in lost)} of {len(rows)} shapes, at worst {max(lost):.3f} times it"
     )

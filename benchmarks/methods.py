@@ -17,7 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.attention.kernels.flash import varlen_backward, varlen_forward
-from pgrpo.attention.kernels.segments import Segments
+from pgrpo.attention.kernels.segments import Scores, Segments
 from pgrpo.commands.bench import Job, Packed
 from pgrpo.model.head import Head
 from pgrpo.model.logprobs import token_logprobs
@@ -55,7 +55,7 @@ def make_job(policy: Policy, method: str, trees: list[Tree]) -> Job:
     if method == "prefix_grouper_ours":
         logprobs = partial(_PrefixGrouper(trees, policy.device).chunked_logprobs, kernel=policy.attention.kernel)
         return TheirLayers(policy.model, PEER_ATTENTION, logprobs, torch.compile(_run, dynamic=False))
-    attention = replace(policy.attention, passes="copied_keys") if method == "concat" else None
+    attention = replace(policy.attention, way="copied_keys") if method == "concat" else None
     return Packed(policy, trees, share_prompts=method != "repeated_packed", attention=attention)
 
 
@@ -195,9 +195,10 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, segments, scale, kernel):
-        out, lse = varlen_forward(q, k, v, segments, True, scale, kernel)
+        scores = Scores(scale, causal=True)
+        out, lse = varlen_forward(q, k, v, segments, scores, kernel)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.call = segments, True, scale, kernel
+        ctx.call = segments, scores, kernel
         return out
 
     @staticmethod

@@ -1,25 +1,45 @@
-"""Two exact ways to let completions attend to their prompt, and a cost model that picks the faster one for given lengths.
+"""Two exact ways to let a node attend to its ancestors, and a cost model that picks the faster one for each depth.
 
-``two_passes`` copies nothing, but passes over all completion rows twice. ``copied_keys`` copies the prompt's keys and values in
-front of each completion's (one pass; the method of PrefixGrouper), which is cheap where prompts are short and completions long.
-Both compute each prompt once everywhere else, and both are exact.
+``between_depths`` copies nothing: one more pass for each pair of depths, over all rows of the deeper one. ``copied_keys`` copies
+the ancestors' keys and values in front of each descendant's own (no more passes; for prompts, the method of PrefixGrouper), which
+is cheap where ancestors are short and their descendants long. Both compute each node once everywhere else, and both are exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-Passes = Literal["two_passes", "copied_keys"]
+Way = Literal["between_depths", "copied_keys"]
 
-TWO_PASSES_NS_PER_MIB = 7700.0
-COPIED_KEYS_NS_PER_MIB = 4760.0
-"""Time that each way adds to forward and backward of one layer, for each MiB (bf16) of completion rows' queries (two passes) or of
-copied keys and values. Fitted to measurements on an H100 with flash4 (benchmarks/h100_attention_plans.json): they pick the faster
-way in 29 of 30 shapes, at worst one that takes 1.06 times as long."""
-TWO_PASSES_NS = 155_000.0
-"""Time of the additional launches of two passes."""
+PASS_NS_PER_MIB = 7700.0
+COPY_NS_PER_MIB = 4760.0
+"""Time that each way adds to forward and backward of one layer, for each MiB (bf16) of a pass's queries or of copied keys and
+values. Fitted to measurements on an H100 with flash4 (benchmarks/h100_attention_plans.json): they pick the faster way in 29 of 30
+shapes, at worst one that takes 1.06 times as long."""
+PASS_NS = 155_000.0
+"""Time of a pass's launches."""
+
+
+class Ancestry(NamedTuple):
+    """Sums over the nodes of one depth.
+
+    Attributes:
+        rows: their rows.
+        copied_rows: rows that copies of them have, one in front of each descendant.
+    """
+
+    rows: int
+    copied_rows: int
+
+
+class Chosen(NamedTuple):
+    """Depths whose nodes are copied in front of their descendants (others are read where they are), and the time that it adds to
+    forward and backward of one layer."""
+
+    copied: frozenset[int]
+    ns: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +49,8 @@ class AttentionChoice:
     Attributes:
         kernel: a name in ``kernels/flash.py``.
         heads, kv_heads, head_dim: of the model.
-        passes: one of the two ways; ``auto`` picks the faster one for each batch.
+        way: one of the two ways; ``auto`` picks the faster one for each depth of each batch.
+        windows: the sliding windows of the model's layers, in tokens.
         reason: why this kernel was taken.
     """
 
@@ -37,16 +58,30 @@ class AttentionChoice:
     heads: int = 1
     kv_heads: int = 1
     head_dim: int = 1
-    passes: Literal["auto", "two_passes", "copied_keys"] = "two_passes"
+    way: Literal["auto", "between_depths", "copied_keys"] = "between_depths"
+    windows: tuple[int, ...] = ()
     reason: str = ""
 
-    def choose(self, prefix_lens: Sequence[int], suffix_lens: Sequence[Sequence[int]]) -> Passes:
-        """The faster way for groups with these prefix lengths [N] and suffix lengths [N][G]."""
-        if self.passes != "auto":
-            return self.passes
-        suffix_rows = sum(map(sum, suffix_lens))
-        copied_rows = sum(prefix_lens) + sum(p + s for p, ss in zip(prefix_lens, suffix_lens, strict=True) for s in ss)
+    def choose(self, depths: Sequence[Ancestry]) -> Chosen:
+        """The faster way for the nodes of each depth, shallowest first."""
         mib = 2 * self.head_dim / 2**20
-        two_passes = TWO_PASSES_NS + TWO_PASSES_NS_PER_MIB * suffix_rows * self.heads * mib
-        copied_keys = COPIED_KEYS_NS_PER_MIB * copied_rows * 2 * self.kv_heads * mib
-        return "copied_keys" if copied_keys < two_passes else "two_passes"
+        total = sum(depth.rows for depth in depths)
+        copy_ns = COPY_NS_PER_MIB * 2 * self.kv_heads * mib
+        passes = [
+            sum(PASS_NS + PASS_NS_PER_MIB * below.rows * self.heads * mib for below in depths[d + 1 :])
+            for d in range(len(depths))
+        ]
+        copies = [copy_ns * depth.copied_rows for depth in depths]
+        ancestors = {d for d, depth in enumerate(depths) if depth.copied_rows}
+        if self.way == "auto":
+            copied = {d for d in ancestors if copies[d] < passes[d]}
+        else:
+            copied = ancestors if self.way == "copied_keys" else set()
+
+        def ns(copied: set[int]) -> float:  # with any copy, all rows are copied once
+            own = copy_ns * total if copied else 0.0
+            return own + sum(copies[d] if d in copied else passes[d] for d in ancestors)
+
+        if self.way == "auto" and ns(set()) <= ns(copied):
+            copied = set()
+        return Chosen(frozenset(copied), ns(copied))

@@ -1,20 +1,24 @@
-"""Grouped attention: each prompt's keys and values are stored once and read by all of its completions.
+"""Grouped attention: keys and values of every node of the forest are stored once and read by all of its descendants.
 
-Two flash passes on slices of the packed rows, without a copy of any K or V, merged by their log-sum-exps:
+For prompts with completions these are two flash passes on slices of the packed rows, without a copy of any K or V, merged by their
+log-sum-exps:
 
-1. causal self-attention over every segment, prefixes and suffixes alike;
-2. all suffix rows of a group against the group's prefix, not causal.
+1. causal self-attention of every node, prompts and completions alike;
+2. all completion rows of a group against the group's prompt, not causal.
 
-With out, lse of pass 1 and out_p, lse_p of pass 2, a softmax over both sets of keys is
-``lse* = logaddexp(lse, lse_p)``, ``out* = exp(lse - lse*) out + exp(lse_p - lse*) out_p``.
+Deeper forests have a pass like 2 for each pair of depths. With out, lse of what is merged so far and out_p, lse_p of one more pass,
+a softmax over both sets of keys is ``lse* = logaddexp(lse, lse_p)``, ``out* = exp(lse - lse*) out + exp(lse_p - lse*) out_p``.
 
-The backward is exact with the same two passes. A flash backward computes ``P = exp(s - lse)`` and
-``delta = rowsum(dout * out)`` (FlashAttention-2, arXiv 2307.08691, algorithm 2); given the merged ``lse*`` and ``out*``, each
-pass's P is its own part of the joint softmax, so that each returns its own share of dq, dk and dv.
+The backward is exact with the same passes. A flash backward computes ``P = exp(s - lse)`` and ``delta = rowsum(dout * out)``
+(FlashAttention-2, arXiv 2307.08691, algorithm 2); given the merged ``lse*`` and ``out*``, each pass's P is its own part of the
+joint softmax, so that each returns its own share of dq, dk and dv.
 
-Where prompts are short (``choose.py``), one pass over copied keys is faster than two passes and a merge.
+Where ancestors are short (``choose.py``), or a sliding window hides most of their rows, pass 1 has copies of their keys instead.
 
-T packed rows, Np of them prefix rows; H query heads, K key/value heads, D head dim.
+An attention sink (gpt-oss) is a score of each head that every row adds to its softmax, with no value: one more term of the
+log-sum-exp.
+
+T packed rows; H query heads, K key/value heads, D head dim of keys, Dv that of values.
 """
 
 from __future__ import annotations
@@ -23,30 +27,43 @@ import torch
 from torch import Tensor
 
 from pgrpo.attention.kernels.flash import varlen_backward, varlen_forward
-from pgrpo.attention.kernels.segments import Segments
-from pgrpo.attention.layout import PackedLayout, Sizes
-from pgrpo.attention.merge import copy_rows, merge_, sum_copies
+from pgrpo.attention.kernels.segments import Scores
+from pgrpo.attention.layout import Call, PackedLayout, unpack_calls
+from pgrpo.attention.merge import add_sinks_, copy_rows, merge_, sink_gradient, sum_copies
 
 
-def grouped_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: PackedLayout, scale: float) -> Tensor:
-    """Attention over a packed batch, differentiable in q, k and v.
+def grouped_attention(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    layout: PackedLayout,
+    scale: float,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> Tensor:
+    """Attention over a packed batch, differentiable in q, k, v and sinks.
 
     Args:
-        q_THD: [T, H, D] queries, prefix rows first.
+        q_THD: [T, H, D] queries.
         k_TKD: [T, K, D] keys; H must be a multiple of K.
-        v_TKD: [T, K, D] values.
+        v_TKD: [T, K, Dv] values.
         layout: who attends to whom.
         scale: factor of the scores, usually D ** -0.5.
+        window: a row sees this many keys of its sample, its own included; None is all before it.
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+        sinks_H: [H] scores of the sinks.
 
     Returns:
-        [T, H, D], equal to ``reference_attention(...)[0]`` up to rounding.
+        [T, H, Dv], equal to ``reference_attention(...)[0]`` up to rounding.
     """
-    copies = layout.copies
+    passes = layout.passes(window)
+    copies = passes.copies
     out_THD, _ = _grouped_attention(
-        q_THD, k_TKD, v_TKD,
-        layout.cu_seqlens, layout.cu_seqlens_prefix, layout.cu_seqlens_group,
-        copies.source, copies.order, copies.offsets, copies.cu_seqlens,
-        layout.size_tensor, scale, layout.kernel,
+        q_THD, k_TKD, v_TKD, sinks_H,
+        passes.table, passes.cu_seqlens, copies.source, copies.order, copies.offsets,
+        scale, softcap or 0.0, layout.kernel,
     )  # fmt: skip
     return out_THD
 
@@ -56,69 +73,73 @@ def grouped_attention(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: Packe
 
 @torch.library.custom_op("pgrpo::grouped_attention", mutates_args=())
 def _grouped_attention(
-    q: Tensor, k: Tensor, v: Tensor,
-    cu_seqlens: Tensor, cu_prefix: Tensor, cu_group: Tensor,
-    source: Tensor, order: Tensor, offsets: Tensor, cu_copied: Tensor,
-    size_tensor: Tensor, scale: float, kernel: str,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
+    table: Tensor, cu_seqlens: Tensor, source: Tensor, order: Tensor, offsets: Tensor,
+    scale: float, softcap: float, kernel: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    sizes = Sizes.from_tensor(size_tensor)
-    if sizes.longest_copy:
-        keys = Segments(cu_seqlens, cu_copied, sizes.longest_segment, sizes.longest_copy)
-        return varlen_forward(q, *copy_rows(k, v, source), keys, True, scale, kernel)
-    within = Segments(cu_seqlens, cu_seqlens, sizes.longest_segment, sizes.longest_segment)
-    out_THD, lse_HT = varlen_forward(q, k, v, within, True, scale, kernel)
-    if 0 < (np := sizes.prefix_rows) < len(q):
-        across = Segments(cu_group, cu_prefix, sizes.most_group_rows, sizes.longest_prefix)
-        out_p, lse_p = varlen_forward(q[np:], k[:np], v[:np], across, False, scale, kernel)
-        merge_(out_THD[np:], lse_HT[:, np:], out_p, lse_p)
-    return out_THD, lse_HT
+    first, *others = unpack_calls(table)
+    keys = copy_rows(k, v, source) if first.copied else (k, v)
+    out_THD, lse_HT = varlen_forward(q, *keys, first.on(cu_seqlens), _scores(first, scale, softcap), kernel)
+    for call in others:
+        rows, front = slice(call.q_start, call.q_end), slice(call.k_start, call.k_end)
+        out_p, lse_p = varlen_forward(
+            q[rows], k[front], v[front], call.on(cu_seqlens), _scores(call, scale, softcap), kernel
+        )
+        merge_(out_THD[rows], lse_HT[:, rows], out_p, lse_p)
+    if sinks is not None:
+        add_sinks_(out_THD, lse_HT, sinks)
+    return out_THD.contiguous(), lse_HT
 
 
 @torch.library.custom_op("pgrpo::grouped_attention_backward", mutates_args=())
 def _grouped_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    cu_seqlens: Tensor, cu_prefix: Tensor, cu_group: Tensor,
-    source: Tensor, order: Tensor, offsets: Tensor, cu_copied: Tensor,
-    size_tensor: Tensor, scale: float, kernel: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    sizes = Sizes.from_tensor(size_tensor)
-    if sizes.longest_copy:
-        keys = Segments(cu_seqlens, cu_copied, sizes.longest_segment, sizes.longest_copy)
-        dq, dk_C, dv_C = varlen_backward(dout, q, *copy_rows(k, v, source), out, lse, keys, True, scale, kernel)
-        return dq.contiguous(), *sum_copies(dk_C, dv_C, source, order, offsets)
-    within = Segments(cu_seqlens, cu_seqlens, sizes.longest_segment, sizes.longest_segment)
-    dq, dk, dv = varlen_backward(dout, q, k, v, out, lse, within, True, scale, kernel)
-    if 0 < (np := sizes.prefix_rows) < len(q):
-        across = Segments(cu_group, cu_prefix, sizes.most_group_rows, sizes.longest_prefix)
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor,
+    table: Tensor, cu_seqlens: Tensor, source: Tensor, order: Tensor, offsets: Tensor,
+    scale: float, softcap: float, kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    first, *others = unpack_calls(table)
+    keys = copy_rows(k, v, source) if first.copied else (k, v)
+    dq, dk, dv = varlen_backward(dout, q, *keys, out, lse, first.on(cu_seqlens), _scores(first, scale, softcap), kernel)
+    if first.copied:
+        dk, dv = sum_copies(dk, dv, source, order, offsets)
+    for call in others:
+        rows, front = slice(call.q_start, call.q_end), slice(call.k_start, call.k_end)
         dq_p, dk_p, dv_p = varlen_backward(
-            dout[np:], q[np:], k[:np], v[:np], out[np:], lse[:, np:], across, False, scale, kernel
-        )
-        dq[np:] += dq_p
-        dk[:np] += dk_p
-        dv[:np] += dv_p
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+            dout[rows], q[rows], k[front], v[front], out[rows], lse[:, rows],
+            call.on(cu_seqlens), _scores(call, scale, softcap), kernel,
+        )  # fmt: skip
+        dq[rows] += dq_p
+        dk[front] += dk_p
+        dv[front] += dv_p
+    dsinks = dout.new_empty(0) if sinks is None else sink_gradient(dout, out, lse, sinks)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous(), dsinks
+
+
+def _scores(call: Call, scale: float, softcap: float) -> Scores:
+    return Scores(scale, bool(call.causal), call.window, softcap)
 
 
 @_grouped_attention.register_fake
-def _(q, k, v, *geometry):
+def _(q, k, v, sinks, *geometry):
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    return out, q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
+    return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype)
 
 
 @_grouped_attention_backward.register_fake
-def _(dout, q, k, v, out, lse, *geometry):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+def _(dout, q, k, v, sinks, out, lse, *geometry):
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv, dout.new_empty(0) if sinks is None else torch.empty_like(sinks)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    q, k, v, *geometry, ctx.scale, ctx.kernel = inputs
-    ctx.save_for_backward(q, k, v, *output, *geometry)
+    *tensors, ctx.scale, ctx.softcap, ctx.kernel = inputs
+    ctx.save_for_backward(*tensors[:4], *output, *tensors[4:])
 
 
 def _backward(ctx, dout: Tensor, dlse: Tensor):
-    dq, dk, dv = _grouped_attention_backward(dout, *ctx.saved_tensors, ctx.scale, ctx.kernel)
-    return dq, dk, dv, *[None] * 10
+    tensors = ctx.saved_tensors  # once: with recomputation, reading them recomputes them
+    *gradients, dsinks = _grouped_attention_backward(dout, *tensors, ctx.scale, ctx.softcap, ctx.kernel)
+    return *gradients, None if tensors[3] is None else dsinks, *[None] * 8
 
 
 _grouped_attention.register_autograd(_backward, setup_context=_setup_context)

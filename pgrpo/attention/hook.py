@@ -19,10 +19,18 @@ ATTENTION_NAME = "pgrpo"
 class DecodingLayout(Protocol):
     """A rollout in progress (``rollout.embedded.cache.DecodeCache``): keeps every layer's keys and values between calls."""
 
-    @property
-    def max_sample(self) -> int: ...
-
-    def attend(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float, layer: int) -> Tensor: ...
+    def attend(
+        self,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        scale: float,
+        *,
+        layer: int,
+        window: int | None,
+        softcap: float | None,
+        sinks_H: Tensor | None,
+    ) -> Tensor: ...
 
 
 AttentionLayout = PackedLayout | DecodingLayout
@@ -52,6 +60,12 @@ class UnsupportedAttentionError(RuntimeError):
     """The model asks for something that grouped attention would get wrong."""
 
 
+WITHOUT_EFFECT = {
+    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "cu_seq_lens_q",
+}  # fmt: skip
+"""Arguments that models hand down to attention and that change nothing in a packed batch."""
+
+
 def attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -61,13 +75,16 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, H, T, D], key and value [1, K, T, D] -> ([1, T, H, D], None).
+    """transformers' attention interface: query [1, H, T, D], key [1, K, T, D], value [1, K, T, Dv] -> ([1, T, H, Dv], None).
 
     Raises:
-        UnsupportedAttentionError: no layout was passed, the batch is padded or not packed, or the layer wants dropout, a window
-            shorter than a sample, soft-capping or sinks.
+        UnsupportedAttentionError: no layout was passed, the batch is padded or not packed, or the layer wants dropout or something
+            that grouped attention does not know.
     """
     attention_layout = current.layout
     if attention_layout is None:
@@ -83,18 +100,17 @@ def attention_forward(
         raise UnsupportedAttentionError(
             f"attention dropout {dropout} is not supported: set it to 0 in the model's config"
         )
-    if sliding_window is not None and attention_layout.max_sample > sliding_window:
-        raise UnsupportedAttentionError(
-            f"a sample of {attention_layout.max_sample} tokens is longer than the model's sliding window of {sliding_window}"
-        )
-    for name in ("softcap", "s_aux", "alibi"):
-        if other.get(name) is not None:
+    if is_causal is False:
+        raise UnsupportedAttentionError("attention that is not causal is not supported")
+    for name, argument in other.items():
+        if argument is not None and name not in WITHOUT_EFFECT:
             raise UnsupportedAttentionError(f"attention with {name!r} is not supported")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q_THD, k_TKD, v_TKD = (x_1HTD.squeeze(0).transpose(0, 1) for x_1HTD in (query, key, value))
+    options: dict[str, Any] = {"window": sliding_window, "softcap": softcap, "sinks_H": s_aux}
     if isinstance(attention_layout, PackedLayout):
-        out_THD = grouped_attention(q_THD, k_TKD, v_TKD, attention_layout, scale)
+        out_THD = grouped_attention(q_THD, k_TKD, v_TKD, attention_layout, scale, **options)
     else:
         layer: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
-        out_THD = attention_layout.attend(q_THD, k_TKD, v_TKD, scale, layer)
+        out_THD = attention_layout.attend(q_THD, k_TKD, v_TKD, scale, layer=layer, **options)
     return out_THD.unsqueeze(0), None

@@ -1,146 +1,300 @@
-"""The geometry of a packed batch: which rows are prompts, which are completions, and who attends to whom."""
+"""The geometry of a packed batch: the nodes of a forest, who attends to whom, and the kernel calls that compute it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from pgrpo.attention.choose import AttentionChoice
+from pgrpo.attention.choose import Ancestry, AttentionChoice
+from pgrpo.attention.kernels.segments import Segments
 
 
-@dataclass(frozen=True, slots=True)
-class PackedLayout:
-    """All prefixes first, then all suffixes in the order of their groups.
-
-    A suffix row attends to all of its own group's prefix and causally to its own suffix; a prefix row causally to its
-    prefix. Without prefixes (no rows in the prefix block) every segment is an ordinary causal sequence.
+class Node(NamedTuple):
+    """A run of rows with one parent.
 
     Attributes:
-        cu_seqlens: [segments + 1] int32, starts of every segment (prefixes, then suffixes) and the end.
-        cu_seqlens_prefix: [groups + 1] int32, the prefix segments alone.
-        cu_seqlens_group: [groups + 1] int32, rows of the suffix block by group, counted from the suffix block's start.
-        size_tensor: [5] int64 on the CPU, a ``Sizes``. A tensor, so that compiled code does not depend on the values.
-        copies: the prefixes copied in front of their suffixes, or stand-ins (``longest_copy`` 0).
-        max_sample: the longest sample, prompt and completion together.
+        start: its first row in the packed batch.
+        length: its rows.
+        parent: number of its parent, -1 for a root.
+        depth: number of its ancestors.
+        offset: position of its first token in every sample through it.
+    """
+
+    start: int
+    length: int
+    parent: int
+    depth: int
+    offset: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+class PackedLayout:
+    """A row attends to all rows of its node's ancestors and causally to its own node; with a sliding window to the nearest of them.
+
+    Nodes lie in order of depth, children in the order of their parents: then all nodes of a depth are adjacent, and so are all that
+    descend from one node. The usual forest is flat: prompts, and behind them the completions of each.
+
+    Attributes:
+        nodes: the forest.
+        max_sample: the longest sample, in tokens.
         kernel: name of the flash kernel to use.
     """
 
-    cu_seqlens: Tensor
-    cu_seqlens_prefix: Tensor
-    cu_seqlens_group: Tensor
-    size_tensor: Tensor
-    copies: Copies
-    max_sample: int
-    kernel: str
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        parents: Sequence[int],
+        device: torch.device | str = "cpu",
+        choice: AttentionChoice | None = None,
+    ) -> None:
+        choice = choice or AttentionChoice()
+        self.nodes = nodes_of(lengths, parents)
+        self.max_sample = max((node.offset + node.length for node in self.nodes), default=0)
+        self.kernel = choice.kernel
+        self._device = device
+        self._passes: dict[int | None, Passes] = {None: Passes.of(self.nodes, choice, device)}
+        for window in choice.windows:
+            self.passes(window)
 
     @staticmethod
-    def from_lengths(
+    def flat(
         prefix_lens: Sequence[int],
         suffix_lens: Sequence[Sequence[int]],
         device: torch.device | str = "cpu",
         choice: AttentionChoice | None = None,
     ) -> PackedLayout:
-        """Build the layout of groups with these prefix lengths [N] and suffix lengths [N][G]."""
-        if len(prefix_lens) != len(suffix_lens):
-            raise ValueError(f"{len(prefix_lens)} prefixes, but suffixes for {len(suffix_lens)} groups")
-        choice = choice or AttentionChoice()
-        flat_suffixes = [length for group in suffix_lens for length in group]
-        group_rows = [sum(group) for group in suffix_lens]
-        copied = any(prefix_lens) and choice.choose(prefix_lens, suffix_lens) == "copied_keys"
-        copies = Copies.of(prefix_lens, suffix_lens, device) if copied else Copies.none(device)
-        max_sample = max((p + max(s, default=0) for p, s in zip(prefix_lens, suffix_lens, strict=True)), default=0)
-        sizes = Sizes(
-            prefix_rows=sum(prefix_lens),
-            longest_segment=max([*prefix_lens, *flat_suffixes], default=0),
-            longest_prefix=max(prefix_lens, default=0),
-            most_group_rows=max(group_rows, default=0),
-            longest_copy=max_sample if copied else 0,
-        )
-        return PackedLayout(
-            cu_seqlens=cumulative([*prefix_lens, *flat_suffixes], device),
-            cu_seqlens_prefix=cumulative(prefix_lens, device),
-            cu_seqlens_group=cumulative(group_rows, device),
-            size_tensor=sizes.to_tensor(),
-            copies=copies,
-            max_sample=max_sample,
-            kernel=choice.kernel,
-        )
+        """The layout of groups with these prompt lengths [N] and completion lengths [N][G]."""
+        lengths = [*prefix_lens, *(n for group in suffix_lens for n in group)]
+        parents = [-1 for _ in prefix_lens] + [i for i, group in enumerate(suffix_lens) for _ in group]
+        return PackedLayout(lengths, parents, device, choice)
 
-    @property
-    def sizes(self) -> Sizes:
-        return Sizes.from_tensor(self.size_tensor)
+    def passes(self, window: int | None) -> Passes:
+        """The calls of a layer with this sliding window (None: without one).
+
+        Raises:
+            RuntimeError: it is not there yet, and this is compiled code, which cannot make it.
+        """
+        if window not in self._passes:
+            if torch.compiler.is_compiling():
+                raise RuntimeError("the layout was made without this sliding window: see AttentionChoice.windows")
+            shorter = window is not None and window < self.max_sample
+            self._passes[window] = Passes.windowed(self.nodes, window, self._device) if shorter else self._passes[None]
+        return self._passes[window]
 
 
-class Sizes(NamedTuple):
-    """Sizes of a layout that kernels need on the CPU, in rows.
+def nodes_of(lengths: Sequence[int], parents: Sequence[int]) -> list[Node]:
+    """Nodes with their rows and positions.
+
+    Raises:
+        ValueError: they are not in order of depth, or children not in the order of their parents.
+    """
+    nodes: list[Node] = []
+    row = 0
+    for length, parent in zip(lengths, parents, strict=True):
+        above = nodes[parent] if parent >= 0 else Node(0, 0, -1, -1, 0)
+        node = Node(row, length, parent, above.depth + 1, above.offset + above.length)
+        if nodes and (node.depth, node.parent) < (nodes[-1].depth, nodes[-1].parent):
+            raise ValueError(f"node {len(nodes)} of depth {node.depth} is behind one of depth {nodes[-1].depth}")
+        nodes.append(node)
+        row += length
+    return nodes
+
+
+class Call(NamedTuple):
+    """One call of a flash kernel: queries ``q_start:q_end`` attend to keys ``k_start:k_end`` (or to the copied keys), segment by
+    segment. ``cu_q`` and ``cu_k`` are where its segments' starts begin in ``Passes.cu_seqlens``."""
+
+    q_start: int
+    q_end: int
+    k_start: int
+    k_end: int
+    segments: int
+    cu_q: int
+    cu_k: int
+    max_q: int
+    max_k: int
+    causal: int
+    window: int
+    copied: int
+
+    def on(self, cu_seqlens: Tensor) -> Segments:
+        cu_q, cu_k = (cu_seqlens[at : at + self.segments + 1] for at in (self.cu_q, self.cu_k))
+        return Segments(cu_q, cu_k, self.max_q, self.max_k)
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """The calls that compute one kind of layer; their results are merged.
+
+    Tensors only, and none of them with a length of 0 or 1: so compiled code does not depend on the forest.
 
     Attributes:
-        prefix_rows: rows of the prefix block.
-        longest_segment: the longest prefix or suffix.
-        longest_prefix: the longest prefix.
-        most_group_rows: the most suffix rows of one group.
-        longest_copy: the longest suffix with its prefix copied in front; 0 where no keys are copied.
+        table: [calls + 1, fields] int64 on the CPU: a ``Call`` a row, and a last row of zeros.
+        cu_seqlens: int32, the starts of all calls' segments.
+        copies: the copied keys, or placeholders.
     """
 
-    prefix_rows: int
-    longest_segment: int
-    longest_prefix: int
-    most_group_rows: int
-    longest_copy: int
-
-    def to_tensor(self) -> Tensor:
-        """[5] int64 on the CPU."""
-        return torch.tensor(self, dtype=torch.int64)
+    table: Tensor
+    cu_seqlens: Tensor
+    copies: Copies
 
     @staticmethod
-    def from_tensor(size_tensor: Tensor) -> Sizes:
-        return Sizes(*size_tensor.tolist())
+    def of(nodes: Sequence[Node], choice: AttentionChoice, device: torch.device | str) -> Passes:
+        """A causal call of all nodes with themselves and the copied ancestors, and a call for each pair of depths whose ancestors
+        are not copied."""
+        depths = [list(group) for _, group in groupby(range(len(nodes)), key=lambda i: nodes[i].depth)]
+        ancestors = _ancestors(nodes)
+        copied_rows = [0] * len(depths)
+        for node, above in zip(nodes, ancestors, strict=True):
+            if node.length:
+                for i in above:
+                    copied_rows[nodes[i].depth] += nodes[i].length
+        rows = [sum(nodes[i].length for i in depth) for depth in depths]
+        copied = choice.choose([Ancestry(*sums) for sums in zip(rows, copied_rows, strict=True)]).copied
+        calls = _Calls(nodes)
+        calls.within([[nodes[i][:2] for i in above if nodes[i].depth in copied] for above in ancestors])
+        for d, deeper in enumerate(depths):
+            for a in range(d):
+                if a not in copied:
+                    calls.between(depths[a], deeper, [above[a] for above in ancestors[deeper[0] : deeper[-1] + 1]])
+        return calls.passes(device)
+
+    @staticmethod
+    def windowed(nodes: Sequence[Node], window: int, device: torch.device | str) -> Passes:
+        """One call: the ancestors' last ``window - 1`` keys are copied in front of each node, whose first row sees all of them."""
+        fronts = []
+        for above in _ancestors(nodes):
+            missing, front = window - 1, []
+            for node in (nodes[i] for i in reversed(above)):
+                taken = min(missing, node.length)
+                front.append((node.end - taken, taken))
+                missing -= taken
+            fronts.append(front[::-1])
+        calls = _Calls(nodes)
+        calls.within(fronts, window)
+        return calls.passes(device)
+
+    def unpack(self) -> list[Call]:
+        return unpack_calls(self.table)
+
+
+def unpack_calls(table: Tensor) -> list[Call]:
+    return [Call(*row) for row in table.tolist()[:-1]]
+
+
+def _ancestors(nodes: Sequence[Node]) -> list[list[int]]:
+    """Numbers of each node's ancestors, its root first."""
+    paths: list[list[int]] = []
+    for node in nodes:
+        paths.append([*paths[node.parent], node.parent] if node.parent >= 0 else [])
+    return paths
+
+
+@dataclass
+class _Calls:
+    """Collects the calls of a layer."""
+
+    nodes: Sequence[Node]
+    table: list[Call] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    copies: tuple[np.ndarray, int] | None = None
+
+    def within(self, fronts: Sequence[Sequence[tuple[int, int]]], window: int = 0) -> None:
+        """Every node with itself, causal, behind copies of the given (first row, rows) of its ancestors."""
+        own = [node.length for node in self.nodes]
+        front = [sum(n for _, n in ranges) if length else 0 for ranges, length in zip(fronts, own, strict=True)]
+        copied = any(front)
+        if copied:
+            ranges = [r for node, f in zip(self.nodes, fronts, strict=True) if node.length for r in (*f, node[:2])]
+            self.copies = _rows_of(ranges), sum(own)
+        keys = [a + b for a, b in zip(front, own, strict=True)]
+        total = sum(own)
+        self._add(slice(0, total), slice(0, total), own, keys, causal=True, window=window, copied=copied)
+
+    def between(self, shallow: Sequence[int], deep: Sequence[int], ancestor: Sequence[int]) -> None:
+        """The nodes ``deep`` of one depth with their ancestors among the nodes ``shallow`` of another."""
+        rows = dict.fromkeys(shallow, 0)
+        for i, above in zip(deep, ancestor, strict=True):
+            rows[above] += self.nodes[i].length
+        q, k = (slice(self.nodes[depth[0]].start, self.nodes[depth[-1]].end) for depth in (deep, shallow))
+        self._add(q, k, list(rows.values()), [self.nodes[i].length for i in shallow])
+
+    def _add(
+        self,
+        q: slice,
+        k: slice,
+        queries: list[int],
+        keys: list[int],
+        causal: bool = False,
+        window: int = 0,
+        copied: bool = False,
+    ) -> None:
+        if q.start == q.stop or k.start == k.stop:
+            return
+        cu_q = self._cumulative(queries)
+        cu_k = cu_q if queries == keys else self._cumulative(keys)
+        most = max(queries), max(keys)
+        self.table.append(
+            Call(q.start, q.stop, k.start, k.stop, len(queries), cu_q, cu_k, *most, int(causal), window, int(copied))
+        )
+
+    def _cumulative(self, lengths: Sequence[int]) -> int:
+        """Where the starts of segments of these lengths begin; at a multiple of 16 bytes, as kernels want."""
+        self.starts += [0] * (-len(self.starts) % 4)
+        at = len(self.starts)
+        self.starts += accumulate(lengths, initial=0)
+        return at
+
+    def passes(self, device: torch.device | str) -> Passes:
+        table = torch.tensor([*self.table, [0] * len(Call._fields)], dtype=torch.int64).reshape(-1, len(Call._fields))
+        if len(table) == 1:
+            table = table.repeat(2, 1)  # no rows at all: one call that does nothing
+        starts = torch.tensor(self.starts or [0, 0], dtype=torch.int32).to(device)
+        return Passes(table, starts, Copies.of(*self.copies, device) if self.copies else Copies.none(device))
+
+
+def _rows_of(ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+    """[C] int64: the rows of all (first row, rows), one range after another."""
+    starts, lengths = np.array(ranges, dtype=np.int64).reshape(-1, 2).T
+    before = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)
 
 
 @dataclass(frozen=True, slots=True)
 class Copies:
-    """The copied keys: every segment's own rows, a suffix's behind a copy of its prefix. C copied rows.
+    """The copied keys: every node's own rows behind copies of its ancestors'. C copied rows.
 
     Attributes:
         source: [C] int64, the packed row of which each copied row is a copy.
         order: [C] int32, the copies sorted by their source.
         offsets: [T + 1] int32, where each packed row's copies begin in ``order``.
-        cu_seqlens: [segments + 1] int32, starts of the key segments.
     """
 
     source: Tensor
     order: Tensor
     offsets: Tensor
-    cu_seqlens: Tensor
 
     @staticmethod
-    def of(prefix_lens: Sequence[int], suffix_lens: Sequence[Sequence[int]], device: torch.device | str) -> Copies:
-        prefix_starts = [0, *accumulate(prefix_lens)]
-        ranges = [torch.arange(a, a + n) for a, n in zip(prefix_starts, prefix_lens, strict=False)]
-        lengths = list(prefix_lens)
-        row = prefix_starts[-1]
-        for start, prefix, suffixes in zip(prefix_starts, prefix_lens, suffix_lens, strict=False):
-            for suffix in suffixes:
-                if suffix:  # an empty suffix has no queries, so it gets no keys
-                    ranges += [torch.arange(start, start + prefix), torch.arange(row, row + suffix)]
-                lengths.append(prefix + suffix if suffix else 0)
-                row += suffix
-        source = torch.cat(ranges)
-        order = source.argsort(stable=True)
-        offsets = torch.zeros(row + 1, dtype=torch.int32)
-        offsets[1:] = source.bincount(minlength=row).cumsum(0)
-        return Copies(source.to(device), order.int().to(device), offsets.to(device), cumulative(lengths, device))
+    def of(source: np.ndarray, rows: int, device: torch.device | str) -> Copies:
+        offsets = np.concatenate([[0], np.bincount(source, minlength=rows).cumsum()])
+        order = source.argsort(kind="stable")
+        made = (torch.from_numpy(source), torch.from_numpy(order).int(), torch.from_numpy(offsets).int())
+        return Copies(*(x.to(device) for x in made))
 
     @staticmethod
     def none(device: torch.device | str) -> Copies:
-        """Placeholders of length 2: torch.compile treats lengths of 0 and 1 as constants."""
-        placeholders = [torch.zeros(2, dtype=torch.int32, device=device) for _ in range(3)]
-        return Copies(torch.zeros(2, dtype=torch.int64, device=device), *placeholders)
+        """Placeholders."""
+        index = torch.zeros(2, dtype=torch.int32, device=device)
+        return Copies(index.long(), index, index.clone())
 
 
 def cumulative(lengths: Sequence[int], device: torch.device | str) -> Tensor:

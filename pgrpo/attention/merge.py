@@ -2,7 +2,8 @@
 
 On a GPU each is one pass over memory (Triton). The plain versions beside them are the specification, and run on a CPU.
 
-Q query rows, H query heads, T packed rows, C copied rows, K key/value heads, D head dim.
+Q query rows, H query heads, T packed rows, C copied rows, K key/value heads, D head dim
+(of keys and of values, which may differ).
 """
 
 from __future__ import annotations
@@ -23,11 +24,25 @@ def merge_(out_QHD: Tensor, lse_HQ: Tensor, out_p_QHD: Tensor, lse_p_HQ: Tensor)
 
 def merge_plain_(out_QHD: Tensor, lse_HQ: Tensor, out_p_QHD: Tensor, lse_p_HQ: Tensor) -> None:
     """``merge_`` as PyTorch operations."""
+    lse_p_HQ = lse_p_HQ.masked_fill(lse_p_HQ == float("inf"), float("-inf"))  # rows without keys (FlashAttention-2)
     merged_HQ = torch.logaddexp(lse_HQ, lse_p_HQ)
     weight = torch.exp(lse_HQ - merged_HQ).T.unsqueeze(-1)
     weight_p = torch.exp(lse_p_HQ - merged_HQ).T.unsqueeze(-1)
     out_QHD.copy_(out_QHD * weight + out_p_QHD * weight_p)
     lse_HQ.copy_(merged_HQ)
+
+
+def add_sinks_(out_QHD: Tensor, lse_HQ: Tensor, sinks_H: Tensor) -> None:
+    """Merge a key of score ``sinks`` and value 0 into ``out`` and ``lse``, in place."""
+    merged_HQ = torch.logaddexp(lse_HQ, sinks_H.to(lse_HQ).unsqueeze(-1))
+    out_QHD.mul_(torch.exp(lse_HQ - merged_HQ).T.unsqueeze(-1))
+    lse_HQ.copy_(merged_HQ)
+
+
+def sink_gradient(dout_QHD: Tensor, out_QHD: Tensor, lse_HQ: Tensor, sinks_H: Tensor) -> Tensor:
+    """[H]: the gradient of the sinks' scores, from the merged output and LSE. P of a sink is ``exp(sink - lse)``, its value 0."""
+    delta_HQ = (dout_QHD.to(lse_HQ.dtype) * out_QHD).sum(-1).T
+    return -((sinks_H.to(lse_HQ).unsqueeze(-1) - lse_HQ).exp() * delta_HQ).sum(1).to(sinks_H.dtype)
 
 
 def copy_rows(k_TKD: Tensor, v_TKD: Tensor, source_C: Tensor) -> tuple[Tensor, Tensor]:

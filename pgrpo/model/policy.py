@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.temperature = temperature
-        self.attention = attention or AttentionChoice()
+        self.attention = replace(attention or AttentionChoice(), windows=sliding_windows(model))
         self.head = Head(model)
 
     @property
@@ -68,6 +69,12 @@ class Policy(nn.Module):
         with attending(layout):
             output = self.model.base_model(**{name: x.unsqueeze(0) for name, x in inputs.items()}, use_cache=False)
         return output[0].squeeze(0)
+
+
+def sliding_windows(model: nn.Module) -> tuple[int, ...]:
+    """The sliding windows of the model's layers, in tokens."""
+    found = {getattr(module, "sliding_window", None) for module in model.modules()}
+    return tuple(sorted(window for window in found if isinstance(window, int)))
 
 
 def load_model(config: ModelConfig, max_sample: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

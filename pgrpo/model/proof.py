@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from pgrpo.attention.layout import PackedLayout
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.packing.forest import Tree, trees_of
 from pgrpo.types import Episode, Group, Prompt, Sample
@@ -71,12 +72,13 @@ def difference(
 
 
 def sees_its_neighbour(batch: GroupedBatch) -> GroupedBatch:
-    """Seeded bug: the second completion of the first group attends to the first."""
-    cu_seqlens, layout = batch.layout.cu_seqlens, batch.layout
-    boundary = len(layout.cu_seqlens_prefix)  # between the first two suffixes
-    merged = torch.cat([cu_seqlens[:boundary], cu_seqlens[boundary + 1 :]])
-    sizes = layout.sizes._replace(longest_segment=int(merged.diff().max()))
-    return replace(batch, layout=replace(layout, cu_seqlens=merged, size_tensor=sizes.to_tensor()))
+    """Seeded bug: the second child of the first node that has two attends to the first child."""
+    lengths, parents = ([getattr(node, name) for node in batch.layout.nodes] for name in ("length", "parent"))
+    second = next(i for i in range(1, len(parents)) if parents[i] == parents[i - 1] >= 0)
+    lengths[second - 1 : second + 1] = [lengths[second - 1] + lengths[second]]
+    del parents[second]
+    parents = [p - (p >= second) for p in parents]
+    return replace(batch, layout=PackedLayout(lengths, parents, batch.logit_index.device))
 
 
 def positions_go_on(batch: GroupedBatch) -> GroupedBatch:

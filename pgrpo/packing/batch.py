@@ -7,9 +7,6 @@ Two trees, prompt A (3 tokens) with samples of 2 and 3 tokens, prompt B (2 token
     row          0 1 2 | 3 4 | 5 6 | 7 8 9 | 10 | 11 12
     segment      A A A | B B | a a | a'a'a'| b  | b' b'
     position_ids 0 1 2 | 0 1 | 3 4 | 3 4 5 | 2  | 2  3
-    cu_seqlens          [0, 3, 5, 7, 10, 11, 13]     every segment (prefixes, then suffixes)
-    cu_seqlens_prefix   [0, 3, 5]                    rows of the prefix block
-    cu_seqlens_group    [0, 5, 8]                    rows of the suffix block, by tree
     logit_index  a: 2 5   a': 2 7 8   b: 4   b': 4 11     the row that predicts each token
 
 The first token of every sample is predicted by the last row of its prompt, which the tree shares.
@@ -86,7 +83,7 @@ def build_batch(
         prefixes = [[] for _ in trees]
         suffixes = [[tree.prompt_ids + s.token_ids for s in tree.samples] for tree in trees]
     lengths = [len(p) for p in prefixes], [[len(s) for s in ss] for ss in suffixes]
-    layout = PackedLayout.from_lengths(*lengths, device, attention)
+    layout = PackedLayout.flat(*lengths, device, attention)
     flat_suffixes = [s for ss in suffixes for s in ss]
     input_ids = [t for segment in [*prefixes, *flat_suffixes] for t in segment]
     position_ids = [i for p in prefixes for i in range(len(p))]
@@ -95,7 +92,7 @@ def build_batch(
     samples = [sample for tree in trees for sample in tree.samples]
     width = max((len(s.token_ids) for s in samples), default=0)
     prefix_ends = list(accumulate(len(p) for p in prefixes))
-    row = layout.sizes.prefix_rows  # where the next suffix starts
+    row = sum(map(len, prefixes))  # where the next suffix starts
     logit_index: list[int] = []
     unpack_index: list[int] = []
     b = 0

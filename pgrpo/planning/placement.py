@@ -66,8 +66,8 @@ def attention_choice(config: Config, dims: ModelDims, device: torch.device) -> A
         kernel = choose_kernel(config.model.attention_kernel, device, compute_dtype(config), dims.head_dim)
     except ValueError as error:
         raise ConfigError(f"model.attention_kernel={config.model.attention_kernel}: {error}") from error
-    passes = "auto" if device.type == "cuda" else "two_passes"
-    return AttentionChoice(kernel.name, dims.heads, dims.kv_heads, dims.head_dim, passes, kernel.reason)
+    way = "auto" if device.type == "cuda" else "between_depths"
+    return AttentionChoice(kernel.name, dims.heads, dims.kv_heads, dims.head_dim, way, reason=kernel.reason)
 
 
 def recompute_by_layer(config: Config, dims: ModelDims, world: World) -> list[Recompute]:

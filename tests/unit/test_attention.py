@@ -1,14 +1,24 @@
-"""Grouped attention against the dense fp64 reference, forward and backward."""
+"""Grouped attention against the dense fp64 reference and against one sample at a time, forward and backward."""
+
+import random
+from functools import partial
 
 import pytest
 import torch
+import torch._dynamo.testing
+from torch.fx.experimental import _config as fx_config
 
-from pgrpo.attention.choose import AttentionChoice
+from pgrpo.attention.choose import AttentionChoice, Chosen
 from pgrpo.attention.grouped import grouped_attention
+from pgrpo.attention.hook import UnsupportedAttentionError, attending, attention_forward
+from pgrpo.attention.kernels import cpu_flash
+from pgrpo.attention.kernels.segments import Scores, Segments
 from pgrpo.attention.layout import PackedLayout
+from pgrpo.attention.merge import merge_
 from pgrpo.attention.reference import attention_mask, reference_attention
+from pgrpo.rollout.embedded.cache import DecodeCache
 
-LENGTHS = [
+FLAT = [
     ([3, 2], [[2, 3], [1, 2]]),
     ([7], [[4, 4, 4]]),
     ([5, 1, 9], [[0, 1, 6], [3], [2, 2, 0, 8]]),
@@ -16,65 +26,270 @@ LENGTHS = [
     ([6, 2], [[], []]),
     ([0, 0], [[5, 3], [4]]),
 ]
+NAMES = ("out", "dq", "dk", "dv", "dsinks")
 
 
-def inputs(total: int, dtype: torch.dtype, heads=4, kv_heads=2, dim=16, seed=0):
+def random_forest(seed: int) -> tuple[list[int], list[int]]:
+    """Lengths and parents of up to 60 nodes in 1 to 6 depths."""
+    rnd = random.Random(seed)
+    parents, level = [], [-1]
+    for _ in range(6 - seed % 6):
+        level = [p for i, p in enumerate(level) for _ in range(rnd.randint(0, 2) + (i == 0))][:12]
+        first = len(parents)
+        parents += level
+        level = list(range(first, len(parents)))
+    return [rnd.randint(1, 6) for _ in parents], parents
+
+
+def inputs(total: int, dtype: torch.dtype, heads=4, kv_heads=2, dim=16, value_dim=None, seed=0):
+    """q, k, v, sinks and dout."""
     gen = torch.Generator().manual_seed(seed)
-    shapes = [(total, heads, dim), (total, kv_heads, dim), (total, kv_heads, dim), (total, heads, dim)]
+    value_dim = value_dim or dim
+    shapes = [
+        (total, heads, dim),
+        (total, kv_heads, dim),
+        (total, kv_heads, value_dim),
+        (heads,),
+        (total, heads, value_dim),
+    ]
     return [torch.randn(shape, generator=gen, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
 def run(function, tensors, dout):
+    """Output and gradients."""
     leaves = [x.clone().requires_grad_() for x in tensors]
     out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+    gradients = torch.autograd.grad(out, leaves, dout, allow_unused=True)
+    return [out.detach(), *(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=True))]
 
 
-def test_one_row_of_the_mask_by_hand():
-    """Row 9 of the worked example: the last token of a' sees prompt A (0-2) and a' (7-9), and nothing else."""
-    layout = PackedLayout.from_lengths([3, 2], [[2, 3], [1, 2]])
-    assert layout.cu_seqlens.tolist() == [0, 3, 5, 7, 10, 11, 13]
-    assert layout.cu_seqlens_prefix.tolist() == [0, 3, 5]
-    assert layout.cu_seqlens_group.tolist() == [0, 5, 8]
-    assert attention_mask(layout)[9].nonzero().flatten().tolist() == [0, 1, 2, 7, 8, 9]
-    assert attention_mask(layout)[11].nonzero().flatten().tolist() == [3, 4, 11]
+def grouped(layout, scale=0.25, *, has_sinks=False, **options):
+    return lambda q, k, v, sinks: grouped_attention(
+        q, k, v, layout, scale, sinks_H=sinks if has_sinks else None, **options
+    )
 
 
-@pytest.mark.parametrize("passes", ["two_passes", "copied_keys"])
-@pytest.mark.parametrize(("prefix_lens", "suffix_lens"), LENGTHS)
-def test_equals_the_dense_reference_in_fp64(prefix_lens, suffix_lens, passes):
-    layout = PackedLayout.from_lengths(prefix_lens, suffix_lens, choice=AttentionChoice(passes=passes))
-    assert bool(layout.sizes.longest_copy) == (passes == "copied_keys" and any(prefix_lens))
-    q, k, v, dout = inputs(int(layout.cu_seqlens[-1]), torch.float64)
-    got = run(lambda q, k, v: grouped_attention(q, k, v, layout, 0.25), (q, k, v), dout)
-    want = run(lambda q, k, v: reference_attention(q, k, v, layout, 0.25)[0], (q, k, v), dout)
-    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
-        assert (a - b).abs().max() < 1e-13, name
+def reference(layout, scale=0.25, *, has_sinks=False, **options):
+    return lambda q, k, v, sinks: reference_attention(
+        q, k, v, layout, scale, sinks_H=sinks if has_sinks else None, **options
+    )[0]
 
 
-@pytest.mark.parametrize("passes", ["two_passes", "copied_keys"])
+def one_sample_at_a_time(lengths, parents, scale=0.25, *, window=None, softcap=None, has_sinks=False):
+    """Every path from a root as a sequence of its own, in plain loops over queries; knows nothing of layouts."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+
+    def rows(i):
+        return [*(rows(parents[i]) if parents[i] >= 0 else []), *range(starts[i], starts[i] + lengths[i])]
+
+    def attend(q, k, v, sinks):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        out = {}
+        for i in range(len(lengths)):
+            path = rows(i)
+            for at in range(len(path) - lengths[i], len(path)):
+                seen = path[max(0, at + 1 - window) if window else 0 : at + 1]
+                scores = torch.einsum("hd,shd->hs", q[path[at]], k[seen]) * scale
+                scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+                weights = scores.exp() / (scores.exp().sum(-1, True) + (sinks.exp()[:, None] if has_sinks else 0))
+                out[path[at]] = torch.einsum("hs,shd->hd", weights, v[seen])
+        return torch.stack([out[row] for row in range(len(q))])
+
+    return attend
+
+
+def assert_equal(got, want, limit=1e-13):
+    for name, a, b in zip(NAMES, got, want, strict=True):
+        assert (a - b).abs().max() < limit, name
+
+
+def test_rows_of_the_mask_by_hand():
+    """Groups A (3; completions of 2 and 3) and B (2; of 1 and 2): the last token of a' sees A (0-2) and a' (7-9), nothing else."""
+    mask = attention_mask(PackedLayout.flat([3, 2], [[2, 3], [1, 2]]))
+    assert mask[9].nonzero().flatten().tolist() == [0, 1, 2, 7, 8, 9]
+    assert mask[11].nonzero().flatten().tolist() == [3, 4, 11]
+    # S S | A | B B b b | a a | a': a' is below A, which is below S
+    forest = PackedLayout([2, 1, 4, 2, 1], [-1, 0, 0, 1, 1])
+    assert attention_mask(forest)[9].nonzero().flatten().tolist() == [0, 1, 2, 9]
+    assert attention_mask(forest)[5].nonzero().flatten().tolist() == [0, 1, 3, 4, 5]
+    assert attention_mask(forest, window=2)[9].nonzero().flatten().tolist() == [2, 9]
+    assert [(node.start, node.depth, node.offset) for node in forest.nodes] == [
+        (0, 0, 0),
+        (2, 1, 2),
+        (3, 1, 2),
+        (7, 2, 3),
+        (9, 2, 3),
+    ]
+
+
+@pytest.mark.parametrize("way", ["between_depths", "copied_keys"])
+@pytest.mark.parametrize(("prefix_lens", "suffix_lens"), FLAT)
+def test_flat_groups_equal_the_dense_reference_in_fp64(prefix_lens, suffix_lens, way):
+    layout = PackedLayout.flat(prefix_lens, suffix_lens, choice=AttentionChoice(way=way))
+    is_shared = any(p and any(s) for p, s in zip(prefix_lens, suffix_lens, strict=True))
+    calls = layout.passes(None).unpack()
+    assert len(calls) == (2 if way == "between_depths" and any(prefix_lens) and any(map(any, suffix_lens)) else 1)
+    assert bool(calls[0].copied) == (way == "copied_keys" and is_shared)
+    *tensors, dout = inputs(layout.nodes[-1].end, torch.float64)
+    assert_equal(run(grouped(layout), tensors, dout), run(reference(layout), tensors, dout))
+
+
+OPTIONS = {
+    "plain": {},
+    "window of 1": {"window": 1},
+    "window of 4": {"window": 4},
+    "window as long as the longest sample": {"window": 10_000},
+    "soft-capped": {"softcap": 1.5},
+    "sinks": {"has_sinks": True},
+    "window, soft-capped, sinks": {"window": 3, "softcap": 0.7, "has_sinks": True},
+}
+
+
+@pytest.mark.parametrize("way", ["between_depths", "copied_keys"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("seed", range(3))
+def test_forests_equal_the_reference_and_one_sample_at_a_time_in_fp64(seed, options, way):
+    """Values wider or narrower than keys too. Every option changes the result, but for a window that hides nothing."""
+    lengths, parents = random_forest(seed)
+    layout = PackedLayout(lengths, parents, choice=AttentionChoice(way=way))
+    *tensors, dout = inputs(sum(lengths), torch.float64, dim=8, value_dim=(8, 4, 12)[seed])
+    got = run(grouped(layout, **options), tensors, dout)
+    assert_equal(got, run(reference(layout, **options), tensors, dout))
+    assert_equal(got, run(one_sample_at_a_time(lengths, parents, **options), tensors, dout))
+    plain = grouped(layout)(*tensors)
+    assert ((got[0] - plain).abs().max() < 1e-13) == (options in ({}, {"window": 10_000}))
+
+
+def test_depths_are_mixed_by_their_cost():
+    """A long root is read where it is, its short children are copied; the result is the same."""
+    lengths, parents = [40, 2, 3, 6, 5, 4], [-1, 0, 0, 1, 1, 2]
+    choice = AttentionChoice("builtin", 32, 8, 128, "auto")
+    layout = PackedLayout([8192, 64, 64, 512, 512, 512], parents, choice=choice)
+    assert [bool(call.copied) for call in layout.passes(None).unpack()] == [True, False, False]
+
+    class SecondDepth(AttentionChoice):
+        def choose(self, depths):
+            return Chosen(frozenset({1}), 0.0)
+
+    layout = PackedLayout(lengths, parents, choice=SecondDepth())
+    assert [bool(call.copied) for call in layout.passes(None).unpack()] == [True, False, False]
+    *tensors, dout = inputs(sum(lengths), torch.float64)
+    assert_equal(run(grouped(layout), tensors, dout), run(reference(layout), tensors, dout))
+
+
+@pytest.mark.parametrize("way", ["between_depths", "copied_keys"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"window": 24, "softcap": 2.0, "has_sinks": True}])
 @pytest.mark.parametrize(("prefix_lens", "suffix_lens"), [([33, 20], [[20, 31], [11, 0, 22]]), ([128], [[40] * 8])])
-def test_low_precision_error_is_at_most_twice_that_of_a_plain_computation(dtype, prefix_lens, suffix_lens, passes):
-    layout = PackedLayout.from_lengths(prefix_lens, suffix_lens, choice=AttentionChoice(passes=passes))
-    q, k, v, dout = inputs(int(layout.cu_seqlens[-1]), dtype)
-
-    def reference(q, k, v):
-        return reference_attention(q, k, v, layout, 0.25)[0]
-
-    exact = run(reference, [x.double() for x in (q, k, v)], dout.double())
-    plain = run(reference, (q, k, v), dout)
-    got = run(lambda q, k, v: grouped_attention(q, k, v, layout, 0.25), (q, k, v), dout)
-    for name, a, b, truth in zip(("out", "dq", "dk", "dv"), got, plain, exact, strict=True):
+def test_low_precision_error_is_at_most_twice_that_of_a_plain_computation(
+    dtype, prefix_lens, suffix_lens, way, options
+):
+    layout = PackedLayout.flat(prefix_lens, suffix_lens, choice=AttentionChoice(way=way))
+    *tensors, dout = inputs(layout.nodes[-1].end, dtype)
+    exact = run(reference(layout, **options), [x.double() for x in tensors], dout.double())
+    plain = run(reference(layout, **options), tensors, dout)
+    got = run(grouped(layout, **options), tensors, dout)
+    for name, a, b, truth in zip(NAMES, got, plain, exact, strict=True):
         assert (a - truth).norm() <= 2 * (b - truth).norm(), name
 
 
-def test_the_op_is_well_formed_for_compile_and_autograd():
+def test_nodes_out_of_order_are_refused():
+    with pytest.raises(ValueError, match="node 2 of depth 0 is behind one of depth 1"):
+        PackedLayout([1, 1, 1], [-1, 0, -1])
+    with pytest.raises(ValueError, match="node 3 of depth 1 is behind one of depth 1"):
+        PackedLayout([1, 1, 1, 1], [-1, -1, 1, 0])
+
+
+def test_rows_without_keys_do_not_change_a_merge():
+    """FlashAttention-2 gives +inf as their log-sum-exp, the CPU kernel -inf."""
+    q, k, v, _, _ = inputs(4, torch.float64, heads=2, kv_heads=2)
+    out, lse = cpu_flash.forward(
+        q, k, v, Segments(torch.tensor([0, 4]), torch.tensor([0, 4]), 4, 4), Scores(0.25, True)
+    )
+    for empty in (float("inf"), float("-inf")):
+        merged, merged_lse = out.clone(), lse.clone()
+        merge_(merged, merged_lse, torch.zeros_like(out), torch.full_like(lse, empty))
+        assert torch.equal(merged, out)
+        assert torch.equal(merged_lse, lse)
+
+
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_the_op_is_well_formed_for_compile_and_autograd(has_sinks):
     """PyTorch's own checks of a custom op: schema, fake tensors, autograd registration."""
-    layout = PackedLayout.from_lengths([3, 2], [[2, 3], [1, 2]])
-    q, k, v, _ = (x.requires_grad_() for x in inputs(13, torch.float64, heads=2, kv_heads=1, dim=4))
-    copies = (layout.copies.source, layout.copies.order, layout.copies.offsets, layout.copies.cu_seqlens)
-    segments = (layout.cu_seqlens, layout.cu_seqlens_prefix, layout.cu_seqlens_group)
+    layout = PackedLayout.flat([3, 2], [[2, 3], [1, 2]])
+    q, k, v, sinks, _ = (x.requires_grad_() for x in inputs(13, torch.float64, heads=2, kv_heads=1, dim=4, value_dim=3))
+    passes = layout.passes(2)
+    geometry = passes.table, passes.cu_seqlens, passes.copies.source, passes.copies.order, passes.copies.offsets
     op = torch.ops.pgrpo.grouped_attention.default
-    torch.library.opcheck(op, (q, k, v, *segments, *copies, layout.size_tensor, 0.25, "builtin"))
-    torch.autograd.gradcheck(lambda q, k, v: grouped_attention(q, k, v, layout, 0.25), (q, k, v))
+    torch.library.opcheck(op, (q, k, v, sinks if has_sinks else None, *geometry, 0.25, 2.0, "builtin"))
+    function = grouped(layout, window=2, softcap=2.0, has_sinks=has_sinks)
+    torch.autograd.gradcheck(function, (q, k, v, sinks) if has_sinks else (q, k, v, sinks.detach()))
+
+
+def test_forests_of_any_shape_share_one_compilation_for_each_window():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+
+    @partial(torch.compile, backend=counter, dynamic=True, fullgraph=True)
+    def attend(tensors, layout, window):
+        q, k, v, sinks = tensors
+        return grouped_attention(q, k, v, layout, 0.25, window=window, softcap=2.0, sinks_H=sinks)
+
+    for seed in range(12):
+        lengths, parents = random_forest(seed)
+        layout = PackedLayout(lengths, parents, choice=AttentionChoice(windows=(4, 100)))
+        *tensors, _ = inputs(sum(lengths), torch.float64, dim=8, value_dim=4)
+        with fx_config.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
+            for window in (None, 4, 100):
+                got = attend(tensors, layout, window)
+                want = reference(layout, window=window, softcap=2.0, has_sinks=True)(*tensors)
+                assert (got - want).abs().max() < 1e-13
+    assert counter.frame_count == 3
+    with pytest.raises(Exception, match=r"without this sliding window"):
+        attend(tensors, layout, 7)
+
+
+def call_hook(**kwargs):
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in inputs(3, torch.float64)[:3])
+    with attending(PackedLayout([3], [-1])):
+        return attention_forward(torch.nn.Module(), q, k, v, None, **kwargs)[0]
+
+
+def test_the_hook_hands_on_what_it_knows_and_refuses_the_rest_by_name():
+    q, k, v, sinks, _ = inputs(3, torch.float64)
+    got = call_hook(
+        scaling=0.3, sliding_window=2, softcap=1.5, s_aux=sinks, position_ids=torch.arange(3), use_cache=False
+    )
+    want, _ = reference_attention(q, k, v, PackedLayout([3], [-1]), 0.3, window=2, softcap=1.5, sinks_H=sinks)
+    assert (got[0] - want).abs().max() < 1e-13
+    assert torch.equal(call_hook(position_bias=None), call_hook())
+    with pytest.raises(UnsupportedAttentionError, match="'position_bias' is not supported"):
+        call_hook(position_bias=torch.zeros(1))
+    with pytest.raises(UnsupportedAttentionError, match="not causal"):
+        call_hook(is_causal=False)
+    with pytest.raises(UnsupportedAttentionError, match=r"dropout 0\.1"):
+        call_hook(dropout=0.1)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_decoding_step_by_step_equals_the_packed_forest(options):
+    """Two prompts with two completions each; one completion leaves on the way."""
+    prompts, steps, heads = [5, 3], 4, 4
+    layout = PackedLayout.flat(prompts, [[steps, steps]] * 2)
+    q, k, v, sinks, _ = inputs(layout.nodes[-1].end, torch.float64, value_dim=12)
+    want = reference(layout, **options)(q, k, v, sinks)
+    options = dict(options)
+    sinks = sinks if options.pop("has_sinks", False) else None
+    cache = DecodeCache(prompts, 2, steps, torch.device("cpu"))
+    got = cache.attend(q[:8], k[:8], v[:8], 0.25, layer=0, sinks_H=sinks, **options)
+    assert (got - want[:8]).abs().max() < 1e-13
+    starts = torch.tensor([node.start for node in layout.nodes[2:]])
+    for t in range(steps):
+        if t == 2:
+            cache.keep(torch.tensor([0, 2, 3]))
+            starts = starts[[0, 2, 3]]
+        rows = starts + t
+        got = cache.attend(q[rows], k[rows], v[rows], 0.25, layer=0, sinks_H=sinks, **options)
+        cache.advance()
+        assert got.shape == (len(rows), heads, 12)
+        assert (got - want[rows]).abs().max() < 1e-13

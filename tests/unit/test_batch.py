@@ -52,12 +52,22 @@ def test_the_worked_example():
     batch = build_batch(worked_example())
     assert batch.inputs["input_ids"].tolist() == [11, 12, 13, 14, 15, 21, 22, 31, 32, 33, 41, 51, 52]
     assert batch.inputs["position_ids"].tolist() == [0, 1, 2, 0, 1, 3, 4, 3, 4, 5, 2, 2, 3]
-    assert batch.layout.cu_seqlens.tolist() == [0, 3, 5, 7, 10, 11, 13]
-    assert batch.layout.cu_seqlens_prefix.tolist() == [0, 3, 5]
-    assert batch.layout.cu_seqlens_group.tolist() == [0, 5, 8]
-    assert batch.layout.cu_seqlens.dtype == torch.int32
-    assert batch.layout.sizes == (5, 3, 3, 5, 0)  # prefix rows, longest segment, prefix and group; no copies
-    assert (batch.layout.sizes.prefix_rows, batch.layout.max_sample) == (5, 6)
+    assert [node[:3] for node in batch.layout.nodes] == [
+        (0, 3, -1),
+        (3, 2, -1),
+        (5, 2, 0),
+        (7, 3, 0),
+        (10, 1, 1),
+        (11, 2, 1),
+    ]
+    assert batch.layout.max_sample == 6
+    within, across = batch.layout.passes(None).unpack()
+    cu_seqlens = batch.layout.passes(None).cu_seqlens
+    assert cu_seqlens.dtype == torch.int32
+    assert [x.tolist() for x in within.on(cu_seqlens)[:2]] == [[0, 3, 5, 7, 10, 11, 13]] * 2
+    assert [x.tolist() for x in across.on(cu_seqlens)[:2]] == [[0, 5, 8], [0, 3, 5]]
+    assert (within[:4], within.max_q, within.causal) == ((0, 13, 0, 13), 3, 1)
+    assert (across[:4], across.max_q, across.max_k, across.causal) == ((5, 13, 0, 5), 5, 3, 0)
     assert batch.logit_index.tolist() == [2, 5, 2, 7, 8, 4, 4, 11]
     assert batch.target_ids.tolist() == [21, 22, 31, 32, 33, 41, 51, 52]
     assert batch.unpack_index.tolist() == [0, 1, 3, 4, 5, 6, 9, 10]
@@ -93,9 +103,7 @@ def test_repeated_prompts_pack_every_sample_as_a_sequence():
         52,
     ]
     assert batch.inputs["position_ids"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0, 1, 2, 0, 1, 2, 3]
-    lengths = batch.layout.cu_seqlens.diff()
-    assert lengths[lengths > 0].tolist() == [5, 6, 3, 4]
-    assert batch.layout.sizes.prefix_rows == 0
+    assert [node.length for node in batch.layout.nodes if node.length] == [5, 6, 3, 4]
     assert batch.logit_index.tolist() == [2, 3, 7, 8, 9, 12, 15, 16]
     shared = build_batch(worked_example())
     for name in ("target_ids", "unpack_index", "mask", "advantages", "rollout_logprobs"):
@@ -128,7 +136,7 @@ def test_unpack_puts_values_in_their_rows_and_lets_gradients_through():
 def test_completions_of_no_and_of_one_token():
     batch = build_batch([tree([1, 2], [[], [3], []])])
     assert batch.inputs["input_ids"].tolist() == [1, 2, 3]
-    assert batch.layout.cu_seqlens.tolist() == [0, 2, 2, 3, 3]
+    assert [node.length for node in batch.layout.nodes] == [2, 0, 1, 0]
     assert (batch.logit_index.tolist(), batch.target_ids.tolist()) == ([1], [3])
     assert batch.mask.tolist() == [[False], [True], [False]]
     assert batch.unpack(torch.tensor([7.0])).tolist() == [[0], [7], [0]]

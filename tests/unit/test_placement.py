@@ -1,12 +1,13 @@
 """Kernel, plan, compilation and checkpointing that a config resolves to on a device."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from pgrpo.attention.choose import AttentionChoice
+from pgrpo.attention.choose import Ancestry, AttentionChoice
 from pgrpo.attention.kernels import flash as kernels
 from pgrpo.attention.kernels.flash import choose_kernel
 from pgrpo.commands import doctor
@@ -25,9 +26,9 @@ def config(**model) -> Config:
 
 def test_a_cpu_runs_the_builtin_kernel_plainly():
     choice = attention_choice(config(dtype="float32"), DIMS, CPU)
-    assert (choice.kernel, choice.passes, choice.heads, choice.kv_heads, choice.head_dim) == (
+    assert (choice.kernel, choice.way, choice.heads, choice.kv_heads, choice.head_dim) == (
         "builtin",
-        "two_passes",
+        "between_depths",
         32,
         8,
         128,
@@ -53,7 +54,17 @@ def test_a_named_kernel_that_cannot_run_is_an_error_that_says_why():
     [
         ((9, 0), torch.bfloat16, 128, True, "flash4", "the fastest that can run here"),
         ((9, 0), torch.bfloat16, 128, False, "builtin", "not flash4: the package flash-attn-4 is not installed"),
-        ((9, 0), torch.bfloat16, 256, True, "builtin", "not flash4: head dim 256"),
+        ((9, 0), torch.bfloat16, 256, True, "flash4", "the fastest that can run here"),
+        ((9, 0), torch.bfloat16, 264, True, None, "head dim 264 is not a multiple of 8 up to 256"),
+        ((10, 0), torch.bfloat16, 256, True, "flash4", "the fastest that can run here"),
+        (
+            (10, 0),
+            torch.bfloat16,
+            192,
+            True,
+            "builtin",
+            "not flash4: head dim 192 is not a multiple of 8 up to 128, or 256",
+        ),
         ((8, 6), torch.bfloat16, 64, True, "builtin", "not flash4: compute capability 8.6"),
         ((7, 5), torch.bfloat16, 64, True, None, "compute capability 7.5 is older than Ampere"),
         ((9, 0), torch.float32, 64, True, None, "it computes in bfloat16 or float16, not float32"),
@@ -70,6 +81,19 @@ def test_kernels_of_a_gpu(monkeypatch, capability, dtype, head_dim, installed, c
         choice = choose_kernel("auto", GPU, dtype, head_dim)
         assert choice.name == chosen
         assert reason in choice.reason
+
+
+def test_what_else_a_model_asks_of_a_kernel(monkeypatch):
+    """Values of another size, and soft-capped scores, which only flash4 computes on a GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(kernels, "_flash4", lambda: None)
+    assert choose_kernel("auto", GPU, torch.bfloat16, 192, 128).name == "flash4"
+    assert choose_kernel("auto", GPU, torch.bfloat16, 192, 136).name == "builtin"
+    assert choose_kernel("auto", GPU, torch.bfloat16, 128, softcapped=True).name == "flash4"
+    with pytest.raises(ValueError, match="not builtin: it cannot soft-cap scores"):
+        choose_kernel("auto", GPU, torch.bfloat16, 192, softcapped=True)
+    assert choose_kernel("auto", CPU, torch.float32, 192, 128, softcapped=True).name == "builtin"
 
 
 @pytest.fixture
@@ -176,7 +200,28 @@ def test_what_a_device_cannot_do_is_refused():
 def test_the_plan_follows_the_lengths():
     """Short prompts and long completions are copied; long prompts are not."""
     choice = AttentionChoice("flash4", 32, 8, 128, "auto")
-    assert choice.choose([64], [[4096] * 4]) == "copied_keys"
-    assert choice.choose([512], [[2048] * 8]) == "copied_keys"
-    assert choice.choose([8192], [[256] * 8]) == "two_passes"
-    assert choice.choose([4096] * 4, [[256] * 16] * 4) == "two_passes"
+
+    def copied(prompts, completions):
+        rows = sum(p + size * n for p, (n, size) in zip(prompts, completions, strict=True))
+        copies = sum(p * size for p, (_, size) in zip(prompts, completions, strict=True))
+        below = rows - sum(prompts)
+        return choice.choose([Ancestry(sum(prompts), copies), Ancestry(below, 0)]).copied
+
+    assert copied([64], [(4096, 4)]) == copied([512], [(2048, 8)]) == {0}
+    assert copied([8192], [(256, 8)]) == copied([4096] * 4, [(256, 16)] * 4) == set()
+
+
+def test_each_depth_is_copied_or_read_where_it_is_by_its_own_cost():
+    """A prompt of 8,192 tokens is not copied; turns of 128 tokens below it are. Copying one depth copies every row once."""
+    choice = AttentionChoice("flash4", 32, 8, 128, "auto")
+    depths = [Ancestry(8192, 8192 * 6), Ancestry(256, 128 * 4), Ancestry(2048, 0)]
+    chosen = choice.choose(depths)
+    assert chosen.copied == {1}
+    mib = 2 * 128 / 2**20
+    root = sum(155_000 + 7700 * rows * 32 * mib for rows in (256, 2048))
+    assert chosen.ns == pytest.approx(root + 4760 * (8192 + 256 + 2048 + 512) * 16 * mib)
+    assert (
+        chosen.ns
+        < replace(choice, way="between_depths").choose(depths).ns
+        < replace(choice, way="copied_keys").choose(depths).ns
+    )

@@ -1,7 +1,8 @@
 """PyTorch's CPU flash kernel behind the variable-length interface of ``flash.py``; also for float64.
 
 The kernel takes sequences of equal length [n, H, Q, D] and dies (SIGFPE) on empty ones; one call a segment would be slow. So
-segments are batched by their lengths, and empty ones are skipped.
+segments are batched by their lengths, and empty ones are skipped. It has no windows and no soft-capping: those calls compute
+their scores as one matrix, [n, H, Q, S] at a time.
 """
 
 from __future__ import annotations
@@ -10,76 +11,149 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from pgrpo.attention.kernels.segments import Segments
+from pgrpo.attention.kernels.segments import Scores, Segments
 from pgrpo.attention.merge import merge_
 
 aten = torch.ops.aten
 Rows = slice | Tensor
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, seg: Segments, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, seg: Segments, scores: Scores) -> tuple[Tensor, Tensor]:
     """``flash.varlen_forward`` on the CPU."""
-    out_QHD = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse_HQ = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=lse_dtype)
-    for n, q_len, k_len, q_rows, k_rows in _buckets(seg):
-        queries, keys, values = _batched(q, q_rows, n), _batched(k, k_rows, n), _batched(v, k_rows, n)
-        earlier = k_len - q_len if causal else 0  # keys before the first query's position: every query attends to them
-        out, lse = dense_forward(queries, keys[:, :, earlier:], values[:, :, earlier:], causal, scale)
-        out_rows, lse_rows = _flat(out), lse.transpose(0, 1).flatten(1)
-        if earlier:
-            out_e, lse_e = dense_forward(queries, keys[:, :, :earlier], values[:, :, :earlier], False, scale)
-            merge_(out_rows, lse_rows, _flat(out_e), lse_e.transpose(0, 1).flatten(1))
-        out_QHD[q_rows], lse_HQ[:, q_rows] = out_rows, lse_rows
+    out_QHD = q.new_zeros(*q.shape[:2], v.shape[-1])
+    lse_HQ = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=lse_dtype(q))
+    for n, q_rows, k_rows in _buckets(seg):
+        out, lse = dense_forward(_batched(q, q_rows, n), _batched(k, k_rows, n), _batched(v, k_rows, n), scores)
+        out_QHD[q_rows], lse_HQ[:, q_rows] = _flat(out), lse.transpose(0, 1).flatten(1)
     return out_QHD, lse_HQ
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seg: Segments, causal: bool, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seg: Segments, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``flash.varlen_backward`` on the CPU."""
     dq_QHD, dk_SKD, dv_SKD = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for n, q_len, k_len, q_rows, k_rows in _buckets(seg):
+    for n, q_rows, k_rows in _buckets(seg):
         queries, keys, values = _batched(q, q_rows, n), _batched(k, k_rows, n), _batched(v, k_rows, n)
-        rows = _batched(dout, q_rows, n), queries
         merged = _batched(out, q_rows, n), lse[:, q_rows].unflatten(1, (n, -1)).transpose(0, 1)
-        earlier = k_len - q_len if causal else 0
-        dq, dk, dv = _dense_backward(*rows, keys[:, :, earlier:], values[:, :, earlier:], *merged, causal, scale)
-        if earlier:
-            dq_e, dk_e, dv_e = _dense_backward(
-                *rows, keys[:, :, :earlier], values[:, :, :earlier], *merged, False, scale
-            )
-            dq, dk, dv = dq + dq_e, torch.cat([dk_e, dk], 2), torch.cat([dv_e, dv], 2)
+        dq, dk, dv = _dense_backward(_batched(dout, q_rows, n), queries, keys, values, *merged, scores)
         dq_QHD[q_rows], dk_SKD[k_rows], dv_SKD[k_rows] = _flat(dq), _flat(dk), _flat(dv)
     return dq_QHD, dk_SKD, dv_SKD
 
 
-def dense_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """q [n, H, Q, D], k and v [n, K, S, D] -> output [n, H, Q, D] and LSE [n, H, Q]."""
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+def lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
+def dense_forward(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    """q [n, H, Q, D], k [n, K, S, D] and v [n, K, S, Dv] -> output [n, H, Q, Dv] and LSE [n, H, Q]."""
+    if scores.window or scores.softcap:
+        return _by_matrix(q, k, v, scores)
+    earlier = (
+        k.shape[2] - q.shape[2] if scores.causal else 0
+    )  # keys before the first query: every query attends to them
+    out, lse = _flash(q, k[:, :, earlier:], v[:, :, earlier:], scores)
+    if earlier:
+        out_e, lse_e = _flash(q, k[:, :, :earlier], v[:, :, :earlier], scores._replace(causal=False))
+        out_rows, lse_rows = _flat(out), lse.transpose(0, 1).flatten(1)
+        merge_(out_rows, lse_rows, _flat(out_e), lse_e.transpose(0, 1).flatten(1))
+        out = _batched(out_rows, slice(None), len(q))
+        lse = lse_rows.unflatten(1, (len(q), -1)).transpose(0, 1)
+    return out, lse
 
 
 def _dense_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
+    if scores.window or scores.softcap:
+        return _by_matrix_backward(dout, q, k, v, out, lse, scores)
+    earlier = k.shape[2] - q.shape[2] if scores.causal else 0
+    dq, dk, dv = _flash_backward(dout, q, k[:, :, earlier:], v[:, :, earlier:], out, lse, scores)
+    if earlier:
+        before = k[:, :, :earlier], v[:, :, :earlier]
+        dq_e, dk_e, dv_e = _flash_backward(dout, q, *before, out, lse, scores._replace(causal=False))
+        dq, dk, dv = dq + dq_e, torch.cat([dk_e, dk], 2), torch.cat([dv_e, dv], 2)
+    return dq, dk, dv
 
 
-def _buckets(seg: Segments) -> list[tuple[int, int, int, Rows, Rows]]:
+def _flash(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    """The kernel itself. It wants values as wide as keys: columns of zeros change nothing."""
+    width = v.shape[-1]
+    q, k, v = (_wide(x, max(q.shape[-1], width)) for x in (q, k, v))
+    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, scores.causal, scale=scores.scale)
+    return out[..., :width], lse
+
+
+def _flash_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
+) -> tuple[Tensor, Tensor, Tensor]:
+    widths = q.shape[-1], k.shape[-1], v.shape[-1]
+    dout, q, k, v, out = (_wide(x, max(widths)) for x in (dout, q, k, v, out))
+    gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, scores.causal, scale=scores.scale
+    )
+    dq, dk, dv = (x[..., :width] for x, width in zip(gradients, widths, strict=True))
+    return dq, dk, dv
+
+
+def _wide(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))
+
+
+def _by_matrix(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    s_nHQS, _ = _score_matrix(q, k, scores)
+    lse_nHQ = s_nHQS.logsumexp(-1)
+    return ((s_nHQS - lse_nHQ.unsqueeze(-1)).exp() @ _for_heads(v, q).to(lse_nHQ)).to(q), lse_nHQ
+
+
+def _by_matrix_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scores: Scores
+) -> tuple[Tensor, Tensor, Tensor]:
+    s_nHQS, slope_nHQS = _score_matrix(q, k, scores)
+    p_nHQS = (s_nHQS - lse.unsqueeze(-1)).exp()
+    dout, out, queries = dout.to(lse), out.to(lse), q.to(lse)
+    dp_nHQS = dout @ _for_heads(v, q).to(lse).transpose(-1, -2)
+    ds_nHQS = p_nHQS * (dp_nHQS - (dout * out).sum(-1, keepdim=True)) * slope_nHQS
+    dq = ds_nHQS @ _for_heads(k, q).to(lse)
+    dk, dv = ds_nHQS.transpose(-1, -2) @ queries, p_nHQS.transpose(-1, -2) @ dout
+    dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))  # query heads of one key head
+    return dq.to(q), dk.to(k), dv.to(v)
+
+
+def _score_matrix(q: Tensor, k: Tensor, scores: Scores) -> tuple[Tensor, Tensor | float]:
+    """Masked scores [n, H, Q, S], and their derivative by the products of queries and keys."""
+    s_nHQS = (q.to(lse_dtype(q)) @ _for_heads(k, q).to(lse_dtype(q)).transpose(-1, -2)) * scores.scale
+    slope: Tensor | float = scores.scale
+    if scores.softcap:
+        capped = torch.tanh(s_nHQS / scores.softcap)
+        s_nHQS, slope = scores.softcap * capped, scores.scale * (1 - capped * capped)
+    if scores.causal:
+        distance_QS = torch.arange(k.shape[2] - q.shape[2], k.shape[2])[:, None] - torch.arange(k.shape[2])
+        hidden_QS = (distance_QS < 0) | (distance_QS >= (scores.window or k.shape[2]))
+        s_nHQS = s_nHQS.masked_fill(hidden_QS, float("-inf"))
+    return s_nHQS, slope
+
+
+def _for_heads(x: Tensor, q: Tensor) -> Tensor:
+    return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+
+def _buckets(seg: Segments) -> list[tuple[int, Rows, Rows]]:
     return _equal_length_buckets(tuple(seg.cu_q.tolist()), tuple(seg.cu_k.tolist()))
 
 
-@lru_cache(maxsize=64)  # every layer calls this with the same lengths, in forward and backward
-def _equal_length_buckets(cu_q: tuple[int, ...], cu_k: tuple[int, ...]) -> list[tuple[int, int, int, Rows, Rows]]:
-    """(n, query length, key length, query rows, key rows) for each pair of lengths that occurs."""
+@lru_cache(maxsize=256)  # every layer calls this with the same lengths, in forward and backward
+def _equal_length_buckets(cu_q: tuple[int, ...], cu_k: tuple[int, ...]) -> list[tuple[int, Rows, Rows]]:
+    """(n, query rows, key rows) of the n segments of each pair of lengths that occurs."""
     members: dict[tuple[int, int], list[int]] = {}
     for i in range(len(cu_q) - 1):
         lengths = cu_q[i + 1] - cu_q[i], cu_k[i + 1] - cu_k[i]
         if all(lengths):
             members.setdefault(lengths, []).append(i)
     return [
-        (len(ids), q_len, k_len, _rows([cu_q[i] for i in ids], q_len), _rows([cu_k[i] for i in ids], k_len))
+        (len(ids), _rows([cu_q[i] for i in ids], q_len), _rows([cu_k[i] for i in ids], k_len))
         for (q_len, k_len), ids in members.items()
     ]
 

@@ -29,21 +29,22 @@ def merge_(out_QHD: Tensor, lse_HQ: Tensor, out_p_QHD: Tensor, lse_p_HQ: Tensor)
 def copy_rows(k_TKD: Tensor, v_TKD: Tensor, source_C: Tensor) -> tuple[Tensor, Tensor]:
     """See ``merge.copy_rows``."""
     k_TKD, v_TKD = k_TKD.contiguous(), v_TKD.contiguous()
-    width, copies = k_TKD[0].numel(), len(source_C)
-    k_CKD, v_CKD = (k_TKD.new_empty(copies, *k_TKD.shape[1:]) for _ in range(2))
+    k_width, v_width, copies = k_TKD[0].numel(), v_TKD[0].numel(), len(source_C)
+    k_CKD, v_CKD = (x.new_empty(copies, *x.shape[1:]) for x in (k_TKD, v_TKD))
     _copy_rows_kernel[(triton.cdiv(copies, ROWS_PER_BLOCK),)](
-        k_TKD, v_TKD, k_CKD, v_CKD, source_C, copies, width, ROWS=ROWS_PER_BLOCK, BLOCK=triton.next_power_of_2(width)
-    )
+        k_TKD, v_TKD, k_CKD, v_CKD, source_C, copies, k_width, v_width,
+        ROWS=ROWS_PER_BLOCK, BLOCK=triton.next_power_of_2(max(k_width, v_width)),
+    )  # fmt: skip
     return k_CKD, v_CKD
 
 
 def sum_copies(dk_CKD: Tensor, dv_CKD: Tensor, order_C: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     """See ``merge.sum_copies``."""
-    rows, width = len(offsets) - 1, dk_CKD[0].numel()
-    dk_TKD, dv_TKD = (dk_CKD.new_empty(rows, *dk_CKD.shape[1:]) for _ in range(2))
+    rows, k_width, v_width = len(offsets) - 1, dk_CKD[0].numel(), dv_CKD[0].numel()
+    dk_TKD, dv_TKD = (x.new_empty(rows, *x.shape[1:]) for x in (dk_CKD, dv_CKD))
     _sum_copies_kernel[(rows,)](
-        dk_CKD.contiguous(), dv_CKD.contiguous(), dk_TKD, dv_TKD, order_C, offsets, width,
-        BLOCK=triton.next_power_of_2(width),
+        dk_CKD.contiguous(), dv_CKD.contiguous(), dk_TKD, dv_TKD, order_C, offsets, k_width, v_width,
+        BLOCK=triton.next_power_of_2(max(k_width, v_width)),
     )  # fmt: skip
     return dk_TKD, dv_TKD
 
@@ -60,6 +61,7 @@ def _merge_kernel(
     lse_at, lse_p_at = lse + head * lse_head + row * lse_row, lse_p + head * lse_p_head + row * lse_p_row
     a = tl.load(lse_at, mask=valid, other=0.0)
     b = tl.load(lse_p_at, mask=valid, other=0.0)
+    b = tl.where(b == float("inf"), float("-inf"), b)  # a row without keys (FlashAttention-2)
     top = tl.maximum(a, b)
     merged = top + tl.log(tl.exp(a - top) + tl.exp(b - top))
     column = tl.arange(0, BLOCK)
@@ -74,26 +76,28 @@ def _merge_kernel(
 
 
 @triton.jit
-def _copy_rows_kernel(k, v, k_out, v_out, source, copies, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _copy_rows_kernel(k, v, k_out, v_out, source, copies, k_width, v_width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     copy = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    inside = (copy < copies)[:, None] & (column < width)[None, :]
-    row = tl.load(source + copy, mask=copy < copies, other=0)
-    take, put = row[:, None] * width + column[None, :], copy[:, None] * width + column[None, :]
-    tl.store(k_out + put, tl.load(k + take, mask=inside), mask=inside)
-    tl.store(v_out + put, tl.load(v + take, mask=inside), mask=inside)
+    valid = (copy < copies)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    row = tl.load(source + copy, mask=copy < copies, other=0)[:, None]
+    k_inside, v_inside = valid & (column < k_width), valid & (column < v_width)
+    k_row = tl.load(k + row * k_width + column, mask=k_inside)
+    tl.store(k_out + copy[:, None] * k_width + column, k_row, mask=k_inside)
+    v_row = tl.load(v + row * v_width + column, mask=v_inside)
+    tl.store(v_out + copy[:, None] * v_width + column, v_row, mask=v_inside)
 
 
 @triton.jit
-def _sum_copies_kernel(dk, dv, dk_out, dv_out, order, offsets, width, BLOCK: tl.constexpr):
+def _sum_copies_kernel(dk, dv, dk_out, dv_out, order, offsets, k_width, v_width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
-    inside = column < width
+    k_inside, v_inside = column < k_width, column < v_width
     dk_sum = tl.zeros((BLOCK,), tl.float32)
     dv_sum = tl.zeros((BLOCK,), tl.float32)
     for i in range(tl.load(offsets + row), tl.load(offsets + row + 1)):
-        at = tl.load(order + i).to(tl.int64) * width + column
-        dk_sum += tl.load(dk + at, mask=inside, other=0.0).to(tl.float32)
-        dv_sum += tl.load(dv + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dk_out + row * width + column, dk_sum.to(dk_out.dtype.element_ty), mask=inside)
-    tl.store(dv_out + row * width + column, dv_sum.to(dv_out.dtype.element_ty), mask=inside)
+        at = tl.load(order + i).to(tl.int64)
+        dk_sum += tl.load(dk + at * k_width + column, mask=k_inside, other=0.0).to(tl.float32)
+        dv_sum += tl.load(dv + at * v_width + column, mask=v_inside, other=0.0).to(tl.float32)
+    tl.store(dk_out + row * k_width + column, dk_sum.to(dk_out.dtype.element_ty), mask=k_inside)
+    tl.store(dv_out + row * v_width + column, dv_sum.to(dv_out.dtype.element_ty), mask=v_inside)

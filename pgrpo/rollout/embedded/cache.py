@@ -9,14 +9,15 @@ N prompts, B rows in the batch (completions still running), K key/value heads, D
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from pgrpo.attention.kernels.flash import dense_forward, varlen_forward
-from pgrpo.attention.kernels.segments import Segments
+from pgrpo.attention.kernels.segments import Scores, Segments
 from pgrpo.attention.layout import cumulative
-from pgrpo.attention.merge import merge_
+from pgrpo.attention.merge import add_sinks_, merge_
 
 
 class DecodeCache:
@@ -31,33 +32,57 @@ class DecodeCache:
     def __init__(self, prompt_lens: Sequence[int], group_size: int, capacity: int, device: torch.device) -> None:
         self.capacity = capacity
         self.length = 0  # completion tokens in the cache, the same for every row
-        self.max_sample = max(prompt_lens) + capacity
         self._device = device
         self._cu_prefix = cumulative(prompt_lens, device)
-        self._max_prefix = max(prompt_lens)
+        self._prompt_lens, self._max_prefix = list(prompt_lens), max(prompt_lens)
         self._group_of_row = torch.arange(len(prompt_lens)).repeat_interleave(group_size)
         self._prefixes: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> K, V [prompt rows, K, D]
         self._suffixes: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> K, V [B, C, K, D]
         self._across = self._suffix_segments()
+        self._last: dict[int, tuple[Tensor, Segments]] = {}
 
-    def attend(self, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, scale: float, layer: int) -> Tensor:
-        """[T, H, D] attention output: of the prompts in a layer's first call, then of one new token a row."""
+    def attend(
+        self,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        scale: float,
+        *,
+        layer: int,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks_H: Tensor | None = None,
+    ) -> Tensor:
+        """[T, H, Dv] attention output: of the prompts in a layer's first call, then of one new token a row."""
+        scores = Scores(scale, softcap=softcap or 0.0)
+        kernel = "flash4" if softcap and q_THD.device.type == "cuda" else "builtin"  # which cannot soft-cap on a GPU
         if layer not in self._prefixes:
             self._prefixes[layer] = k_TKD.contiguous(), v_TKD.contiguous()
             within = Segments(self._cu_prefix, self._cu_prefix, self._max_prefix, self._max_prefix)
-            return varlen_forward(q_THD, k_TKD, v_TKD, within, True, scale)[0]
-        k_BCKD, v_BCKD = self._suffix_buffers(layer, k_TKD)
-        k_BCKD[:, self.length], v_BCKD[:, self.length] = k_TKD, v_TKD
-        filled = slice(0, self.length + 1)
-        out_B1HD, lse_BH1 = dense_forward(q_THD.unsqueeze(1), k_BCKD[:, filled], v_BCKD[:, filled], scale)
-        out_BHD, lse_HB = out_B1HD.squeeze(1), lse_BH1.squeeze(-1).T
-        out_p, lse_p = varlen_forward(q_THD, *self._prefixes[layer], self._across, False, scale)
-        merge_(out_BHD, lse_HB, out_p, lse_p)
-        return out_BHD
+            causal = scores._replace(causal=True, window=window or 0)
+            out_THD, lse_HT = varlen_forward(q_THD, k_TKD, v_TKD, within, causal, kernel)
+        else:
+            k_BCKD, v_BCKD = self._suffix_buffers(layer, k_TKD, v_TKD)
+            k_BCKD[:, self.length], v_BCKD[:, self.length] = k_TKD, v_TKD
+            seen = slice(max(0, self.length + 1 - window) if window else 0, self.length + 1)
+            out_B1HD, lse_BH1 = dense_forward(q_THD.unsqueeze(1), k_BCKD[:, seen], v_BCKD[:, seen], scores)
+            out_THD, lse_HT = out_B1HD.squeeze(1), lse_BH1.squeeze(-1).T
+            keys, across = self._prefixes[layer], self._across
+            if (
+                window is not None and (left := window - self.length - 1) < self._max_prefix
+            ):  # prompt rows still in the window
+                rows, across = self._last_rows(max(0, left))
+                keys = keys[0].index_select(0, rows), keys[1].index_select(0, rows)
+            if len(keys[0]):
+                merge_(out_THD, lse_HT, *varlen_forward(q_THD, *keys, across, scores, kernel))
+        if sinks_H is not None:
+            add_sinks_(out_THD, lse_HT, sinks_H)
+        return out_THD
 
     def advance(self) -> None:
         """Call this after all layers have attended with the new tokens."""
         self.length += 1
+        self._last.clear()
 
     def keep(self, rows: Tensor) -> None:
         """Drop all rows except these (ascending indices into the current rows)."""
@@ -68,13 +93,24 @@ class DecodeCache:
                 new[:, : self.length] = old[rows, : self.length]
             self._suffixes[layer] = kept[0], kept[1]
         self._across = self._suffix_segments()
+        self._last.clear()
 
-    def _suffix_buffers(self, layer: int, like_BKD: Tensor) -> tuple[Tensor, Tensor]:
+    def _suffix_buffers(self, layer: int, *like_BKD: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in self._suffixes:
-            shape = len(like_BKD), self.capacity, *like_BKD.shape[1:]
-            self._suffixes[layer] = like_BKD.new_empty(shape), like_BKD.new_empty(shape)
+            k, v = (x.new_empty(len(x), self.capacity, *x.shape[1:]) for x in like_BKD)
+            self._suffixes[layer] = k, v
         return self._suffixes[layer]
 
     def _suffix_segments(self) -> Segments:
         rows = self._group_of_row.bincount(minlength=len(self._cu_prefix) - 1).tolist()
         return Segments(cumulative(rows, self._device), self._cu_prefix, max(rows), self._max_prefix)
+
+    def _last_rows(self, most: int) -> tuple[Tensor, Segments]:
+        """The last ``most`` rows of each prompt, and who attends to them. The same for all layers of one window, so kept."""
+        if most not in self._last:
+            kept = [min(most, n) for n in self._prompt_lens]
+            ends = accumulate(self._prompt_lens)
+            rows = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, kept, strict=True)])
+            across = self._across._replace(cu_k=cumulative(kept, self._device), max_k=max(kept))
+            self._last[most] = rows.to(self._device), across
+        return self._last[most]
