@@ -543,6 +543,9 @@ def test_the_walk_finds_every_number() -> None:
     found = {key.partition("[")[0] for key, value in leaves(load_config(BASE)) if type(value) in (int, float)}
     found |= {
         "eval.temperature",
+        "loss.clip_dual",
+        "loss.off_policy_threshold",
+        "loss.rollout_correction_floor",
         "model.fsdp_size",
         "model.max_positions",
         "rollout.gpu_memory_utilization",
