@@ -187,7 +187,7 @@ def backward(learner: Learner, batch: GroupedBatch, counts: Counts) -> update.Up
         # Reference before policy: with LoRA both are one module, and FSDP expects the backward to follow the latest forward.
         with no_gradient(reference if isinstance(reference, Policy) else policy):
             ref_logprobs_BR = batch.unpack(reference(batch).logprobs)
-    flat_logprobs_L, flat_entropy_L = policy(batch, entropy=True)
+    flat_logprobs_L, flat_entropy_L, _ = policy(batch, entropy=True)
     logprobs_BR, entropy_BR = batch.unpack(flat_logprobs_L), batch.unpack(flat_entropy_L)
     if batch.old_logprobs is None:  # the weights are those that sampled, so the ratio is 1
         batch.old_logprobs = logprobs_BR.detach()

@@ -15,7 +15,7 @@ from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.hook import ATTENTION_NAME, AttentionLayout, attending, attention_forward
 from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.model.head import Head
-from pgrpo.model.logprobs import TokenLogprobs, head_logprobs, token_logprobs
+from pgrpo.model.logprobs import TeacherRows, TokenLogprobs, head_logprobs, token_logprobs
 from pgrpo.packing.batch import GroupedBatch
 
 log = logging.getLogger(__name__)
@@ -48,18 +48,34 @@ class Policy(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, batch: GroupedBatch, *, entropy: bool = False, temperature: float | None = None) -> TokenLogprobs:
-        """Log-probs [L] (and entropy [L]) of the batch's completion tokens; ``batch.unpack`` turns them into rows of samples.
-        ``temperature`` replaces the policy's."""
+    def forward(
+        self,
+        batch: GroupedBatch,
+        *,
+        entropy: bool = False,
+        temperature: float | None = None,
+        teacher: TeacherRows | None = None,
+    ) -> TokenLogprobs:
+        """Log-probs [L] (and entropy [L], and the KL [L] to a teacher) of the batch's completion tokens; ``batch.unpack`` turns
+        them into rows of samples. ``temperature`` replaces the policy's."""
+        hidden_LE = self._rows(batch)
+        temperature = self.temperature if temperature is None else temperature
+        asked: dict[str, Any] = {"entropy": entropy, "teacher": teacher}
+        if self.head.scale is None:
+            return head_logprobs(hidden_LE, self.head, batch.target_ids, 1.0 / temperature, **asked)
+        scale = self.head.scale / temperature
+        return token_logprobs(hidden_LE, self.head.weight, batch.target_ids, scale, **asked)
+
+    def teacher_rows(self, batch: GroupedBatch) -> TeacherRows:
+        """For the KL of another policy to this one, in the forward of that. With FSDP the head stays gathered until ``reshard``."""
+        return TeacherRows(self._rows(batch), self.head, self.temperature)
+
+    def _rows(self, batch: GroupedBatch) -> Tensor:
+        """[L, E] hidden states of the rows that predict the completion tokens."""
         hidden_TE = self._hidden(batch.inputs, batch.layout)
         # The last prompt row occurs once for each completion. The backward of index_select adds up its gradients in a fixed order;
         # that of indexing does not, and would not be bit-stable.
-        hidden_LE = hidden_TE.index_select(0, batch.logit_index)
-        temperature = self.temperature if temperature is None else temperature
-        if self.head.scale is None:
-            return head_logprobs(hidden_LE, self.head, batch.target_ids, 1.0 / temperature, entropy=entropy)
-        scale = self.head.scale / temperature
-        return token_logprobs(hidden_LE, self.head.weight, batch.target_ids, scale, entropy=entropy)
+        return hidden_TE.index_select(0, batch.logit_index)
 
     def next_logits(self, inputs: Mapping[str, Tensor], layout: AttentionLayout, rows_B: Tensor) -> Tensor:
         """Logits [B, V] at the given packed rows, as the model's own forward computes them (without temperature)."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pgrpo.model import logprobs
-from pgrpo.model.logprobs import token_logprobs
+from pgrpo.model.logprobs import TeacherRows, head_logprobs, token_logprobs
 
 L, E, V = 23, 8, 37
 
@@ -160,3 +160,92 @@ def test_peak_memory_is_far_below_the_full_logits():
     """)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 1 / 3
+
+
+class PlainHead:
+    """A teacher's head: ``scale * hidden @ weight.T``, and with a bias one that is computed by the model's own forward."""
+
+    def __init__(self, weight, scale=1.0, bias=None):
+        self.weight, self.scale, self.bias = weight, None if bias is not None else scale, bias
+
+    def logits(self, hidden):
+        return hidden @ self.weight.T + self.bias
+
+
+def teacher_of(head, rows=L, temperature=1.5):
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(rows, head.weight.shape[1], generator=generator, dtype=torch.float64)
+    return TeacherRows(hidden.to(head.weight.dtype), head, temperature)
+
+
+def wide_head(extra=0, **kind):
+    """Of a wider model, whose vocabulary may have ``extra`` ids that no token has."""
+    generator = torch.Generator().manual_seed(4)
+    return PlainHead(torch.randn(V + extra, 2 * E, generator=generator, dtype=torch.float64), **kind)
+
+
+@pytest.mark.parametrize("logits_per_chunk", [1, 5 * V, 2**25])
+@pytest.mark.parametrize("extra", [0, 3])
+def test_the_kl_to_a_teacher_equals_that_of_full_distributions(monkeypatch, logits_per_chunk, extra):
+    monkeypatch.setitem(logprobs.LOGITS_PER_CHUNK, "cpu", logits_per_chunk)
+    hidden, weight, targets, dlogprobs = inputs()
+    for head in (
+        wide_head(extra, scale=0.7),
+        wide_head(extra, bias=torch.linspace(-1, 1, V + extra, dtype=torch.float64)),
+    ):
+        teacher = teacher_of(head)
+        got = token_logprobs(hidden, weight, targets, 0.6, entropy=True, teacher=teacher)
+        full = teacher.hidden_LE @ head.weight.T * 0.7 if head.bias is None else head.logits(teacher.hidden_LE)
+        logq = (full / 1.5)[:, :V].log_softmax(-1)
+        logp = (hidden @ weight.T * 0.6).log_softmax(-1)
+        kl = torch.nn.functional.kl_div(logq, logp, reduction="none", log_target=True).sum(-1)
+        assert got.kl is not None and got.entropy is not None
+        torch.testing.assert_close(got.kl, kl, rtol=0, atol=1e-13)
+        entropy = -(logp.exp() * logp).sum(-1)
+        for a, b, c in ((0, 0, 1), (1, 0, 1), (0.5, -0.3, 0.7)):
+            wanted = (a * logp[range(L), targets] + b * entropy + c * kl) @ dlogprobs
+            found = (a * got.logprobs + b * got.entropy + c * got.kl) @ dlogprobs
+            for x, y in zip(
+                *(torch.autograd.grad(v, [hidden, weight], retain_graph=True) for v in (found, wanted)), strict=True
+            ):
+                torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+def test_the_kl_to_itself_is_0_and_so_is_its_gradient():
+    hidden, weight, targets, _ = inputs(torch.float32)
+    got = token_logprobs(
+        hidden, weight, targets, 0.5, teacher=TeacherRows(hidden.detach(), PlainHead(weight.detach()), 2.0)
+    )
+    assert got.kl is not None
+    assert got.kl.abs().max() < 1e-6
+    assert torch.autograd.grad(got.kl.sum(), hidden)[0].abs().max() < 1e-6
+
+
+def test_the_kl_of_a_head_with_a_bias(monkeypatch):
+    """A policy whose logits its own forward computes: as one whose bias is a column of its head, behind a hidden state of 1."""
+    monkeypatch.setitem(logprobs.LOGITS_PER_CHUNK, "cpu", 30 * V)
+    hidden, weight, targets, dlogprobs = inputs()
+    bias = torch.linspace(-2, 2, V, dtype=torch.float64).requires_grad_()
+    teacher = teacher_of(wide_head())
+
+    class Own:
+        names = ("weight", "bias")
+        parameters = (weight, bias)
+
+        def __init__(self):
+            self.weight = weight
+
+        def logits(self, hidden, named):
+            return hidden @ named["weight"].T + named["bias"]
+
+    got = head_logprobs(hidden, Own(), targets, 0.6, entropy=True, teacher=teacher)  # pyright: ignore[reportArgumentType]
+    wide = [torch.cat([x, y.view(-1, 1)], 1) for x, y in ((hidden, torch.ones(L, dtype=torch.float64)), (weight, bias))]
+    wanted = token_logprobs(*wide, targets, 0.6, entropy=True, teacher=teacher)
+    weights = torch.linspace(0.1, 1, L, dtype=torch.float64)
+    grads = []
+    for values in (got, wanted):
+        assert values.kl is not None and values.entropy is not None
+        loss = values.logprobs @ dlogprobs + 0.3 * values.entropy.sum() + values.kl @ weights
+        grads.append(torch.autograd.grad(loss, [hidden, weight, bias], retain_graph=True))
+    for x, y in zip((*got, *grads[0]), (*wanted, *grads[1]), strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
