@@ -9,7 +9,7 @@ from pgrpo.attention.kernels.flash import FASTEST_FIRST, choose_kernel, why_not
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.attention.merge import copy_rows, merge_, merge_plain_, sum_copies
 from pgrpo.attention.reference import reference_attention
-from pgrpo.model.logprobs import token_logprobs
+from pgrpo.model.logprobs import TeacherRows, token_logprobs
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -119,10 +119,35 @@ def test_logprobs(vocabulary, scale, monkeypatch):
     plain, got = (run(f, [hidden, weight], dlogprobs) for f in (entropy_of, our_entropy))
     for name, a, b, truth in zip(("entropy", "dhidden", "dweight"), got, plain, exact, strict=True):
         assert (a - truth).norm() <= 2 * (b - truth).norm(), name
+    teacher = Teacher(torch.randn(250, 96, device=GPU).bfloat16(), torch.randn(vocabulary, 96, device=GPU).bfloat16())
+
+    def kl_of(hidden, weight):
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logp = (scale * (hidden @ weight.T).to(dtype)).log_softmax(-1)
+        logq = (scale * (teacher.hidden @ teacher.weight.T).to(dtype)).log_softmax(-1)
+        return (logp.exp() * (logp - logq)).sum(-1)
+
+    def our_kl(hidden, weight):
+        rows = TeacherRows(teacher.hidden, teacher, 1.0 / scale)  # pyright: ignore[reportArgumentType]
+        return token_logprobs(hidden, weight, targets, scale, teacher=rows).kl
+
+    exact = run(kl_of, [hidden.double(), weight.double()], dlogprobs.double())
+    plain, got = (run(f, [hidden, weight], dlogprobs) for f in (kl_of, our_kl))
+    for name, a, b, truth in zip(("kl", "dhidden", "dweight"), got, plain, exact, strict=True):
+        assert (a - truth).norm() <= 2 * (b - truth).norm(), name
     frozen = hidden.clone().requires_grad_()
     token_logprobs(frozen, weight, targets, scale).logprobs.sum().backward()
     assert frozen.grad is not None
     assert weight.grad is None
+
+
+class Teacher:
+    """Hidden states, and a head that is a plain matrix."""
+
+    scale = 1.0
+
+    def __init__(self, hidden, weight):
+        self.hidden, self.weight = hidden, weight
 
 
 def test_auto_says_why():

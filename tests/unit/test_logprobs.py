@@ -7,7 +7,7 @@ import textwrap
 import pytest
 import torch
 
-from pgrpo.model import logprobs
+from pgrpo.model import logit_rows, logprobs
 from pgrpo.model.logprobs import TeacherRows, head_logprobs, token_logprobs
 
 L, E, V = 23, 8, 37
@@ -175,7 +175,7 @@ class PlainHead:
 def teacher_of(head, rows=L, temperature=1.5):
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(rows, head.weight.shape[1], generator=generator, dtype=torch.float64)
-    return TeacherRows(hidden.to(head.weight.dtype), head, temperature)
+    return TeacherRows(hidden.to(head.weight.dtype), head, temperature)  # pyright: ignore[reportArgumentType]
 
 
 def wide_head(extra=0, **kind):
@@ -213,9 +213,8 @@ def test_the_kl_to_a_teacher_equals_that_of_full_distributions(monkeypatch, logi
 
 def test_the_kl_to_itself_is_0_and_so_is_its_gradient():
     hidden, weight, targets, _ = inputs(torch.float32)
-    got = token_logprobs(
-        hidden, weight, targets, 0.5, teacher=TeacherRows(hidden.detach(), PlainHead(weight.detach()), 2.0)
-    )
+    teacher = teacher_of(PlainHead(weight.detach()), temperature=2.0)._replace(hidden_LE=hidden.detach())
+    got = token_logprobs(hidden, weight, targets, 0.5, teacher=teacher)
     assert got.kl is not None
     assert got.kl.abs().max() < 1e-6
     assert torch.autograd.grad(got.kl.sum(), hidden)[0].abs().max() < 1e-6
@@ -240,7 +239,7 @@ def test_the_kl_of_a_head_with_a_bias(monkeypatch):
 
     got = head_logprobs(hidden, Own(), targets, 0.6, entropy=True, teacher=teacher)  # pyright: ignore[reportArgumentType]
     wide = [torch.cat([x, y.view(-1, 1)], 1) for x, y in ((hidden, torch.ones(L, dtype=torch.float64)), (weight, bias))]
-    wanted = token_logprobs(*wide, targets, 0.6, entropy=True, teacher=teacher)
+    wanted = token_logprobs(wide[0], wide[1], targets, 0.6, entropy=True, teacher=teacher)
     weights = torch.linspace(0.1, 1, L, dtype=torch.float64)
     grads = []
     for values in (got, wanted):
@@ -249,3 +248,40 @@ def test_the_kl_of_a_head_with_a_bias(monkeypatch):
         grads.append(torch.autograd.grad(loss, [hidden, weight, bias], retain_graph=True))
     for x, y in zip((*got, *grads[0]), (*wanted, *grads[1]), strict=True):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:invalid value"
+)  # of the interpreter: -inf - -inf behind the vocabulary's end, which is not used
+@pytest.mark.parametrize("vocabulary", [37, 5003])
+def test_the_kernels_of_a_gpu_compute_the_same(vocabulary):
+    """In Triton's interpreter: one block and several, the last one in part."""
+    from pgrpo.model import logprobs_triton
+
+    generator = torch.Generator().manual_seed(0)
+    x, y = 3 * torch.randn(2, 5, vocabulary, generator=generator)
+    targets = torch.randint(vocabulary, (5,), generator=generator)
+    dlogprobs, dentropy, dkl = torch.randn(3, 5, generator=generator)
+
+    def close(got, wanted):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+    for scale, teacher_scale in ((1.0, 1.0), (0.6, 1.7)):
+        logprobs, lse, entropy = logit_rows.row_statistics(x.clone(), targets, scale, True)
+        kl, teacher_lse = logit_rows.kl_statistics(x, y.clone(), scale, teacher_scale)
+        close(logprobs_triton.row_statistics(x, targets, scale, True), (logprobs, lse, entropy))
+        close(logprobs_triton.kl_statistics(x, y, scale, teacher_scale), (kl, teacher_lse))
+        for entropies, has_kl in (
+            (None, False),
+            (None, True),
+            ((entropy, dentropy), False),
+            ((entropy, dentropy), True),
+        ):
+            wanted, got = (
+                module.to_logit_gradient_(
+                    x.clone(), targets, lse, dlogprobs, scale, entropies,
+                    logit_rows.KlGradient(y.clone(), teacher_scale, teacher_lse, kl, dkl) if has_kl else None,
+                )
+                for module in (logit_rows, logprobs_triton)
+            )  # fmt: skip
+            close(got, wanted)
