@@ -21,8 +21,9 @@ from pgrpo.attention.kernels.segments import Scores, Segments
 from pgrpo.commands.bench import Job, Packed
 from pgrpo.model.head import Head
 from pgrpo.model.logprobs import token_logprobs
-from pgrpo.model.policy import Policy, decoder_layers
+from pgrpo.model.policy import Policy
 from pgrpo.packing.forest import Tree
+from pgrpo.planning.dims import decoder_layers
 from pgrpo.types import Recompute
 
 METHODS = ("grouped", "repeated_packed", "repeated_padded", "concat", "prefix_grouper", "prefix_grouper_ours")

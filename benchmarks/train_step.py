@@ -27,8 +27,8 @@ from pgrpo.config import Config, load_config
 from pgrpo.distributed.fsdp import place
 from pgrpo.distributed.world import World, start
 from pgrpo.grpo import update_policy
-from pgrpo.model.policy import decoder_layers
 from pgrpo.model.proof import tokens_as_groups
+from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import GIB, ModelDims, forward_flops
 from pgrpo.planning.placement import compute_dtype, recompute_by_layer
 from pgrpo.training.build import Learner

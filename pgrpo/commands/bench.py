@@ -18,11 +18,12 @@ from pgrpo.commands.bench_report import Row, Shape, print_rows
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World, start
 from pgrpo.model.lora import adapter_parameters, add_adapters, check_lora
-from pgrpo.model.policy import Policy, check_supported, decoder_layers, load_hf_config, load_model
+from pgrpo.model.policy import Policy, check_supported, load_hf_config, load_model
 from pgrpo.model.proof import tokens_as_trees
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Tree
+from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import GIB, ModelDims, flop_ratio, forward_flops, mfu, rho, update_flops
 from pgrpo.planning.placement import check_device, compute_dtype, is_compiled
 from pgrpo.training.place import wrap

@@ -12,7 +12,7 @@ from pgrpo.config import Config, check_world_size, to_yaml
 from pgrpo.distributed.world import World, world_size
 from pgrpo.model.lora import adapter_parameters, check_lora
 from pgrpo.model.policy import check_positions, check_supported, load_hf_config
-from pgrpo.planning.flops import ModelDims, computed_tokens, parameter_count, rho, update_flops
+from pgrpo.planning.flops import ModelDims, computed_tokens, rho, update_flops
 from pgrpo.planning.memory import memory_plan
 from pgrpo.planning.placement import (
     attention_choice,
@@ -65,7 +65,7 @@ def plan_text(config: Config) -> str:
     flops = epochs * rollout.prompts_per_step * group_flops
     trained = f", frozen; LoRA trains {adapters:,} beside them" if adapters else ""
     return (
-        f"model         {config.model.path}: {parameter_count(dims):,} parameters, {config.model.dtype}{trained}\n"
+        f"model         {config.model.path}: {dims.parameters:,} parameters, {config.model.dtype}{trained}\n"
         f"a step        {rollout.prompts_per_step} prompts x {rollout.group_size} completions on {ranks} rank(s), "
         f"{config.train.updates_per_step * epochs} update(s)\n"
         f"at most       {packed:,} packed tokens a step; {repeated:,} if every completion had its own prompt "

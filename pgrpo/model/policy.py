@@ -117,19 +117,6 @@ def load_model(config: ModelConfig, max_sample: int, dtype: torch.dtype = torch.
     return model.train()  # there is no dropout: check_supported refuses it
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of the decoder, in order: its first list of as many modules as the config has layers.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    count = model.config.get_text_config().num_hidden_layers
-    for part in model.base_model.modules():
-        if isinstance(part, nn.ModuleList) and len(part) == count:
-            return list(part)
-    raise ConfigError(f"model.path: {model.config.model_type} model: it has no list of {count} decoder layers")
-
-
 def load_hf_config(config: ModelConfig) -> PretrainedConfig:
     """The model's config.json.
 

@@ -1,4 +1,4 @@
-"""FLOPs of the matrix products of a step, counted exactly. Integers only, no tensors.
+"""FLOPs of the matrix products of a step, counted exactly.
 
 P prompt tokens, R tokens of one completion, G completions of a prompt. *Grouped* (``shared``) computes the prompt once,
 *repeated* once for each completion. Padding and recomputation are not counted.
@@ -6,9 +6,10 @@ P prompt tokens, R tokens of one completion, G completions of a prompt. *Grouped
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from pgrpo.planning.dims import ModelDims
 
 GIB = 2**30
 UPDATE_OVER_FORWARD = 3
@@ -25,88 +26,9 @@ PEAK_TFLOPS = {
 """Dense bfloat16 rate in TFLOP/s, from data sheets, by the whole name that CUDA gives the device, without "NVIDIA "."""
 
 
-@dataclass(frozen=True, slots=True)
-class ModelDims:
-    """Sizes of a decoder with gated MLPs. ``biases``: bias elements in one layer; ``head_norms``: q and k are normalised by head
-    (Qwen3); ``fused``: q, k and v are one matrix, and so are gate and up (Phi-3)."""
-
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    tied: bool
-    biases: int = 0
-    head_norms: bool = False
-    fused: bool = False
-
-    @classmethod
-    def from_config(cls, config: Any) -> ModelDims:
-        """From a Hugging Face config, as an object or as the mapping in config.json.
-
-        Raises:
-            ValueError: the config lacks a size.
-        """
-        values = config if isinstance(config, Mapping) else config.to_dict()
-
-        def size(name: str) -> int:
-            if not isinstance(values.get(name), int):
-                raise ValueError(f"the model's config has no {name}: pgrpo does not support this kind of model")
-            return values[name]
-
-        hidden, heads, intermediate = size("hidden_size"), size("num_attention_heads"), size("intermediate_size")
-        kv_heads = values.get("num_key_value_heads") or heads
-        head_dim = values.get("head_dim") or hidden // heads
-        qkv_rows = (heads + 2 * kv_heads) * head_dim
-        biases = 0
-        if values.get("model_type") == "qwen2":  # q, k and v always have biases; no key says so
-            biases += qkv_rows
-        if values.get("attention_bias"):
-            biases += qkv_rows + hidden
-        if values.get("mlp_bias"):
-            biases += 2 * intermediate + hidden
-        layers, vocab, tied = size("num_hidden_layers"), size("vocab_size"), bool(values.get("tie_word_embeddings"))
-        head_norms, fused = values.get("model_type") == "qwen3", values.get("model_type") == "phi3"
-        return cls(layers, hidden, heads, kv_heads, head_dim, intermediate, vocab, tied, biases, head_norms, fused)
-
-    @property
-    def linear_layers(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of each matrix of one layer, by transformers' names."""
-        hidden, q, kv = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        if self.fused:
-            return {
-                "qkv_proj": (hidden, q + 2 * kv),
-                "o_proj": (q, hidden),
-                "gate_up_proj": (hidden, 2 * self.intermediate),
-                "down_proj": (self.intermediate, hidden),
-            }
-        return {
-            "q_proj": (hidden, q),
-            "k_proj": (hidden, kv),
-            "v_proj": (hidden, kv),
-            "o_proj": (q, hidden),
-            "gate_proj": (hidden, self.intermediate),
-            "up_proj": (hidden, self.intermediate),
-            "down_proj": (self.intermediate, hidden),
-        }
-
-    @property
-    def layer_matrix(self) -> int:
-        """Elements of one layer's matrices."""
-        return sum(inputs * outputs for inputs, outputs in self.linear_layers.values())
-
-
-def parameter_count(dims: ModelDims) -> int:
-    """Number of parameters; a head tied to the embedding is counted once."""
-    layer = dims.layer_matrix + 2 * dims.hidden + dims.biases + (2 * dims.head_dim if dims.head_norms else 0)
-    return dims.layers * layer + dims.hidden + dims.vocab * dims.hidden * (1 if dims.tied else 2)
-
-
 def lora_parameter_count(dims: ModelDims, rank: int, targets: Iterable[str]) -> int:
     """Parameters of LoRA adapters beside the named linear layers: two matrices each, [rank, inputs] and [outputs, rank]."""
-    return dims.layers * sum(rank * sum(dims.linear_layers[name]) for name in set(targets))
+    return sum(rank * sum(shape) for name in set(targets) for shape in dims.linear_layers[name])
 
 
 def computed_tokens(prompt: int, completions: Sequence[int], *, shared: bool = True) -> int:
@@ -114,11 +36,18 @@ def computed_tokens(prompt: int, completions: Sequence[int], *, shared: bool = T
     return prompt * (1 if shared else len(completions)) + sum(completions)
 
 
-def attention_pairs(prompt: int, completions: Sequence[int], *, shared: bool = True) -> int:
-    """Pairs (query, key): causal in the prompt and in each completion; a completion also attends to the whole prompt."""
-    causal = prompt * (prompt + 1) // 2
-    suffixes = sum(n * prompt + n * (n + 1) // 2 for n in completions)
+def attention_pairs(prompt: int, completions: Sequence[int], *, shared: bool = True, window: int = 0) -> int:
+    """Pairs (query, key): causal in the prompt and in each completion; a completion also attends to the whole prompt, or with a
+    window to what is less than ``window`` tokens away (0: no window)."""
+    causal = _causal_pairs(prompt, window)
+    suffixes = sum(_causal_pairs(prompt + n, window) - causal for n in completions)
     return causal * (1 if shared else len(completions)) + suffixes
+
+
+def _causal_pairs(length: int, window: int) -> int:
+    """Of one sequence."""
+    inside = min(length, window or length)
+    return inside * (inside + 1) // 2 + (length - inside) * window
 
 
 def forward_flops(
@@ -129,8 +58,7 @@ def forward_flops(
     Counts linear layers (and ``adapters`` parameters of LoRA) for each computed token, attention for each pair, and the head for
     completion tokens only.
     """
-    matrices = dims.layers * dims.layer_matrix + adapters
-    linear = 2 * matrices * computed_tokens(prompt, completions, shared=shared)
+    linear = 2 * (dims.matrices + adapters) * computed_tokens(prompt, completions, shared=shared)
     head = 2 * dims.vocab * dims.hidden * sum(completions)
     return linear + _attention_flops(dims, prompt, completions, shared) + head
 
@@ -149,8 +77,11 @@ def update_flops(
 
 
 def _attention_flops(dims: ModelDims, prompt: int, completions: Sequence[int], shared: bool) -> int:
-    pair = 4 * dims.layers * dims.heads * dims.head_dim  # scores and weighted values
-    return pair * attention_pairs(prompt, completions, shared=shared)
+    pairs = sum(
+        count * attention_pairs(prompt, completions, shared=shared, window=window)
+        for window, count in Counter(dims.windows).items()
+    )
+    return 2 * dims.heads * (dims.head_dim + dims.value_dim) * pairs  # scores and weighted values
 
 
 def rho(prompt: int, completions: Sequence[int]) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pgrpo.planning.flops import ModelDims, parameter_count
+from pgrpo.planning.flops import ModelDims
 from pgrpo.types import Recompute
 
 GIB = 2**30
@@ -112,29 +112,29 @@ def memory_plan(
         logit_chunk_bytes: logits (and temporaries of their size) that the log-prob head holds at once.
         offloaded: which of ``weights`` and ``moments`` are in host memory while vLLM samples.
     """
-    weights = trained = 4 * parameter_count(dims) / ranks
+    weights = trained = 4 * dims.parameters / ranks
     embedding = dims.vocab * dims.hidden
     # FSDP's root keeps embedding and head gathered. Of the layers, one is in use while the next one is gathered.
     root = 0 if ranks == 1 and dtype_bytes == 4 else embedding * (1 if dims.tied else 2)
     two_layers, head = root and 2 * dims.layer_matrix, embedding
     gathered, gradients = root + two_layers, two_layers
     if adapters:
-        weights, trained = (dtype_bytes * parameter_count(dims) + 4 * adapters) / ranks, 4 * adapters / ranks
+        weights, trained = (dtype_bytes * dims.parameters + 4 * adapters) / ranks, 4 * adapters / ranks
         head, gradients = 0, root and 2 * adapters // dims.layers
         gathered += gradients
     layer = _layer_activations(dims, dtype_bytes, compiled=compiled)
     kept: dict[Recompute, int] = {"none": layer, "full": dims.hidden * dtype_bytes}
     # Attention outputs with their float32 log-sum-exps, and the layer's input.
-    kept["attention"] = kept["full"] + dims.heads * (dims.head_dim * dtype_bytes + 4)
+    kept["attention"] = kept["full"] + dims.heads * (dims.value_dim * dtype_bytes + 4)
     recomputed = 0 if set(recompute) == {"none"} else layer
-    kv_row = 2 * dims.layers * dims.kv_heads * dims.head_dim * dtype_bytes
+    kv_row = dims.layers * dims.kv_heads * (dims.head_dim + dims.value_dim) * dtype_bytes
     kv_rows = concurrent * completion_tokens + -(-concurrent // group_size) * prompt_tokens
     parts = MemoryPlan(
         weights=weights,
         gradients=trained,
         moments=0 if offload else 2 * trained,
         # The reference's root stays gathered during the updates.
-        reference=dtype_bytes * (root + (0 if ref_offload else parameter_count(dims) / ranks))
+        reference=dtype_bytes * (root + (0 if ref_offload else dims.parameters / ranks))
         if reference and not adapters
         else 0,
         gathered=gathered * dtype_bytes,
@@ -170,12 +170,12 @@ def _layer_activations(dims: ModelDims, dtype_bytes: int, *, compiled: bool) -> 
     """Bytes a token that one layer keeps for its backward. Eager: counted from what autograd saves in transformers' layers.
     Compiled: what matrix products and attention need; the compiler recomputes everything between them."""
     q, kv = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
-    norms = 2 * dims.hidden * (4 + 2 * dtype_bytes)  # the float32 input, the normalised and the scaled output
+    norms = dims.norms * dims.hidden * (4 + 2 * dtype_bytes)  # the float32 input, the normalised and the scaled output
     attention = (2 * q + 2 * kv) * dtype_bytes
     head_norms = (q + kv) * (4 + dtype_bytes) if dims.head_norms else 0
     mlp = 4 * dims.intermediate * dtype_bytes  # gate, its silu, up, their product
     if compiled:
-        norms = 2 * dims.hidden * 2 * dtype_bytes  # input and output
+        norms = dims.norms * dims.hidden * 2 * dtype_bytes  # input and output
         head_norms = (q + kv) * dtype_bytes if dims.head_norms else 0  # input
         mlp = 3 * dims.intermediate * dtype_bytes  # gate, up, their product
     return norms + attention + head_norms + mlp

@@ -17,7 +17,7 @@ from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World
 from pgrpo.model.logprobs import chunk_bytes
 from pgrpo.model.lora import adapter_parameters
-from pgrpo.planning.flops import GIB, ModelDims, parameter_count
+from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.planning.memory import MemoryPlan, fewest_recomputed_layers, memory_plan
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.types import Recompute
@@ -193,8 +193,8 @@ def vllm_gib(config: Config, dims: ModelDims, samples: int) -> float:
     rollout, width = config.rollout, compute_dtype(config).itemsize
     groups, block = math.ceil(samples / rollout.group_size), VLLM_BLOCK_TOKENS  # a completion's last block is not full
     rows = groups * config.data.max_prompt_tokens + samples * (rollout.max_completion_tokens + block)
-    row = 2 * dims.layers * dims.kv_heads * dims.head_dim
-    return width * (parameter_count(dims) + row * rows) / rollout.tensor_parallel_size / GIB
+    row = dims.layers * dims.kv_heads * (dims.head_dim + dims.value_dim)
+    return width * (dims.parameters + row * rows) / rollout.tensor_parallel_size / GIB
 
 
 def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.device) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from pgrpo.config import Config
 from pgrpo.distributed import fsdp
 from pgrpo.distributed.world import World
 from pgrpo.model.lora import add_adapters
-from pgrpo.model.policy import Policy, decoder_layers, load_model
+from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.recompute import set_up_layers
+from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.placement import attention_choice, compute_dtype, is_compiled, recompute_by_layer
 

@@ -1,5 +1,7 @@
 """Which engine a run takes, what is refused before a weight is loaded, and how much memory vLLM is given."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -9,7 +11,7 @@ import torch
 from pgrpo.config import Config, ConfigError, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import World
 from pgrpo.planning import placement
-from pgrpo.planning.flops import GIB, ModelDims, parameter_count
+from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.rollout.vllm import engine as vllm
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.rollout.vllm.requests import Requests
@@ -17,7 +19,9 @@ from pgrpo.training import engine
 from pgrpo.types import Request, SamplingParams
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-QWEN3_4B = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, True, 0, True, False)
+QWEN3_4B = ModelDims.from_config(
+    json.loads((Path(__file__).parents[2] / "benchmarks" / "qwen3_4b" / "config.json").read_text())
+)
 
 
 def config(**rollout) -> Config:
@@ -92,7 +96,7 @@ def h100(monkeypatch):
     return sizes
 
 
-WEIGHTS = 4 * parameter_count(QWEN3_4B) / GIB  # 15
+WEIGHTS = 4 * QWEN3_4B.parameters / GIB  # 15
 USABLE = 80 * placement.USABLE_SHARE - placement.SLEEPING_VLLM_GIB
 ONE = World(0, 1, GPU)
 

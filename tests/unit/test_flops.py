@@ -19,7 +19,8 @@ from pgrpo.planning import flops, memory
 from pgrpo.planning.flops import ModelDims
 from pgrpo.types import Recompute
 
-QWEN3_4B = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
+ROOT = Path(__file__).parents[2]
+QWEN3_4B = ModelDims.from_config(json.loads((ROOT / "benchmarks" / "qwen3_4b" / "config.json").read_text()))
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 160,
@@ -49,18 +50,45 @@ def make(name: str):
 @pytest.mark.parametrize("name", MODELS)
 def test_parameter_count_is_transformers_own(name: str) -> None:
     model = make(name)
-    assert flops.parameter_count(ModelDims.from_config(model.config)) == model.num_parameters()
-    assert flops.parameter_count(ModelDims.from_config(model.config.to_dict())) == model.num_parameters()
+    assert ModelDims.from_config(model.config).parameters == model.num_parameters()
+    assert ModelDims.from_config(model.config.to_dict()).parameters == model.num_parameters()
 
 
 def test_published_sizes() -> None:
-    qwen3_4b = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
-    assert flops.parameter_count(qwen3_4b) == 4_022_468_096
+    assert QWEN3_4B.parameters == 4_022_468_096
 
 
-def test_missing_size_is_named() -> None:
-    with pytest.raises(ValueError, match="intermediate_size"):
-        ModelDims.from_config({key: value for key, value in SIZES.items() if key != "intermediate_size"})
+def test_sizes_of_mixtures_latent_attention_and_windows() -> None:
+    """Worked out by hand: two of four experts are active, the first layer is dense, and values are smaller than keys."""
+    small = SIZES | {
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+    }
+    mla = {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
+    experts = {
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "n_group": 1,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+    }
+    config = AutoConfig.for_model("deepseek_v3", **small, **mla, **experts)
+    dims = ModelDims.from_config(config)
+    attention = 64 * 24 + 24 * 4 * 16 + 64 * (16 + 8) + 16 * 4 * (8 + 12) + 4 * 12 * 64
+    dense, sparse = 3 * 64 * 160, 4 * 64 + (2 + 1) * 3 * 64 * 20
+    assert (dims.head_dim, dims.value_dim, dims.kv_heads) == (16, 12, 4)
+    assert dims.matrices == 2 * attention + dense + sparse
+    assert dims.intermediate == 160
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    gemma = AutoConfig.for_model("gemma3_text", **SIZES, head_dim=16, sliding_window=8, layer_types=kinds)
+    dims = ModelDims.from_config(gemma)
+    assert (dims.windows, dims.norms, dims.head_norms) == ((8, 8, 0), 4, True)
+    pair = 2 * 4 * 32
+    full, windowed = 20 * 21 // 2, sum(min(i + 1, 8) for i in range(20))
+    without = flops.forward_flops(replace(dims, windows=(0, 0, 0)), 12, [8])
+    assert without - flops.forward_flops(dims, 12, [8]) == 2 * pair * (full - windowed)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
@@ -99,7 +127,9 @@ def test_flops_of_a_lora_update_are_those_that_torch_counts(name: str) -> None:
     adapters = adapt(model, rank, list(dims.linear_layers))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.zeros(1, length, dtype=torch.long)).logits.sum().backward()
-    first = [shape for name, shape in dims.linear_layers.items() if name in ("q_proj", "k_proj", "v_proj", "qkv_proj")]
+    first = [
+        shapes[0] for name, shapes in dims.linear_layers.items() if name in ("q_proj", "k_proj", "v_proj", "qkv_proj")
+    ]
     no_gradient = sum(2 * length * (inputs * outputs + rank * inputs) for inputs, outputs in first)
     above_diagonal = 4 * dims.layers * dims.heads * dims.head_dim * length * (length - 1) // 2
     ours = flops.update_flops(dims, 0, [length], adapters=adapters) + 3 * above_diagonal
@@ -111,30 +141,30 @@ def test_flops_of_a_lora_update_are_those_that_torch_counts(name: str) -> None:
 
 @pytest.mark.parametrize(("prompt", "completions"), [(7, [3, 1, 5]), (1, [2]), (4, [0, 6])])
 @pytest.mark.parametrize("shared", [True, False])
-def test_attention_pairs_by_counting(prompt: int, completions: list[int], shared: bool) -> None:
+@pytest.mark.parametrize("window", [0, 1, 3, 50])
+def test_attention_pairs_by_counting(prompt: int, completions: list[int], shared: bool, window: int) -> None:
     seen = set()
     for sample, length in enumerate(completions):
         name = [("prompt", i) if shared else (sample, i) for i in range(prompt)]
         name += [(sample, prompt + i) for i in range(length)]
-        seen |= {(name[i], name[j]) for i in range(len(name)) for j in range(i + 1)}
-    assert flops.attention_pairs(prompt, completions, shared=shared) == len(seen)
+        seen |= {(name[i], name[j]) for i in range(len(name)) for j in range(i + 1) if i - j < (window or 99)}
+    assert flops.attention_pairs(prompt, completions, shared=shared, window=window) == len(seen)
     assert flops.computed_tokens(prompt, completions, shared=shared) == len({query for query, _ in seen})
 
 
 def test_head_counts_completion_tokens_only_and_update_is_three_forwards() -> None:
-    dims = ModelDims(2, 8, 2, 1, 4, 16, 50, tied=True)
-    wider = ModelDims(2, 8, 2, 1, 4, 16, 51, tied=True)
+    dims = ModelDims.from_config(make("llama").config)
+    wider = replace(dims, vocab=dims.vocab + 1)
     difference = flops.forward_flops(wider, 10, [3, 4]) - flops.forward_flops(dims, 10, [3, 4])
-    assert difference == 2 * 8 * (3 + 4)
+    assert difference == 2 * 64 * (3 + 4)
     assert flops.update_flops(dims, 10, [3, 4]) == 3 * flops.forward_flops(dims, 10, [3, 4])
 
 
 def test_ratios() -> None:
     """Against rho and the ratio of FLOPs worked out for Qwen3-4B: prompt, completion, group -> both."""
-    dims = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True)
     for prompt, completion, size, rho, ratio in [(8192, 1024, 4, 3.00, 2.78), (4096, 1024, 8, 3.33, 2.98)]:
         assert flops.rho(prompt, [completion] * size) == pytest.approx(rho, abs=0.005)
-        assert flops.flop_ratio(dims, prompt, [completion] * size) == pytest.approx(ratio, abs=0.01)
+        assert flops.flop_ratio(QWEN3_4B, prompt, [completion] * size) == pytest.approx(ratio, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def test_a_layer_that_is_not_there_and_a_missing_peft_are_refused(monkeypatch):
     dims = ModelDims.from_config(transformers.AutoConfig.for_model("phi3", **SMALL))
     config = ModelConfig(path="some/phi3", lora_rank=4, lora_targets=["o_proj", "q_proj"])
     wanted = (
-        r"^model.lora_targets: 'q_proj' is no linear layer of some/phi3; it may be qkv_proj, o_proj, gate_up_proj, "
+        r"^model.lora_targets: 'q_proj' is no linear layer of some/phi3; it may be o_proj, qkv_proj, gate_up_proj, "
         "down_proj$"
     )
     with pytest.raises(ConfigError, match=wanted):

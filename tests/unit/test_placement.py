@@ -1,7 +1,9 @@
 """Kernel, plan, compilation and checkpointing that a config resolves to on a device."""
 
+import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,9 @@ from pgrpo.distributed.world import World
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.placement import attention_choice, check_device, is_compiled, recompute_by_layer
 
-DIMS = ModelDims(36, 2560, 32, 8, 128, 9728, 151936, tied=True, head_norms=True)
+DIMS = ModelDims.from_config(
+    json.loads((Path(__file__).parents[2] / "benchmarks" / "qwen3_4b" / "config.json").read_text())
+)
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 

@@ -1,0 +1,269 @@
+"""Proves that grouped attention is exact on a model before its weights are loaded: on a small copy with random weights.
+
+The small model (``shrink.py``) runs twice on the CPU, in float64: untouched, one unpadded sample a call, and grouped. Log-probs and
+gradients must agree to rounding, and bugs that are seeded into the packed batch must not go unseen. Whatever a model does that
+grouped attention does not follow then shows as a number, whether anybody has thought of it or not.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from pgrpo.attention.hook import ATTENTION_NAME
+from pgrpo.model.policy import Policy
+from pgrpo.model.proof import SEEDED_BUGS, Difference, difference, gradients, reference_logprobs, tokens_as_trees
+from pgrpo.model.shrink import Small, shrink
+from pgrpo.packing.batch import GroupedBatch, build_batch
+from pgrpo.packing.forest import Tree
+
+log = logging.getLogger(__name__)
+
+EXACT, EXACT_PLAIN = 1e-9, 1e-4
+"""Largest differences of log-probs (nats) and of gradients (relative) that are rounding: in float64 throughout (measured: below
+1e-12), and where parts of the model compute in float32 whatever its dtype is. What is wrong is off by 1e-1 and more."""
+SEEN = 1e-3
+"""A seeded bug moves some log-prob by this at least."""
+
+
+class True64(TorchFunctionMode):
+    """Answers a model's requests for float32 with float64, so that rounding cannot hide what is nearly exact."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        swap = {torch.float32: torch.float64}
+        swapped = [swap.get(a, a) if isinstance(a, torch.dtype) else a for a in args]
+        named = {k: swap.get(a, a) if isinstance(a, torch.dtype) else a for k, a in (kwargs or {}).items()}
+        return func(*swapped, **named)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How a small copy of a model fared.
+
+    Attributes:
+        logprob, gradient: largest difference of a log-prob (nats), and relative error of all gradients.
+        bugs: the largest difference of a log-prob that each seeded bug made.
+        refusal: why the model must not be trained; empty if it is exact.
+        seconds: time that the proof took.
+    """
+
+    logprob: float = float("nan")
+    gradient: float = float("nan")
+    bugs: dict[str, float] = field(default_factory=dict)
+    refusal: str = ""
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        bugs = ", ".join(f"{name} {size:.0e}" for name, size in self.bugs.items())
+        return (
+            f"grouped attention is exact on a small copy of this model: log-probs differ by {self.logprob:.0e} nats, gradients by "
+            f"{self.gradient:.0e} (float64); seeded bugs: {bugs}; {self.seconds:.1f} s"
+        )
+
+
+def prove(config: PretrainedConfig, max_sample: int | None = None, small: Small | None = None, seed: int = 0) -> Proof:
+    """Prove or refuse a model by its config.
+
+    Args:
+        config: of the model, as ``AutoConfig`` loads it. Code of its own (``trust_remote_code``) must have been allowed there.
+        max_sample: the longest sample of the run; lengths that it does not reach are not proven. None: all are.
+        small, seed: sizes, weights and samples, for a second opinion.
+    """
+    started = time.perf_counter()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), _quiet(), _default_dtype(torch.float64):
+            proof = _compare(shrink(config, max_sample, small), seed)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        proof = Proof(refusal=f"a small copy of it does not run: {type(error).__name__}: {reason[:200]}")
+    return Proof(**asdict(proof) | {"seconds": time.perf_counter() - started})
+
+
+def _compare(config: PretrainedConfig, seed: int) -> Proof:
+    untouched, grouped = _twins(config, seed)
+    try:
+        return _compare_in(True64, EXACT, untouched, grouped, seed)
+    except (TypeError, RuntimeError, ValueError) as error:
+        first = error
+    try:  # a model whose code does not run in that mode
+        return _compare_in(nullcontext, EXACT_PLAIN, untouched, grouped, seed)
+    except Exception as error:
+        raise error from first
+
+
+def _compare_in(
+    mode: Callable[[], Any], exact: float, untouched: nn.Module, grouped: PreTrainedModel, seed: int
+) -> Proof:
+    trees = proof_trees(untouched.config.get_text_config().vocab_size, seed)  # pyright: ignore
+    batch = build_batch(trees)
+    with mode():
+        policy = Policy(grouped)
+        wanted = reference_logprobs(untouched, trees)
+        wanted_gradients = gradients(wanted, untouched)
+        found = difference(policy, batch, wanted, wanted_gradients)
+        if not (found.logprob <= exact and found.gradient <= exact):
+            return Proof(found.logprob, found.gradient, refusal=_refusal(found, untouched, policy, trees, batch))
+        with torch.no_grad():
+            bugs = {
+                name: (policy(seed_bug(batch)).logprobs - wanted).abs().max().item()
+                for name, seed_bug in SEEDED_BUGS.items()
+            }
+            positions = _stretched(untouched, trees[0]) > SEEN
+    unseen = [name for name, size in bugs.items() if not size > SEEN and (positions or "positions" not in name)]
+    refusal = f"the proof would not notice a bug: {', '.join(unseen)}" if unseen else ""
+    return Proof(found.logprob, found.gradient, bugs, refusal)
+
+
+def _stretched(model: nn.Module, tree: Tree) -> float:
+    """How much the untouched model's logits change if positions are twice as far apart: 0 in a model without positions."""
+    ids = torch.tensor([tree.prompt_ids])
+    positions = torch.arange(ids.shape[1])[None]
+    try:
+        near, far = (model(input_ids=ids, position_ids=p, use_cache=False).logits for p in (positions, 2 * positions))
+    except TypeError:  # it takes no positions
+        return 0.0
+    return (near - far).abs().max().item()
+
+
+def _refusal(
+    found: Difference, untouched: nn.Module, policy: Policy, trees: Sequence[Tree], batch: GroupedBatch
+) -> str:
+    where = first_difference(untouched, policy, trees, batch)
+    return (
+        f"log-probs differ from the untouched model's by {found.logprob:.1e} nats, gradients by {found.gradient:.1e} (relative, on "
+        f"a small copy in float64); {where}"
+    )
+
+
+def first_difference(untouched: nn.Module, policy: Policy, trees: Sequence[Tree], batch: GroupedBatch) -> str:
+    """Name the first module, in the order in which they finish, whose outputs differ between both models."""
+    with torch.no_grad():
+        with _outputs(policy.model) as ours:
+            policy(batch)
+        parts: dict[str, list[Tensor]] = {}
+        for tree in trees:
+            start = len(tree.prompt_ids)
+            for sample in tree.samples:
+                if sample.token_ids:
+                    with _outputs(untouched) as theirs:
+                        untouched(input_ids=torch.tensor([tree.prompt_ids + sample.token_ids]), use_cache=False)
+                    length = start + len(sample.token_ids)
+                    for name, x in theirs.items():
+                        if x.ndim >= 2 and x.shape[:2] == (1, length):
+                            parts.setdefault(name, []).append(x[0, start - 1 : -1])
+    for name, x in ours.items():
+        if x.ndim < 2 or x.shape[:2] != (1, batch.packed_tokens) or name not in parts:
+            continue
+        wanted = torch.cat(parts[name])
+        got = x[0].index_select(0, batch.logit_index)
+        if wanted.shape != got.shape or not (got - wanted).abs().max() <= 1e-6 * (1 + wanted.abs().max()):
+            return f"hidden states part in {name} ({type(policy.model.get_submodule(name)).__name__})"
+    return "hidden states are equal, so it is the head"
+
+
+@contextmanager
+def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collects the first output of every module by its name, in the order in which modules finish."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(first, Tensor):
+            found[name] = first
+
+    hooks = [
+        m.register_forward_hook(lambda *a, name=name: keep(name, a[-1])) for name, m in model.named_modules() if name
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _twins(config: PretrainedConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The small model untouched and with grouped attention, with the same random weights, in float64."""
+    torch.manual_seed(seed)
+    untouched = untouched_model(config).double().train()
+    _randomize(untouched, seed)
+    grouped = _make(config, ATTENTION_NAME).double().train()
+    grouped.load_state_dict(untouched.state_dict())
+    return untouched, grouped
+
+
+def untouched_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The model as transformers makes it, on sdpa, or eager where it has none."""
+    try:
+        return _make(config, "sdpa")
+    except ValueError:
+        return _make(config, "eager")
+
+
+def _make(config: PretrainedConfig, attention: str) -> PreTrainedModel:
+    own = copy.deepcopy(config)  # from_config writes into it
+    return AutoModelForCausalLM.from_config(
+        own, attn_implementation=attention, trust_remote_code=bool(getattr(own, "auto_map", None)), dtype=torch.float64
+    )
+
+
+@torch.no_grad()
+def _randomize(model: nn.Module, seed: int) -> None:
+    """Weights with which every term matters: norms, sinks, decays and biases are not left at 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        if name.endswith("A_log"):
+            parameter.copy_(noise - 1)
+        elif parameter.ndim < 2:
+            parameter.add_(0.2 * noise)
+        elif "embed" in name or "wte" in name:
+            parameter.copy_(noise)
+        else:
+            parameter.copy_(1.2 * noise / parameter.shape[-1] ** 0.5)
+
+
+def proof_trees(vocab: int, seed: int = 0, stretch: int = 1) -> list[Tree]:
+    """Three prompts, of which two begin alike; completions that begin alike, are empty, or of one token. Up to 20 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(n: int) -> list[int]:
+        return torch.randint(3, vocab - 4, (n * stretch,), generator=generator).tolist()
+
+    system, begin = ids(4), ids(3)
+    long, short = system + ids(5), system + ids(3)
+    completions = [[begin + ids(6), begin + ids(2), ids(1), []], [ids(8), ids(7)], [ids(4)]]
+    return tokens_as_trees([long, short, ids(1)], completions)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers warns about small and odd configs, which these are."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

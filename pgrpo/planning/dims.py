@@ -1,0 +1,154 @@
+"""Sizes of a model, counted from its modules. The model is built without memory (on PyTorch's meta device), so any architecture
+that transformers can build has its sizes here, and nothing is known of any architecture.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_total_experts")
+ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDims:
+    """Sizes of a decoder.
+
+    Attributes:
+        heads, kv_heads, head_dim, value_dim: of attention; keys and values differ in size in MLA.
+        windows: one entry a layer: the tokens of its sliding window, or 0 without one.
+        intermediate: width of the MLP that a token passes, as that of a gated MLP of the same number of elements; of a mixture,
+            that of the experts that are active together.
+        norms: norms of the hidden width in one layer. ``head_norms``: q and k are normalised by head.
+        parameters: all of the model's; a head tied to the embedding is counted once.
+        matrices: elements of all matrices of the layers that one token is multiplied with (of a mixture, the active experts).
+        layer_matrix: elements of all matrices of the largest layer.
+        linear_layers: (inputs, outputs) of every linear layer, by the last part of its name.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    windows: tuple[int, ...]
+    intermediate: int
+    norms: int
+    head_norms: bool
+    vocab: int
+    tied: bool
+    parameters: int
+    matrices: int
+    layer_matrix: int
+    linear_layers: Mapping[str, tuple[tuple[int, int], ...]]
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig | Mapping[str, Any]) -> ModelDims:
+        """From a Hugging Face config, as an object or as the mapping in config.json.
+
+        Raises:
+            ValueError: no model can be built from it, or it has no list of decoder layers.
+        """
+        if isinstance(config, Mapping):
+            config = AutoConfig.for_model(**config)
+        return _count(_Key(config))
+
+
+class _Key:
+    """A config that equals another one with the same values."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = config
+        self.values = json.dumps(config.to_dict(), sort_keys=True, default=str)
+
+    def __hash__(self) -> int:
+        return hash(self.values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.values == other.values
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of the decoder, in order: its first list of as many modules as the config has layers.
+
+    Raises:
+        ValueError: there is none.
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    for part in model.base_model.modules():
+        if isinstance(part, nn.ModuleList) and len(part) == count:
+            return list(part)
+    raise ValueError(f"a {model.config.model_type} model has no list of {count} decoder layers")
+
+
+@lru_cache(maxsize=64)
+def _count(key: _Key) -> ModelDims:
+    config = copy.deepcopy(key.config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", trust_remote_code=bool(getattr(config, "auto_map", None))
+        )
+    text, layers = config.get_text_config(), decoder_layers(model)
+    heads, hidden = text.num_attention_heads, text.hidden_size
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = value_dim = getattr(text, "head_dim", None) or hidden // heads
+    if getattr(text, "qk_rope_head_dim", None):  # MLA
+        kv_heads, head_dim, value_dim = heads, text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
+    experts, active = _first(text, EXPERTS), _first(text, ACTIVE_EXPERTS)
+    linear: dict[str, list[tuple[int, int]]] = {}
+    matrices, mlp, whole = 0, 0, 0
+    for layer in layers:
+        for name, module in layer.named_modules():
+            if isinstance(module, nn.Linear):
+                linear.setdefault(name.rpartition(".")[2], []).append((module.in_features, module.out_features))
+        of_layer = {name: p.numel() for name, p in layer.named_parameters() if p.ndim >= 2}
+        used = {n: size * active // experts if experts and _is_expert(n) else size for n, size in of_layer.items()}
+        matrices, whole = matrices + sum(used.values()), max(whole, sum(of_layer.values()))
+        mlp = max(mlp, sum(size for name, size in used.items() if "att" not in name))
+    sizes = [m.weight.numel() for m in layers[0].modules() if "Norm" in type(m).__name__ and hasattr(m, "weight")]
+    return ModelDims(
+        layers=len(layers),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        windows=_windows(text, len(layers)),
+        intermediate=mlp // (3 * hidden),
+        norms=sizes.count(hidden),
+        head_norms=head_dim in sizes,
+        vocab=text.vocab_size,
+        tied=model.get_output_embeddings() is not None
+        and model.get_output_embeddings().weight is model.get_input_embeddings().weight,  # pyright: ignore
+        parameters=model.num_parameters(),
+        matrices=matrices,
+        layer_matrix=whole,
+        linear_layers={name: tuple(shapes) for name, shapes in linear.items()},
+    )
+
+
+def _is_expert(name: str) -> bool:
+    """Whether only some tokens pass this parameter."""
+    return "experts." in name and "shared" not in name
+
+
+def _windows(config: PretrainedConfig, layers: int) -> tuple[int, ...]:
+    window = getattr(config, "sliding_window", None)
+    if not isinstance(window, int) or getattr(config, "use_sliding_window", True) is False:
+        return (0,) * layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def _first(config: PretrainedConfig, names: tuple[str, ...]) -> int:
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), 0)
