@@ -17,6 +17,7 @@ from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.model.head import Head
 from pgrpo.model.logprobs import TeacherRows, TokenLogprobs, head_logprobs, token_logprobs
 from pgrpo.packing.batch import GroupedBatch
+from pgrpo.planning.dims import windows
 
 log = logging.getLogger(__name__)
 AttentionInterface.register(ATTENTION_NAME, attention_forward)
@@ -87,9 +88,10 @@ class Policy(nn.Module):
         return output[0].squeeze(0)
 
 
-def sliding_windows(model: nn.Module) -> tuple[int, ...]:
-    """The sliding windows of the model's layers, in tokens."""
+def sliding_windows(model: PreTrainedModel) -> tuple[int, ...]:
+    """The sliding windows of the model's layers, in tokens: by its config, and as modules have them."""
     found = {getattr(module, "sliding_window", None) for module in model.modules()}
+    found |= {*windows(model.config.get_text_config())} - {0}
     return tuple(sorted(window for window in found if isinstance(window, int)))
 
 

@@ -26,6 +26,7 @@ class ModelDims:
     Attributes:
         heads, kv_heads, head_dim, value_dim: of attention; keys and values differ in size in MLA.
         windows: one entry a layer: the tokens of its sliding window, or 0 without one.
+        softcapped: whether attention's scores are soft-capped.
         intermediate: width of the MLP that a token passes, as that of a gated MLP of the same number of elements; of a mixture,
             that of the experts that are active together.
         norms: norms of the hidden width in one layer. ``head_norms``: q and k are normalised by head.
@@ -42,6 +43,7 @@ class ModelDims:
     head_dim: int
     value_dim: int
     windows: tuple[int, ...]
+    softcapped: bool
     intermediate: int
     norms: int
     head_norms: bool
@@ -123,7 +125,8 @@ def _count(key: _Key) -> ModelDims:
         kv_heads=kv_heads,
         head_dim=head_dim,
         value_dim=value_dim,
-        windows=_windows(text, len(layers)),
+        windows=windows(text),
+        softcapped=bool(getattr(text, "attn_logit_softcapping", None)),
         intermediate=mlp // (3 * hidden),
         norms=sizes.count(hidden),
         head_norms=head_dim in sizes,
@@ -142,8 +145,9 @@ def _is_expert(name: str) -> bool:
     return "experts." in name and "shared" not in name
 
 
-def _windows(config: PretrainedConfig, layers: int) -> tuple[int, ...]:
-    window = getattr(config, "sliding_window", None)
+def windows(config: PretrainedConfig) -> tuple[int, ...]:
+    """One entry a layer: the tokens of its sliding window, or 0 without one."""
+    window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
     if not isinstance(window, int) or getattr(config, "use_sliding_window", True) is False:
         return (0,) * layers
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers

@@ -63,7 +63,10 @@ def attention_choice(config: Config, dims: ModelDims, device: torch.device) -> A
         ConfigError: ``model.attention_kernel`` cannot run here.
     """
     try:
-        kernel = choose_kernel(config.model.attention_kernel, device, compute_dtype(config), dims.head_dim)
+        kernel = choose_kernel(
+            config.model.attention_kernel, device, compute_dtype(config), dims.head_dim, dims.value_dim,
+            softcapped=dims.softcapped,
+        )  # fmt: skip
     except ValueError as error:
         raise ConfigError(f"model.attention_kernel={config.model.attention_kernel}: {error}") from error
     way = "auto" if device.type == "cuda" else "between_depths"
