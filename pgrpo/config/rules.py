@@ -14,6 +14,7 @@ from pgrpo.config.secrets import REDACTED
 NEEDS = {
     "model.lora_alpha": ("model.lora_rank", 0),
     "model.lora_targets": ("model.lora_rank", 0),
+    "prompt.answer_column": ("prompt.messages_column", None),
     "loss.kl_estimator": ("loss.kl_coef", 0),
     "loss.ref_refresh_every": ("loss.kl_coef", 0),
     "loss.ref_offload": ("loss.kl_coef", 0),

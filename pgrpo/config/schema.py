@@ -100,11 +100,15 @@ class MessageConfig:
 @dataclass
 class PromptConfig:
     template: str | None = None
-    """Raw prompt with `{column}` placeholders. Give this or `messages`."""
+    """Raw prompt with `{column}` placeholders (`{column.field}` for a field of a column). Give this or `messages`."""
     messages: list[MessageConfig] = field(default_factory=list)
     """Chat prompt, rendered with the model's chat template."""
     messages_column: str | None = None
-    """Column that already holds a list of chat messages."""
+    """Column that already holds a conversation: a list of messages (`role` and `content`, or ShareGPT's `from` and `value`), or its
+    JSON."""
+    answer_column: str | None = None
+    """Where conversations end with the assistant's answer: the name of a new column for it, which rewards read (`args.column`).
+    None: such a conversation is an error."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Extra arguments of the chat template (`enable_thinking: false`)."""
 
@@ -165,7 +169,10 @@ class RewardConfig:
     weight: float = number(1.0, least=-1e6, most=1e6)
     """Factor in the total reward."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments for the function."""
+    """Keyword arguments for the function. `column: reward_model.ground_truth` names a field of a column."""
+    style: Literal["text", "messages"] = "text"
+    """What your own function gets as completions and prompts: texts, or lists of messages, as TRL gives to its functions
+    (`c[0]["content"]`)."""
     timeout_s: float = number(600.0, above=0, most=MOST_SECONDS)
     """Maximum seconds of one call of your own function; then its process is killed. For `math` set `args.timeout_s`."""
 
@@ -176,6 +183,9 @@ class RewardsConfig:
     """Reward functions; the total reward is their weighted sum."""
     on_error: Literal["raise", "mask"] = "raise"
     """A reward that fails stops the run and shows the sample (`raise`), or leaves the sample out, counted (`mask`)."""
+    bad_gold: Literal["error", "drop"] = "error"
+    """A row whose right answer a built-in reward cannot read, such as `proof` for `math`, stops the run before it begins
+    (`error`), or is left out, counted (`drop`). All rows are looked at."""
 
 
 @dataclass

@@ -7,7 +7,8 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from pgrpo.config import ConfigError, PromptConfig
-from pgrpo.types import Messages
+from pgrpo.data.chats import read_chat
+from pgrpo.types import Messages, value_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,9 +33,11 @@ def render_prompts(rows: Sequence[Row], prompt: PromptConfig, tokenizer: PreTrai
         return _checked(texts, [None] * len(rows), _tokenize_raw(texts, tokenizer), "prompt.template")
     if column := prompt.messages_column:
         key, prefill = "prompt.messages_column", False
-        if column not in columns:
+        if not {column, column.split(".")[0]} & {*columns}:
             raise ConfigError(_no_column(key, column, columns))
-        chats = [_check_chat(row[column], column, i) for i, row in enumerate(rows)]
+        if (answer := prompt.answer_column) in columns:
+            raise ConfigError(f"prompt.answer_column: the data already has a column `{answer}`; give another name")
+        chats = [_prompt_of_chat(row, column, prompt.answer_column, i) for i, row in enumerate(rows)]
     else:
         key, prefill = "prompt.messages", prompt.messages[-1].role == "assistant"
         fills = [(m.role, compile_template(m.content, columns, f"{key}[{i}]")) for i, m in enumerate(prompt.messages)]
@@ -42,6 +45,23 @@ def render_prompts(rows: Sequence[Row], prompt: PromptConfig, tokenizer: PreTrai
     texts = _apply_chat_template(chats, prompt.chat_template_kwargs, tokenizer, key, prefill)
     # The chat template already wrote bos and other special tokens, so the tokenizer must not add them again.
     return _checked(texts, chats, _tokenize(texts, tokenizer, add_special_tokens=False), key)
+
+
+def _prompt_of_chat(row: Row, column: str, answer_column: str | None, index: int) -> Messages:
+    """The messages before the model's turn. The assistant's answer at their end becomes the row's ``answer_column``."""
+    where = f"prompt.messages_column: row {index}, column `{column}`"
+    chat = read_chat(_column(row, column, "prompt.messages_column", index), where)
+    if ends := chat[-1]["role"] == "assistant":
+        if answer_column is None:
+            raise ConfigError(
+                f"{where}: ends with an assistant message; a prompt must end before the model's turn. "
+                "prompt.answer_column=NAME makes a column NAME of it, for rewards (args.column: NAME)"
+            )
+        row[answer_column] = chat.pop()["content"]
+    if not chat or (answer_column is not None and not ends):
+        what = "must end with the assistant's answer (prompt.answer_column is set)" if chat else "has an answer alone"
+        raise ConfigError(f"{where}: {what}")
+    return chat
 
 
 def _checked(texts: list[str], chats: Sequence[Messages | None], ids: list[list[int]], key: str) -> list[Rendered]:
@@ -52,13 +72,14 @@ def _checked(texts: list[str], chats: Sequence[Messages | None], ids: list[list[
 
 
 def compile_template(text: str, columns: Sequence[str], key: str) -> Callable[[Row, int], str]:
-    """Compile ``text`` with ``{column}`` and ``{column:format}`` placeholders into a function ``(row, row number) -> text``."""
+    """Compile ``text`` with ``{column}``, ``{column.field}`` and ``{column:format}`` placeholders into a function
+    ``(row, row number) -> text``."""
     try:
         parts = list(Formatter().parse(text))
     except ValueError as error:
         raise ConfigError(f"{key}: {error} in {text!r}; write {{{{ and }}}} for literal braces") from error
     for _, column, _, conversion in parts:
-        if column is not None and (column not in columns or conversion):
+        if column is not None and (conversion or not {column, column.split(".")[0]} & {*columns}):
             written = column + (f"!{conversion}" if conversion else "")
             raise ConfigError(_no_column(key, f"{{{written}}}", columns) + "; write {{ and }} for literal braces")
 
@@ -68,10 +89,11 @@ def compile_template(text: str, columns: Sequence[str], key: str) -> Callable[[R
             out.append(literal)
             if column is None:
                 continue
-            if row[column] is None:
+            value = _column(row, column, key, index)
+            if value is None:
                 raise ConfigError(f"{key}: column `{column}` is empty (null) in row {index}")
             try:
-                out.append(format(row[column], spec or ""))
+                out.append(format(value, spec or ""))
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"{key}: row {index}: {{{column}:{spec}}}: {error}") from error
         return "".join(out)
@@ -79,24 +101,15 @@ def compile_template(text: str, columns: Sequence[str], key: str) -> Callable[[R
     return fill
 
 
+def _column(row: Row, column: str, key: str, index: int) -> Any:
+    try:
+        return value_of(row, column)
+    except KeyError as error:
+        raise ConfigError(f"{key}: row {index}: {error.args[0]}") from None
+
+
 def _no_column(key: str, column: str, columns: Sequence[str]) -> str:
     return f"{key}: the data has no column `{column}`; it has {', '.join(columns)}"
-
-
-def _check_chat(chat: Any, column: str, index: int) -> Messages:
-    where = f"prompt.messages_column: row {index}, column `{column}`"
-    if not isinstance(chat, list) or not chat:
-        raise ConfigError(f"{where}: must be a list of messages, not {chat!r:.80}")
-    messages: Messages = []
-    for message in chat:
-        # Columnar files give every message the same keys; absent ones are null.
-        fields = {k: v for k, v in message.items() if v is not None} if isinstance(message, dict) else {}
-        if not isinstance(fields.get("role"), str) or not isinstance(fields.get("content"), str):
-            raise ConfigError(f"{where}: a message is a dict with `role` and `content` texts, not {message!r:.80}")
-        messages.append(fields)
-    if messages[-1]["role"] == "assistant":
-        raise ConfigError(f"{where}: ends with an assistant message; a prompt must end before the model's turn")
-    return messages
 
 
 def _apply_chat_template(

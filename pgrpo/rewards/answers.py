@@ -79,7 +79,7 @@ def score_each(
         try:
             scores.append(float(score(text or "", gold)))  # without a text too, as it reads the gold
         except ValueError as error:
-            scores.append(error)
+            scores.append(error.with_traceback(None))  # of the row, not of a line of ours
     return scores
 
 

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from pgrpo.config import ConfigError, RewardConfig
 from pgrpo.config.functions import is_function, load_function
@@ -48,7 +48,9 @@ class Reward:
         function: the callable.
         worker: name by which a worker process loads the function. None: it is called in this process.
         parameters: accepted keywords. None: all (``**columns``).
-        columns: required columns of the data set, possibly with ``messages``.
+        columns: required columns of the data set (``a.b`` is a field of ``a``), possibly with ``messages``.
+        style: what the function gets as ``completions`` and ``prompts``: texts, or lists of messages, as TRL's get.
+        reads_gold: whether it reads a right answer of each row, in the column that its argument ``column`` names.
         may_run_beside_sampling: whether it may be called, in any thread, while an engine samples. A function given from Python may
             not: it may draw from the random generators of the process, which an engine seeds.
     """
@@ -62,6 +64,8 @@ class Reward:
     timeout_s: float
     parameters: set[str] | None
     columns: list[str]
+    style: Literal["text", "messages"] = "text"
+    reads_gold: bool = False
     built_in: bool = False
     is_penalty: bool = False
     may_run_beside_sampling: bool = False
@@ -93,9 +97,12 @@ def from_config(config: RewardConfig, key: str) -> Reward:
     check_name(name, f"{key}.function")
     function = _load(BUILT_IN.get(name, name), f"{key}.function")
     reward = _checked(function, key, dict(config.args), config.weight, config.timeout_s)
+    reward.style = config.style
     if name not in BUILT_IN:
-        reward.worker, reward.may_run_beside_sampling = name, True
+        reward.worker, reward.may_run_beside_sampling, reward.reads_gold = name, True, False
         return reward
+    if reward.style != "text":
+        raise ConfigError(f"{key}.style: {name} is built in and reads texts; `style` is for functions of your own")
     reward.built_in, reward.is_penalty, reward.may_run_beside_sampling = True, name in PENALTIES, name not in ON_DEVICE
     # Without completions, a built-in only checks its arguments: report a bad pattern now, before the first rollout.
     try:
@@ -111,7 +118,9 @@ def from_callable(function: Callable[..., Any], key: str) -> Reward:
     """Check a function given from Python. It runs in this process without a deadline, because nothing could end it."""
     if not callable(function):
         raise ConfigError(f"{key}: a reward is a function, not {function!r:.80}")
-    return _checked(function, key, {}, 1.0, 0.0)
+    reward = _checked(function, key, {}, 1.0, 0.0)
+    reward.style, reward.reads_gold = getattr(function, "style", "text"), False
+    return reward
 
 
 def _checked(function: Callable[..., Any], key: str, args: dict[str, Any], weight: float, timeout_s: float) -> Reward:
@@ -129,10 +138,12 @@ def _checked(function: Callable[..., Any], key: str, args: dict[str, Any], weigh
             )
     always = {*GIVEN, *args} - {"messages"}
     columns = [n for n, p in named.items() if p.default is p.empty and n not in always]
-    if "column" in named and isinstance(column := args.get("column", named["column"].default), str):
+    reads_gold = "column" in named and isinstance(column := args.get("column", named["column"].default), str)
+    if reads_gold:
         columns.append(column)
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return Reward(name, key, function, None, weight, args, timeout_s, None if takes_all else set(named), columns)
+    accepted = None if takes_all else set(named)
+    return Reward(name, key, function, None, weight, args, timeout_s, accepted, columns, reads_gold=reads_gold)
 
 
 class Caller:

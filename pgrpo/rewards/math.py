@@ -90,11 +90,11 @@ def _golds(gold: Any, column: str) -> list[str] | ValueError:
     try:
         golds = final_answers(gold, column)
         for text in golds:
-            if _letters(text) in _NO_ANSWERS:
+            if not _NUMBER.fullmatch(text) and _letters(text) in _NO_ANSWERS:
                 raise ValueError(f"the answer {text!r} in column `{column}` is not an answer")
         return golds
     except ValueError as error:
-        return error
+        return error.with_traceback(None)
 
 
 def _answer(text: str | None, marker: str | None) -> tuple[str, Held]:
@@ -123,10 +123,12 @@ def _score(results: dict[str, Any], answer: str, column: str) -> float | Excepti
 
 def _without_mathematics(gold: str, answer: str, held: Held) -> bool | None:
     """Whether the answer equals ``gold``. None: only math-verify can tell."""
+    if _NUMBER.fullmatch(gold):
+        return answer == gold if answer in ("", gold) else None
     if (word := _letters(gold)).replace(",", "").isalpha() and any(len(part) > 1 for part in word.split(",")):
         said = _SAID.findall(answer) if held != "box" else []
         return word == _letters(said[-1] if said else answer)
-    return answer == gold if _NUMBER.fullmatch(gold) and answer in ("", gold) else None
+    return None
 
 
 def _letters(text: str) -> str:

@@ -19,10 +19,14 @@ from pgrpo.config import ConfigError, RewardConfig
 from pgrpo.rewards.call import Caller, Reward, Unusable, describe, from_callable, from_config, work
 from pgrpo.rewards.pool import Workers
 from pgrpo.rewards.scoring import Fault, Outcome, RewardError, RewardReport, Scored, Scoring
-from pgrpo.types import Group, Prompt
+from pgrpo.types import Episode, Group, Prompt, value_of
 
 LARGEST = 1e100
 """The largest magnitude of a reward: sums and standard deviations of such rewards do not overflow in float64."""
+
+GOLDS_AT_ONCE = 10_000
+"""Rows of a call that only reads right answers: bounds its memory."""
+NO_EPISODE = Episode([], "", "stop")
 
 
 class RewardRunner:
@@ -78,12 +82,29 @@ class RewardRunner:
         for reward in self._rewards:
             # A chat prompt has `messages`, whatever its columns are called.
             there = prompt.columns.keys() | ({"messages"} if prompt.messages is not None else set())
-            missing = [column for column in reward.columns if column not in there]
+            missing = [column for column in reward.columns if column not in there and column.split(".")[0] not in there]
             if missing:
                 raise ConfigError(
                     f"{reward.key}: reward `{reward.name}` needs the column {', '.join(f'`{c}`' for c in missing)}; "
                     f"the data has {', '.join(prompt.columns) or 'no columns'}"
                 )
+            for column in set(reward.columns) - there:
+                try:
+                    value_of(prompt.columns, column)
+                except KeyError as error:
+                    raise ConfigError(f"{reward.key}: reward `{reward.name}`: {error.args[0]}") from None
+
+    def bad_golds(self, prompts: Sequence[Prompt]) -> dict[int, str]:
+        """Row number -> why a built-in reward cannot read its right answer. They read it even for an empty completion."""
+        bad: dict[int, str] = {}
+        for reward in self._rewards:
+            for start in range(0, len(prompts) if reward.reads_gold else 0, GOLDS_AT_ONCE):
+                part = prompts[start : start + GOLDS_AT_ONCE]
+                for prompt, outcome in zip(part, self._evaluate(reward, [(p, NO_EPISODE) for p in part]), strict=True):
+                    if isinstance(outcome, Fault):
+                        reason = outcome.reason.removeprefix("it returned the error ValueError: ")
+                        bad.setdefault(prompt.index, f"{reward.name}: {reason}")
+        return bad
 
     def begin(self) -> Scoring:
         """Begin to score a rollout, whose groups are added as they finish."""
@@ -127,7 +148,7 @@ class RewardRunner:
 
     def _call(self, reward: Reward, samples: Sequence[Scored]) -> list[Any]:
         """Returns the function's list, of the right length. Raises ``_CallError``, or ``TimeoutError`` past the deadline."""
-        arguments = reward.arguments(_table(samples))
+        arguments = reward.arguments(_table(reward, samples))
         if reward.worker is not None:
             result = self._call_worker(reward, reward.worker, arguments)
         else:
@@ -140,7 +161,7 @@ class RewardRunner:
             except (Exception, SystemExit) as error:
                 if self._closed:
                     raise
-                raise _CallError(f"it raised {describe(error)}") from error
+                raise _CallError(f"it raised {describe(error)}{_hint(reward, error)}") from error
         if not isinstance(result, list):
             raise _CallError(f"it returned {result!r:.80}, not a list with one entry a completion ({len(samples)})")
         if len(result) != len(samples):
@@ -161,7 +182,7 @@ class RewardRunner:
         except Exception as error:
             raise _CallError(f"its arguments or result cannot cross a process: {describe(error)}") from error
         if raised is not None:
-            raise _CallError(f"it raised {raised}")
+            raise _CallError(f"it raised {raised}{_hint(reward, raised)}")
         return result
 
     def close(self) -> None:
@@ -185,17 +206,39 @@ class _CallError(Exception):
     """A call that returned no usable list."""
 
 
-def _table(samples: Sequence[Scored]) -> dict[str, list[Any]]:
+def _hint(reward: Reward, raised: BaseException | str) -> str:
+    """What to write, for a function that takes completions for TRL's lists of messages."""
+    if reward.style == "messages" or "string indices must be integers" not in str(raised):
+        return ""
+    how = f"set {reward.key}.style: messages" if reward.worker else "set the function's attribute style to 'messages'"
+    return f'; completions and prompts are texts: write `c` for `c[0]["content"]`, or {how}'
+
+
+def _table(reward: Reward, samples: Sequence[Scored]) -> dict[str, list[Any]]:
     """All arguments that a function may name, with one entry per sample. Our names win over columns of the same name."""
     first = samples[0][0]
     table: dict[str, list[Any]] = {name: [prompt.columns.get(name) for prompt, _ in samples] for name in first.columns}
+    for name in set(reward.columns) - {*table, "messages"}:
+        table[name] = [_field(prompt, name) for prompt, _ in samples]
     table["prompts"] = [prompt.text for prompt, _ in samples]
     table["completions"] = [episode.text for _, episode in samples]
     table["completion_ids"] = [episode.token_ids for _, episode in samples]
     table["finish_reasons"] = [episode.finish_reason for _, episode in samples]
     if first.messages is not None:
         table["messages"] = [prompt.messages for prompt, _ in samples]
+    if reward.style == "messages":
+        users = [[{"role": "user", "content": text}] for text in table["prompts"]]
+        table["prompts"] = table.get("messages", users)
+        table["completions"] = [[{"role": "assistant", "content": text}] for text in table["completions"]]
     return table
+
+
+def _field(prompt: Prompt, name: str) -> Any:
+    """A nested column, None where a row has none."""
+    try:
+        return value_of(prompt.columns, name)
+    except KeyError:
+        return None
 
 
 def _outcome(value: Any) -> Outcome:

@@ -101,11 +101,16 @@ def build(
     attention_choice(config, dims, world.device)  # refuses a kernel that cannot run, before weights are read
     check_vocabulary(tokenizer, hf_config.vocab_size, config)
     prompts = training_prompts(config, tokenizer, dataset)
-    stream = PromptStream(prompts, seed=config.seed, shuffle=config.data.shuffle)
     held_out = held_out_prompts(config, tokenizer) if config.eval.every else []
     runner = RewardRunner(config.rewards.functions, on_error=config.rewards.on_error, extra=rewards)
-    for prompt in (*prompts[:1], *held_out[:1]):
-        runner.check(prompt)
+    try:
+        prompts = with_readable_golds(prompts, config, runner, world, "training")
+        held_out = with_readable_golds(held_out, config, runner, world, "held-out")
+    except BaseException:
+        runner.close()
+        raise
+    check_enough(prompts, config)
+    stream = PromptStream(prompts, seed=config.seed, shuffle=config.data.shuffle)
     check_keep_best(config, runner)
     loss = loss_function(config.loss)
     seed_all(config.seed + world.rank)
@@ -164,19 +169,46 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, config
 def training_prompts(
     config: Config, tokenizer: PreTrainedTokenizerBase, dataset: Iterable[Mapping[str, Any]] | None
 ) -> list[Prompt]:
-    """All training prompts, at least enough for one step."""
+    """All training prompts."""
     loaded = load_prompts(config.data, config.prompt, tokenizer, dataset=dataset)
     if loaded.dropped or loaded.truncated:
         limit = config.data.max_prompt_tokens
         log.warning("prompts over %d tokens: %d dropped, %d truncated", limit, loaded.dropped, loaded.truncated)
-    if len(loaded.prompts) < config.rollout.prompts_per_step:
-        raise ConfigError(
-            f"rollout.prompts_per_step={config.rollout.prompts_per_step}: the data set has only {len(loaded.prompts)} "
-            f"prompts: set rollout.prompts_per_step to at most that, or add rows"
-        )
     return loaded.prompts
+
+
+def check_enough(prompts: Sequence[Prompt], config: Config) -> None:
+    """Refuse a data set that is less than a step."""
+    if len(prompts) < config.rollout.prompts_per_step:
+        raise ConfigError(
+            f"rollout.prompts_per_step={config.rollout.prompts_per_step}: the data set has only {len(prompts)} prompts: "
+            "set rollout.prompts_per_step to at most that, or add rows"
+        )
 
 
 def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """Prompts of the first ``eval.rows`` held-out rows. Reads no later rows."""
     return load_prompts(config.data, config.prompt, tokenizer, held_out=True, first=config.eval.rows).prompts
+
+
+def with_readable_golds(
+    prompts: list[Prompt], config: Config, runner: RewardRunner, world: World, kind: str
+) -> list[Prompt]:
+    """The prompts whose right answers the rewards can read; ranks divide the reading. A collective call.
+
+    Raises:
+        ConfigError: a column is missing, or an answer cannot be read under ``rewards.bad_gold: error``, or none can.
+    """
+    if not prompts:
+        return prompts
+    runner.check(prompts[0])
+    own = prompts[world.dp_rank :: world.dp_size]
+    bad = dict(world.gather(list(world.together(lambda: runner.bad_golds(own)).items())))
+    if not bad:
+        return prompts
+    rows = "; ".join(f"row {row}: {bad[row]}" for row in sorted(bad)[:5]) + ("; ..." if len(bad) > 5 else "")
+    said = f"rewards cannot read the answers of {len(bad)} of {len(prompts)} {kind} rows ({rows})"
+    if config.rewards.bad_gold == "error" or len(bad) == len(prompts):
+        raise ConfigError(f"{said}; correct them, or set rewards.bad_gold=drop to leave such rows out")
+    log.warning("%s; they are left out (rewards.bad_gold=drop)", said)
+    return [prompt for prompt in prompts if prompt.index not in bad]

@@ -30,6 +30,8 @@ OWN = """
 import time
 def rows(split):
     return [{"a": a, "b": 7, "answer": str(a + 7)} for a in range(10, 30)]
+def gaps(split):
+    return [{"a": a, "b": 7, "answer": str(a + 7) if a % 2 else None} for a in range(10, 30)]
 def sleepy(completions):
     time.sleep(3)
     return [1.0] * len(completions)
@@ -64,6 +66,11 @@ COLUMN = {
     "prompt.chat_template_kwargs": CHAT["prompt.chat_template_kwargs"],
     "data.max_prompt_tokens": 20,
 }
+ANSWERED = COLUMN | {
+    "prompt.messages_column": "full",
+    "prompt.answer_column": "gold",
+    "rewards.functions[0]": {"function": "exact_match", "args": {"column": "gold"}},
+}
 HUB = {"data.path": "someone/sums"}
 LORA = {"model.lora_rank": 2}
 EVAL = {"eval.every": 1, "eval.rows": 4}
@@ -76,6 +83,7 @@ REWARD = "rewards.functions"
 MATCH = {f"{REWARD}[0]": {"function": "exact_match"}}
 SLEEPY = {f"{REWARD}[0]": {"function": "{tmp}/own.py:sleepy"}, "train.steps": 1}
 PICKY = {f"{REWARD}[0]": {"function": "{tmp}/own.py:picky"}, "rewards.on_error": "mask"}
+GAPS = MATCH | {"data.path": "{tmp}/own.py:gaps", "rewards.bad_gold": "drop"}
 HUGE = {f"{REWARD}[0]": {"function": "{tmp}/own.py:huge"}, "loss.scale_advantages": "none"}
 LONG = {"data.path": "{tmp}/long.jsonl", "data.overlong": "drop"}
 
@@ -125,6 +133,7 @@ EFFECTS = dict(
         effect("prompt.messages[0].role", "system", "completions", base=CHAT),
         effect("prompt.messages[0].content", "{b}+{a}", "completions", base=CHAT),
         effect("prompt.messages_column", "two", "completions", base=COLUMN),
+        effect("prompt.answer_column", "other", "error", base=ANSWERED),
         effect("prompt.chat_template_kwargs", {"chat_template": TEMPLATE, "n": "4"}, "completions", base=CHAT),
         effect("rollout.prompts_per_step", 6, "metrics", "plan"),
         effect("rollout.group_size", 6, "metrics", "plan"),
@@ -149,7 +158,9 @@ EFFECTS = dict(
         effect("rewards.functions[0].weight", 2.0),
         effect("rewards.functions[0].args", {"pattern": ".*2.*"}),
         effect("rewards.functions[0].timeout_s", 0.5, "error", base=SLEEPY),
+        effect("rewards.functions[0].style", "messages", base=PICKY),
         effect("rewards.on_error", "raise", "error", base=PICKY),
+        effect("rewards.bad_gold", "error", "error", base=GAPS),
         effect("rollout.resample_limit", 2),
         effect("loss.preset", "dr_grpo", "weights"),
         effect("loss.function", "{tmp}/own.py:half", "metrics", "weights"),
@@ -241,6 +252,8 @@ def folder(tmp_path_factory) -> Path:
     sums = [{"a": a, "b": b, "answer": str(a + b)} for a in range(10, 14) for b in (1, 12, 123456)]
     (tmp / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
     chats = [{n: [{"role": "user", "content": f"{i}+{j}"}] for j, n in enumerate(("one", "two"))} for i in range(9)]
+    for i, row in enumerate(chats):
+        row["full"] = [*row["one"], {"role": "assistant", "content": f"{i}"}]
     (tmp / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
     return tmp
 

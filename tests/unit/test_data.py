@@ -228,6 +228,21 @@ def test_chat_prompt():
     assert loaded.token_ids == [1, *codes("[user]3+3, 006 {x}![assistant]")]  # the template's bos, no second one
 
 
+def test_fields_of_columns_in_templates(tmp_path: Path):
+    rows = [{"reward_model": {"ground_truth": "34", "n": 2}, "choices": {"text": ["yes", "no"]}}] * 2
+    Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    prompt = raw("{reward_model.ground_truth} {reward_model.n:03d} {choices.text.1}")
+    assert load_prompts(data(tmp_path / "a.parquet"), prompt, make_tokenizer()).prompts[1].text == "34 002 no"
+    assert load(rows, chat("{choices.text.0}")).prompts[0].messages == [{"role": "user", "content": "yes"}]
+    assert load([{"a.b": "1", "a": {"b": "2"}}], raw("{a.b}")).prompts[0].text == "1"  # a column of that very name
+    with pytest.raises(
+        ConfigError, match=r"row 1: the data has no column `choices\.text\.1`; choices\.text has a list"
+    ):
+        load([rows[0], {"reward_model": None, "choices": {"text": ["yes"]}}], raw("{choices.text.1}"))
+    with pytest.raises(ConfigError, match=r"column `reward_model\.n` is empty \(null\) in row 1"):
+        load([rows[0], {"reward_model": None}], raw("{reward_model.n}"))
+
+
 def test_a_last_assistant_message_is_gone_on_with():
     prompt = PromptConfig(messages=[MessageConfig("user", "{question}"), MessageConfig("assistant", "Well")])
     assert load(prompt=prompt).prompts[1].text == "<s>[user]1+1[assistant]Well"
@@ -241,7 +256,7 @@ def test_messages_column(tmp_path: Path):
     assert loaded[1].text == "<s>[system]be brief[user]{hi}[assistant]"
     assert loaded[1].messages == chats[1]
     for bad, message in [
-        ("hi", r"row 0, column `chat`: must be a list of messages, not 'hi'"),
+        ("hi", r"row 0, column `chat`: must be a list of messages or its JSON, not 'hi'"),
         ([{"role": "user"}], r"row 0, column `chat`: a message is a dict with `role` and `content`"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], r"ends with an assistant message"),
     ]:
@@ -257,7 +272,8 @@ def test_messages_column(tmp_path: Path):
         ("{qestion}", r"no column `\{qestion\}`; it has question, answer; write \{\{"),
         (r"\boxed{}", r"no column `\{\}`"),
         ("{question!r}", r"no column `\{question!r\}`"),
-        ("{question.x}", r"no column `\{question\.x\}`"),
+        ("{question.x}", r"row 0: the data has no column `question\.x`; question has a str"),
+        ("{nothing.x}", r"no column `\{nothing\.x\}`"),
         ("{question", r"prompt\.template: .* in '\{question'; write \{\{"),
         ("{question:03d}", r"prompt\.template: row 0: \{question:03d\}: Unknown format code 'd'"),
     ],

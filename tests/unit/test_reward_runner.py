@@ -371,6 +371,69 @@ def test_a_script_without_a_main_guard_stops_with_the_reason(
     assert "needs its call under `if __name__ == '__main__':`" in done.stderr
 
 
+def test_a_field_of_a_column_is_named_with_a_dot():
+    nested = {"reward_model": {"ground_truth": "34", "style": "rule"}}
+    config = RewardConfig("exact_match", args={"column": "reward_model.ground_truth"})
+    with runner(config) as rewards:
+        scored = groups(["34", "35"], **nested)
+        rewards.score(scored)
+        assert scored[0].rewards == [1, 0]
+        rewards.check(groups(["a"], reward_model=None)[0].prompt)  # ``bad_golds`` says so of each row
+        message = r"`exact_match`: the data has no column `reward_model\.ground_truth`; reward_model has answer, style"
+        with pytest.raises(ConfigError, match=message):
+            rewards.check(groups(["a"], reward_model={"answer": 1, "style": "rule"})[0].prompt)
+
+
+@pytest.mark.timeout(60)
+def test_golds_of_all_rows_are_read_by_the_rewards_that_need_them():
+    golds = ["7", "proof", None, "???", {"a": 1}, "8"]
+    prompts = [Prompt(10 + i, "q\n<think>\n", [1], {"answer": gold}) for i, gold in enumerate(golds)]
+    with runner(RewardConfig("math"), lambda completions, column="answer": 1 / 0) as rewards:
+        bad = rewards.bad_golds(prompts)
+    assert bad == {
+        11: "math: the answer 'proof' in column `answer` is not an answer",
+        12: "math: the answer in column `answer` is empty",
+        13: "math: the answer '???' in column `answer` cannot be parsed as mathematics",
+        14: "math: the answer in column `answer` is a mapping; name answer.a",
+    }
+    nested = [Prompt(i, "q", [1], {"r": r}) for i, r in enumerate([{"gold": "A"}, {"gold": "E"}, None, {"other": 1}])]
+    with runner(RewardConfig("choice", args={"column": "r.gold"})) as rewards:
+        assert [(i, why.split(" in ")[0]) for i, why in rewards.bad_golds(nested).items()] == [
+            (1, "choice: the answer 'E'"), (2, "choice: the answer"), (3, "choice: the answer")
+        ]  # fmt: skip
+    tests = [["assert f() == 1"], [], [{"input": "1", "output": "2"}]]
+    with runner(RewardConfig("code")) as rewards:
+        assert [*rewards.bad_golds([Prompt(i, "q", [1], {"tests": t}) for i, t in enumerate(tests)])] == [1]
+
+
+def test_style_messages_gives_lists_of_messages_as_trl_does(tmp_path: Path):
+    path = tmp_path / "trl.py"
+    path.write_text(
+        "def f(prompts, completions, answer):\n"
+        "    return [float(c[0]['content'] == a and p[-1]['role'] == 'user') for p, c, a in zip(prompts, completions, answer)]\n"
+    )
+    chat = [{"role": "system", "content": "hi"}, {"role": "user", "content": "1+1"}]
+    config = RewardConfig(f"{path}:f", style="messages")
+    for messages in (chat, None):
+        with runner(config) as rewards:
+            scored = groups(["0", "1"], messages=messages)
+            rewards.score(scored)
+        assert scored[0].rewards == [1, 0]
+
+    def from_python(completions):
+        return [len(c[0]["content"]) for c in completions]
+
+    hint = r"string indices must be integers.*: write `c` for `c\[0\]\[\"content\"\]`, or set"
+    with pytest.raises(RewardError, match=rf"{hint} rewards\.functions\[0\]\.style: messages"):
+        score(RewardConfig(f"{path}:f"), ["0"])
+    with pytest.raises(RewardError, match=rf"{hint} the function's attribute style to 'messages'"):
+        score(from_python, ["ab"])
+    from_python.style = "messages"
+    assert score(from_python, ["ab", "c"]) == [[2, 1]]
+    with pytest.raises(ConfigError, match=r"rewards\.functions\[0\]\.style: exact_match is built in and reads texts"):
+        runner(RewardConfig("exact_match", style="messages"))
+
+
 # Failures
 
 
