@@ -8,7 +8,6 @@ from typing import Any
 
 from pgrpo.config import Config, ConfigError, load_config
 from pgrpo.early import check_early, check_start
-from pgrpo.process.threads import wait_passively
 
 __all__ = ["Config", "ConfigError", "load_config", "train"]
 
@@ -39,7 +38,6 @@ def train(
         raise ConfigError("overrides go with a YAML file or a mapping; change the Config itself instead")
     check_early(config, data_from_python=dataset is not None)
     check_start(config, resume)
-    wait_passively()
     from pgrpo.grpo import train as run  # not before: it takes seconds
 
     return run(config, rewards=rewards, dataset=dataset, resume=resume)

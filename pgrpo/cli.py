@@ -19,7 +19,6 @@ import typer
 import pgrpo
 from pgrpo.config import Config, ConfigError, load_config, redact
 from pgrpo.early import check_early
-from pgrpo.process.threads import wait_passively
 from pgrpo.tracking import Terminal
 
 app = typer.Typer(
@@ -185,7 +184,6 @@ def doctor() -> None:
 
 def main() -> None:
     """Run the command line. The one place that decides what a process exits with."""
-    wait_passively()
     logging.lastResort = Terminal()
     # As an exception, so that whatever is open is closed; training puts its own handler on top, which saves first.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pgrpo.process.stopping import StopFlag, Stopped
+from pgrpo.process.threads import yielding_cores
 
 T = TypeVar("T")
 
@@ -206,7 +207,8 @@ def start(fsdp_size: int | None = None) -> Iterator[World]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     control = dist.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
     try:
-        yield World(rank, size, device, control=control, fsdp_size=fsdp_size)
+        with yielding_cores() if device.type == "cpu" else nullcontext():
+            yield World(rank, size, device, control=control, fsdp_size=fsdp_size)
     finally:
         if is_ours and dist.is_initialized():
             dist.destroy_process_group()

@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from pgrpo.process import threads
-
 CONFIG = """\
 run_dir: runs/x
 model: {path: m}
@@ -65,38 +63,11 @@ def test_help_names_every_command(folder: Path) -> None:
         assert run(folder, command, "--help").returncode == 0
 
 
-def test_arguments_reach_training_and_so_does_the_way_threads_wait(folder: Path) -> None:
-    body = (
-        "print(config.train.steps, config.rollout.stop, resume, os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
-    )
+def test_arguments_reach_training(folder: Path) -> None:
+    body = "print(config.train.steps, config.rollout.stop, resume, 'torch' in sys.modules)"
     arguments = ["train.steps=3", "rollout.stop=[a, b]", "--resume", "auto"]
-    result = train(folder, body, *arguments, CUDA_VISIBLE_DEVICES="")
-    assert (result.returncode, result.stdout) == (0, "3 ['a', 'b'] auto PASSIVE False\n"), result.stderr
-
-
-@pytest.mark.parametrize(
-    ("environment", "device", "policy"),
-    [
-        ({}, "there-is-no-such-device", "PASSIVE"),
-        ({}, "null", None),
-        ({"CUDA_VISIBLE_DEVICES": "0"}, "null", None),
-        ({"CUDA_VISIBLE_DEVICES": ""}, "null", "PASSIVE"),
-        ({"CUDA_VISIBLE_DEVICES": "-1"}, "null", "PASSIVE"),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, "there-is-no-such-device", "ACTIVE"),
-    ],
-)
-def test_threads_wait_passively_where_no_gpu_is_to_be_used(
-    environment: dict[str, str], device: str, policy: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(threads, "GPU_DEVICES", (device,))
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "CUDA_VISIBLE_DEVICES"):
-        monkeypatch.setenv(name, "")  # so that it is put back, whatever it was
-        monkeypatch.delenv(name)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    threads.wait_passively()
-    assert os.environ.get("OMP_WAIT_POLICY") == policy
-    assert os.environ.get("GOMP_SPINCOUNT") == ("1000" if policy == "PASSIVE" else None)
+    result = train(folder, body, *arguments)
+    assert (result.returncode, result.stdout) == (0, "3 ['a', 'b'] auto False\n"), result.stderr
 
 
 def test_wrong_input_is_2(folder: Path) -> None:
