@@ -56,7 +56,7 @@ def seconds_on_gpu(args: argparse.Namespace) -> Callable[[list[Tree]], float]:
     config = load_config("qwen3_4b.yaml", keys)
     world = World(0, 1, torch.device("cuda", 0))
     torch.manual_seed(0)
-    policy = wrap(random_model(config, args.max_prompt + args.max_completion, world.device), config, world)
+    policy = wrap(random_model(config, world.device), config, world)
 
     def seconds(groups: list[Tree]) -> float:
         taken = 0.0

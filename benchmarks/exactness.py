@@ -53,7 +53,7 @@ def main() -> int:
         return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, attn_implementation="sdpa")
 
     def policy(dtype: torch.dtype) -> Policy:
-        return Policy(load_model(ModelConfig(path=args.model), max_sample=1024)).to(dtype)
+        return Policy(load_model(ModelConfig(path=args.model))).to(dtype)
 
     batch = build_batch(trees)
     model = untouched(torch.float64)

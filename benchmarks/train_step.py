@@ -44,7 +44,7 @@ def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str,
     config.rollout.max_completion_tokens, config.data.max_prompt_tokens = shape.completion, shape.prompt
     config.train.token_budget = shape.prompt + shape.group_size * shape.completion
     dtype, config.model.dtype = config.model.dtype, "float32"
-    model = random_model(config, shape.prompt + shape.completion, world.device)
+    model = random_model(config, world.device)
     config.model.dtype = dtype
     policy = wrap(model, config, world)
     place(policy, decoder_layers(model), world, compute_dtype(config))

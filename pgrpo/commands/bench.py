@@ -17,8 +17,9 @@ from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.commands.bench_report import Row, Shape, print_rows
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World, start
+from pgrpo.model.admission import check_model
 from pgrpo.model.lora import adapter_parameters, add_adapters, check_lora
-from pgrpo.model.policy import Policy, check_supported, load_hf_config, load_model
+from pgrpo.model.policy import Policy, load_hf_config, load_model
 from pgrpo.model.proof import tokens_as_trees
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing.batch import build_batch
@@ -183,8 +184,10 @@ def load(config: Config, max_sample: int, world: World, random_weights: bool) ->
     if world.size > 1:
         raise ConfigError("pgrpo bench times one device: start it without torchrun")
     check_device(config, world.device)
-    check_lora(config.model, ModelDims.from_config(load_hf_config(config.model)))
-    model = random_model(config, max_sample, world.device) if random_weights else load_model(config.model, max_sample)
+    hf_config = load_hf_config(config.model)
+    check_model(config.model.path, hf_config, max_sample)
+    check_lora(config.model, ModelDims.from_config(hf_config))
+    model = random_model(config, world.device) if random_weights else load_model(config.model)
     if config.model.lora_rank:
         add_adapters(model, config.model, config.seed)
     policy = wrap(model, config, world).to(world.device)
@@ -193,10 +196,9 @@ def load(config: Config, max_sample: int, world: World, random_weights: bool) ->
     return policy
 
 
-def random_model(config: Config, max_sample: int, device: torch.device) -> PreTrainedModel:
+def random_model(config: Config, device: torch.device) -> PreTrainedModel:
     """A model with the shape of ``model.path`` and random weights, created on the device in the compute dtype."""
     hf_config = load_hf_config(config.model)
-    check_supported(hf_config, max_sample)
     with device:
         model = AutoModelForCausalLM.from_config(
             hf_config,

@@ -12,7 +12,8 @@ from pgrpo.commands.plan import plan_text
 from pgrpo.config import Config, check_world_size, fit_world_size, redact
 from pgrpo.data import load_prompts
 from pgrpo.distributed.world import start, world_size
-from pgrpo.model.policy import Policy, load_model
+from pgrpo.model.admission import check_model
+from pgrpo.model.policy import Policy, load_hf_config, load_model, untouched_model
 from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_trees
 from pgrpo.packing.batch import build_batch
 from pgrpo.rollout.base import sample_seeds, sampling_params
@@ -95,14 +96,18 @@ def _prove(config: Config, groups: list[Group], console: Console) -> None:
     """Compare on the CPU in float32, where rounding cannot hide a bug. LoRA's adapters are left out: they do not change
     attention."""
     model = config.model
-    untouched = AutoModelForCausalLM.from_pretrained(
-        model.path,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        dtype=torch.float32,
-        attn_implementation="sdpa",
+    max_sample = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    console.print(str(check_model(model.path, load_hf_config(model), max_sample)), soft_wrap=True)
+    untouched = untouched_model(
+        lambda attention: AutoModelForCausalLM.from_pretrained(
+            model.path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            dtype=torch.float32,
+            attn_implementation=attention,
+        )
     )
-    policy = Policy(load_model(model, max_sample=1))
+    policy = Policy(load_model(model))
     trees = tokens_as_trees(
         [_comparable(group.prompt.token_ids) for group in groups],
         [[_comparable(sample.token_ids[:COMPARED_TOKENS]) for sample in group.samples] for group in groups],

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from pgrpo.config import Config, check_world_size, to_yaml
 from pgrpo.distributed.world import World, world_size
+from pgrpo.model.admission import check_model
 from pgrpo.model.lora import adapter_parameters, check_lora
-from pgrpo.model.policy import check_positions, check_supported, load_hf_config
+from pgrpo.model.policy import check_positions, load_hf_config
 from pgrpo.planning.flops import ModelDims, computed_tokens, rho, update_flops
 from pgrpo.planning.memory import memory_plan
 from pgrpo.planning.placement import (
@@ -42,7 +43,7 @@ def plan_text(config: Config) -> str:
     prompt, completion = config.data.max_prompt_tokens, rollout.max_completion_tokens
     ranks = world_size()
     hf_config = load_hf_config(config.model)
-    check_supported(hf_config, prompt + completion)
+    check_model(config.model.path, hf_config, prompt + completion)
     check_positions(config.model, hf_config, prompt + completion)
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)

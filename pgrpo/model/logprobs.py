@@ -126,31 +126,22 @@ class _HeadLogprobs(torch.autograd.Function):
         dlogprobs_L = torch.zeros_like(lse_L) if dlogprobs_L is None else dlogprobs_L
         needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
         inputs = [hidden_LE, *parameters]
-        totals = [
-            torch.zeros_like(x, dtype=lse_L.dtype) if need else None for x, need in zip(inputs, needed, strict=True)
-        ]
+        trained = [i for i, need in enumerate(needed) if need]
+        totals = {i: torch.zeros_like(inputs[i], dtype=lse_L.dtype) for i in trained}
         for rows in ctx.chunks:
             leaves = [x.detach().requires_grad_(n) for x, n in zip((hidden_LE[rows], *parameters), needed, strict=True)]
             with torch.enable_grad():
                 logits_CV = ctx.head.logits(leaves[0], dict(zip(ctx.head.names, leaves[1:], strict=True)))
             entropies = None if dentropy_L is None else (entropy_L[rows], dentropy_L[rows])
-            kls = _kl_gradient(logits_CV, ctx.teacher, rows, teacher_lse_L, kl_L, dkl_L)
             dlogits_CV = to_logit_gradient_(
-                logits_CV.detach().clone(),
-                target_ids_L[rows],
-                lse_L[rows],
-                dlogprobs_L[rows],
-                ctx.scale,
-                entropies,
-                kls,
+                logits_CV.detach().clone(), target_ids_L[rows], lse_L[rows], dlogprobs_L[rows], ctx.scale, entropies
             )
-            trained = [i for i, need in enumerate(needed) if need]
             found = torch.autograd.grad(logits_CV, [leaves[i] for i in trained], dlogits_CV, allow_unused=True)
             for i, gradient in zip(trained, found, strict=True):
                 if gradient is not None:
-                    (totals[0][rows] if i == 0 else totals[i]).add_(gradient)
-        grads = [None if total is None else total.to(x.dtype) for total, x in zip(totals, inputs, strict=True)]
-        return grads[0], None, None, None, None, None, *grads[1:]
+                    (totals[i] if i else totals[i][rows]).add_(gradient)
+        grads = [totals[i].to(x.dtype) if i in totals else None for i, x in enumerate(inputs)]
+        return grads[0], None, None, None, None, *grads[1:]
 
 
 class _ChunkedLogprobs(torch.autograd.Function):

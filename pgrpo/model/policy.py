@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +21,6 @@ from pgrpo.planning.dims import windows
 
 log = logging.getLogger(__name__)
 AttentionInterface.register(ATTENTION_NAME, attention_forward)
-
-SUPPORTED = ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
-"""``model_type`` of the architectures whose log-probs and gradients are compared with the untouched model in tests."""
 
 
 class Policy(nn.Module):
@@ -95,18 +92,17 @@ def sliding_windows(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(sorted(window for window in found if isinstance(window, int)))
 
 
-def load_model(config: ModelConfig, max_sample: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model on the CPU, ready for ``Policy``.
+def load_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model on the CPU, ready for ``Policy``. Whether grouped attention is exact on it is for ``check_model`` to say.
 
     Args:
         config: which model.
-        max_sample: the longest sample of the run, in tokens; a shorter sliding window is refused.
         dtype: of the weights; float32 for weights that are trained (master weights).
 
     Raises:
-        ConfigError: the model cannot be loaded, or has a property that grouped attention does not support (named).
+        ConfigError: the model cannot be loaded.
     """
-    check_supported(load_hf_config(config), max_sample)
+    load_hf_config(config)
     model = AutoModelForCausalLM.from_pretrained(
         config.path,
         revision=config.revision,
@@ -114,9 +110,15 @@ def load_model(config: ModelConfig, max_sample: int, dtype: torch.dtype = torch.
         dtype=dtype,
         attn_implementation=ATTENTION_NAME,
     )
-    if model.lm_head.bias is not None:
-        raise ConfigError(f"model.path={config.path}: a language-model head with a bias is not supported")
-    return model.train()  # there is no dropout: check_supported refuses it
+    return model.train()
+
+
+def untouched_model(make: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
+    """What ``make`` makes of the name of an attention: sdpa, or eager for a model that has no sdpa."""
+    try:
+        return make("sdpa")
+    except ValueError:
+        return make("eager")
 
 
 def load_hf_config(config: ModelConfig) -> PretrainedConfig:
@@ -139,38 +141,6 @@ def load_error(error: Exception) -> str:
         return "it comes with Python code of its own; read that, and set model.trust_remote_code=true to run it"
     reason = str(error).strip().splitlines()[0].removesuffix(".")
     return f"{reason}; give a folder that from_pretrained loads, or a hub name"
-
-
-def check_supported(config: PretrainedConfig, max_sample: int) -> None:
-    """Refuse, by name, properties of a model that grouped attention would compute wrongly.
-
-    Raises:
-        ConfigError: names the property and what to do.
-    """
-
-    def refuse(what: str) -> None:
-        raise ConfigError(f"model.path: {config.model_type} model: {what}")
-
-    if config.model_type not in SUPPORTED:
-        refuse(f"this architecture is not supported (proven and supported: {', '.join(SUPPORTED)})")
-    for key in ("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout"):
-        if getattr(config, key, 0.0):
-            refuse(f"{key}={getattr(config, key)} is not supported: set it to 0 in the model's config.json")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if getattr(config, key, None):
-            refuse(f"{key}={getattr(config, key)} is not supported")
-    ropes = _ropes(getattr(config, "rope_parameters", None) or {})
-    rope_types = {str(p.get("rope_type", p.get("type", "default"))) for p in ropes}
-    if length_dependent := rope_types & {"longrope", "dynamic"}:
-        refuse(
-            f"RoPE of type {length_dependent.pop()} depends on the longest sample of a batch, which is not supported"
-        )
-    window = _sliding_window(config)
-    if window is not None and window < max_sample:
-        refuse(
-            f"its sliding window of {window} tokens is shorter than the longest sample of {max_sample}: "
-            f"data.max_prompt_tokens + rollout.max_completion_tokens must be at most {window}"
-        )
 
 
 def check_positions(config: ModelConfig, hf_config: PretrainedConfig, max_sample: int) -> None:
@@ -207,12 +177,3 @@ def positions(config: PretrainedConfig) -> int | None:
 def _ropes(rope_parameters: dict[str, Any]) -> list[dict[str, Any]]:
     """The RoPE settings of a model: one mapping, or one for each kind of layer."""
     return [v for v in rope_parameters.values() if isinstance(v, dict)] or [rope_parameters]
-
-
-def _sliding_window(config: PretrainedConfig) -> int | None:
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is not None and "sliding_attention" not in layer_types:
-        return None
-    if getattr(config, "use_sliding_window", True) is False:
-        return None
-    return getattr(config, "sliding_window", None)

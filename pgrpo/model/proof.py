@@ -44,7 +44,9 @@ def reference_logprobs(model: nn.Module, trees: Sequence[Tree], temperature: flo
         for sample in tree.samples:
             if sample.token_ids:
                 ids = torch.tensor([tree.prompt_ids + sample.token_ids], device=device)
-                logprobs = (model(input_ids=ids).logits[0, start - 1 : -1] / temperature).log_softmax(-1)
+                logprobs = (model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1] / temperature).log_softmax(
+                    -1
+                )
                 rows.append(logprobs.gather(-1, ids[0, start:, None]).squeeze(-1))
     return torch.cat(rows)
 

@@ -12,17 +12,18 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from pgrpo.attention.hook import ATTENTION_NAME
-from pgrpo.model.policy import Policy
+from pgrpo.attention.hook import ATTENTION_NAME, attention_forward
+from pgrpo.model.policy import Policy, untouched_model
 from pgrpo.model.proof import SEEDED_BUGS, Difference, difference, gradients, reference_logprobs, tokens_as_trees
 from pgrpo.model.shrink import Small, shrink
 from pgrpo.packing.batch import GroupedBatch, build_batch
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 EXACT, EXACT_PLAIN = 1e-9, 1e-4
 """Largest differences of log-probs (nats) and of gradients (relative) that are rounding: in float64 throughout (measured: below
 1e-12), and where parts of the model compute in float32 whatever its dtype is. What is wrong is off by 1e-1 and more."""
+NO_HOOK = "its attention does not call the hook that transformers has for attention functions"
 SEEN = 1e-3
 """A seeded bug moves some log-prob by this at least."""
 
@@ -87,9 +89,11 @@ def prove(config: PretrainedConfig, max_sample: int | None = None, small: Small 
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), _quiet(), _default_dtype(torch.float64):
             proof = _compare(shrink(config, max_sample, small), seed)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        proof = Proof(refusal=f"a small copy of it does not run: {type(error).__name__}: {reason[:200]}")
-    return Proof(**asdict(proof) | {"seconds": time.perf_counter() - started})
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        proof = Proof(refusal=f"a small copy of it does not run: {type(error).__name__}: {first_line[:200]}")
+        if isinstance(error, KeyError) and ATTENTION_NAME in first_line:
+            proof = Proof(refusal=NO_HOOK)
+    return replace(proof, seconds=time.perf_counter() - started)
 
 
 def _compare(config: PretrainedConfig, seed: int) -> Proof:
@@ -113,9 +117,11 @@ def _compare_in(
         policy = Policy(grouped)
         wanted = reference_logprobs(untouched, trees)
         wanted_gradients = gradients(wanted, untouched)
-        found = difference(policy, batch, wanted, wanted_gradients)
+        with _hook_calls() as calls:
+            found = difference(policy, batch, wanted, wanted_gradients)
         if not (found.logprob <= exact and found.gradient <= exact):
-            return Proof(found.logprob, found.gradient, refusal=_refusal(found, untouched, policy, trees, batch))
+            refusal = _refusal(found, untouched, policy, trees, batch)
+            return Proof(found.logprob, found.gradient, refusal=refusal if calls else f"{NO_HOOK}; {refusal}")
         with torch.no_grad():
             bugs = {
                 name: (policy(seed_bug(batch)).logprobs - wanted).abs().max().item()
@@ -175,6 +181,22 @@ def first_difference(untouched: nn.Module, policy: Policy, trees: Sequence[Tree]
 
 
 @contextmanager
+def _hook_calls() -> Iterator[list[nn.Module]]:
+    """Collects the modules that call the attention function."""
+    calls: list[nn.Module] = []
+
+    def counted(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        calls.append(module)
+        return attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register(ATTENTION_NAME, counted)
+    try:
+        yield calls
+    finally:
+        AttentionInterface.register(ATTENTION_NAME, attention_forward)
+
+
+@contextmanager
 def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Collects the first output of every module by its name, in the order in which modules finish."""
     found: dict[str, Tensor] = {}
@@ -197,19 +219,11 @@ def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 def _twins(config: PretrainedConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The small model untouched and with grouped attention, with the same random weights, in float64."""
     torch.manual_seed(seed)
-    untouched = untouched_model(config).double().train()
+    untouched = untouched_model(partial(_make, config)).double().train()
     _randomize(untouched, seed)
     grouped = _make(config, ATTENTION_NAME).double().train()
     grouped.load_state_dict(untouched.state_dict())
     return untouched, grouped
-
-
-def untouched_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The model as transformers makes it, on sdpa, or eager where it has none."""
-    try:
-        return _make(config, "sdpa")
-    except ValueError:
-        return _make(config, "eager")
 
 
 def _make(config: PretrainedConfig, attention: str) -> PreTrainedModel:

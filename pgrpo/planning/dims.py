@@ -117,7 +117,8 @@ def _count(key: _Key) -> ModelDims:
         used = {n: size * active // experts if experts and _is_expert(n) else size for n, size in of_layer.items()}
         matrices, whole = matrices + sum(used.values()), max(whole, sum(of_layer.values()))
         mlp = max(mlp, sum(size for name, size in used.items() if "att" not in name))
-    sizes = [m.weight.numel() for m in layers[0].modules() if "Norm" in type(m).__name__ and hasattr(m, "weight")]
+    norms = [m for m in layers[0].modules() if "Norm" in type(m).__name__]
+    sizes = [p.numel() for norm in norms for name, p in norm.named_parameters() if name == "weight"]
     return ModelDims(
         layers=len(layers),
         hidden=hidden,

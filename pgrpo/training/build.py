@@ -14,6 +14,7 @@ from pgrpo.algorithm.loss import LossOutput, policy_loss
 from pgrpo.config import Config, ConfigError
 from pgrpo.data import PromptStream, load_prompts
 from pgrpo.distributed.world import World
+from pgrpo.model.admission import check_model
 from pgrpo.model.lora import LogprobsOf, check_lora, without_adapters
 from pgrpo.model.policy import Policy, check_positions, load_error, load_hf_config
 from pgrpo.planning.flops import ModelDims
@@ -94,7 +95,9 @@ def build(
     check_device(config, world.device)
     tokenizer = load_tokenizer(config)
     hf_config = load_hf_config(config.model)
-    check_positions(config.model, hf_config, config.data.max_prompt_tokens + config.rollout.max_completion_tokens)
+    max_sample = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    check_positions(config.model, hf_config, max_sample)
+    check_model(config.model.path, hf_config, max_sample)
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)
     check_engine(config, dims, world)

@@ -22,12 +22,11 @@ def place_policy(config: Config, world: World) -> Policy:
     Raises:
         ConfigError: the model cannot run on this device as configured.
     """
-    max_sample = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
     if config.model.lora_rank:
-        model = load_model(config.model, max_sample, compute_dtype(config))
+        model = load_model(config.model, compute_dtype(config))
         add_adapters(model, config.model, config.seed)
     else:
-        model = load_model(config.model, max_sample)
+        model = load_model(config.model)
     policy = wrap(model, config, world)
     fsdp.place(policy, decoder_layers(model), world, compute_dtype(config), methods=("next_logits",))
     return policy
@@ -37,9 +36,7 @@ def place_reference(config: Config, world: World) -> Policy:
     """The initial model for the KL term: frozen, sharded like the policy, and in the compute dtype, with the same bits as float32
     weights that are cast in each forward. With ``loss.ref_offload=cpu`` it is in host memory, and a layer is on the GPU only while
     it computes."""
-    model = load_model(
-        config.model, config.data.max_prompt_tokens + config.rollout.max_completion_tokens, compute_dtype(config)
-    )
+    model = load_model(config.model, compute_dtype(config))
     reference = wrap(model, config, world).requires_grad_(False)
     offload = config.loss.ref_offload == "cpu"
     fsdp.place(reference, decoder_layers(model), world, compute_dtype(config), offload=offload)

@@ -1,7 +1,6 @@
 """Grouped log-probs and gradients against the untouched transformers model, one unpadded sample a call."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,12 +9,14 @@ from transformers import AutoModelForCausalLM
 
 from pgrpo.attention.hook import ATTENTION_NAME, UnsupportedAttentionError, attending
 from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.model.admission import check_model
 from pgrpo.model.logprobs import LOGITS_PER_CHUNK
-from pgrpo.model.policy import SUPPORTED, Policy, check_positions, check_supported, load_model
+from pgrpo.model.policy import Policy, check_positions, load_model
 from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_trees
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing.batch import build_batch
 
+TYPES = ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 SMALL = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -57,7 +58,7 @@ def trees():
 
 
 def pair(path, dtype):
-    policy = Policy(load_model(ModelConfig(path=path), max_sample=64).to(dtype))
+    policy = Policy(load_model(ModelConfig(path=path)).to(dtype))
     untouched = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa")
     return policy, untouched
 
@@ -69,7 +70,7 @@ def wanted(untouched, temperature=1.0):
 
 @pytest.mark.parametrize("share_prompts", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("model_type", SUPPORTED)
+@pytest.mark.parametrize("model_type", TYPES)
 def test_float64_equals_the_untouched_model(model_type, tied, share_prompts, tmp_path):
     policy, untouched = pair(make_model(model_type, tmp_path, tie_word_embeddings=tied), torch.float64)
     logprobs, wanted_gradients = wanted(untouched)
@@ -84,7 +85,7 @@ def test_float64_equals_the_untouched_model(model_type, tied, share_prompts, tmp
         assert (grad - want).norm() <= 1e-5 * want.norm() + 1e-12, name
 
 
-@pytest.mark.parametrize("model_type", SUPPORTED)
+@pytest.mark.parametrize("model_type", TYPES)
 def test_float32_error_is_at_most_one_and_a_half_times_the_untouched_models_own(model_type, tmp_path):
     path = make_model(model_type, tmp_path)
     truth, true_gradients = wanted(pair(path, torch.float64)[1])
@@ -108,7 +109,7 @@ def test_a_seeded_bug_is_noticed(bug, tmp_path):
 @pytest.mark.parametrize("keep", ["none", "attention", "full"])
 def test_temperature_and_checkpointing_change_nothing_but_what_they_should(tmp_path, keep):
     path = make_model("llama", tmp_path)
-    model = load_model(ModelConfig(path=path), max_sample=64).double()
+    model = load_model(ModelConfig(path=path)).double()
     set_up_layers(model.model.layers, [keep] * len(model.model.layers), compiled=False)
     _, untouched = pair(path, torch.float64)
     got = difference(Policy(model, temperature=0.7), build_batch(trees()), *wanted(untouched, temperature=0.7))
@@ -162,21 +163,56 @@ def test_entropy_is_that_of_the_untouched_models_distribution(tmp_path):
     assert (entropy - torch.distributions.Categorical(logits=logits).entropy()).abs().max() < 1e-9
 
 
+ROTARY = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+
+
 @pytest.mark.parametrize(
-    ("model_type", "changes", "named"),
+    ("model_type", "changes", "reason"),
     [
-        ("gpt2", {}, "gpt2"),
-        ("gemma2", {}, "gemma2"),
-        ("phi3", {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE}, "longrope"),
-        ("llama", {"attention_dropout": 0.1}, "attention_dropout=0.1"),
-        ("mistral", {"sliding_window": 32}, "sliding window of 32"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic"),
+        (
+            "llama",
+            {"attention_dropout": 0.1},
+            r"attention_dropout=0.1: rows that samples share .* set it to 0 in its con",
+        ),
+        (
+            "mamba",
+            {},
+            r"mamba model: its attention does not call .*; log-probs differ .* part in backbone\.layers\.0\.mixer",
+        ),
+        (
+            "llama",
+            {"rope_parameters": ROTARY},
+            "hidden states part in model.rotary_emb",
+        ),
+        (
+            "phi3",
+            {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE},
+            "hidden states part in model.rotary_emb",
+        ),
+        ("llama4_text", {"attention_chunk_size": 32}, "not exact"),
+        ("bloom", {}, "its attention does not call the hook"),
     ],
 )
-def test_what_would_be_wrong_is_refused_by_name(model_type, changes, named):
-    config = transformers.AutoConfig.for_model(model_type, **changes)
-    with pytest.raises(ConfigError, match=named):
-        check_supported(config, max_sample=64)
+def test_what_would_be_wrong_is_refused_with_a_reason(model_type, changes, reason):
+    config = transformers.AutoConfig.for_model(model_type, **{"max_position_embeddings": 32} | changes)
+    for name in ("attention_dropout", "hidden_dropout"):
+        if name not in changes and hasattr(config, name):
+            setattr(config, name, 0.0)
+    with pytest.raises(ConfigError, match=reason):
+        check_model("m", config, max_sample=64)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        ("llama", {"rope_parameters": ROTARY}),
+        ("phi3", {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE}),
+    ],
+)
+def test_a_length_that_no_sample_reaches_does_no_harm(model_type, changes):
+    check_model(
+        "m", transformers.AutoConfig.for_model(model_type, **{"max_position_embeddings": 64} | changes), max_sample=64
+    )
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
@@ -215,21 +251,6 @@ def test_samples_longer_than_the_models_positions_are_refused(model_type, stated
     assert caplog.messages == [f"model.max_positions={most + 1} instead of {most}, by the model's config.json"]
     with pytest.raises(ConfigError, match="it has 5 positions, the longest sample 6 tokens"):
         check_positions(ModelConfig(path="m", max_positions=5), config, 6)
-
-
-def test_a_head_with_a_bias_is_refused(tmp_path, monkeypatch):
-    path = make_model("llama", tmp_path)
-    monkeypatch.setattr(
-        AutoModelForCausalLM,
-        "from_pretrained",
-        lambda *_, **__: SimpleNamespace(lm_head=torch.nn.Linear(2, 2, bias=True)),
-    )
-    with pytest.raises(ConfigError, match="head with a bias"):
-        load_model(ModelConfig(path=path), max_sample=64)
-
-
-def test_a_window_as_long_as_the_longest_sample_is_fine():
-    check_supported(transformers.AutoConfig.for_model("mistral", sliding_window=64), max_sample=64)
 
 
 def test_the_bare_model_and_padded_batches_are_refused(tmp_path):

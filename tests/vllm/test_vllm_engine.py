@@ -90,7 +90,7 @@ def engine(request, tmp_path_factory) -> Iterator[tuple[VLLMEngine, Policy]]:
             ),
         )
         dtype = torch.bfloat16 if gpu else torch.float32
-        policy = Policy(load_model(config.model, 48, dtype))
+        policy = Policy(load_model(config.model, dtype))
         policy.to(world.device)
         weights = partial(full_weights, policy.model, dtype)
         names = weight_names(policy.model)

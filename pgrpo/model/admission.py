@@ -1,0 +1,93 @@
+"""Which models may be trained: those on which grouped attention is proven (``prove.py``). There is no list of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PretrainedConfig
+
+from pgrpo.config import ConfigError
+from pgrpo.model.prove import Proof, prove
+from pgrpo.model.shrink import DROPOUT, shrink
+
+log = logging.getLogger(__name__)
+
+UNUSED = ("summary", "classif")
+"""Parts of names of dropouts of heads that a language model does not have."""
+
+
+def check_model(path: str, config: PretrainedConfig, max_sample: int) -> Proof:
+    """Refuse a model on which grouped attention is not proven, before any weight is loaded. Proofs are kept in files, by a hash
+    of the small config, of versions and of this package's own code.
+
+    Args:
+        path: ``model.path``, for the message.
+        config: of the model.
+        max_sample: the longest sample of the run.
+
+    Raises:
+        ConfigError: it has dropout, or the proof failed; with the reason.
+    """
+    for name, value in config.get_text_config().to_dict().items():
+        if is_dropout(name) and isinstance(value, float) and value > 0:
+            raise ConfigError(
+                f"model.path={path}: {name}={value}: rows that samples share cannot have dropout: set it to 0 in its config.json"
+            )
+    proof = _kept_proof(config, max_sample)
+    if proof.refusal:
+        raise ConfigError(
+            f"model.path={path}: grouped attention is not exact on this {config.model_type} model: {proof.refusal}"
+        )
+    return proof
+
+
+def is_dropout(name: str) -> bool:
+    """Whether a key of a config is a probability of dropout in a language model."""
+    return any(part in name for part in DROPOUT) and not any(part in name for part in UNUSED)
+
+
+def _kept_proof(config: PretrainedConfig, max_sample: int) -> Proof:
+    try:
+        key = _fingerprint(config, shrink(config, max_sample))
+    except Exception:  # prove() says why
+        return prove(config, max_sample)
+    if key in _proven:
+        return _proven[key]
+    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pgrpo" / "proofs" / f"{key}.json"
+    try:
+        proof = Proof(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        proof = prove(config, max_sample)
+        log.info("%s", proof)
+        if not proof.refusal:
+            with suppress(OSError):  # a home that is read-only costs a proof a run
+                file.parent.mkdir(parents=True, exist_ok=True)
+                own = file.with_suffix(f".{os.getpid()}")  # ranks write at the same time
+                own.write_text(json.dumps(asdict(proof)))
+                own.replace(file)
+    _proven[key] = proof
+    return proof
+
+
+_proven: dict[str, Proof] = {}
+
+
+def _fingerprint(config: PretrainedConfig, small: PretrainedConfig) -> str:
+    """Of everything that a proof depends on: the small config, libraries, this package, and the code of a remote model."""
+    folders = [Path(__file__).parents[1] / name for name in ("attention", "packing", "model")]
+    if getattr(config, "auto_map", None):
+        folders.append(Path(str(sys.modules[type(config).__module__].__file__)).parent)
+    code = hashlib.sha256()
+    for file in sorted(file for folder in folders for file in folder.rglob("*.py")):
+        code.update(file.read_bytes())
+    known = json.dumps(small.to_dict(), sort_keys=True, default=str), torch.__version__, transformers.__version__
+    return hashlib.sha256(repr((*known, code.hexdigest())).encode()).hexdigest()[:32]

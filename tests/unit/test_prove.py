@@ -1,0 +1,157 @@
+"""The proof at load: it finds models exact, sees what is wrong, and keeps what it found."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pgrpo.config import ConfigError
+from pgrpo.model import admission
+from pgrpo.model.admission import check_model
+from pgrpo.model.prove import proof_trees, prove
+from pgrpo.model.shrink import Small, shrink
+
+MECHANISMS = {
+    "llama": "shared keys",
+    "gemma2": "windows beside full layers, soft-capped scores and logits",
+    "gemma3_text": "norms of heads, two kinds of RoPE",
+    "gpt_oss": "sinks, a mixture of experts",
+    "cohere2": "a scale of logits, layers without positions",
+    "mistral": "a window in every layer",
+    "deepseek_v3": "latent attention, values smaller than keys",
+    "phi": "a bias of the head, half of each head with RoPE",
+    "nemotron": "keywords that layers do not hand down",
+    "gpt2": "learned positions",
+}
+
+
+@pytest.mark.parametrize("model_type", MECHANISMS)
+def test_a_model_of_each_mechanism_is_exact_and_seeded_bugs_are_seen(model_type):
+    proof = prove(AutoConfig.for_model(model_type))
+    assert proof.refusal == ""
+    assert proof.logprob < 1e-11 and proof.gradient < 1e-11
+    assert len(proof.bugs) >= 3 and min(proof.bugs.values()) > 1e-2
+    assert proof.seconds < 10
+
+
+def test_every_length_lies_inside_the_proofs_samples_unless_no_sample_of_the_run_reaches_it():
+    samples = [tree.prompt_ids + s.token_ids for tree in proof_trees(64) for s in tree.samples]
+    shortest, longest = min(map(len, samples)), max(map(len, samples))
+    config = AutoConfig.for_model("gemma3_text", sliding_window=512)
+    assert shortest - 1 <= shrink(config, max_sample=513).sliding_window < longest
+    assert shrink(config, max_sample=512).sliding_window > longest
+    phi = AutoConfig.for_model("phi3", original_max_position_embeddings=4096)
+    assert shortest < shrink(phi, max_sample=4097).original_max_position_embeddings < longest
+    assert shrink(phi, max_sample=4096).original_max_position_embeddings > longest
+    llama = AutoConfig.for_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    assert shortest < shrink(llama).max_position_embeddings < longest
+
+
+def test_a_layer_of_every_kind_stays():
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    small = shrink(AutoConfig.for_model("gemma3_text", num_hidden_layers=12, layer_types=kinds * 2))
+    assert (small.num_hidden_layers, small.layer_types) == (2, ["sliding_attention", "full_attention"])
+    small = shrink(AutoConfig.for_model("deepseek_v3", num_hidden_layers=8, first_k_dense_replace=3))
+    assert small.first_k_dense_replace == 1 < small.num_hidden_layers
+    small = shrink(AutoConfig.for_model("smollm3", num_hidden_layers=8, no_rope_layers=[1, 1, 1, 0] * 2))
+    assert sorted(small.no_rope_layers) == [0, 1]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "wanted"), [(8, 8, 4), (8, 2, 2), (8, 1, 1)])
+def test_heads_share_keys_as_before(heads, kv_heads, wanted):
+    config = AutoConfig.for_model("llama", num_attention_heads=heads, num_key_value_heads=kv_heads)
+    assert shrink(config).num_key_value_heads == wanted
+    assert shrink(config, small=Small(heads=8)).num_attention_heads == 8
+
+
+REMOTE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class RemoteConfig(LlamaConfig):
+    model_type = "remote"
+
+class RemoteModel(LlamaForCausalLM):
+    config_class = RemoteConfig
+
+    def forward(self, input_ids=None, **kwargs):
+        output = super().forward(input_ids, **kwargs)
+        output.logits = output.logits * {factor}
+        return output
+"""
+
+
+@pytest.mark.parametrize(
+    ("factor", "refusal"),
+    [("1.5", ""), ("(1 + 0 * self.model.layers[0].mlp.up_proj.weight.sum())", ""), ("input_ids.shape[1]", "the head")],
+)
+def test_a_model_with_code_of_its_own_is_proven_alike(factor, refusal, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (tmp_path / "modeling_remote.py").write_text(REMOTE.format(factor=factor))
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    names = {"AutoConfig": "modeling_remote.RemoteConfig", "AutoModelForCausalLM": "modeling_remote.RemoteModel"}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"auto_map": names, "model_type": "remote"}))
+    config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    proof = prove(config)
+    assert refusal in proof.refusal and bool(refusal) == bool(proof.refusal)
+
+
+@pytest.fixture
+def proofs(tmp_path, monkeypatch):
+    """Counts proofs; the folder that keeps them is new, and so is the process's memory of them."""
+    made: list[str] = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(admission, "_proven", {})
+
+    def counted(config, max_sample):
+        made.append(config.model_type)
+        return prove(config, max_sample)
+
+    monkeypatch.setattr(admission, "prove", counted)
+    return made
+
+
+def test_a_proof_is_kept_until_something_that_it_depends_on_changes(proofs, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    config = AutoConfig.for_model("llama", num_hidden_layers=3)
+    first = check_model("m", config, 64)
+    assert "exact on a small copy of this model: log-probs differ by" in caplog.text
+    assert check_model("m", AutoConfig.for_model("llama", num_hidden_layers=5), 64) == first
+    monkeypatch.setattr(admission, "_proven", {})
+    assert check_model("m", config, 64) == first, "another process reads the file"
+    assert proofs == ["llama"]
+    check_model("m", AutoConfig.for_model("llama", attention_bias=True), 64)
+    monkeypatch.setattr(transformers, "__version__", "9.9")
+    check_model("m", config, 64)
+    monkeypatch.setattr(admission, "_proven", {})
+    shutil.rmtree(tmp_path / "pgrpo")
+    check_model("m", config, 64)
+    assert proofs == ["llama"] * 4
+    for file in Path(tmp_path).rglob("*.json"):
+        file.write_text("{damaged")
+    monkeypatch.setattr(admission, "_proven", {})
+    assert check_model("m", config, 64).refusal == ""
+
+
+def test_a_refusal_is_not_kept(proofs, tmp_path):
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"model\.path=m: grouped attention is not exact on this mamba model"):
+            check_model("m", AutoConfig.for_model("mamba"), 64)
+    assert not list(Path(tmp_path).rglob("*.json"))
+
+
+def test_the_proof_leaves_random_numbers_and_defaults_alone():
+    state, dtype = torch.get_rng_state(), torch.get_default_dtype()
+    prove(AutoConfig.for_model("llama"))
+    assert torch.equal(state, torch.get_rng_state()) and torch.get_default_dtype() == dtype
+    model = AutoModelForCausalLM.from_config(shrink(AutoConfig.for_model("llama")))
+    assert model(torch.tensor([[1, 2]])).logits.dtype == torch.float32
