@@ -50,6 +50,9 @@ def train(
             "checkpoint.keep_best), or a folder."
         ),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove what an earlier run wrote into run_dir, and begin anew.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved config and the plan, and stop.")
     ] = False,
@@ -61,7 +64,7 @@ def train(
 
         plan(resolved)
     else:
-        pgrpo.train(resolved, resume=resume)
+        pgrpo.train(resolved, resume=resume, overwrite=overwrite)
 
 
 @app.command()

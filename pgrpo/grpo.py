@@ -15,9 +15,8 @@ signals, checkpoints and failures (training/session.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pgrpo.algorithm.advantages import compare, rewards_differ
 from pgrpo.algorithm.loss import Counts
@@ -30,6 +29,7 @@ from pgrpo.rollout.base import sample_seeds, sampling_params
 from pgrpo.tracking.live import watched
 from pgrpo.training import update
 from pgrpo.training.build import Learner, Parts
+from pgrpo.training.caller import Given
 from pgrpo.training.messages import StepClock, naming_the_batch
 from pgrpo.training.optim import clip_gradients, learning_rate, set_learning_rate
 from pgrpo.training.progress import Progress
@@ -40,20 +40,14 @@ from pgrpo.types import Group
 Metrics = dict[str, float]
 
 
-def train(
-    config: Config,
-    *,
-    rewards: Sequence[Callable[..., Any]] = (),
-    dataset: Iterable[Mapping[str, Any]] | None = None,
-    resume: str | Path | None = None,
-) -> Path:
+def train(config: Config, given: Given = Given(), *, resume: str | Path | None = None, overwrite: bool = False) -> Path:
     """Train, and return the run folder. ``pgrpo.train`` documents the arguments.
 
     Raises:
         ConfigError: the input is wrong; nothing was trained.
         SystemExit: 130 after Ctrl-C, 143 after SIGTERM; a checkpoint is saved first.
     """
-    with open_session(config, rewards, dataset, resume) as session:
+    with open_session(config, given, resume, overwrite) as session:
         while session.goes_on():
             groups, metrics = grpo_step(session.parts, session.progress)
             session.finish_step(groups, metrics)

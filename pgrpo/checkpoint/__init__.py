@@ -20,7 +20,7 @@ takes a tensor's shape from the shards it finds, so a lost shard makes the tenso
 """
 
 from pgrpo.checkpoint.files import Saved, load, open_saved, verify
-from pgrpo.checkpoint.folder import PREFIX, latest, list_steps, prune, save, set_aside_after, tidy
+from pgrpo.checkpoint.folder import PREFIX, latest, list_steps, prune, remove, save, set_aside_after, tidy
 from pgrpo.checkpoint.forms import COUNT, CheckpointError, check
 from pgrpo.checkpoint.writer import Writer
 
@@ -36,6 +36,7 @@ __all__ = [
     "load",
     "open_saved",
     "prune",
+    "remove",
     "save",
     "set_aside_after",
     "tidy",

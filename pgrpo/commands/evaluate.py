@@ -15,17 +15,21 @@ from pgrpo.distributed.world import World, start, world_size
 from pgrpo.process.lock import agree_on_run_dir, run_folder
 from pgrpo.tracking.live import showing
 from pgrpo.training.build import Parts, build
+from pgrpo.training.caller import Given
 from pgrpo.training.checkpointing import Checkpoints
 from pgrpo.training.evaluation import evaluate_held_out, own_folder
 from pgrpo.training.progress import Progress
 
 
-def evaluate(config: Config, checkpoint: str | None = None, out: Path | None = None) -> dict[str, float]:
+def evaluate(
+    config: Config, checkpoint: str | None = None, out: Path | None = None, given: Given = Given()
+) -> dict[str, float]:
     """Evaluate the config's model, or a checkpoint of it; print a table and write all completions.
 
     Args:
         checkpoint: a folder, ``auto`` for the run's newest, ``best`` for the one that ``checkpoint.keep_best`` kept.
         out: folder for samples.jsonl and summary.json. None: ``eval/step_N`` in the run's folder, N = 0 for the model itself.
+        given: rows and functions from Python.
 
     Raises:
         ConfigError: there is no held-out split, or no such checkpoint.
@@ -33,6 +37,7 @@ def evaluate(config: Config, checkpoint: str | None = None, out: Path | None = N
     if not (config.data.eval_path or config.data.eval_split):
         raise ConfigError("data.eval_split is not set: name the held-out split, or a file in data.eval_path")
     # A run reads the held-out split only if eval.every is set. The reference model and keep_best are for training only.
+    config = replace(config, rollout=replace(config.rollout, prompts_per_step=1))  # training rows do not matter
     config = replace(
         fit_world_size(config, world_size()),
         eval=replace(config.eval, every=config.eval.every or 1),
@@ -43,23 +48,23 @@ def evaluate(config: Config, checkpoint: str | None = None, out: Path | None = N
     with (
         start(config.model.fsdp_size) as world,
         showing(console := Console(quiet=not world.is_main)),
-        _built(config, world) as parts,
+        _built(config, world, given) as parts,
     ):
         checkpoints = Checkpoints(run_folder(config) / "checkpoints", parts.learner, parts.stream, progress)
         if checkpoint and not checkpoints.load_weights(checkpoint):
             raise ConfigError(f"--checkpoint {checkpoint}: run_dir={config.run_dir} has no checkpoint")
         folder = out or own_folder(config, progress.step)
-        held_out = parts.held_out
+        held_out, was_there = parts.held_out, (folder / "summary.json").exists()
         metrics = evaluate_held_out(config, world, parts.engine, parts.rewards, held_out, progress.step, folder)
     name = f"{config.model.path} after step {progress.step}" if checkpoint else config.model.path
     console.print(_table(f"{name}: {len(held_out)} prompts x {config.eval.samples}", metrics))
-    console.print(f"completions and summary: {folder}", soft_wrap=True)
+    console.print(f"{'replaced' if was_there else 'wrote'} {folder}/samples.jsonl and summary.json", soft_wrap=True)
     return metrics
 
 
-def _built(config: Config, world: World) -> Parts:
+def _built(config: Config, world: World, given: Given) -> Parts:
     agree_on_run_dir(config, world.from_main)
-    return build(config, world)
+    return build(config, world, given)
 
 
 def _table(title: str, metrics: Mapping[str, float]) -> Table:

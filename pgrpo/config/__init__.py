@@ -2,7 +2,7 @@
 The package imports neither torch nor transformers, so wrong input is rejected within a second.
 """
 
-from pgrpo.config.load import find_file, load_config, packaged, to_yaml
+from pgrpo.config.load import PYTHON, find_file, load_config, packaged, to_yaml, with_rewards
 from pgrpo.config.rules import check_world_size, fit_world_size
 from pgrpo.config.schema import (
     Config,
@@ -19,6 +19,7 @@ from pgrpo.config.schema import (
 from pgrpo.config.secrets import REDACTED, redact, remember, to_json
 
 __all__ = [
+    "PYTHON",
     "REDACTED",
     "Config",
     "ConfigError",
@@ -39,4 +40,5 @@ __all__ = [
     "remember",
     "to_json",
     "to_yaml",
+    "with_rewards",
 ]

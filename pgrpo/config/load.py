@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +17,12 @@ from pgrpo.config import secrets
 from pgrpo.config.interpolation import check_interpolations
 from pgrpo.config.presets import PRESETS
 from pgrpo.config.rules import check_values, leaves
-from pgrpo.config.schema import Config, ConfigError
+from pgrpo.config.schema import Config, ConfigError, RewardsConfig
 from pgrpo.config.source import Source, one_line, read_file, read_mapping, read_override
 
 RECIPE_SECTIONS = ("data", "prompt", "rollout", "rewards")
 RECIPE_ROLLOUT = ("max_completion_tokens", "temperature", "top_p", "top_k", "stop")
-PYTHON = "(python)"  # data.path when the caller passes rows
+PYTHON = "(python)"  # data.path or data.eval_path when the caller passes rows
 
 
 def load_config(
@@ -31,6 +31,7 @@ def load_config(
     *,
     rewards_from_python: bool = False,
     data_from_python: bool = False,
+    eval_data_from_python: bool = False,
 ) -> Config:
     """Read, merge, resolve and check a configuration.
 
@@ -39,6 +40,7 @@ def load_config(
         overrides: ``key=value`` with the value in YAML; list items as in ``rewards.functions[0].weight=2``.
         rewards_from_python: the caller passes reward functions; the config may have none.
         data_from_python: the caller passes rows; ``data.path`` may be missing.
+        eval_data_from_python: the caller passes held-out rows.
 
     Raises:
         ConfigError: the input is wrong; one line with the key, its value and the fix.
@@ -58,6 +60,8 @@ def load_config(
             merged = _merge([{"loss": PRESETS[preset]}, *layers], changes)
         if data_from_python and OmegaConf.is_missing(merged.data, "path"):
             merged.data.path = PYTHON
+        if eval_data_from_python:
+            merged.data.eval_path = PYTHON
         _refuse_missing(merged, main)
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, OverflowError, RecursionError) as error:
@@ -70,6 +74,20 @@ def load_config(
             secrets.remember(value)
     _finish_paths(config)
     check_values(config, rewards_from_python=rewards_from_python)
+    return config
+
+
+def with_rewards(config: Config, named: Sequence[str | Mapping[str, Any]]) -> Config:
+    """The config with more rewards: names, or mappings such as ``{"function": "math", "weight": 2.0}``."""
+    if not named:
+        return config
+    given = [{"function": reward} if isinstance(reward, str) else dict(reward) for reward in named]
+    source = read_mapping({"rewards": {"functions": given}})
+    more: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RewardsConfig), source.values["rewards"]))
+    functions = [*config.rewards.functions, *more.functions]
+    config = replace(config, rewards=replace(config.rewards, functions=functions))
+    _finish_paths(config)
+    check_values(config, rewards_from_python=True)
     return config
 
 

@@ -11,7 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from pgrpo.config import ConfigError, DataConfig
+from pgrpo.config import PYTHON, ConfigError, DataConfig
 from pgrpo.config.functions import is_function, load_function
 
 Row = dict[str, Any]
@@ -26,6 +26,8 @@ def read_rows(data: DataConfig, held_out: bool) -> tuple[list[Row], str]:
         split = data.eval_split or data.split
         if data.eval_path is not None:
             path, key = data.eval_path, "data.eval_path"
+    if path == PYTHON:
+        raise ConfigError(f"{key}: the rows were passed from Python; pass them again, or set {key}=FILE")
     suffix = Path(path.lower().removesuffix(".gz")).suffix
     if is_function(path):
         return _call(path, split, key), f"{key}={path} (split {split})"

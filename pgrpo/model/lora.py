@@ -24,7 +24,7 @@ def check_lora(config: ModelConfig, dims: ModelDims) -> None:
         ConfigError: peft is not installed, or ``model.lora_targets`` names something that is not a linear layer of the model.
     """
     if config.lora_rank and importlib.util.find_spec("peft") is None:
-        raise ConfigError(f"model.lora_rank={config.lora_rank}: LoRA needs peft: pip install 'pgrpo[lora]'")
+        raise ConfigError(f"model.lora_rank={config.lora_rank}: LoRA needs peft: pip install -e '.[lora]'")
     for name in config.lora_targets:
         if name not in dims.linear_layers:
             raise ConfigError(

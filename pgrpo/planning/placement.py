@@ -105,7 +105,7 @@ def engine_choice(config: Config, device: torch.device) -> EngineChoice:
     if device.type != "cuda":
         return EngineChoice("embedded", "there is no GPU")
     if not vllm_start.is_installed():
-        return EngineChoice("embedded", "vLLM is not installed, which is many times faster: pip install 'pgrpo[vllm]'")
+        return EngineChoice("embedded", "vLLM is not installed, which is many times faster: pip install -e '.[vllm]'")
     return EngineChoice("vllm", "it is installed")
 
 

@@ -45,10 +45,11 @@ def lock_run_dir(run_dir: Path) -> IO[str]:
     return lock
 
 
-LEFTOVERS = (
-    "log.txt", "metrics.jsonl", "completions.jsonl", "config.yaml", "bad_batch_step_1.json", "checkpoints", "tensorboard", "wandb",
+RECORD = (
+    "log.txt", "metrics.jsonl", "completions.jsonl", "config.yaml", "bad_batch_step_*.json", "checkpoints", "eval", "tensorboard",
+    "wandb", "plot.png", "report.html",
 )  # fmt: skip
-"""Files that a run writes before its first step is done. The next run in the folder replaces them, and appends to log.txt."""
+"""What a run writes into its folder, and what ``--overwrite`` removes."""
 
 
 def check_shared(run_dir: Path, patience_s: float = 60.0) -> None:
@@ -70,33 +71,41 @@ def check_shared(run_dir: Path, patience_s: float = 60.0) -> None:
         time.sleep(0.1)
 
 
-def open_run_dir(run_dir: Path, resume: bool) -> IO[str]:
+def open_run_dir(run_dir: Path, resume: bool, overwrite: bool = False) -> IO[str]:
     """Create and lock the run folder, on rank 0. Keep the returned lock until the run ends.
 
     Raises:
-        ConfigError: the folder is in use, cannot be created, or is not empty while ``resume`` is false. Results of ``pgrpo eval``
-            and files of a run that finished no step do not count.
+        ConfigError: the folder is in use, cannot be created, or is neither empty nor a run's that finished no step, while
+            ``resume`` and ``overwrite`` are false. Only a run's folder may be overwritten.
     """
     run_dir = Path(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         names = {entry.name for entry in run_dir.iterdir()} - {"eval"}
-        if ".lock" in names and _finished_no_step(run_dir):  # a run's folder has a lock file
-            names -= set(LEFTOVERS)
+        is_run = ".lock" in names
+        is_free = resume or not names or (is_run and (overwrite or _finished_no_step(run_dir)))
         # Leave no lock file in a folder that is not a run's and will be refused.
-        lock = lock_run_dir(run_dir) if resume or ".lock" in names or not names else None
+        lock = lock_run_dir(run_dir) if is_free or is_run else None
     except OSError as error:
         raise ConfigError(f"run_dir={run_dir}: cannot be used ({error}); set another run_dir") from error
-    if names - {".lock"} and not resume:
+    if not is_free:
         if lock is not None:
             lock.close()
-        raise ConfigError(f"run_dir={run_dir}: not empty; go on with that run (--resume auto), or set another run_dir")
+        replace = ", replace it (--overwrite)" if is_run else ""
+        raise ConfigError(
+            f"run_dir={run_dir}: not empty; go on with that run (--resume auto){replace}, or set another run_dir"
+        )
     assert lock is not None
     return lock
+
+
+def record_of(run_dir: Path) -> list[Path]:
+    """All that runs wrote into the folder. Files of other names are not theirs."""
+    return [path for name in RECORD for path in run_dir.glob(name)]
 
 
 def _finished_no_step(run_dir: Path) -> bool:
     """Whether there is no checkpoint, and no metrics but of step 0 (the evaluation before training)."""
     metrics = run_dir / "metrics.jsonl"
     rows = metrics.read_bytes().splitlines() if metrics.is_file() else []
-    return all(row.startswith(b'{"step": 0,') for row in rows) and not any((run_dir / "checkpoints").glob("*"))
+    return all(row.startswith(b'{"step": 0,') for row in rows) and not any((run_dir / "checkpoints").glob("step_*"))

@@ -1,4 +1,4 @@
-"""Rewards for reasoning-gym's procedural tasks, by each task's own scorer (``pip install 'pgrpo[reasoning-gym]'``)."""
+"""Rewards for reasoning-gym's procedural tasks, by each task's own scorer (``pip install -e '.[reasoning-gym]'``)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 def check_task(task: str) -> None:
     """Raise ValueError if reasoning-gym is not installed, has no such task, or its scorer may execute the answer."""
     if find_spec("reasoning_gym") is None:
-        raise ValueError("reasoning-gym is not installed: pip install 'pgrpo[reasoning-gym]'")
+        raise ValueError("reasoning-gym is not installed: pip install -e '.[reasoning-gym]'")
     from reasoning_gym.factory import DATASETS  # pyright: ignore[reportMissingImports]
 
     if task == "composite" or task not in DATASETS:
@@ -74,7 +74,7 @@ class ReasoningGym:
     ) -> list[float | Exception]:
         """``timeout_s``: deadline per completion in seconds. A scorer that exceeds it, or crashes, fails the sample."""
         if find_spec("reasoning_gym") is None:
-            raise ValueError("reasoning-gym is not installed: pip install 'pgrpo[reasoning-gym]'")
+            raise ValueError("reasoning-gym is not installed: pip install -e '.[reasoning-gym]'")
         for name in set(task):
             check_task(name)
         texts = final_parts(completions, prompts)

@@ -46,7 +46,7 @@ def _summary_writer() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ConfigError(
-            "track.tensorboard=true: tensorboard is not installed; pip install 'pgrpo[tensorboard]'"
+            "track.tensorboard=true: tensorboard is not installed; pip install -e '.[tensorboard]'"
         ) from None
     return SummaryWriter
 
@@ -55,7 +55,7 @@ def _wandb() -> Any:
     try:
         import wandb
     except ImportError:
-        raise ConfigError("track.wandb=true: wandb is not installed; pip install 'pgrpo[wandb]'") from None
+        raise ConfigError("track.wandb=true: wandb is not installed; pip install -e '.[wandb]'") from None
     return wandb
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -24,6 +24,7 @@ from pgrpo.rewards.runner import RewardRunner
 from pgrpo.rollout.base import RolloutEngine
 from pgrpo.rollout.ends import check_turn_end, end_token_ids
 from pgrpo.tracking.live import counting
+from pgrpo.training.caller import Given
 from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine
 from pgrpo.training.evaluation import check_keep_best
 from pgrpo.training.optim import build_optimizer
@@ -81,12 +82,7 @@ class Parts:
             self.engine.close()
 
 
-def build(
-    config: Config,
-    world: World,
-    rewards: Sequence[Callable[..., Any]] = (),
-    dataset: Iterable[Mapping[str, Any]] | None = None,
-) -> Parts:
+def build(config: Config, world: World, given: Given = Given()) -> Parts:
     """All parts of a run; use ``with`` to close them.
 
     Raises:
@@ -103,9 +99,9 @@ def build(
     check_engine(config, dims, world)
     attention_choice(config, dims, world.device)  # refuses a kernel that cannot run, before weights are read
     check_vocabulary(tokenizer, hf_config.vocab_size, config)
-    prompts = training_prompts(config, tokenizer, dataset)
-    held_out = held_out_prompts(config, tokenizer) if config.eval.every else []
-    runner = RewardRunner(config.rewards.functions, on_error=config.rewards.on_error, extra=rewards)
+    prompts = training_prompts(config, tokenizer, given.dataset)
+    held_out = held_out_prompts(config, tokenizer, given.eval_dataset) if config.eval.every else []
+    runner = RewardRunner(config.rewards.functions, on_error=config.rewards.on_error, extra=given.rewards)
     try:
         prompts = with_readable_golds(prompts, config, runner, world, "training")
         held_out = with_readable_golds(held_out, config, runner, world, "held-out")
@@ -189,9 +185,13 @@ def check_enough(prompts: Sequence[Prompt], config: Config) -> None:
         )
 
 
-def held_out_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def held_out_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, dataset: Iterable[Mapping[str, Any]] | None
+) -> list[Prompt]:
     """Prompts of the first ``eval.rows`` held-out rows. Reads no later rows."""
-    return load_prompts(config.data, config.prompt, tokenizer, held_out=True, first=config.eval.rows).prompts
+    return load_prompts(
+        config.data, config.prompt, tokenizer, held_out=True, first=config.eval.rows, dataset=dataset
+    ).prompts
 
 
 def with_readable_golds(

@@ -55,19 +55,21 @@ class Checkpoints:
         self._writer: checkpoint.Writer | None = None
         self._saved = -1
 
-    def save(self, tracker_state: Mapping[str, Any]) -> None:
+    def save(self, tracker_state: Mapping[str, Any]) -> bool:
         """Wait for the previous checkpoint, then start to write ``step_N`` in the background. Each rank writes its shards; a
-        collective call. A second call at the same step writes again only if the first had metrics that were not yet logged.
+        collective call. A second call at the same step writes again only if the first had metrics that were not yet logged; returns
+        whether this one writes.
 
         Raises:
             CheckpointError: the previous checkpoint could not be written.
         """
         progress = self._progress
         if self._saved == progress.step:
-            return
+            return False
         spare = [progress.best["step"]] if progress.best else []
         self._opened().save(progress.step, self._shards(), self._scalars(tracker_state), spare)
         self._saved = progress.step if progress.unlogged is None else -1
+        return True
 
     def reserve(self) -> None:
         """Allocate host memory for the first save in the background. Call it after an update, which makes the moments."""

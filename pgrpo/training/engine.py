@@ -63,7 +63,7 @@ def check_engine(config: Config, dims: ModelDims, world: World) -> None:
         return
     if not vllm_start.is_installed():
         raise ConfigError(
-            "rollout.engine=vllm: vLLM is not installed: pip install 'pgrpo[vllm]', or set rollout.engine=embedded"
+            "rollout.engine=vllm: vLLM is not installed: pip install -e '.[vllm]', or set rollout.engine=embedded"
         )
     size = rollout.tensor_parallel_size
     for what, count in (("ranks", world.size), ("attention heads", dims.heads), ("key/value heads", dims.kv_heads)):

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pgrpo.checkpoint import CheckpointError, set_aside_after, tidy
+from pgrpo.checkpoint import CheckpointError, remove, set_aside_after, tidy
 from pgrpo.config import Config, check_world_size, to_yaml
 from pgrpo.distributed import world as distributed
 from pgrpo.distributed.world import World
-from pgrpo.process.lock import agree_on_run_dir, check_shared, open_run_dir, run_folder
+from pgrpo.process.lock import agree_on_run_dir, check_shared, open_run_dir, record_of, run_folder
 from pgrpo.process.rng import rng_state, set_rng_state
 from pgrpo.process.signals import stop_signals
 from pgrpo.process.stopping import Stopped
@@ -26,6 +25,7 @@ from pgrpo.tracking import Trackers, check_services, terminal
 from pgrpo.tracking.live import entitle, showing
 from pgrpo.tracking.record import replacing
 from pgrpo.training.build import Parts, build
+from pgrpo.training.caller import Callback, Given, Run
 from pgrpo.training.checkpointing import Checkpoints
 from pgrpo.training.evaluation import evaluate_held_out
 from pgrpo.training.messages import closing_summary, out_of_memory, summary
@@ -40,18 +40,15 @@ WINDOW = 10
 
 @contextmanager
 def open_session(
-    config: Config,
-    rewards: Sequence[Callable[..., Any]],
-    dataset: Iterable[Mapping[str, Any]] | None,
-    resume: str | Path | None,
+    config: Config, given: Given = Given(), resume: str | Path | None = None, overwrite: bool = False
 ) -> Iterator[Session]:
     """A session that is ready for its next step, and is closed at the end. Arguments and errors as in ``grpo.train``."""
     with (
         distributed.start(config.model.fsdp_size) as world,
         showing(console := terminal() if world.is_main and config.track.console else None),
-        _held_folder(config, world, resume is not None),
+        _held_folder(config, world, resume is not None, overwrite),
         stop_signals(world.stop),
-        _built(config, world, rewards, dataset) as parts,
+        _built(config, world, given) as parts,
     ):
         progress = Progress()
         folder = run_folder(config)
@@ -60,6 +57,9 @@ def open_session(
             tracker_state = checkpoints.restore(resume)
             if progress.step == 0 and tracker_state is None and config.eval.every:
                 progress.unlogged = {}  # evaluate the untrained model
+            if overwrite and world.is_main:
+                for path in record_of(folder):
+                    remove(path)
             if resume and world.is_main:
                 for name in ("checkpoints", "eval"):
                     set_aside_after(folder / name, progress.step)
@@ -72,7 +72,7 @@ def open_session(
                         file.write(to_yaml(config))
                     for text in (summary(parts, folder), *parts.engine.notes):
                         tracking.message(text)
-                session = Session(parts, progress, checkpoints, tracking)
+                session = Session(parts, progress, checkpoints, tracking, given.callbacks)
                 with session.saving_what_is_finished():
                     yield session
                 session.say_how_it_ended()
@@ -86,8 +86,10 @@ class Session:
     progress: Progress
     checkpoints: Checkpoints
     trackers: Trackers | None
+    callbacks: Sequence[Callback] = ()
 
     def __post_init__(self) -> None:
+        self._run = Run(self.parts.config, self.run_dir, self.parts.policy, self.parts.world.is_main)
         self._opened, self._first = time.monotonic(), self.progress.step
         self._mark()
 
@@ -99,7 +101,11 @@ class Session:
         """Whether there is another step. The first call evaluates an untrained model. Raises ``Stopped`` after a stop signal."""
         if self.progress.unlogged is not None:
             self._evaluate_log_and_save()
+        if not self._is_done():
+            self._tell(Callback.on_step_begin)
         if self._is_done():
+            if self._run.is_stopping:
+                self._save_and_tell()
             return False
         self.parts.world.check_stop()
         entitle(f"step {self.progress.step + 1}/{self.parts.config.train.steps}")
@@ -113,12 +119,16 @@ class Session:
         progress.recent_rewards = [*progress.recent_rewards, metrics["reward"]][-WINDOW:]
         if self.trackers:
             self.trackers.completions(progress.step, groups)
+        self._mark()
+        self._tell(Callback.on_step_end, metrics, groups)
         self._evaluate_log_and_save()
 
     def say_how_it_ended(self) -> None:
         """The last lines of a run that is done."""
         progress, train = self.progress, self.parts.config.train
-        if progress.step < train.steps:
+        if self._run.is_stopping:
+            log.warning("a callback stopped the run after step %d of %d, saved", progress.step, train.steps)
+        elif progress.step < train.steps:
             text = (
                 "train.target_reward=%s reached: mean reward of the last %d steps %.4g; done after step %d of %d, saved"
             )
@@ -157,26 +167,48 @@ class Session:
             )
             metrics = metrics | evaluated
             best = progress.is_best(config.checkpoint.keep_best, metrics)
+            self._tell(Callback.on_evaluate, evaluated)
         if self.trackers:
             self.trackers.log(progress.step, metrics)
         progress.unlogged = None
         self._mark()
-        if best or done or (every and progress.step and progress.step % every == 0):
-            self._save()
+        if best or self._is_done() or (every and progress.step and progress.step % every == 0):
+            self._save_and_tell()
         elif progress.step and every:
             self.checkpoints.reserve()
         if parts.world.any(self.checkpoints.failed):
             self.checkpoints.wait()
 
+    def _tell(
+        self,
+        event: Callable[..., None],
+        metrics: Mapping[str, float] | None = None,
+        groups: Sequence[Group] | None = None,
+    ) -> None:
+        """Tell callbacks of an event, which is a method of ``Callback``; all ranks agree on whether one stops the run."""
+        run = self._run
+        run.step, run.metrics = self.progress.step, metrics or {}
+        run.groups = run.groups if groups is None else groups
+        for callback in self.callbacks:
+            getattr(callback, event.__name__)(run)
+        if self.callbacks:
+            run.is_stopping = self.parts.world.any(run.is_stopping)
+
     def _is_done(self) -> bool:
-        """Whether the last step is done or ``train.target_reward`` is reached. All ranks have the same rewards."""
+        """Whether the last step is done, ``train.target_reward`` reached (all ranks have the same rewards), or a callback stops."""
+        if self._run.is_stopping:
+            return True
         train, recent = self.parts.config.train, self.progress.recent_rewards
         if train.target_reward is not None and len(recent) == WINDOW and sum(recent) / WINDOW >= train.target_reward:
             return True
         return self.progress.step >= train.steps
 
-    def _save(self) -> None:
-        self.checkpoints.save(self.trackers.state_dict() if self.trackers else {})
+    def _save(self) -> bool:
+        return self.checkpoints.save(self.trackers.state_dict() if self.trackers else {})
+
+    def _save_and_tell(self) -> None:
+        if self._save():
+            self._tell(Callback.on_save)
 
     def _mark(self) -> None:
         """Remember the state after a finished step or evaluation, for ``_save_last_finished``."""
@@ -222,26 +254,24 @@ def _written_to_the_end(checkpoints: Checkpoints) -> Iterator[None]:
     checkpoints.wait()
 
 
-def _built(
-    config: Config, world: World, rewards: Sequence[Callable[..., Any]], dataset: Iterable[Mapping[str, Any]] | None
-) -> Parts:
+def _built(config: Config, world: World, given: Given) -> Parts:
     """Build the parts. A stop signal ends this at once, as there is nothing to save yet."""
     try:
         with world.stop.breaking_off():
             world.together(lambda: check_services(config) if world.is_main else None)
-            return build(config, world, rewards, dataset)
+            return build(config, world, given)
     except Stopped as stopped:
         raise SystemExit(128 + stopped.signum) from None
 
 
 @contextmanager
-def _held_folder(config: Config, world: World, resume: bool) -> Iterator[None]:
+def _held_folder(config: Config, world: World, resume: bool, overwrite: bool) -> Iterator[None]:
     """Rank 0 locks the run folder; all ranks check that they see it."""
     check_world_size(config, world.size, world.dp_size)
     agree_on_run_dir(config, world.from_main)
     with ExitStack() as stack:
         folder = run_folder(config)
-        world.together(lambda: stack.enter_context(open_run_dir(folder, resume)) if world.is_main else None)
+        world.together(lambda: stack.enter_context(open_run_dir(folder, resume, overwrite)) if world.is_main else None)
         world.together(lambda: check_shared(folder))
         world.together(lambda: tidy(folder / "checkpoints") if world.is_main else None)
         yield

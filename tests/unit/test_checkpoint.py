@@ -394,7 +394,7 @@ def test_a_run_folder_with_files_needs_resume(tmp_path):
     open_run_dir(tmp_path, resume=True).close()
     tidy(tmp_path / "checkpoints")
     assert not leftover.exists()
-    (tmp_path / "notes.txt").touch()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match=r"not empty"):
         open_run_dir(tmp_path, resume=False)
     with pytest.raises(ConfigError, match=r"run_dir=.*metrics\.jsonl: cannot be used"):
@@ -591,7 +591,8 @@ LEFT = {"log.txt": "x", "config.yaml": "x", "completions.jsonl": '{"step": 1}\n'
         ({".lock": "", "metrics.jsonl": '{"step": 0, "eval/reward": 0.5}\n', "tensorboard/events": "x", **LEFT}, True),
         ({".lock": "", "metrics.jsonl": '{"step": 0, "a": 1}\n{"step": 1, "a": 1}\n', **LEFT}, False),
         ({".lock": "", "metrics.jsonl": "", "checkpoints/step_1/meta.json": "{}", **LEFT}, False),
-        ({".lock": "", "metrics.jsonl": "", "notes.txt": "mine", **LEFT}, False),
+        ({".lock": "", "metrics.jsonl": "", "checkpoints/.writing-step_1/model.safetensors": "half", **LEFT}, True),
+        ({".lock": "", "metrics.jsonl": "", "notes.txt": "mine", "plot.png": "x", **LEFT}, True),
         ({"metrics.jsonl": "", **LEFT}, False),  # somebody's folder: no run of ours took it
     ],
 )

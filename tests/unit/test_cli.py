@@ -24,7 +24,7 @@ FAKE_TRAIN = """\
 import os, signal, sys, time, types
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
 module = types.ModuleType("pgrpo.grpo")
-def train(config, resume=None, **_):
+def train(config, given, resume=None, **_):
     {body}
 module.train = train
 sys.modules["pgrpo.grpo"] = module

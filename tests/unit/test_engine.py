@@ -81,7 +81,7 @@ def test_what_is_refused(installed, monkeypatch):
     assert "rollout.allow_untested_vllm=true" in message
     engine.check_engine(config(engine="vllm", allow_untested_vllm=True), QWEN3_4B, World(0, 1, GPU))
     monkeypatch.setattr(vllm_start, "is_installed", lambda: False)
-    assert "vLLM is not installed: pip install 'pgrpo[vllm]'" in refusal(config(engine="vllm"))
+    assert "vLLM is not installed: pip install -e '.[vllm]'" in refusal(config(engine="vllm"))
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def test_a_damaged_flash_attn_is_a_reason_for_auto_and_one_line_for_flash4(hoppe
     choice = choose_kernel("auto", GPU, torch.bfloat16, 128)
     assert choice.name == "builtin"
     assert choice.reason.startswith(f"not flash4: flash-attn-4 is installed but cannot be imported ({reason}")
-    assert choice.reason.endswith("): pip install 'pgrpo[flash]' has versions that fit each other")
+    assert choice.reason.endswith("): pip install -e '.[flash]' has versions that fit each other")
     with pytest.raises(ConfigError) as error:
         attention_choice(config(attention_kernel="flash4"), DIMS, GPU)
     expected = f"model.attention_kernel=flash4: flash4 cannot run here: flash-attn-4 is installed but cannot be imported ({reason}"

@@ -1,7 +1,7 @@
 """The flash kernels behind one pair of functions. Grouped attention needs only a kernel that returns its log-sum-exp (LSE).
 
 - ``builtin``: PyTorch's own, which is FlashAttention-2 on a GPU and ``cpu_flash.py`` on a CPU. Nothing to install.
-- ``flash4``: the package flash-attn-4 (Hopper, Blackwell), ``pip install 'pgrpo[flash]'``.
+- ``flash4``: the package flash-attn-4 (Hopper, Blackwell), ``pip install -e '.[flash]'``.
 
 Q query rows, S key rows, H query heads, K key/value heads (H is a multiple of K), D head dim of keys, Dv that of values, n
 sequences of one length. Log-sum-exps are of the scaled scores, natural logarithm, [H, Q] float32 (float64 for float64 inputs);
@@ -102,11 +102,11 @@ def _import_error() -> str | None:
     some when it is only looked for."""
     try:
         if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
-            return "the package flash-attn-4 is not installed (pip install 'pgrpo[flash]')"
+            return "the package flash-attn-4 is not installed (pip install -e '.[flash]')"
         _flash4()
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        fix = "pip install 'pgrpo[flash]' has versions that fit each other"
+        fix = "pip install -e '.[flash]' has versions that fit each other"
         return f"flash-attn-4 is installed but cannot be imported ({reason}): {fix}"
     return None
 
