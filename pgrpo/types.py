@@ -28,8 +28,8 @@ def value_of(row: Mapping[str, Any], name: str) -> Any:
     value: Any = row
     seen = ""
     for field_name in name.split("."):
-        if hasattr(value, "tolist"):  # of numpy
-            value = value.tolist()
+        if to_list := getattr(value, "tolist", None):  # of numpy
+            value = to_list()
         if isinstance(value, Mapping) and field_name in value:
             value = value[field_name]
         elif isinstance(value, list | tuple) and field_name.isdecimal() and int(field_name) < len(value):
@@ -76,7 +76,8 @@ class Completion:
         rollout_logprobs: R log-probs (natural logarithm) by the sampler, at the sampling temperature and over the whole vocabulary,
             before top-k and top-p: the same distribution that the trainer's log-probs are of.
         finish_reason: ``stop`` (eos or a stop string) or ``length`` (the limit came first).
-        text: the completion without special tokens and without the stop string; what rewards read.
+        text: the completion without the end token or stop string, and without other special tokens unless
+            ``keep_special_tokens``; what rewards read.
         weights_version: training steps that the weights had behind them which sampled it.
     """
 
@@ -174,3 +175,4 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     stop: tuple[str, ...] = ()
+    keep_special_tokens: bool = False

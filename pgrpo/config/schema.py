@@ -131,8 +131,10 @@ class RolloutConfig:
     top_k: int = number(0, least=0, most=2**24)
     """Sample from the k most likely tokens. 0 is off."""
     stop: list[str] = field(default_factory=list)
-    """Strings that end a completion; rewards get the text without them. A special token, such as `<|im_end|>`, becomes an
+    """Strings that end a completion; rewards get the text without them. One that is a single token, such as `<|im_end|>`, is an
     additional end token."""
+    keep_special_tokens: bool = False
+    """Rewards get the text with special tokens, for formats that are made of them. The end token is left out in any case."""
     resample_limit: int = number(0, least=0, most=1000)
     """Dynamic sampling (DAPO): groups whose rewards are all equal are replaced by groups of fresh prompts, in at most this many
     rounds. Groups that are still equal after the last round are kept. 0 is off."""

@@ -87,4 +87,5 @@ def sampling_params(config: Config, temperature: float | None = None) -> Samplin
         top_p=rollout.top_p,
         top_k=rollout.top_k,
         stop=tuple(rollout.stop),
+        keep_special_tokens=rollout.keep_special_tokens,
     )

@@ -18,24 +18,27 @@ CONTENT = "END-OF-TURN-PROBE"
 
 
 def end_token_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_eos: int | Sequence[int] | None, stop: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase,
+    generation_eos: int | Sequence[int] | None,
+    stop: Sequence[str],
+    keep_special_tokens: bool = False,
 ) -> list[int]:
-    """Ids of the tokenizer's eos, the generation config's eos, and stop strings that are special tokens: decoded text does not have
-    those. Other stop strings are found in the text.
+    """Ids of the tokenizer's eos, the generation config's eos, and stop strings that are a token: decoded text does not have
+    special ones. Other stop strings, and other tokens with these in them, are found in the text.
 
     Raises:
-        ConfigError: there is no eos, or a stop string mixes a special token with other text.
+        ConfigError: there is no eos, or a stop string mixes a special token, which text leaves out, with other text.
     """
     ids: set[int] = set()
     for eos in (tokenizer.eos_token_id, generation_eos):
         ids |= {eos} if isinstance(eos, int) else set(eos or ())  # pyright: ignore[reportAssignmentType]
     if not ids:
         raise ConfigError("model.path: neither the tokenizer nor generation_config.json has an eos token: add one")
-    special = special_tokens(tokenizer)
+    special, vocabulary = special_tokens(tokenizer), tokenizer.get_vocab()
     for text in stop:
-        if text in special:
-            ids.add(special[text])
-        elif found := next((token for token in special if token in text), None):
+        if text in special or (text in vocabulary and tokenizer.decode([vocabulary[text]]) == text):
+            ids.add(vocabulary[text])
+        elif not keep_special_tokens and (found := next((token for token in special if token in text), None)):
             raise ConfigError(
                 f"rollout.stop: {text!r} would never be found, as text leaves out the special token {found!r}: "
                 f"write {found!r} alone"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
-from pgrpo.types import Completion, FinishReason
+from pgrpo.types import Completion, FinishReason, SamplingParams
 
 
 class Tokenizer(Protocol):
@@ -19,22 +19,27 @@ def make_completions(
     token_ids: Sequence[list[int]],
     logprobs: Sequence[list[float]],
     stopped: Sequence[bool],
-    stop: Sequence[str],
+    end_ids: Collection[int],
+    params: SamplingParams,
     weights_version: int,
 ) -> list[Completion]:
-    """Completions with their text, which ends before the first stop string.
+    """Completions with their text, which ends before the end token and before the first stop string.
 
     Args:
         token_ids: of each completion, with the final eos or the tokens of the stop string.
         logprobs: one a token, see ``Completion.rollout_logprobs``.
         stopped: whether eos or a stop string ended each completion.
-        stop: the stop strings.
+        end_ids: the tokens that end a completion.
+        params: what was asked for.
         weights_version: number of training steps of the weights.
     """
-    texts = tokenizer.batch_decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    shown = [ids[:-1] if done and ids[-1] in end_ids else ids for ids, done in zip(token_ids, stopped, strict=True)]
+    texts = tokenizer.batch_decode(
+        shown, skip_special_tokens=not params.keep_special_tokens, clean_up_tokenization_spaces=False
+    )
     completions = []
     for ids, sampled_at, text, done in zip(token_ids, logprobs, texts, stopped, strict=True):
-        ends = [at for s in stop if (at := text.find(s)) >= 0]
+        ends = [at for s in params.stop if (at := text.find(s)) >= 0]
         reason: FinishReason = "stop" if done else "length"
         completions.append(Completion(ids, sampled_at, reason, text[: min(ends, default=None)], weights_version))
     return completions

@@ -118,7 +118,7 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
         reference = initial_model(policy, config, world) if config.loss.kl_coef else None
     learner = Learner(config, world, policy, reference, build_optimizer(policy, config.optim), dims, loss)
     generation_eos = getattr(policy.model.generation_config, "eos_token_id", None)
-    end_ids = end_token_ids(tokenizer, generation_eos, config.rollout.stop)
+    end_ids = end_token_ids(tokenizer, generation_eos, config.rollout.stop, config.rollout.keep_special_tokens)
     if world.is_main:
         check_turn_end(tokenizer, config.prompt, end_ids)
     with counting("starting the sampler"):

@@ -77,6 +77,7 @@ EVAL = {"eval.every": 1, "eval.rows": 4}
 TWO_UPDATES = {"train.updates_per_step": 2, "optim.lr": 2e-4}
 WITH_KL = {"loss.kl_coef": 1.0, "train.steps": 3}
 MASKED = {"loss.rollout_correction": "token_mask"}  # here the difference is rounding: only a cap of 1 masks
+PADDED = {"rewards.functions[0].args": {"pattern": ".*<pad>.*"}}
 SOME_STOP = {"rollout.stop": ["1"], "rewards.functions[0].args": {"pattern": ".*2.*"}}
 REACHED = {"train.steps": 12, "train.target_reward": 2.0}
 REWARD = "rewards.functions"
@@ -142,6 +143,7 @@ EFFECTS = dict(
         effect("rollout.top_p", 0.5),
         effect("rollout.top_k", 2),
         effect("rollout.stop", ["1", "2", "3"]),
+        effect("rollout.keep_special_tokens", True, base=PADDED),
         effect("rollout.max_concurrent", 4, "attention_calls"),
         # What each does to vLLM is seen in tests/vllm; without vLLM it must not be ignored.
         effect("rollout.engine", "vllm", "error"),

@@ -28,10 +28,17 @@ def make_tokenizer(template=CHATML, special=("<eos>", "<|im_start|>", "<|im_end|
 def test_a_special_token_among_the_stop_strings_is_an_end_token():
     tokenizer = make_tokenizer()
     assert end_token_ids(tokenizer, None, []) == [1]
-    assert end_token_ids(tokenizer, [1, 2], ["7", "x"]) == [1, 2]
-    assert end_token_ids(tokenizer, 1, ["<|im_end|>", "7"]) == [1, 3]
+    assert end_token_ids(tokenizer, [1, 2], ["77", "x"]) == [1, 2]
+    assert end_token_ids(tokenizer, 1, ["<|im_end|>", "77"]) == [1, 3]
     with pytest.raises(ConfigError, match=r"rollout.stop: .* would never be found.*write '<\|im_end\|>' alone"):
         end_token_ids(tokenizer, 1, ["<|im_end|>\n"])
+    assert end_token_ids(tokenizer, 1, ["<|im_end|>\n"], keep_special_tokens=True) == [1]  # found in the text
+
+
+def test_a_stop_string_that_is_one_token_is_an_end_token():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["</answer>"])  # not special: text has it
+    assert end_token_ids(tokenizer, 1, ["7", "+=", "</answer>"]) == [1, 11, 16]
 
 
 @pytest.mark.parametrize(
@@ -61,3 +68,18 @@ def test_a_completion_stops_at_a_stop_string_that_is_a_special_token(tiny_model,
     for episode in stopped:
         assert episode.token_ids.index(0) == len(episode.token_ids) - 1
         assert episode.finish_reason == "stop" and "pad" not in episode.text
+
+
+def test_rewards_get_special_tokens_where_they_are_asked_for(tiny_model, tmp_path):
+    """<pad> is special and not an end token here; the end token is left out in any case."""
+    keys = [f"model.path={tiny_model}", f"run_dir={tmp_path / 'run'}", "eval.every=0", "rollout.prompts_per_step=8"]
+    texts = {}
+    for keep in (False, True):
+        config = load_config("quickstart", [*keys, f"rollout.keep_special_tokens={keep}", "rollout.stop=['1']"])
+        with build(config, World(0, 1, torch.device("cpu"))) as parts, parts.engine.awake(0):
+            groups, _, _ = sample_groups(parts, 0)
+        texts[keep] = [(e.token_ids, e.text) for group in groups for e in group.episodes]
+    assert [ids for ids, _ in texts[True]] == [ids for ids, _ in texts[False]]
+    assert sum("<pad>" in text for _, text in texts[True]) > 4
+    assert [text.replace("<pad>", "") for _, text in texts[True]] == [text for _, text in texts[False]]
+    assert not any("1" in text or "<eos>" in text for _, text in texts[True])

@@ -59,6 +59,7 @@ class EmbeddedEngine:
     ) -> None:
         self.policy = policy
         self.tokenizer = tokenizer
+        self.end_ids = set(eos_token_ids)
         self.eos_token_ids = torch.tensor(sorted(eos_token_ids), device=policy.device)
         self.max_concurrent = max_concurrent
         self.any_rank = any_rank
@@ -108,7 +109,7 @@ class EmbeddedEngine:
                 for x in (tokens, logprobs)
             )
             made = make_completions(
-                self.tokenizer, ids, sampled_at, stopped[own].tolist(), params.stop, self.weights_version
+                self.tokenizer, ids, sampled_at, stopped[own].tolist(), self.end_ids, params, self.weights_version
             )
             on_finished(position, made)
 
@@ -121,9 +122,7 @@ class EmbeddedEngine:
                 self.check_stop()
             drawn, drawn_logprobs = draw(logits, params, uniform[rows, t])
             tokens[rows, t], logprobs[rows, t] = drawn, drawn_logprobs
-            ended = torch.isin(drawn, self.eos_token_ids) | self._ends_in_stop_string(
-                tokens[rows, : t + 1], params.stop
-            )
+            ended = torch.isin(drawn, self.eos_token_ids) | self._ends_in_stop_string(tokens[rows, : t + 1], params)
             newly_ended = rows[ended & ~stopped[rows]]
             stopped[newly_ended] = True
             lengths[newly_ended] = t + 1
@@ -156,13 +155,15 @@ class EmbeddedEngine:
         inputs = {"input_ids": input_ids, "position_ids": position_ids}
         return self.policy.next_logits(inputs, cache, last_rows)
 
-    def _ends_in_stop_string(self, tokens_BT: Tensor, stop: Sequence[str]) -> Tensor:
+    def _ends_in_stop_string(self, tokens_BT: Tensor, params: SamplingParams) -> Tensor:
         """[B] bool: the newest token completed a stop string."""
-        if not stop:
+        if not params.stop:
             return torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
         # A stop string of n bytes spans at most n tokens; four more keep the first character of the window whole.
-        window = max(len(s.encode()) for s in stop) + 4
+        window = max(len(s.encode()) for s in params.stop) + 4
         texts = self.tokenizer.batch_decode(
-            tokens_BT[:, -window:].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            tokens_BT[:, -window:].tolist(),
+            skip_special_tokens=not params.keep_special_tokens,
+            clean_up_tokenization_spaces=False,
         )
-        return torch.tensor([any(s in text for s in stop) for text in texts], device=tokens_BT.device)
+        return torch.tensor([any(s in text for s in params.stop) for text in texts], device=tokens_BT.device)

@@ -171,6 +171,7 @@ class VLLMEngine:
             top_k=params.top_k,
             stop=list(params.stop),
             stop_token_ids=self.eos_token_ids,
+            skip_special_tokens=not params.keep_special_tokens,  # of the text that stop strings are looked for in
             detokenize=bool(params.stop),  # make_completions decodes the text, once per completion
             logprobs=0,  # the sampled token's only
             flat_logprobs=True,
@@ -197,7 +198,9 @@ class VLLMEngine:
         if [len(i) for i in ids] != [len(p) for p in logprobs]:
             raise EngineError(f"vLLM returned different numbers of tokens and log-probs in request {output.request_id}")
         stopped = [s.finish_reason == "stop" for s in samples]
-        return make_completions(self.tokenizer, ids, logprobs, stopped, params.stop, self.weights_version)
+        return make_completions(
+            self.tokenizer, ids, logprobs, stopped, self.eos_token_ids, params, self.weights_version
+        )
 
     def score(self, trees: Sequence[Tree]) -> list[float]:
         """Log-probs at temperature 1 of all completion tokens, in order. Ranks that share an engine must pass the same trees."""
