@@ -133,15 +133,22 @@ class _HeadLogprobs(torch.autograd.Function):
             with torch.enable_grad():
                 logits_CV = ctx.head.logits(leaves[0], dict(zip(ctx.head.names, leaves[1:], strict=True)))
             entropies = None if dentropy_L is None else (entropy_L[rows], dentropy_L[rows])
+            kls = _kl_gradient(logits_CV, ctx.teacher, rows, teacher_lse_L, kl_L, dkl_L)
             dlogits_CV = to_logit_gradient_(
-                logits_CV.detach().clone(), target_ids_L[rows], lse_L[rows], dlogprobs_L[rows], ctx.scale, entropies
+                logits_CV.detach().clone(),
+                target_ids_L[rows],
+                lse_L[rows],
+                dlogprobs_L[rows],
+                ctx.scale,
+                entropies,
+                kls,
             )
             found = torch.autograd.grad(logits_CV, [leaves[i] for i in trained], dlogits_CV, allow_unused=True)
             for i, gradient in zip(trained, found, strict=True):
                 if gradient is not None:
                     (totals[i] if i else totals[i][rows]).add_(gradient)
         grads = [totals[i].to(x.dtype) if i in totals else None for i, x in enumerate(inputs)]
-        return grads[0], None, None, None, None, *grads[1:]
+        return grads[0], None, None, None, None, None, *grads[1:]
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
