@@ -22,14 +22,13 @@ from pgrpo.algorithm.advantages import compare, rewards_differ
 from pgrpo.algorithm.loss import Counts
 from pgrpo.algorithm.metrics import group_metrics
 from pgrpo.config import Config
-from pgrpo.distributed.fsdp import no_gradient
-from pgrpo.model.policy import Policy
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.rollout.base import sample_seeds, sampling_params
 from pgrpo.tracking.live import watched
 from pgrpo.training import update
 from pgrpo.training.build import Learner, Parts
 from pgrpo.training.caller import Given
+from pgrpo.training.frozen import frozen_scores
 from pgrpo.training.messages import StepClock, naming_the_batch
 from pgrpo.training.optim import clip_gradients, learning_rate, set_learning_rate
 from pgrpo.training.progress import Progress
@@ -175,20 +174,20 @@ def optimizer_step(
 
 def backward(learner: Learner, batch: GroupedBatch, counts: Counts) -> update.UpdateSums:
     """Forward and backward of one micro-batch; gradients accumulate. Returns sums over its tokens."""
-    config, policy, reference = learner.config, learner.policy, learner.reference
-    ref_logprobs_BR = None
-    if reference is not None:
-        # Reference before policy: with LoRA both are one module, and FSDP expects the backward to follow the latest forward.
-        with no_gradient(reference if isinstance(reference, Policy) else policy):
-            ref_logprobs_BR = batch.unpack(reference(batch).logprobs)
-    flat_logprobs_L, flat_entropy_L, _ = policy(batch, entropy=True)
-    logprobs_BR, entropy_BR = batch.unpack(flat_logprobs_L), batch.unpack(flat_entropy_L)
-    if batch.old_logprobs is None:  # the weights are those that sampled, so the ratio is 1
-        batch.old_logprobs = logprobs_BR.detach()
-    output = learner.loss(  # policy_loss, or the user's
-        logprobs_BR=logprobs_BR, old_logprobs_BR=batch.old_logprobs, advantages_BR=batch.advantages, mask_BR=batch.mask,
-        counts=counts, config=config.loss, max_completion_tokens=config.rollout.max_completion_tokens,
-        rollout_logprobs_BR=batch.rollout_logprobs, ref_logprobs_BR=ref_logprobs_BR, entropy_BR=entropy_BR,
-    )  # fmt: skip
-    (output.loss * learner.world.dp_size).backward()  # FSDP averages gradients over ranks, but the loss is their sum
+    config = learner.config
+    with frozen_scores(learner, batch) as frozen:  # of the reference and the teacher, if there are any
+        flat_logprobs_L, flat_entropy_L, flat_kl_L = learner.policy(batch, entropy=True, teacher=frozen.teacher_rows)
+        logprobs_BR, entropy_BR = batch.unpack(flat_logprobs_L), batch.unpack(flat_entropy_L)
+        if batch.old_logprobs is None:  # the weights are those that sampled, so the ratio is 1
+            batch.old_logprobs = logprobs_BR.detach()
+        output = learner.loss(  # policy_loss, or the user's
+            logprobs_BR=logprobs_BR, old_logprobs_BR=batch.old_logprobs, advantages_BR=batch.advantages, mask_BR=batch.mask,
+            counts=counts, config=config.loss, max_completion_tokens=config.rollout.max_completion_tokens,
+            rollout_logprobs_BR=batch.rollout_logprobs, ref_logprobs_BR=frozen.ref_logprobs_BR, entropy_BR=entropy_BR,
+            teacher_logprobs_BR=frozen.teacher_logprobs_BR,
+            teacher_kl_BR=None if flat_kl_L is None else batch.unpack(flat_kl_L),
+        )  # fmt: skip
+        (
+            output.loss * learner.world.dp_size
+        ).backward()  # FSDP averages gradients over ranks, but the loss is their sum
     return update.UpdateSums.of(output, batch.mask, entropy_BR, batch.old_logprobs, batch.rollout_logprobs)

@@ -30,7 +30,7 @@ def compare(groups: Sequence[Group], config: LossConfig, weights: Mapping[str, f
         weights: name of each reward function -> its weight.
     """
     scale, baseline = config.scale_advantages, config.advantage_baseline
-    if config.combine_rewards == "sum_then_normalize":
+    if config.combine_rewards == "sum_then_normalize" or not any(weights.values()):
         return step_advantages([group.rewards for group in groups], scale, baseline)
     parts = [
         step_advantages([_part(g, name) for g in groups], scale, baseline) for name, weight in weights.items() if weight

@@ -40,6 +40,8 @@ class LossOutput(NamedTuple):
     """Tokens of negative advantage whose ratio is above ``clip_dual``."""
     off_policy: Tensor
     """Tokens that ``off_policy_threshold`` masked."""
+    teacher_kl: Tensor
+    """KL(policy || teacher) of the tokens: of ``full`` exact, of ``sampled`` an estimate (k1)."""
 
 
 def policy_loss(
@@ -53,15 +55,17 @@ def policy_loss(
     *,
     rollout_logprobs_BR: Tensor | None = None,
     ref_logprobs_BR: Tensor | None = None,
+    teacher_logprobs_BR: Tensor | None = None,
+    teacher_kl_BR: Tensor | None = None,
     entropy_BR: Tensor | None = None,
 ) -> LossOutput:
-    """``- sum_i w_i [ c_i * J_i - kl_coef * KL_i + entropy_coef * H_i ]`` over masked tokens i.
+    """``- sum_i w_i [ c_i * J_i - kl_coef * KL_i - teacher_coef * D_i + entropy_coef * H_i ]`` over masked tokens i.
 
     With token ratios, clipping, ``aggregate="sample"`` and k3 without ``kl_correction`` it is GRPO's (DeepSeekMath, arXiv
     2402.03300, equation 3).
 
     Args:
-        logprobs_BR: [B, R] of the current weights. Only this and ``entropy_BR`` may carry a gradient.
+        logprobs_BR: [B, R] of the current weights. Only this, ``teacher_kl_BR`` and ``entropy_BR`` may carry a gradient.
         old_logprobs_BR: [B, R] of the weights that sampled.
         advantages_BR: [B, R], one number a token.
         mask_BR: [B, R] bool, True on tokens in the loss. All other inputs may have any value elsewhere, inf and nan too.
@@ -71,6 +75,11 @@ def policy_loss(
         max_completion_tokens: the fixed length that ``aggregate="constant"`` divides by.
         rollout_logprobs_BR: [B, R] of the sampler; needed for ``rollout_correction`` and ``off_policy_threshold``.
         ref_logprobs_BR: [B, R] of the reference model; needed when ``kl_coef`` is not 0.
+        teacher_logprobs_BR: [B, R] of the teacher; needed with ``teacher_kl="sampled"``, which adds
+            ``teacher_coef * (teacher_logprobs - logprobs)``, without a gradient, to the advantages (Lu et al., 2025, "On-policy
+            distillation"); D is 0.
+        teacher_kl_BR: [B, R] KL(policy || teacher) over the vocabulary, which is D; needed with ``teacher_kl="full"`` (the reverse
+            KL of GKD, arXiv 2306.13649, section 3).
         entropy_BR: [B, R] entropy H of each token's distribution; needed when ``entropy_coef`` is not 0 (PPO, arXiv 1707.06347,
             equation 9).
 
@@ -81,6 +90,12 @@ def policy_loss(
     token_log_ratio_BR = torch.where(mask_BR, logprobs_BR - old_logprobs_BR, 0.0)
     log_ratio_BR = log_importance_ratio(token_log_ratio_BR, mask_BR, config.ratio)
     advantages_BR = torch.where(mask_BR, advantages_BR, 0.0)
+    distance_BR = torch.zeros_like(log_ratio_BR)
+    if config.teacher is not None and config.teacher_kl == "sampled":
+        if teacher_logprobs_BR is None:
+            raise ValueError("teacher_kl=sampled needs teacher_logprobs")
+        distance_BR = torch.where(mask_BR, logprobs_BR.detach() - teacher_logprobs_BR, 0.0)
+        advantages_BR = advantages_BR - config.teacher_coef * distance_BR
     correction_BR, corrected_BR = torch.ones_like(log_ratio_BR), torch.zeros_like(mask_BR)
     if config.rollout_correction != "none":
         if rollout_logprobs_BR is None:
@@ -104,6 +119,11 @@ def policy_loss(
         d_BR = torch.where(mask_BR, ref_logprobs_BR - logprobs_BR, 0.0)
         kl_BR = kl_estimate(d_BR, config.kl_estimator, token_log_ratio_BR if config.kl_correction else None)
         objective_BR = objective_BR - config.kl_coef * kl_BR
+    if config.teacher is not None and config.teacher_kl == "full":
+        if teacher_kl_BR is None:
+            raise ValueError("teacher_kl=full needs teacher_kl")
+        distance_BR = torch.where(mask_BR, teacher_kl_BR, 0.0)
+        objective_BR = objective_BR - config.teacher_coef * distance_BR
     if config.entropy_coef:
         if entropy_BR is None:
             raise ValueError(f"entropy_coef={config.entropy_coef} needs entropy")
@@ -126,6 +146,7 @@ def policy_loss(
         corrected=corrected_BR.sum(),
         clipped_dual=dual_BR.sum(),
         off_policy=off_policy_BR.sum(),
+        teacher_kl=distance_BR.detach().sum(),
     )
 
 

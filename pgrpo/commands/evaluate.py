@@ -36,12 +36,12 @@ def evaluate(
     """
     if not (config.data.eval_path or config.data.eval_split):
         raise ConfigError("data.eval_split is not set: name the held-out split, or a file in data.eval_path")
-    # A run reads the held-out split only if eval.every is set. The reference model and keep_best are for training only.
+    # A run reads the held-out split only if eval.every is set. Reference, teacher and keep_best are for training only.
     config = replace(config, rollout=replace(config.rollout, prompts_per_step=1))  # training rows do not matter
     config = replace(
         fit_world_size(config, world_size()),
         eval=replace(config.eval, every=config.eval.every or 1),
-        loss=replace(config.loss, kl_coef=0.0),
+        loss=replace(config.loss, kl_coef=0.0, teacher=None),
         checkpoint=replace(config.checkpoint, keep_best=None),
     )
     progress = Progress()

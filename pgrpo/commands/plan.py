@@ -67,6 +67,7 @@ def plan_text(config: Config) -> str:
     trained = f", frozen; LoRA trains {adapters:,} beside them" if adapters else ""
     return (
         f"model         {config.model.path}: {dims.parameters:,} parameters, {config.model.dtype}{trained}\n"
+        f"{_teacher(config, sizes['teacher'])}"
         f"a step        {rollout.prompts_per_step} prompts x {rollout.group_size} completions on {ranks} rank(s), "
         f"{config.train.updates_per_step * epochs} update(s)\n"
         f"at most       {packed:,} packed tokens a step; {repeated:,} if every completion had its own prompt "
@@ -79,6 +80,10 @@ def plan_text(config: Config) -> str:
         f"memory        {memory.peak:.1f} GiB a rank (estimate): rollout {memory.rollout:.1f}, update {memory.update:.1f}, "
         f"optimizer step {memory.optimizer_step:.1f}"
     )
+
+
+def _teacher(config: Config, dims: ModelDims | None) -> str:
+    return f"teacher       {config.loss.teacher}: {dims.parameters:,} parameters, frozen\n" if dims else ""
 
 
 def _layers(config: Config, dims: ModelDims, world: World) -> tuple[list[Recompute], str]:

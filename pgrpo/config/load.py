@@ -191,8 +191,9 @@ def _finish_paths(config: Config) -> None:
     config.run_dir = str(Path(config.run_dir).expanduser())
     if config.model.path.startswith("~"):
         config.model.path = str(Path(config.model.path).expanduser())
-    if config.model.path and Path(config.model.path).is_dir():
-        config.model.path = str(Path(config.model.path).absolute())
+    for owner, name in ((config.model, "path"), (config.loss, "teacher")):
+        if (path := getattr(owner, name)) and Path(path).is_dir():
+            setattr(owner, name, str(Path(path).absolute()))
     targets = [(config.data, "path", "data.path"), (config.data, "eval_path", "data.eval_path")]
     targets += [(config.loss, "function", "loss.function")]
     targets += [(f, "function", f"rewards.functions[{i}].function") for i, f in enumerate(config.rewards.functions)]

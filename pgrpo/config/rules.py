@@ -21,6 +21,9 @@ NEEDS = {
     "loss.rollout_correction_cap": ("loss.rollout_correction", "none"),
     "loss.rollout_correction_floor": ("loss.rollout_correction", "none"),
     "loss.clip_dual": ("loss.objective", "cispo"),
+    "loss.teacher_kl": ("loss.teacher", None),
+    "loss.teacher_coef": ("loss.teacher", None),
+    "loss.teacher_offload": ("loss.teacher", None),
 }
 """Key -> (other key, its value with which the key has no effect)."""
 MOST_SAMPLES, MOST_HELD_OUT = 2**20, 2**24
@@ -58,8 +61,8 @@ def check_values(config: Config, *, rewards_from_python: bool) -> None:
     _check_loss(config.loss)
     _check_sizes(config)
     _check_prompt(config)
-    if not config.rewards.functions and not rewards_from_python:
-        raise ConfigError("rewards.functions: [] scores nothing; name at least one, such as [{function: exact_match}]")
+    if not rewards_from_python:
+        _check_rewards(config)
     if config.checkpoint.keep_best and not config.eval.every:
         raise ConfigError(
             f"checkpoint.keep_best: {config.checkpoint.keep_best} needs evaluations; set eval.every, or leave it out"
@@ -106,7 +109,30 @@ def _check_needs(config: Config) -> None:
             )
 
 
+def _check_rewards(config: Config) -> None:
+    functions, teacher = config.rewards.functions, config.loss.teacher
+    if not functions and teacher is None:
+        raise ConfigError(
+            "rewards.functions: [] scores nothing; name at least one, such as [{function: exact_match}], or set loss.teacher"
+        )
+    for key, off in (("eval.every", 0), ("train.target_reward", None)):
+        if not functions and (value := attrgetter(key)(config)) != off:
+            raise ConfigError(
+                f"{key}: {value} needs a reward; name one in rewards.functions, with weight 0 if it is not to train"
+            )
+    if config.rollout.resample_limit and not any(f.weight for f in functions):
+        raise ConfigError(
+            f"rollout.resample_limit: {config.rollout.resample_limit} would resample every group, as no reward has a weight; "
+            "leave it out, or give one a weight"
+        )
+
+
 def _check_loss(loss: LossConfig) -> None:
+    if loss.teacher is not None and loss.teacher_kl == "sampled" and loss.ratio == "sequence":
+        raise ConfigError(
+            "loss.teacher_kl: sampled gives each token an advantage of its own, which loss.ratio sequence would spread over the "
+            "sample; set loss.teacher_kl=full, or loss.ratio=token"
+        )
     if loss.clip_dual is not None and loss.clip_dual <= 1 + loss.clip_high:
         raise ConfigError(
             f"loss.clip_dual: {loss.clip_dual:g} is not above 1 + loss.clip_high, {1 + loss.clip_high:g}, where positive "

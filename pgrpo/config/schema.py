@@ -232,6 +232,16 @@ class LossConfig:
     """Steps between copies of the policy into the reference model (checkpoints then hold both). 0: never."""
     ref_offload: Literal["none", "cpu"] = "none"
     """`cpu` keeps the reference model in host memory; its layers visit the GPU one at a time. Saves 2 bytes a parameter."""
+    teacher: str | None = None
+    """Path of a larger model with the same vocabulary, which the policy is distilled from on its own samples. Rewards may be there
+    as well, or not (`rewards.functions: []`)."""
+    teacher_kl: Literal["sampled", "full"] = "sampled"
+    """KL of the policy to the teacher: `sampled` adds `log p(teacher) - log p(policy)` of each sampled token to its advantage;
+    `full` adds the exact KL over the vocabulary to the loss, which is less noisy and takes the teacher's logits too."""
+    teacher_coef: float = number(1.0, above=0, most=1e6)
+    """Weight of the KL to the teacher, beside advantages."""
+    teacher_offload: Literal["none", "cpu"] = "none"
+    """`cpu` keeps the teacher in host memory; its layers visit the GPU one at a time. Saves 2 bytes a parameter of it."""
     entropy_coef: float = number(0.0, least=0, most=1e6)
     """Weight of an entropy bonus."""
     rollout_correction: Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "none"

@@ -43,6 +43,7 @@ class GroupedBatch:
         counted_tokens: number of packed tokens, without those of fillers.
         repeated_tokens: the same if every sample had its own copy of the prompt.
         old_logprobs: [B, R] float32; None until computed, if the current weights are those that sampled.
+        teacher_logprobs: [B, R] float32 of a teacher, for all epochs; None until computed.
     """
 
     inputs: dict[str, Tensor]
@@ -56,6 +57,7 @@ class GroupedBatch:
     counted_tokens: int
     repeated_tokens: int
     old_logprobs: Tensor | None = None
+    teacher_logprobs: Tensor | None = None
 
     @property
     def packed_tokens(self) -> int:

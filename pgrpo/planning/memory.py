@@ -24,10 +24,14 @@ class MemoryPlan:
             compute dtype, and gradients and moments are those of the adapters.
         reference: weights of the frozen initial model in the compute dtype, and its gathered embedding and head. 0 without a KL
             term, and 0 with LoRA, where the policy's own weights are the initial model.
+        teacher: the same of the model of ``loss.teacher``, also with LoRA.
+        teacher_forward: of the teacher's pass over a micro-batch before the policy's: two gathered layers, one layer's activations
+            and a chunk of logits.
         gathered: unsharded copies of weights in the compute dtype, while in use: the embedding and head, and two layers.
         activations: tensors that the forward of a full micro-batch keeps for the backward. With LoRA there are up to a fifth
             less, which this ignores.
-        logprobs: a chunk of logits, and the head's float32 gradient if it has one. The backward begins with them.
+        logprobs: a chunk of logits, and the head's float32 gradient if it has one. The backward begins with them. With the full KL
+            to a teacher, whose chunks of logits are half the size, also its hidden states.
         layer_backward: the rest of the backward, one layer at a time: recomputed activations, gradients of its gathered copies,
             and the head's gradient.
         reductions: with hybrid sharding, a micro-batch's float32 gradients that are reduced over the replicas. FSDP2 holds all of
@@ -42,6 +46,8 @@ class MemoryPlan:
     gradients: float
     moments: float
     reference: float
+    teacher: float
+    teacher_forward: float
     gathered: float
     activations: float
     logprobs: float
@@ -54,7 +60,7 @@ class MemoryPlan:
     @property
     def resting(self) -> float:
         """What stays on the GPU between updates, while vLLM samples."""
-        return self.weights + self.moments + self.reference - self.offloaded
+        return self.weights + self.moments + self.reference + self.teacher - self.offloaded
 
     @property
     def rollout(self) -> float:
@@ -62,13 +68,14 @@ class MemoryPlan:
 
     @property
     def update(self) -> float:
-        held = self.weights + self.gradients + self.moments + self.reference
+        held = self.weights + self.gradients + self.moments + self.reference + self.teacher
         begin = self.activations + max(self.logprobs, self.layer_backward)
-        return held + self.gathered + max(begin, self.reductions + self.layer_backward)
+        own = self.gathered + max(begin, self.reductions + self.layer_backward)
+        return held + max(own, self.teacher_forward)
 
     @property
     def optimizer_step(self) -> float:
-        return self.weights + self.gradients + self.moments + self.reference + self.adam_scratch
+        return self.weights + self.gradients + self.moments + self.reference + self.teacher + self.adam_scratch
 
     @property
     def peak(self) -> float:
@@ -87,6 +94,9 @@ def memory_plan(
     adapters: int = 0,
     reference: bool = False,
     ref_offload: bool = False,
+    teacher: ModelDims | None = None,
+    teacher_offload: bool = False,
+    full_kl: bool = False,
     offload: bool = False,
     concurrent: int = 0,
     group_size: int = 1,
@@ -107,6 +117,9 @@ def memory_plan(
         adapters: number of parameters that LoRA trains; 0 trains all of the model's.
         reference: whether there is a KL term to the initial model.
         ref_offload: whether that model is in host memory, except its gathered embedding and head.
+        teacher: sizes of the model of ``loss.teacher``.
+        teacher_offload: whether it is in host memory, except its gathered embedding and head.
+        full_kl: whether the loss has the KL to it over the whole vocabulary.
         offload: whether the moments are in host memory.
         concurrent, group_size, prompt_tokens, completion_tokens: of the embedded engine; concurrent is 0 for another engine.
         logit_chunk_bytes: logits (and temporaries of their size) that the log-prob head holds at once.
@@ -115,7 +128,8 @@ def memory_plan(
     weights = trained = 4 * dims.parameters / ranks
     embedding = dims.vocab * dims.hidden
     # FSDP's root keeps embedding and head gathered. Of the layers, one is in use while the next one is gathered.
-    root = 0 if ranks == 1 and dtype_bytes == 4 else embedding * (1 if dims.tied else 2)
+    is_sharded = ranks > 1 or dtype_bytes != 4
+    root = _root(dims) if is_sharded else 0
     two_layers, head = root and 2 * dims.layer_matrix, embedding
     gathered, gradients = root + two_layers, two_layers
     if adapters:
@@ -133,13 +147,18 @@ def memory_plan(
         weights=weights,
         gradients=trained,
         moments=0 if offload else 2 * trained,
-        # The reference's root stays gathered during the updates.
-        reference=dtype_bytes * (root + (0 if ref_offload else dims.parameters / ranks))
-        if reference and not adapters
+        reference=_frozen(dims, dtype_bytes, ranks, ref_offload, is_sharded) if reference and not adapters else 0,
+        teacher=_frozen(teacher, dtype_bytes, ranks, teacher_offload, is_sharded) if teacher else 0,
+        teacher_forward=_layer_activations(teacher, dtype_bytes, compiled=compiled) * token_budget
+        + 2 * teacher.layer_matrix * dtype_bytes * is_sharded
+        + logit_chunk_bytes
+        if teacher
         else 0,
         gathered=gathered * dtype_bytes,
         activations=sum(kept[mode] for mode in recompute) * token_budget,
-        logprobs=logit_chunk_bytes + head * (4 + dtype_bytes),
+        logprobs=logit_chunk_bytes
+        + head * (4 + dtype_bytes)
+        + (teacher.hidden * dtype_bytes * token_budget if teacher and full_kl else 0),
         layer_backward=recomputed * token_budget + (gradients + head) * dtype_bytes,
         reductions=trained if replicas > 1 else 0,
         adam_scratch=OFFLOAD_SCRATCH if offload else trained if dtype_bytes == 4 else 0,
@@ -164,6 +183,16 @@ def fewest_recomputed_layers(dims: ModelDims, capacity_gib: float, **sizes: Any)
             if memory_plan(dims, recompute=recompute, **sizes).peak <= capacity_gib:
                 return recompute
     return recompute
+
+
+def _root(dims: ModelDims) -> int:
+    """Elements of the embedding and the head."""
+    return dims.vocab * dims.hidden * (1 if dims.tied else 2)
+
+
+def _frozen(dims: ModelDims, dtype_bytes: int, ranks: int, offload: bool, is_sharded: bool) -> float:
+    """Bytes of a frozen model, whose root stays gathered during the updates."""
+    return dtype_bytes * ((_root(dims) if is_sharded else 0) + (0 if offload else dims.parameters / ranks))
 
 
 def _layer_activations(dims: ModelDims, dtype_bytes: int, *, compiled: bool) -> int:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 import os
 from contextlib import suppress
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,10 +15,11 @@ import torch
 
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.kernels.flash import choose_kernel
-from pgrpo.config import Config, ConfigError
+from pgrpo.config import Config, ConfigError, ModelConfig
 from pgrpo.distributed.world import World
 from pgrpo.model.logprobs import chunk_bytes
 from pgrpo.model.lora import adapter_parameters
+from pgrpo.model.policy import load_hf_config
 from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.planning.memory import MemoryPlan, fewest_recomputed_layers, memory_plan
 from pgrpo.rollout.vllm import start as vllm_start
@@ -42,9 +45,15 @@ def check_device(config: Config, device: torch.device) -> None:
         raise ConfigError(
             "model.dtype=float32: flash attention on a GPU computes in bfloat16: set model.dtype=bfloat16"
         )
-    for key, value in (("optim.offload", config.optim.offload), ("loss.ref_offload", config.loss.ref_offload)):
-        if device.type == "cpu" and value == "cpu":
+    for key in ("optim.offload", "loss.ref_offload", "loss.teacher_offload"):
+        if device.type == "cpu" and attrgetter(key)(config) == "cpu":
             raise ConfigError(f"{key}=cpu: there is no GPU to offload from: set {key}=none")
+
+
+def teacher_model(config: Config) -> ModelConfig:
+    """The section ``model`` of the teacher: keys that belong to the policy's weights are not set."""
+    assert config.loss.teacher is not None
+    return replace(config.model, path=config.loss.teacher, revision=None, max_positions=None, lora_rank=0)
 
 
 def compute_dtype(config: Config) -> torch.dtype:
@@ -213,6 +222,9 @@ def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.devi
         "adapters": adapter_parameters(config.model, dims),
         "reference": bool(config.loss.kl_coef),
         "ref_offload": config.loss.ref_offload == "cpu",
+        "teacher": ModelDims.from_config(load_hf_config(teacher_model(config))) if config.loss.teacher else None,
+        "teacher_offload": config.loss.teacher_offload == "cpu",
+        "full_kl": config.loss.teacher_kl == "full",
         "offload": config.optim.offload == "cpu",
         "concurrent": 0 if engine_name(config, device) == "vllm" else min(rollout.max_concurrent, samples),
         "group_size": rollout.group_size,

@@ -46,8 +46,6 @@ class RewardRunner:
     ) -> None:
         self._rewards = [from_config(c, f"rewards.functions[{i}]") for i, c in enumerate(functions)]
         self._rewards += [from_callable(f, f"rewards[{i}]") for i, f in enumerate(extra)]
-        if not self._rewards:
-            raise ConfigError("rewards.functions is empty: name at least one reward")
         self.names: list[str] = []
         for reward in self._rewards:
             base, number = reward.name, 1

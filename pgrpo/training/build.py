@@ -29,7 +29,8 @@ from pgrpo.training.engine import Canary, build_canary, build_engine, check_engi
 from pgrpo.training.evaluation import check_keep_best
 from pgrpo.training.optim import build_optimizer
 from pgrpo.training.own_loss import loss_function
-from pgrpo.training.place import place_policy, place_reference
+from pgrpo.training.place import place_policy, place_reference, place_teacher
+from pgrpo.training.teacher import check_teacher
 from pgrpo.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Learner:
     Attributes:
         policy: the model that is trained.
         reference: log-probs of the reference model for the KL term; None without that term.
+        teacher: the model of ``loss.teacher``.
         optimizer: of the policy's parameters.
         dims: sizes of the model, for cost estimates.
         loss: ``policy_loss``, or the user's function that takes its place.
@@ -54,6 +56,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     dims: ModelDims
     loss: Callable[..., LossOutput] = policy_loss
+    teacher: Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     check_engine(config, dims, world)
     attention_choice(config, dims, world.device)  # refuses a kernel that cannot run, before weights are read
     check_vocabulary(tokenizer, hf_config.vocab_size, config)
+    if config.loss.teacher is not None:
+        check_teacher(config, tokenizer, hf_config.vocab_size, world.device)
     prompts = training_prompts(config, tokenizer, given.dataset)
     held_out = held_out_prompts(config, tokenizer, given.eval_dataset) if config.eval.every else []
     runner = RewardRunner(config.rewards.functions, on_error=config.rewards.on_error, extra=given.rewards)
@@ -116,7 +121,8 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     with counting("loading the model"):
         policy = place_policy(config, world)
         reference = initial_model(policy, config, world) if config.loss.kl_coef else None
-    learner = Learner(config, world, policy, reference, build_optimizer(policy, config.optim), dims, loss)
+        teacher = place_teacher(config, world) if config.loss.teacher is not None else None
+    learner = Learner(config, world, policy, reference, build_optimizer(policy, config.optim), dims, loss, teacher)
     generation_eos = getattr(policy.model.generation_config, "eos_token_id", None)
     end_ids = end_token_ids(tokenizer, generation_eos, config.rollout.stop, config.rollout.keep_special_tokens)
     if world.is_main:

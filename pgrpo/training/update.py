@@ -43,6 +43,7 @@ class UpdateSums(NamedTuple):
         corrected: tokens whose weight ``loss.rollout_correction`` truncated or masked.
         clipped_dual: tokens above ``loss.clip_dual``.
         off_policy: tokens that ``loss.off_policy_threshold`` masked.
+        teacher_kl: KL(policy || teacher).
         unknown: tokens whose ``rollout_logprobs`` are not finite. The attributes below are over the other tokens.
         difference: ``|old_logprobs - rollout_logprobs|``.
         importance: ``exp(old_logprobs - rollout_logprobs)``.
@@ -58,6 +59,7 @@ class UpdateSums(NamedTuple):
     corrected: Tensor
     clipped_dual: Tensor
     off_policy: Tensor
+    teacher_kl: Tensor
     unknown: Tensor
     difference: Tensor
     importance: Tensor
@@ -85,6 +87,7 @@ class UpdateSums(NamedTuple):
             corrected=output.corrected,
             clipped_dual=output.clipped_dual,
             off_policy=output.off_policy,
+            teacher_kl=output.teacher_kl,
             unknown=(mask_BR & ~known_BR).sum(),
             difference=difference_BR.abs().sum(),
             importance=torch.where(known_BR, difference_BR.exp(), 0.0).sum(),
@@ -129,11 +132,13 @@ def micro_batches(learner: Learner, groups: Sequence[Group]) -> list[GroupedBatc
 
 def has_gradient(learner: Learner, group: Group) -> bool:
     """Whether the group, which has been compared, has a gradient: a token in the loss, and an advantage that is not 0, a KL or
-    entropy term, or a loss of the user's, which may have one anyway."""
+    entropy term, a teacher, or a loss of the user's, which may have one anyway."""
     loss = learner.config.loss
     if loss.mask_overlong and all(_is_overlong(episode) for episode in group.episodes):
         return False
-    return bool(loss.kl_coef or loss.entropy_coef or loss.function) or any(any(s.advantages) for s in group.samples)
+    return bool(loss.kl_coef or loss.entropy_coef or loss.function or loss.teacher) or any(
+        any(s.advantages) for s in group.samples
+    )
 
 
 def _in_the_loss(learner: Learner, group: Group) -> Group:
@@ -240,6 +245,8 @@ def _token_means(learner: Learner, sums: UpdateSums) -> dict[str, float]:
     }
     if learner.reference is not None:
         means["kl"] = sums.kl / sums.tokens
+    if loss.teacher is not None:
+        means["teacher/kl"] = sums.teacher_kl / sums.tokens
     if loss.clip_dual is not None:
         means["clip_ratio/dual_mean"] = sums.clipped_dual / sums.tokens
     if loss.off_policy_threshold is not None:

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -36,6 +37,8 @@ class Echo:
 
 class Judge:
     """Rewards that are equal in the groups of prompts 1 and 4, and fail on one completion of prompt 4."""
+
+    weights: ClassVar = {"judge": 1.0}
 
     def __init__(self):
         self.seen = []

@@ -13,13 +13,23 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return make_model(
+        tmp_path_factory.mktemp("teacher"), hidden_size=48, num_hidden_layers=3, tie_word_embeddings=False
+    )
+
+
+def make_model(folder, **sizes):
     torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "tie_word_embeddings": True} | sizes
     config = transformers.Qwen3Config(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, initializer_range=0.2,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+        vocab_size=61, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        max_position_embeddings=128, initializer_range=0.2, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes,
     )  # fmt: skip
-    folder = tmp_path_factory.mktemp("model")
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     return folder
 
@@ -68,6 +78,17 @@ def test_a_reference_in_host_memory_computes_the_same(compute):
     assert got["sums"] == want["sums"]
     assert gradient_error(got, want) == 0
     assert_same(got, compute(**loss))
+
+
+@pytest.mark.parametrize("form", ["sampled", "full"])
+def test_a_teacher_is_sharded_and_may_be_in_host_memory(compute, teacher, form):
+    loss = {"teacher": str(teacher), "teacher_kl": form, "kl_coef": 0.3, "token_budget": 100}
+    got, want = compute(2, teacher_offload="cpu", **loss), compute(2, **loss)
+    assert got["sums"] == want["sums"] and got["sums"]["teacher_kl"] > 0.5 * got["sums"]["tokens"]
+    assert gradient_error(got, want) == 0
+    assert_same(got, compute(**loss))
+    rounded = compute(1, dtype="bfloat16", **loss)  # FSDP casts, on one rank
+    assert gradient_error(rounded, compute(**loss)) < 0.02
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pgrpo.process.exit import run_and_leave
 from pgrpo.training.build import Learner, initial_model
 from pgrpo.training.offload import local
 from pgrpo.training.optim import build_optimizer
-from pgrpo.training.place import place_policy
+from pgrpo.training.place import place_policy, place_teacher
 from pgrpo.training.progress import Progress
 from pgrpo.training.update import UpdateSums, count, micro_batches
 
@@ -104,7 +104,9 @@ def one_update(world, model, changes):
     if not world.is_main:
         groups = []
     optimizer = build_optimizer(policy, config.optim)
-    learner = Learner(config, world, policy, reference, optimizer, ModelDims.from_config(policy.model.config))
+    dims = ModelDims.from_config(policy.model.config)
+    teacher = place_teacher(config, world) if config.loss.teacher else None
+    learner = Learner(config, world, policy, reference, optimizer, dims, teacher=teacher)
     batches = micro_batches(learner, groups)
     if changes.get("off_policy"):
         go_off_policy(policy, batches)

@@ -76,6 +76,7 @@ LORA = {"model.lora_rank": 2}
 EVAL = {"eval.every": 1, "eval.rows": 4}
 TWO_UPDATES = {"train.updates_per_step": 2, "optim.lr": 2e-4}
 WITH_KL = {"loss.kl_coef": 1.0, "train.steps": 3}
+TAUGHT = {"loss.teacher": "{tmp}/other"}
 MASKED = {"loss.rollout_correction": "token_mask"}  # here the difference is rounding: only a cap of 1 masks
 PADDED = {"rewards.functions[0].args": {"pattern": ".*<pad>.*"}}
 SOME_STOP = {"rollout.stop": ["1"], "rewards.functions[0].args": {"pattern": ".*2.*"}}
@@ -180,6 +181,10 @@ EFFECTS = dict(
         effect("loss.off_policy_threshold", 1e-9, "metrics", "weights", base=TWO_UPDATES),
         effect("loss.clip_dual", 1.0001, "metrics", "weights", base=TWO_UPDATES | {"loss.clip_high": 1e-5}),
         effect("loss.combine_rewards", "normalize_then_sum", "weights"),
+        effect("loss.teacher", "{tmp}/other", "weights", "attention_calls", "plan"),
+        effect("loss.teacher_kl", "full", "weights", base=TAUGHT),
+        effect("loss.teacher_coef", 0.1, "weights", base=TAUGHT),
+        effect("loss.teacher_offload", "cpu", "error", base=TAUGHT),
         effect("loss.clip_low", 1e-3, "clip_low", "weights", base=TWO_UPDATES),
         effect("loss.clip_high", 1e-3, "clip_high", "weights", base=TWO_UPDATES),
         effect("loss.aggregate", "sample", "weights"),

@@ -60,6 +60,7 @@ def assert_equal_checkpoints(one, other):
         {},
         {"train.updates_per_step": 2, "loss.kl_coef": 0.1},
         {"model.lora_rank": 4, "optim.lr": 1e-2, "loss.kl_coef": 0.1},
+        {"loss.teacher": "${model.path}", "loss.teacher_kl": "full", "train.epochs_per_step": 2},
         {"loss.kl_coef": 0.1, "loss.ref_refresh_every": 2, "train.epochs_per_step": 2, "rollout.resample_limit": 2},
     ],
 )
