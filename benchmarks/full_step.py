@@ -33,6 +33,7 @@ from pgrpo.planning.flops import GIB
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.rollout.vllm.engine import VLLMEngine
 from pgrpo.training.build import Parts, build
+from pgrpo.training.caller import Given
 from pgrpo.training.progress import Progress
 
 WARM_UP_PROMPTS = 4
@@ -119,7 +120,7 @@ def steps(args: argparse.Namespace, report: Callable[[list[dict[str, Any]]], Non
     with ExitStack() as stack:
         world = stack.enter_context(start(config.model.fsdp_size))
         world.together(lambda: clear_up(args) if world.is_main else None)
-        parts, progress = stack.enter_context(build(config, world, [spread], rows)), Progress()
+        parts, progress = stack.enter_context(build(config, world, Given([spread], rows))), Progress()
         print(*parts.engine.notes, sep="\n", flush=True)
         for turn in range(args.steps + 1):
             config.rollout.prompts_per_step = args.prompts if turn else WARM_UP_PROMPTS

@@ -153,7 +153,7 @@ def kernel_row(groups: int, size: int, prompt: int, own: int, page: int = 16) ->
         merge_(out[n:], lse[:, n:], out[:n], lse[:, :n])
         return out[n:]
 
-    layout, out = DecodeLayout(n, HEADS, KEY_HEADS, DIM, page, q.device), torch.empty_like(q)
+    layout, out = DecodeLayout(n, HEADS, KEY_HEADS, DIM, page, q.device, group_size=size), torch.empty_like(q)
 
     def shared() -> Tensor:
         layout.attend(q, keys, values, given.table, out, scale)
@@ -182,10 +182,12 @@ def engine(args: argparse.Namespace) -> None:
 
     if not args.model.exists():
         make_model(args.shape_of, args.model)
-    for way in ("plain", "shared"):
+    samples = {}
+    for way in ("plain", "shared"):  # both before the policy takes memory
         with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
             subprocess.run([sys.executable, *sys.argv, "--way", way, "--sampled", file.name], check=True)
-            row, asked, reported = json.load(file)
+            samples[way] = json.load(file)
+    for way, (row, asked, reported) in samples.items():
         for dtype in (torch.bfloat16, torch.float32):
             row |= apart(str(dtype).removeprefix("torch."), reported, policy_logprobs(args, asked, dtype))
         write({"way": way} | row, args)
@@ -202,7 +204,7 @@ def one_way(args: argparse.Namespace) -> None:
     from pgrpo.rollout.vllm import shared_backend
 
     if args.way == "shared":
-        shared_backend.register()
+        shared_backend.register(args.group_size)
     limit = args.prompt + args.completion + 1  # scoring them asks for one more
     started = time.perf_counter()
     llm = LLM(

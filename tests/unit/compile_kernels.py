@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "pgrpo" / "rollout" / "vllm")
 import shared_kernels  # pyright: ignore[reportMissingImports]
 
 SIZES = {
-    "HEADS": 32, "KEY_HEADS": 8, "DIM": 128, "PAGE": 16, "PARTS": 16, "TILE": 64, "OWN_TILE": 16, "BLOCK": 32, "MOST": 16,
+    "HEADS": 32, "KEY_HEADS": 8, "DIM": 128, "PAGE": 16, "PARTS": 16, "TILE": 64, "OWN_TILE": 16, "BLOCK": 64, "MOST": 16,
     "HALF": 8, "WIDTH": 256, "TOGETHER": 8,
 }  # fmt: skip
 TYPES = (
@@ -25,10 +25,10 @@ TYPES = (
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def usage(kernel, folder: Path, **options: int) -> dict[str, int]:
+def usage(kernel, folder: Path, tile: int = 64, **options: int) -> dict[str, int]:
     """Bytes; a stack is where registers are spilled to."""
     names = kernel.arg_names
-    constants = {(i,): SIZES[name] for i, name in enumerate(names) if kernel.params[i].is_constexpr}
+    constants = {(i,): (SIZES | {"TILE": tile})[name] for i, name in enumerate(names) if kernel.params[i].is_constexpr}
     types = {name: TYPES.get(name, "*i32" if name.isupper() else "i32") for name in names}
     types |= {names[i]: "constexpr" for (i,) in constants}
     aligned = {
@@ -48,5 +48,8 @@ folder = Path(sys.argv[1])
 simple = {
     name: usage(getattr(shared_kernels, f"{name}_kernel"), folder) for name in ("common", "groups", "items", "merge")
 }
-parts = usage(shared_kernels.parts_kernel, folder, num_warps=4, num_stages=5)
-print(json.dumps(simple | {"parts": parts}))
+parts = {
+    f"parts {tile}": usage(shared_kernels.parts_kernel, folder, tile, num_warps=4, num_stages=5)
+    for tile in (16, 32, 64)
+}
+print(json.dumps(simple | parts))

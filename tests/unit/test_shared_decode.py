@@ -112,6 +112,12 @@ def test_a_group_above_the_tiles_rows_is_cut_into_equal_shares() -> None:
     assert made.shared.tolist() == [40] * 17
 
 
+def test_a_tile_has_rows_for_the_usual_group() -> None:
+    """2 query heads a key head. At least 16 rows, and no more than the largest tile."""
+    sizes = {size: layout(8, group_size=size, tile=64).tile for size in (1, 8, 9, 16, 32, 33, 500)}
+    assert sizes == {1: 16, 8: 16, 9: 32, 16: 32, 32: 64, 33: 64, 500: 64}
+
+
 def test_a_short_common_stretch_is_read_by_each() -> None:
     """Of 5 blocks that count, the one group has 4 full ones before the tokens that are computed again, the other 5."""
     made = layout(4, shared_tokens=5 * PAGE)
@@ -156,7 +162,8 @@ def test_the_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     usage = json.loads(done.stdout)
     assert {name: found["stack"] for name, found in usage.items()} == dict.fromkeys(usage, 0)
-    assert len(usage) == 5 and 0 < usage["parts"]["shared"] <= 227 * 1024 // 2
+    parts = [usage[f"parts {tile}"]["shared"] for tile in (16, 32, 64)]
+    assert len(usage) == 7 and min(parts) > 0 and max(parts) <= 227 * 1024 // 2
 
 
 def config(mode: str = "auto", group_size: int = 8, prompt: int = 4096, completion: int = 1024) -> Config:
@@ -192,7 +199,9 @@ def test_always_where_it_cannot_run_is_refused_and_auto_says_why(monkeypatch, ca
     ):
         vllm_start.check_version(always, gpu)
     caplog.set_level(logging.INFO)
-    assert vllm_start._shared_backend(config(), "cuda") is None
+    plainly = "each completion reads its prompt for itself: "
+    said = f"{plainly}it knows vLLM 0.26, and this is 0.27.0"
+    assert vllm_start._shared_backend(config(), "cuda") == (None, said)
     assert "it knows vLLM 0.26, and this is 0.27.0" in caplog.text
     assert shared_decode.cannot(config("always"), "cuda", "0.26.0") is None
     assert shared_decode.cannot(config("always"), "cpu", "0.26.0") == "it needs a GPU"
@@ -202,9 +211,9 @@ def test_always_where_it_cannot_run_is_refused_and_auto_says_why(monkeypatch, ca
     )
     monkeypatch.setattr(shared_decode, "RAN", ("0.26",))
     assert shared_decode.cannot(config(), "cuda", "0.26.0") is None
-    assert vllm_start._shared_backend(config(), "cpu") is None
-    assert vllm_start._shared_backend(config(group_size=2), "cuda") is None
-    assert "a step would read 1.8 times fewer keys (rollout.group_size 2" in caplog.text
+    assert vllm_start._shared_backend(config(), "cpu") == (None, f"{plainly}it needs a GPU")
+    backend, said = vllm_start._shared_backend(config(group_size=2), "cuda")
+    assert backend is None and "a step would read 1.8 times fewer keys (rollout.group_size 2" in said
 
 
 def test_layers_that_the_kernels_cannot_compute_are_named() -> None:

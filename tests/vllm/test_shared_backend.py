@@ -96,7 +96,7 @@ def test_a_model_with_a_layer_that_cannot_is_decoded_plainly(backend, layer, rea
 
 
 def test_vllm_finds_the_backend_by_its_path(backend):
-    backend.module.register()
+    backend.module.register(4)
     flash_attn = backend.module.AttentionBackendEnum.FLASH_ATTN
     try:
         assert flash_attn.get_class() is backend.module.SharedBackend

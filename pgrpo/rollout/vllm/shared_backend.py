@@ -23,8 +23,13 @@ from pgrpo.rollout.vllm.shared_decode import why_not_layer
 from pgrpo.rollout.vllm.shared_layout import DecodeLayout
 
 
-def register() -> None:
-    """Let an engine that starts from now on take this backend where it would take FLASH_ATTN."""
+def register(group_size: int) -> None:
+    """Let an engine that starts from now on take this backend where it would take FLASH_ATTN.
+
+    Args:
+        group_size: usual members of a group; others are decoded as well.
+    """
+    SharedBuilder.group_size = group_size
     register_backend(AttentionBackendEnum.FLASH_ATTN, f"{__name__}.{SharedBackend.__name__}")
 
 
@@ -75,6 +80,7 @@ class SharedBuilder(FlashAttentionMetadataBuilder):
         AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     )  # the kernels of a captured graph cannot do a prefill
     supports_update_block_table = False  # another table, another layout
+    group_size = 1
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -82,7 +88,7 @@ class SharedBuilder(FlashAttentionMetadataBuilder):
         if why_not(vllm_config) is None:
             self.layout = DecodeLayout(
                 self.sequences, self.num_heads_q, self.num_heads_kv, self.headdim, self.block_size, device,
-                most_parts=max(8, min(32, 4096 // self.sequences)),
+                most_parts=max(8, min(32, 4096 // self.sequences)), group_size=self.group_size,
             )  # fmt: skip
 
     def build(

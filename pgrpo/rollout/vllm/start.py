@@ -158,5 +158,5 @@ def _shared_backend(config: Config, device_type: str) -> tuple[Any, str]:
         shared_decode.plainly(config, reason)
         return None, shared_decode.PLAIN.format(reason)
     backend = importlib.import_module("pgrpo.rollout.vllm.shared_backend")
-    backend.register()
+    backend.register(config.rollout.group_size)
     return backend, "a decode step reads a group's prompt once"
