@@ -10,9 +10,11 @@ from typing import Literal
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pgrpo.checkpoint import PREFIX, CheckpointError, latest, load
+from pgrpo.commands.model_card import write_card
+from pgrpo.commands.source_files import copy_source_files, source_folder
 from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.model.lora import add_adapters, merge_adapters
 from pgrpo.model.policy import load_hf_config
@@ -21,14 +23,16 @@ from pgrpo.model.policy import load_hf_config
 def export(
     run_dir: Path, out: Path, step: int | None = None, dtype: Literal["float32", "bfloat16"] = "float32"
 ) -> Path:
-    """Write weights, config, generation config and tokenizer to ``out``, completely or not at all, and return it.
+    """Write weights, the initial model's config and tokenizer files, and a model card to ``out``, completely or not at all, and
+    return it.
 
     Args:
         run_dir: the run folder. Its config.yaml names the initial model, from which everything except the weights is taken. With
             LoRA the weights are the initial model's too, and the checkpoint's adapters are added to them.
         out: a folder that does not exist, or is empty.
         step: which checkpoint. None takes the newest one that is undamaged.
-        dtype: of the written weights. Checkpoints hold float32; bfloat16 rounds it and halves the size.
+        dtype: of the written weights, and the one change in the initial model's config.json. Checkpoints hold float32; bfloat16
+            rounds it and halves the size.
 
     Raises:
         ConfigError: not a run folder, no such checkpoint, or ``out`` is in use.
@@ -47,14 +51,13 @@ def export(
         raise CheckpointError(f"{path}: has no tensor set named model")
     build = build_merged_model if source.lora_rank else build_model
     model = build(source, weights, path).to(getattr(torch, dtype))
-    tokenizer = AutoTokenizer.from_pretrained(
-        source.path, revision=source.revision, trust_remote_code=source.trust_remote_code
-    )
+    initial = source_folder(source)
     writing = out.absolute().parent / f".writing-{out.name}"
     shutil.rmtree(writing, ignore_errors=True)
     try:
         model.save_pretrained(writing)
-        tokenizer.save_pretrained(writing)
+        copy_source_files(initial, writing, dtype, model.config.model_type)
+        write_card(run_dir, int(path.name.removeprefix(PREFIX)), writing)
         # safetensors creates files that only their owner can read; a server may run as another user.
         for file in writing.glob("*.safetensors"):
             file.chmod((writing / "config.json").stat().st_mode)
@@ -84,8 +87,6 @@ def build_model(source: ModelConfig, weights: Mapping[str, Tensor], path: Path) 
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path}: this is not a checkpoint of the model {source.path}: {reason}") from error
     model.tie_weights()
-    if model.can_generate() and (generation := _generation_config(source)):
-        model.generation_config = generation
     return model
 
 
@@ -119,12 +120,3 @@ def _model_config(run_dir: Path) -> ModelConfig:
     # Read the section `model` only: other sections may have redacted secrets, which load_config refuses.
     section = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(file).model)
     return OmegaConf.to_object(section)  # type: ignore[return-value]
-
-
-def _generation_config(source: ModelConfig) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(
-            source.path, revision=source.revision or "main", trust_remote_code=source.trust_remote_code
-        )
-    except OSError:  # the model has no generation_config.json; transformers derives one from config.json
-        return None

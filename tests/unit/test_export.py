@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from pgrpo import checkpoint
 from pgrpo.checkpoint import CheckpointError
 from pgrpo.commands.export import export
+from pgrpo.commands.source_files import copy_source_files
 from pgrpo.config import ConfigError
 
 VOCAB = {"<eos>": 0, "<pad>": 1, "a": 2, "b": 3, "c": 4}
@@ -92,7 +94,8 @@ def test_step_and_dtype(tmp_path):
     (tmp_path / "out").mkdir()
     out = export(run, tmp_path / "out", step=1, dtype="bfloat16")
     loaded = AutoModelForCausalLM.from_pretrained(out)
-    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    source = json.loads((tmp_path / "initial" / "config.json").read_text())
+    assert json.loads((out / "config.json").read_text()) == source | {"dtype": "bfloat16"}
     assert torch.equal(logits(loaded), logits(trained[1].bfloat16()))
     # A tied weight is written once.
     assert set(load_file(out / "model.safetensors")) == {name for name, _ in trained[1].named_parameters()}
@@ -140,6 +143,85 @@ def test_weights_of_another_model_are_refused(tmp_path, change, message):
     checkpoint.save(run / "checkpoints", 3, tensors, scalars)
     with pytest.raises(CheckpointError, match=rf"step_3: this is not a checkpoint of the model .*initial: .*{message}"):
         export(run, tmp_path / "out")
+
+
+def test_the_models_own_files_are_taken_over_and_only_the_precision_changes(tmp_path):
+    """In the form of transformers 4, as on the hub, which transformers 5 would rewrite."""
+    run, trained = write_run(tmp_path)
+    source, out = tmp_path / "initial", tmp_path / "out"
+    config = json.loads((source / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    assert rope["rope_theta"] == 10000.0
+    config |= {"rope_theta": 10000.0, "torch_dtype": "float16", "transformers_version": "4.51.0", "own_key": [1]}
+    del config["dtype"]
+    (source / "config.json").write_text(json.dumps(config))
+    kept = {
+        "tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}',
+        "merges.txt": "a b",
+    }
+    kept |= {
+        "modeling_own.py": "x = 1",
+        "LICENSE": "MIT",
+        "chat_template.jinja": "{{ x }}",
+        "generation_config.json": "{}",
+    }
+    kept |= {"additional_chat_templates/tool.jinja": "{{ y }}"}
+    left = {
+        "README.md": "theirs",
+        "pytorch_model.bin": "",
+        "model.safetensors.index.json": "{}",
+        "training_args.bin": "",
+    }
+    left |= {"trainer_state.json": "{}", "onnx/config.json": "{}", ".hidden.json": "{}"}
+    for name, text in (kept | left).items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    export(run, out, dtype="bfloat16")
+    for name, text in kept.items():
+        assert (out / name).read_text() == text
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert json.loads((out / "config.json").read_text()) == config | {"torch_dtype": "bfloat16"}
+    found = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
+    assert found == {*kept, "tokenizer.json", "config.json", "model.safetensors", "README.md"}
+    assert "theirs" not in (out / "README.md").read_text()
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert loaded.dtype == torch.bfloat16 and torch.equal(logits(loaded), logits(trained[2].bfloat16()))
+
+
+def test_the_precision_of_parts_is_changed_and_a_config_of_another_type_is_left(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir(), out.mkdir()
+    whole = {"model_type": "a", "text_config": {"dtype": "bfloat16", "n": 1}, "vision_config": {"n": 2}}
+    (source / "config.json").write_text(json.dumps(whole))
+    (out / "config.json").write_text('{"model_type": "text"}')
+    copy_source_files(source, out, "float32", "text")
+    assert json.loads((out / "config.json").read_text()) == {"model_type": "text"}
+    copy_source_files(source, out, "float32", "a")
+    parts = {"text_config": {"dtype": "float32", "n": 1}, "torch_dtype": "float32"}
+    assert json.loads((out / "config.json").read_text()) == whole | parts
+
+
+def test_the_model_card_names_base_data_rewards_config_and_curve(tmp_path):
+    run, _ = write_run(tmp_path)
+    rows = [{"step": 0, "eval/pass@1": 0.25}, *({"step": n, "reward": n / 8} for n in (1, 2, 3))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = (
+        (run / "config.yaml").read_text().replace("functions:\n  - args", "functions:\n  - function: math\n    args")
+    )
+    (run / "config.yaml").write_text(f"{config}data:\n  path: openai/gsm8k\n")
+    card = (export(run, tmp_path / "my_model") / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert (
+        front["datasets"] == ["openai/gsm8k"] and front["library_name"] == "transformers" and "base_model" not in front
+    )
+    for text in ("# my_model", "after step 2.", f"- Base model: `{tmp_path / 'initial'}`", "- Data: `openai/gsm8k`",
+                 "- Rewards: `math`", "key: (redacted)", "| reward | 0.125 (step 1) | 0.25 (step 2) |",
+                 "| eval/pass@1 | 0.25 (step 0) | 0.25 (step 0) |", "![reward](curve.png)"):  # fmt: skip
+        assert text in card
+    assert (tmp_path / "my_model" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    (run / "metrics.jsonl").unlink()
+    out = export(run, tmp_path / "without_steps")
+    assert not (out / "curve.png").exists() and "Curve" not in (out / "README.md").read_text()
 
 
 def test_clear_errors(tmp_path):
