@@ -15,6 +15,7 @@ from pgrpo.model.weights import full_weights
 from pgrpo.rewards.runner import RewardReport
 from pgrpo.rollout.base import generate, sample_seeds, sampling_params
 from pgrpo.training.build import build
+from pgrpo.training.caller import Given
 from pgrpo.training.engine import Canary
 from pgrpo.training.evaluation import evaluate_held_out
 from pgrpo.training.update import count, micro_batches, record_old_logprobs
@@ -99,7 +100,7 @@ def forwards_without_a_gradient(world, model, run_dir):
     ]
     keys += ["rollout.prompts_per_step=4", "rollout.group_size=4", "eval.every=1", "eval.rows=3"]
     config, found = load_config("quickstart", keys, rewards_from_python=True), {}
-    with build(config, world, rewards=[ones]) as parts:
+    with build(config, world, Given([ones])) as parts:
         learner, policy, engine = parts.learner, parts.policy, parts.engine
 
         def look(after):

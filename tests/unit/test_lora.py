@@ -28,6 +28,7 @@ from pgrpo.model.proof import gradients, reference_logprobs, tokens_as_trees
 from pgrpo.packing.batch import build_batch
 from pgrpo.planning.flops import ModelDims
 from pgrpo.training.build import Parts, build
+from pgrpo.training.caller import Given
 from pgrpo.training.checkpointing import Checkpoints
 from pgrpo.training.place import place_policy
 from pgrpo.training.progress import Progress
@@ -203,7 +204,7 @@ def test_a_run_trains_saves_and_exports_adapters_on_frozen_weights(dtype, tiny, 
     held = getattr(torch, dtype)
     initial = AutoModelForCausalLM.from_pretrained(tiny, dtype=held).state_dict()
     (tmp_path / "config.yaml").write_text(f"model: {{path: {tiny}, dtype: {dtype}, lora_rank: 4}}\n")
-    with start() as world, build(config, world, rewards=[digits]) as parts:
+    with start() as world, build(config, world, Given([digits])) as parts:
         progress = Progress()
         steps = [grpo_step(parts, progress)[1] for _ in range(3)]
         progress.step = 3
@@ -240,7 +241,7 @@ def test_a_run_trains_saves_and_exports_adapters_on_frozen_weights(dtype, tiny, 
 def test_eval_reads_the_adapters_of_a_checkpoint_and_refuses_others(tiny, tmp_path):
     torch.set_num_threads(1)
     config = run_config(tiny, tmp_path)
-    with start() as world, build(config, world, rewards=[digits]) as parts:
+    with start() as world, build(config, world, Given([digits])) as parts:
         for parameter in parts.policy.parameters():
             parameter.data += 0.3 * parameter.requires_grad  # so that it says something else than the model
         save(tmp_path, parts, Progress())

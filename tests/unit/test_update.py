@@ -22,6 +22,7 @@ from pgrpo.model.proof import reference_logprobs, tokens_as_groups
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import trees_of
 from pgrpo.training.build import build as build_parts
+from pgrpo.training.caller import Given
 from pgrpo.training.progress import Progress
 from pgrpo.training.update import count, has_gradient, micro_batches, refresh_reference
 from pgrpo.types import Sample
@@ -44,7 +45,7 @@ def build(tiny_model, tmp_path):
             keys = [f"model.path={tiny_model}", f"run_dir={tmp_path / 'run'}", "rewards.functions=[]", "eval.every=0"]
             keys += ["rollout.prompts_per_step=4", "rollout.group_size=4", "optim.lr=1e-2", "optim.eps=1e-3"]
             config = load_config("quickstart", [*keys, *overrides], rewards_from_python=True)
-            return stack.enter_context(build_parts(config, World(0, 1, torch.device("cpu")), rewards=list(rewards)))
+            return stack.enter_context(build_parts(config, World(0, 1, torch.device("cpu")), Given(rewards)))
 
         yield make
 
