@@ -154,7 +154,8 @@ def main() -> None:
     expected = {case: "saves it" not in case for case in results}
     wrong = [case for case, result in results.items() if result["is_equal"] != expected[case]]
     if args.out:
-        about = {"command": "python benchmarks/transformers4.py", "python": platform.python_version()} | versions
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        about = {"commit": commit.stdout.strip(), "python": platform.python_version()} | versions
         args.out.write_text(json.dumps(about | {"limit_nats": LIMIT, "results": results}, indent=1) + "\n")
     sys.exit(f"not as expected: {', '.join(wrong)}" if wrong else 0)
 
