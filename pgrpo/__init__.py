@@ -20,6 +20,7 @@ T = TypeVar("T")
 AnyConfig = Config | str | Path | Mapping[str, Any]
 Reward = Callable[..., Any] | str | Mapping[str, Any]
 Rows = Iterable[Mapping[str, Any]]
+Environment = Callable[..., Any] | Mapping[str, Callable[..., Any]] | None
 
 
 def _briefly(call: Callable[P, T]) -> Callable[P, T]:
@@ -46,6 +47,8 @@ def train(
     dataset: Rows | None = None,
     eval_dataset: Rows | None = None,
     callbacks: Sequence[Callback] = (),
+    tools: Sequence[Callable[..., Any]] = (),
+    environment: Environment = None,
     resume: str | Path | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -59,6 +62,8 @@ def train(
         dataset: rows (a ``datasets.Dataset`` or a list of dicts), instead of ``data.path``.
         eval_dataset: held-out rows, instead of ``data.eval_path``. ``eval.every`` says when they are used.
         callbacks: see ``Callback``.
+        tools: functions that the model may call, each with type hints and a docstring, beside those of the config.
+        environment: a class of environments, or a mapping of names to classes; instead of ``environment.factory``.
         resume: a checkpoint folder, ``auto`` (the newest of this run), or ``best``.
         overwrite: remove what an earlier run wrote into the run folder.
 
@@ -68,14 +73,19 @@ def train(
     if resume is not None and overwrite:
         raise ConfigError("resume and overwrite: a run that goes on keeps what it wrote; give one of them")
     check_callbacks(callbacks)
-    config, functions = _with_python(config, overrides, rewards, dataset, eval_dataset)
+    config, functions = _with_python(config, overrides, rewards, dataset, eval_dataset, tools, environment)
     if eval_dataset is not None and not config.eval.every:
         raise ConfigError("eval_dataset: eval.every is 0, so it would not be used; set eval.every")
     check_early(config, data_from_python=dataset is not None)
     check_start(config, resume)
     from pgrpo.grpo import train as run  # not before: it takes seconds
 
-    return run(config, Given(functions, dataset, eval_dataset, callbacks), resume=resume, overwrite=overwrite)
+    return run(
+        config,
+        Given(functions, dataset, eval_dataset, callbacks, tools, environment),
+        resume=resume,
+        overwrite=overwrite,
+    )
 
 
 @_briefly
@@ -86,6 +96,8 @@ def evaluate(
     checkpoint: str | Path | None = None,
     rewards: Sequence[Reward] = (),
     dataset: Rows | None = None,
+    tools: Sequence[Callable[..., Any]] = (),
+    environment: Environment = None,
     out: str | Path | None = None,
 ) -> dict[str, float]:
     """Evaluate a model or checkpoint, as ``pgrpo eval`` does, and return the metrics by name (``eval/pass@1``).
@@ -95,17 +107,18 @@ def evaluate(
         checkpoint: a folder, ``auto`` (the newest of the run), or ``best``. None: the model itself.
         rewards: as of ``train``.
         dataset: held-out rows, instead of ``data.eval_path``.
+        tools, environment: as of ``train``.
         out: folder for samples.jsonl and summary.json. None: ``eval/step_N`` in the run folder.
 
     Raises:
         ConfigError: the input is wrong.
     """
     dataset = dataset if dataset is None else list(dataset)  # it is read twice
-    config, functions = _with_python(config, overrides, rewards, dataset, dataset)
+    config, functions = _with_python(config, overrides, rewards, dataset, dataset, tools, environment)
     check_early(config, data_from_python=dataset is not None)
     from pgrpo.commands.evaluate import evaluate as run
 
-    given = Given(functions, dataset, dataset)
+    given = Given(functions, dataset, dataset, tools=tools, environment=environment)
     return run(config, None if checkpoint is None else str(checkpoint), None if out is None else Path(out), given)
 
 
@@ -138,16 +151,21 @@ def _with_python(
     rewards: Sequence[Reward],
     dataset: Rows | None,
     eval_dataset: Rows | None,
+    tools: Sequence[Callable[..., Any]],
+    environment: Environment,
 ) -> tuple[Config, list[Callable[..., Any]]]:
     """The checked config, with rewards that have names in it, and the functions among the rewards."""
     functions = [reward for reward in rewards if not isinstance(reward, str | Mapping)]
     if not isinstance(config, Config):
         config = load_config(
             config, overrides, rewards_from_python=bool(rewards), data_from_python=dataset is not None,
-            eval_data_from_python=eval_dataset is not None,
+            eval_data_from_python=eval_dataset is not None, tools_from_python=bool(tools),
+            environment_from_python=environment is not None,
         )  # fmt: skip
     elif overrides:
         raise ConfigError("overrides go with a YAML file or a mapping; change the Config itself instead")
+    elif tools or environment is not None:
+        raise ConfigError("tools and environment go with a YAML file or a mapping; name them in the Config instead")
     elif eval_dataset is not None:
         config = replace(config, data=replace(config.data, eval_path=PYTHON))
     return with_rewards(config, [reward for reward in rewards if isinstance(reward, str | Mapping)]), functions

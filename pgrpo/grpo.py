@@ -102,7 +102,7 @@ def sample_groups(parts: Parts, step: int) -> tuple[list[Group], list[Group], Me
         prompts = parts.stream.take(number)
         seeds = [sample_seeds(config.seed, step, count + i, group_size=size) for i in range(number)]
         count += number
-        scored = sample_and_score(parts.engine, parts.rewards, world, prompts, sampling_params(config), seeds)
+        scored = sample_and_score(parts.episodes, parts.rewards, world, prompts, sampling_params(config), seeds)
         metrics["time/rollout"] += scored.rollout_s
         metrics["time/reward"] += scored.reward_s
         metrics["rewards/errors"] += scored.errors
@@ -182,7 +182,7 @@ def backward(learner: Learner, batch: GroupedBatch, counts: Counts) -> update.Up
             batch.old_logprobs = logprobs_BR.detach()
         output = learner.loss(  # policy_loss, or the user's
             logprobs_BR=logprobs_BR, old_logprobs_BR=batch.old_logprobs, advantages_BR=batch.advantages, mask_BR=batch.mask,
-            counts=counts, config=config.loss, max_completion_tokens=config.rollout.max_completion_tokens,
+            counts=counts, config=config.loss, max_completion_tokens=config.max_sampled_tokens,
             rollout_logprobs_BR=batch.rollout_logprobs, ref_logprobs_BR=frozen.ref_logprobs_BR, entropy_BR=entropy_BR,
             teacher_logprobs_BR=frozen.teacher_logprobs_BR,
             teacher_kl_BR=None if flat_kl_L is None else batch.unpack(flat_kl_L),

@@ -6,14 +6,19 @@ token sequence that is trained on: an episode has one, or several where its hist
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "turns", "tool_calls", "timeout", "environment", "parse_error"]
+"""Why a completion (``stop``, ``length``) or an episode ended: the model was done; a limit of tokens, turns, tool calls or seconds;
+a failure of a tool or environment, which is not the model's fault; a call that is none."""
+LIMITS: tuple[FinishReason, ...] = ("length", "turns", "tool_calls", "timeout")
+"""Ends that a limit forced: what ``loss.mask_overlong`` leaves out."""
 Recompute = Literal["none", "attention", "full"]
 """What the backward recomputes in a layer: nothing, all but attention, or everything."""
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 
 def value_of(row: Mapping[str, Any], name: str) -> Any:
@@ -61,10 +66,15 @@ class Prompt:
 
 
 class Request(NamedTuple):
-    """What an engine is asked for: one completion of ``token_ids`` for each seed."""
+    """What an engine is asked for: one completion of ``token_ids`` for each seed.
+
+    Attributes:
+        max_tokens: limit of a completion, below ``SamplingParams.max_completion_tokens``; None: that.
+    """
 
     token_ids: list[int]
     seeds: list[int]
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +125,15 @@ class Episode:
 
     Attributes:
         samples: what is trained on.
-        text: what rewards read.
-        finish_reason: of its last completion.
+        text: what rewards read: of several turns the last.
+        finish_reason: why it ended.
         reward: the weighted sum of what applies; None where nothing does, and the episode takes no part in the comparison.
         reward_parts: reward function name -> value before weights, None where it does not apply.
+        messages: what was said behind the prompt, in turns; empty for a single turn of text.
+        counts: numbers of turns, calls, failures and so on, for metrics.
+        own_rewards: environment name -> what its ``get_reward`` gave, or an exception.
+        environment: the live object, until rewards are done.
+        prompt: with what an environment added to it, without columns; None: the group's.
     """
 
     samples: list[Sample]
@@ -126,6 +141,11 @@ class Episode:
     finish_reason: FinishReason
     reward: float | None = None
     reward_parts: dict[str, float | None] = field(default_factory=dict)
+    messages: Messages = field(default_factory=list)
+    counts: dict[str, float] = field(default_factory=dict)
+    own_rewards: dict[str, Any] = field(default_factory=dict)
+    environment: Any = None
+    prompt: Prompt | None = None
 
     @staticmethod
     def of(prompt: Prompt, completion: Completion) -> Episode:
@@ -140,9 +160,31 @@ class Episode:
         return [token for sample in self.samples for token in sample.token_ids]
 
     @property
+    def sampled_tokens(self) -> int:
+        """Number of tokens that the policy sampled."""
+        return sum(sum(sample.mask) for sample in self.samples)
+
+    @property
+    def transcript(self) -> str:
+        """All turns as text for a reader; of a single turn its text."""
+        if not self.messages:
+            return self.text
+        return "\n".join(line for message in self.messages for line in _lines(message))
+
+    @property
     def advantage(self) -> float | None:
         """The first token's advantage: the episode's, where the comparison gives all of its tokens the same."""
         return next((sample.advantages[0] for sample in self.samples if sample.advantages), None)
+
+
+def _lines(message: dict[str, Any]) -> Iterator[str]:
+    """A message as lines of ``[role] text``; a call is ``[call] name {arguments}``."""
+    said = f"{message.get('reasoning_content', '')}\n{message['content']}".strip()
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    if said or not calls:
+        yield f"[{message['role']}{' ' + message['name'] if message.get('name') else ''}] {said}"
+    for call in calls:
+        yield f"[call] {call['name']} {json.dumps(call['arguments'], ensure_ascii=False)}"
 
 
 @dataclass(slots=True)
@@ -160,6 +202,10 @@ class Group:
     def rewards(self) -> list[float | None]:
         """One total an episode."""
         return [episode.reward for episode in self.episodes]
+
+    def prompt_of(self, episode: Episode) -> Prompt:
+        """What the episode began with."""
+        return episode.prompt or self.prompt
 
     def reward_part(self, name: str) -> list[float | None]:
         """One value an episode, of one reward function."""

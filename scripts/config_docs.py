@@ -62,7 +62,9 @@ def kind(hint: Any) -> str:
         return f"list of {'mappings' if is_dataclass(options[0]) else 'texts'}"
     if get_origin(hint) is tuple:
         return "two numbers"
-    return {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}.get(hint, "mapping")
+    return {Any: "text or mapping", str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}.get(
+        hint, "mapping"
+    )
 
 
 def limits(field: Field[Any]) -> str:

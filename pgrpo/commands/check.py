@@ -73,7 +73,7 @@ def _sample(parts: Parts, config: Config) -> list[Group]:
     seeds = [sample_seeds(config.seed, "check", i, group_size=2) for i in range(len(prompts))]
     with parts.engine.awake(0):
         params = sampling_params(config)
-        scored = sample_and_score(parts.engine, parts.rewards, parts.world, prompts, params, seeds, "check")
+        scored = sample_and_score(parts.episodes, parts.rewards, parts.world, prompts, params, seeds, "check")
     return parts.world.gather(scored.groups)
 
 
@@ -96,7 +96,7 @@ def _prove(config: Config, groups: list[Group], console: Console) -> None:
     """Compare on the CPU in float32, where rounding cannot hide a bug. LoRA's adapters are left out: they do not change
     attention."""
     model = config.model
-    max_sample = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    max_sample = config.max_sample_tokens
     console.print(str(check_model(model.path, load_hf_config(model), max_sample)), soft_wrap=True)
     untouched = untouched_model(
         lambda attention: AutoModelForCausalLM.from_pretrained(

@@ -55,7 +55,7 @@ def evaluate(
             raise ConfigError(f"--checkpoint {checkpoint}: run_dir={config.run_dir} has no checkpoint")
         folder = out or own_folder(config, progress.step)
         held_out, was_there = parts.held_out, (folder / "summary.json").exists()
-        metrics = evaluate_held_out(config, world, parts.engine, parts.rewards, held_out, progress.step, folder)
+        metrics = evaluate_held_out(config, world, parts.episodes, parts.rewards, held_out, progress.step, folder)
     name = f"{config.model.path} after step {progress.step}" if checkpoint else config.model.path
     console.print(_table(f"{name}: {len(held_out)} prompts x {config.eval.samples}", metrics))
     console.print(f"{'replaced' if was_there else 'wrote'} {folder}/samples.jsonl and summary.json", soft_wrap=True)

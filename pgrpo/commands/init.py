@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from pgrpo.config import ConfigError, find_file, load_config
+from pgrpo.config.rules import factories
 
 
 def init(name: str) -> None:
@@ -24,6 +25,8 @@ def init(name: str) -> None:
             config.data.path,
             config.data.eval_path or "",
             *(reward.function for reward in config.rewards.functions),
+            *config.tools,
+            *factories(config.environment.factory).values(),
         ]
         for value in used:
             file = Path(value.partition(".py:")[0] + ".py" if ".py:" in value else value)

@@ -40,7 +40,7 @@ def plan(config: Config) -> None:
 def plan_text(config: Config) -> str:
     """Tokens, micro-batches and memory of a step in which every prompt and completion is as long as allowed."""
     rollout, budget = config.rollout, config.train.token_budget
-    prompt, completion = config.data.max_prompt_tokens, rollout.max_completion_tokens
+    prompt, completion = config.data.max_prompt_tokens, config.max_sampled_tokens
     ranks = world_size()
     hf_config = load_hf_config(config.model)
     check_model(config.model.path, hf_config, prompt + completion)

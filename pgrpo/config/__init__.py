@@ -2,9 +2,10 @@
 The package imports neither torch nor transformers, so wrong input is rejected within a second.
 """
 
-from pgrpo.config.load import PYTHON, find_file, load_config, packaged, to_yaml, with_rewards
+from pgrpo.config.load import find_file, load_config, packaged, to_yaml, with_rewards
 from pgrpo.config.rules import check_world_size, fit_world_size
 from pgrpo.config.schema import (
+    PYTHON,
     Config,
     ConfigError,
     DataConfig,

@@ -16,13 +16,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pgrpo.config import secrets
 from pgrpo.config.interpolation import check_interpolations
 from pgrpo.config.presets import PRESETS
-from pgrpo.config.rules import check_values, leaves
-from pgrpo.config.schema import Config, ConfigError, RewardsConfig
+from pgrpo.config.rules import check_values, factories, leaves
+from pgrpo.config.schema import PYTHON, Config, ConfigError, RewardsConfig
 from pgrpo.config.source import Source, one_line, read_file, read_mapping, read_override
 
-RECIPE_SECTIONS = ("data", "prompt", "rollout", "rewards")
+RECIPE_SECTIONS = ("data", "prompt", "rollout", "rewards", "tools", "environment")
 RECIPE_ROLLOUT = ("max_completion_tokens", "temperature", "top_p", "top_k", "stop")
-PYTHON = "(python)"  # data.path or data.eval_path when the caller passes rows
 
 
 def load_config(
@@ -32,6 +31,8 @@ def load_config(
     rewards_from_python: bool = False,
     data_from_python: bool = False,
     eval_data_from_python: bool = False,
+    tools_from_python: bool = False,
+    environment_from_python: bool = False,
 ) -> Config:
     """Read, merge, resolve and check a configuration.
 
@@ -41,6 +42,8 @@ def load_config(
         rewards_from_python: the caller passes reward functions; the config may have none.
         data_from_python: the caller passes rows; ``data.path`` may be missing.
         eval_data_from_python: the caller passes held-out rows.
+        tools_from_python: the caller passes tools, beside those of the config.
+        environment_from_python: the caller passes an environment, instead of ``environment.factory``.
 
     Raises:
         ConfigError: the input is wrong; one line with the key, its value and the fix.
@@ -62,6 +65,10 @@ def load_config(
             merged.data.path = PYTHON
         if eval_data_from_python:
             merged.data.eval_path = PYTHON
+        if tools_from_python and PYTHON not in merged.tools:
+            merged.tools.append(PYTHON)
+        if environment_from_python:
+            merged.environment.factory = PYTHON
         _refuse_missing(merged, main)
         config = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, OverflowError, RecursionError) as error:
@@ -174,7 +181,16 @@ def _anchored(source: Source) -> dict[str, Any]:
         values["rewards"] = {**values["rewards"], "functions": anchored}
     if loss := values.get("loss"):
         values["loss"] = {k: _anchor(v, source.folder) if k == "function" else v for k, v in loss.items()}
+    if tools := values.get("tools"):
+        values["tools"] = [_anchor(tool, source.folder) for tool in tools]
+    if factory := (values.get("environment") or {}).get("factory"):
+        values["environment"] = {**values["environment"], "factory": _anchor_all(factory, source.folder)}
     return values
+
+
+def _anchor_all(value: Any, folder: Path) -> Any:
+    """Anchor a name, or the values of a mapping."""
+    return {k: _anchor(v, folder) for k, v in value.items()} if isinstance(value, dict) else _anchor(value, folder)
 
 
 def _anchor(value: Any, folder: Path) -> Any:
@@ -194,17 +210,26 @@ def _finish_paths(config: Config) -> None:
     for owner, name in ((config.model, "path"), (config.loss, "teacher")):
         if (path := getattr(owner, name)) and Path(path).is_dir():
             setattr(owner, name, str(Path(path).absolute()))
+    config.tools = [_anchor(tool, Path.cwd()) for tool in config.tools]
+    config.environment.factory = _anchor_all(config.environment.factory, Path.cwd())
+    code = {f"tools[{i}]": tool for i, tool in enumerate(config.tools)} | factories(config.environment.factory)
+    for key, value in code.items():
+        _refuse_missing_python(key, value)
     targets = [(config.data, "path", "data.path"), (config.data, "eval_path", "data.eval_path")]
     targets += [(config.loss, "function", "loss.function")]
     targets += [(f, "function", f"rewards.functions[{i}].function") for i, f in enumerate(config.rewards.functions)]
     for owner, name, key in targets:
         value = _anchor(getattr(owner, name), Path.cwd())
         setattr(owner, name, value)
-        file, python, _ = (value or "").partition(".py:")
-        if python and not Path(f"{file}.py").is_file():
-            raise ConfigError(
-                f"{key}: {value}: no {file}.py beside the YAML that names it or in the current folder; correct the path"
-            )
+        _refuse_missing_python(key, value)
+
+
+def _refuse_missing_python(key: str, value: Any) -> None:
+    file, python, _ = value.partition(".py:") if isinstance(value, str) else ("", "", "")
+    if python and not Path(f"{file}.py").is_file():
+        raise ConfigError(
+            f"{key}: {value}: no {file}.py beside the YAML that names it or in the current folder; correct the path"
+        )
 
 
 def _refuse_missing(merged: DictConfig, main: Source) -> None:

@@ -8,7 +8,8 @@ from dataclasses import fields, is_dataclass, replace
 from operator import attrgetter
 from typing import Any
 
-from pgrpo.config.schema import Config, ConfigError, LossConfig
+from pgrpo.config.functions import is_function
+from pgrpo.config.schema import PYTHON, Config, ConfigError, LossConfig
 from pgrpo.config.secrets import REDACTED
 
 NEEDS = {
@@ -61,7 +62,8 @@ def check_values(config: Config, *, rewards_from_python: bool) -> None:
     _check_loss(config.loss)
     _check_sizes(config)
     _check_prompt(config)
-    if not rewards_from_python:
+    _check_environment(config)
+    if not (rewards_from_python or config.environment.factory):
         _check_rewards(config)
     if config.checkpoint.keep_best and not config.eval.every:
         raise ConfigError(
@@ -158,12 +160,17 @@ def _check_sizes(config: Config) -> None:
             f"train.updates_per_step: {updates} does not divide rollout.prompts_per_step, {prompts} prompts; "
             f"it may be {_divisors(prompts)}, or set rollout.prompts_per_step to {_multiples(prompts, updates)}"
         )
-    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    longest = config.max_sample_tokens
+    behind = (
+        f"environment.max_episode_tokens, or environment.max_turns turns {config.max_sampled_tokens}"
+        if config.has_tools
+        else f"rollout.max_completion_tokens {config.rollout.max_completion_tokens}"
+    )
     if longest > config.train.token_budget:
         raise ConfigError(
             f"train.token_budget: {config.train.token_budget} is less than the longest sample, {longest} tokens "
-            f"(data.max_prompt_tokens {config.data.max_prompt_tokens} + rollout.max_completion_tokens "
-            f"{config.rollout.max_completion_tokens}); set train.token_budget to at least {longest}, or lower those"
+            f"(data.max_prompt_tokens {config.data.max_prompt_tokens} + {behind}); "
+            f"set train.token_budget to at least {longest}, or lower those"
         )
     optim, steps = config.optim, config.train.steps
     if optim.schedule != "constant" and optim.warmup_steps >= steps:
@@ -186,6 +193,49 @@ def _check_prompt(config: Config) -> None:
             f"prompt.chat_template_kwargs: {prompt.chat_template_kwargs} has no effect on prompt.template; "
             "remove it, or give prompt.messages instead"
         )
+
+
+def _check_environment(config: Config) -> None:
+    factory = config.environment.factory
+    for key, value in {**{f"tools[{i}]": name for i, name in enumerate(config.tools)}, **factories(factory)}.items():
+        if value != PYTHON and not (isinstance(value, str) and is_function(value)):
+            raise ConfigError(f"{key}: {value!r} is no name of Python code; write file.py:name or module:name")
+    if factory == {}:
+        raise ConfigError("environment.factory: an empty mapping; name at least one class, or leave the key out")
+    if config.has_tools:
+        if config.prompt.template:
+            raise ConfigError(
+                f"prompt.template: {config.prompt.template!r:.80} is a raw prompt, but tools and environments need a chat; "
+                "give prompt.messages or prompt.messages_column instead"
+            )
+        if config.prompt.messages and config.prompt.messages[-1].role == "assistant":
+            raise ConfigError(
+                "prompt.messages: the last message is the assistant's, which tools and environments cannot continue; "
+                "end with a user message"
+            )
+        if config.rollout.tensor_parallel_size > 1:
+            raise ConfigError(
+                f"rollout.tensor_parallel_size: {config.rollout.tensor_parallel_size} ranks that share an engine are not "
+                "supported with tools and environments; set it to 1"
+            )
+    elif (changed := _changed(config.environment)) is not None:
+        raise ConfigError(
+            f"environment.{changed}: {getattr(config.environment, changed)} has no effect without tools or environment.factory; "
+            "leave it out"
+        )
+
+
+def factories(factory: Any) -> dict[str, Any]:
+    """Key -> name of each class in ``environment.factory``."""
+    if isinstance(factory, dict):
+        return {f"environment.factory.{name}": value for name, value in factory.items()}
+    return {} if factory is None else {"environment.factory": factory}
+
+
+def _changed(section: Any) -> str | None:
+    """The first key of a section that does not have its default."""
+    default = type(section)()
+    return next((f.name for f in fields(section) if getattr(section, f.name) != getattr(default, f.name)), None)
 
 
 def check_world_size(config: Config, world_size: int, dp_size: int | None = None) -> None:

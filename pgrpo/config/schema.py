@@ -21,6 +21,8 @@ class ConfigError(Exception):
 
 
 MOST_TOKENS, MOST_STEPS, MOST_SECONDS = 2**20, 10**9, 1e7
+PYTHON = "(python)"
+"""Stands for rows, tools and environments that the caller passes: in `data.path`, `tools` and `environment.factory`."""
 
 
 def number(default: Any, *, least: float | None = None, above: float | None = None, most: float) -> Any:
@@ -161,6 +163,34 @@ class RolloutConfig:
     """Maximum seconds of one vLLM call (start, push, rollout, sleep); a longer one ends the run with a message."""
     allow_untested_vllm: bool = False
     """Allow a vLLM version that pgrpo was not tested with."""
+
+
+@dataclass
+class EnvironmentConfig:
+    factory: Any = None
+    """Class of the environment (or another callable that makes one): `module:Class` or `path/to/file.py:Class`. Or a mapping of
+    names to such classes; then a row's column `environment` has the name of its class. None: no environment."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for the class; with a mapping, for each of the classes."""
+    max_turns: int = number(8, least=1, most=10**4)
+    """Turns of the model in an episode. Calls of the last turn still run, so that an environment sees them."""
+    max_tool_calls: int = number(16, least=1, most=10**6)
+    """Calls of tools in an episode. A turn's calls beyond it do not run and end the episode."""
+    max_episode_tokens: int | None = number(None, least=1, most=MOST_TOKENS)
+    """Tokens of an episode behind its prompt: what the model writes and what it is told. `rollout.max_completion_tokens` limits
+    one turn. None: `max_turns` turns of that length, for all together."""
+    overlong: Literal["cut", "end"] = "cut"
+    """The text of a tool that does not fit `max_episode_tokens` is cut so that another turn fits, or the episode ends
+    (`length`)."""
+    call_timeout_s: float = number(60.0, above=0, most=MOST_SECONDS)
+    """Maximum seconds of one call of a tool or environment; a longer one ends its episode (`timeout`)."""
+    episode_timeout_s: float = number(600.0, above=0, most=MOST_SECONDS)
+    """Maximum seconds of all calls of an episode together; sampling does not count."""
+    on_error: Literal["tell", "end"] = "tell"
+    """A tool that raises: the model is told, or the episode ends (`environment`) and takes no part in the update."""
+    on_bad_call: Literal["tell", "end"] = "tell"
+    """A call that cannot be parsed, of an unknown tool or with wrong arguments: the model is told, or the episode ends
+    (`parse_error`)."""
 
 
 @dataclass
@@ -347,6 +377,9 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
+    tools: list[str] = field(default_factory=list)
+    """Functions that the model may call: `module:function` or `path/to/file.py:function`, each with type hints and a docstring."""
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -359,3 +392,21 @@ class Config:
         default=frozenset(), repr=False, compare=False, metadata={"omegaconf_ignore": True}
     )
     """Not a key: dotted names of the values that came from `${oc.env:...}`, which `to_yaml` redacts."""
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether an episode may have several turns."""
+        return bool(self.tools or self.environment.factory)
+
+    @property
+    def max_sampled_tokens(self) -> int:
+        """The most tokens of an episode behind its prompt."""
+        turn, environment = self.rollout.max_completion_tokens, self.environment
+        if not self.has_tools:
+            return turn
+        return environment.max_episode_tokens or turn * environment.max_turns
+
+    @property
+    def max_sample_tokens(self) -> int:
+        """The most tokens of a sample, with its prompt."""
+        return self.data.max_prompt_tokens + self.max_sampled_tokens

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pgrpo.config import ConfigError, DataConfig, PromptConfig
-from pgrpo.data.render import render_prompts
+from pgrpo.data.render import ToolsOf, render_prompts
 from pgrpo.data.sources import check_rows, read_rows
 from pgrpo.data.stream import PromptStream
 from pgrpo.types import Prompt
@@ -40,6 +40,7 @@ def load_prompts(
     held_out: bool = False,
     first: int | None = None,
     dataset: Iterable[Mapping[str, Any]] | None = None,
+    tools: ToolsOf | None = None,
 ) -> LoadedPrompts:
     """Read, render and tokenize a data set.
 
@@ -50,6 +51,7 @@ def load_prompts(
         held_out: read ``data.eval_path`` / ``data.eval_split`` instead of the training rows.
         first: maximum number of rows to use. None uses all.
         dataset: rows in memory (a ``datasets.Dataset`` or a list of dicts) that replace ``data.path``.
+        tools: JSON schemas of a row's tools, for the chat template.
 
     Raises:
         ConfigError: the rows cannot be read, there are none, the template names a missing column, a prompt is empty, or
@@ -59,7 +61,7 @@ def load_prompts(
     if not rows:
         raise ConfigError(f"{source} has no rows; give at least one")
     rows = rows[:first]
-    rendered = render_prompts(rows, prompt, tokenizer)
+    rendered = render_prompts(rows, prompt, tokenizer, tools)
     prompts: list[Prompt] = []
     dropped = truncated = 0
     for index, (row, (text, messages, ids)) in enumerate(zip(rows, rendered, strict=True)):

@@ -1,4 +1,7 @@
-"""Turns rows into prompt texts and token ids. Templates are strict: a missing column is an error."""
+"""Turns rows into prompt texts and token ids. Templates are strict: a missing column is an error.
+
+In a chat the texts of rows never become control tokens (``control.py``); a raw prompt's may, as it spells its own chat format.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pgrpo.config import ConfigError, PromptConfig
 from pgrpo.data.chats import read_chat
+from pgrpo.data.control import MARK, Control, unmarked
 from pgrpo.types import Messages, value_of
 
 if TYPE_CHECKING:
@@ -15,12 +19,27 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Rendered = tuple[str, Messages | None, list[int]]
+ToolsOf = Callable[[Row], list[dict[str, Any]]]
 
-_OURS = {"tokenize", "add_generation_prompt", "continue_final_message", "return_dict", "return_tensors", "padding"}
+_OURS = {
+    "tools",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_dict",
+    "return_tensors",
+    "padding",
+}
 
 
-def render_prompts(rows: Sequence[Row], prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase) -> list[Rendered]:
-    """Return ``(text, messages or None, token_ids)`` of every row. ConfigError if a row does not give a prompt."""
+def render_prompts(
+    rows: Sequence[Row], prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase, tools: ToolsOf | None = None
+) -> list[Rendered]:
+    """Return ``(text, messages or None, token_ids)`` of every row. ConfigError if a row does not give a prompt.
+
+    Args:
+        tools: the JSON schemas of the tools that a row's chat template is given.
+    """
     given = [name for name in ("template", "messages", "messages_column") if getattr(prompt, name)]
     if len(given) != 1:
         raise ConfigError(
@@ -31,6 +50,7 @@ def render_prompts(rows: Sequence[Row], prompt: PromptConfig, tokenizer: PreTrai
         fill = compile_template(prompt.template, columns, "prompt.template")
         texts = [fill(row, index) for index, row in enumerate(rows)]
         return _checked(texts, [None] * len(rows), _tokenize_raw(texts, tokenizer), "prompt.template")
+    control = Control(tokenizer, special_only=True)
     if column := prompt.messages_column:
         key, prefill = "prompt.messages_column", False
         if not {column, column.split(".")[0]} & {*columns}:
@@ -38,13 +58,25 @@ def render_prompts(rows: Sequence[Row], prompt: PromptConfig, tokenizer: PreTrai
         if (answer := prompt.answer_column) in columns:
             raise ConfigError(f"prompt.answer_column: the data already has a column `{answer}`; give another name")
         chats = [_prompt_of_chat(row, column, prompt.answer_column, i) for i, row in enumerate(rows)]
+        chats = [[{**m, "content": control.guard(m["content"])} for m in chat] for chat in chats]
     else:
         key, prefill = "prompt.messages", prompt.messages[-1].role == "assistant"
-        fills = [(m.role, compile_template(m.content, columns, f"{key}[{i}]")) for i, m in enumerate(prompt.messages)]
+        fills = [
+            (m.role, compile_template(m.content, columns, f"{key}[{i}]", control.guard))
+            for i, m in enumerate(prompt.messages)
+        ]
         chats = [[{"role": role, "content": fill(row, i)} for role, fill in fills] for i, row in enumerate(rows)]
-    texts = _apply_chat_template(chats, prompt.chat_template_kwargs, tokenizer, key, prefill)
+    texts = _apply_chat_template(
+        chats, prompt.chat_template_kwargs, tokenizer, key, prefill, [*map(tools or _none, rows)]
+    )
     # The chat template already wrote bos and other special tokens, so the tokenizer must not add them again.
-    return _checked(texts, chats, _tokenize(texts, tokenizer, add_special_tokens=False), key)
+    ids = _tokenize([text.replace(MARK, "") for text in texts], tokenizer, add_special_tokens=False)
+    ids = [control.encode(text) if MARK in text else own for text, own in zip(texts, ids, strict=True)]
+    return _checked([unmarked(text) for text in texts], [unmarked(chat) for chat in chats], ids, key)
+
+
+def _none(_: Row) -> list[dict[str, Any]]:
+    return []
 
 
 def _prompt_of_chat(row: Row, column: str, answer_column: str | None, index: int) -> Messages:
@@ -71,9 +103,11 @@ def _checked(texts: list[str], chats: Sequence[Messages | None], ids: list[list[
     return list(zip(texts, chats, ids, strict=True))
 
 
-def compile_template(text: str, columns: Sequence[str], key: str) -> Callable[[Row, int], str]:
+def compile_template(
+    text: str, columns: Sequence[str], key: str, guard: Callable[[str], str] = str
+) -> Callable[[Row, int], str]:
     """Compile ``text`` with ``{column}``, ``{column.field}`` and ``{column:format}`` placeholders into a function
-    ``(row, row number) -> text``."""
+    ``(row, row number) -> text``. ``guard`` is applied to what stands for a placeholder."""
     try:
         parts = list(Formatter().parse(text))
     except ValueError as error:
@@ -93,7 +127,7 @@ def compile_template(text: str, columns: Sequence[str], key: str) -> Callable[[R
             if value is None:
                 raise ConfigError(f"{key}: column `{column}` is empty (null) in row {index}")
             try:
-                out.append(format(value, spec or ""))
+                out.append(guard(format(value, spec or "")))
             except (ValueError, TypeError) as error:
                 raise ConfigError(f"{key}: row {index}: {{{column}:{spec}}}: {error}") from error
         return "".join(out)
@@ -113,9 +147,15 @@ def _no_column(key: str, column: str, columns: Sequence[str]) -> str:
 
 
 def _apply_chat_template(
-    chats: list[Messages], kwargs: dict[str, Any], tokenizer: PreTrainedTokenizerBase, key: str, prefill: bool
+    chats: list[Messages],
+    kwargs: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    key: str,
+    prefill: bool,
+    tools: Sequence[list[dict[str, Any]]],
 ) -> list[str]:
-    """Render the chats. ``prefill``: the last message is the beginning of the model's turn, and the completion continues it."""
+    """Render the chats, each with its tools. ``prefill``: the last message is the beginning of the model's turn, and the
+    completion continues it."""
     from jinja2 import TemplateError
 
     try:
@@ -131,7 +171,11 @@ def _apply_chat_template(
             raise ConfigError(f"prompt.chat_template_kwargs: `{name}` {reason}")
     turn = {"continue_final_message": True} if prefill else {"add_generation_prompt": True}
     try:
-        texts = tokenizer.apply_chat_template(chats, tokenize=False, **turn, **kwargs)  # pyright: ignore[reportArgumentType]
+        texts = [
+            # No tools are None: for an empty list some templates say that there are tools.
+            tokenizer.apply_chat_template(chat, tools=own or None, tokenize=False, **turn, **kwargs)  # pyright: ignore
+            for chat, own in zip(chats, tools, strict=True)
+        ]
     except (TemplateError, ValueError, TypeError) as error:
         raise ConfigError(f"{key}: the model's chat template rejects the messages: {error}") from error
     return [str(text) for text in texts]

@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.hook import ATTENTION_NAME, AttentionLayout, attending, attention_forward
@@ -133,6 +140,15 @@ def load_hf_config(config: ModelConfig) -> PretrainedConfig:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={config.path}: cannot load this model: {load_error(error)}") from error
+
+
+def generation_eos(config: ModelConfig, hf_config: PretrainedConfig) -> int | list[int] | None:
+    """Ids that end a completion, by the model's generation_config.json, or config.json where there is none."""
+    try:
+        generation = GenerationConfig.from_pretrained(config.path, revision=config.revision or "main")
+    except OSError:
+        generation = GenerationConfig.from_model_config(hf_config)
+    return generation.eos_token_id
 
 
 def load_error(error: Exception) -> str:

@@ -204,7 +204,7 @@ def vllm_gib(config: Config, dims: ModelDims, samples: int) -> float:
     """GiB that one GPU holds of vLLM's weights, and of keys and values of so many completions at their longest."""
     rollout, width = config.rollout, compute_dtype(config).itemsize
     groups, block = math.ceil(samples / rollout.group_size), VLLM_BLOCK_TOKENS  # a completion's last block is not full
-    rows = groups * config.data.max_prompt_tokens + samples * (rollout.max_completion_tokens + block)
+    rows = groups * config.data.max_prompt_tokens + samples * (config.max_sampled_tokens + block)
     row = dims.layers * dims.kv_heads * (dims.head_dim + dims.value_dim)
     return width * (dims.parameters + row * rows) / rollout.tensor_parallel_size / GIB
 
@@ -229,6 +229,6 @@ def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.devi
         "concurrent": 0 if engine_name(config, device) == "vllm" else min(rollout.max_concurrent, samples),
         "group_size": rollout.group_size,
         "prompt_tokens": config.data.max_prompt_tokens,
-        "completion_tokens": rollout.max_completion_tokens,
+        "completion_tokens": config.max_sampled_tokens,
         "logit_chunk_bytes": chunk_bytes(device.type),
     }

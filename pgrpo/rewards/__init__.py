@@ -3,7 +3,9 @@
     def reward(prompts: list[str], completions: list[str], **columns: list) -> list[float | None]
 
 pgrpo passes the keyword arguments that the signature names: ``prompts``, ``completions``, ``completion_ids`` (lists of ints),
-``finish_reasons``, ``messages`` (the chat before the template) and any column of the data set. Each has one entry per completion.
+``finish_reasons``, ``messages`` (the chat before the template, and behind it the turns of an episode with tools), ``environments``
+(functions given from Python) and any column of the data set. Each has one entry per completion; of an episode with several turns
+``completions`` has the last turn's text.
 The function returns one entry per completion: a number, ``None`` if the reward does not apply to it, or an exception if the reward
 failed on it alone. A parameter called ``column`` holds the name of a column that the function reads; pgrpo checks that the column
 exists before it loads the model.

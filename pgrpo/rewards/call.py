@@ -31,7 +31,7 @@ BUILT_IN = {
 PENALTIES = ("length", "soft_overlong")  # built-in rewards whose best value is 0
 ON_DEVICE = ("reward_model",)  # built-in rewards that compete with the sampler for its device
 # Parameters that every function may have, in addition to the columns of the data set.
-GIVEN = ("prompts", "completions", "completion_ids", "finish_reasons", "messages")
+GIVEN = ("prompts", "completions", "completion_ids", "finish_reasons", "messages", "environments", "own_rewards")
 
 
 class Unusable(RuntimeError):
@@ -79,7 +79,9 @@ class Reward:
 
     def arguments(self, table: dict[str, list[Any]]) -> dict[str, Any]:
         """Return the keyword arguments of a call: the columns of ``table`` that the signature accepts, and ``args``."""
-        wanted = table if self.parameters is None else self.parameters & table.keys()
+        wanted = table.keys() if self.parameters is None else self.parameters & table.keys()
+        if self.worker is not None:
+            wanted = wanted - {"environments"}  # live objects
         return {name: table[name] for name in wanted} | self.args
 
 
@@ -99,6 +101,11 @@ def from_config(config: RewardConfig, key: str) -> Reward:
     reward = _checked(function, key, dict(config.args), config.weight, config.timeout_s)
     reward.style = config.style
     if name not in BUILT_IN:
+        if "environments" in (reward.parameters or ()):
+            raise ConfigError(
+                f"{key}.function: `{reward.name}` wants `environments`, which are objects of another process; give it from Python, "
+                "or the environment a `get_reward`"
+            )
         reward.worker, reward.may_run_beside_sampling, reward.reads_gold = name, True, False
         return reward
     if reward.style != "text":

@@ -218,16 +218,19 @@ def _table(reward: Reward, samples: Sequence[Scored]) -> dict[str, list[Any]]:
     table: dict[str, list[Any]] = {name: [prompt.columns.get(name) for prompt, _ in samples] for name in first.columns}
     for name in set(reward.columns) - {*table, "messages"}:
         table[name] = [_field(prompt, name) for prompt, _ in samples]
-    table["prompts"] = [prompt.text for prompt, _ in samples]
+    began = [episode.prompt or prompt for prompt, episode in samples]
+    table["prompts"] = [prompt.text for prompt in began]
     table["completions"] = [episode.text for _, episode in samples]
     table["completion_ids"] = [episode.token_ids for _, episode in samples]
     table["finish_reasons"] = [episode.finish_reason for _, episode in samples]
+    if any(episode.counts for _, episode in samples):  # episodes with tools or environments
+        table["environments"] = [episode.environment for _, episode in samples]
+        table["own_rewards"] = [episode.own_rewards for _, episode in samples]
     if first.messages is not None:
-        table["messages"] = [prompt.messages for prompt, _ in samples]
+        table["messages"] = [[*(p.messages or ()), *e.messages] for p, (_, e) in zip(began, samples, strict=True)]
     if reward.style == "messages":
-        users = [[{"role": "user", "content": text}] for text in table["prompts"]]
-        table["prompts"] = table.get("messages", users)
-        table["completions"] = [[{"role": "assistant", "content": text}] for text in table["completions"]]
+        table["prompts"] = [prompt.messages or [{"role": "user", "content": prompt.text}] for prompt in began]
+        table["completions"] = [e.messages or [{"role": "assistant", "content": e.text}] for _, e in samples]
     return table
 
 

@@ -97,7 +97,8 @@ class Scoring:
             if failed and self._stop_at_error:
                 raise RewardError(f"{failed[min(failed)]}; rewards.on_error=mask leaves such samples out")
         for position, (_, episode) in samples.items():
-            episode.reward = None if position in failed else self._total(episode)
+            is_left_out = position in failed or episode.finish_reason == "environment"
+            episode.reward = None if is_left_out else self._total(episode)
         return RewardReport(len(failed), failed[min(failed)] if failed else None)
 
     def _done(self) -> int:

@@ -5,12 +5,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pgrpo.config import Config
 from pgrpo.types import Completion, Episode, Group, Prompt, Request, SamplingParams
 
 OnFinished = Callable[[int, list[Completion]], None]
+Wait = Literal["no", "any", "all"]
+More = Callable[[Wait], Sequence[Request]]
+"""Further requests, whose positions go on counting. An engine calls it while it samples (``no``), or with nothing left to sample:
+then it waits until there is one (``any``), or until no episode is busy with something else (``all``). None then means that no
+more will come."""
+
+
+def no_more(_: Wait) -> Sequence[Request]:
+    """The ``More`` of requests that are all known."""
+    return ()
 
 
 class RolloutEngine(Protocol):
@@ -35,12 +45,15 @@ class RolloutEngine(Protocol):
         """Shut the engine down, at the end of the process."""
         ...
 
-    def sample(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
-        """Sample the completions of all requests. ``on_finished`` is called with a request's position and its completions, in the
-        order of its seeds, as soon as all of them are finished, while others still decode. It must not raise.
+    def sample(
+        self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished, more: More = no_more
+    ) -> None:
+        """Sample the completions of all requests, and of those that ``more`` gives. ``on_finished`` is called with a request's
+        position and its completions, in the order of its seeds, as soon as all of them are finished, while others still decode.
+        It must not raise.
 
-        The seeds decide the random numbers; in the embedded engine a completion's own seed alone does. Every rank calls this with
-        the same number of requests, which have as many seeds each.
+        The seeds decide the random numbers; in the embedded engine a completion's own seed alone does. Ranks that
+        share an engine call this with the same number of requests, which have as many seeds each.
         """
         ...
 

@@ -193,8 +193,9 @@ def _pick(groups: Sequence[Group], count: int) -> Iterator[Row]:
     count = min(count, len(episodes))
     for prompt, episode in (episodes[k * len(episodes) // count] for k in range(count)):
         yield {
-            "prompt": prompt.text,
-            "completion": episode.text,
+            "prompt": (episode.prompt or prompt).text,
+            "completion": episode.transcript,
+            **({"messages": episode.messages} if episode.messages else {}),
             "reward": _finite(episode.reward),
             "parts": {name: _finite(value) for name, value in episode.reward_parts.items()},
             "advantage": _finite(episode.advantage),

@@ -13,10 +13,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from pgrpo.algorithm.loss import LossOutput, policy_loss
 from pgrpo.config import Config, ConfigError
 from pgrpo.data import PromptStream, load_prompts
+from pgrpo.data.render import ToolsOf
 from pgrpo.distributed.world import World
+from pgrpo.environments.episodes import Episodes
+from pgrpo.environments.toolbox import load_toolbox
 from pgrpo.model.admission import check_model
 from pgrpo.model.lora import LogprobsOf, check_lora, without_adapters
-from pgrpo.model.policy import Policy, check_positions, load_error, load_hf_config
+from pgrpo.model.policy import Policy, check_positions, generation_eos, load_error, load_hf_config
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.placement import attention_choice, check_device
 from pgrpo.process.rng import seed_all
@@ -70,6 +73,7 @@ class Parts:
     rewards: RewardRunner
     learner: Learner
     engine: RolloutEngine
+    episodes: Episodes
     canary: Canary | None
 
     @property
@@ -81,6 +85,7 @@ class Parts:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.rewards.close()
+        self.episodes.close()
         if kind is None or self.world.size == 1:  # after an error other ranks may not take part
             self.engine.close()
 
@@ -94,7 +99,7 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     check_device(config, world.device)
     tokenizer = load_tokenizer(config)
     hf_config = load_hf_config(config.model)
-    max_sample = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    max_sample = config.max_sample_tokens
     check_positions(config.model, hf_config, max_sample)
     check_model(config.model.path, hf_config, max_sample)
     dims = ModelDims.from_config(hf_config)
@@ -104,9 +109,14 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     check_vocabulary(tokenizer, hf_config.vocab_size, config)
     if config.loss.teacher is not None:
         check_teacher(config, tokenizer, hf_config.vocab_size, world.device)
-    prompts = training_prompts(config, tokenizer, given.dataset)
-    held_out = held_out_prompts(config, tokenizer, given.eval_dataset) if config.eval.every else []
-    runner = RewardRunner(config.rewards.functions, on_error=config.rewards.on_error, extra=given.rewards)
+    toolbox = load_toolbox(config, given.tools, given.environment)
+    prompts = training_prompts(config, tokenizer, given.dataset, toolbox.schemas_of)
+    held_out = held_out_prompts(config, tokenizer, given.eval_dataset, toolbox.schemas_of) if config.eval.every else []
+    eos = generation_eos(config.model, hf_config)
+    end_ids = end_token_ids(tokenizer, eos, config.rollout.stop, config.rollout.keep_special_tokens)
+    chats = toolbox.chats(tokenizer, end_ids, config.prompt.chat_template_kwargs)
+    extra = [*given.rewards, *toolbox.own_rewards()]
+    runner = RewardRunner(config.rewards.functions, on_error=config.rewards.on_error, extra=extra)
     try:
         prompts = with_readable_golds(prompts, config, runner, world, "training")
         held_out = with_readable_golds(held_out, config, runner, world, "held-out")
@@ -123,14 +133,13 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
         reference = initial_model(policy, config, world) if config.loss.kl_coef else None
         teacher = place_teacher(config, world) if config.loss.teacher is not None else None
     learner = Learner(config, world, policy, reference, build_optimizer(policy, config.optim), dims, loss, teacher)
-    generation_eos = getattr(policy.model.generation_config, "eos_token_id", None)
-    end_ids = end_token_ids(tokenizer, generation_eos, config.rollout.stop, config.rollout.keep_special_tokens)
     if world.is_main:
         check_turn_end(tokenizer, config.prompt, end_ids)
     with counting("starting the sampler"):
         engine = build_engine(config, world, policy, learner.optimizer, tokenizer, end_ids)
     canary = build_canary(config, world, policy, engine)
-    return Parts(config, world, stream, held_out, runner, learner, engine, canary)
+    episodes = toolbox.episodes(config, engine, chats, world)
+    return Parts(config, world, stream, held_out, runner, learner, engine, episodes, canary)
 
 
 def initial_model(policy: Policy, config: Config, world: World) -> LogprobsOf:
@@ -172,10 +181,13 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, config
 
 
 def training_prompts(
-    config: Config, tokenizer: PreTrainedTokenizerBase, dataset: Iterable[Mapping[str, Any]] | None
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Iterable[Mapping[str, Any]] | None,
+    tools: ToolsOf | None = None,
 ) -> list[Prompt]:
     """All training prompts."""
-    loaded = load_prompts(config.data, config.prompt, tokenizer, dataset=dataset)
+    loaded = load_prompts(config.data, config.prompt, tokenizer, dataset=dataset, tools=tools)
     if loaded.dropped or loaded.truncated:
         limit = config.data.max_prompt_tokens
         log.warning("prompts over %d tokens: %d dropped, %d truncated", limit, loaded.dropped, loaded.truncated)
@@ -192,11 +204,14 @@ def check_enough(prompts: Sequence[Prompt], config: Config) -> None:
 
 
 def held_out_prompts(
-    config: Config, tokenizer: PreTrainedTokenizerBase, dataset: Iterable[Mapping[str, Any]] | None
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Iterable[Mapping[str, Any]] | None,
+    tools: ToolsOf | None = None,
 ) -> list[Prompt]:
     """Prompts of the first ``eval.rows`` held-out rows. Reads no later rows."""
     return load_prompts(
-        config.data, config.prompt, tokenizer, held_out=True, first=config.eval.rows, dataset=dataset
+        config.data, config.prompt, tokenizer, held_out=True, first=config.eval.rows, dataset=dataset, tools=tools
     ).prompts
 
 

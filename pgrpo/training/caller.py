@@ -26,12 +26,16 @@ class Given:
         dataset: rows instead of ``data.path``; None reads that.
         eval_dataset: held-out rows instead of ``data.eval_path`` and ``data.eval_split``; None reads those.
         callbacks: see ``Callback``.
+        tools: functions that the model may call, beside those of the config.
+        environment: a class of environments or a mapping of names to classes, instead of ``environment.factory``.
     """
 
     rewards: Sequence[Callable[..., Any]] = ()
     dataset: Iterable[Mapping[str, Any]] | None = None
     eval_dataset: Iterable[Mapping[str, Any]] | None = None
     callbacks: Sequence[Callback] = ()
+    tools: Sequence[Callable[..., Any]] = ()
+    environment: Any = None
 
 
 @dataclass

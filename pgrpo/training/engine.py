@@ -181,7 +181,7 @@ class Canary:
 
 def build_canary(config: Config, world: World, policy: Policy, engine: RolloutEngine) -> Canary | None:
     """The canary; None if it is off, for the embedded engine, which has no weights of its own, and for completions of one token."""
-    most_tokens = min(canary.TOKENS, config.rollout.max_completion_tokens - 1)  # vLLM samples one more to score
+    most_tokens = min(canary.TOKENS, config.max_sampled_tokens - 1)  # vLLM samples one more to score
     if not config.rollout.canary_every or not most_tokens or not isinstance(engine, vllm.VLLMEngine):
         return None
     return Canary(world, policy, engine, config.rollout.canary_every, most_tokens)

@@ -13,9 +13,10 @@ from pgrpo.algorithm.intervals import mean_interval, rate_interval
 from pgrpo.algorithm.metrics import group_metrics, pass_at_k
 from pgrpo.config import Config, ConfigError, to_json
 from pgrpo.distributed.world import World
+from pgrpo.environments.episodes import Episodes
 from pgrpo.process.lock import run_folder
 from pgrpo.rewards.runner import RewardRunner
-from pgrpo.rollout.base import RolloutEngine, sample_seeds, sampling_params
+from pgrpo.rollout.base import sample_seeds, sampling_params
 from pgrpo.tracking.record import TRAINING, replacing, writing
 from pgrpo.training.rollout import sample_and_score
 from pgrpo.types import Episode, Group, Prompt, SamplingParams
@@ -40,7 +41,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: RolloutEngine,
+    episodes: Episodes,
     prompts: Sequence[Prompt],
     params: SamplingParams,
     seeds: Sequence[Sequence[int]],
@@ -55,7 +56,7 @@ def evaluate(
     evaluation = Evaluation({}, [])
 
     def add(mode: str, params: SamplingParams, seeds: Sequence[Sequence[int]], rename: Callable[[str], str]) -> None:
-        scored = sample_and_score(engine, rewards, world, prompts, params, seeds, "evaluation")
+        scored = sample_and_score(episodes, rewards, world, prompts, params, seeds, "evaluation")
         groups = world.gather(scored.groups)
         for name, value in _metrics(groups, scored.errors, rewards).items():
             evaluation.metrics[f"eval/{rename(name)}"] = value
@@ -70,7 +71,7 @@ def evaluate(
 def evaluate_held_out(
     config: Config,
     world: World,
-    engine: RolloutEngine,
+    episodes: Episodes,
     rewards: RewardRunner,
     prompts: Sequence[Prompt],
     step: int,
@@ -80,8 +81,8 @@ def evaluate_held_out(
     and a summary to ``out`` (default: ``eval/step_N`` in the run folder). A collective call."""
     params, samples = sampling_params(config, config.eval.temperature), config.eval.samples
     seeds = [sample_seeds(config.seed, "eval", i, group_size=samples) for i in range(len(prompts))]
-    with engine.awake(step):
-        evaluation = evaluate(engine, prompts, params, seeds, rewards, world, greedy=config.eval.greedy)
+    with episodes.engine.awake(step):
+        evaluation = evaluate(episodes, prompts, params, seeds, rewards, world, greedy=config.eval.greedy)
     if world.is_main:
         split = {"path": config.data.eval_path or config.data.path, "split": config.data.eval_split}
         about = {
@@ -168,12 +169,13 @@ def _rows(mode: str, groups: Sequence[Group], rewards: RewardRunner) -> Iterator
                 "index": group.prompt.index,
                 "mode": mode,
                 "sample": i,
-                "prompt": group.prompt.text,
+                "prompt": group.prompt_of(episode).text,
                 "completion": episode.text,
+                **({"messages": episode.messages} if episode.messages else {}),
                 "reward": episode.reward,
                 "parts": episode.reward_parts,
                 "correct": correct,
-                "tokens": len(episode.token_ids),
+                "tokens": episode.sampled_tokens,
                 "finish_reason": episode.finish_reason,
                 "columns": group.prompt.columns,
             }

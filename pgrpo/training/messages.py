@@ -72,7 +72,7 @@ def out_of_memory(error: Exception, parts: Parts, progress: Progress) -> Runtime
     reason = str(error).strip().splitlines()[0] if str(error) else "no more memory"
     decoded = (
         f"rollout.max_concurrent={config.rollout.max_concurrent} completions of up to "
-        f"{config.rollout.max_completion_tokens} tokens are decoded at once"
+        f"{config.max_sampled_tokens} tokens are decoded at once"
     )
     lower = "rollout.max_concurrent"
     if engine_name(config, parts.world.device) == "vllm":
@@ -81,7 +81,7 @@ def out_of_memory(error: Exception, parts: Parts, progress: Progress) -> Runtime
         return RuntimeError(
             f"out of memory in the evaluation after step {progress.step} ({reason}): {decoded}. Lower {lower}"
         )
-    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    longest = config.max_sample_tokens
     more = "" if config.model.activation_checkpointing == "full" else ", set model.activation_checkpointing=full"
     return RuntimeError(
         f"out of memory in step {progress.step + 1} ({reason}). "
@@ -105,8 +105,7 @@ def _dump(parts: Parts, progress: Progress, groups: Sequence[Group]) -> str:
     could not be written, so that the error that led here is still shown.
 
     Secrets are redacted. Token ids spell them too: a prompt's are left out if its text has a secret, those of an episode and of
-    the prompts in front of its samples if the episode's text has one. Tokens that a sample reads and that are in neither text
-    (results of tools, say) are written as they are.
+    the prompts in front of its samples if the episode's text or messages have one.
     """
     file = run_folder(parts.config) / f"bad_batch_step_{progress.step + 1}.json"
     try:
@@ -117,7 +116,7 @@ def _dump(parts: Parts, progress: Progress, groups: Sequence[Group]) -> str:
                 if in_prompt:
                     row["prompt"]["token_ids"] = REDACTED
                 for episode in row["episodes"]:
-                    in_episode = REDACTED in episode["text"]
+                    in_episode = REDACTED in f"{episode['text']}{episode['messages']}"
                     for sample in episode["samples"]:
                         if in_prompt or in_episode:
                             sample["prompt_ids"] = REDACTED

@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 
 from pgrpo.distributed.world import World
+from pgrpo.environments.episodes import Episodes
 from pgrpo.rewards.runner import RewardRunner
-from pgrpo.rollout.base import RolloutEngine, generate
+from pgrpo.rewards.scoring import RewardReport
 from pgrpo.tracking.live import counting
 from pgrpo.types import Group, Prompt, SamplingParams
 
@@ -35,7 +36,7 @@ class Scored(NamedTuple):
 
 
 def sample_and_score(
-    engine: RolloutEngine,
+    episodes: Episodes,
     rewards: RewardRunner,
     world: World,
     prompts: Sequence[Prompt],
@@ -48,19 +49,24 @@ def sample_and_score(
     of rewards that failed. A collective call."""
     started = time.perf_counter()
     (own_prompts, count), (own_seeds, _) = world.share(prompts), world.share(seeds)
-    own = range(count if world.leads else 0)
     scoring = rewards.begin()
     unit = "prompts" if world.size == 1 else "prompts of this rank"
     with counting(purpose, count, unit) as progress:
 
         def finished(position: int, group: Group) -> None:
-            progress.done += position < count
-            if position in own:
+            progress.done += 1
+            if world.leads:
                 scoring.add(position, group)
 
-        groups = generate(engine, own_prompts, params, own_seeds, finished)[:count]
+        groups = episodes.generate(own_prompts, params, own_seeds, count, finished)
     sampled = time.perf_counter()
-    report = world.together(lambda: scoring.finish(groups[: len(own)]), break_off=True)
+
+    def finish() -> RewardReport:
+        episodes.check(groups)
+        return scoring.finish(groups if world.leads else [])
+
+    report = world.together(finish, break_off=True)
+    episodes.release(groups)
     if report.first_error:
         log.warning(
             "%s: %d completions left out, as a reward failed on them; the first error: %s",

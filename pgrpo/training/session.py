@@ -163,7 +163,7 @@ class Session:
         metrics, best = progress.unlogged or {}, False
         if config.eval.every and (progress.step % config.eval.every == 0 or done):
             evaluated = evaluate_held_out(
-                config, parts.world, parts.engine, parts.rewards, parts.held_out, progress.step
+                config, parts.world, parts.episodes, parts.rewards, parts.held_out, progress.step
             )
             metrics = metrics | evaluated
             best = progress.is_best(config.checkpoint.keep_best, metrics)

@@ -26,7 +26,7 @@ def check_teacher(
     Raises:
         ConfigError: names what differs.
     """
-    model, longest = teacher_model(config), config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    model, longest = teacher_model(config), config.max_sample_tokens
     try:
         hf_config = load_hf_config(model)
         check_positions(model, hf_config, longest)

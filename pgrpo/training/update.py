@@ -26,7 +26,7 @@ from pgrpo.planning.flops import update_flops
 from pgrpo.tracking.live import watched
 from pgrpo.training.build import Learner
 from pgrpo.training.progress import Progress
-from pgrpo.types import Episode, Group
+from pgrpo.types import LIMITS, Episode, Group
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def has_gradient(learner: Learner, group: Group) -> bool:
     """Whether the group, which has been compared, has a gradient: a token in the loss, and an advantage that is not 0, a KL or
     entropy term, a teacher, or a loss of the user's, which may have one anyway."""
     loss = learner.config.loss
-    if loss.mask_overlong and all(_is_overlong(episode) for episode in group.episodes):
+    if all(_is_masked(learner, episode) for episode in group.episodes):
         return False
     return bool(loss.kl_coef or loss.entropy_coef or loss.function or loss.teacher) or any(
         any(s.advantages) for s in group.samples
@@ -142,19 +142,18 @@ def has_gradient(learner: Learner, group: Group) -> bool:
 
 
 def _in_the_loss(learner: Learner, group: Group) -> Group:
-    """The group with overlong episodes masked (``loss.mask_overlong``; DAPO, arXiv 2503.14476, section 3.4). ``count`` counts the
-    tokens before masking."""
+    """The group with overlong episodes masked (``loss.mask_overlong``; DAPO, arXiv 2503.14476, section 3.4), and those that an
+    environment failed. ``count`` counts the tokens before masking."""
 
     def masked(episode: Episode) -> Episode:
         return replace(episode, samples=[replace(s, mask=[False] * len(s.mask)) for s in episode.samples])
 
-    if not learner.config.loss.mask_overlong:
-        return group
-    return Group(group.prompt, [masked(e) if _is_overlong(e) else e for e in group.episodes])
+    return Group(group.prompt, [masked(e) if _is_masked(learner, e) else e for e in group.episodes])
 
 
-def _is_overlong(episode: Episode) -> bool:
-    return episode.finish_reason == "length"
+def _is_masked(learner: Learner, episode: Episode) -> bool:
+    reason = episode.finish_reason
+    return reason == "environment" or (learner.config.loss.mask_overlong and reason in LIMITS)
 
 
 def tree_cost(learner: Learner, tree: Tree) -> float:

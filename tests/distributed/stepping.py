@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig, load_config
 from pgrpo.distributed.fsdp import reshard
+from pgrpo.environments.episodes import SingleTurn
 from pgrpo.grpo import backward, sample_groups
 from pgrpo.model.weights import full_weights
 from pgrpo.rewards.runner import RewardReport
@@ -111,7 +112,7 @@ def forwards_without_a_gradient(world, model, run_dir):
         seeds = [sample_seeds(0, i, group_size=4) for i in range(4)]
         groups = generate(engine, prompts, sampling_params(config), seeds)
         look("a rollout")
-        evaluate_held_out(config, world, engine, parts.rewards, parts.held_out, 0)
+        evaluate_held_out(config, world, SingleTurn(engine), parts.rewards, parts.held_out, 0)
         look("an evaluation")
         for group in groups:
             for i, episode in enumerate(group.episodes):

@@ -12,6 +12,7 @@ from pgrpo.config import Config, ConfigError, DataConfig, ModelConfig, RolloutCo
 from pgrpo.distributed.world import World
 from pgrpo.planning import placement
 from pgrpo.planning.flops import GIB, ModelDims
+from pgrpo.rollout.base import no_more
 from pgrpo.rollout.vllm import engine as vllm
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.rollout.vllm.requests import Requests
@@ -236,7 +237,7 @@ def test_ranks_that_share_an_engine_exchange_requests_on_the_cpu(monkeypatch):
     monkeypatch.setattr(vllm.dist, "all_gather_object", all_gather_object)
     one: Any = vllm.VLLMEngine(settings, World(2, 4, CPU), None, [0], lambda: iter(()), set(), memory_share=0.5)  # pyright: ignore[reportArgumentType]
     one.is_awake = True
-    one.requests = SimpleNamespace(run_all=lambda prompts, *_: asked.append(prompts))
-    one._sample([Request([7], [0])], SamplingParams(max_completion_tokens=4), lambda *_: None)
+    one.requests = SimpleNamespace(run_all=lambda requests, *_: asked.append([ids for ids, _ in requests]))
+    one._sample([Request([7], [0])], SamplingParams(max_completion_tokens=4), lambda *_: None, no_more)
     assert gathered == [((2, 3), "gloo")] and asked == [[[7], [8]]]
     assert one.tp_group == ((2, 3), None)

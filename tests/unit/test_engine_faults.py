@@ -105,7 +105,7 @@ def test_a_completion_that_vllm_aborts_is_sampled_again(train, tmp_path, caplog,
 
     monkeypatch.setattr(grpo, "update_policy", noting)
     train("give_up:6", "track.completions=16")
-    assert caplog.text.count("vLLM gave up completions of 1 of 4 prompts (abort): they are sampled again") == 1
+    assert caplog.text.count("of 4 (abort): it is sampled again") == 1
     rows = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
     assert [sum(row["step"] == step for row in rows) for step in (1, 2, 3, 4)] == [16] * 4
     assert all((row["reward"] > 0) == bool(row["completion"]) for row in rows)
@@ -113,6 +113,6 @@ def test_a_completion_that_vllm_aborts_is_sampled_again(train, tmp_path, caplog,
 
 
 def test_a_completion_that_vllm_always_aborts_stops_the_run(train, tmp_path):
-    with pytest.raises(EngineError, match=r"gave up completions of 1 of 4 prompts \(abort\), 3 times in a row"):
+    with pytest.raises(EngineError, match=r"gave up a completion of prompt \d of 4 \(abort\), 3 times in a row"):
         train("refuse:12")
     assert steps(tmp_path) == [1, 2] and saved(tmp_path) == ["step_2"]

@@ -21,6 +21,7 @@ from pgrpo.algorithm.intervals import mean_interval, wilson
 from pgrpo.commands import check
 from pgrpo.config import Config, RewardConfig
 from pgrpo.distributed.world import World
+from pgrpo.environments.episodes import SingleTurn
 from pgrpo.rewards.runner import RewardReport, RewardRunner
 from pgrpo.rollout.base import generate
 from pgrpo.training.evaluation import evaluate, numbers_of_samples, own_folder, save_results
@@ -65,9 +66,9 @@ class Engine:
         """Nothing is open."""
 
     def sample(self, requests, params, on_finished):
-        self.asked.append((params, [ids[0] for ids, _ in requests], [seeds for _, seeds in requests]))
+        self.asked.append((params, [r.token_ids[0] for r in requests], [r.seeds for r in requests]))
         text = "greedy" if params.temperature == 0 else "sampled"
-        for position, (_, seeds) in enumerate(requests):
+        for position, (_, seeds, _) in enumerate(requests):
             sizes = range(1, len(seeds) + 1)
             on_finished(position, [Completion([0] * n, [0.0] * n, "stop", text) for n in sizes])
 
@@ -79,7 +80,7 @@ SEEDS = [[10 * i, 10 * i + 1, 10 * i + 2] for i in range(4)]
 
 def test_evaluate_samples_and_greedily():
     engine = Engine()
-    got = evaluate(engine, PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=True)
+    got = evaluate(SingleTurn(engine), PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=True)
     assert [(params, seeds) for params, _, seeds in engine.asked] == [
         (PARAMS, SEEDS),
         (replace(PARAMS, temperature=0.0), [own[:1] for own in SEEDS]),
@@ -108,7 +109,7 @@ def test_evaluate_samples_and_greedily():
 @pytest.mark.parametrize(("greedy", "temperature", "modes"), [(False, 1.0, {"sampled"}), (True, 0.0, {"greedy"})])
 def test_one_mode(greedy, temperature, modes):
     params = replace(PARAMS, temperature=temperature)
-    got = evaluate(Engine(), PROMPTS, params, SEEDS, Scorer(), WORLD, greedy=greedy)
+    got = evaluate(SingleTurn(Engine()), PROMPTS, params, SEEDS, Scorer(), WORLD, greedy=greedy)
     assert {row["mode"] for row in got.rows} == modes and len(got.rows) == 12
     assert not [name for name in got.metrics if "greedy" in name]
 
@@ -119,7 +120,7 @@ def test_numbers_of_samples():
 
 def test_files_have_every_completion_and_the_summary(tmp_path):
     prompts = [PROMPTS[1], replace(PROMPTS[2], text="lone \udc80 <é>", columns=PROMPTS[2].columns | {"when": {1, 2}})]
-    got = evaluate(Engine(), prompts, PARAMS, SEEDS[:2], Scorer(), WORLD, greedy=True)
+    got = evaluate(SingleTurn(Engine()), prompts, PARAMS, SEEDS[:2], Scorer(), WORLD, greedy=True)
     got.metrics["eval/odd"] = math.nan
     for _ in range(2):  # again: replaced
         save_results(tmp_path / "eval" / "step_3", got, {"step": 3})
@@ -140,7 +141,7 @@ def test_files_have_every_completion_and_the_summary(tmp_path):
 
 @pytest.mark.faults
 def test_a_full_disk_while_an_evaluation_is_written_is_named(tmp_path):
-    got = evaluate(Engine(), PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=False)
+    got = evaluate(SingleTurn(Engine()), PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=False)
     save_results(tmp_path, got, {"step": 3})
     before = (tmp_path / "samples.jsonl").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -166,7 +167,7 @@ def test_links_among_a_runs_evaluations_are_not_written_through(tmp_path):
     (run_dir / "eval").mkdir(parents=True)
     (run_dir / "eval" / "step_3").symlink_to(elsewhere)
     folder = own_folder(Config(run_dir=str(run_dir)), 3)
-    got = evaluate(Engine(), PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=False)
+    got = evaluate(SingleTurn(Engine()), PROMPTS, PARAMS, SEEDS, Scorer(), WORLD, greedy=False)
     for name in ("samples.jsonl", f".summary.json.{os.getpid()}"):
         folder.mkdir(exist_ok=True)
         (folder / name).symlink_to(elsewhere / "samples.jsonl")
@@ -208,7 +209,7 @@ def test_on_two_ranks_each_prompt_is_scored_once(count, monkeypatch):
     monkeypatch.setattr(Pair, "everything", lambda _: scored_groups(prompts, 1), raising=False)
     seeds = [[i] for i in range(count)]
     results = [
-        evaluate(engine, prompts, PARAMS, seeds, Scorer(), Pair(r, 2, torch.device("cpu")), greedy=False)
+        evaluate(SingleTurn(engine), prompts, PARAMS, seeds, Scorer(), Pair(r, 2, torch.device("cpu")), greedy=False)
         for r in range(2)
     ]
     assert all(seeds == [[first] for first in firsts] for _, firsts, seeds in engine.asked)
@@ -234,7 +235,9 @@ def test_check_scores_each_sample_on_one_rank(monkeypatch):
     stream = SimpleNamespace(take=lambda number: prompts[:number])
     for rank in range(2):
         world = Pair(rank, 2, torch.device("cpu"))
-        parts: Any = SimpleNamespace(stream=stream, engine=Engine(), rewards=Judge(), world=world)
+        parts: Any = SimpleNamespace(
+            stream=stream, engine=Engine(), episodes=SingleTurn(Engine()), rewards=Judge(), world=world
+        )
         assert [g.rewards for g in check._sample(parts, Config())] == [[float(i), 0.5] for i in range(4)]
     assert asked == [0, 1, 2, 3]
 

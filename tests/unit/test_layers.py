@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "pgrpo"
 LAYERS = [  # bottom first; a file imports from its own folder and from those before it
     "types", "config", "process", "algorithm", "attention", "packing", "sandbox", "tracking", "planning", "distributed", "model",
-    "rewards", "data", "rollout", "checkpoint", "planning/placement", "training", "grpo", "early", "commands", "", "cli",
-    "__main__",
+    "rewards", "data", "rollout", "environments", "checkpoint", "planning/placement", "training", "grpo", "early", "commands",
+    "", "cli", "__main__",
 ]  # fmt: skip
 """A folder, a file at the top, or a file that lies above the rest of its folder; "" is pgrpo/__init__.py, the Python face."""
 PURE = {"types", "algorithm", "attention", "packing"}

@@ -35,10 +35,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_all_are_here() -> None:
-    assert CONFIGS == ["quickstart", "qwen3_0.6b", "qwen3_4b", "smollm2_135m"]
+    assert CONFIGS == ["quickstart", "qwen3_0.6b", "qwen3_4b", "smollm2_135m", "tools_quickstart"]
     assert RECIPES == [
         "addition",
         "arithmetic",
+        "calculator",
         "code",
         "countdown",
         "gsm8k",

@@ -14,6 +14,7 @@ import torch
 
 from pgrpo.config import RewardConfig
 from pgrpo.distributed.world import World
+from pgrpo.environments.episodes import SingleTurn
 from pgrpo.process.stopping import Stopped
 from pgrpo.rewards import RewardError, RewardRunner
 from pgrpo.rewards.reward_model import RewardModel
@@ -46,7 +47,9 @@ PROMPTS = [Prompt(10 + i, text, [1], {"answer": ""}) for i, text in enumerate(TE
 def rollout(rewards: RewardRunner, script: Callable, world: World = WORLD) -> list[Group]:
     engine: Any = Scripted(script)
     try:
-        return sample_and_score(engine, rewards, world, PROMPTS, SamplingParams(4), [[0, 1]] * len(PROMPTS)).groups
+        return sample_and_score(
+            SingleTurn(engine), rewards, world, PROMPTS, SamplingParams(4), [[0, 1]] * len(PROMPTS)
+        ).groups
     finally:
         assert engine.ended
 

@@ -25,17 +25,17 @@ class DecodeCache:
 
     Args:
         prompt_lens: N prompt lengths.
-        group_size: rows of each prompt; rows are ordered by prompt.
+        rows_of: N numbers of rows; rows are ordered by prompt.
         capacity: the most tokens of a completion.
     """
 
-    def __init__(self, prompt_lens: Sequence[int], group_size: int, capacity: int, device: torch.device) -> None:
+    def __init__(self, prompt_lens: Sequence[int], rows_of: Sequence[int], capacity: int, device: torch.device) -> None:
         self.capacity = capacity
         self.length = 0  # completion tokens in the cache, the same for every row
         self._device = device
         self._cu_prefix = cumulative(prompt_lens, device)
         self._prompt_lens, self._max_prefix = list(prompt_lens), max(prompt_lens)
-        self._group_of_row = torch.arange(len(prompt_lens)).repeat_interleave(group_size)
+        self._group_of_row = torch.arange(len(prompt_lens)).repeat_interleave(torch.tensor(rows_of))
         self._prefixes: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> K, V [prompt rows, K, D]
         self._suffixes: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> K, V [B, C, K, D]
         self._across = self._suffix_segments()

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from itertools import accumulate, groupby
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pgrpo.distributed.fsdp import Root, no_gradient
-from pgrpo.rollout.base import OnFinished
+from pgrpo.rollout.base import More, OnFinished, no_more
 from pgrpo.rollout.embedded.cache import DecodeCache
 from pgrpo.rollout.embedded.sampling import draw, uniforms
 from pgrpo.rollout.text import Tokenizer, make_completions
-from pgrpo.types import Request, SamplingParams
+from pgrpo.types import Completion, Request, SamplingParams
 
 LEAVE_FRACTION = 0.25
 """Finished completions leave the batch when they are this fraction of it, as the cache of the others is copied then."""
@@ -67,6 +68,7 @@ class EmbeddedEngine:
         self.metrics: dict[str, float] = {"time/weight_sync": 0.0}  # no weights to push
         self.notes: list[str] = []
         self.counted_bytes = 0
+        self.filler = Request([min(eos_token_ids, default=0)], [0], max_tokens=1)
         self.weights_version = 0
 
     def awake(self, version: int) -> nullcontext[None]:
@@ -77,33 +79,52 @@ class EmbeddedEngine:
     def close(self) -> None:
         """See ``RolloutEngine``; nothing to release."""
 
-    def sample(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
+    def sample(
+        self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished, more: More = no_more
+    ) -> None:
         """Sample all requests in waves of at most ``max_concurrent`` completions. Each completion's seed alone decides its random
-        numbers."""
-        wave = max(1, self.max_concurrent // len(requests[0].seeds))
-        for start in range(0, len(requests), wave):
+        numbers. More requests are asked for when none is left, and all that come are awaited, so that waves do not depend on how
+        long something took. A rank without requests decodes one that nobody asked for while others have some."""
+        rest, start = list(requests) or list(more("all")), 0
+        while self.any_rank(bool(rest)):
+            count = completions = 0
+            while count < len(rest) and (not count or completions + len(rest[count].seeds) <= self.max_concurrent):
+                completions += len(rest[count].seeds)
+                count += 1
+            wave, rest = rest[:count], rest[count:]
+
+            def finished(position: int, completions: list[Completion], start: int = start, count: int = count) -> None:
+                if position < count:
+                    on_finished(start + position, completions)
+
             with no_gradient(self.policy):
-                self._sample_wave(
-                    requests[start : start + wave],
-                    params,
-                    lambda position, completions, start=start: on_finished(start + position, completions),
-                )
+                self._sample_wave(wave or [self.filler], params, finished)
+            start += count
+            rest = rest or list(more("all"))
 
     def _sample_wave(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
         device = self.policy.device
-        group_size, limit = len(requests[0].seeds), params.max_completion_tokens
-        prompt_lens = [len(request.token_ids) for request in requests]
-        total = len(requests) * group_size
+        limit = params.max_completion_tokens
+        sizes = [len(request.seeds) for request in requests]
+        first = [0, *accumulate(sizes)]  # of each request, its first completion
+        total = first[-1]
+        # Neighbours with the same prompt share its keys and values: the first turns of a group, say.
+        prompts = [list(same) for _, same in groupby(requests, key=lambda request: request.token_ids)]
+        rows_of = [sum(len(request.seeds) for request in same) for same in prompts]
+        prompt_ids = [same[0].token_ids for same in prompts]
+        prompt_lens = [len(ids) for ids in prompt_ids]
+        limits = torch.tensor([min(r.max_tokens or limit, limit) for r in requests for _ in r.seeds], device=device)
         uniform = uniforms([seed for request in requests for seed in request.seeds], limit).to(device)
         tokens = torch.zeros(total, limit, dtype=torch.long, device=device)
         logprobs = torch.zeros(total, limit, device=device)
-        lengths = torch.full((total,), limit, device=device)
+        lengths = limits.clone()
         stopped = torch.zeros(total, dtype=torch.bool, device=device)
+        done = torch.zeros(total, dtype=torch.bool, device=device)  # stopped, or at its limit
         waiting = set(range(len(requests)))  # requests with a completion that still decodes
 
         def hand_over(position: int) -> None:
             waiting.remove(position)
-            own = slice(position * group_size, (position + 1) * group_size)
+            own = slice(first[position], first[position + 1])
             ids, sampled_at = (
                 [row[:n] for row, n in zip(x[own].tolist(), lengths[own].tolist(), strict=True)]
                 for x in (tokens, logprobs)
@@ -113,25 +134,28 @@ class EmbeddedEngine:
             )
             on_finished(position, made)
 
-        cache = DecodeCache(prompt_lens, group_size, limit, device)
+        cache = DecodeCache(prompt_lens, rows_of, limit, device)
         rows = torch.arange(total, device=device)  # the completion of each row of the batch
-        positions = torch.tensor(prompt_lens, device=device).repeat_interleave(group_size)
-        logits = self._prefill(requests, prompt_lens, cache).repeat_interleave(group_size, dim=0)
+        repeats = torch.tensor(rows_of, device=device)
+        positions = torch.tensor(prompt_lens, device=device).repeat_interleave(repeats)
+        logits = self._prefill(prompt_ids, cache).repeat_interleave(repeats, dim=0)
         for t in range(limit):
             if t % CHECK_EVERY == 0:
                 self.check_stop()
             drawn, drawn_logprobs = draw(logits, params, uniform[rows, t])
             tokens[rows, t], logprobs[rows, t] = drawn, drawn_logprobs
             ended = torch.isin(drawn, self.eos_token_ids) | self._ends_in_stop_string(tokens[rows, : t + 1], params)
-            newly_ended = rows[ended & ~stopped[rows]]
+            newly_ended = rows[ended & ~done[rows]]
             stopped[newly_ended] = True
             lengths[newly_ended] = t + 1
-            if len(newly_ended):
-                done = stopped.view(len(requests), group_size).all(-1).tolist()
+            newly_done = rows[(ended | (limits[rows] == t + 1)) & ~done[rows]]
+            done[newly_done] = True
+            if len(newly_done):
+                finished = done.tolist()
                 for position in sorted(waiting):
-                    if done[position]:
+                    if all(finished[first[position] : first[position + 1]]):
                         hand_over(position)
-            running = ~stopped[rows]
+            running = ~done[rows]
             if t + 1 == limit or not self.any_rank(bool(running.any())):
                 break
             if running.sum() <= (1 - LEAVE_FRACTION) * len(rows):
@@ -143,13 +167,12 @@ class EmbeddedEngine:
             inputs = {"input_ids": drawn, "position_ids": positions[rows] + t}
             logits = self.policy.next_logits(inputs, cache, torch.arange(len(rows), device=device))
             cache.advance()
-        for position in sorted(waiting):
-            hand_over(position)
 
-    def _prefill(self, requests: Sequence[Request], prompt_lens: list[int], cache: DecodeCache) -> Tensor:
-        """Logits [N, V] of each completion's first token."""
+    def _prefill(self, prompt_ids: Sequence[list[int]], cache: DecodeCache) -> Tensor:
+        """Logits [N, V] of the first token behind each prompt."""
         device = self.policy.device
-        input_ids = torch.tensor([t for request in requests for t in request.token_ids], device=device)
+        prompt_lens = [len(ids) for ids in prompt_ids]
+        input_ids = torch.tensor([t for ids in prompt_ids for t in ids], device=device)
         position_ids = torch.cat([torch.arange(n, device=device) for n in prompt_lens])
         last_rows = torch.tensor(prompt_lens, device=device).cumsum(0) - 1
         inputs = {"input_ids": input_ids, "position_ids": position_ids}

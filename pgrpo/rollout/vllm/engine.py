@@ -24,6 +24,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -35,12 +36,12 @@ from pgrpo.distributed.world import World
 from pgrpo.packing.forest import Tree
 from pgrpo.process.deadline import deadline
 from pgrpo.process.stopping import Stopped
-from pgrpo.rollout.base import OnFinished
+from pgrpo.rollout.base import More, OnFinished, no_more
 from pgrpo.rollout.text import Tokenizer, make_completions
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.rollout.vllm.delivery import Delivery
 from pgrpo.rollout.vllm.offload import Offload
-from pgrpo.rollout.vllm.requests import DEADLINE, EngineError, Requests, vllm_errors
+from pgrpo.rollout.vllm.requests import DEADLINE, Asked, EngineError, Requests, vllm_errors
 from pgrpo.types import Completion, Request, SamplingParams
 
 T = TypeVar("T")
@@ -83,7 +84,7 @@ class VLLMEngine:
         self.weights, self.weight_names = weights, weight_names
         self.seconds = config.rollout.vllm_deadline_s
         self.sleeps = world.device.type == "cuda"
-        self.max_model_len = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+        self.max_model_len = config.max_sample_tokens
         self.is_awake = False
         self.divisor = 1.0
         self.metrics: dict[str, float] = {}
@@ -136,8 +137,11 @@ class VLLMEngine:
         )
         self.metrics["rollout/preemptions"] = self.world.sum(preempted).item() / self.tp_size
 
-    def sample(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
-        """Sample every request, as one request of vLLM each.
+    def sample(
+        self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished, more: More = no_more
+    ) -> None:
+        """Sample every request, as one request of vLLM each. Those of ``more`` join as soon as they are there, so that such a run
+        is not the same each time.
 
         The random numbers depend on all seeds of the call together: repeating a call with the same weights gives the same
         completions, but calling with some of its requests may give others.
@@ -147,25 +151,22 @@ class VLLMEngine:
             RankFailed: the same on another rank.
             Stopped: a stop signal arrived on any rank.
         """
-        self._together(lambda: self._sample(requests, params, on_finished))
+        self._together(lambda: self._sample(requests, params, on_finished, more))
 
-    def _sample(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
+    def _sample(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished, more: More) -> None:
+        requests = list(requests) or list(more("any"))
+        if not requests:  # no episode has a turn
+            return
         place, count = 0, len(requests)
         if self.tp_group is not None:  # every rank of a shared engine submits all requests and keeps its own
             shares: list[Any] = [None] * self.tp_size
             dist.all_gather_object(shares, list(requests), group=self.tp_control)
             place = self.world.rank % self.tp_size * count
             requests = [request for share in shares for request in share]
-        for token_ids, _ in requests:
-            if len(token_ids) + params.max_completion_tokens > self.max_model_len:
-                raise EngineError(
-                    f"a prompt of {len(token_ids)} tokens and a completion of up to {params.max_completion_tokens} exceed the "
-                    f"engine's {self.max_model_len} (data.max_prompt_tokens + rollout.max_completion_tokens)"
-                )
         greedy, group_size = params.temperature == 0.0, len(requests[0].seeds)
-        request = vllm_start.package().SamplingParams(
+        settings: Any = partial(
+            vllm_start.package().SamplingParams,
             n=1 if greedy else group_size,  # vLLM refuses n > 1 when greedy: sample once, copy below
-            max_tokens=params.max_completion_tokens,
             temperature=0.0 if greedy else 1.0,  # _divide_logits applies the temperature
             top_p=params.top_p,
             top_k=params.top_k,
@@ -187,9 +188,24 @@ class VLLMEngine:
         self.divisor = 1.0 if greedy else params.temperature
         try:
             seed = _joint_seed([r.seeds for r in requests])
-            self.requests.run_all([r.token_ids for r in requests], request, seed, take)
+            self.requests.run_all(
+                [self._request(r, params, settings) for r in requests],
+                seed,
+                take,
+                lambda wait: [self._request(r, params, settings) for r in more(wait)],
+            )
         finally:
             self.divisor = 1.0
+
+    def _request(self, request: Request, params: SamplingParams, settings: Callable[..., Any]) -> Asked:
+        """The request in vLLM's terms. EngineError if it does not fit."""
+        limit = min(request.max_tokens or params.max_completion_tokens, params.max_completion_tokens)
+        if len(request.token_ids) + limit > self.max_model_len:
+            raise EngineError(
+                f"a prompt of {len(request.token_ids)} tokens and a completion of up to {limit} exceed the engine's "
+                f"{self.max_model_len} (data.max_prompt_tokens + rollout.max_completion_tokens, or those of an episode)"
+            )
+        return request.token_ids, settings(max_tokens=limit)
 
     def _completions(self, output: Any, params: SamplingParams) -> list[Completion]:
         samples = sorted(output.outputs, key=lambda sample: sample.index)
@@ -211,7 +227,7 @@ class VLLMEngine:
         self._check_awake()
         outputs: dict[int, Any] = {}
         prompts = [prompt + completion for prompt, completion in samples]
-        self._together(lambda: self.requests.run(prompts, request, 0, outputs.__setitem__))
+        self._together(lambda: self.requests.run([(prompt, request) for prompt in prompts], 0, outputs.__setitem__))
         return [
             outputs[i].prompt_logprobs[at][outputs[i].prompt_token_ids[at]].logprob
             for i, (prompt, completion) in enumerate(samples)

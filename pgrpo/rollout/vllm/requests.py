@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -13,11 +14,14 @@ from pgrpo.config import ConfigError
 from pgrpo.process.deadline import deadline
 from pgrpo.process.rng import rng_state, seed_all, set_rng_state
 from pgrpo.process.stopping import Stopped
+from pgrpo.rollout.base import Wait
 from pgrpo.rollout.vllm.delivery import DeliveryError
 
 DEADLINE = "rollout.vllm_deadline_s"
 RETRIES = 2
 """Number of times that a prompt is sampled again if vLLM aborts its completions."""
+Asked = tuple[list[int], Any]
+"""A prompt's token ids and vLLM's ``SamplingParams``."""
 OnOutput = Callable[[int, Any], None]
 """Called with a prompt's position and vLLM's output for it."""
 log = logging.getLogger(__name__)
@@ -55,47 +59,70 @@ class Requests:
 
         scheduler.schedule = counted
 
-    def run_all(self, prompts: list[list[int]], request: Any, seed: int, on_output: OnOutput) -> None:
-        """``run``, and again for prompts with a completion that vLLM aborted, as a partial completion must not be scored.
+    def run_all(
+        self, asked: Sequence[Asked], seed: int, on_output: OnOutput, more: Callable[[Wait], Sequence[Asked]]
+    ) -> None:
+        """``run``, and again for requests with a completion that vLLM aborted, as a partial completion must not be scored. They
+        are sampled again at once, with those of ``more``.
 
         Raises:
-            EngineError: prompts were still aborted after ``RETRIES`` retries.
+            EngineError: a request was still aborted after ``RETRIES`` retries.
         """
-        waiting, text = list(range(len(prompts))), ""
-        for attempt in range(1 + RETRIES):
-            if attempt:
-                log.warning("%s: they are sampled again", text)
-            given_up: dict[int, set[str]] = {}
+        requests = list(asked)  # by position
+        places = list(range(len(requests)))  # the position of each of vLLM's
+        aborted: list[int] = []
+        tries: Counter[int] = Counter()
 
-            def take(
-                place: int, output: Any, asked: list[int] = waiting, given_up: dict[int, set[str]] = given_up
-            ) -> None:
-                if reasons := {str(sample.finish_reason) for sample in output.outputs} - {"stop", "length"}:
-                    given_up[asked[place]] = reasons
-                else:
-                    on_output(asked[place], output)
-
-            self.run([prompts[i] for i in waiting], request, seed + attempt, take)
-            waiting = sorted(given_up)
-            if not waiting:
+        def take(place: int, output: Any) -> None:
+            position = places[place]
+            if not (reasons := {str(sample.finish_reason) for sample in output.outputs} - {"stop", "length"}):
+                on_output(position, output)
                 return
-            reasons = ", ".join(sorted(set().union(*given_up.values())))
-            text = f"vLLM gave up completions of {len(waiting)} of {len(prompts)} prompts ({reasons})"
-        raise EngineError(f"{text}, {1 + RETRIES} times in a row")
+            tries[position] += 1
+            text = (
+                f"vLLM gave up a completion of prompt {position + 1} of {len(requests)} ({', '.join(sorted(reasons))})"
+            )
+            if tries[position] > RETRIES:
+                raise EngineError(f"{text}, {1 + RETRIES} times in a row")
+            log.warning("%s: it is sampled again", text)
+            aborted.append(position)
 
-    def run(self, prompts: list[list[int]], request: Any, seed: int, on_output: OnOutput) -> None:
-        """Call ``on_output`` with each prompt's position and output as soon as it is finished."""
+        def others(wait: Wait) -> list[Asked]:
+            again, aborted[:] = list(aborted), []
+            new = more("no" if again else wait)
+            places.extend([*again, *range(len(requests), len(requests) + len(new))])
+            requests.extend(new)
+            return [requests[position] for position in again] + list(new)
+
+        self.run(requests, seed, take, others)
+
+    def run(
+        self,
+        asked: Sequence[Asked],
+        seed: int,
+        on_output: OnOutput,
+        more: Callable[[Wait], Sequence[Asked]] = lambda _: (),
+    ) -> None:
+        """Call ``on_output`` with each request's position and output as soon as it is finished. ``more`` gives further requests;
+        none, when nothing is left to sample, is the end."""
         state = rng_state()
         seed_all(seed)
         steps = finished = 0
         with deadline(self.seconds, "a vLLM rollout", DEADLINE), vllm_errors("rollout"):
             first = self.llm.request_counter.counter
-            ids = self.llm.enqueue([{"prompt_token_ids": p} for p in prompts], request, use_tqdm=False)
-            engine = self.llm.llm_engine
+            engine, ids = self.llm.llm_engine, []
+
+            def enqueue(requests: Sequence[Asked]) -> bool:
+                for token_ids, settings in requests:
+                    ids.extend(self.llm.enqueue([{"prompt_token_ids": token_ids}], settings, use_tqdm=False))
+                return bool(requests)
+
             try:
-                while engine.has_unfinished_requests():
+                enqueue(asked)
+                while engine.has_unfinished_requests() or enqueue(more("any")):
                     if signum := self.stop_signal(steps := steps + 1):
                         raise Stopped(signum)
+                    enqueue(more("no"))
                     for output in engine.step():
                         if output.finished:
                             on_output(int(output.request_id) - first, output)

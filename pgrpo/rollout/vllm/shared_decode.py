@@ -66,7 +66,7 @@ def read_less(group_size: int, prompt_tokens: int, completion_tokens: int) -> fl
 def not_wanted(config: Config, device_type: str) -> str | None:
     """Why a run that could share decodes plainly; None if it wants to share."""
     mode, group_size = config.rollout.shared_decode, config.rollout.group_size
-    prompt, completion = config.data.max_prompt_tokens, config.rollout.max_completion_tokens
+    prompt, completion = config.data.max_prompt_tokens, config.max_sampled_tokens
     less = read_less(group_size, prompt, completion)
     if mode == "never":
         return "rollout.shared_decode=never"

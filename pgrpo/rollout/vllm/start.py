@@ -109,7 +109,7 @@ def start(config: Config, world: World, memory_share: float) -> Started:
             tensor_parallel_size=rollout.tensor_parallel_size,
             disable_custom_all_reduce=True,
             compilation_config={"pass_config": {"fuse_allreduce_rms": False}},
-            max_model_len=config.data.max_prompt_tokens + rollout.max_completion_tokens,
+            max_model_len=config.max_sample_tokens,
             max_num_seqs=rollout.max_concurrent,
             gpu_memory_utilization=memory_share,
             enforce_eager=rollout.enforce_eager,
@@ -137,7 +137,7 @@ def completions_at_once(config: Config, ranks: int) -> int:
 def tell_room(config: Config, ranks: int, tokens: int) -> str:
     """How many completions at their longest fit a cache of so many tokens, with their prompts. Warns if they are too few."""
     rollout, prompt = config.rollout, config.data.max_prompt_tokens
-    completion, size = rollout.max_completion_tokens, rollout.group_size
+    completion, size = config.max_sampled_tokens, rollout.group_size
     groups, rest = divmod(tokens, prompt + size * completion)
     fit, wanted = groups * size + max(0, rest - prompt) // completion, completions_at_once(config, ranks)
     text = f"vLLM's cache holds {tokens:,} tokens: {fit} completions at their longest, of {wanted} at once"

@@ -1,0 +1,260 @@
+"""The chat template as token ids: prompts with their tools, and what stands between two turns of the model.
+
+What the model sampled is never rendered or tokenized again. What it is told then (results of tools, messages) is the difference
+of two renderings of a dummy conversation: all that the template writes behind the model's turn. The end of the turn is the first
+of the model's end tokens there; it was sampled already, or is added in front where the model ended its turn otherwise.
+
+``check`` renders the transitions that a run may need, before a model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from pgrpo.config import ConfigError
+from pgrpo.data.control import MARK, Control, unmarked
+from pgrpo.environments.parsing import FAMILIES, Parse, Reply, own_template
+from pgrpo.types import Messages
+
+SENTINEL = "PROBE-OF-THE-TURN"
+RESULT = "PROBE-OF-RESULT-"
+CUT = "\n[the rest is cut]"
+REASONING = "PROBE-OF-REASONING"
+USER = {"role": "user", "content": "?"}
+PROBE_ARGUMENTS = {"number": 7, "text": SENTINEL}
+
+
+class TemplateProblem(ValueError):
+    """The template cannot do a transition; the message says what is wrong with it."""
+
+
+class Transition(NamedTuple):
+    """One kind of step between two turns.
+
+    Attributes:
+        name: for messages.
+        problem: why it cannot be done; None if it can.
+        rewrites: text of the earlier turns that the template writes in another way once this step is made; what the model sampled
+            stays in the episode. None if it keeps all.
+    """
+
+    name: str
+    problem: str | None
+    rewrites: str | None
+
+
+class Chat:
+    """The chat template of one set of tools.
+
+    Args:
+        tokenizer: of the model, with a chat template.
+        end_ids: tokens that end a turn of the model.
+        schemas: of the tools; may be empty.
+        kwargs: ``prompt.chat_template_kwargs``.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: Collection[int],
+        schemas: Sequence[dict[str, Any]],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self.tokenizer, self.schemas, self._kwargs = tokenizer, list(schemas), kwargs
+        self._ends = {str(tokenizer.convert_ids_to_tokens(token)): token for token in end_ids}
+        self._rows, self._others = Control(tokenizer, special_only=True), Control(tokenizer, special_only=False)
+        self._by_template = own_template(tokenizer, schemas)
+        self._family: Parse | None = None
+        self._one_call = False  # the template renders no turn with several calls
+
+    def prompt(self, messages: Messages, more: str) -> tuple[str, list[int]]:
+        """Text and ids of a prompt whose last message has ``more`` at its end, a text of the environment."""
+        guarded = [self._guarded(message, self._rows) for message in messages]
+        guarded[-1]["content"] += self._others.guard(more)
+        return self.render_ids(guarded)
+
+    def prompt_with(self, messages: Messages, more: Messages) -> tuple[str, list[int]]:
+        """Text and ids of a prompt with further messages of the environment."""
+        guarded = [self._guarded(message, self._rows) for message in messages]
+        return self.render_ids(guarded + [self._guarded(message, self._others) for message in more])
+
+    def render_ids(self, guarded: Messages) -> tuple[str, list[int]]:
+        text = self._render(guarded, generate=True)
+        return str(unmarked(text)), self._others.encode(text)
+
+    def told(self, names: Sequence[str], messages: Messages) -> tuple[int, list[int]]:
+        """What the template writes between a turn of the model and its next one.
+
+        Args:
+            names: of the tools that the turn called; empty for a turn without calls.
+            messages: what the model is told: a result for each call, in order, and others.
+
+        Returns:
+            The token that ends the turn, and the ids behind it.
+        """
+        guarded = [self._guarded(message, self._others) for message in messages]
+        for message in guarded:  # the probe's text is looked for below
+            message["content"] = message["content"].replace(SENTINEL, f"{SENTINEL[0]}{MARK}{SENTINEL[1:]}")
+        names = [
+            name or self.schemas[0]["function"]["name"] for name in names
+        ]  # a call that could not be read has none
+        end, text = self._behind(_turn(names[:1] if self._one_call else names), guarded)
+        return self._ends[end], self._others.encode(text, behind=end)
+
+    def shorter(self, text: str, over: int, most: int) -> str | None:
+        """The beginning of a text, at least ``over`` tokens shorter, with a note; None if nothing would be left of it.
+
+        Args:
+            most: tokens of which it keeps at most as many.
+        """
+        # A token of text is rarely longer than this; a text of megabytes is not tokenized whole for that.
+        ids = self._others.encode(self._others.guard(text[: 32 * (over + most)]))
+        note = len(self._others.encode(CUT))
+        keep = min(len(ids) - over - note, most)
+        if keep <= 0:
+            return None
+        return str(self.tokenizer.decode(ids[:keep], clean_up_tokenization_spaces=False)).rstrip("\ufffd") + CUT
+
+    def parse(self, ids: Sequence[int], prompt_ids: Sequence[int]) -> Reply:
+        """The parts of a turn that was sampled behind ``prompt_ids``, all tokens in front of it."""
+        ids = list(ids[:-1] if ids and ids[-1] in self._ends.values() else ids)
+        if self._by_template:
+            return self._by_template(ids, list(prompt_ids))
+        text = str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        if self._family is None:
+            return Reply(text, "", [])
+        before = str(self.tokenizer.decode(list(prompt_ids[-8:]), clean_up_tokenization_spaces=False))
+        return self._family(text, before.rstrip().endswith("<think>"))
+
+    def check(self, key: str) -> list[Transition]:
+        """Choose how calls are parsed, and try the transitions. Those that tools need must be possible.
+
+        Raises:
+            ConfigError: the template has no tools, or nothing reads its calls, or a result cannot be told.
+        """
+        if not self.schemas:
+            return []
+        template = f"{key}: the chat template of {self.tokenizer.name_or_path or 'this model'}"
+        tool = self.schemas[0]["function"]["name"]
+        try:
+            written = self._written_call(tool)
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise ConfigError(f"{template} does not render calls of tools ({error}); use a model with tools") from error
+        if written is None:
+            raise ConfigError(
+                f"{template} leaves out calls or results of tools; use a model that was trained with tools"
+            )
+        if self._by_template is None:
+            self._family = next((parse for parse in FAMILIES.values() if _reads(parse, written, tool)), None)
+            if self._family is None:
+                raise ConfigError(
+                    f"{template} writes calls in a format that pgrpo cannot read ({written.strip()!r:.200}); it reads those of "
+                    f"{', '.join(FAMILIES)}. Give the tokenizer a response_template"
+                )
+        user = {"role": "user", "content": f"{RESULT}2"}
+        transitions = [
+            self._try("a call and its result", _turn([tool]), _results([tool])),
+            self._try("a call behind reasoning and its result", _turn([tool], REASONING), _results([tool])),
+            self._try("two calls and their results", _turn([tool, tool]), _results([tool, tool])),
+            self._try("an answer behind reasoning and a user message", _turn([], REASONING), [user]),
+            self._try(
+                "a call behind reasoning, its result and a user message",
+                _turn([tool], REASONING),
+                [*_results([tool]), user],
+            ),
+        ]
+        if transitions[0].problem:
+            raise ConfigError(f"{template}: {transitions[0].name}: {transitions[0].problem}; use another template")
+        self._one_call = transitions[2].problem is not None
+        return transitions
+
+    def _written_call(self, tool: str) -> str | None:
+        """What the template writes for a turn that calls a tool; None if call or result is not in it."""
+        turn = _turn([tool])
+        turn["tool_calls"][0]["function"]["arguments"] = PROBE_ARGUMENTS
+        head = self._render([USER, turn], generate=False)
+        full = self._render([USER, turn, *_results([tool])], generate=True)
+        if not (tool in head and SENTINEL in head and f"{RESULT}0" in full):
+            return None
+        start = _same(head, self._render([USER], generate=True))
+        end = next((at for text in self._ends if (at := head.find(text, head.rfind(SENTINEL))) >= 0), len(head))
+        return head[start:end]
+
+    def _try(self, name: str, turn: dict[str, Any], messages: Messages) -> Transition:
+        try:
+            _, text = self._behind(turn, messages)
+            if missing := [m["content"] for m in messages if m["content"] not in text]:
+                raise TemplateProblem(
+                    f"{missing[0]!r} is not behind one of the model's end tokens ({', '.join(self._ends)})"
+                )
+            head, full = (self._render([USER, turn, *more], generate=bool(more)) for more in ([], messages))
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            return Transition(name, " ".join(str(error).split()), None)
+        kept = head[: head.rfind(SENTINEL)]
+        rewritten = kept[_same(kept, full) :]
+        return Transition(name, None, rewritten[:80] or None)
+
+    def _behind(self, turn: dict[str, Any], guarded: Messages) -> tuple[str, str]:
+        """The text of the token that ends a turn, and the rendered text behind it.
+
+        Raises:
+            TemplateProblem: there is none of the model's end tokens behind the turn.
+        """
+        full = self._render([USER, turn, *guarded], generate=True)
+        start = full.rfind(SENTINEL) + len(SENTINEL)
+        found = [(at, -len(text), text) for text in self._ends if (at := full.find(text, start)) >= 0]
+        if start < len(SENTINEL) or not found:
+            raise TemplateProblem(f"the turn does not end in one of the model's end tokens ({', '.join(self._ends)})")
+        at, _, end = min(found)
+        return end, full[at + len(end) :]
+
+    def _render(self, messages: Messages, *, generate: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tools=self.schemas or None, tokenize=False, add_generation_prompt=generate, **self._kwargs
+            )  # pyright: ignore[reportArgumentType]
+        )
+
+    @staticmethod
+    def _guarded(message: dict[str, Any], control: Control) -> dict[str, Any]:
+        return {**message, "content": control.guard(message["content"])}
+
+
+def _same(one: str, other: str) -> int:
+    """Number of characters with which both begin."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def call_id(number: int) -> str:
+    """Of the n-th call of an episode: nine letters and digits, as some templates demand."""
+    return f"call{number:05d}"
+
+
+def _turn(names: Sequence[str], reasoning: str = "") -> dict[str, Any]:
+    """A turn of the model that calls these tools, or answers. Its last text is the sentinel."""
+    thought = {"reasoning_content": reasoning, "thinking": reasoning} if reasoning else {}
+    if not names:
+        return {"role": "assistant", "content": SENTINEL, **thought}
+    calls = [
+        {"type": "function", "id": call_id(i), "function": {"name": name, "arguments": {"text": SENTINEL}}}
+        for i, name in enumerate(names)
+    ]
+    return {"role": "assistant", "content": "", "tool_calls": calls, **thought}
+
+
+def _results(names: Sequence[str]) -> Messages:
+    return [
+        {"role": "tool", "name": name, "tool_call_id": call_id(i), "content": f"{RESULT}{i}"}
+        for i, name in enumerate(names)
+    ]
+
+
+def _reads(parse: Callable[..., Reply], written: str, tool: str) -> bool:
+    """Whether a parser reads the template's rendering of the probe's call back."""
+    calls = parse(written, False).calls
+    wanted = {name: str(value) for name, value in PROBE_ARGUMENTS.items()}
+    return [(c.name, {k: str(v) for k, v in c.arguments.items()}, c.error) for c in calls] == [(tool, wanted, None)]

@@ -1,0 +1,102 @@
+"""The tools and environments of a run, from its config and from Python, checked before a model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pgrpo.config import Config, ConfigError
+from pgrpo.config.schema import PYTHON
+from pgrpo.distributed.world import World
+from pgrpo.environments.chat import Chat, Transition
+from pgrpo.environments.episodes import Episodes, SingleTurn, ToolLoop, kind_name
+from pgrpo.environments.tools import Kind, Tool, check_names, load_kinds, load_tools
+from pgrpo.rollout.base import RolloutEngine
+
+
+@dataclass(frozen=True)
+class Toolbox:
+    """What a model may call in this run; empty for single turns.
+
+    Attributes:
+        tools: of every episode.
+        kinds: name -> class of environments; the name is "" where there is one for all rows.
+        transitions: what the chat template can do between turns, for ``pgrpo check``.
+    """
+
+    tools: list[Tool]
+    kinds: dict[str, Kind]
+    transitions: list[Transition] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.tools or self.kinds)
+
+    def schemas_of(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """JSON schemas of the tools of a row of the data set."""
+        return self._schemas(kind_name(self.kinds, row))
+
+    def chats(
+        self, tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int], kwargs: dict[str, Any]
+    ) -> dict[str, Chat]:
+        """Name of a class of environments -> the chat template with its tools, tried out (``ConfigError``)."""
+        found = {}
+        for name in (self.kinds or {"": None}) if self else ():
+            found[name] = Chat(tokenizer, end_ids, self._schemas(name), kwargs)
+            self.transitions[:] = found[name].check("tools" if self.tools else "environment.factory")
+        return found
+
+    def own_rewards(self) -> list[Callable[..., list[Any]]]:
+        """A reward function for each class that has ``get_reward``, of the class's name."""
+        names = dict.fromkeys(kind.name for kind in self.kinds.values() if kind.has_reward)
+        return [_own_reward(name) for name in names]
+
+    def episodes(self, config: Config, engine: RolloutEngine, chats: dict[str, Chat], world: World) -> Episodes:
+        """Makes episodes with these tools on an engine. ConfigError for ranks that hold the same data."""
+        if not self:
+            return SingleTurn(engine)
+        if world.dp_size != world.size:
+            raise ConfigError(
+                f"tools, environment: {world.size // world.dp_size} ranks hold the same data (sequence parallelism), which is not "
+                "supported with tools and environments: each would run them"
+            )
+        limits = config.max_sampled_tokens, config.data.max_prompt_tokens
+        return ToolLoop(
+            engine, self.tools, self.kinds, chats, config.environment, *limits, lambda: bool(world.stop.signum)
+        )
+
+    def _schemas(self, name: str) -> list[dict[str, Any]]:
+        kind = self.kinds.get(name)
+        return [tool.schema for tool in (*self.tools, *(kind.tools if kind else ()))]
+
+
+def load_toolbox(config: Config, tools: Sequence[Callable[..., Any]] = (), environment: Any = None) -> Toolbox:
+    """What the config names and what is given from Python.
+
+    Raises:
+        ConfigError: one of them cannot be loaded, says too little for a schema, or is not given.
+    """
+    named = [tool for tool in config.tools if tool != PYTHON]
+    if len(named) < len(config.tools) and not tools:
+        raise ConfigError(f"tools: {PYTHON} were given from Python; name them by file.py:name, or pass tools=[...]")
+    if config.environment.factory == PYTHON and environment is None:
+        raise ConfigError(
+            f"environment.factory: {PYTHON} was given from Python; name it by file.py:Class, or pass environment=Class"
+        )
+    toolbox = Toolbox(
+        load_tools(named, tools), load_kinds(config.environment.factory, config.environment.args, environment)
+    )
+    for name, kind in toolbox.kinds.items():
+        check_names([*toolbox.tools, *kind.tools], f"environment.factory{f'.{name}' if name else ''}")
+    check_names(toolbox.tools, "tools")
+    return toolbox
+
+
+def _own_reward(name: str) -> Callable[..., list[Any]]:
+    def reward(own_rewards: list[dict[str, Any]]) -> list[Any]:
+        return [own.get(name) for own in own_rewards]
+
+    reward.__name__ = name
+    return reward

@@ -1,0 +1,179 @@
+"""What a model may call: plain functions, and the public methods of an environment. Schemas come from type hints and docstrings."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.utils.chat_template_utils import get_json_schema
+
+from pgrpo.config import ConfigError
+from pgrpo.config.functions import load_function
+from pgrpo.environments.parsing import Text
+
+OWN = ("reset", "get_reward", "close")
+"""Methods of an environment that pgrpo calls, and the model does not."""
+
+
+class BadCall(ValueError):
+    """A call of the model that cannot run: an unknown tool or wrong arguments. The message is for the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """One tool.
+
+    Attributes:
+        name: by which the model calls it.
+        schema: what the chat template is given.
+        function: the callable; None for a method of an environment, which is looked up in the episode's instance.
+    """
+
+    name: str
+    schema: dict[str, Any]
+    function: Callable[..., Any] | None = None
+
+    def checked(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments with the types of the schema.
+
+        Raises:
+            BadCall: one is unknown, missing or of another type.
+        """
+        parameters = self.schema["function"]["parameters"]
+        known, required = parameters.get("properties", {}), parameters.get("required", [])
+        if unknown := [name for name in arguments if name not in known]:
+            raise BadCall(f"{self.name} has no argument {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+        if missing := [name for name in required if name not in arguments]:
+            raise BadCall(f"{self.name} needs the argument {', '.join(missing)}")
+        return {name: _typed(self.name, name, value, known[name]) for name, value in arguments.items()}
+
+
+def _typed(tool: str, name: str, value: Any, schema: Mapping[str, Any]) -> Any:
+    """The value in one of the schema's types. A text that spells another type is read as that."""
+    kinds = schema.get("type")
+    if kinds is None:  # any type, or a choice between schemas
+        return _read(value) if isinstance(value, Text) else value
+    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    if schema.get("nullable"):
+        kinds.append("null")
+    if isinstance(value, Text) and "string" in kinds:
+        return str(value)
+    for candidate in [value, _read(value)] if isinstance(value, str) else [value]:
+        for kind in kinds:
+            if _is(candidate, kind):
+                whole = kind == "integer" and isinstance(candidate, float)
+                result = int(candidate) if whole else candidate
+                if schema.get("enum") and result not in schema["enum"]:
+                    raise BadCall(f"{tool}: {name} must be one of {json.dumps(schema['enum'])}, not {result!r:.80}")
+                return result
+    raise BadCall(f"{tool}: {name} must be of type {' or '.join(kinds)}, not {value!r:.80}")
+
+
+def _read(text: str) -> Any:
+    try:
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text.strip(), text))
+    except (ValueError, RecursionError):
+        return str(text)
+
+
+def _is(value: Any, kind: str) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return {
+        "string": isinstance(value, str),
+        "integer": is_number and value == value // 1,
+        "number": is_number,
+        "boolean": isinstance(value, bool),
+        "array": isinstance(value, list),
+        "object": isinstance(value, dict),
+        "null": value is None,
+    }.get(kind, True)
+
+
+def tool_of(function: Callable[..., Any], key: str, *, is_method: bool = False) -> Tool:
+    """A tool with its schema. ConfigError if the function does not say what the model needs to know."""
+    name = getattr(function, "__name__", None)
+    if not isinstance(name, str) or not inspect.isroutine(function):
+        raise ConfigError(f"{key}: a tool is a function with a name, not {function!r:.80}; wrap it in a `def`")
+    try:
+        schema = get_json_schema(function)
+    except Exception as error:  # of classes of its own for hints and docstrings; and NameError of a hint
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{key}: tool `{name}`: {reason}; it needs a type hint for each argument, and a docstring that describes it and has "
+            "all of them under `Args:`"
+        ) from error
+    return Tool(name, schema, None if is_method else function)
+
+
+def load_tools(names: Sequence[str], extra: Sequence[Callable[..., Any]] = ()) -> list[Tool]:
+    """The config's tools and those given from Python. ConfigError."""
+    found = [tool_of(load_function(name, key), key) for name, key in ((n, f"tools[{i}]") for i, n in enumerate(names))]
+    return found + [tool_of(function, f"tools[{i}]") for i, function in enumerate(extra)]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A class of environments.
+
+    Attributes:
+        name: of the class, and of its reward.
+        make: makes an instance.
+        tools: its public methods with a docstring, in alphabetical order.
+        has_reward: whether it has ``get_reward``.
+    """
+
+    name: str
+    make: Callable[[], Any]
+    tools: list[Tool]
+    has_reward: bool
+
+
+def kind_of(factory: Callable[..., Any], args: Mapping[str, Any], key: str) -> Kind:
+    """Make an instance, and look at its class. ConfigError if it is no environment."""
+    if not callable(factory):
+        raise ConfigError(f"{key}: an environment is a class or a function that makes one, not {factory!r:.80}")
+    try:
+        probe = factory(**args)
+    except Exception as error:
+        raise ConfigError(f"{key}: cannot be made with environment.args={dict(args)}: {error!r:.400}") from error
+    cls = type(probe)
+    if not callable(getattr(probe, "reset", None)):
+        raise ConfigError(f"{key}: {cls.__name__} has no method `reset(**row)`, which begins an episode")
+    methods = [
+        method
+        for method, function in inspect.getmembers(cls, inspect.isfunction)
+        if not method.startswith("_") and method not in OWN and inspect.getdoc(function)
+    ]
+    tools = [tool_of(getattr(probe, method), f"{key}, method {method}", is_method=True) for method in methods]
+    has_reward = callable(getattr(probe, "get_reward", None))
+    if callable(close := getattr(probe, "close", None)):
+        close()
+    return Kind(cls.__name__, lambda: factory(**args), tools, has_reward)
+
+
+def load_kinds(factory: Any, args: Mapping[str, Any], given: Any = None) -> dict[str, Kind]:
+    """Name -> class of environments; the name is empty where there is one for all rows.
+
+    Args:
+        factory: ``environment.factory``.
+        given: from Python, instead of it: a callable, or a mapping of names to callables.
+    """
+    made = given if given is not None else factory
+    if made is None:
+        return {}
+    named = made if isinstance(made, Mapping) else {"": made}
+    kinds = {}
+    for name, value in named.items():
+        key = f"environment.factory.{name}" if name else "environment.factory"
+        kinds[name] = kind_of(load_function(value, key) if isinstance(value, str) else value, args, key)
+    return kinds
+
+
+def check_names(tools: Sequence[Tool], key: str) -> None:
+    """Refuse two tools of one name, which a model could not tell apart (``ConfigError``)."""
+    names = [tool.name for tool in tools]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"{key}: two tools are called `{twice}`; rename one of them")
