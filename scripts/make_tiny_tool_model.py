@@ -13,6 +13,7 @@ import argparse
 import json
 import runpy
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -78,7 +79,7 @@ def make_model() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def episode(tokenizer: PreTrainedTokenizerFast, row: dict, tools: list[dict]) -> tuple[list[int], list[int]]:
+def episode(tokenizer: PreTrainedTokenizerFast, row: dict, tools: list[Any]) -> tuple[list[int], list[int]]:
     """Ids of a right episode, and labels: -100 on what the model only reads."""
     call = {"type": "function", "function": {"name": "multiply", "arguments": {"a": row["a"], "b": row["b"]}}}
     messages = [
@@ -91,7 +92,7 @@ def episode(tokenizer: PreTrainedTokenizerFast, row: dict, tools: list[dict]) ->
     def ids(count: int, generate: bool) -> list[int]:
         text = tokenizer.apply_chat_template(
             messages[:count], tools=tools, tokenize=False, add_generation_prompt=generate
-        )  # pyright: ignore[reportArgumentType]
+        )
         return tokenizer(str(text), add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
 
     whole, labels = ids(4, False), [-100] * len(ids(4, False))

@@ -64,7 +64,8 @@ class Chat:
         schemas: Sequence[dict[str, Any]],
         kwargs: dict[str, Any],
     ) -> None:
-        self.tokenizer, self.schemas, self._kwargs = tokenizer, list(schemas), kwargs
+        self.tokenizer, self._kwargs = tokenizer, kwargs
+        self.schemas: list[Any] = list(schemas)
         self._ends = {str(tokenizer.convert_ids_to_tokens(token)): token for token in end_ids}
         self._rows, self._others = Control(tokenizer, special_only=True), Control(tokenizer, special_only=False)
         self._by_template = own_template(tokenizer, schemas)
