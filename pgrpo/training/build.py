@@ -116,6 +116,8 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     end_ids = end_token_ids(tokenizer, eos, config.rollout.stop, config.rollout.keep_special_tokens)
     chats = toolbox.chats(tokenizer, end_ids, config.prompt.chat_template_kwargs)
     extra = [*given.rewards, *toolbox.own_rewards()]
+    if not (extra or config.rewards.functions or config.loss.teacher):
+        raise ConfigError("rewards.functions: [] scores nothing, and no environment has `get_reward`; name a reward")
     runner = RewardRunner(config.rewards.functions, on_error=config.rewards.on_error, extra=extra)
     try:
         prompts = with_readable_golds(prompts, config, runner, world, "training")

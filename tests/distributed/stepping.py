@@ -32,7 +32,7 @@ class Echo:
     def awake(self, version):
         return nullcontext()
 
-    def sample(self, requests, params, on_finished):
+    def sample(self, requests, params, on_finished, more=None):
         for position, request in enumerate(requests):
             on_finished(position, [Completion([1], [0.0], "stop", str(seed)) for seed in request.seeds])
 
@@ -74,8 +74,8 @@ def sampled_step(world, together):
     rest = iter([Prompt(i, f"prompt {i}", [1], {"answer": i}) for i in range(9)])
     judge = Judge()
     parts = SimpleNamespace(
-        config=config, world=replace(world, sequence_parallel_size=together), engine=Echo(), rewards=judge,
-        stream=SimpleNamespace(take=lambda n: [next(rest) for _ in range(n)]),
+        config=config, world=replace(world, sequence_parallel_size=together), episodes=SingleTurn(Echo()),
+        rewards=judge, stream=SimpleNamespace(take=lambda n: [next(rest) for _ in range(n)]),
     )  # fmt: skip
     groups, all_groups, metrics = sample_groups(parts, 5)  # pyright: ignore[reportArgumentType]
     told = [[(g.prompt, [e.text for e in g.episodes]) for g in some] for some in (groups, all_groups)]

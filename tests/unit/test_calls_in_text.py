@@ -169,7 +169,7 @@ SCHEMA: dict[str, Any] = {
 }  # fmt: skip
 
 
-def byte_tokenizer(template: str) -> PreTrainedTokenizerFast:
+def byte_tokenizer(template: str) -> Any:
     """A token a byte, and the marks of all families."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))

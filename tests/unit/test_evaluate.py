@@ -65,7 +65,7 @@ class Engine:
     def close(self):
         """Nothing is open."""
 
-    def sample(self, requests, params, on_finished):
+    def sample(self, requests, params, on_finished, more=None):
         self.asked.append((params, [r.token_ids[0] for r in requests], [r.seeds for r in requests]))
         text = "greedy" if params.temperature == 0 else "sampled"
         for position, (_, seeds, _) in enumerate(requests):
