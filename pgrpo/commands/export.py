@@ -57,7 +57,7 @@ def export(
     try:
         model.save_pretrained(writing)
         copy_source_files(initial, writing, dtype, model.config.model_type)
-        write_card(run_dir, int(path.name.removeprefix(PREFIX)), writing)
+        write_card(run_dir, int(path.name.removeprefix(PREFIX)), writing, out.name)
         # safetensors creates files that only their owner can read; a server may run as another user.
         for file in writing.glob("*.safetensors"):
             file.chmod((writing / "config.json").stat().st_mode)

@@ -17,13 +17,14 @@ SHOWN = ("reward", "eval/reward", "eval/pass@1", "eval/greedy/pass@1")
 """Metrics of the table; the curve has these and pass@k."""
 
 
-def write_card(run_dir: Path, step: int, out: Path) -> None:
+def write_card(run_dir: Path, step: int, out: Path, name: str) -> None:
     """Write README.md and, if steps were logged, curve.png into the folder of an exported model.
 
     Args:
         run_dir: the run; its config.yaml has no secrets.
         step: of the exported checkpoint.
         out: the folder.
+        name: of the model.
     """
     text = redact((run_dir / "config.yaml").read_text(encoding="utf-8"))
     config = yaml.safe_load(text)
@@ -37,7 +38,7 @@ def write_card(run_dir: Path, step: int, out: Path) -> None:
     front |= {"datasets": [data]} if _is_hub_name(data) else {}
     rewards = [reward.get("function") for reward in config.get("rewards", {}).get("functions", [])]
     lines = [
-        "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {out.name.removeprefix('.writing-')}", "",
+        "---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {name}", "",
         f"`{base}`, trained by GRPO ([arXiv 2402.03300](https://arxiv.org/abs/2402.03300)) with pgrpo {version('pgrpo')}: "
         f"the weights after step {step}.", "", f"- Base model: `{base}`", f"- Data: `{data}`",
         f"- Rewards: {', '.join(f'`{name}`' for name in rewards) or 'functions given from Python'}", "",

@@ -97,7 +97,7 @@ def open_thought(prompt: str) -> str:
     as in instructions, opens none."""
     rest = prompt.rpartition("</think>")[2]
     at = rest.rfind("<think>")
-    return rest[at:] if any(match.end() == at for match in _OPENS.finditer(rest)) else ""
+    return rest[at:] if at >= 0 and any(match.end() == at for match in _OPENS.finditer(rest)) else ""
 
 
 def stated(text: str, marker: str | None = None) -> str | None:

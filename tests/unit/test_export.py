@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -13,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from pgrpo import checkpoint
 from pgrpo.checkpoint import CheckpointError
 from pgrpo.commands.export import export
-from pgrpo.commands.source_files import copy_source_files
-from pgrpo.config import ConfigError
+from pgrpo.commands.source_files import copy_source_files, source_folder
+from pgrpo.config import ConfigError, ModelConfig
 
 VOCAB = {"<eos>": 0, "<pad>": 1, "a": 2, "b": 3, "c": 4}
 
@@ -199,6 +201,25 @@ def test_the_precision_of_parts_is_changed_and_a_config_of_another_type_is_left(
     copy_source_files(source, out, "float32", "a")
     parts = {"text_config": {"dtype": "float32", "n": 1}, "torch_dtype": "float32"}
     assert json.loads((out / "config.json").read_text()) == whole | parts
+
+
+def test_a_model_of_the_hub_is_found_in_its_cache(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path))
+    assert source_folder(ModelConfig("org/model", revision="v1")) == tmp_path
+    ((names, settings),) = asked
+    assert (names, settings["revision"]) == (("org/model",), "v1")
+    patterns = settings["allow_patterns"]
+    assert "*.json" in patterns and not any(fnmatch("model.safetensors", pattern) for pattern in patterns)
+
+    def fails(*_, **__):
+        raise FileNotFoundError("no network\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(
+        ConfigError, match=r"model\.path=org/model: its config and tokenizer cannot be copied: no network$"
+    ):
+        source_folder(ModelConfig("org/model"))
 
 
 def test_the_model_card_names_base_data_rewards_config_and_curve(tmp_path):

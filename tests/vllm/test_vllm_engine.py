@@ -224,6 +224,16 @@ def test_stop_strings(awake):
         assert "e" not in c.text and "7" not in c.text
 
 
+def test_special_tokens_are_kept_where_they_are_asked_for(awake):
+    engine, _ = awake
+    params = SamplingParams(max_completion_tokens=16, stop=("e7",), keep_special_tokens=True)
+    episodes = [e for g in generate(engine, prompts(*"abcdefgh"), params, seeds(8, 8)) for e in g.episodes]
+    assert any(0 in e.token_ids for e in episodes)
+    for e in episodes:
+        ids = e.token_ids[:-1] if e.token_ids[-1] == EOS else e.token_ids
+        assert e.text == "".join("<pad>" if t == 0 else LETTERS[t - 2] for t in ids).partition("e7")[0]
+
+
 def test_an_overlong_prompt_is_refused(awake):
     engine, _ = awake
     with pytest.raises(EngineError, match="a prompt of 33 tokens and a completion of up to 16 exceed the engine's 48"):
