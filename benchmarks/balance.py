@@ -25,12 +25,13 @@ import torch
 from pgrpo.commands.bench import random_model
 from pgrpo.config import load_config
 from pgrpo.distributed.world import World
-from pgrpo.model.proof import tokens_as_trees
+from pgrpo.model.proof import tokens_as_samples
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import build_batch
-from pgrpo.packing.forest import Tree
-from pgrpo.planning.flops import ModelDims, update_flops
+from pgrpo.packing.forest import Forest, Work
+from pgrpo.planning.flops import ModelDims, forest_update_flops
 from pgrpo.training.place import wrap
+from pgrpo.types import Sample
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,16 +42,17 @@ def lengths(generator: torch.Generator, count: int, median: int, sigma: float, l
     return (median * drawn.exp()).clamp(1, longest).int().tolist()
 
 
-def draw(generator: torch.Generator, prompts: int, args: argparse.Namespace) -> list[Tree]:
+def draw(generator: torch.Generator, prompts: int, args: argparse.Namespace) -> list[Sample]:
     """Groups of tokens that mean nothing."""
     size = args.group_size
     prompt_lengths = lengths(generator, prompts, args.prompt, args.sigma, args.max_prompt)
     completion_lengths = lengths(generator, prompts * size, args.completion, args.sigma, args.max_completion)
-    completions = [[[0] * n for n in completion_lengths[i * size : (i + 1) * size]] for i in range(prompts)]
-    return tokens_as_trees([[0] * n for n in prompt_lengths], completions)
+    tokens = iter(range(1, 2**20))  # none is shared but the prompts'
+    completions = [[[next(tokens)] * n for n in completion_lengths[i * size : (i + 1) * size]] for i in range(prompts)]
+    return tokens_as_samples([[next(tokens)] * n for n in prompt_lengths], completions)
 
 
-def seconds_on_gpu(args: argparse.Namespace) -> Callable[[list[Tree]], float]:
+def seconds_on_gpu(args: argparse.Namespace) -> Callable[[Forest], float]:
     """Times a micro-batch's forward and backward, on random weights in bfloat16: the second of two, as the first may compile."""
     keys = [f"model.path={args.shape_of}", "model.activation_checkpointing=attention", "rollout.engine=embedded"]
     config = load_config("qwen3_4b.yaml", keys)
@@ -58,10 +60,10 @@ def seconds_on_gpu(args: argparse.Namespace) -> Callable[[list[Tree]], float]:
     torch.manual_seed(0)
     policy = wrap(random_model(config, world.device), config, world)
 
-    def seconds(groups: list[Tree]) -> float:
+    def seconds(forest: Forest) -> float:
         taken = 0.0
         for _ in range(2):
-            batch = build_batch(groups, device=world.device, attention=policy.attention)
+            batch = build_batch(forest, device=world.device, attention=policy.attention)
             world.synchronize()
             started = time.perf_counter()
             policy(batch).logprobs.sum().backward()
@@ -73,16 +75,16 @@ def seconds_on_gpu(args: argparse.Namespace) -> Callable[[list[Tree]], float]:
 
 
 def measure(
-    dims: ModelDims, ranks: int, args: argparse.Namespace, seconds: Callable[[list[Tree]], float] | None
+    dims: ModelDims, ranks: int, args: argparse.Namespace, seconds: Callable[[Forest], float] | None
 ) -> dict[str, float]:
     """Means and the worst of ``args.steps`` steps, by FLOPs and, where ``seconds`` times a micro-batch, by the clock."""
     generator = torch.Generator().manual_seed(args.seed)
 
-    def cost(tree: Tree) -> float:
-        return update_flops(dims, len(tree.prompt_ids), tree.lengths)
+    def cost(work: Work) -> float:
+        return forest_update_flops(dims, work)
 
-    def flops(batch: list[Tree]) -> float:
-        return sum(map(cost, batch))
+    def flops(forest: Forest) -> float:
+        return cost(build_batch(forest).work)
 
     kinds = {"": flops} | ({"seconds_": seconds} if seconds else {})
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}

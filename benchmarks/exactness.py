@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pgrpo.config import ModelConfig
 from pgrpo.model.policy import Policy, load_model
-from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_trees
+from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_samples
 from pgrpo.packing.batch import build_batch
+from pgrpo.packing.forest import Forest
 
 PROMPTS = [
     "What is the capital of France?",
@@ -46,7 +47,7 @@ def main() -> int:
     text = tokenizer(TEXT).input_ids
     lengths = [6, 4, 1, 0, *(3 + 3 * i for i in range(args.group_size - 4))]
     completions = [[text[i : i + n] for i, n in enumerate(lengths)] for _ in prompts]
-    trees = tokens_as_trees(prompts, completions)
+    samples = tokens_as_samples(prompts, completions)
     print(f"prompts of {[len(p) for p in prompts]} tokens, completions of {lengths} tokens each")
 
     def untouched(dtype: torch.dtype) -> torch.nn.Module:
@@ -55,9 +56,9 @@ def main() -> int:
     def policy(dtype: torch.dtype) -> Policy:
         return Policy(load_model(ModelConfig(path=args.model))).to(dtype)
 
-    batch = build_batch(trees)
+    batch = build_batch(Forest.of(samples))
     model = untouched(torch.float64)
-    logprobs = reference_logprobs(model, trees)
+    logprobs = reference_logprobs(model, samples)
     truth = logprobs.detach(), gradients(logprobs, model)
     del model, logprobs
     exact = policy(torch.float64)
@@ -65,13 +66,15 @@ def main() -> int:
     print(f"float64: max |d logprob| {got.logprob:.1e} nats, gradient {got.gradient:.1e} (relative)")
     passed = got.logprob <= 1e-6 and got.gradient <= 1e-5
     for name, seed_bug in SEEDED_BUGS.items():
-        bug = difference(exact, seed_bug(batch), *truth)
+        buggy = seed_bug(batch)
+        assert buggy is not None, name
+        bug = difference(exact, buggy, *truth)
         print(f"seeded bug, {name}: {bug.logprob:.1e} nats, gradient {bug.gradient:.1e}")
         passed &= bug.logprob > 1e-6 and bug.gradient > 1e-5
     del exact
 
     model = untouched(torch.float32)
-    logprobs = reference_logprobs(model, trees)
+    logprobs = reference_logprobs(model, samples)
     own = (logprobs.detach().double() - truth[0]).norm()
     own_gradient = _error(gradients(logprobs, model), truth[1])
     del model, logprobs

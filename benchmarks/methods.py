@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -22,9 +23,8 @@ from pgrpo.commands.bench import Job, Packed
 from pgrpo.model.head import Head
 from pgrpo.model.logprobs import token_logprobs
 from pgrpo.model.policy import Policy
-from pgrpo.packing.forest import Tree
 from pgrpo.planning.dims import decoder_layers
-from pgrpo.types import Recompute
+from pgrpo.types import Recompute, Sample
 
 METHODS = ("grouped", "repeated_packed", "repeated_padded", "concat", "prefix_grouper", "prefix_grouper_ours")
 PEERS = ("prefix_grouper", "prefix_grouper_ours")
@@ -41,7 +41,7 @@ def why_not(method: str, device: torch.device) -> str | None:
     return None
 
 
-def make_job(policy: Policy, method: str, trees: list[Tree]) -> Job:
+def make_job(policy: Policy, method: str, samples: list[Sample]) -> Job:
     """A method of ``METHODS``, ready to run. All share one copy of the weights, so that each one's peak memory is its own.
 
     ``grouped``, ``repeated_packed`` and ``concat`` (every completion's own copy of its prompt's keys and values, the method of
@@ -50,14 +50,14 @@ def make_job(policy: Policy, method: str, trees: list[Tree]) -> Job:
     kernel, compiled layers and chunked log-probs. These three checkpoint whole layers if at all.
     """
     if method == "repeated_padded":
-        return TheirLayers(policy.model, "sdpa", _Padded(trees, policy.device).logprobs)
+        return TheirLayers(policy.model, "sdpa", _Padded(samples, policy.device).logprobs)
     if method == "prefix_grouper":
-        return TheirLayers(policy.model, PEER_ATTENTION, _PrefixGrouper(trees, policy.device).logprobs)
+        return TheirLayers(policy.model, PEER_ATTENTION, _PrefixGrouper(samples, policy.device).logprobs)
     if method == "prefix_grouper_ours":
-        logprobs = partial(_PrefixGrouper(trees, policy.device).chunked_logprobs, kernel=policy.attention.kernel)
+        logprobs = partial(_PrefixGrouper(samples, policy.device).chunked_logprobs, kernel=policy.attention.kernel)
         return TheirLayers(policy.model, PEER_ATTENTION, logprobs, torch.compile(_run, dynamic=False))
     attention = replace(policy.attention, way="copied_keys") if method == "concat" else None
-    return Packed(policy, trees, share_prompts=method != "repeated_packed", attention=attention)
+    return Packed(policy, samples, is_shared=method != "repeated_packed", attention=attention)
 
 
 class TheirLayers:
@@ -101,18 +101,18 @@ def _run(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
 class _Padded:
     """What a padded trainer does: a right-padded batch, every completion behind a copy of its prompt, transformers' sdpa."""
 
-    def __init__(self, trees: list[Tree], device: torch.device) -> None:
-        samples = [(tree.prompt_ids, s.token_ids) for tree in trees for s in tree.samples]
-        width = max(len(p) + len(c) for p, c in samples)
+    def __init__(self, samples: list[Sample], device: torch.device) -> None:
+        pairs = [(s.prompt_ids, s.token_ids) for s in samples]
+        width = max(len(p) + len(c) for p, c in pairs)
         ids = torch.zeros(len(samples), width, dtype=torch.long)
         mask = torch.zeros_like(ids)
         rows: list[int] = []
-        for i, (prompt, completion) in enumerate(samples):
+        for i, (prompt, completion) in enumerate(pairs):
             length = len(prompt) + len(completion)
             ids[i, :length], mask[i, :length] = torch.tensor(prompt + completion), 1
             rows += range(i * width + len(prompt) - 1, i * width + length - 1)
         self.ids, self.mask, self.rows = ids.to(device), mask.to(device), torch.tensor(rows, device=device)
-        self.targets = torch.tensor([t for _, completion in samples for t in completion], device=device)
+        self.targets = torch.tensor([t for _, completion in pairs for t in completion], device=device)
 
     def logprobs(self, model: PreTrainedModel) -> Tensor:
         """[L] in the order of a packed batch."""
@@ -125,26 +125,27 @@ class _Padded:
 class _PrefixGrouper:
     """The package prefix_grouper in its best case: groups alike, so no padding, and flash kernels without unpadding."""
 
-    def __init__(self, trees: list[Tree], device: torch.device) -> None:
+    def __init__(self, samples: list[Sample], device: torch.device) -> None:
         from prefix_grouper import PrefixGrouper  # pyright: ignore[reportMissingImports]
         from prefix_grouper.utils import register_transformers  # pyright: ignore[reportMissingImports]
 
         # Not traced: its indexing by masks breaks graphs in a dozen places, this way once.
         attend = torch.compiler.disable(register_transformers._prefix_grouper_attention_forward)
         AttentionInterface.register(PEER_ATTENTION, attend)
-        lengths = [[len(tree.prompt_ids), *tree.lengths] for tree in trees]
+        groups = [list(own) for _, own in groupby(samples, key=lambda s: s.prompt_ids)]
+        lengths = [[len(own[0].prompt_ids), *(len(s.token_ids) for s in own)] for own in groups]
         self.grouper = PrefixGrouper(lengths, device=device)
-        ids = [tree.prompt_ids + [t for s in tree.samples for t in s.token_ids] for tree in trees]
+        ids = [own[0].prompt_ids + [t for s in own for t in s.token_ids] for own in groups]
         prompt, *completions = lengths[0]
         position = [*range(prompt), *(prompt + i for n in completions for i in range(n))]
         self.inputs: dict[str, Any] = {
             "input_ids": torch.tensor(ids, device=device),
-            "position_ids": torch.tensor([position] * len(trees), device=device),
+            "position_ids": torch.tensor([position] * len(groups), device=device),
             "use_cache": False,
             "prefix_grouper": self.grouper,
             "prefix_grouper_attn_func": PEER_KERNEL,
         }
-        self.targets = torch.tensor([t for tree in trees for s in tree.samples for t in s.token_ids], device=device)
+        self.targets = torch.tensor([t for s in samples for t in s.token_ids], device=device)
 
     def logprobs(self, model: PreTrainedModel) -> Tensor:
         """[L] in the order of a packed batch, from the full logits, on PyTorch's FlashAttention-2."""

@@ -31,7 +31,7 @@ from pgrpo.commands.bench_report import Row, Shape, print_rows
 from pgrpo.config import Config, load_config
 from pgrpo.distributed.world import World, start
 from pgrpo.model.policy import Policy
-from pgrpo.model.proof import tokens_as_trees
+from pgrpo.model.proof import tokens_as_samples
 from pgrpo.planning.flops import GIB
 from pgrpo.planning.placement import is_compiled
 from pgrpo.types import Recompute
@@ -64,13 +64,13 @@ def main(arguments: list[str] | None = None) -> list[Row]:
         policy = load(config, max(s.prompt + s.completion for s in args.shape), world, args.random_weights)
         print(f"attention kernel {policy.attention.kernel}: {policy.attention.reason}")
         for shape in args.shape:
-            trees = tokens_as_trees(*random_tokens(shape, policy.model.config.vocab_size))
+            samples = tokens_as_samples(*random_tokens(shape, policy.model.config.vocab_size))
             makers = {}
             for method in methods:
                 if why := why_not(method, world.device):
                     print(f"{method} is left out: {why}")
                 else:
-                    makers[method] = partial(make_job, policy, method, trees)
+                    makers[method] = partial(make_job, policy, method, samples)
             for recompute in args.checkpointing:
                 timed, rate = time_jobs(makers, policy, shape, recompute, config, args.repeats)
                 for row in timed:
@@ -110,7 +110,7 @@ def _peak_resident_gib(config: Config, method: str, shape: Shape, recompute: Rec
     """Of one update, over what this process held before it loaded the model."""
     before, world = _resident_gib("VmRSS"), World(0, 1, torch.device("cpu"))
     policy = load(config, shape.prompt + shape.completion, world, random_weights)
-    job = make_job(policy, method, tokens_as_trees(*random_tokens(shape, policy.model.config.vocab_size)))
+    job = make_job(policy, method, tokens_as_samples(*random_tokens(shape, policy.model.config.vocab_size)))
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     job.update(recompute, is_compiled(config, world.device))
     return _resident_gib("VmHWM") - before
@@ -124,7 +124,7 @@ def _resident_gib(field: str) -> float:
 
 
 def _profile(policy: Policy, shape: Shape, recompute: Recompute, config: Config, file: Path) -> None:
-    job = make_job(policy, "grouped", tokens_as_trees(*random_tokens(shape, policy.model.config.vocab_size)))
+    job = make_job(policy, "grouped", tokens_as_samples(*random_tokens(shape, policy.model.config.vocab_size)))
     job.update(recompute, is_compiled(config, policy.device))
     with torch.profiler.profile() as profile:
         job.update(recompute, is_compiled(config, policy.device))

@@ -83,7 +83,7 @@ def grpo_step(parts: Parts, progress: Progress) -> tuple[list[Group], Metrics]:
 
     scored = world.from_main(group_metrics(all_groups) if world.is_main else {})
     logged = {"lr": lr, "epoch": parts.stream.epoch}
-    return groups, scored | updated | sampled | parts.engine.metrics | checked | logged | clock.metrics(groups, updated)
+    return groups, scored | updated | sampled | parts.engine.metrics | checked | logged | clock.metrics(updated)
 
 
 def sample_groups(parts: Parts, step: int) -> tuple[list[Group], list[Group], Metrics]:
@@ -99,14 +99,19 @@ def sample_groups(parts: Parts, step: int) -> tuple[list[Group], list[Group], Me
 
     def sample(number: int) -> list[Group]:
         nonlocal count
-        prompts = parts.stream.take(number)
-        seeds = [sample_seeds(config.seed, step, count + i, group_size=size) for i in range(number)]
+        taken = parts.stream.take(number)
+        order = sorted(range(number), key=lambda i: taken[i].token_ids)  # what shares a beginning is sampled together
+        prompts = [taken[i] for i in order]
+        seeds = [sample_seeds(config.seed, step, count + i, group_size=size) for i in order]
         count += number
         scored = sample_and_score(parts.episodes, parts.rewards, world, prompts, sampling_params(config), seeds)
         metrics["time/rollout"] += scored.rollout_s
         metrics["time/reward"] += scored.reward_s
         metrics["rewards/errors"] += scored.errors
-        return to_main(world, prompts, scored.groups)
+        by_number = dict(
+            zip(order, to_main(world, prompts, scored.groups), strict=False)
+        )  # rank 0 has all, others none
+        return [by_number[i] for i in sorted(by_number)]
 
     def is_flat(group: Group) -> bool:
         return not rewards_differ(group, config.loss, parts.rewards.weights)

@@ -20,6 +20,9 @@ values. Fitted to measurements on an H100 with flash4 (benchmarks/h100_attention
 shapes, at worst one that takes 1.06 times as long."""
 PASS_NS = 155_000.0
 """Time of a pass's launches."""
+UPDATE_FLOPS_PER_NS = {"cuda": 430e3, "cpu": 60.0}
+"""FLOPs of an update in a nanosecond: 430 TFLOP/s, of Qwen3-4B on an H100. On a CPU a pass takes longer than these constants say,
+about as long as 40 rows of a model with two layers and a hidden size of 64; the smaller rate makes up for it."""
 
 
 class Ancestry(NamedTuple):
@@ -51,6 +54,7 @@ class AttentionChoice:
         heads, kv_heads, head_dim: of the model.
         way: one of the two ways; ``auto`` picks the faster one for each depth of each batch.
         windows: the sliding windows of the model's layers, in tokens.
+        flops_per_ns: FLOPs of all layers' matrices that take as long as a nanosecond in the attention of each; 0 if unknown.
         reason: why this kernel was taken.
     """
 
@@ -60,6 +64,7 @@ class AttentionChoice:
     head_dim: int = 1
     way: Literal["auto", "between_depths", "copied_keys"] = "between_depths"
     windows: tuple[int, ...] = ()
+    flops_per_ns: float = 0.0
     reason: str = ""
 
     def choose(self, depths: Sequence[Ancestry]) -> Chosen:

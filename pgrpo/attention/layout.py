@@ -86,8 +86,10 @@ class PackedLayout:
         if window not in self._passes:
             if torch.compiler.is_compiling():
                 raise RuntimeError("the layout was made without this sliding window: see AttentionChoice.windows")
-            shorter = window is not None and window < self.max_sample
-            self._passes[window] = Passes.windowed(self.nodes, window, self._device) if shorter else self._passes[None]
+            if window is None or window >= self.max_sample:
+                self._passes[window] = self._passes[None]
+            else:
+                self._passes[window] = Passes.windowed(self.nodes, window, self._device)
         return self._passes[window]
 
 
@@ -153,13 +155,7 @@ class Passes:
         are not copied."""
         depths = [list(group) for _, group in groupby(range(len(nodes)), key=lambda i: nodes[i].depth)]
         ancestors = _ancestors(nodes)
-        copied_rows = [0] * len(depths)
-        for node, above in zip(nodes, ancestors, strict=True):
-            if node.length:
-                for i in above:
-                    copied_rows[nodes[i].depth] += nodes[i].length
-        rows = [sum(nodes[i].length for i in depth) for depth in depths]
-        copied = choice.choose([Ancestry(*sums) for sums in zip(rows, copied_rows, strict=True)]).copied
+        copied = choice.choose(ancestry(nodes)).copied
         calls = _Calls(nodes)
         calls.within([[nodes[i][:2] for i in above if nodes[i].depth in copied] for above in ancestors])
         for d, deeper in enumerate(depths):
@@ -189,6 +185,19 @@ class Passes:
 
 def unpack_calls(table: Tensor) -> list[Call]:
     return [Call(*row) for row in table.tolist()[:-1]]
+
+
+def ancestry(nodes: Sequence[Node]) -> list[Ancestry]:
+    """What each depth costs as an ancestor, the roots first."""
+    depths = [[0, 0] for _ in range(nodes[-1].depth + 1)] if nodes else []
+    below = [0] * len(nodes)  # descendants that have rows
+    for i in reversed(range(len(nodes))):
+        node = nodes[i]
+        if node.parent >= 0:
+            below[node.parent] += below[i] + (node.length > 0)
+        depths[node.depth][0] += node.length
+        depths[node.depth][1] += node.length * below[i]
+    return [Ancestry(*sums) for sums in depths]
 
 
 def _ancestors(nodes: Sequence[Node]) -> list[list[int]]:

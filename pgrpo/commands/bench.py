@@ -20,15 +20,15 @@ from pgrpo.distributed.world import World, start
 from pgrpo.model.admission import check_model
 from pgrpo.model.lora import adapter_parameters, add_adapters, check_lora
 from pgrpo.model.policy import Policy, load_hf_config, load_model
-from pgrpo.model.proof import tokens_as_trees
+from pgrpo.model.proof import tokens_as_samples
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing.batch import build_batch
-from pgrpo.packing.forest import Tree
+from pgrpo.packing.forest import Forest
 from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import GIB, ModelDims, flop_ratio, forward_flops, mfu, rho, update_flops
 from pgrpo.planning.placement import check_device, compute_dtype, is_compiled
 from pgrpo.training.place import wrap
-from pgrpo.types import Recompute
+from pgrpo.types import Recompute, Sample
 
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 HEAD_START = 8
@@ -36,7 +36,7 @@ HEAD_START = 8
 
 
 class Job(Protocol):
-    """One way to compute the log-probs of some trees, ready to be timed."""
+    """One way to compute the log-probs of some samples, ready to be timed."""
 
     def old(self) -> Tensor:
         """[L] log-probs without gradient, in the order of a packed batch."""
@@ -51,11 +51,12 @@ class Packed:
     """pgrpo's packed batch: each prompt once, or a copy of the prompt in front of every completion."""
 
     def __init__(
-        self, policy: Policy, trees: list[Tree], *, share_prompts: bool, attention: AttentionChoice | None = None
+        self, policy: Policy, samples: list[Sample], *, is_shared: bool, attention: AttentionChoice | None = None
     ) -> None:
         self.policy, self.layers = policy, list(decoder_layers(policy.model))
         attention = attention or policy.attention
-        self.batch = build_batch(trees, share_prompts=share_prompts, device=policy.device, attention=attention)
+        forest = Forest.of(samples) if is_shared else Forest.repeated(samples)
+        self.batch = build_batch(forest, device=policy.device, attention=attention)
 
     def old(self) -> Tensor:
         with torch.no_grad():
@@ -94,11 +95,11 @@ def bench(
         print(f"attention kernel {policy.attention.kernel}: {policy.attention.reason}")
         rows: list[Row] = []
         for shape in shapes:
-            trees = tokens_as_trees(*random_tokens(shape, policy.model.config.vocab_size))
+            samples = tokens_as_samples(*random_tokens(shape, policy.model.config.vocab_size))
             timed, rate = time_jobs(
                 {
-                    "grouped": lambda trees=trees: Packed(policy, trees, share_prompts=True),
-                    "repeated": lambda trees=trees: Packed(policy, trees, share_prompts=False),
+                    "grouped": lambda samples=samples: Packed(policy, samples, is_shared=True),
+                    "repeated": lambda samples=samples: Packed(policy, samples, is_shared=False),
                 },
                 policy, shape, recompute, config, repeats,
             )  # fmt: skip

@@ -14,8 +14,9 @@ from pgrpo.data import load_prompts
 from pgrpo.distributed.world import start, world_size
 from pgrpo.model.admission import check_model
 from pgrpo.model.policy import Policy, load_hf_config, load_model, untouched_model
-from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_trees
+from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_samples
 from pgrpo.packing.batch import build_batch
+from pgrpo.packing.forest import Forest
 from pgrpo.rollout.base import sample_seeds, sampling_params
 from pgrpo.tracking import printable
 from pgrpo.tracking.live import showing
@@ -108,14 +109,14 @@ def _prove(config: Config, groups: list[Group], console: Console) -> None:
         )
     )
     policy = Policy(load_model(model))
-    trees = tokens_as_trees(
+    samples = tokens_as_samples(
         [_comparable(group.prompt.token_ids) for group in groups],
         [[_comparable(sample.token_ids[:COMPARED_TOKENS]) for sample in group.samples] for group in groups],
     )
-    logprobs = reference_logprobs(untouched, trees)
+    logprobs = reference_logprobs(untouched, samples)
     wanted = logprobs, gradients(logprobs, untouched)
-    for name, share_prompts in (("grouped", True), ("repeated", False)):
-        got = difference(policy, build_batch(trees, share_prompts=share_prompts), *wanted)
+    for name, forest in (("grouped", Forest.of(samples)), ("repeated", Forest.repeated(samples))):
+        got = difference(policy, build_batch(forest), *wanted)
         console.print(
             f"{name} against the untouched model: {got.logprob:.1e} nats, gradient {got.gradient:.1e} (relative)"
         )
@@ -125,7 +126,11 @@ def _prove(config: Config, groups: list[Group], console: Console) -> None:
                 f"{got.gradient:.1e}; at most {LARGEST_LOGPROB_DIFFERENCE:.0e} is rounding. Do not train this model with pgrpo"
             )
     for name, seed_bug in SEEDED_BUGS.items():
-        got = difference(policy, seed_bug(build_batch(trees)), *wanted)
+        batch = seed_bug(build_batch(Forest.of(samples)))
+        if batch is None:
+            console.print(f"seeded bug, {name}: these few samples have no place for it")
+            continue
+        got = difference(policy, batch, *wanted)
         console.print(f"seeded bug, {name}: {got.logprob:.1e} nats, gradient {got.gradient:.1e}")
         if got.gradient <= LARGEST_GRADIENT_DIFFERENCE:
             raise RuntimeError(f"the comparison did not detect a seeded bug: {name}")

@@ -13,7 +13,7 @@ from pgrpo.distributed.world import World, world_size
 from pgrpo.model.admission import check_model
 from pgrpo.model.lora import adapter_parameters, check_lora
 from pgrpo.model.policy import check_positions, load_hf_config
-from pgrpo.planning.flops import ModelDims, computed_tokens, rho, update_flops
+from pgrpo.planning.flops import ModelDims, flat_work, rho, update_flops
 from pgrpo.planning.memory import memory_plan
 from pgrpo.planning.placement import (
     attention_choice,
@@ -49,8 +49,8 @@ def plan_text(config: Config) -> str:
     check_lora(config.model, dims)
     completions = [completion] * rollout.group_size
     shared = config.model.attention == "grouped"
-    packed = rollout.prompts_per_step * computed_tokens(prompt, completions, shared=shared)
-    repeated = rollout.prompts_per_step * computed_tokens(prompt, completions, shared=False)
+    packed = rollout.prompts_per_step * flat_work(prompt, completions, shared=shared).rows
+    repeated = rollout.prompts_per_step * flat_work(prompt, completions, shared=False).rows
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     world = World(0, ranks, device, fsdp_size=config.model.fsdp_size)
     recompute, layers = _layers(config, dims, world)

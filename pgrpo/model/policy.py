@@ -63,24 +63,26 @@ class Policy(nn.Module):
     ) -> TokenLogprobs:
         """Log-probs [L] (and entropy [L], and the KL [L] to a teacher) of the batch's completion tokens; ``batch.unpack`` turns
         them into rows of samples. ``temperature`` replaces the policy's."""
-        hidden_LE = self._rows(batch)
+        hidden_UE = self._rows(batch)
+        targets_U = batch.target_ids.index_select(0, batch.distinct)
         temperature = self.temperature if temperature is None else temperature
         asked: dict[str, Any] = {"entropy": entropy, "teacher": teacher}
         if self.head.scale is None:
-            return head_logprobs(hidden_LE, self.head, batch.target_ids, 1.0 / temperature, **asked)
-        scale = self.head.scale / temperature
-        return token_logprobs(hidden_LE, self.head.weight, batch.target_ids, scale, **asked)
+            found = head_logprobs(hidden_UE, self.head, targets_U, 1.0 / temperature, **asked)
+        else:
+            found = token_logprobs(hidden_UE, self.head.weight, targets_U, self.head.scale / temperature, **asked)
+        return found._make(x if x is None else x.index_select(0, batch.pair_index) for x in found)
 
     def teacher_rows(self, batch: GroupedBatch) -> TeacherRows:
         """For the KL of another policy to this one, in the forward of that. With FSDP the head stays gathered until ``reshard``."""
         return TeacherRows(self._rows(batch), self.head, self.temperature)
 
     def _rows(self, batch: GroupedBatch) -> Tensor:
-        """[L, E] hidden states of the rows that predict the completion tokens."""
+        """[U, E] hidden states of the rows that predict the distinct completion tokens."""
         hidden_TE = self._hidden(batch.inputs, batch.layout)
         # The last prompt row occurs once for each completion. The backward of index_select adds up its gradients in a fixed order;
         # that of indexing does not, and would not be bit-stable.
-        return hidden_TE.index_select(0, batch.logit_index)
+        return hidden_TE.index_select(0, batch.logit_index.index_select(0, batch.distinct))
 
     def next_logits(self, inputs: Mapping[str, Tensor], layout: AttentionLayout, rows_B: Tensor) -> Tensor:
         """Logits [B, V] at the given packed rows, as the model's own forward computes them (without temperature)."""

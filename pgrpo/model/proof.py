@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.packing.batch import GroupedBatch
-from pgrpo.packing.forest import Tree, trees_of
 from pgrpo.types import Episode, Group, Prompt, Sample
 
 
@@ -29,25 +28,22 @@ class Difference:
     gradient: float
 
 
-def reference_logprobs(model: nn.Module, trees: Sequence[Tree], temperature: float = 1.0) -> Tensor:
+def reference_logprobs(model: nn.Module, samples: Sequence[Sample], temperature: float = 1.0) -> Tensor:
     """[L] log-probs of all tokens behind a prompt, from the logits of an untouched model, one unpadded sample a call.
 
     Args:
         model: ``AutoModelForCausalLM`` as transformers loads it (sdpa).
-        trees: in the order in which they are packed.
+        samples: in the order of the batch.
         temperature: logits are divided by it.
     """
     device = next(model.parameters()).device
     rows = []
-    for tree in trees:
-        start = len(tree.prompt_ids)
-        for sample in tree.samples:
-            if sample.token_ids:
-                ids = torch.tensor([tree.prompt_ids + sample.token_ids], device=device)
-                logprobs = (model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1] / temperature).log_softmax(
-                    -1
-                )
-                rows.append(logprobs.gather(-1, ids[0, start:, None]).squeeze(-1))
+    for sample in samples:
+        if sample.token_ids:
+            start = len(sample.prompt_ids)
+            ids = torch.tensor([sample.prompt_ids + sample.token_ids], device=device)
+            logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
+            rows.append((logits / temperature).log_softmax(-1).gather(-1, ids[0, start:, None]).squeeze(-1))
     return torch.cat(rows)
 
 
@@ -73,14 +69,28 @@ def difference(
     return Difference(largest.item(), (error / size).sqrt().item())  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def sees_its_neighbour(batch: GroupedBatch) -> GroupedBatch:
-    """Seeded bug: the second child of the first node that has two attends to the first child."""
-    lengths, parents = ([getattr(node, name) for node in batch.layout.nodes] for name in ("length", "parent"))
-    second = next(i for i in range(1, len(parents)) if parents[i] == parents[i - 1] >= 0)
-    lengths[second - 1 : second + 1] = [lengths[second - 1] + lengths[second]]
-    del parents[second]
-    parents = [p - (p >= second) for p in parents]
-    return replace(batch, layout=PackedLayout(lengths, parents, batch.logit_index.device))
+def sees_its_neighbour(batch: GroupedBatch) -> GroupedBatch | None:
+    """Seeded bug: a child of at least two rows attends to the child before it."""
+    nodes = batch.layout.nodes
+    lengths, parents = [node.length for node in nodes], [node.parent for node in nodes]
+    for second in range(1, len(nodes)):
+        if parents[second] == parents[second - 1] >= 0 and lengths[second] > 1:
+            lengths[second - 1 : second + 1] = [lengths[second - 1] + lengths[second]]
+            parents = [p - (p >= second) for i, p in enumerate(parents) if i != second]
+            return replace(batch, layout=PackedLayout(lengths, parents, batch.logit_index.device))
+    return None
+
+
+def wrong_parent(batch: GroupedBatch) -> GroupedBatch | None:
+    """Seeded bug: the last child of a node, of at least two rows, is below the node's neighbour."""
+    nodes = batch.layout.nodes
+    parents = [node.parent for node in nodes]
+    for parent, child in {parent: i for i, parent in enumerate(parents) if parent >= 0}.items():
+        if nodes[child].length > 1 and nodes[parent + 1].depth == nodes[parent].depth:
+            parents[child] += 1
+            layout = PackedLayout([node.length for node in nodes], parents, batch.logit_index.device)
+            return replace(batch, layout=layout)
+    return None
 
 
 def positions_go_on(batch: GroupedBatch) -> GroupedBatch:
@@ -89,26 +99,36 @@ def positions_go_on(batch: GroupedBatch) -> GroupedBatch:
     return replace(batch, inputs=batch.inputs | {"position_ids": rows})
 
 
+def position_off(batch: GroupedBatch) -> GroupedBatch | None:
+    """Seeded bug: every node begins one position behind the end of its parent."""
+    shifts = [torch.full((node.length,), node.depth) for node in batch.layout.nodes]
+    positions = batch.inputs["position_ids"] + torch.cat(shifts).to(batch.logit_index.device)
+    has_children = batch.layout.nodes[-1].depth > 0
+    return replace(batch, inputs=batch.inputs | {"position_ids": positions}) if has_children else None
+
+
 def wrong_first_row(batch: GroupedBatch) -> GroupedBatch:
-    """Seeded bug: the first token of the first completion is predicted by the row before the last prompt row."""
+    """Seeded bug: a token is predicted by the row in front of the one that does."""
     wrong = batch.logit_index.clone()
-    wrong[0] -= 1
+    wrong[int((wrong > 0).int().argmax())] -= 1
     return replace(batch, logit_index=wrong)
 
 
-SEEDED_BUGS: dict[str, Callable[[GroupedBatch], GroupedBatch]] = {
+SEEDED_BUGS: dict[str, Callable[[GroupedBatch], GroupedBatch | None]] = {
     "a completion sees its neighbour": sees_its_neighbour,
+    "a wrong parent": wrong_parent,
     "positions do not restart": positions_go_on,
-    "wrong row for the first token": wrong_first_row,
+    "a position off": position_off,
+    "wrong row for a token": wrong_first_row,
 }
-"""A comparison that does not detect each of these proves nothing. The first group needs a prompt of at least two tokens, a
-completion that is not empty, and then one of at least two tokens: the last row of a completion predicts nothing, so a bug in the
-attention of its only row would not show."""
+"""A comparison that does not detect each of these proves nothing. None where a batch has no place for the bug: two prompts with two
+completions each have one for all, if these are of at least two tokens and differ from the first on. (The last row of a completion
+predicts nothing, so a bug in the attention of its only row would not show.)"""
 
 
-def tokens_as_trees(prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]]) -> list[Tree]:
-    """A forest of the given tokens, with advantages that differ, for comparisons and benchmarks."""
-    return trees_of(tokens_as_groups(prompts, completions))
+def tokens_as_samples(prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]]) -> list[Sample]:
+    """Samples of the given tokens, with advantages that differ, for comparisons and benchmarks."""
+    return [sample for group in tokens_as_groups(prompts, completions) for sample in group.samples]
 
 
 def tokens_as_groups(prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]]) -> list[Group]:

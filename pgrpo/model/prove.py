@@ -24,10 +24,11 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 
 from pgrpo.attention.hook import ATTENTION_NAME, attention_forward
 from pgrpo.model.policy import Policy, untouched_model
-from pgrpo.model.proof import SEEDED_BUGS, Difference, difference, gradients, reference_logprobs, tokens_as_trees
+from pgrpo.model.proof import SEEDED_BUGS, Difference, difference, gradients, reference_logprobs, tokens_as_samples
 from pgrpo.model.shrink import Small, shrink
 from pgrpo.packing.batch import GroupedBatch, build_batch
-from pgrpo.packing.forest import Tree
+from pgrpo.packing.forest import Forest, length
+from pgrpo.types import Sample
 
 log = logging.getLogger(__name__)
 
@@ -111,31 +112,31 @@ def _compare(config: PretrainedConfig, seed: int) -> Proof:
 def _compare_in(
     mode: Callable[[], Any], exact: float, untouched: nn.Module, grouped: PreTrainedModel, seed: int
 ) -> Proof:
-    trees = proof_trees(untouched.config.get_text_config().vocab_size, seed)  # pyright: ignore
-    batch = build_batch(trees)
+    samples = proof_samples(untouched.config.get_text_config().vocab_size, seed)  # pyright: ignore
+    batch = build_batch(Forest.of(samples))
     with mode():
         policy = Policy(grouped)
-        wanted = reference_logprobs(untouched, trees)
+        wanted = reference_logprobs(untouched, samples)
         wanted_gradients = gradients(wanted, untouched)
         with _hook_calls() as calls:
             found = difference(policy, batch, wanted, wanted_gradients)
         if not (found.logprob <= exact and found.gradient <= exact):
-            refusal = _refusal(found, untouched, policy, trees, batch)
+            refusal = _refusal(found, untouched, policy, samples, batch)
             return Proof(found.logprob, found.gradient, refusal=refusal if calls else f"{NO_HOOK}; {refusal}")
         with torch.no_grad():
             bugs = {
-                name: (policy(seed_bug(batch)).logprobs - wanted).abs().max().item()
+                name: (policy(buggy).logprobs - wanted).abs().max().item() if (buggy := seed_bug(batch)) else 0.0
                 for name, seed_bug in SEEDED_BUGS.items()
             }
-            positions = _stretched(untouched, trees[0]) > SEEN
+            positions = _stretched(untouched, samples[0]) > SEEN
     unseen = [name for name, size in bugs.items() if not size > SEEN and (positions or "positions" not in name)]
     refusal = f"the proof would not notice a bug: {', '.join(unseen)}" if unseen else ""
     return Proof(found.logprob, found.gradient, bugs, refusal)
 
 
-def _stretched(model: nn.Module, tree: Tree) -> float:
+def _stretched(model: nn.Module, sample: Sample) -> float:
     """How much the untouched model's logits change if positions are twice as far apart: 0 in a model without positions."""
-    ids = torch.tensor([tree.prompt_ids])
+    ids = torch.tensor([sample.prompt_ids])
     positions = torch.arange(ids.shape[1])[None]
     try:
         near, far = (model(input_ids=ids, position_ids=p, use_cache=False).logits for p in (positions, 2 * positions))
@@ -145,31 +146,29 @@ def _stretched(model: nn.Module, tree: Tree) -> float:
 
 
 def _refusal(
-    found: Difference, untouched: nn.Module, policy: Policy, trees: Sequence[Tree], batch: GroupedBatch
+    found: Difference, untouched: nn.Module, policy: Policy, samples: Sequence[Sample], batch: GroupedBatch
 ) -> str:
-    where = first_difference(untouched, policy, trees, batch)
+    where = first_difference(untouched, policy, samples, batch)
     return (
         f"log-probs differ from the untouched model's by {found.logprob:.1e} nats, gradients by {found.gradient:.1e} (relative, on "
         f"a small copy in float64); {where}"
     )
 
 
-def first_difference(untouched: nn.Module, policy: Policy, trees: Sequence[Tree], batch: GroupedBatch) -> str:
+def first_difference(untouched: nn.Module, policy: Policy, samples: Sequence[Sample], batch: GroupedBatch) -> str:
     """Name the first module, in the order in which they finish, whose outputs differ between both models."""
     with torch.no_grad():
         with _outputs(policy.model) as ours:
             policy(batch)
         parts: dict[str, list[Tensor]] = {}
-        for tree in trees:
-            start = len(tree.prompt_ids)
-            for sample in tree.samples:
-                if sample.token_ids:
-                    with _outputs(untouched) as theirs:
-                        untouched(input_ids=torch.tensor([tree.prompt_ids + sample.token_ids]), use_cache=False)
-                    length = start + len(sample.token_ids)
-                    for name, x in theirs.items():
-                        if x.ndim >= 2 and x.shape[:2] == (1, length):
-                            parts.setdefault(name, []).append(x[0, start - 1 : -1])
+        for sample in samples:
+            if sample.token_ids:
+                start = len(sample.prompt_ids)
+                with _outputs(untouched) as theirs:
+                    untouched(input_ids=torch.tensor([sample.prompt_ids + sample.token_ids]), use_cache=False)
+                for name, x in theirs.items():
+                    if x.ndim >= 2 and x.shape[:2] == (1, length(sample)):
+                        parts.setdefault(name, []).append(x[0, start - 1 : -1])
     for name, x in ours.items():
         if x.ndim < 2 or x.shape[:2] != (1, batch.packed_tokens) or name not in parts:
             continue
@@ -249,7 +248,7 @@ def _randomize(model: nn.Module, seed: int) -> None:
             parameter.copy_(1.2 * noise / parameter.shape[-1] ** 0.5)
 
 
-def proof_trees(vocab: int, seed: int = 0, stretch: int = 1) -> list[Tree]:
+def proof_samples(vocab: int, seed: int = 0, stretch: int = 1) -> list[Sample]:
     """Three prompts, of which two begin alike; completions that begin alike, are empty, or of one token. Up to 20 tokens."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -259,7 +258,7 @@ def proof_trees(vocab: int, seed: int = 0, stretch: int = 1) -> list[Tree]:
     system, begin = ids(4), ids(3)
     long, short = system + ids(5), system + ids(3)
     completions = [[begin + ids(6), begin + ids(2), ids(1), []], [ids(8), ids(7)], [ids(4)]]
-    return tokens_as_trees([long, short, ids(1)], completions)
+    return tokens_as_samples([long, short, ids(1)], completions)
 
 
 @contextmanager

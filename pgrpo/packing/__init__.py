@@ -1,3 +1,3 @@
-"""Packs samples into tensors that hold each prompt once (``batch.py``, begin there), and divides a step's groups into
-micro-batches of the token budget for each rank (``balance.py``).
+"""Finds what samples share (``forest.py``, begin there), packs it into tensors once (``batch.py``), and divides a step's samples
+into micro-batches of the token budget for each rank (``balance.py``).
 """

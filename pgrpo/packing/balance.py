@@ -1,126 +1,203 @@
-"""Divides trees into micro-batches of the token budget and distributes them over ranks."""
+"""Divides samples into micro-batches of the token budget, so that what shares a beginning lies together, and distributes them over
+ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, zip_longest
 
-from pgrpo.packing.forest import Tree, packed_tokens
+import numpy as np
+
+from pgrpo.attention.choose import AttentionChoice
+from pgrpo.attention.layout import ancestry, nodes_of
+from pgrpo.packing.forest import Forest, Sorted, Work, length
 from pgrpo.types import Sample
+
+LEAST_SHARED = (1, 4, 16, 64, 256, 1024, 4096, 2**62)
+"""Shortest beginnings, in tokens, that are tried as the least that is worth a node; the last one shares prompts alone."""
 
 
 def share_out(
-    trees: Sequence[Tree],
+    samples: Sequence[Sample],
     dp_size: int,
     token_budget: int,
-    cost: Callable[[Tree], float],
+    cost: Callable[[Work], float],
+    attention: AttentionChoice | None = None,
     *,
-    share_prompts: bool = True,
-) -> list[list[list[Tree]]]:
-    """Micro-batches of every rank: ``plan[rank][i]`` is a list of trees of at most ``token_budget`` packed tokens.
+    is_shared: bool = True,
+) -> list[list[Forest]]:
+    """Micro-batches of every rank: ``plan[rank][i]`` is a forest of at most ``token_budget`` rows.
 
-    The costliest remaining tree goes to the rank with the least cost so far (longest-processing-time rule). All ranks get the same
-    number of micro-batches, as FSDP requires: a rank with fewer gets fillers, the cheapest sample with no token in the loss.
-    """
-    pieces = [piece for tree in trees for piece in split_to_budget(tree, token_budget, share_prompts)]
-    costs = [cost(piece) for piece in pieces]
-    loads = [0.0] * dp_size
-    owned: list[list[Tree]] = [[] for _ in range(dp_size)]
-    for i in sorted(range(len(pieces)), key=lambda i: -costs[i]):
-        rank = loads.index(min(loads))
-        owned[rank].append(pieces[i])
-        loads[rank] += costs[i]
-    plan = [fill_micro_batches(own, token_budget, lambda g: packed_tokens(g, share_prompts), cost) for own in owned]
-    rounds = max(len(batches) for batches in plan)
-    if rounds:
-        filler = weightless(min(pieces, key=packed_tokens))
-        for batches in plan:
-            batches.sort(
-                key=lambda batch: sum(map(cost, batch)), reverse=True
-            )  # ranks wait for each other: equal costs at a time
-            batches.extend([filler] for _ in range(rounds - len(batches)))
-    return plan
+    A node more saves the rows that samples would repeat, and costs attention a pass or copies. A prompt is always shared; of other
+    beginnings several least lengths are tried, and the division is taken whose ranks should be done first. All ranks get the same
+    number of micro-batches, as FSDP requires: a rank with fewer gets fillers, the shortest sample with no token in the loss.
 
-
-def weightless(tree: Tree) -> Tree:
-    """The shortest sample of the tree, with no token in the loss."""
-    shortest = min(tree.samples, key=lambda sample: len(sample.token_ids))
-    length = len(shortest.token_ids)
-    masked = replace(shortest, mask=[False] * length, advantages=[0.0] * length)
-    return Tree(tree.prompt_ids, [masked], is_filler=True)
-
-
-def split_to_budget(tree: Tree, token_budget: int, share_prompts: bool = True) -> list[Tree]:
-    """Split a tree that is larger than the budget into trees that fit, each with its own copy of the prompt.
+    Args:
+        cost: FLOPs of a forest's forward and backward.
+        attention: its ``flops_per_ns`` weighs passes against rows; 0 shares every beginning.
+        is_shared: False gives every sample rows of its own.
 
     Raises:
         ValueError: a single sample is larger than the budget.
     """
-    pieces: list[list[Sample]] = []
-    room = 0
-    prompt = len(tree.prompt_ids)
-    for sample, length in zip(tree.samples, tree.lengths, strict=True):
-        if prompt + length > token_budget:
-            raise ValueError(
-                f"a sample of {prompt + length} tokens does not fit train.token_budget={token_budget}: "
-                "raise train.token_budget or lower data.max_prompt_tokens or rollout.max_completion_tokens"
+    if not samples:
+        return [[] for _ in range(dp_size)]
+    if (most := max(map(length, samples))) > token_budget:
+        raise ValueError(
+            f"a sample of {most} tokens does not fit train.token_budget={token_budget}: "
+            "raise train.token_budget or lower data.max_prompt_tokens or rollout.max_completion_tokens"
+        )
+    whole = Sorted.of(samples)
+    divisions = _divisions(whole, dp_size, token_budget, cost, attention or AttentionChoice(), is_shared)
+    best = min(divisions, key=lambda division: division.seconds)
+    plan = [[_forest(whole, pieces, best.least, token_budget) for pieces in batches] for batches in best.plan]
+    rounds = max(map(len, plan))
+    filler = Forest.of([weightless(min(samples, key=length))])
+    for batches in plan:
+        batches.extend(replace(filler, is_filler=True) for _ in range(rounds - len(batches)))
+    return plan
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Samples ``first`` to ``end`` of a ``Sorted``, which stay together: their rows and cost."""
+
+    first: int
+    end: int
+    rows: int
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Division:
+    """Micro-batches (lists of pieces) of each rank, and about how long they take, in FLOPs."""
+
+    least: int
+    plan: list[list[list[Piece]]]
+    seconds: float
+
+
+def _divisions(
+    whole: Sorted, dp_size: int, budget: int, cost: Callable[[Work], float], attention: AttentionChoice, is_shared: bool
+) -> Iterator[_Division]:
+    tried: list[np.ndarray] = []
+    leasts = LEAST_SHARED if attention.flops_per_ns else LEAST_SHARED[:1]
+    for least in leasts if is_shared else (0,):
+        kept = whole.kept(least) if is_shared else np.zeros_like(whole.shared)
+        if any(np.array_equal(kept, other) for other in tried):
+            continue
+        tried.append(kept)
+        runs = list(whole.runs(least)) if is_shared else []
+        nodes = nodes_of([run.stop - run.start for run in runs], [run.parent for run in runs])
+        passes = attention.flops_per_ns * attention.choose(ancestry(nodes)).ns / dp_size
+        # A tree that holds most samples may be cut finer than the budget, so that no rank waits for another.
+        fair = -(-int((whole.lengths - kept).sum()) // dp_size)
+        for limit in sorted({budget, min(budget, fair)}):
+            pieces = list(_pieces(whole, kept, max(limit, int(whole.lengths.max())), cost))
+            plan = _assign(pieces, dp_size, budget)
+            rounds = zip_longest(
+                *([sum(p.cost for p in batch) for batch in batches] for batches in plan), fillvalue=0.0
             )
-        needed = length if share_prompts else prompt + length
-        if not pieces or needed > room:
-            pieces.append([])
-            room = token_budget - (prompt if share_prompts else 0)
-        pieces[-1].append(sample)
-        room -= needed
-    return [tree] if len(pieces) == 1 else [tree.with_samples(piece) for piece in pieces]
+            yield _Division(least, plan, passes + sum(map(max, rounds)))
 
 
-def fill_micro_batches(
-    trees: Sequence[Tree],
-    token_budget: int,
-    size: Callable[[Tree], int] = packed_tokens,
-    cost: Callable[[Tree], float] | None = None,
-) -> list[list[Tree]]:
-    """Bins of at most ``token_budget`` tokens and about equal cost (default: ``size``), as few as first-fit decreasing finds.
+def _pieces(whole: Sorted, kept: np.ndarray, limit: int, cost: Callable[[Work], float]) -> Iterator[Piece]:
+    """Whole trees, and trees of more than ``limit`` rows cut into pieces that fit."""
+    roots = [*np.flatnonzero(kept == 0).tolist(), len(kept)]
+    for a, b in pairwise(roots):
+        cuts = [a, b]
+        if (whole.lengths[a:b] - kept[a:b]).sum() > limit:
+            cuts = [a + cut for cut in cut_tree(whole.lengths[a:b], kept[a:b], limit)]
+        for first, end in pairwise(cuts):
+            starts = kept[first:end].copy()
+            starts[0] = 0
+            scored = whole.lengths[first:end] - np.maximum(whole.prompts[first:end], starts)
+            work = Work(starts, whole.lengths[first:end], int(np.maximum(scored, 0).sum()))
+            yield Piece(first, end, work.rows, cost(work))
 
-    Costs should be equal because ranks wait for each other in every micro-batch. Deterministic. Every tree must fit the budget.
+
+def cut_tree(lengths: np.ndarray, kept: np.ndarray, limit: int) -> list[int]:
+    """Where to cut the samples of a tree, both ends included: pieces of at most ``limit`` rows, with as few rows computed again as
+    possible, and of these the most even. ``kept[0]`` is 0."""
+    count = len(lengths)
+    before = np.concatenate([[0], np.cumsum(lengths - kept)])
+    starts = before[:-1] - kept  # rows of a piece i to j: before[j] - starts[i]; never falls with i
+    best = np.zeros(count + 1)
+    cut = np.zeros(count + 1, dtype=np.int64)
+    for j in range(1, count + 1):
+        low = int(np.searchsorted(starts[:j], before[j] - limit))
+        unevenness = ((before[j] - starts[low:j]) / limit) ** 2 / (count + 1)  # of all pieces, less than one row
+        total = best[low:j] + kept[low:j] + unevenness
+        cut[j] = low + int(total.argmin())
+        best[j] = total.min()
+    cuts = [count]
+    while cuts[-1]:
+        cuts.append(int(cut[cuts[-1]]))
+    return cuts[::-1]
+
+
+def _assign(pieces: Sequence[Piece], dp_size: int, budget: int) -> list[list[list[Piece]]]:
+    """The costliest remaining piece goes to the rank with the least cost so far (longest-processing-time rule)."""
+    loads = [0.0] * dp_size
+    owned: list[list[Piece]] = [[] for _ in range(dp_size)]
+    for piece in sorted(pieces, key=lambda piece: -piece.cost):
+        rank = loads.index(min(loads))
+        owned[rank].append(piece)
+        loads[rank] += piece.cost
+    plan = [fill_micro_batches(own, budget) for own in owned]
+    for batches in plan:  # ranks wait for each other: equal costs at a time
+        batches.sort(key=lambda batch: -sum(piece.cost for piece in batch))
+    return plan
+
+
+def _forest(whole: Sorted, pieces: Sequence[Piece], least: int, budget: int) -> Forest:
+    taken = whole.take(np.sort(np.concatenate([np.arange(piece.first, piece.end) for piece in pieces])))
+    if not least:
+        return Forest.repeated(taken.forest().samples)
+    forest = taken.forest(least)
+    # With fewer samples other nodes may be too short, and there may be more rows; not if everything is shared.
+    return forest if forest.rows <= budget else taken.forest()
+
+
+def weightless(sample: Sample) -> Sample:
+    """The sample with no token in the loss."""
+    count = len(sample.token_ids)
+    return replace(sample, mask=[False] * count, advantages=[0.0] * count)
+
+
+def fill_micro_batches(pieces: Sequence[Piece], token_budget: int) -> list[list[Piece]]:
+    """Bins of at most ``token_budget`` rows and about equal cost, as few as first-fit decreasing finds.
+
+    Costs should be equal because ranks wait for each other in every micro-batch. Deterministic. Every piece must fit the budget.
     """
-    bins = _first_fit(trees, token_budget, size)
-    return _even_out(trees, token_budget, size, cost or size, len(bins)) or bins
+    bins = _first_fit(pieces, token_budget)
+    return _even_out(pieces, token_budget, len(bins)) or bins
 
 
-def _even_out(
-    trees: Sequence[Tree],
-    token_budget: int,
-    size: Callable[[Tree], int],
-    cost: Callable[[Tree], float],
-    count: int,
-) -> list[list[Tree]] | None:
-    """Put the costliest remaining tree into the cheapest bin with room for it; None if a tree finds no room."""
-    bins: list[list[Tree]] = [[] for _ in range(count)]
+def _even_out(pieces: Sequence[Piece], token_budget: int, count: int) -> list[list[Piece]] | None:
+    """Put the costliest remaining piece into the cheapest bin with room for it; None if a piece finds no room."""
+    bins: list[list[Piece]] = [[] for _ in range(count)]
     room, load = [token_budget] * count, [0.0] * count
-    for tree in sorted(trees, key=cost, reverse=True):
-        tokens = size(tree)
-        slot = min((i for i in range(count) if tokens <= room[i]), key=load.__getitem__, default=None)
+    for piece in sorted(pieces, key=lambda piece: piece.cost, reverse=True):
+        slot = min((i for i in range(count) if piece.rows <= room[i]), key=load.__getitem__, default=None)
         if slot is None:
             return None
-        bins[slot].append(tree)
-        room[slot] -= tokens
-        load[slot] += cost(tree)
+        bins[slot].append(piece)
+        room[slot] -= piece.rows
+        load[slot] += piece.cost
     return bins
 
 
-def _first_fit(trees: Sequence[Tree], token_budget: int, size: Callable[[Tree], int]) -> list[list[Tree]]:
-    bins: list[list[Tree]] = []
+def _first_fit(pieces: Sequence[Piece], token_budget: int) -> list[list[Piece]]:
+    bins: list[list[Piece]] = []
     room: list[int] = []
-    for tree in sorted(trees, key=size, reverse=True):
-        tokens = size(tree)
-        if tokens > token_budget:
-            raise ValueError(f"a tree of {tokens} tokens does not fit a budget of {token_budget}: split it first")
-        slot = next((i for i, free in enumerate(room) if tokens <= free), None)
+    for piece in sorted(pieces, key=lambda piece: piece.rows, reverse=True):
+        slot = next((i for i, free in enumerate(room) if piece.rows <= free), None)
         if slot is None:
             slot = len(bins)
             bins.append([])
             room.append(token_budget)
-        bins[slot].append(tree)
-        room[slot] -= tokens
+        bins[slot].append(piece)
+        room[slot] -= piece.rows
     return bins

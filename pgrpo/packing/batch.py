@@ -1,29 +1,23 @@
-"""A forest -> packed tensors -> per-sample tensors. Each tree's prompt is stored and computed once.
+"""A forest -> packed tensors -> per-sample tensors. ``forest.py`` has a worked example.
 
-Shapes: T packed tokens, L tokens of all samples after their prompts, B samples, R tokens of the longest sample, N trees.
-
-Two trees, prompt A (3 tokens) with samples of 2 and 3 tokens, prompt B (2 tokens) with samples of 1 and 2 tokens:
-
-    row          0 1 2 | 3 4 | 5 6 | 7 8 9 | 10 | 11 12
-    segment      A A A | B B | a a | a'a'a'| b  | b' b'
-    position_ids 0 1 2 | 0 1 | 3 4 | 3 4 5 | 2  | 2  3
-    logit_index  a: 2 5   a': 2 7 8   b: 4   b': 4 11     the row that predicts each token
-
-The first token of every sample is predicted by the last row of its prompt, which the tree shares.
+Shapes: T packed tokens, L tokens of all samples behind their prompts, B samples, R tokens of the longest sample behind its prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import partial
+from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pgrpo.attention.choose import AttentionChoice
-from pgrpo.attention.layout import PackedLayout
-from pgrpo.packing.forest import Tree, packed_tokens
+from pgrpo.attention.layout import Node, PackedLayout
+from pgrpo.packing.forest import Forest, Work, length
+from pgrpo.types import Sample
 
 
 @dataclass(slots=True)
@@ -31,17 +25,19 @@ class GroupedBatch:
     """One micro-batch.
 
     Attributes:
-        inputs: arguments of the model by name: ``input_ids`` [T] int64 and ``position_ids`` [T] int64. Positions of a sample
-            continue those of its prompt.
+        inputs: arguments of the model by name: ``input_ids`` [T] int64 and ``position_ids`` [T] int64, each row's position in its
+            samples.
         layout: who attends to whom.
         logit_index: [L] int64, the packed row that predicts each token, sample by sample.
         target_ids: [L] int64, these tokens.
+        distinct: [U] int64, of tokens that samples share (one row predicts one token) the first: U of the L tokens need a log-prob.
+        pair_index: [L] int64, which of these each token is.
         unpack_index: [L] int64, their positions in a flattened [B, R].
         mask: [B, R] bool, True on tokens in the loss.
         advantages: [B, R] float32, 0 where there is no token.
         rollout_logprobs: [B, R] float32, 0 where there is no token.
-        counted_tokens: number of packed tokens, without those of fillers.
-        repeated_tokens: the same if every sample had its own copy of the prompt.
+        counts: numbers of tokens, all 0 for a filler.
+        work: what the forward computes; nothing for a filler.
         old_logprobs: [B, R] float32; None until computed, if the current weights are those that sampled.
         teacher_logprobs: [B, R] float32 of a teacher, for all epochs; None until computed.
     """
@@ -50,12 +46,14 @@ class GroupedBatch:
     layout: PackedLayout
     logit_index: Tensor
     target_ids: Tensor
+    distinct: Tensor
+    pair_index: Tensor
     unpack_index: Tensor
     mask: Tensor
     advantages: Tensor
     rollout_logprobs: Tensor
-    counted_tokens: int
-    repeated_tokens: int
+    counts: TokenCounts
+    work: Work
     old_logprobs: Tensor | None = None
     teacher_logprobs: Tensor | None = None
 
@@ -69,68 +67,100 @@ class GroupedBatch:
         return _unpack(flat_L, self.unpack_index, *self.mask.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Numbers of tokens.
+
+    Attributes:
+        packed: rows.
+        repeated: rows if every sample had all of its own.
+        shared_above_prompt: rows that prompts save by sharing their beginnings with each other.
+    """
+
+    packed: int = 0
+    repeated: int = 0
+    shared_above_prompt: int = 0
+
+    @staticmethod
+    def of(forest: Forest, nodes: list[Node]) -> TokenCounts:
+        prompt_rows = [0 for _ in nodes]  # of each node, by the longest prompt that goes through it
+        for sample, node in zip(forest.samples, forest.leaves, strict=True):
+            while node >= 0:
+                prompt_rows[node] = max(prompt_rows[node], len(sample.prompt_ids) - nodes[node].offset)
+                node = nodes[node].parent
+        distinct = {id(sample.prompt_ids): len(sample.prompt_ids) for sample in forest.samples}
+        in_prompts = sum(min(rows, node.length) for rows, node in zip(prompt_rows, nodes, strict=True))
+        return TokenCounts(forest.rows, sum(map(length, forest.samples)), max(0, sum(distinct.values()) - in_prompts))
+
+
 def build_batch(
-    trees: Sequence[Tree],
-    *,
-    share_prompts: bool = True,
-    device: torch.device | str = "cpu",
-    attention: AttentionChoice | None = None,
+    forest: Forest, *, device: torch.device | str = "cpu", attention: AttentionChoice | None = None
 ) -> GroupedBatch:
-    """Pack trees. ``share_prompts=False`` packs every sample with its own copy of the prompt: the same log-probs, more tokens.
-    ``attention`` chooses the kernel and passes (default: PyTorch's own kernel and two passes)."""
-    if share_prompts:
-        prefixes = [tree.prompt_ids for tree in trees]
-        suffixes = [[s.token_ids for s in tree.samples] for tree in trees]
-    else:  # no prefix block; a suffix is a whole sample, and its first `head` rows are the prompt
-        prefixes = [[] for _ in trees]
-        suffixes = [[tree.prompt_ids + s.token_ids for s in tree.samples] for tree in trees]
-    lengths = [len(p) for p in prefixes], [[len(s) for s in ss] for ss in suffixes]
-    layout = PackedLayout.flat(*lengths, device, attention)
-    flat_suffixes = [s for ss in suffixes for s in ss]
-    input_ids = [t for segment in [*prefixes, *flat_suffixes] for t in segment]
-    position_ids = [i for p in prefixes for i in range(len(p))]
-    position_ids += [len(p) + i for p, ss in zip(prefixes, suffixes, strict=True) for s in ss for i in range(len(s))]
-
-    samples = [sample for tree in trees for sample in tree.samples]
+    """Pack a forest. ``attention`` chooses the kernel and the passes (default: PyTorch's own kernel and passes between depths)."""
+    layout = PackedLayout(forest.lengths, forest.parents, device, attention)
+    nodes, samples = layout.nodes, forest.samples
+    input_ids = chain.from_iterable(
+        _tokens(samples[b], node.offset, node.offset + node.length)
+        for b, node in zip(forest.through, nodes, strict=True)
+    )
+    position_ids = [np.arange(node.offset, node.offset + node.length) for node in nodes]
     width = max((len(s.token_ids) for s in samples), default=0)
-    prefix_ends = list(accumulate(len(p) for p in prefixes))
-    row = sum(map(len, prefixes))  # where the next suffix starts
-    logit_index: list[int] = []
-    unpack_index: list[int] = []
-    b = 0
-    for n, tree in enumerate(trees):
-        head = 0 if share_prompts else len(tree.prompt_ids)
-        for length in tree.lengths:
-            if length:
-                first = prefix_ends[n] - 1 if share_prompts else row + head - 1
-                logit_index.append(first)
-                logit_index.extend(range(row + head, row + head + length - 1))
-                unpack_index.extend(range(b * width, b * width + length))
-            row += head + length
-            b += 1
+    logit_index = np.concatenate(
+        [np.zeros(0, dtype=np.int64), *map(partial(_predicting_rows, nodes), samples, forest.leaves)]
+    )
+    target_ids = np.array([t for s in samples for t in s.token_ids], dtype=np.int64)
+    _, first, pair = np.unique(logit_index << 32 | target_ids, return_index=True, return_inverse=True)
+    distinct = np.sort(first)
+    unpack_index = [np.arange(b * width, b * width + len(s.token_ids)) for b, s in enumerate(samples)]
 
-    def long(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=device)
+    def long(values: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *values])).to(device)
 
     unpack = long(unpack_index)
 
-    def rows(values: list[list[float]] | list[list[bool]], dtype: torch.dtype) -> Tensor:
+    def rows(values: Iterable[list[float]] | Iterable[list[bool]], dtype: torch.dtype) -> Tensor:
         """One value a token -> [B, R]."""
         flat_L = torch.tensor([x for sample in values for x in sample], dtype=dtype, device=device)
         return _unpack(flat_L, unpack, len(samples), width)
 
+    starts = np.array([node.offset for node in nodes], dtype=np.int64)
+    work = Work(starts, starts + np.array(forest.lengths, dtype=np.int64), len(distinct))
     return GroupedBatch(
-        inputs={"input_ids": long(input_ids), "position_ids": long(position_ids)},
+        inputs={
+            "input_ids": torch.tensor(list(input_ids), dtype=torch.long, device=device),
+            "position_ids": long(position_ids),
+        },
         layout=layout,
-        logit_index=long(logit_index),
-        target_ids=long([t for s in samples for t in s.token_ids]),
+        logit_index=long([logit_index]),
+        target_ids=long([target_ids]),
+        distinct=long([distinct]),
+        pair_index=long([np.searchsorted(distinct, first[pair])]),
         unpack_index=unpack,
-        mask=rows([s.mask for s in samples], torch.bool),
-        advantages=rows([s.advantages or [0.0] * len(s.token_ids) for s in samples], torch.float32),
-        rollout_logprobs=rows([s.rollout_logprobs for s in samples], torch.float32),
-        counted_tokens=sum(packed_tokens(tree, share_prompts) for tree in trees if not tree.is_filler),
-        repeated_tokens=sum(packed_tokens(tree, share_prompts=False) for tree in trees if not tree.is_filler),
+        mask=rows((s.mask for s in samples), torch.bool),
+        advantages=rows((s.advantages or [0.0] * len(s.token_ids) for s in samples), torch.float32),
+        rollout_logprobs=rows((s.rollout_logprobs for s in samples), torch.float32),
+        counts=TokenCounts() if forest.is_filler else TokenCounts.of(forest, nodes),
+        work=Work.nothing() if forest.is_filler else work,
     )
+
+
+def _tokens(sample: Sample, start: int, stop: int) -> list[int]:
+    """Tokens ``start`` to ``stop`` of a sample, prompt included."""
+    prompt = len(sample.prompt_ids)
+    return sample.prompt_ids[start:stop] + sample.token_ids[max(0, start - prompt) : max(0, stop - prompt)]
+
+
+def _predicting_rows(nodes: list[Node], sample: Sample, leaf: int) -> np.ndarray:
+    """[R] the packed row of the token before each token behind the prompt. Walks the path from its last node up."""
+    first, end = len(sample.prompt_ids) - 1, length(sample) - 1  # positions of these rows
+    found: list[np.ndarray] = []
+    while leaf >= 0 and first < end:
+        node = nodes[leaf]
+        start, stop = max(first, node.offset), min(end, node.offset + node.length)
+        if start < stop:
+            found.append(np.arange(start, stop) + node.start - node.offset)
+        leaf = node.parent
+    return np.concatenate([np.zeros(0, dtype=np.int64), *found[::-1]])
 
 
 def _unpack(flat_L: Tensor, unpack_index: Tensor, samples: int, width: int) -> Tensor:

@@ -1,44 +1,197 @@
-"""Samples -> a forest. The forest of a micro-batch is flat: the root of each tree is a prompt, and its leaves are the samples."""
+"""Samples -> a forest: equal tokens after equal tokens are one row. Nobody declares what is shared; the token ids say it.
+
+A system prompt S (2 tokens) shared by two prompts, A (1 token more; completions a of 2 tokens and a' of 1) and B (2 more; one
+completion b of 2, which nothing else shares, so B and b are one node):
+
+    row          0 1 | 2 | 3 4 5 6 | 7 8 | 9
+    node         S S | A | B B b b | a a | a'
+    position_ids 0 1 | 2 | 2 3 4 5 | 3 4 | 3
+    parent       -     S   S         A     A
+    logit_index  a: 2 7   a': 2   b: 4 5         the row that predicts each completion token
+
+A node ends only where samples diverge: a sample may end inside a node, and equal samples share all of their rows. Samples are
+sorted by their tokens, so that what shares a beginning lies together. How many leading tokens each has in common with the sample
+before it is then all that the forest follows from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
-from pgrpo.types import Group, Sample
+import numpy as np
+
+from pgrpo.types import Sample
 
 
 @dataclass(frozen=True, slots=True)
-class Tree:
-    """A prompt, which is stored and computed once, and its samples."""
+class Forest:
+    """The samples of a micro-batch and their nodes, in order of depth, children in the order of their parents.
 
-    prompt_ids: list[int]
-    samples: Sequence[Sample]
+    Attributes:
+        samples: B samples.
+        lengths, parents: of each node, in tokens; the number of its parent, -1 for a root.
+        through: a sample that goes through the node.
+        leaves: [B] the last node of each sample's path. The sample may end before the node does.
+        is_filler: a copy that only keeps ranks in step: no token of it is in the loss or in a count.
+    """
+
+    samples: list[Sample]
+    lengths: list[int]
+    parents: list[int]
+    through: list[int]
+    leaves: list[int]
     is_filler: bool = False
-    """A copy that only keeps ranks in step: no token of it is in the loss or in a count."""
+
+    @staticmethod
+    def of(samples: Sequence[Sample], least: int = 1) -> Forest:
+        """Share every prompt, and every other beginning of at least ``least`` tokens."""
+        return Sorted.of(samples).forest(least)
+
+    @staticmethod
+    def repeated(samples: Sequence[Sample]) -> Forest:
+        """Share nothing: every sample has rows of its own."""
+        numbers = list(range(len(samples)))
+        return Forest(list(samples), [*map(length, samples)], [-1] * len(samples), numbers, numbers)
 
     @property
-    def lengths(self) -> list[int]:
-        """Number of tokens of each sample after the prompt."""
-        return [len(sample.token_ids) for sample in self.samples]
-
-    def with_samples(self, samples: Sequence[Sample]) -> Tree:
-        """The same prompt with other samples."""
-        return Tree(self.prompt_ids, samples)
+    def rows(self) -> int:
+        """Number of rows of the packed batch."""
+        return sum(self.lengths)
 
 
-def trees_of(groups: Iterable[Group]) -> list[Tree]:
-    """One tree for each distinct prompt of each group, in order. A group has several if an episode rewrote its history."""
-    trees = []
-    for group in groups:
-        by_prompt: dict[tuple[int, ...], list[Sample]] = {}
-        for sample in group.samples:
-            by_prompt.setdefault(tuple(sample.prompt_ids), []).append(sample)
-        trees += [Tree(samples[0].prompt_ids, samples) for samples in by_prompt.values()]
-    return trees
+class Run(NamedTuple):
+    """A node: samples ``first`` to ``end`` of a ``Sorted`` go through it; it has the tokens ``start`` to ``stop`` of each."""
+
+    first: int
+    end: int
+    parent: int
+    start: int
+    stop: int
 
 
-def packed_tokens(tree: Tree, share_prompts: bool = True) -> int:
-    """Number of rows of the tree in a packed batch."""
-    copies = 1 if share_prompts else len(tree.samples)
-    return copies * len(tree.prompt_ids) + sum(tree.lengths)
+class Work(NamedTuple):
+    """What a forest costs: rows at positions ``starts[i]`` to ``ends[i]`` of samples, and ``scored`` tokens with a log-prob."""
+
+    starts: np.ndarray
+    ends: np.ndarray
+    scored: int
+
+    @staticmethod
+    def nothing() -> Work:
+        return Work(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), 0)
+
+    @property
+    def rows(self) -> int:
+        return int((self.ends - self.starts).sum())
+
+    def pairs(self, window: int | None = None) -> int:
+        """Pairs of a query and a key that it sees; with a sliding window only the last ``window`` keys."""
+        starts, ends = (x.astype(np.int64) for x in self[:2])
+        pairs = (ends * (ends + 1) - starts * (starts + 1)) // 2
+        if window is not None:  # a row at position p sees p + 1 keys, of which p + 1 - window are hidden
+            hidden_s, hidden_e = (np.maximum(x - window, 0) for x in (starts, ends))
+            pairs -= (hidden_e * (hidden_e + 1) - hidden_s * (hidden_s + 1)) // 2
+        return int(pairs.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Sorted:
+    """Samples in the order of their tokens.
+
+    Attributes:
+        samples: B samples.
+        order: [B] their numbers before they were sorted.
+        lengths, prompts: [B] tokens of samples and of their prompts.
+        shared: [B] leading tokens that are those of the sample before; 0 for the first.
+    """
+
+    samples: list[Sample]
+    order: np.ndarray
+    lengths: np.ndarray
+    prompts: np.ndarray
+    shared: np.ndarray
+
+    @staticmethod
+    def of(samples: Sequence[Sample]) -> Sorted:
+        keys = [np.array(s.prompt_ids + s.token_ids, dtype=np.uint32) for s in samples]
+        order = sorted(range(len(keys)), key=[key.astype(">u4").tobytes() for key in keys].__getitem__)
+        shared = [_equal(keys[a], keys[b]) for a, b in pairwise(order)]
+        placed = [samples[i] for i in order]
+        numbers = order, map(length, placed), (len(s.prompt_ids) for s in placed), [0, *shared][: len(placed)]
+        return Sorted(placed, *(np.array(list(x), dtype=np.int64) for x in numbers))
+
+    def take(self, kept: np.ndarray) -> Sorted:
+        """Some of the samples, by their ascending numbers in this order."""
+        shared = [0, *(self.shared[a + 1 : b + 1].min() for a, b in pairwise(kept))]
+        numbers = self.order[kept], self.lengths[kept], self.prompts[kept], np.array(shared)
+        return Sorted([self.samples[i] for i in kept], *numbers)
+
+    def runs(self, least: int) -> Iterator[Run]:
+        """The nodes in order of depth. Where samples diverge, a beginning of fewer than ``least`` tokens is not shared, unless a
+        prompt of all of them ends in it."""
+        level = [(0, len(self.samples), -1, 0)] if self.samples else []
+        count = 0
+        while level:
+            stack, level = level[::-1], []
+            while stack:
+                first, end, parent, start = stack.pop()
+                stop, parts = self._diverge(first, end)
+                ends_prompt = start < self.prompts[first:end].min() <= stop
+                if parts and stop - start < least and not ends_prompt:
+                    stack += [(a, b, parent, start) for a, b in reversed(parts)]
+                    continue
+                yield Run(first, end, parent, start, stop)
+                level += [(a, b, count, stop) for a, b in parts]
+                count += 1
+
+    def _diverge(self, first: int, end: int) -> tuple[int, list[tuple[int, int]]]:
+        """Where the samples of a run diverge, and the runs they part into, each in the order of first appearance. A sample that is
+        the beginning of the next one does not diverge from it."""
+        live = first
+        while live + 1 < end and self.lengths[live] <= self.shared[live + 1]:
+            live += 1
+        if live + 1 == end:
+            return int(self.lengths[live]), []
+        shared = self.shared[live + 1 : end]
+        stop = int(shared.min())
+        cuts = [first, *(live + 1 + np.flatnonzero(shared == stop)).tolist(), end]
+        return stop, sorted(pairwise(cuts), key=lambda part: self.order[part[0] : part[1]].min())
+
+    def forest(self, least: int = 1) -> Forest:
+        """The forest; its samples are in the order that they had before they were sorted."""
+        runs = list(self.runs(least))
+        rank = self.order.argsort()  # where each sample of the old order is now
+        leaves = np.zeros(len(self.samples), dtype=np.int64)
+        for node, run in enumerate(runs):
+            leaves[run.first : run.end] = node
+        place = np.empty_like(rank)
+        place[rank] = np.arange(len(rank))
+        return Forest(
+            [self.samples[i] for i in rank],
+            [run.stop - run.start for run in runs],
+            [run.parent for run in runs],
+            [int(place[run.end - 1]) for run in runs],
+            leaves[rank].tolist(),
+        )
+
+    def kept(self, least: int) -> np.ndarray:
+        """[B] leading tokens whose rows are those of the sample before, in ``forest(least)``."""
+        stops = np.zeros(len(self.samples), dtype=np.int64)
+        for run in self.runs(least):
+            stops[run.first + 1 : run.end] = run.stop
+        return np.minimum(self.shared, stops)
+
+
+def length(sample: Sample) -> int:
+    """Tokens of a sample, prompt included."""
+    return len(sample.prompt_ids) + len(sample.token_ids)
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> int:
+    """Number of leading elements that are equal."""
+    most = min(len(a), len(b))
+    differ = np.flatnonzero(a[:most] != b[:most])
+    return int(differ[0]) if len(differ) else most

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
+from pgrpo.packing.forest import Work
 from pgrpo.planning.dims import ModelDims
 
 GIB = 2**30
@@ -31,62 +34,58 @@ def lora_parameter_count(dims: ModelDims, rank: int, targets: Iterable[str]) -> 
     return sum(rank * sum(shape) for name in set(targets) for shape in dims.linear_layers[name])
 
 
-def computed_tokens(prompt: int, completions: Sequence[int], *, shared: bool = True) -> int:
-    """Tokens that the layers compute for one prompt and completions of the given lengths."""
-    return prompt * (1 if shared else len(completions)) + sum(completions)
+def flat_work(prompt: int, completions: Sequence[int], *, shared: bool = True) -> Work:
+    """The work of one prompt and completions of the given lengths."""
+    if not shared:
+        return Work(
+            np.zeros(len(completions), dtype=np.int64), prompt + np.array(completions, dtype=np.int64), sum(completions)
+        )
+    starts = np.array([0, *(prompt for _ in completions)])
+    return Work(starts, np.array([prompt, *(prompt + n for n in completions)]), sum(completions))
 
 
-def attention_pairs(prompt: int, completions: Sequence[int], *, shared: bool = True, window: int = 0) -> int:
-    """Pairs (query, key): causal in the prompt and in each completion; a completion also attends to the whole prompt, or with a
-    window to what is less than ``window`` tokens away (0: no window)."""
-    causal = _causal_pairs(prompt, window)
-    suffixes = sum(_causal_pairs(prompt + n, window) - causal for n in completions)
-    return causal * (1 if shared else len(completions)) + suffixes
+def forest_forward_flops(dims: ModelDims, work: Work, *, adapters: int = 0) -> int:
+    """FLOPs of the log-probs of a forest; a multiplication and an addition are two FLOPs.
+
+    Counts linear layers (and ``adapters`` parameters of LoRA) for each row, attention for each pair, and the head for tokens with a
+    log-prob only.
+    """
+    head = 2 * dims.vocab * dims.hidden * work.scored
+    return 2 * (dims.matrices + adapters) * work.rows + _attention_flops(dims, work) + head
 
 
-def _causal_pairs(length: int, window: int) -> int:
-    """Of one sequence."""
-    inside = min(length, window or length)
-    return inside * (inside + 1) // 2 + (length - inside) * window
+def forest_update_flops(dims: ModelDims, work: Work, *, adapters: int = 0) -> int:
+    """FLOPs of a forest's forward and backward: ``UPDATE_OVER_FORWARD`` times the forward's. With LoRA (``adapters``: number of
+    trained parameters) the frozen weights have no gradient, so that their backward is one product, as large as the forward's."""
+    forward = forest_forward_flops(dims, work, adapters=adapters)
+    if not adapters:
+        return UPDATE_OVER_FORWARD * forward
+    both_inputs = _attention_flops(dims, work) + 2 * adapters * work.rows
+    return UPDATE_OVER_FORWARD * both_inputs + (UPDATE_OVER_FORWARD - 1) * (forward - both_inputs)
 
 
 def forward_flops(
     dims: ModelDims, prompt: int, completions: Sequence[int], *, shared: bool = True, adapters: int = 0
 ) -> int:
-    """FLOPs of one group's log-probs; a multiplication and an addition are two FLOPs.
-
-    Counts linear layers (and ``adapters`` parameters of LoRA) for each computed token, attention for each pair, and the head for
-    completion tokens only.
-    """
-    linear = 2 * (dims.matrices + adapters) * computed_tokens(prompt, completions, shared=shared)
-    head = 2 * dims.vocab * dims.hidden * sum(completions)
-    return linear + _attention_flops(dims, prompt, completions, shared) + head
+    """``forest_forward_flops`` of one group."""
+    return forest_forward_flops(dims, flat_work(prompt, completions, shared=shared), adapters=adapters)
 
 
 def update_flops(
     dims: ModelDims, prompt: int, completions: Sequence[int], *, shared: bool = True, adapters: int = 0
 ) -> int:
-    """FLOPs of one group's forward and backward: ``UPDATE_OVER_FORWARD`` times the forward's. With LoRA (``adapters``: number
-    of trained parameters) the frozen weights have no gradient, so that their backward is one product, as large as the forward's."""
-    forward = forward_flops(dims, prompt, completions, shared=shared, adapters=adapters)
-    if not adapters:
-        return UPDATE_OVER_FORWARD * forward
-    trained = 2 * adapters * computed_tokens(prompt, completions, shared=shared)
-    both_inputs = _attention_flops(dims, prompt, completions, shared) + trained
-    return UPDATE_OVER_FORWARD * both_inputs + (UPDATE_OVER_FORWARD - 1) * (forward - both_inputs)
+    """``forest_update_flops`` of one group."""
+    return forest_update_flops(dims, flat_work(prompt, completions, shared=shared), adapters=adapters)
 
 
-def _attention_flops(dims: ModelDims, prompt: int, completions: Sequence[int], shared: bool) -> int:
-    pairs = sum(
-        count * attention_pairs(prompt, completions, shared=shared, window=window)
-        for window, count in Counter(dims.windows).items()
-    )
+def _attention_flops(dims: ModelDims, work: Work) -> int:
+    pairs = sum(count * work.pairs(window or None) for window, count in Counter(dims.windows).items())
     return 2 * dims.heads * (dims.head_dim + dims.value_dim) * pairs  # scores and weighted values
 
 
 def rho(prompt: int, completions: Sequence[int]) -> float:
     """Tokens computed with repeated prompts over tokens computed with shared prompts."""
-    return computed_tokens(prompt, completions, shared=False) / computed_tokens(prompt, completions)
+    return flat_work(prompt, completions, shared=False).rows / flat_work(prompt, completions).rows
 
 
 def flop_ratio(dims: ModelDims, prompt: int, completions: Sequence[int]) -> float:

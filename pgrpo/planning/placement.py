@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from pgrpo.attention.choose import AttentionChoice
+from pgrpo.attention.choose import UPDATE_FLOPS_PER_NS, AttentionChoice
 from pgrpo.attention.kernels.flash import choose_kernel
 from pgrpo.config import Config, ConfigError, ModelConfig
 from pgrpo.distributed.world import World
@@ -79,7 +79,10 @@ def attention_choice(config: Config, dims: ModelDims, device: torch.device) -> A
     except ValueError as error:
         raise ConfigError(f"model.attention_kernel={config.model.attention_kernel}: {error}") from error
     way = "auto" if device.type == "cuda" else "between_depths"
-    return AttentionChoice(kernel.name, dims.heads, dims.kv_heads, dims.head_dim, way, reason=kernel.reason)
+    flops_per_ns = dims.layers * UPDATE_FLOPS_PER_NS[device.type]
+    return AttentionChoice(
+        kernel.name, dims.heads, dims.kv_heads, dims.head_dim, way, flops_per_ns=flops_per_ns, reason=kernel.reason
+    )
 
 
 def recompute_by_layer(config: Config, dims: ModelDims, world: World) -> list[Recompute]:

@@ -19,7 +19,7 @@ from pgrpo.distributed.world import World
 from pgrpo.model.policy import Policy
 from pgrpo.model.weights import full_weights, weight_names
 from pgrpo.packing.batch import build_batch
-from pgrpo.packing.forest import Tree, trees_of
+from pgrpo.packing.forest import Forest
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.placement import compute_dtype, engine_choice, engine_name, vllm_memory
 from pgrpo.rollout.base import RolloutEngine
@@ -29,7 +29,7 @@ from pgrpo.rollout.vllm import engine as vllm
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.rollout.vllm.offload import Offload
 from pgrpo.training.offload import MOMENTS
-from pgrpo.types import Group
+from pgrpo.types import Group, Sample
 
 log = logging.getLogger(__name__)
 VLLM_KEYS = (
@@ -125,7 +125,7 @@ def resting_tensors(policy: nn.Module, optimizer: torch.optim.Optimizer, parts: 
 class ScoringEngine(Protocol):
     """The part of ``VLLMEngine`` that the canary needs."""
 
-    def score(self, trees: Sequence[Tree]) -> list[float]: ...
+    def score(self, samples: Sequence[Sample]) -> list[float]: ...
 
 
 class Canary:
@@ -139,20 +139,20 @@ class Canary:
     def __init__(self, world: World, policy: Policy, engine: ScoringEngine, every: int, most_tokens: int) -> None:
         self.world, self.policy, self.engine = world, policy, engine
         self.every, self.most_tokens = every, most_tokens
-        self._trees: list[Tree] = []
+        self._samples: list[Sample] = []
         self._old: list[float] = []
         self._new: list[float] | None = None
 
     def before_update(self, step: int, groups: Sequence[Group]) -> None:
         """Record some of the step's samples and their log-probs. ``groups`` are rank 0's. A collective call."""
-        self._trees, self._new = [], None
+        self._samples, self._new = [], None
         if step % self.every == 0:
-            self._trees = self.world.from_main(canary.pick(trees_of(groups), self.most_tokens))
+            self._samples = self.world.from_main(canary.pick(groups, self.most_tokens))
             self._old = self._logprobs()
 
     def after_update(self) -> None:
         """Record the log-probs of these samples again. A collective call."""
-        if self._trees:
+        if self._samples:
             self._new = self._logprobs()
 
     def look(self) -> dict[str, float]:
@@ -164,8 +164,8 @@ class Canary:
         """
         if self._new is None:
             return {}
-        lengths = [length for tree in self._trees for length in tree.lengths]
-        slope = canary.regress(self._old, self._new, self.engine.score(self._trees), lengths)
+        lengths = [len(sample.token_ids) for sample in self._samples]
+        slope = canary.regress(self._old, self._new, self.engine.score(self._samples), lengths)
         self._new = None
         self.world.together(lambda: canary.check(slope))
         metrics = {"canary/logp_difference": slope.noise}
@@ -174,7 +174,7 @@ class Canary:
         return metrics
 
     def _logprobs(self) -> list[float]:
-        batch = build_batch(self._trees, device=self.world.device, attention=self.policy.attention)
+        batch = build_batch(Forest.of(self._samples), device=self.world.device, attention=self.policy.attention)
         with no_gradient(self.policy):
             return self.policy(batch, temperature=1.0).logprobs.tolist()
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from pgrpo.config import REDACTED, Config, redact, to_json
-from pgrpo.packing.forest import trees_of
 from pgrpo.planning.flops import GIB, peak_flops
 from pgrpo.planning.placement import engine_choice, engine_name, vllm_memory
 from pgrpo.process.lock import run_folder
@@ -22,7 +21,7 @@ from pgrpo.tracking.live import duration
 from pgrpo.tracking.record import replacing
 from pgrpo.training.build import Parts
 from pgrpo.training.progress import Progress
-from pgrpo.training.update import NonFiniteError, has_gradient, tree_cost
+from pgrpo.training.update import NonFiniteError
 from pgrpo.types import Group
 
 
@@ -143,14 +142,12 @@ class StepClock:
         if self._parts.engine.counted_bytes:  # a separate engine's memory in the rollout does not count
             self._reset_peak()
 
-    def metrics(self, groups: Sequence[Group], updated: dict[str, float]) -> dict[str, float]:
-        """Metrics at the end of the step. ``groups`` are rank 0's, ``updated`` the metrics of the updates."""
-        learner, world = self._parts.learner, self._parts.world
+    def metrics(self, updated: dict[str, float]) -> dict[str, float]:
+        """Metrics at the end of the step; ``updated`` are those of the updates."""
+        world = self._parts.world
         world.synchronize()
         done = time.perf_counter()
-        trees = trees_of(group for group in groups if has_gradient(learner, group))
-        flops = learner.config.train.epochs_per_step * sum(tree_cost(learner, tree) for tree in trees)
-        flops_per_s = flops / (done - self._sampled) / world.size
+        flops_per_s = updated["perf/flops"] / (done - self._sampled) / world.size
         metrics = {
             "perf/tokens_per_s": updated["tokens/packed"] / (done - self._started),
             "perf/tflops": flops_per_s / 1e12,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -21,8 +21,8 @@ from pgrpo.model.lora import adapter_parameters
 from pgrpo.model.policy import Policy
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import GroupedBatch, build_batch
-from pgrpo.packing.forest import Tree, trees_of
-from pgrpo.planning.flops import update_flops
+from pgrpo.packing.forest import Forest, Work
+from pgrpo.planning.flops import forest_update_flops
 from pgrpo.tracking.live import watched
 from pgrpo.training.build import Learner
 from pgrpo.training.progress import Progress
@@ -117,17 +117,14 @@ def micro_batches(learner: Learner, groups: Sequence[Group]) -> list[GroupedBatc
     """This rank's micro-batches of rank 0's groups, without groups that have no gradient (``count`` includes them). A collective
     call."""
     config, world = learner.config, learner.world
-    share_prompts, budget = config.model.attention == "grouped", config.train.token_budget
+    attention, is_shared = learner.policy.attention, config.model.attention == "grouped"
 
-    def share() -> list[list[list[Tree]]]:
-        trees = trees_of(_in_the_loss(learner, group) for group in groups if has_gradient(learner, group))
-        return share_out(trees, world.dp_size, budget, partial(tree_cost, learner), share_prompts=share_prompts)
+    def share() -> list[list[Forest]]:
+        kept = [_in_the_loss(learner, group) for group in groups if has_gradient(learner, group)]
+        samples, cost = [sample for group in kept for sample in group.samples], partial(work_flops, learner)
+        return share_out(samples, world.dp_size, config.train.token_budget, cost, attention, is_shared=is_shared)
 
-    attention = learner.policy.attention
-    return [
-        build_batch(trees, share_prompts=share_prompts, device=world.device, attention=attention)
-        for trees in world.scatter(share)
-    ]
+    return [build_batch(forest, device=world.device, attention=attention) for forest in world.scatter(share)]
 
 
 def has_gradient(learner: Learner, group: Group) -> bool:
@@ -156,11 +153,10 @@ def _is_masked(learner: Learner, episode: Episode) -> bool:
     return reason == "environment" or (learner.config.loss.mask_overlong and reason in LIMITS)
 
 
-def tree_cost(learner: Learner, tree: Tree) -> float:
-    """FLOPs of the tree's forward and backward."""
+def work_flops(learner: Learner, work: Work) -> float:
+    """FLOPs of a forest's forward and backward."""
     model, dims = learner.config.model, learner.dims
-    shared, adapters = model.attention == "grouped", adapter_parameters(model, dims)
-    return update_flops(dims, len(tree.prompt_ids), tree.lengths, shared=shared, adapters=adapters)
+    return forest_update_flops(dims, work, adapters=adapter_parameters(model, dims))
 
 
 def count(groups: Sequence[Group]) -> Counts:
@@ -228,7 +224,7 @@ def update_metrics(learner: Learner, outcomes: Sequence[Outcome], batches: Seque
         "grad_norm": sum(o.grad_norm for o in done) / len(done),
         "skipped_updates": float(sum(o.is_skipped for o in outcomes)),
     }
-    return metrics | _token_means(learner, sums) | _token_counts(learner.world, batches)
+    return metrics | _token_means(learner, sums) | _token_counts(learner, batches)
 
 
 def _token_means(learner: Learner, sums: UpdateSums) -> dict[str, float]:
@@ -269,8 +265,16 @@ def _token_means(learner: Learner, sums: UpdateSums) -> dict[str, float]:
     return {name: mean.item() for name, mean in means.items()} | {"sampling/nonfinite_logprobs": sums.unknown.item()}
 
 
-def _token_counts(world: World, batches: Iterable[GroupedBatch]) -> dict[str, float]:
-    counts = [[b.counted_tokens, b.repeated_tokens] for b in batches]
-    totals = torch.tensor([[0, 0], *counts], dtype=torch.float64, device=world.device).sum(0)
-    packed, repeated = world.sum(totals).tolist()
-    return {"tokens/packed": packed, "tokens/repeated": repeated, "tokens/rho": repeated / packed if packed else 1.0}
+def _token_counts(learner: Learner, batches: Iterable[GroupedBatch]) -> dict[str, float]:
+    """Sums over all ranks; ``perf/flops`` are those of the updates' forwards and backwards."""
+    world = learner.world
+    sums = [[*astuple(b.counts), work_flops(learner, b.work)] for b in batches]
+    totals = torch.tensor([[0, 0, 0, 0], *sums], dtype=torch.float64, device=world.device).sum(0)
+    packed, repeated, above, flops = world.sum(totals).tolist()
+    return {
+        "tokens/packed": packed,
+        "tokens/repeated": repeated,
+        "tokens/rho": repeated / packed if packed else 1.0,
+        "tokens/shared_above_prompt": above,
+        "perf/flops": flops,
+    }

@@ -23,14 +23,16 @@ from pgrpo.training.progress import Progress
 from pgrpo.training.update import UpdateSums, count, micro_batches
 
 
-def long_tailed_groups():
+def long_tailed_groups(beginning=0):
+    """``beginning``: tokens that all prompts begin with."""
     generator = torch.Generator().manual_seed(0)
 
     def ids(longest):
         n = int(torch.randint(1, longest + 1, (1,), generator=generator))
         return torch.randint(3, 61, (n,), generator=generator).tolist()
 
-    prompts = [ids(12) for _ in range(7)]
+    common = torch.randint(3, 61, (beginning,), generator=torch.Generator().manual_seed(1)).tolist()
+    prompts = [common + ids(12) for _ in range(7)]
     completions = [[ids(14) if i % 3 else ids(3) for i in range(5)] for _ in prompts]
     completions[2][1] = []
     groups = tokens_as_groups(prompts, completions)
@@ -96,7 +98,7 @@ def one_update(world, model, changes):
         with torch.no_grad():
             for p in reference.parameters():
                 p.mul_(1.02)
-    groups = long_tailed_groups()
+    groups = long_tailed_groups(changes.get("beginning", 0))
     groups = groups[: len(groups) - len(groups) % config.train.updates_per_step]
     if changes.get("reverse"):
         groups = groups[::-1]

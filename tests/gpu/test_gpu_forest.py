@@ -24,6 +24,7 @@ CASES = {
     "soft-capped": (DEEP, 128, 128, {"softcap": 30.0}),
     "a window, soft-capped, head dim 256": (FLAT, 256, 256, {"window": 64, "softcap": 50.0}),
     "values of 128, keys of 192": (FLAT, 192, 128, {}),
+    "values of 128, keys of 192, as many key heads as query heads": (FLAT, 192, 128, {"kv_heads": 8}),
     "values of 48, keys of 64": (FLAT, 64, 48, {}),
 }
 
@@ -48,9 +49,9 @@ def test_attention(case, kernel, way):
     lengths, parents = ([getattr(node, name) for node in shape.nodes] for name in ("length", "parent"))
     layout = PackedLayout(lengths, parents, GPU, AttentionChoice(kernel, way=way))
     options = dict(options)
-    has_sinks = options.pop("has_sinks", False)
+    has_sinks, kv_heads = options.pop("has_sinks", False), options.pop("kv_heads", 2)
     total, scale = sum(lengths), dim**-0.5
-    shapes = [(total, 8, dim), (total, 2, dim), (total, 2, value_dim), (8,), (total, 8, value_dim)]
+    shapes = [(total, 8, dim), (total, kv_heads, dim), (total, kv_heads, value_dim), (8,), (total, 8, value_dim)]
     *tensors, dout = (torch.randn(s, device=GPU).bfloat16() for s in shapes)
     if "softcap" in options:
         tensors[0] *= 6  # scores of the cap's size

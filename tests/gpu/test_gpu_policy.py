@@ -14,8 +14,9 @@ from pgrpo.distributed.fsdp import place
 from pgrpo.distributed.world import World, start
 from pgrpo.model import recompute as layers
 from pgrpo.model.policy import ATTENTION_NAME, Policy
-from pgrpo.model.proof import reference_logprobs, tokens_as_trees
+from pgrpo.model.proof import reference_logprobs, tokens_as_samples
 from pgrpo.packing.batch import build_batch
+from pgrpo.packing.forest import Forest
 from pgrpo.training import offload
 from pgrpo.training.offload import OffloadedAdamW
 from pgrpo.training.optim import load_optimizer_shards, optimizer_shards
@@ -47,11 +48,11 @@ def groups(rnd):
         return [rnd.randrange(5000) for _ in range(rnd.randint(least, most))]
 
     prompts = [ids(2, 400) for _ in range(rnd.randint(1, 3))]
-    return tokens_as_trees(prompts, [[ids(0, 200) for _ in range(rnd.randint(2, 6))] + [ids(9, 9)] for _ in prompts])
+    return tokens_as_samples(prompts, [[ids(0, 200) for _ in range(rnd.randint(2, 6))] + [ids(9, 9)] for _ in prompts])
 
 
-def batch_for(policy, rnd, **kwargs):
-    return build_batch(groups(rnd), device=GPU, attention=policy.attention, **kwargs)
+def batch_for(policy, rnd):
+    return build_batch(Forest.of(groups(rnd)), device=GPU, attention=policy.attention)
 
 
 def gradients(policy, batch):
@@ -70,7 +71,7 @@ def test_bfloat16_is_no_further_from_float32_than_the_untouched_model(compiled, 
     truth = reference_logprobs(make_model("sdpa", torch.float32), samples).detach()
     untouched = reference_logprobs(make_model("sdpa", torch.bfloat16), samples).detach()
     policy = make_policy(compiled=compiled, way=way)
-    got = policy(build_batch(samples, device=GPU, attention=policy.attention)).logprobs.detach()
+    got = policy(build_batch(Forest.of(samples), device=GPU, attention=policy.attention)).logprobs.detach()
     ours, theirs = (got - truth).norm().item(), (untouched - truth).norm().item()
     print(f"compiled={compiled} {way}: grouped {ours:.3e}, untouched {theirs:.3e}, ratio {ours / theirs:.2f}")
     assert ours <= 1.1 * theirs
@@ -101,8 +102,8 @@ def test_checkpointing_attention_takes_less_memory_than_none_and_more_than_full(
     peaks = []
     for recompute in ("none", "attention", "full"):
         policy = make_policy(recompute, compiled=True)
-        samples = tokens_as_trees([[7] * 4000], [[[8] * 2000] * 4])
-        batch = build_batch(samples, device=GPU, attention=policy.attention)
+        samples = tokens_as_samples([[7] * 4000], [[[8 + i] * 2000 for i in range(4)]])
+        batch = build_batch(Forest.of(samples), device=GPU, attention=policy.attention)
         gradients(policy, batch)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -64,9 +64,9 @@ def test_bench_times_grouped_and_repeated_prompts(tiny_model, capsys):
 def test_bench_shows_a_difference(tiny_model, monkeypatch):
     build = bench_module.build_batch
 
-    def build_batch(groups, share_prompts, **kwargs):
-        batch = build(groups, share_prompts=share_prompts, **kwargs)
-        return replace(batch, logit_index=(batch.logit_index - 1).clamp(min=0)) if share_prompts else batch
+    def build_batch(forest, **kwargs):
+        batch = build(forest, **kwargs)
+        return replace(batch, logit_index=(batch.logit_index - 1).clamp(min=0)) if max(forest.parents) >= 0 else batch
 
     monkeypatch.setattr(bench_module, "build_batch", build_batch)
     grouped, repeated = bench(config(tiny_model), [Shape(8, 3, 2)], repeats=1)

@@ -6,7 +6,6 @@ import random
 import pytest
 from making import episode, group
 
-from pgrpo.packing.forest import trees_of
 from pgrpo.rollout.vllm.canary import CONTEXT, SAMPLES, TOKENS, CanaryError, Slope, check, pick, regress
 
 NOISE, CHANGE, COUNT = 0.03, 0.03, SAMPLES * TOKENS
@@ -123,18 +122,17 @@ def completion(n, first=0):
 
 def test_what_is_scored():
     groups = [group(list(range(i + 1)), completion(3), completion(5 * i), completion(0)) for i in range(90)]
-    picked = pick(trees_of(groups), 50)
+    picked = pick(groups, 50)
     assert len(picked) == SAMPLES
-    for i, tree in enumerate(picked):
-        (scored,) = tree.samples
-        assert tree.prompt_ids == scored.prompt_ids == list(range(i + 1))[-CONTEXT:]
+    for i, scored in enumerate(picked):
+        assert scored.prompt_ids == list(range(i + 1))[-CONTEXT:]
         assert scored.token_ids == list(range(min(50, max(3, 5 * i)))) and scored.mask == [True] * len(scored.token_ids)
     assert groups[1].samples[1].mask == [False] * 5, "the run's own samples are left alone"
 
 
 def test_few_groups_are_scored_more_than_once_but_no_text_twice():
     groups = [group([i], completion(4), completion(5), completion(4), completion(4, first=1)) for i in range(3)]
-    got = [(tree.prompt_ids[0], *tree.lengths, tree.samples[0].token_ids[0]) for tree in pick(trees_of(groups))]
+    got = [(s.prompt_ids[0], len(s.token_ids), s.token_ids[0]) for s in pick(groups)]
     assert got == [(0, 5, 0), (1, 5, 0), (2, 5, 0), (0, 4, 0), (1, 4, 0), (2, 4, 0), (0, 4, 1), (1, 4, 1), (2, 4, 1)]
     alike = group([0], completion(7), completion(6))  # in what is scored of them
-    assert [tree.lengths for tree in pick(trees_of([alike]), 5)] == [[5]]
+    assert [len(s.token_ids) for s in pick([alike], 5)] == [5]

@@ -12,9 +12,10 @@ from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.model.admission import check_model
 from pgrpo.model.logprobs import LOGITS_PER_CHUNK
 from pgrpo.model.policy import Policy, check_positions, load_model
-from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_trees
+from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_samples
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing.batch import build_batch
+from pgrpo.packing.forest import Forest
 
 TYPES = ("granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 SMALL = {
@@ -45,13 +46,13 @@ def make_model(model_type, path, **changes):
     return str(path)
 
 
-def trees():
+def samples():
     generator = torch.Generator().manual_seed(1)
 
     def ids(n):
         return torch.randint(3, 61, (n,), generator=generator).tolist()
 
-    return tokens_as_trees(
+    return tokens_as_samples(
         [ids(9), ids(1), ids(4)],
         [[ids(3), ids(5), ids(0), ids(1)], [ids(2), ids(2)], [ids(7), ids(1), ids(4)]],
     )
@@ -64,17 +65,17 @@ def pair(path, dtype):
 
 
 def wanted(untouched, temperature=1.0):
-    logprobs = reference_logprobs(untouched, trees(), temperature)
+    logprobs = reference_logprobs(untouched, samples(), temperature)
     return logprobs, gradients(logprobs, untouched)
 
 
-@pytest.mark.parametrize("share_prompts", [True, False])
+@pytest.mark.parametrize("is_shared", [True, False])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("model_type", TYPES)
-def test_float64_equals_the_untouched_model(model_type, tied, share_prompts, tmp_path):
+def test_float64_equals_the_untouched_model(model_type, tied, is_shared, tmp_path):
     policy, untouched = pair(make_model(model_type, tmp_path, tie_word_embeddings=tied), torch.float64)
     logprobs, wanted_gradients = wanted(untouched)
-    batch = build_batch(trees(), share_prompts=share_prompts)
+    batch = build_batch(Forest.of(samples()) if is_shared else Forest.repeated(samples()))
     got = difference(policy, batch, logprobs, wanted_gradients)
     assert got.logprob <= 1e-6
     assert got.gradient <= 1e-5
@@ -92,16 +93,18 @@ def test_float32_error_is_at_most_one_and_a_half_times_the_untouched_models_own(
     policy, untouched = pair(path, torch.float32)
     own_logprobs, own_gradients = wanted(untouched)
     own = (own_logprobs.double() - truth).norm()
-    ours = (policy(build_batch(trees())).logprobs.double() - truth).norm()
+    ours = (policy(build_batch(Forest.of(samples()))).logprobs.double() - truth).norm()
     assert ours <= 1.5 * own
-    assert difference(policy, build_batch(trees()), truth, true_gradients).gradient <= 1e-5
+    assert difference(policy, build_batch(Forest.of(samples())), truth, true_gradients).gradient <= 1e-5
     assert all(g.isfinite().all() for g in own_gradients)
 
 
 @pytest.mark.parametrize("bug", SEEDED_BUGS)
 def test_a_seeded_bug_is_noticed(bug, tmp_path):
     policy, untouched = pair(make_model("qwen3", tmp_path), torch.float64)
-    got = difference(policy, SEEDED_BUGS[bug](build_batch(trees())), *wanted(untouched))
+    batch = SEEDED_BUGS[bug](build_batch(Forest.of(samples())))
+    assert batch is not None
+    got = difference(policy, batch, *wanted(untouched))
     assert got.logprob > 1e-2
     assert got.gradient > 1e-2
 
@@ -112,7 +115,9 @@ def test_temperature_and_checkpointing_change_nothing_but_what_they_should(tmp_p
     model = load_model(ModelConfig(path=path)).double()
     set_up_layers(model.model.layers, [keep] * len(model.model.layers), compiled=False)
     _, untouched = pair(path, torch.float64)
-    got = difference(Policy(model, temperature=0.7), build_batch(trees()), *wanted(untouched, temperature=0.7))
+    got = difference(
+        Policy(model, temperature=0.7), build_batch(Forest.of(samples())), *wanted(untouched, temperature=0.7)
+    )
     assert got.logprob <= 1e-6
     assert got.gradient <= 1e-5
 
@@ -141,24 +146,24 @@ def test_a_head_of_any_kind_gives_the_log_probs_of_the_models_own_forward(
     model.double().load_state_dict(untouched.double().state_dict())
     policy = Policy(model, temperature)
     assert policy.head.scale == scale
-    got = difference(policy, build_batch(trees()), *wanted(untouched, temperature))
+    got = difference(policy, build_batch(Forest.of(samples())), *wanted(untouched, temperature))
     assert got.logprob <= 1e-5
     assert got.gradient <= 1e-5
-    entropy = policy(build_batch(trees()), entropy=True).entropy
-    first = trees()[0]
-    ids = torch.tensor([first.prompt_ids + first.samples[1].token_ids])
+    entropy = policy(build_batch(Forest.of(samples())), entropy=True).entropy
+    first = samples()[1]
+    ids = torch.tensor([first.prompt_ids + first.token_ids])
     logits = untouched(input_ids=ids).logits[0, len(first.prompt_ids) - 1 : -1] / temperature
     assert (entropy[3:8] - torch.distributions.Categorical(logits=logits).entropy()).abs().max() < 1e-5
     inputs = {"input_ids": ids[0], "position_ids": torch.arange(ids.shape[1])}
-    layout = build_batch(tokens_as_trees([ids[0].tolist()], [[[]]])).layout
+    layout = build_batch(Forest.of(tokens_as_samples([ids[0].tolist()], [[[]]]))).layout
     rows = policy.next_logits(inputs, layout, torch.tensor([3, 1]))
     assert (rows - untouched(input_ids=ids).logits[0, [3, 1]]).abs().max() < 1e-5
 
 
 def test_entropy_is_that_of_the_untouched_models_distribution(tmp_path):
     policy, untouched = pair(make_model("granite", tmp_path), torch.float64)
-    group = tokens_as_trees([[5, 6, 7]], [[[8, 9]]])
-    entropy = policy(build_batch(group), entropy=True).entropy
+    group = tokens_as_samples([[5, 6, 7]], [[[8, 9]]])
+    entropy = policy(build_batch(Forest.of(group)), entropy=True).entropy
     logits = untouched(input_ids=torch.tensor([[5, 6, 7, 8, 9]])).logits[0, 2:4]
     assert (entropy - torch.distributions.Categorical(logits=logits).entropy()).abs().max() < 1e-9
 
@@ -258,7 +263,7 @@ def test_the_bare_model_and_padded_batches_are_refused(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation=ATTENTION_NAME)
     with pytest.raises(UnsupportedAttentionError, match="without its layout"):
         model(input_ids=torch.tensor([[3, 4]]))
-    plan = build_batch(tokens_as_trees([[3, 4]], [[[5]]])).layout
+    plan = build_batch(Forest.of(tokens_as_samples([[3, 4]], [[[5]]]))).layout
     ids = torch.tensor([[3, 4, 5]])
     with pytest.raises(UnsupportedAttentionError, match="packed row"), attending(plan):
         model(input_ids=ids.repeat(2, 1))

@@ -148,8 +148,9 @@ def test_attention_pairs_by_counting(prompt: int, completions: list[int], shared
         name = [("prompt", i) if shared else (sample, i) for i in range(prompt)]
         name += [(sample, prompt + i) for i in range(length)]
         seen |= {(name[i], name[j]) for i in range(len(name)) for j in range(i + 1) if i - j < (window or 99)}
-    assert flops.attention_pairs(prompt, completions, shared=shared, window=window) == len(seen)
-    assert flops.computed_tokens(prompt, completions, shared=shared) == len({query for query, _ in seen})
+    work = flops.flat_work(prompt, completions, shared=shared)
+    assert work.pairs(window or None) == len(seen)
+    assert work.rows == len({query for query, _ in seen})
 
 
 def test_head_counts_completion_tokens_only_and_update_is_three_forwards() -> None:

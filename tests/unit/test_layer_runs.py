@@ -11,8 +11,9 @@ from pgrpo.config import ModelConfig
 from pgrpo.model import recompute as layers
 from pgrpo.model.lora import add_adapters, without_adapters
 from pgrpo.model.policy import ATTENTION_NAME, Policy
-from pgrpo.model.proof import tokens_as_trees
+from pgrpo.model.proof import tokens_as_samples
 from pgrpo.packing.batch import build_batch
+from pgrpo.packing.forest import Forest
 
 LAYERS = 3
 
@@ -37,7 +38,8 @@ def random_batch(rnd):
         return [rnd.randrange(3, 61) for _ in range(rnd.randint(2, most))]
 
     prompts = [ids(20) for _ in range(rnd.randint(1, 3))]
-    return build_batch(tokens_as_trees(prompts, [[ids(9) for _ in range(rnd.randint(2, 5))] for _ in prompts]))
+    completions = [[ids(9) for _ in range(rnd.randint(2, 5))] for _ in prompts]
+    return build_batch(Forest.of(tokens_as_samples(prompts, completions)))
 
 
 def update(policy, batch):
@@ -69,7 +71,8 @@ def test_checkpointing_changes_no_bit_and_attention_is_recomputed_only_under_ful
 ):
     batch = random_batch(random.Random(0))
     logprobs, gradients = update(make_policy(recompute, lora=lora), batch)
-    assert kernel_calls == {"varlen_forward": 2 * LAYERS * forwards, "varlen_backward": 2 * LAYERS}
+    passes = len(batch.layout.passes(None).unpack())
+    assert kernel_calls == {"varlen_forward": passes * LAYERS * forwards, "varlen_backward": passes * LAYERS}
     wanted_logprobs, wanted = update(make_policy(lora=lora), batch)
     assert torch.equal(logprobs, wanted_logprobs)
     assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))

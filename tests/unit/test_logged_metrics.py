@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import pgrpo
 from pgrpo import grpo
+from pgrpo.attention.choose import UPDATE_FLOPS_PER_NS
 
 G, KL_COEF, TOP_K, LR = 4, 0.3, 6, 0.02
 KEYS = [
@@ -35,10 +36,11 @@ time/weight_sync time/step
 def run(tiny_model, tmp_path_factory):
     """Rows of metrics.jsonl, groups of rows of completions.jsonl by step, and weights and gradient norm before each update."""
     torch.set_num_threads(1)
-    updates, ids, clip = [], [], grpo.clip_gradients
+    updates, ids, clip = [], {}, grpo.clip_gradients
 
-    def has_one(completions, completion_ids, **_):
-        ids.extend(completion_ids)  # text would not tell a <pad> that a random model samples
+    def has_one(prompts, completions, completion_ids, **_):
+        for prompt, own in zip(prompts, completion_ids, strict=True):
+            ids.setdefault(prompt, []).append(own)  # text would not tell a <pad> that a random model samples
         return [float("1" in text) for text in completions]
 
     def watched(policy, limit):
@@ -50,13 +52,15 @@ def run(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("logged") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "clip_gradients", watched)
+        patch.setitem(UPDATE_FLOPS_PER_NS, "cpu", 0.0)  # every beginning is shared, whatever it is worth
         pgrpo.train("quickstart", [f"model.path={tiny_model}", f"run_dir={folder}", *KEYS], rewards=[has_one])
     rows, samples = (
         [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
         for name in ("metrics", "completions")
     )
-    for sample, own in zip(samples, ids, strict=True):
-        sample["ids"] = own
+    for sample in samples:
+        sample["ids"] = ids[sample["prompt"]].pop(0)
+    assert not any(ids.values())
     steps = [[s for s in samples if s["step"] == step] for step in (1, 2)]
     return (
         rows,
@@ -169,16 +173,16 @@ def test_numbers_of_tokens_speed_and_time(run):
     rows, steps, _, path = run
     tokenizer = AutoTokenizer.from_pretrained(path)
     for row, groups in zip(rows, steps, strict=True):
-        packed = repeated = flops = 0
-        for group in groups:
-            pairs = [token_ids(s, tokenizer) for s in group]
-            prompt, lengths = len(pairs[0][0]), [len(completion) for _, completion in pairs]
-            packed += prompt + sum(lengths)
-            repeated += G * prompt + sum(lengths)
-            # As in test_commands.py: the matrices of two layers, the head over completion tokens, scores and their use.
-            tokens, done = prompt + sum(lengths), sum(lengths)
-            flops += 2 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 256) * tokens + 2 * 64 * 14 * done
-            flops += 4 * 2 * 64 * (prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in lengths))
+        pairs = [token_ids(s, tokenizer) for group in groups for s in group]
+        rows_of = {tuple((prompt + ids)[: i + 1]) for prompt, ids in pairs for i in range(len(prompt + ids))}
+        scored = {tuple(prompt + ids[: i + 1]) for prompt, ids in pairs for i in range(len(ids))}
+        packed, repeated = len(rows_of), sum(len(prompt + ids) for prompt, ids in pairs)
+        # As in test_commands.py: the matrices of two layers, the head over completion tokens, scores and their use.
+        flops = 2 * 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 256) * packed + 2 * 64 * 14 * len(scored)
+        flops += 4 * 2 * 64 * sum(map(len, rows_of))
+        prompts = [tokenizer(group[0]["prompt"]).input_ids for group in groups]
+        in_prompts = {tuple(p[: i + 1]) for p in prompts for i in range(len(p))}
+        assert row["tokens/shared_above_prompt"] == 2 * (sum(map(len, prompts)) - len(in_prompts))
         assert row["tokens/packed"] == 2 * packed and row["tokens/repeated"] == 2 * repeated  # two epochs
         assert row["tokens/rho"] == pytest.approx(repeated / packed)
         assert row["perf/tokens_per_s"] == pytest.approx(2 * packed / row["time/step"])

@@ -24,8 +24,9 @@ from pgrpo.distributed.world import start
 from pgrpo.grpo import grpo_step
 from pgrpo.model.lora import add_adapters, check_lora, merge_adapters, without_adapters
 from pgrpo.model.policy import Policy, load_model
-from pgrpo.model.proof import gradients, reference_logprobs, tokens_as_trees
+from pgrpo.model.proof import gradients, reference_logprobs, tokens_as_samples
 from pgrpo.packing.batch import build_batch
+from pgrpo.packing.forest import Forest
 from pgrpo.planning.flops import ModelDims
 from pgrpo.training.build import Parts, build
 from pgrpo.training.caller import Given
@@ -89,13 +90,13 @@ def untouched(path: str, policy: Policy, targets: list[str]) -> tuple[peft.PeftM
     return wrapped, base  # pyright: ignore[reportReturnType]
 
 
-def trees():
+def samples():
     generator = torch.Generator().manual_seed(1)
 
     def ids(n: int) -> list[int]:
         return torch.randint(3, 61, (n,), generator=generator).tolist()
 
-    return tokens_as_trees([ids(9), ids(1)], [[ids(3), ids(5), ids(0), ids(1)], [ids(7), ids(2)]])
+    return tokens_as_samples([ids(9), ids(1)], [[ids(3), ids(5), ids(0), ids(1)], [ids(7), ids(2)]])
 
 
 @pytest.mark.parametrize("targets", [[], ["o_proj", "down_proj"]], ids=["all", "two"])
@@ -104,10 +105,10 @@ def test_float64_equals_peft_on_the_untouched_model(model_type, targets, tmp_pat
     path = make_model(model_type, tmp_path)
     policy = adapted_policy(path, targets)
     wrapped, base = untouched(path, policy, targets)
-    wanted = reference_logprobs(base, trees())
+    wanted = reference_logprobs(base, samples())
     with wrapped.disable_adapter():
-        assert (reference_logprobs(base, trees()) - wanted).abs().max() > 0.1
-    got = policy(build_batch(trees())).logprobs
+        assert (reference_logprobs(base, samples()) - wanted).abs().max() > 0.1
+    got = policy(build_batch(Forest.of(samples()))).logprobs
     assert (got - wanted).abs().max() <= 1e-6
     for name, grad, want in zip(adapters(base), gradients(got, policy), gradients(wanted, base), strict=True):
         assert (grad - want).norm() <= 1e-5 * want.norm(), name
@@ -117,16 +118,16 @@ def test_float64_equals_peft_on_the_untouched_model(model_type, targets, tmp_pat
 @pytest.mark.parametrize("targets", [[], ["qkv_proj"]], ids=["all", "one"])
 def test_merged_weights_give_the_adapted_log_probs(targets, tmp_path):
     policy = adapted_policy(make_model("phi3", tmp_path), targets)
-    wanted = policy(build_batch(trees())).logprobs
+    wanted = policy(build_batch(Forest.of(samples()))).logprobs
     merge_adapters(policy.model)
     plain = AutoModelForCausalLM.from_config(policy.model.config, dtype=torch.float64, attn_implementation="sdpa")
     plain.load_state_dict(policy.model.state_dict(), strict=True)
-    assert (reference_logprobs(plain, trees()) - wanted).abs().max() <= 1e-6
+    assert (reference_logprobs(plain, samples()) - wanted).abs().max() <= 1e-6
 
 
 def test_without_adapters_is_the_initial_model_bit_for_bit(tmp_path):
     path = make_model("qwen3", tmp_path)
-    policy, batch = adapted_policy(path, []), build_batch(trees())
+    policy, batch = adapted_policy(path, []), build_batch(Forest.of(samples()))
     before = policy(batch).logprobs
     initial = Policy(load_model(ModelConfig(path=path), dtype=torch.float64))
     assert torch.equal(without_adapters(policy)(batch).logprobs, initial(batch).logprobs)
@@ -139,12 +140,12 @@ def test_new_adapters_change_nothing_and_come_from_the_seed_alone(tmp_path):
     for name, seed in (("one", 5), ("same", 5), ("other", 6)):
         config = ModelConfig(path=path, lora_rank=RANK)
         model = load_model(config)
-        initial = Policy(model)(build_batch(trees())).logprobs
+        initial = Policy(model)(build_batch(Forest.of(samples()))).logprobs
         torch.rand(3)  # whatever was drawn before
         state = torch.get_rng_state()
         add_adapters(model, config, seed)
         assert torch.equal(torch.get_rng_state(), state)
-        assert torch.equal(Policy(model)(build_batch(trees())).logprobs, initial)
+        assert torch.equal(Policy(model)(build_batch(Forest.of(samples()))).logprobs, initial)
         made[name] = {k: p.detach() for k, p in adapters(model).items()}
     assert all(torch.equal(p, made["same"][k]) for k, p in made["one"].items())
     assert not any(torch.equal(p, made["other"][k]) for k, p in made["one"].items() if "lora_A" in k)
@@ -215,9 +216,9 @@ def test_a_run_trains_saves_and_exports_adapters_on_frozen_weights(dtype, tiny, 
         for name, weight in frozen.items():
             assert weight.dtype == held
             assert torch.equal(weight, initial[name.replace(".base_layer", "")]), name
-        sample = tokens_as_trees([[4, 6, 12, 5]], [[[3, 4], [7, 7, 1]]])
-        adapted = parts.policy(build_batch(sample)).logprobs.detach()
-        off = without_adapters(parts.policy)(build_batch(sample)).logprobs.detach()
+        sample = tokens_as_samples([[4, 6, 12, 5]], [[[3, 4], [7, 7, 1]]])
+        adapted = parts.policy(build_batch(Forest.of(sample))).logprobs.detach()
+        off = without_adapters(parts.policy)(build_batch(Forest.of(sample))).logprobs.detach()
     assert steps[0]["kl"] == 0 < steps[1]["kl"] < steps[2]["kl"]
     # The engine samples with the adapters: its log-probs are the policy's after two updates.
     assert steps[2]["sampling/sampling_logp_difference/max"] < {"float32": 1e-4, "bfloat16": 0.05}[dtype]
@@ -265,7 +266,7 @@ def test_eval_reads_the_adapters_of_a_checkpoint_and_refuses_others(tiny, tmp_pa
 
 
 def test_a_sharded_bfloat16_policy_computes_what_a_plain_bfloat16_copy_computes(tmp_path):
-    path, batch = make_model("qwen3", tmp_path), build_batch(trees())
+    path, batch = make_model("qwen3", tmp_path), build_batch(Forest.of(samples()))
     policy, plain = (adapted_policy(path, [], torch.bfloat16) for _ in range(2))
     for parameter in plain.parameters():  # RoPE's frequencies stay float32, which .to() would not leave so
         parameter.data = parameter.data.to(torch.bfloat16)

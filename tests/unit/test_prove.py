@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pgrpo.config import ConfigError
 from pgrpo.model import admission
 from pgrpo.model.admission import check_model
-from pgrpo.model.prove import proof_trees, prove
+from pgrpo.model.prove import proof_samples, prove
 from pgrpo.model.shrink import Small, shrink
 
 MECHANISMS = {
@@ -39,7 +39,7 @@ def test_a_model_of_each_mechanism_is_exact_and_seeded_bugs_are_seen(model_type)
 
 
 def test_every_length_lies_inside_the_proofs_samples_unless_no_sample_of_the_run_reaches_it():
-    samples = [tree.prompt_ids + s.token_ids for tree in proof_trees(64) for s in tree.samples]
+    samples = [s.prompt_ids + s.token_ids for s in proof_samples(64)]
     shortest, longest = min(map(len, samples)), max(map(len, samples))
     config = AutoConfig.for_model("gemma3_text", sliding_window=512)
     assert shortest - 1 <= shrink(config, max_sample=513).sliding_window < longest

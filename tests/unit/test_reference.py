@@ -6,8 +6,9 @@ from transformers import AutoModelForCausalLM
 
 from pgrpo.config import load_config
 from pgrpo.distributed.world import World, start
-from pgrpo.model.proof import tokens_as_trees
+from pgrpo.model.proof import tokens_as_samples
 from pgrpo.packing.batch import build_batch
+from pgrpo.packing.forest import Forest
 from pgrpo.planning.flops import ModelDims
 from pgrpo.training.build import Learner, build
 from pgrpo.training.optim import build_optimizer
@@ -49,7 +50,7 @@ def test_two_bytes_a_weight_give_the_bits_of_float32_masters(tiny_model, tmp_pat
     """In bfloat16, sharded by FSDP2: as loaded, and refreshed with weights that bfloat16 does not hold."""
     config = config_of(tiny_model, tmp_path, "model.dtype=bfloat16", "loss.kl_coef=0.1", "loss.ref_refresh_every=1")
     config.loss.ref_offload = offload  # refused on a CPU by check_device; FSDP2 does there what it does on a GPU
-    batch = build_batch(tokens_as_trees([[3, 4, 5], [6, 7]], [[[8, 9], [10, 3, 4]], [[5], [6, 6, 6]]]))
+    batch = build_batch(Forest.of(tokens_as_samples([[3, 4, 5], [6, 7]], [[[8, 9], [10, 3, 4]], [[5], [6, 6, 6]]])))
     with start() as world, torch.no_grad():
         policy, reference = place_policy(config, world), place_reference(config, world)
         assert {p.element_size() for p in reference.parameters()} == {2}

@@ -20,7 +20,7 @@ from pgrpo.grpo import backward, grpo_step, sample_groups, update_policy
 from pgrpo.model.policy import Policy
 from pgrpo.model.proof import reference_logprobs, tokens_as_groups
 from pgrpo.packing.batch import build_batch
-from pgrpo.packing.forest import trees_of
+from pgrpo.packing.forest import Forest
 from pgrpo.training.build import build as build_parts
 from pgrpo.training.caller import Given
 from pgrpo.training.progress import Progress
@@ -102,7 +102,7 @@ def sample(parts):
 
 
 def untouched_logprobs(model, groups):
-    return reference_logprobs(model, trees_of(groups))
+    return reference_logprobs(model, samples_of(groups))
 
 
 def rows(flat, groups):
@@ -277,7 +277,7 @@ def test_a_refreshed_reference_is_the_policy(build):
 def as_sampled(parts, groups):
     """The groups, with the policy's own log-probs as the sampler's."""
     with torch.no_grad():
-        flat = parts.policy(build_batch(trees_of(groups))).logprobs.tolist()
+        flat = parts.policy(build_batch(Forest.of(samples_of(groups)))).logprobs.tolist()
     for sample in samples_of(groups):
         sample.rollout_logprobs = [flat.pop(0) for _ in sample.token_ids]
     return groups

@@ -14,16 +14,16 @@ import transformers
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import start
 from pgrpo.model.policy import Policy, load_model
-from pgrpo.model.proof import tokens_as_trees
+from pgrpo.model.proof import tokens_as_samples
 from pgrpo.model.weights import full_weights, weight_names
 from pgrpo.packing.batch import build_batch
-from pgrpo.packing.forest import Tree, trees_of
+from pgrpo.packing.forest import Forest
 from pgrpo.process.stopping import Stopped
 from pgrpo.rollout.base import generate, sample_seeds
 from pgrpo.rollout.vllm import canary, offload
 from pgrpo.rollout.vllm.delivery import DeliveryError
 from pgrpo.rollout.vllm.engine import EngineError, VLLMEngine
-from pgrpo.types import Prompt, SamplingParams
+from pgrpo.types import Group, Prompt, Sample, SamplingParams
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 if torch.cuda.is_available():
@@ -106,10 +106,16 @@ def awake(engine):
         yield vllm, policy
 
 
-def logprobs(policy: Policy, trees: list[Tree], temperature=1.0) -> list[float]:
+def samples_of(groups: list[Group]) -> list[Sample]:
+    return [sample for group in groups for sample in group.samples]
+
+
+def logprobs(policy: Policy, samples: list[Sample], temperature=1.0) -> list[float]:
     policy.temperature = temperature
     with torch.no_grad():
-        return policy(build_batch(trees, device=policy.device, attention=policy.attention)).logprobs.tolist()
+        return policy(
+            build_batch(Forest.of(samples), device=policy.device, attention=policy.attention)
+        ).logprobs.tolist()
 
 
 def tolerance(policy):
@@ -130,10 +136,10 @@ def test_n_samples_and_their_logprobs(awake):
     assert [g.prompt.text for g in groups] == ["1+1=", "some words"]
     assert len({tuple(c.token_ids) for g in groups for c in g.episodes}) == 8
     reported = [x for g in groups for s in g.samples for x in s.rollout_logprobs]
-    ours = logprobs(policy, trees_of(groups), temperature=0.7)
+    ours = logprobs(policy, samples_of(groups), temperature=0.7)
     print(f"max |rollout - policy| log-prob: {max(abs(a - b) for a, b in zip(reported, ours, strict=True)):.1e}")
     assert reported == pytest.approx(ours, abs=tolerance(policy))
-    assert reported != pytest.approx(logprobs(policy, trees_of(groups)), abs=tolerance(policy)), (
+    assert reported != pytest.approx(logprobs(policy, samples_of(groups)), abs=tolerance(policy)), (
         "the temperature counts"
     )
 
@@ -156,13 +162,13 @@ def test_logprobs_are_of_the_whole_distribution_whatever_top_k_and_top_p_cut(awa
     asked = prompts("1+1=", "some words", "abc")
     groups = generate(engine, asked, params, seeds(3, 4))
     reported = [x for g in groups for s in g.samples for x in s.rollout_logprobs]
-    ours = logprobs(policy, trees_of(groups), temperature=params.temperature or 1.0)
+    ours = logprobs(policy, samples_of(groups), temperature=params.temperature or 1.0)
     assert reported == pytest.approx(ours, abs=tolerance(policy))
     assert max(reported) < -0.01, "there is something to cut"
     if params.top_k == 1 or params.top_p < 0.1:
         assert all(g.samples[0].token_ids == g.samples[1].token_ids for g in groups)
-    scored = engine.score(trees_of(groups))  # at temperature 1, right after another one
-    assert scored == pytest.approx(logprobs(policy, trees_of(groups)), abs=tolerance(policy))
+    scored = engine.score(samples_of(groups))  # at temperature 1, right after another one
+    assert scored == pytest.approx(logprobs(policy, samples_of(groups)), abs=tolerance(policy))
 
 
 def test_the_same_seed_samples_the_same(awake):
@@ -243,28 +249,28 @@ def test_an_overlong_prompt_is_refused(awake):
 
 def test_scores_are_the_policys_logprobs(awake):
     engine, policy = awake
-    trees = tokens_as_trees([[3, 4, 5], [6]], [[[7, 8, 9], [10]], [[11, 12], []]])
-    assert engine.score(trees) == pytest.approx(logprobs(policy, trees), abs=tolerance(policy))
+    samples = tokens_as_samples([[3, 4, 5], [6]], [[[7, 8, 9], [10]], [[11, 12], []]])
+    assert engine.score(samples) == pytest.approx(logprobs(policy, samples), abs=tolerance(policy))
 
 
-def slope(engine, policy, trees, push=True):
-    old = logprobs(policy, trees)
+def slope(engine, policy, samples, push=True):
+    old = logprobs(policy, samples)
     perturb(policy, 0.01)
     if push:
         engine.push()
-    lengths = [length for tree in trees for length in tree.lengths]
-    return canary.regress(old, logprobs(policy, trees), engine.score(trees), lengths)
+    lengths = [len(sample.token_ids) for sample in samples]
+    return canary.regress(old, logprobs(policy, samples), engine.score(samples), lengths)
 
 
 @pytest.mark.faults
 def test_the_canary_detects_a_skipped_push(awake):
     engine, policy = awake
-    trees = canary.pick(trees_of(generate(engine, prompts(*"abcdefgh"), PARAMS, seeds(8, 2))), 15)
-    pushed = slope(engine, policy, trees)
+    samples = canary.pick(generate(engine, prompts(*"abcdefgh"), PARAMS, seeds(8, 2)), 15)
+    pushed = slope(engine, policy, samples)
     print(f"slope after a push: {pushed}")
     canary.check(pushed)
     assert abs(pushed.slope) < 0.2
-    stale = slope(engine, policy, trees, push=False)
+    stale = slope(engine, policy, samples, push=False)
     print(f"slope without one: {stale}")
     assert stale.slope == pytest.approx(1.0, abs=0.2)
     with pytest.raises(canary.CanaryError, match="still samples with the weights of before"):
@@ -274,11 +280,11 @@ def test_the_canary_detects_a_skipped_push(awake):
 def test_waking_pushes(engine):
     vllm, policy = engine
     perturb(policy, 0.05)
-    trees = tokens_as_trees([[3, 4, 5]], [[[7, 8, 9], [10, 11]]])
+    samples = tokens_as_samples([[3, 4, 5]], [[[7, 8, 9], [10, 11]]])
     with vllm.awake(0):
-        assert vllm.score(trees) == pytest.approx(logprobs(policy, trees), abs=tolerance(policy))
+        assert vllm.score(samples) == pytest.approx(logprobs(policy, samples), abs=tolerance(policy))
     with pytest.raises(EngineError, match="the engine is asleep"):
-        vllm.score(trees)
+        vllm.score(samples)
     assert {"time/wake", "time/weight_sync", "time/sleep"} <= vllm.metrics.keys()
     assert vllm.metrics["time/weight_sync"] > 0
 

@@ -193,9 +193,10 @@ def _keys_before(scores: Scores) -> int | None:
 
 def _equally_wide(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Zeros behind keys (and queries) or values until both have one head dim, unless the kernel takes them as they are: the zeros
-    change neither scores nor the first columns of the output."""
+    change neither scores nor the first columns of the output. flash4's backward on Hopper takes unlike dims only where every query
+    head has a key head of its own."""
     dims = q.shape[-1], v.shape[-1]
-    if dims[0] == dims[1] or (kernel == "flash4" and dims in NATIVE_DIMS):
+    if dims[0] == dims[1] or (kernel == "flash4" and dims in NATIVE_DIMS and q.shape[-2] == k.shape[-2]):
         return q, k, v
     return _wide(q, max(dims)), _wide(k, max(dims)), _wide(v, max(dims))
 

@@ -19,8 +19,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pgrpo.algorithm.intervals import student_t
-from pgrpo.packing.forest import Tree
-from pgrpo.types import Sample
+from pgrpo.types import Group, Sample
 
 SAMPLES, CONTEXT, TOKENS = 64, 32, 64
 """The number of samples to score, and the prompt and completion tokens of each: four thousand log-probs detect a change as large as
@@ -95,18 +94,19 @@ def check(slope: Slope) -> None:
         )
 
 
-def pick(trees: Sequence[Tree], most_tokens: int = TOKENS) -> list[Tree]:
-    """Choose the samples to score, each in a tree of its own: the longest of every tree first, then the next distinct ones, up to
-    ``SAMPLES``. Each is cut to its first ``most_tokens`` tokens behind the end of its prompt: any text serves whose log-probs the
-    update changes."""
-    ranked = []
-    for tree in trees:
-        distinct = {tuple(s.token_ids[:most_tokens]): s for s in tree.samples}
-        ranked.append(sorted(distinct.values(), key=lambda s: len(s.token_ids), reverse=True))
-    picked = []
+def pick(groups: Sequence[Group], most_tokens: int = TOKENS) -> list[Sample]:
+    """Choose the samples to score: the longest of every prompt first, then the next distinct ones, up to ``SAMPLES``. Each is cut
+    to its first ``most_tokens`` tokens behind the end of its prompt: any text serves whose log-probs the update changes."""
+    ranked: list[list[Sample]] = []
+    for group in groups:
+        by_prompt: dict[tuple[int, ...], dict[tuple[int, ...], Sample]] = {}
+        for sample in group.samples:
+            by_prompt.setdefault(tuple(sample.prompt_ids), {})[tuple(sample.token_ids[:most_tokens])] = sample
+        ranked += [sorted(own.values(), key=lambda s: len(s.token_ids), reverse=True) for own in by_prompt.values()]
+    picked: list[Sample] = []
     for turn in range(max(map(len, ranked), default=0)):
-        for tree, samples in zip(trees, ranked, strict=True):
+        for samples in ranked:
             if turn < len(samples) and len(picked) < SAMPLES:
-                ids, prompt_ids = samples[turn].token_ids[:most_tokens], tree.prompt_ids[-CONTEXT:]
-                picked.append(Tree(prompt_ids, [Sample(prompt_ids, ids, [True] * len(ids), [0.0] * len(ids))]))
+                ids, prompt_ids = samples[turn].token_ids[:most_tokens], samples[turn].prompt_ids[-CONTEXT:]
+                picked.append(Sample(prompt_ids, ids, [True] * len(ids), [0.0] * len(ids)))
     return picked

@@ -33,7 +33,6 @@ from torch import Tensor
 
 from pgrpo.config import Config
 from pgrpo.distributed.world import World
-from pgrpo.packing.forest import Tree
 from pgrpo.process.deadline import deadline
 from pgrpo.process.stopping import Stopped
 from pgrpo.rollout.base import More, OnFinished, no_more
@@ -42,7 +41,7 @@ from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.rollout.vllm.delivery import Delivery
 from pgrpo.rollout.vllm.offload import Offload
 from pgrpo.rollout.vllm.requests import DEADLINE, Asked, EngineError, Requests, vllm_errors
-from pgrpo.types import Completion, Request, SamplingParams
+from pgrpo.types import Completion, Request, Sample, SamplingParams
 
 T = TypeVar("T")
 CHECK_EVERY = 16
@@ -218,20 +217,19 @@ class VLLMEngine:
             self.tokenizer, ids, logprobs, stopped, self.eos_token_ids, params, self.weights_version
         )
 
-    def score(self, trees: Sequence[Tree]) -> list[float]:
-        """Log-probs at temperature 1 of all completion tokens, in order. Ranks that share an engine must pass the same trees."""
-        samples = [(tree.prompt_ids, sample.token_ids) for tree in trees for sample in tree.samples]
+    def score(self, samples: Sequence[Sample]) -> list[float]:
+        """Log-probs at temperature 1 of all completion tokens, in order. Ranks that share an engine must pass the same samples."""
         request = vllm_start.package().SamplingParams(
             max_tokens=1, prompt_logprobs=0, top_p=1.0, temperature=1.0, detokenize=False
         )
         self._check_awake()
         outputs: dict[int, Any] = {}
-        prompts = [prompt + completion for prompt, completion in samples]
+        prompts = [sample.prompt_ids + sample.token_ids for sample in samples]
         self._together(lambda: self.requests.run([(prompt, request) for prompt in prompts], 0, outputs.__setitem__))
         return [
             outputs[i].prompt_logprobs[at][outputs[i].prompt_token_ids[at]].logprob
-            for i, (prompt, completion) in enumerate(samples)
-            for at in range(len(prompt), len(prompt) + len(completion))
+            for i, sample in enumerate(samples)
+            for at in range(len(sample.prompt_ids), len(prompts[i]))
         ]
 
     def close(self) -> None:
