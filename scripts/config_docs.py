@@ -128,19 +128,26 @@ def markdown() -> str:
 
 
 def with_key_table(guide: str, trainer: str) -> str:
-    """The text of a guide with its table of keys as ``other_trainers.yaml`` has it."""
+    """The text of a guide with its tables of keys, those that have a counterpart and the others, as ``other_trainers.yaml`` has
+    them."""
 
     def cell(names: list[str]) -> str:
         return ", ".join(f"`{name.replace('/', '.')}`" for name in names)
 
-    head = re.escape(f"| {trainer} | pgrpo | what differs |\n|---|---|---|\n")
-    lines = [
-        re.sub(" +", " ", f"| {cell(row['theirs'])} | {cell(row['ours'])} | {row.get('differs', '')} |\n")
-        for row in other_trainers()[trainer.lower()]
-    ]
-    text, count = re.subn(rf"(?<={head})(\|.*\n)+", lambda _: "".join(lines), guide)
-    assert count == 1, f"the guide has no table of {trainer}'s keys"
-    return text
+    rows, others = (other_trainers()[f"{trainer.lower()}{end}"] for end in ("", "_absent"))
+    tables = {
+        f"| {trainer} | pgrpo | what differs |\n|---|---|---|\n": [
+            f"| {cell(row['theirs'])} | {cell(row['ours'])} | {row.get('differs', '')} |\n" for row in rows
+        ],
+        f"| {trainer} | what to do |\n|---|---|\n": [
+            f"| {cell(row['theirs'])} | {row['instead']} |\n" for row in others
+        ],
+    }
+    for head, lines in tables.items():
+        table = re.sub(" +", " ", "".join(lines))
+        guide, count = re.subn(rf"(?<={re.escape(head)})(\|.*\n)+", lambda _, table=table: table, guide)
+        assert count == 1, f"the guide has no table of {trainer}'s keys that begins with {head!r}"
+    return guide
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,18 @@ def foreign() -> dict[str, str]:
     return found
 
 
+def absent(key: str) -> str | None:
+    """What to do instead of a key of TRL or verl that has no counterpart here; None if there is no such answer."""
+    names = other_trainers()
+    if any(key == name.replace("/", ".") for row in (*names["trl"], *names["verl"]) for name in row["theirs"]):
+        return None
+    for row in (*names["trl_absent"], *names["verl_absent"]):
+        for name in row["theirs"]:
+            if fnmatchcase(key, name) or fnmatchcase(key, f"*.{name}"):
+                return row["instead"]
+    return None
+
+
 def suggest(key: str, valid: Iterable[str]) -> str:
     """Suggest a fix for ``key``, given all valid dotted keys: it may be another trainer's name, in a wrong section, or a typo."""
     valid = sorted(valid)
@@ -40,6 +53,8 @@ def suggest(key: str, valid: Iterable[str]) -> str:
     last = parts[-1]
     if ours := foreign().get(".".join(parts[-2:])):
         return f"here it is {ours}"
+    if instead := absent(key):
+        return f"there is no such key here: {instead}"
     if (ours := ".".join(parts[-2:])) in valid and ours != key:
         return f"here it is {ours}"
     if same := [name for name in valid if name.rpartition(".")[2] == last]:

@@ -62,6 +62,28 @@ def test_the_table_of_keys_is_what_the_data_file_gives(name: str) -> None:
     row = other_trainers()[GUIDES[name].lower()][0]
     spoilt = guide(name).replace(f"`{row['ours'][0]}`", "`model.spoilt`", 1)
     assert CONFIG_DOCS["with_key_table"](spoilt, GUIDES[name]) == guide(name)
+    other = other_trainers()[f"{GUIDES[name].lower()}_absent"][0]
+    spoilt = guide(name).replace(other["instead"], "spoilt", 1)
+    assert spoilt != guide(name) == CONFIG_DOCS["with_key_table"](spoilt, GUIDES[name])
+
+
+def test_keys_without_a_counterpart_are_answered_with_what_to_do() -> None:
+    names = other_trainers()
+    tables = {name.replace("/", ".") for row in (*names["trl"], *names["verl"]) for name in row["theirs"]}
+    for row in (*names["trl_absent"], *names["verl_absent"]):
+        for name in row["theirs"]:
+            assert name not in tables and name not in valid_keys()
+            key = name.replace("*", "x")
+            assert suggest(key, valid_keys()).startswith("there is no such key here: "), key
+        for word in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)[`:]", row["instead"]):
+            assert word in valid_keys() or word.endswith(".jsonl"), word
+    for key, word in (
+        ("critic.optim.lr", "no critic"),
+        ("actor_rollout_ref.rollout.val_kwargs.top_p", "evaluation samples as"),
+    ):
+        assert word in suggest(key, valid_keys())
+    assert suggest("actor_rollout_ref.actor.optim.lr", valid_keys()) == "here it is optim.lr"
+    assert suggest("actor_rollout_ref.actor.fsdp_config.fsdp_size", valid_keys()) == "here it is model.fsdp_size"
 
 
 @pytest.mark.parametrize("name", GUIDES)
@@ -81,6 +103,7 @@ def test_their_keys_are_answered_with_ours(name: str) -> None:
 @pytest.mark.parametrize("name", GUIDES)
 def test_our_keys_in_a_guide_exist(name: str) -> None:
     theirs = {key for left, _ in key_rows(name) for key in left}
+    theirs |= {key for row in other_trainers()[f"{GUIDES[name].lower()}_absent"] for key in row["theirs"]}
     keys = set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:: [^`]*)?`", guide(name)))
     ours = {key for key in keys if key.partition(".")[0] in SECTIONS} - theirs
     assert len(ours) > 30
