@@ -54,10 +54,21 @@ test-vllm: .venv-vllm/stamp
 	.venv-transformers4/bin/pip install 'transformers==4.57.*'
 	touch $@
 
-# Not in CI; results are committed. transformers 4 reads exports, in an environment of its own: three minutes on one idle core.
-release-checks: .venv/stamp .venv-transformers4/stamp
+.venv-others/stamp: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv-others
+	.venv-others/bin/pip install torch==2.13.0
+	.venv-others/bin/pip install -r requirements.lock
+	.venv-others/bin/pip install --no-build-isolation --no-deps -e .
+	.venv-others/bin/pip install --no-deps trl==1.16.0 verl==0.9.0
+	.venv-others/bin/pip install ray tensordict codetiming
+	touch $@
+
+# Not in CI; results are committed. transformers 4 reads exports, in an environment of its own: three minutes on one idle core. TRL's and
+# verl's losses on our inputs, and their keys, in another.
+release-checks: .venv/stamp .venv-transformers4/stamp .venv-others/stamp
 	$(BIN)/python benchmarks/transformers4.py --python-v4 .venv-transformers4/bin/python --out benchmarks/transformers4.json
+	.venv-others/bin/python -m pytest -q -m release --confcutdir tests/release -p no:cacheprovider -rP tests/release
 
 # What the targets above made, and no more: other runs and models are somebody's work.
 clean:
-	rm -rf .venv .venv-vllm .venv-transformers4 .cache/tiny_qwen3 $(RUN) .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-transformers4 .venv-others .cache/tiny_qwen3 $(RUN) .pytest_cache .ruff_cache .hypothesis

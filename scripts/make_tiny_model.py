@@ -30,15 +30,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def make_model() -> Qwen3ForCausalLM:
+def make_model(width: int = 64, layers: int = 2) -> Qwen3ForCausalLM:
     """Random weights from torch's global generator."""
     config = Qwen3Config(
         vocab_size=len(VOCABULARY),
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 16,
+        num_key_value_heads=width // 32,
         head_dim=16,
         max_position_embeddings=64,
         tie_word_embeddings=True,
@@ -50,7 +50,9 @@ def make_model() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config)
 
 
-def warm_start(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict]) -> float:
+def warm_start(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict], steps: int = WARM_START_STEPS
+) -> float:
     """Supervised next-token training on `a+b=sum<eos>`, loss on the sum only, in place; returns the last loss."""
     pad = VOCABULARY.index("<pad>")
     texts = [f"{row['a']}+{row['b']}={row['answer']}<eos>" for row in rows]
@@ -59,7 +61,7 @@ def warm_start(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows
     labels_BT[:, : len("12+34=")] = -100
     optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_START_LR)
     loss = torch.tensor(0.0)
-    for _ in range(WARM_START_STEPS):
+    for _ in range(steps):
         chosen = torch.randint(len(texts), (WARM_START_BATCH,))
         loss = model(input_ids=ids_BT[chosen], labels=labels_BT[chosen]).loss
         optimizer.zero_grad()

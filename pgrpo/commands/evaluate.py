@@ -36,6 +36,8 @@ def evaluate(
     """
     if not (config.data.eval_path or config.data.eval_split):
         raise ConfigError("data.eval_split is not set: name the held-out split, or a file in data.eval_path")
+    if not (config.rewards.functions or given.rewards):
+        raise ConfigError("rewards.functions: [] scores nothing; add rewards.functions=[{function: exact_match}], say")
     # A run reads the held-out split only if eval.every is set. Reference, teacher and keep_best are for training only.
     config = replace(config, rollout=replace(config.rollout, prompts_per_step=1))  # training rows do not matter
     config = replace(

@@ -285,3 +285,6 @@ def test_evaluation_needs_no_teacher(tiny_model, tmp_path):
     config = load_config("quickstart", keys)
     config.loss.teacher = "/gone"
     assert 0 <= run(config)["eval/reward"] <= 1
+    config.rewards.functions = []
+    with pytest.raises(ConfigError, match=r"rewards.functions: \[\] scores nothing"):
+        run(config)
