@@ -1,5 +1,7 @@
 """Every key of TRL's GRPO config and of verl's trainer has an answer (`make release-checks`)."""
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 from collections.abc import Iterator

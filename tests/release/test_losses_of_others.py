@@ -4,6 +4,8 @@ TRL's loss is a method of its trainer: it is called with a stand-in for the trai
 in the middle of a longer method (importance weights, advantages) is cut out of its source and run.
 """
 
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import inspect
@@ -237,7 +239,9 @@ def test_trl_gdpo() -> None:
         config = LossConfig(combine_rewards="normalize_then_sum")
         mine = [a for row in compare(groups_of(parts_BK, names, weights, 4), config, weights) for a in row]
         pairs.append(((torch.tensor(mine, dtype=torch.float64),), (space["advantages"],)))
-    report("TRL multi_objective_aggregation=normalize_then_sum = combine_rewards", pairs, most=1e-6)
+    report(
+        "TRL multi_objective_aggregation=normalize_then_sum = combine_rewards", pairs, most=1e-6
+    )  # TRL counts in float32
 
 
 def test_trl_reverse_kl_over_the_vocabulary() -> None:
