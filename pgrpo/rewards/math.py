@@ -150,8 +150,11 @@ def _is_equal(gold: str, answer: str, held: Held) -> bool | None:
     wanted = parse(_boxed(gold), fallback_mode="no_fallback", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
     if not wanted:
         return None
-    texts = [] if held == "text" else [_boxed(answer)]
-    if held == "text" or (held == "tag" and _has_words(answer)):
+    has_words = held != "box" and _has_words(answer)
+    # In a sentence the answer is what "the answer is" says, or what math-verify finds.
+    said = _SAID.findall(answer) if has_words else []
+    texts = [_boxed(said[-1] if said else answer)] if said or held != "text" or not has_words else []
+    if held == "text" or has_words:
         texts.append(answer)
     return bool(answer) and any(
         verify(wanted, parse(text, parsing_timeout=None), timeout_seconds=None)  # pyright: ignore[reportArgumentType]
@@ -161,11 +164,7 @@ def _is_equal(gold: str, answer: str, held: Held) -> bool | None:
 
 def _boxed(text: str) -> str:
     r"""An answer as math-verify expects it: without dollars or brackets of LaTeX around it, and ``1e-5`` as a power of ten."""
-    inner = (
-        next((part for part in match.groups() if part is not None), "")
-        if (match := _ENCLOSED.fullmatch(text))
-        else text
-    )
+    inner = match[match.lastindex or 0] if (match := _ENCLOSED.fullmatch(text)) else text
     if "$" in inner.replace(r"\$", "").lstrip("$") or r"\(" in inner:  # mathematics inside a sentence
         return text
     inner = _EXPONENT.sub(r"\1 \\times 10^{\2}", inner).strip().rstrip(".")

@@ -192,7 +192,8 @@ def test_the_models_own_files_are_taken_over_and_only_the_precision_changes(tmp_
 
 def test_the_precision_of_parts_is_changed_and_a_config_of_another_type_is_left(tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
-    source.mkdir(), out.mkdir()
+    source.mkdir()
+    out.mkdir()
     whole = {"model_type": "a", "text_config": {"dtype": "bfloat16", "n": 1}, "vision_config": {"n": 2}}
     (source / "config.json").write_text(json.dumps(whole))
     (out / "config.json").write_text('{"model_type": "text"}')
