@@ -4,7 +4,7 @@ A random model never samples a right sum, so GRPO would have nothing to reinforc
 training on two-digit sums from the recipe's training split) teaches the format and brings sampled exact match to about 0.1.
 Everything after that is learned by GRPO. Takes a few seconds; the same seed gives the same model.
 
-    python scripts/make_tiny_model.py [--out .cache/tiny_qwen3] [--seed 0]
+    python scripts/make_tiny_model.py [--model qwen3] [--out .cache/tiny_qwen3] [--seed 0]
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import runpy
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "addition.py"
 VOCABULARY = ["<pad>", "<eos>", *"0123456789+="]
@@ -30,28 +31,40 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def make_model(width: int = 64, layers: int = 2) -> Qwen3ForCausalLM:
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    # A window shorter than a sum, beside a full layer.
+    "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16},
+    "gpt_oss": {
+        "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "num_local_experts": 4,
+        "num_experts_per_tok": 2, "intermediate_size": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}  # fmt: skip
+"""What each kind has beside the sizes that all have."""
+
+
+def make_model(width: int = 64, layers: int = 2, kind: str = "qwen3") -> PreTrainedModel:
     """Random weights from torch's global generator."""
-    config = Qwen3Config(
-        vocab_size=len(VOCABULARY),
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 16,
-        num_key_value_heads=width // 32,
-        head_dim=16,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        initializer_range=0.05,  # with the usual 0.02 so narrow a model learns slowly at first, and differently for each seed
-        pad_token_id=VOCABULARY.index("<pad>"),
-        eos_token_id=VOCABULARY.index("<eos>"),
-        bos_token_id=None,
-    )
-    return Qwen3ForCausalLM(config)
+    sizes: dict[str, Any] = {
+        "vocab_size": len(VOCABULARY),
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": width // 16,
+        "num_key_value_heads": width // 32,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.05,  # with the usual 0.02 so narrow a model learns slowly at first, unlike from seed to seed
+        "pad_token_id": VOCABULARY.index("<pad>"),
+        "eos_token_id": VOCABULARY.index("<eos>"),
+        "bos_token_id": None,
+    }
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | MODELS[kind]))
 
 
 def warm_start(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict], steps: int = WARM_START_STEPS
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[dict], steps: int = WARM_START_STEPS
 ) -> float:
     """Supervised next-token training on `a+b=sum<eos>`, loss on the sum only, in place; returns the last loss."""
     pad = VOCABULARY.index("<pad>")
@@ -71,7 +84,7 @@ def warm_start(
 
 
 @torch.no_grad()
-def sampled_exact_match(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: list[dict]) -> float:
+def sampled_exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[dict]) -> float:
     """Share of right answers, one sample a row at temperature 1. All prompts must have the same length."""
     inputs = tokenizer([f"{row['a']}+{row['b']}=" for row in rows], return_tensors="pt")
     output = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
@@ -83,6 +96,7 @@ def sampled_exact_match(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerF
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="qwen3", help="its kind (default %(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path(".cache/tiny_qwen3"), help="folder to write (default %(default)s)"
     )
@@ -92,7 +106,7 @@ def main() -> None:
     torch.set_num_threads(1)  # sums in the same order on every machine; more threads do not help at this size
     torch.manual_seed(args.seed)
     rows = runpy.run_path(str(RECIPE))["rows"]
-    tokenizer, model = make_tokenizer(), make_model()
+    tokenizer, model = make_tokenizer(), make_model(kind=args.model)
     loss = warm_start(model, tokenizer, rows("train"))
     exact_match = sampled_exact_match(model.eval(), tokenizer, rows("eval"))
     model.save_pretrained(args.out)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pgrpo.admission.models import check_model
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.commands.bench_report import Row, Shape, print_rows
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World, start
-from pgrpo.model.admission import check_model
 from pgrpo.model.lora import adapter_parameters, add_adapters, check_lora
 from pgrpo.model.policy import Policy, load_hf_config, load_model
 from pgrpo.model.proof import tokens_as_samples

@@ -8,11 +8,11 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from pgrpo.admission.models import check_model
 from pgrpo.commands.plan import plan_text
 from pgrpo.config import Config, check_world_size, fit_world_size, redact
 from pgrpo.data import load_prompts
 from pgrpo.distributed.world import start, world_size
-from pgrpo.model.admission import check_model
 from pgrpo.model.policy import Policy, load_hf_config, load_model, untouched_model
 from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_samples
 from pgrpo.packing.batch import build_batch

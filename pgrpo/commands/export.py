@@ -78,6 +78,9 @@ def build_model(source: ModelConfig, weights: Mapping[str, Tensor], path: Path) 
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(parameter), []).append(name)
     state = dict(weights)
+    trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    if untrained := model.state_dict().keys() - trained - state.keys():  # as the correction of a router's scores
+        state |= {name: x for name, x in _initial(source).state_dict().items() if name in untrained}
     for names in names_of.values():
         if given := [name for name in names if name in weights]:
             state |= dict.fromkeys(names, weights[given[0]])
@@ -93,13 +96,7 @@ def build_model(source: ModelConfig, weights: Mapping[str, Tensor], path: Path) 
 def build_merged_model(source: ModelConfig, adapters: Mapping[str, Tensor], path: Path) -> PreTrainedModel:
     """The model that ``source`` names with LoRA adapters merged in. Its weights are rounded to the run's precision first, as in
     training."""
-    load_hf_config(source)
-    model = AutoModelForCausalLM.from_pretrained(
-        source.path,
-        revision=source.revision,
-        trust_remote_code=source.trust_remote_code,
-        dtype=getattr(torch, source.dtype),
-    ).float()
+    model = _initial(source, getattr(torch, source.dtype)).float()
     add_adapters(model, source, seed=0)
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if differing := sorted(wanted ^ adapters.keys()):
@@ -111,6 +108,13 @@ def build_merged_model(source: ModelConfig, adapters: Mapping[str, Tensor], path
         raise CheckpointError(f"{path}: these are not adapters of {source.path}: {reason}") from error
     merge_adapters(model)
     return model
+
+
+def _initial(source: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    load_hf_config(source)
+    return AutoModelForCausalLM.from_pretrained(
+        source.path, revision=source.revision, trust_remote_code=source.trust_remote_code, dtype=dtype
+    )
 
 
 def _model_config(run_dir: Path) -> ModelConfig:

@@ -8,9 +8,9 @@ import os
 import torch
 from rich.console import Console
 
+from pgrpo.admission.models import check_model
 from pgrpo.config import Config, check_world_size, to_yaml
 from pgrpo.distributed.world import World, world_size
-from pgrpo.model.admission import check_model
 from pgrpo.model.lora import adapter_parameters, check_lora
 from pgrpo.model.policy import check_positions, load_hf_config
 from pgrpo.planning.flops import ModelDims, flat_work, rho, update_flops

@@ -15,7 +15,16 @@ BASE, ADAPTER = ".base_layer.", ".lora_"
 
 def weight_names(model: nn.Module) -> set[str]:
     """The names that ``full_weights`` yields. Of names that share a tensor (tied embeddings) only one."""
-    return {name.replace(BASE, ".") for name, _ in model.named_parameters() if ADAPTER not in name}
+    return {name.replace(BASE, ".") for name, _ in model.named_parameters() if ADAPTER not in name} | _kept_buffers(
+        model
+    ).keys()
+
+
+def _kept_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that a checkpoint has, as the correction of a router's scores (DeepSeek): nothing trains them, but an engine that
+    sleeps loses them."""
+    kept = model.state_dict().keys()
+    return {name: x for name, x in model.named_buffers() if name in kept and x.is_floating_point()}
 
 
 @torch.no_grad()
@@ -27,7 +36,7 @@ def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
 
     Args:
         model: a causal language model, sharded or not.
-        dtype: of the tensors, which are on the model's device.
+        dtype: of the tensors, which are on the model's device; buffers keep their own.
     """
     for name, parameter in model.named_parameters():
         if ADAPTER in name:
@@ -40,6 +49,7 @@ def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
             weight = weight.float() + _adapter(model.get_submodule(name.partition(BASE)[0]))
             weight = _round_stochastically(weight) if dtype == torch.bfloat16 else weight
         yield name.replace(BASE, "."), weight.to(dtype)
+    yield from _kept_buffers(model).items()
 
 
 def _adapter(layer: Any) -> Tensor:

@@ -87,7 +87,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
         ValueError: there is none.
     """
     count = model.config.get_text_config().num_hidden_layers
-    for part in model.base_model.modules():
+    for part in (model.get_decoder() or model.base_model).modules():
         if isinstance(part, nn.ModuleList) and len(part) == count:
             return list(part)
     raise ValueError(f"a {model.config.model_type} model has no list of {count} decoder layers")
@@ -96,10 +96,13 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 @lru_cache(maxsize=64)
 def _count(key: _Key) -> ModelDims:
     config = copy.deepcopy(key.config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, attn_implementation="eager", trust_remote_code=bool(getattr(config, "auto_map", None))
-        )
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", trust_remote_code=bool(getattr(config, "auto_map", None))
+            )
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"no {config.model_type} model can be made of its config: {error}") from error
     text, layers = config.get_text_config(), decoder_layers(model)
     heads, hidden = text.num_attention_heads, text.hidden_size
     kv_heads = getattr(text, "num_key_value_heads", None) or heads

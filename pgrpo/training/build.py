@@ -10,6 +10,8 @@ from typing import Any, Self
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pgrpo.admission.models import check_model
+from pgrpo.admission.on_device import PROMPTS, check_on_device
 from pgrpo.algorithm.loss import LossOutput, policy_loss
 from pgrpo.config import Config, ConfigError
 from pgrpo.data import PromptStream, load_prompts
@@ -17,7 +19,6 @@ from pgrpo.data.render import ToolsOf
 from pgrpo.distributed.world import World
 from pgrpo.environments.episodes import Episodes
 from pgrpo.environments.toolbox import load_toolbox
-from pgrpo.model.admission import check_model
 from pgrpo.model.lora import LogprobsOf, check_lora, without_adapters
 from pgrpo.model.policy import Policy, check_positions, generation_eos, load_error, load_hf_config
 from pgrpo.planning.flops import ModelDims
@@ -28,7 +29,7 @@ from pgrpo.rollout.base import RolloutEngine
 from pgrpo.rollout.ends import check_turn_end, end_token_ids
 from pgrpo.tracking.live import counting
 from pgrpo.training.caller import Given
-from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine
+from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine, check_pushable
 from pgrpo.training.evaluation import check_keep_best
 from pgrpo.training.optim import build_optimizer
 from pgrpo.training.own_loss import loss_function
@@ -105,7 +106,10 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)
     check_engine(config, dims, world)
-    attention_choice(config, dims, world.device)  # refuses a kernel that cannot run, before weights are read
+    check_pushable(config, hf_config, world)
+    attention = attention_choice(
+        config, dims, world.device
+    )  # refuses a kernel that cannot run, before weights are read
     check_vocabulary(tokenizer, hf_config.vocab_size, config)
     if config.loss.teacher is not None:
         check_teacher(config, tokenizer, hf_config.vocab_size, world.device)
@@ -126,6 +130,8 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
         runner.close()
         raise
     check_enough(prompts, config)
+    if world.device.type == "cuda":
+        check_on_device(config.model.path, hf_config, [p.token_ids for p in prompts[:PROMPTS]], attention, world.device)
     stream = PromptStream(prompts, seed=config.seed, shuffle=config.data.shuffle)
     check_keep_best(config, runner)
     loss = loss_function(config.loss)

@@ -10,7 +10,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.fsdp import no_gradient
@@ -75,6 +77,21 @@ def check_engine(config: Config, dims: ModelDims, world: World) -> None:
                 f"rollout.tensor_parallel_size: {size} does not divide {count} {what}; it may be {', '.join(valid)}"
             )
     vllm_start.check_version(config, world.device)
+
+
+def check_pushable(config: Config, hf_config: PretrainedConfig, world: World) -> None:
+    """Refuse vLLM for a model that transformers holds in other tensors than its checkpoint has, as stacked experts: a push has the
+    policy's own tensors.
+
+    Raises:
+        ConfigError: with the key and what to do.
+    """
+    conversions = get_checkpoint_conversion_mapping(hf_config.model_type) or []
+    if engine_name(config, world.device) == "vllm" and any(isinstance(one, WeightConverter) for one in conversions):
+        raise ConfigError(
+            f"rollout.engine={config.rollout.engine}: transformers stacks the experts of a {hf_config.model_type} model, and vLLM "
+            "loads them one by one, so that weights cannot be pushed; set rollout.engine=embedded"
+        )
 
 
 def build_engine(

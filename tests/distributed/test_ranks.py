@@ -72,6 +72,45 @@ def test_ranks(compute, ranks, loss):
     assert_same(compute(ranks, **loss), compute(**loss))
 
 
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory, on_ranks):
+    """A model with sinks and a mixture of experts, whose window is shorter than most samples."""
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        vocab_size=61, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=2, initializer_range=0.2, num_local_experts=4, num_experts_per_tok=2, sliding_window=5,
+        max_position_embeddings=128, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        layer_types=["sliding_attention", "full_attention"], pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("windowed")
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return partial(on_ranks, folder)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [(2, {}), (4, {}), (2, {"token_budget": 40, "activation_checkpointing": "full"}), (1, {"attention": "repeated"})],
+    ids=str,
+)
+def test_a_windowed_model_with_sinks(windowed, ranks, changes):
+    got, want = windowed(ranks, **changes), windowed()
+    assert_same(got, want)
+    sinks = [name for name in want["gradients"] if name.endswith("sinks")]
+    assert len(sinks) == 2 and all(want["gradients"][name].norm() > 0 for name in sinks)
+
+
+def test_a_head_that_caps_its_logits_on_two_ranks(tmp_path, on_ranks):
+    """Its gradient comes from autograd through the model's own head, whose weight is sharded, and tied to the embedding."""
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=2, initializer_range=0.2, sliding_window=5, query_pre_attn_scalar=16, final_logit_softcapping=2.0,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert_same(on_ranks(tmp_path, 2), on_ranks(tmp_path))
+
+
 def test_a_reference_in_host_memory_computes_the_same(compute):
     loss = {"aggregate": "sample", "kl_coef": 0.3}
     got, want = compute(2, ref_offload="cpu", **loss), compute(2, **loss)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from pgrpo.config import Config, ConfigError, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import World
@@ -241,3 +242,18 @@ def test_ranks_that_share_an_engine_exchange_requests_on_the_cpu(monkeypatch):
     one._sample([Request([7], [0])], SamplingParams(max_completion_tokens=4), lambda *_: None, no_more)
     assert gathered == [((2, 3), "gloo")] and asked == [[[7], [8]]]
     assert one.tp_group == ((2, 3), None)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
+def test_vllm_is_refused_for_a_model_whose_experts_transformers_stacks(installed, model_type):
+    hf_config = AutoConfig.for_model(model_type)
+    engine.check_pushable(config(engine="embedded"), hf_config, World(0, 1, CPU))
+    with pytest.raises(
+        ConfigError, match=rf"rollout\.engine=vllm: transformers stacks the experts of a {model_type} model"
+    ):
+        engine.check_pushable(config(engine="vllm"), hf_config, World(0, 1, CPU))
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "gemma3_text", "qwen3"])
+def test_vllm_takes_a_model_whose_tensors_are_its_checkpoint_s(installed, model_type):
+    engine.check_pushable(config(engine="vllm"), AutoConfig.for_model(model_type), World(0, 1, CPU))

@@ -7,9 +7,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from pgrpo.admission.models import check_model
 from pgrpo.attention.hook import ATTENTION_NAME, UnsupportedAttentionError, attending
 from pgrpo.config import ConfigError, ModelConfig
-from pgrpo.model.admission import check_model
 from pgrpo.model.logprobs import LOGITS_PER_CHUNK
 from pgrpo.model.policy import Policy, check_positions, load_model
 from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_samples

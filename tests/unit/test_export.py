@@ -10,11 +10,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from pgrpo import checkpoint
 from pgrpo.checkpoint import CheckpointError
-from pgrpo.commands.export import export
+from pgrpo.commands.export import build_model, export
 from pgrpo.commands.source_files import copy_source_files, source_folder
 from pgrpo.config import ConfigError, ModelConfig
 
@@ -263,3 +270,19 @@ def test_clear_errors(tmp_path):
     with pytest.raises(ConfigError, match=r"model\.path=/no/such/model: cannot load"):
         export(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_nothing_trains_comes_from_the_initial_model(tmp_path):
+    """The correction of a router's scores is a buffer, which a checkpoint does not hold."""
+    config = AutoConfig.for_model(
+        "deepseek_v3", vocab_size=30, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=2,
+        first_k_dense_replace=1, num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, pad_token_id=0,
+    )  # fmt: skip
+    initial = AutoModelForCausalLM.from_config(config)
+    torch.nn.init.normal_(initial.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias"))
+    initial.save_pretrained(tmp_path)
+    trained = {name: p.detach() + 1 for name, p in initial.named_parameters()}
+    built = build_model(ModelConfig(path=str(tmp_path)), trained, tmp_path)
+    wanted = initial.state_dict() | trained
+    assert all(torch.equal(x, wanted[name]) for name, x in built.state_dict().items())

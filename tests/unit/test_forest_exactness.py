@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from pgrpo.admission.proof import True64, _default_dtype, _twins
+from pgrpo.admission.shrink import shrink
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.model.policy import Policy
 from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs
-from pgrpo.model.prove import True64, _default_dtype, _twins
-from pgrpo.model.shrink import shrink
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.types import Sample

@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pgrpo.admission import models as admission
+from pgrpo.admission.models import check_model
+from pgrpo.admission.proof import proof_samples, prove
+from pgrpo.admission.shrink import Small, shrink
 from pgrpo.config import ConfigError
-from pgrpo.model import admission
-from pgrpo.model.admission import check_model
-from pgrpo.model.prove import proof_samples, prove
-from pgrpo.model.shrink import Small, shrink
 
 MECHANISMS = {
     "llama": "shared keys",
@@ -86,7 +85,11 @@ class RemoteModel(LlamaForCausalLM):
 
 @pytest.mark.parametrize(
     ("factor", "refusal"),
-    [("1.5", ""), ("(1 + 0 * self.model.layers[0].mlp.up_proj.weight.sum())", ""), ("input_ids.shape[1]", "the head")],
+    [
+        ("1.5", ""),
+        ("(1 + 0 * self.model.layers[0].mlp.up_proj.weight.sum())", ""),
+        ("input_ids.shape[1]", "hidden states are equal"),
+    ],
 )
 def test_a_model_with_code_of_its_own_is_proven_alike(factor, refusal, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -130,7 +133,7 @@ def test_a_proof_is_kept_until_something_that_it_depends_on_changes(proofs, tmp_
     assert check_model("m", config, 64) == first, "another process reads the file"
     assert proofs == ["llama"]
     check_model("m", AutoConfig.for_model("llama", attention_bias=True), 64)
-    monkeypatch.setattr(transformers, "__version__", "9.9")
+    monkeypatch.setattr(admission.transformers, "__version__", "9.9")
     check_model("m", config, 64)
     monkeypatch.setattr(admission, "_proven", {})
     shutil.rmtree(tmp_path / "pgrpo")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pgrpo.config import ModelConfig
 from pgrpo.model.lora import add_adapters, merge_adapters
@@ -55,3 +55,17 @@ def test_what_a_young_adapter_adds_is_in_the_sum():
     print(f"share of the change: {share:.3f}; to nearest {nearest:.3f}")
     assert share == pytest.approx(1.0, abs=0.05) and nearest < 0.5
     assert torch.equal(_round_stochastically(weight), weight)
+
+
+def test_buffers_of_a_checkpoint_are_among_the_weights_in_their_own_precision():
+    config = AutoConfig.for_model(
+        "deepseek_v3", vocab_size=30, hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=2,
+        first_k_dense_replace=1, num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, kv_lora_rank=8, q_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, pad_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    got = dict(full_weights(model, torch.bfloat16))
+    assert got.keys() == weight_names(model)
+    buffers = {name for name, _ in model.named_buffers()} & got.keys()
+    assert buffers == {"model.layers.1.mlp.gate.e_score_correction_bias"}
+    assert all(got[name].dtype == torch.float32 for name in buffers)

@@ -32,6 +32,7 @@ class Delivery:
         parameters: Mapping[str, Tensor],
         fused: Mapping[str, Sequence[str]],
         *,
+        rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
         ranks: int = 1,
         sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
@@ -42,6 +43,7 @@ class Delivery:
             written: names of the engine's parameters that it reports as written.
             parameters: the engine's parameters on this rank. Empty ones cannot be read back and are not compared.
             fused: fused parameter -> its sources, as ``qkv_proj`` -> ``[q_proj, k_proj, v_proj]``.
+            rename: gives keys the names that the engine has for them, before it fuses (``model.embedding`` of gpt-oss).
             ranks: number of ranks that share the engine. Each has a part of a parameter, or all of it.
             sum_over_ranks: sums an int64 tensor over these ranks.
 
@@ -52,19 +54,24 @@ class Delivery:
             raise DeliveryError(f"weight push: {_some(differing)} were not sent, or are not the policy's")
         if missing := sorted(parameters.keys() - written):
             raise DeliveryError(f"weight push: the engine did not load {_some(missing)}")
+        sent = rename(self.sent)
+        sizes = rename({name: torch.tensor(size) for name, size in self.sizes.items()})
         compared, wanted, found = [], [], []
         for name, parameter in parameters.items():
             if not parameter.numel():
                 continue
-            sources = [name] if name in self.sent else sources_of(name, fused)
-            if any(source not in self.sent for source in sources):
+            of_experts = name.replace(
+                ".routed_experts.", "."
+            )  # a module that newer releases put around stacked experts
+            sources = [of_experts] if of_experts in sent else sources_of(name, fused)
+            if any(source not in sent for source in sources):
                 raise DeliveryError(
                     f"weight push: the engine's {name} is made of {sources}, which the policy does not have"
                 )
             # A parameter that is whole on each rank is counted once a rank. Zero padding (of a vocabulary) adds nothing.
-            copies = ranks if parameter.numel() >= sum(self.sizes[source] for source in sources) else 1
+            copies = ranks if parameter.numel() >= sum(int(sizes[source]) for source in sources) else 1
             compared.append(name)
-            wanted.append(copies * torch.stack([self.sent[source] for source in sources]).sum())
+            wanted.append(copies * torch.stack([sent[source] for source in sources]).sum())
             found.append(bit_sum(parameter))
         unequal = (sum_over_ranks(torch.stack(found)) != torch.stack(wanted)).tolist()
         if wrong := [name for name, differs in zip(compared, unequal, strict=True) if differs]:

@@ -11,7 +11,8 @@ This file depends on these internals of vLLM, for the versions in ``vllm_start.S
 - Sleep level 2 frees the weights, keys and values; ``wake_up`` allocates them again by tag. PyTorch counts them as allocated in
   either state. Only one engine per process can sleep, and none on a CPU.
 - The worker's ``reload_weights`` calls the model's ``load_weights`` once, with Hugging Face names. ``load_weights`` returns the
-  names of the model's own parameters that it wrote; vLLM only warns about the others. ``packed_modules_mapping`` lists fused ones.
+  names of the model's own parameters that it wrote; vLLM only warns about the others. ``packed_modules_mapping`` lists fused ones,
+  and ``hf_to_vllm_mapper``, where a model has it, renames Hugging Face names to its own.
 - The scheduler's ``schedule`` returns the ids of the requests that it preempted (``preempted_req_ids``).
 - The model runners compute logits with the model's ``compute_logits``, outside CUDA graphs, for sampling and for prompt log-probs.
 - On a CPU, vLLM repacks a linear layer's weight after loading, so it cannot be read back. A head tied to the embedding is repacked
@@ -271,17 +272,22 @@ class VLLMEngine:
             raise
         finally:
             del model.load_weights
-        if not self.sleeps and model.lm_head.weight is model.model.embed_tokens.weight:
+        if not self.sleeps and self._is_tied(model):
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
         delivery.check(
             self.weight_names,
             written,
             dict(model.named_parameters()),
             getattr(model, "packed_modules_mapping", {}),
+            rename=model.hf_to_vllm_mapper.apply_dict if hasattr(model, "hf_to_vllm_mapper") else dict,
             ranks=self.tp_size,
             sum_over_ranks=self._sum_over_engine,
         )
         self.llm.reset_prefix_cache()
+
+    def _is_tied(self, model: Any) -> bool:
+        embedding = getattr(model.model, "embed_tokens", None)
+        return embedding is not None and model.lm_head.weight is embedding.weight
 
     def _sum_over_engine(self, values: Tensor) -> Tensor:
         if self.tp_group is not None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import copy
 import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,10 +24,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from pgrpo.admission.shrink import Small, shrink
 from pgrpo.attention.hook import ATTENTION_NAME, attention_forward
 from pgrpo.model.policy import Policy, untouched_model
 from pgrpo.model.proof import SEEDED_BUGS, Difference, difference, gradients, reference_logprobs, tokens_as_samples
-from pgrpo.model.shrink import Small, shrink
 from pgrpo.packing.batch import GroupedBatch, build_batch
 from pgrpo.packing.forest import Forest, length
 from pgrpo.types import Sample
@@ -36,8 +38,8 @@ EXACT, EXACT_PLAIN = 1e-9, 1e-4
 """Largest differences of log-probs (nats) and of gradients (relative) that are rounding: in float64 throughout (measured: below
 1e-12), and where parts of the model compute in float32 whatever its dtype is. What is wrong is off by 1e-1 and more."""
 NO_HOOK = "its attention does not call the hook that transformers has for attention functions"
-SEEN = 1e-3
-"""A seeded bug moves some log-prob by this at least."""
+SEEN = 1000
+"""A seeded bug moves some log-prob by so many times what counts as rounding, at least."""
 
 
 class True64(TorchFunctionMode):
@@ -77,42 +79,46 @@ class Proof:
         )
 
 
-def prove(config: PretrainedConfig, max_sample: int | None = None, small: Small | None = None, seed: int = 0) -> Proof:
+def prove(
+    config: PretrainedConfig, max_sample: int | None = None, small: Small | None = None, seed: int = 0, stretch: int = 1
+) -> Proof:
     """Prove or refuse a model by its config.
 
     Args:
         config: of the model, as ``AutoConfig`` loads it. Code of its own (``trust_remote_code``) must have been allowed there.
         max_sample: the longest sample of the run; lengths that it does not reach are not proven. None: all are.
-        small, seed: sizes, weights and samples, for a second opinion.
+        small, seed, stretch: sizes, weights and samples, and how many times as long these are, for a second opinion.
     """
     started = time.perf_counter()
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), _quiet(), _default_dtype(torch.float64):
-            proof = _compare(shrink(config, max_sample, small), seed)
+            proof = _compare(shrink(config, max_sample, small), seed, stretch)
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
-        proof = Proof(refusal=f"a small copy of it does not run: {type(error).__name__}: {first_line[:200]}")
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {first_line[:200]} ({Path(at.filename).name}, {at.name})"
+        proof = Proof(refusal=f"a small copy of it does not run: {what}")
         if isinstance(error, KeyError) and ATTENTION_NAME in first_line:
             proof = Proof(refusal=NO_HOOK)
     return replace(proof, seconds=time.perf_counter() - started)
 
 
-def _compare(config: PretrainedConfig, seed: int) -> Proof:
+def _compare(config: PretrainedConfig, seed: int, stretch: int) -> Proof:
     untouched, grouped = _twins(config, seed)
+    samples = proof_samples(config.get_text_config().vocab_size, seed, stretch)
     try:
-        return _compare_in(True64, EXACT, untouched, grouped, seed)
+        return _compare_in(True64, EXACT, untouched, grouped, samples)
     except (TypeError, RuntimeError, ValueError) as error:
         first = error
     try:  # a model whose code does not run in that mode
-        return _compare_in(nullcontext, EXACT_PLAIN, untouched, grouped, seed)
+        return _compare_in(nullcontext, EXACT_PLAIN, untouched, grouped, samples)
     except Exception as error:
         raise error from first
 
 
 def _compare_in(
-    mode: Callable[[], Any], exact: float, untouched: nn.Module, grouped: PreTrainedModel, seed: int
+    mode: Callable[[], Any], exact: float, untouched: nn.Module, grouped: PreTrainedModel, samples: list[Sample]
 ) -> Proof:
-    samples = proof_samples(untouched.config.get_text_config().vocab_size, seed)  # pyright: ignore
     batch = build_batch(Forest.of(samples))
     with mode():
         policy = Policy(grouped)
@@ -128,8 +134,8 @@ def _compare_in(
                 name: (policy(buggy).logprobs - wanted).abs().max().item() if (buggy := seed_bug(batch)) else 0.0
                 for name, seed_bug in SEEDED_BUGS.items()
             }
-            positions = _stretched(untouched, samples[0]) > SEEN
-    unseen = [name for name, size in bugs.items() if not size > SEEN and (positions or "positions" not in name)]
+            positions = _stretched(untouched, samples[0]) > SEEN * exact
+    unseen = [name for name, size in bugs.items() if not size > SEEN * exact and (positions or "positions" not in name)]
     refusal = f"the proof would not notice a bug: {', '.join(unseen)}" if unseen else ""
     return Proof(found.logprob, found.gradient, bugs, refusal)
 
@@ -176,7 +182,7 @@ def first_difference(untouched: nn.Module, policy: Policy, samples: Sequence[Sam
         got = x[0].index_select(0, batch.logit_index)
         if wanted.shape != got.shape or not (got - wanted).abs().max() <= 1e-6 * (1 + wanted.abs().max()):
             return f"hidden states part in {name} ({type(policy.model.get_submodule(name)).__name__})"
-    return "hidden states are equal, so it is the head"
+    return "hidden states are equal"
 
 
 @contextmanager

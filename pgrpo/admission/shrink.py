@@ -62,7 +62,19 @@ def shrink(config: PretrainedConfig, max_sample: int | None = None, small: Small
     Raises:
         Exception: the class of the config refuses the small values.
     """
-    values = _shrunken(config.to_dict(), max_sample, small or Small())
+    result = _rebuilt(config, _shrunken(config.to_dict(), max_sample, small or Small()))
+    result._experts_implementation = "eager"  # the others compute in half precision only
+    return result
+
+
+def few_layers(config: PretrainedConfig) -> PretrainedConfig:
+    """The config with a layer of every kind, and otherwise as it is."""
+    values = config.to_dict()
+    _few_layers(values)
+    return _rebuilt(config, values)
+
+
+def _rebuilt(config: PretrainedConfig, values: dict[str, Any]) -> PretrainedConfig:
     for name in (
         "transformers_version",
         "architectures",
@@ -74,7 +86,6 @@ def shrink(config: PretrainedConfig, max_sample: int | None = None, small: Small
         values.pop(name, None)
     result = type(config).from_dict(values)
     result._name_or_path = config._name_or_path  # where the code of a remote model is
-    result._experts_implementation = "eager"  # the others compute in half precision only
     return result
 
 

@@ -1,4 +1,4 @@
-"""Which models may be trained: those on which grouped attention is proven (``prove.py``). There is no list of them."""
+"""Which models may be trained: those on which grouped attention is proven (``proof.py``). There is no list of them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 import transformers
 from transformers import PretrainedConfig
 
+from pgrpo.admission.proof import Proof, prove
+from pgrpo.admission.shrink import DROPOUT, shrink
 from pgrpo.config import ConfigError
-from pgrpo.model.prove import Proof, prove
-from pgrpo.model.shrink import DROPOUT, shrink
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +57,11 @@ def is_dropout(name: str) -> bool:
 
 def _kept_proof(config: PretrainedConfig, max_sample: int) -> Proof:
     try:
-        key = _fingerprint(config, shrink(config, max_sample))
+        file = cache_file(shrink(config, max_sample))
     except Exception:  # prove() says why
         return prove(config, max_sample)
-    if key in _proven:
-        return _proven[key]
-    file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pgrpo" / "proofs" / f"{key}.json"
+    if file.name in _proven:
+        return _proven[file.name]
     try:
         proof = Proof(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError):
@@ -74,20 +73,23 @@ def _kept_proof(config: PretrainedConfig, max_sample: int) -> Proof:
                 own = file.with_suffix(f".{os.getpid()}")  # ranks write at the same time
                 own.write_text(json.dumps(asdict(proof)))
                 own.replace(file)
-    _proven[key] = proof
+    _proven[file.name] = proof
     return proof
 
 
 _proven: dict[str, Proof] = {}
 
 
-def _fingerprint(config: PretrainedConfig, small: PretrainedConfig) -> str:
-    """Of everything that a proof depends on: the small config, libraries, this package, and the code of a remote model."""
-    folders = [Path(__file__).parents[1] / name for name in ("attention", "packing", "model")]
+def cache_file(config: PretrainedConfig, *more: str) -> Path:
+    """Where a proof is kept. The name is a hash of all that it depends on: the config (and ``more``), libraries, this package, and
+    the code of a remote model."""
+    folders = [Path(__file__).parents[1] / name for name in ("admission", "attention", "packing", "model")]
     if getattr(config, "auto_map", None):
         folders.append(Path(str(sys.modules[type(config).__module__].__file__)).parent)
     code = hashlib.sha256()
     for file in sorted(file for folder in folders for file in folder.rglob("*.py")):
         code.update(file.read_bytes())
-    known = json.dumps(small.to_dict(), sort_keys=True, default=str), torch.__version__, transformers.__version__
-    return hashlib.sha256(repr((*known, code.hexdigest())).encode()).hexdigest()[:32]
+    values = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    known = values, *more, torch.__version__, transformers.__version__, code.hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pgrpo" / "proofs"
+    return folder / f"{hashlib.sha256(repr(known).encode()).hexdigest()[:32]}.json"

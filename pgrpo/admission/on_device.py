@@ -1,0 +1,94 @@
+"""Compares the GPU's kernels with the untouched model, in bfloat16, before a model is trained there for the first time.
+
+The proof (``proof.py``) is of float64 on a CPU, and of small heads. This one has the model's own widths, heads and windows, but
+only a layer of every kind, with random weights: so it fits beside anything.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from pgrpo.admission.models import cache_file
+from pgrpo.admission.shrink import few_layers
+from pgrpo.attention.choose import AttentionChoice
+from pgrpo.attention.hook import ATTENTION_NAME
+from pgrpo.config import ConfigError
+from pgrpo.model.policy import Policy, untouched_model
+from pgrpo.model.proof import reference_logprobs, tokens_as_samples
+from pgrpo.packing.batch import build_batch
+from pgrpo.packing.forest import Forest
+from pgrpo.types import Sample
+
+log = logging.getLogger(__name__)
+PROMPTS, PROMPT_TOKENS, COMPLETIONS, COMPLETION_TOKENS = 2, 2048, 4, 256
+"""What is compared at most: prompts of the run, with completions of random tokens."""
+MOST_ERROR = 2.0
+"""Times the error of the untouched model in bfloat16."""
+
+
+def check_on_device(
+    path: str, config: PretrainedConfig, prompts: Sequence[list[int]], attention: AttentionChoice, device: torch.device
+) -> None:
+    """Refuse a model whose grouped log-probs in bfloat16 are further from float32 than twice the untouched model's own. Once for a
+    model, kernel and device; what was found is kept in a file.
+
+    Args:
+        path: ``model.path``, for the message.
+        config: of the model.
+        prompts: tokens of some of the run's prompts.
+        attention: how the run computes attention.
+        device: where it trains.
+
+    Raises:
+        ConfigError: with both errors.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    file = cache_file(config, f"{name} {attention.kernel}")
+    if file.is_file():
+        return
+    vocab = config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    chosen = [ids[-PROMPT_TOKENS:] for ids in prompts[:PROMPTS]]
+    completions = torch.randint(vocab, (len(chosen), COMPLETIONS, COMPLETION_TOKENS), generator=generator).tolist()
+    ours, theirs = bfloat16_errors(config, tokens_as_samples(chosen, completions), attention, device)
+    found = f"log-probs in bfloat16 are {ours:.1e} nats from float32 (rms), the untouched model's {theirs:.1e}"
+    if not ours <= MOST_ERROR * theirs:
+        raise ConfigError(
+            f"model.path={path}: on {name}, with the {attention.kernel} attention kernel, {found}: more than twice"
+        )
+    log.info("on %s, in a layer of each kind: %s", name, found)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"ours": ours, "theirs": theirs}))
+
+
+@torch.no_grad()
+def bfloat16_errors(
+    config: PretrainedConfig, samples: Sequence[Sample], attention: AttentionChoice, device: torch.device
+) -> tuple[float, float]:
+    """Root mean square of the log-probs' errors in bfloat16 against float32: grouped, and untouched."""
+    few = few_layers(config)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
+        untouched = untouched_model(partial(_make, few)).eval()
+        grouped = _make(few, ATTENTION_NAME).eval()
+    wanted = reference_logprobs(untouched, samples)
+    theirs = reference_logprobs(untouched.bfloat16(), samples)
+    grouped.bfloat16().load_state_dict(untouched.state_dict())
+    policy = Policy(grouped, attention=attention)
+    ours = policy(build_batch(Forest.of(samples), device=device, attention=policy.attention)).logprobs
+    errors = [(x.float() - wanted).square().mean().sqrt().item() for x in (ours, theirs)]
+    return errors[0], errors[1]
+
+
+def _make(config: PretrainedConfig, attention: str) -> PreTrainedModel:
+    own = copy.deepcopy(config)  # from_config writes into it
+    return AutoModelForCausalLM.from_config(
+        own, attn_implementation=attention, trust_remote_code=bool(getattr(own, "auto_map", None)), dtype=torch.float32
+    )

@@ -1,0 +1,86 @@
+"""vLLM samples what the trainer computes, on tiny random models with windows; what it cannot be given is noticed."""
+
+from functools import partial
+
+import pytest
+import torch
+import transformers
+from test_vllm_engine import EOS, LETTERS, logprobs, make_tokenizer, perturb, prompts, seeds, tolerance
+
+from pgrpo.admission.models import check_model
+from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
+from pgrpo.distributed.world import start
+from pgrpo.model.policy import Policy, load_model
+from pgrpo.model.weights import full_weights, weight_names
+from pgrpo.rollout.base import generate
+from pgrpo.rollout.vllm.delivery import DeliveryError
+from pgrpo.rollout.vllm.engine import VLLMEngine
+from pgrpo.types import SamplingParams
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+SIZES = {
+    "vocab_size": len(LETTERS) + 2, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.1, "max_position_embeddings": 128,
+    "eos_token_id": EOS, "pad_token_id": 0, "bos_token_id": None, "sliding_window": 8,
+}  # fmt: skip
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"]}
+MODELS = {
+    "mistral": {"tie_word_embeddings": False},
+    "gemma3_text": {**ALTERNATING, "tie_word_embeddings": True, "query_pre_attn_scalar": 64},
+    "gpt_oss": {
+        **ALTERNATING, "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+            "original_max_position_embeddings": 64,
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def started(request, tmp_path):
+    """An engine on a tiny random model of that type, asleep, and the policy."""
+    torch.manual_seed(0)
+    hf_config = transformers.AutoConfig.for_model(request.param, **SIZES | MODELS[request.param])
+    transformers.AutoModelForCausalLM.from_config(hf_config).save_pretrained(tmp_path)
+    tokenizer = make_tokenizer(tmp_path)
+    check_model(str(tmp_path), hf_config, max_sample=48)
+    config = Config(
+        model=ModelConfig(path=str(tmp_path), dtype="float32"),
+        data=DataConfig(max_prompt_tokens=32),
+        rollout=RolloutConfig(max_completion_tokens=16, enforce_eager=True, max_concurrent=32),
+    )
+    policy = Policy(load_model(config.model))
+    weights = partial(full_weights, policy.model, torch.float32)
+    with start() as world:
+        engine = VLLMEngine(config, world, tokenizer, [EOS], weights, weight_names(policy.model), memory_share=0.2)
+        yield engine, policy
+        engine.close()
+
+
+ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="where an engine can sleep there is one in a process")
+
+
+@ON_A_CPU
+@pytest.mark.parametrize("started", ["mistral", "gemma3_text"], indirect=True)
+def test_samples_have_the_policys_log_probs_before_and_after_a_push(started):
+    engine, policy = started
+    for step in range(2):
+        with engine.awake(step):
+            asked = prompts("some words to begin with", "1+1=")
+            groups = generate(engine, asked, SamplingParams(max_completion_tokens=16), seeds(2, 3, step))
+        samples = [sample for group in groups for sample in group.samples]
+        reported = [x for sample in samples for x in sample.rollout_logprobs]
+        before = logprobs(policy, samples)
+        assert reported == pytest.approx(before, abs=tolerance(policy))
+        perturb(policy, 0.02)
+        assert logprobs(policy, samples) != pytest.approx(before, abs=10 * tolerance(policy))
+
+
+@ON_A_CPU
+@pytest.mark.parametrize("started", ["gpt_oss"], indirect=True)
+def test_a_push_that_the_engines_loader_does_not_take_is_noticed(started):
+    """vLLM 0.32 copies gpt-oss' sinks and experts past the loaders that a reload records, so that they do not arrive."""
+    engine, _ = started
+    with pytest.raises(DeliveryError, match=r"checksums of model\.layers\.0\.attn\.sinks"), engine.awake(0):
+        pass
