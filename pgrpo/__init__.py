@@ -9,7 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from pgrpo.config import PYTHON, Config, ConfigError, load_config, with_rewards
+from pgrpo.config import PYTHON, Config, ConfigError, load_config, redact_error, with_rewards
 from pgrpo.early import check_early, check_start
 from pgrpo.training.caller import Callback, Given, Run, check_callbacks
 
@@ -24,14 +24,16 @@ Environment = Callable[..., Any] | Mapping[str, Callable[..., Any]] | None
 
 
 def _briefly(call: Callable[P, T]) -> Callable[P, T]:
-    """A ConfigError is about the caller's input, so its traceback ends at the call. PGRPO_DEBUG=1 shows all of it."""
+    """Redact secrets in errors. A ConfigError is about the caller's input, so its traceback ends at the call; PGRPO_DEBUG=1 shows
+    all of it."""
 
     @wraps(call)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return call(*args, **kwargs)
-        except ConfigError as error:
-            if os.environ.get("PGRPO_DEBUG") == "1":
+        except Exception as error:
+            redact_error(error)
+            if not isinstance(error, ConfigError) or os.environ.get("PGRPO_DEBUG") == "1":
                 raise
             raise error.with_traceback(None) from None
 

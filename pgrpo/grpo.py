@@ -114,7 +114,7 @@ def sample_groups(parts: Parts, step: int) -> tuple[list[Group], list[Group], Me
         return [by_number[i] for i in sorted(by_number)]
 
     def is_flat(group: Group) -> bool:
-        return not rewards_differ(group, config.loss, parts.rewards.weights)
+        return update.is_masked(group, config.loss) or not rewards_differ(group, config.loss, parts.rewards.weights)
 
     wanted = config.rollout.prompts_per_step
     groups = sample(wanted)
@@ -155,7 +155,7 @@ def update_policy(learner: Learner, progress: Progress, groups: Sequence[Group])
         for share, counted in zip(batches, counts, strict=True):
             outcomes.append(optimizer_step(learner, progress, share, counted))
     trained = [batch for share in batches for batch in share] * config.epochs_per_step
-    return update.update_metrics(learner, outcomes, trained) | {"time/old_logprobs": old_logprobs_s}
+    return update.update_metrics(learner, groups, outcomes, trained) | {"time/old_logprobs": old_logprobs_s}
 
 
 def optimizer_step(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from pgrpo.process.lock import agree_on_run_dir, run_folder
 from pgrpo.tracking.live import showing
 from pgrpo.training.build import Parts, build
 from pgrpo.training.caller import Given
-from pgrpo.training.checkpointing import Checkpoints
+from pgrpo.training.checkpointing import Checkpoints, find
 from pgrpo.training.evaluation import evaluate_held_out, own_folder
 from pgrpo.training.progress import Progress
 
@@ -50,11 +51,11 @@ def evaluate(
     with (
         start(config.model.fsdp_size) as world,
         showing(console := Console(quiet=not world.is_main)),
-        _built(config, world, given) as parts,
+        _built(config, world, given, checkpoint) as (parts, path),
     ):
-        checkpoints = Checkpoints(run_folder(config) / "checkpoints", parts.learner, parts.stream, progress)
-        if checkpoint and not checkpoints.load_weights(checkpoint):
-            raise ConfigError(f"--checkpoint {checkpoint}: run_dir={config.run_dir} has no checkpoint")
+        if path:
+            root = run_folder(config) / "checkpoints"
+            Checkpoints(root, parts.learner, parts.stream, progress).load_weights(path)
         folder = out or own_folder(config, progress.step)
         held_out, was_there = parts.held_out, (folder / "summary.json").exists()
         metrics = evaluate_held_out(config, world, parts.episodes, parts.rewards, held_out, progress.step, folder)
@@ -64,9 +65,15 @@ def evaluate(
     return metrics
 
 
-def _built(config: Config, world: World, given: Given) -> Parts:
+@contextmanager
+def _built(config: Config, world: World, given: Given, checkpoint: str | None) -> Iterator[tuple[Parts, Path | None]]:
+    """The parts, and the checkpoint's path, which is found and verified before the model is loaded."""
     agree_on_run_dir(config, world.from_main)
-    return build(config, world, given)
+    path = find(checkpoint, run_folder(config) / "checkpoints", world) if checkpoint else None
+    if checkpoint and path is None:
+        raise ConfigError(f"--checkpoint {checkpoint}: run_dir={config.run_dir} has no checkpoint")
+    with build(config, world, given) as parts:
+        yield parts, path
 
 
 def _table(title: str, metrics: Mapping[str, float]) -> Table:

@@ -17,7 +17,7 @@ from pgrpo.config.schema import (
     RewardConfig,
     RolloutConfig,
 )
-from pgrpo.config.secrets import REDACTED, redact, remember, to_json
+from pgrpo.config.secrets import REDACTED, redact, redact_error, remember, to_json
 
 __all__ = [
     "PYTHON",
@@ -38,6 +38,7 @@ __all__ = [
     "load_config",
     "packaged",
     "redact",
+    "redact_error",
     "remember",
     "to_json",
     "to_yaml",

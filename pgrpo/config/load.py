@@ -48,6 +48,10 @@ def load_config(
     Raises:
         ConfigError: the input is wrong; one line with the key, its value and the fix.
     """
+    if not isinstance(source, str | Path | Mapping):
+        raise ConfigError(
+            f"config: {source!r:.80} is no config; give a YAML file, the name of one, or a mapping of keys"
+        )
     main = read_mapping(source) if isinstance(source, Mapping) else read_file(find_file("configs", source))
     changes = [read_override(override) for override in overrides]
     recipe = dict(changes).get("recipe", main.values.get("recipe"))

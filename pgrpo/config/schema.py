@@ -138,8 +138,8 @@ class RolloutConfig:
     keep_special_tokens: bool = False
     """Rewards get the text with special tokens, for formats that are made of them. The end token is left out in any case."""
     resample_limit: int = number(0, least=0, most=1000)
-    """Dynamic sampling (DAPO): groups whose rewards are all equal are replaced by groups of fresh prompts, in at most this many
-    rounds. Groups that are still equal after the last round are kept. 0 is off."""
+    """Dynamic sampling (DAPO): groups whose rewards are all equal, or whose completions are all masked (`loss.mask_overlong`), are
+    replaced by groups of fresh prompts, in at most this many rounds. After the last round they are kept. 0 is off."""
     max_concurrent: int = number(256, least=1, most=2**17)
     """The most completions that are decoded at once; bounds the memory of keys and values."""
     tensor_parallel_size: int = number(1, least=1, most=1024)

@@ -82,6 +82,19 @@ def redact(value: T) -> T:
     return value
 
 
+def redact_error(error: BaseException) -> None:
+    """Remove the remembered secrets from an exception's arguments and notes, and from those of its causes."""
+    seen: set[int] = set()
+    chain: list[BaseException | None] = [error]
+    while chain:
+        if (one := chain.pop()) is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.args = tuple(redact(list(one.args)))
+            if hasattr(one, "__notes__"):
+                one.__notes__ = redact(one.__notes__)
+            chain += [one.__cause__, one.__context__, *getattr(one, "exceptions", ())]
+
+
 def to_json(value: Any, **options: Any) -> str:
     """``json.dumps`` of the redacted value. Types that JSON lacks are converted with ``str``."""
     return json.dumps(redact(value), default=lambda other: redact(str(other)), **options)

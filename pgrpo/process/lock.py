@@ -75,12 +75,14 @@ def open_run_dir(run_dir: Path, resume: bool, overwrite: bool = False) -> IO[str
     """Create and lock the run folder, on rank 0. Keep the returned lock until the run ends.
 
     Raises:
-        ConfigError: the folder is in use, cannot be created, or is neither empty nor a run's that finished no step, while
-            ``resume`` and ``overwrite`` are false. Only a run's folder may be overwritten.
+        ConfigError: the folder is in use, cannot be created, has a symbolic link in place of a folder of the run, or is neither
+            empty nor a run's that finished no step, while ``resume`` and ``overwrite`` are false. Only a run's folder may be
+            overwritten.
     """
     run_dir = Path(run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        refuse_links(run_dir)
         names = {entry.name for entry in run_dir.iterdir()} - {"eval"}
         is_run = ".lock" in names
         is_free = resume or not names or (is_run and (overwrite or _finished_no_step(run_dir)))
@@ -102,6 +104,16 @@ def open_run_dir(run_dir: Path, resume: bool, overwrite: bool = False) -> IO[str
 def record_of(run_dir: Path) -> list[Path]:
     """All that runs wrote into the folder. Files of other names are not theirs."""
     return [path for name in RECORD for path in run_dir.glob(name)]
+
+
+def refuse_links(run_dir: Path) -> None:
+    """Refuse a run folder in which a symbolic link stands for a folder that a run writes to and deletes from (``ConfigError``)."""
+    for name in ("checkpoints", "eval", "tensorboard", "wandb"):
+        if (run_dir / name).is_symlink():
+            raise ConfigError(
+                f"run_dir={run_dir}: {name} is a symbolic link, and a run would write and delete through it; remove it (run_dir "
+                "itself may be a link to another disk)"
+            )
 
 
 def _finished_no_step(run_dir: Path) -> bool:

@@ -64,15 +64,15 @@ class RewardRunner:
         """Name -> weight in the total reward."""
         return {reward.name: reward.weight for reward in self._rewards}
 
-    def correct(self, group: Group) -> list[bool]:
-        """Which samples of a scored group are right: every reward that applies gave 1 or more, and one did apply. Penalties,
-        those of negative weight and the built-in ones for length, have no say.
+    def correct(self, group: Group) -> list[bool | None]:
+        """Whether each episode of a scored group is right: every reward that applies to it gave 1 or more. Penalties (rewards of
+        negative weight and the built-in ones for length) have no say. None if no other reward applies, or one failed on it.
         """
         judges = [r.name for r in self._rewards if r.weight >= 0 and not r.is_penalty]
-        flags = []
-        for i, total in enumerate(group.rewards):
-            values = [value for name in judges if (value := group.episodes[i].reward_parts[name]) is not None]
-            flags.append(total is not None and bool(values) and min(values) >= 1)
+        flags: list[bool | None] = []
+        for episode in group.episodes:
+            values = [value for name in judges if (value := episode.reward_parts[name]) is not None]
+            flags.append(min(values) >= 1 if values and episode.reward is not None else None)
         return flags
 
     def check(self, prompt: Prompt) -> None:

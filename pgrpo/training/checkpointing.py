@@ -15,6 +15,7 @@ from pgrpo.config import ConfigError, to_yaml
 from pgrpo.data import PromptStream
 from pgrpo.distributed import fsdp
 from pgrpo.distributed.shards import Shard, shard_of, whole
+from pgrpo.distributed.world import World
 from pgrpo.model.policy import Policy
 from pgrpo.process.rng import rng_state, set_rng_state
 from pgrpo.training.build import Learner
@@ -93,7 +94,7 @@ class Checkpoints:
         Raises:
             ConfigError, CheckpointError: there is no such checkpoint, it is broken, or of another model, adapters or data.
         """
-        path = resume and self._find(resume)
+        path = resume and find(resume, self._root, self._world)
         if not path:
             return None
         progress, is_own = self._progress, path.parent.resolve() == self._root.resolve()
@@ -129,21 +130,17 @@ class Checkpoints:
         self._saved = progress.step if progress.unlogged is None and is_own else -1
         return trackers
 
-    def load_weights(self, name: str | Path) -> bool:
-        """Load only the trained weights and the step of a checkpoint, named as in ``restore``. Returns False if there is none.
+    def load_weights(self, path: Path) -> None:
+        """Load only the trained weights and the step of a checkpoint, which ``find`` has verified.
 
         Raises:
-            ConfigError, CheckpointError: as ``restore``.
+            CheckpointError: as ``restore``.
         """
-        path = self._find(name)
-        if path is None:
-            return False
         with checkpoint.open_saved(path, verified=True) as saved:
             _load_parameters("model", _trained(self._policy), saved)
             checkpoint.check(saved.scalars, {"step": COUNT}, path)
             self._progress.step = saved.scalars["step"]
         self._world.barrier()
-        return True
 
     def _opened(self) -> checkpoint.Writer:
         """The writer. The first call builds it and is collective."""
@@ -175,24 +172,6 @@ class Checkpoints:
             "world_size": self._world.size,
         }
 
-    def _find(self, name: str | Path) -> Path | None:
-        """The path of the checkpoint ``name``, verified by rank 0; None if ``auto`` or ``best`` finds none.
-
-        Raises:
-            ConfigError, CheckpointError: it does not exist or is broken; ``RankFailed`` on the other ranks.
-        """
-
-        def verified() -> Path | None:
-            found = checkpoint.latest(self._root) if name in ("auto", "best") else Path(name).resolve()
-            if found and name == "best":
-                found = _best(found)
-            if found and name != "auto":
-                checkpoint.open_saved(found).__exit__()
-            return found
-
-        # Verifying can take minutes, more than the timeout of NCCL: the other ranks wait in a gloo call.
-        return self._world.from_main(self._world.together(lambda: verified() if self._world.is_main else None))
-
     def _report(self, path: Path, scalars: Mapping[str, Any]) -> None:
         config, ranks = self._config, self._world.size
         log.warning("resuming from %s: %d of %d steps done", path, self._progress.step, config.train.steps)
@@ -201,6 +180,25 @@ class Checkpoints:
         before, now = scalars["config"].splitlines(), to_yaml(config).splitlines()
         for line in sorted(set(now) - set(before)):
             log.warning("config differs from the checkpoint's: now %s", line.strip())
+
+
+def find(name: str | Path, root: Path, world: World) -> Path | None:
+    """The path of the checkpoint ``name`` (a path, ``auto`` or ``best``), verified by rank 0; None if ``root`` has none.
+
+    Raises:
+        ConfigError, CheckpointError: it does not exist or is broken; ``RankFailed`` on the other ranks.
+    """
+
+    def verified() -> Path | None:
+        found = checkpoint.latest(root) if name in ("auto", "best") else Path(name).resolve()
+        if found and name == "best":
+            found = _best(found)
+        if found and name != "auto":
+            checkpoint.open_saved(found).__exit__()
+        return found
+
+    # Verifying can take minutes, more than the timeout of NCCL: the other ranks wait in a gloo call.
+    return world.from_main(world.together(lambda: verified() if world.is_main else None))
 
 
 def _best(newest: Path) -> Path:

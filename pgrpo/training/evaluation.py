@@ -7,14 +7,14 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pgrpo.algorithm.intervals import mean_interval, rate_interval
 from pgrpo.algorithm.metrics import group_metrics, pass_at_k
 from pgrpo.config import Config, ConfigError, to_json
 from pgrpo.distributed.world import World
 from pgrpo.environments.episodes import Episodes
-from pgrpo.process.lock import run_folder
+from pgrpo.process.lock import refuse_links, run_folder
 from pgrpo.rewards.runner import RewardRunner
 from pgrpo.rollout.base import sample_seeds, sampling_params
 from pgrpo.tracking.record import TRAINING, replacing, writing
@@ -23,6 +23,7 @@ from pgrpo.types import Episode, Group, Prompt, SamplingParams
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def evaluate(
     greedy: bool,
 ) -> Evaluation:
     """Sample ``len(seeds[n])`` completions of each prompt, and with ``greedy`` a greedy one as well (unless ``params`` are greedy
-    already). Ranks divide the prompts. ``RewardRunner.correct`` decides which completions are correct for pass@k.
+    already). Ranks divide the prompts. ``RewardRunner.correct`` decides which completions are correct for pass@k: completions that
+    it cannot judge are left out, and so is a prompt with fewer than k others. Without a prompt a metric is nan.
     """
     evaluation = Evaluation({}, [])
 
@@ -100,7 +102,9 @@ def evaluate_held_out(
 
 
 def own_folder(config: Config, step: int) -> Path:
-    """``eval/step_N`` in the run folder. Removes a symbolic link of that name, so that nothing is written through it."""
+    """``eval/step_N`` in the run folder. Nothing is written through a symbolic link: one of that name is removed, one in place of
+    ``eval`` is refused (``ConfigError``)."""
+    refuse_links(run_folder(config))
     folder = run_folder(config) / "eval" / f"step_{step}"
     if folder.is_symlink():
         folder.unlink(missing_ok=True)
@@ -146,10 +150,10 @@ def _metrics(groups: Sequence[Group], errors: int, rewards: RewardRunner) -> dic
     intervals = {"reward": mean_interval([_known(g.rewards) for g in groups])}
     for name in groups[0].episodes[0].reward_parts:
         intervals[f"rewards/{name}/mean"] = mean_interval([_known(g.reward_part(name)) for g in groups])
-    correct = [rewards.correct(group) for group in groups]
-    for k in numbers_of_samples(len(correct[0])):
-        rates = [pass_at_k(sum(flags), len(flags), k) for flags in correct]
-        metrics[f"pass@{k}"] = sum(rates) / len(rates)
+    correct = [_known(rewards.correct(group)) for group in groups]
+    for k in numbers_of_samples(len(groups[0].episodes)):
+        rates = [pass_at_k(sum(flags), len(flags), k) for flags in correct if len(flags) >= k]
+        metrics[f"pass@{k}"] = sum(rates) / len(rates) if rates else math.nan
         intervals[f"pass@{k}"] = rate_interval(rates)
     for name, (low, high) in intervals.items():
         metrics |= {f"ci95_low/{name}": low, f"ci95_high/{name}": high}
@@ -181,5 +185,5 @@ def _rows(mode: str, groups: Sequence[Group], rewards: RewardRunner) -> Iterator
             }
 
 
-def _known(values: Sequence[float | None]) -> list[float]:
+def _known(values: Sequence[T | None]) -> list[T]:
     return [value for value in values if value is not None]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pgrpo.algorithm.loss import Counts, LossOutput
+from pgrpo.config import LossConfig
 from pgrpo.distributed.fsdp import no_gradient
 from pgrpo.distributed.shards import shard_of
 from pgrpo.distributed.world import World
@@ -131,11 +132,16 @@ def has_gradient(learner: Learner, group: Group) -> bool:
     """Whether the group, which has been compared, has a gradient: a token in the loss, and an advantage that is not 0, a KL or
     entropy term, a teacher, or a loss of the user's, which may have one anyway."""
     loss = learner.config.loss
-    if all(_is_masked(learner, episode) for episode in group.episodes):
+    if is_masked(group, loss):
         return False
     return bool(loss.kl_coef or loss.entropy_coef or loss.function or loss.teacher) or any(
         any(s.advantages) for s in group.samples
     )
+
+
+def is_masked(group: Group, loss: LossConfig) -> bool:
+    """Whether no episode of the group is in the loss."""
+    return all(_is_masked(episode, loss) for episode in group.episodes)
 
 
 def _in_the_loss(learner: Learner, group: Group) -> Group:
@@ -145,12 +151,12 @@ def _in_the_loss(learner: Learner, group: Group) -> Group:
     def masked(episode: Episode) -> Episode:
         return replace(episode, samples=[replace(s, mask=[False] * len(s.mask)) for s in episode.samples])
 
-    return Group(group.prompt, [masked(e) if _is_masked(learner, e) else e for e in group.episodes])
+    return Group(group.prompt, [masked(e) if _is_masked(e, learner.config.loss) else e for e in group.episodes])
 
 
-def _is_masked(learner: Learner, episode: Episode) -> bool:
+def _is_masked(episode: Episode, loss: LossConfig) -> bool:
     reason = episode.finish_reason
-    return reason == "environment" or (learner.config.loss.mask_overlong and reason in LIMITS)
+    return reason == "environment" or (loss.mask_overlong and reason in LIMITS)
 
 
 def work_flops(learner: Learner, work: Work) -> float:
@@ -203,7 +209,9 @@ def is_sound(learner: Learner, progress: Progress, loss: float, grad_norm: float
     return False
 
 
-def update_metrics(learner: Learner, outcomes: Sequence[Outcome], batches: Sequence[GroupedBatch]) -> dict[str, float]:
+def update_metrics(
+    learner: Learner, groups: Sequence[Group], outcomes: Sequence[Outcome], batches: Sequence[GroupedBatch]
+) -> dict[str, float]:
     """Metrics of a step's updates. ``batches``: this rank's micro-batches, each once for every use. A collective call.
 
     ``loss`` and ``grad_norm`` are means over the updates that were done, or over those that were skipped where none was done.
@@ -211,9 +219,7 @@ def update_metrics(learner: Learner, outcomes: Sequence[Outcome], batches: Seque
     a gradient; without such tokens they are not there.
     """
     if not batches and learner.world.is_main:
-        log.warning(
-            "Skipped the update: in every group rewards are equal or completions masked, so there is no gradient"
-        )
+        log.warning("Skipped the update: %s, so there is no gradient", _why_there_is_no_gradient(groups))
     sums = UpdateSums.zero(learner.world.device)
     for outcome in outcomes:
         sums = sums.plus(outcome.sums)
@@ -225,6 +231,13 @@ def update_metrics(learner: Learner, outcomes: Sequence[Outcome], batches: Seque
         "skipped_updates": float(sum(o.is_skipped for o in outcomes)),
     }
     return metrics | _token_means(learner, sums) | _token_counts(learner, batches)
+
+
+def _why_there_is_no_gradient(groups: Sequence[Group]) -> str:
+    rewards = [reward for group in groups for reward in group.rewards]
+    if all(reward is None for reward in rewards):
+        return "no completion has a reward (a reward failed on it, or none applies to it)"
+    return "in every group rewards are equal or completions masked"
 
 
 def _token_means(learner: Learner, sums: UpdateSums) -> dict[str, float]:

@@ -35,9 +35,10 @@ from pgrpo.checkpoint import (
 )
 from pgrpo.checkpoint.files import dump_scalars, write_shards
 from pgrpo.checkpoint.folder import begin, publish
-from pgrpo.config import ConfigError
+from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.shards import Shard, whole
 from pgrpo.process.lock import check_shared, open_run_dir
+from pgrpo.training.evaluation import own_folder
 
 
 def small(step: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -603,6 +604,21 @@ def test_a_run_that_finished_no_step_does_not_block_the_next(tmp_path, files, is
     with nullcontext() if is_free else pytest.raises(ConfigError, match="not empty; go on with that run"):
         open_run_dir(tmp_path, resume=False).close()
     assert (tmp_path / "config.yaml").exists() == ("config.yaml" in files)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["checkpoints", "eval", "tensorboard", "wandb"])
+def test_a_folder_of_a_run_that_is_a_symbolic_link_is_refused(tmp_path, name):
+    """A run would delete old checkpoints through it. The run folder itself may be a link."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    open_run_dir(tmp_path / "run", resume=False).close()
+    (tmp_path / "run" / name).symlink_to(tmp_path)
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match=rf"run_dir=.*run: {name} is a symbolic link, .*; remove it"):
+            open_run_dir(tmp_path / "run", resume)
+    with pytest.raises(ConfigError, match=f"{name} is a symbolic link"):
+        own_folder(Config(run_dir=str(tmp_path / "run")), 1)
 
 
 @pytest.mark.faults

@@ -299,10 +299,11 @@ def test_eval_counts_rewards_that_fail(model, tmp_path, caplog):
     )
 
 
-def test_eval_refuses_what_is_not_there(model, tmp_path):
-    with pytest.raises(ConfigError, match="has no checkpoint"):
-        evaluate(config(model, tmp_path), "auto")
+def test_eval_refuses_what_is_not_there(model, tmp_path, monkeypatch):
     pgrpo.train("quickstart", [f"model.path={model}", f"run_dir={tmp_path / 'run'}", "train.steps=1", "eval.every=0"])
+    monkeypatch.setattr("pgrpo.commands.evaluate.build", None)  # refused before the model is loaded
+    with pytest.raises(ConfigError, match="has no checkpoint"):
+        evaluate(replace(config(model, tmp_path), run_dir=str(tmp_path / "other")), "auto")
     with pytest.raises(ConfigError, match=r"has no best checkpoint; train with checkpoint\.keep_best=eval/reward"):
         evaluate(config(model, tmp_path), "best")
     with pytest.raises(ConfigError, match="no checkpoint at"):

@@ -48,7 +48,7 @@ class Scorer(RewardRunner):
         return RewardReport(errors=0)
 
     def correct(self, group):
-        return [r is not None and r >= 1 for r in group.rewards]
+        return [None if r is None else r >= 1 for r in group.rewards]
 
 
 class Engine:
@@ -86,11 +86,12 @@ def test_evaluate_samples_and_greedily():
         (replace(PARAMS, temperature=0.0), [own[:1] for own in SEEDS]),
     ]
     metrics = got.metrics
-    assert metrics["eval/pass@1"] == pytest.approx((1 + 0 + 3 + 0) / 12)
+    # The second prompt's failed sample is left out, and with it the prompt where three are needed.
+    assert metrics["eval/pass@1"] == pytest.approx((1 / 3 + 0 / 2 + 3 / 3 + 0 / 3) / 4)
     assert metrics["eval/pass@2"] == pytest.approx(
         (2 / 3 + 0 + 1 + 0) / 4
     )  # two of three draws hold the one right sample
-    assert metrics["eval/pass@3"] == pytest.approx(2 / 4)
+    assert metrics["eval/pass@3"] == pytest.approx(2 / 3)
     assert metrics["eval/reward"] == pytest.approx(6.49 / 11) == metrics["eval/rewards/f/mean"]
     assert metrics["eval/greedy/pass@1"] == 1 / 4
     assert metrics["eval/greedy/reward"] == pytest.approx(1.99 / 4) == metrics["eval/greedy/rewards/f/mean"]
@@ -100,7 +101,7 @@ def test_evaluate_samples_and_greedily():
     )}  # fmt: skip
     assert ends["reward"] == mean_interval([[1, 0, 0], [0.5, 0], [1, 2, 1], [0, 0, 0.99]]) == ends["rewards/f/mean"]
     assert ends["greedy/reward"] == mean_interval([[0.0], [0.0], [1.0], [0.99]])
-    assert ends["pass@3"] == pytest.approx(wilson(0.5, 4)) and ends["greedy/pass@1"] == pytest.approx(wilson(0.25, 4))
+    assert ends["pass@3"] == pytest.approx(wilson(2 / 3, 3)) and ends["greedy/pass@1"] == pytest.approx(wilson(0.25, 4))
     assert len([name for name in metrics if "ci95" in name]) == 2 * len(ends)
     assert all(low <= metrics[f"eval/{name}"] <= high for name, (low, high) in ends.items())
     assert not {"eval/reward_std", "eval/frac_reward_zero_std", "eval/greedy/pass@3"} & metrics.keys()
@@ -129,14 +130,15 @@ def test_files_have_every_completion_and_the_summary(tmp_path):
     rows = [json.loads(line) for line in text.splitlines()]
     assert rows[1] == {
         "index": 8, "mode": "sampled", "sample": 1, "prompt": "1+", "completion": "sampled", "reward": None,
-        "parts": {"f": None}, "correct": False, "tokens": 2, "finish_reason": "stop", "columns": {"rewards": [0.5, None, 0.0]},
+        "parts": {"f": None}, "correct": None, "tokens": 2, "finish_reason": "stop", "columns": {"rewards": [0.5, None, 0.0]},
     }  # fmt: skip
     assert [(row["index"], row["mode"], row["sample"], row["correct"]) for row in rows[3:]] == [
         (9, "sampled", 0, True), (9, "sampled", 1, True), (9, "sampled", 2, True), (8, "greedy", 0, False), (9, "greedy", 0, True),
     ]  # fmt: skip
     assert rows[3]["prompt"] == "lone \udc80 <é>" and rows[3]["columns"]["when"] == "{1, 2}"
     summary = json.loads((tmp_path / "eval" / "step_3" / "summary.json").read_text())
-    assert summary["step"] == 3 and summary["metrics"] == got.metrics | {"eval/odd": None}
+    finite = {name: value if math.isfinite(value) else None for name, value in got.metrics.items()}
+    assert summary["step"] == 3 and summary["metrics"] == finite and finite["eval/odd"] is None
 
 
 @pytest.mark.faults
@@ -262,7 +264,16 @@ def test_correct_is_what_every_judge_calls_right_whatever_penalties_say(tmp_path
         assert runner.correct(scored) == [True, False, False, True]
         assert [r is not None and r < 0 for r in scored.rewards] == [True] * 4  # penalties did apply
         scored.episodes[0].reward = None  # a reward failed on it
-        assert runner.correct(scored)[0] is False
+        assert runner.correct(scored)[0] is None
     with RewardRunner([RewardConfig("length", 1.0, {"max_tokens": 1})], on_error="raise") as runner:
         runner.score([scored])
-        assert runner.correct(scored) == [False] * 4  # nothing says what is right
+        assert runner.correct(scored) == [None] * 4  # nothing says what is right
+
+
+def test_samples_whose_reward_failed_are_not_wrong_in_pass_at_k():
+    """Half of the samples failed: the same rates as without them. All failed: no rate, rather than 0."""
+    rewards = [[1.0, None, 0.0, None], [None, None, 1.0, 1.0], [None] * 4]
+    prompts = [Prompt(i, f"{i}", [i], {"rewards": r}) for i, r in enumerate(rewards)]
+    got = evaluate(Engine(), prompts, PARAMS, [[1, 2, 3, 4]] * 3, Scorer(), WORLD, greedy=False).metrics
+    assert (got["eval/pass@1"], got["eval/pass@2"]) == (pytest.approx((1 / 2 + 1) / 2), 1.0)
+    assert math.isnan(got["eval/pass@4"]) and math.isnan(got["eval/ci95_low/pass@4"])

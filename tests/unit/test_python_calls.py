@@ -10,7 +10,7 @@ import torch
 
 import pgrpo
 from pgrpo import checkpoint
-from pgrpo.config import ConfigError, load_config
+from pgrpo.config import ConfigError, load_config, secrets
 from pgrpo.process.lock import open_run_dir
 
 ROWS = [{"a": a, "b": b, "answer": str(a + b)} for a in range(10, 14) for b in (1, 2)]
@@ -127,6 +127,8 @@ def test_what_nothing_would_call_is_refused(tiny_model, tmp_path):
         train(tiny_model, tmp_path, Wrong())
     with pytest.raises(ConfigError, match=r"callbacks\[0\]: .* is not a pgrpo.Callback"):
         train(tiny_model, tmp_path, print)
+    with pytest.raises(ConfigError, match="config: None is no config; give a YAML file, the name of one, or a mapping"):
+        pgrpo.train(None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match=r"eval_dataset: eval\.every is 0"):
         pgrpo.train(config(tiny_model, tmp_path), eval_dataset=HELD_OUT)
     with pytest.raises(ConfigError, match="resume and overwrite"):
@@ -185,3 +187,26 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tiny_model, tmp_pat
     (tmp_path / "other" / "file").touch()
     with pytest.raises(ConfigError, match=r"not empty; go on with that run .*, or set another run_dir"):
         open_run_dir(tmp_path / "other", resume=False, overwrite=True)  # nobody's run
+
+
+@pytest.mark.faults
+def test_an_error_shows_no_secret(tmp_path, monkeypatch):
+    """Nor do its causes and notes."""
+    monkeypatch.setattr(secrets, "_spellings", [])
+    secrets.remember("hunter2-hunter2")
+
+    def failing(*_):
+        try:
+            raise KeyError("key hunter2-hunter2", 3)
+        except KeyError as error:
+            error.add_note("of hunter2-hunter2")
+            raise RuntimeError("401 for hunter2-hunter2") from error
+
+    monkeypatch.setattr("pgrpo.commands.export.export", failing)
+    with pytest.raises(RuntimeError) as raised:
+        pgrpo.export(tmp_path, tmp_path / "out")
+    shown = [
+        line for line in traceback.format_exception(raised.value) if not line.startswith("  File")
+    ]  # no source lines
+    assert "".join(shown).count("(redacted)") == 3 and "hunter2" not in "".join(shown)
+    assert raised.value.__cause__ is not None and raised.value.__cause__.args == ("key (redacted)", 3)

@@ -21,6 +21,7 @@ from pgrpo.model.policy import Policy
 from pgrpo.model.proof import reference_logprobs, tokens_as_groups
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
+from pgrpo.training import update
 from pgrpo.training.build import build as build_parts
 from pgrpo.training.caller import Given
 from pgrpo.training.progress import Progress
@@ -399,6 +400,19 @@ def test_groups_without_spread_are_sampled_again(build):
     assert metrics["resampling/frac_reward_zero_std"] == 0
 
 
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_group_that_mask_overlong_masks_is_sampled_again(build, monkeypatch, masks):
+    """Its rewards differ, but it has no gradient."""
+    first, _, _ = sample(build())
+    spread = next(i for i, g in enumerate(first) if has_spread(g.rewards))
+    overlong = [e.token_ids for e in first[spread].episodes]
+    masked = lambda episode, loss: loss.mask_overlong and episode.token_ids in overlong  # noqa: E731
+    monkeypatch.setattr(update, "_is_masked", masked)
+    parts = build("rollout.resample_limit=30", f"loss.mask_overlong={str(masks).lower()}")
+    groups, _, _ = sample(parts)
+    assert (groups[spread].episodes == first[spread].episodes) is not masks
+
+
 def test_at_the_limit_what_is_left_is_kept_and_skipped(build):
     parts = build("rollout.resample_limit=3", rewards=[lambda completions, **_: [0.5] * len(completions)])
     groups, all_groups, metrics = sample(parts)
@@ -495,6 +509,17 @@ def test_a_step_of_equal_rewards_skips_the_update_and_logs_it(build, caplog):
     assert metrics["frac_reward_zero_std"] == 1 and metrics["grad_norm"] == metrics["tokens/packed"] == 0
     assert metrics["loss"] == 0 and not {name for name in metrics if name.startswith(("entropy", "clip", "sampling"))}
     assert caplog.text.count(SKIPPED) == 1
+    assert_unmoved(parts, before)
+
+
+@pytest.mark.faults
+def test_a_step_without_a_reward_says_so(build, caplog):
+    parts = build(rewards=[lambda completions, **_: [None] * len(completions)])
+    (groups, _, _), before = sample(parts), weights(parts)
+    assert step(parts, compare(groups))["grad_norm"] == 0
+    assert caplog.messages == [
+        "Skipped the update: no completion has a reward (a reward failed on it, or none applies to it), so there is no gradient"
+    ]
     assert_unmoved(parts, before)
 
 
