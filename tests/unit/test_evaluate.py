@@ -274,6 +274,6 @@ def test_samples_whose_reward_failed_are_not_wrong_in_pass_at_k():
     """Half of the samples failed: the same rates as without them. All failed: no rate, rather than 0."""
     rewards = [[1.0, None, 0.0, None], [None, None, 1.0, 1.0], [None] * 4]
     prompts = [Prompt(i, f"{i}", [i], {"rewards": r}) for i, r in enumerate(rewards)]
-    got = evaluate(Engine(), prompts, PARAMS, [[1, 2, 3, 4]] * 3, Scorer(), WORLD, greedy=False).metrics
+    got = evaluate(SingleTurn(Engine()), prompts, PARAMS, [[1, 2, 3, 4]] * 3, Scorer(), WORLD, greedy=False).metrics
     assert (got["eval/pass@1"], got["eval/pass@2"]) == (pytest.approx((1 / 2 + 1) / 2), 1.0)
     assert math.isnan(got["eval/pass@4"]) and math.isnan(got["eval/ci95_low/pass@4"])
