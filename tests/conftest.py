@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # in this process: workers for it would import torch first
 import torch
 from warm import Warm
+
+CODE = Path(tempfile.gettempdir()) / f"pgrpo_tests_{os.getuid()}"  # not where a user's runs keep compiled code
+for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT"):
+    os.environ.setdefault(name, str(CODE / name.lower()))
 
 if not torch.cuda.is_available():  # the tests of Triton kernels interpret them; Triton reads it when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -27,6 +27,7 @@ from pgrpo.packing.forest import Forest
 from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import GIB, ModelDims, flop_ratio, forward_flops, mfu, rho, update_flops
 from pgrpo.planning.placement import check_device, compute_dtype, is_compiled
+from pgrpo.process.caches import use_caches
 from pgrpo.training.place import wrap
 from pgrpo.types import Recompute, Sample
 
@@ -184,6 +185,7 @@ def load(config: Config, max_sample: int, world: World, random_weights: bool) ->
     """
     if world.size > 1:
         raise ConfigError("pgrpo bench times one device: start it without torchrun")
+    use_caches(config.cache_dir)
     check_device(config, world.device)
     hf_config = load_hf_config(config.model)
     check_model(config.model.path, hf_config, max_sample)

@@ -24,6 +24,7 @@ from pgrpo.planning.placement import (
     recompute_by_layer,
     vllm_memory,
 )
+from pgrpo.process.caches import cache_root
 from pgrpo.types import Recompute
 
 
@@ -76,6 +77,7 @@ def plan_text(config: Config) -> str:
         f"(train.token_budget), if every prompt and completion is as long as allowed\n"
         f"layers        {layers}\n"
         f"sampling      {engine_choice(config, planned).text}{elsewhere}{f' with {vllm.text}' if vllm else ''}\n"
+        f"compiled code {cache_root(config.cache_dir)}\n"
         f"work          {flops / 1e12:,.3g} TFLOP for a step's forward and backward\n"
         f"memory        {memory.peak:.1f} GiB a rank (estimate): rollout {memory.rollout:.1f}, update {memory.update:.1f}, "
         f"optimizer step {memory.optimizer_step:.1f}"

@@ -372,6 +372,9 @@ class Config:
     """YAML of the task, by path or by name. Keys of the config file win over its keys."""
     run_dir: str = MISSING
     """The run folder. `~` and `${now:%Y%m%d}` are replaced."""
+    cache_dir: str | None = None
+    """Folder for compiled code (torch.compile, Triton, flash-attn-4, vLLM), which makes the next start shorter. None: `pgrpo` in
+    `$XDG_CACHE_HOME` or `~/.cache`."""
     seed: int = number(0, least=0, most=2**62)
     """Seed of all randomness."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache, partial
 from typing import Any
 
@@ -38,10 +40,26 @@ def _forward(
     layout = current.layout
     if not isinstance(layout, PackedLayout):
         return type(layer).forward(layer, *args, **kwargs)
+    if not torch.is_grad_enabled():
+        run = _plain if _is_eager.get() else run_without_grad
     try:
-        return (run if torch.is_grad_enabled() else run_without_grad)(layer, layout, *args, **kwargs)
+        return run(layer, layout, *args, **kwargs)
     finally:
         current.layout = layout
+
+
+_is_eager: ContextVar[bool] = ContextVar("_is_eager", default=False)
+
+
+@contextmanager
+def not_compiled() -> Iterator[None]:
+    """Forwards without gradients inside this block run as they are: for few tokens, which compiled code makes faster by less than
+    its compilation takes."""
+    token = _is_eager.set(True)
+    try:
+        yield
+    finally:
+        _is_eager.reset(token)
 
 
 @cache
@@ -53,8 +71,10 @@ def _runner(mode: Recompute, compiled: bool) -> Callable[..., Tensor]:
 
     def run_compiled(*args: Any, **kwargs: Any) -> Tensor:
         # By default two sizes that are equal in the first batch (groups and tokens, say) are compiled as one symbol.
-        # They may differ in the next batch, so give each size a symbol of its own.
-        with torch.fx.experimental._config.patch(use_duck_shape=False):  # pyright: ignore[reportAttributeAccessIssue]
+        # They may differ in the next batch, so give each size a symbol of its own. Numbers such as a norm's epsilon never change:
+        # as inputs they would be tensors on the CPU, for which inductor traces twice and runs a C++ compiler for a minute.
+        sizes = torch.fx.experimental._config.patch(use_duck_shape=False)  # pyright: ignore[reportAttributeAccessIssue]
+        with sizes, torch._dynamo.config.patch(specialize_float=True):  # pyright: ignore[reportAttributeAccessIssue]
             return compiled_run(*args, **kwargs)
 
     return run_compiled
@@ -69,10 +89,8 @@ logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 
 def _all_but_attention(layer: nn.Module, layout: PackedLayout, *args: Any, **kwargs: Any) -> Tensor:
-    contexts = partial(create_selective_checkpoint_contexts, _save_attention)
-    return _attending(
-        layout, partial(checkpoint, _again, use_reentrant=False, context_fn=contexts), layer, layout, *args, **kwargs
-    )
+    run = partial(checkpoint, _again, use_reentrant=False, context_fn=SAVE_ATTENTION)
+    return _attending(layout, run, layer, layout, *args, **kwargs)
 
 
 def _everything(layer: nn.Module, layout: PackedLayout, *args: Any, **kwargs: Any) -> Tensor:
@@ -99,3 +117,8 @@ def _again(layer: nn.Module, layout: PackedLayout, *args: Any, **kwargs: Any) ->
 def _save_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     is_attention = op is torch.ops.pgrpo.grouped_attention.default
     return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+SAVE_ATTENTION: Any = partial(create_selective_checkpoint_contexts, _save_attention)
+# AOTAutograd stores compiled graphs on disk only if it knows that the function above decides as it did.
+SAVE_ATTENTION.cache_hash = "pgrpo saves attention"

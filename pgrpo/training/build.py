@@ -23,6 +23,7 @@ from pgrpo.model.lora import LogprobsOf, check_lora, without_adapters
 from pgrpo.model.policy import Policy, check_positions, generation_eos, load_error, load_hf_config
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.placement import attention_choice, check_device
+from pgrpo.process.caches import use_caches
 from pgrpo.process.rng import seed_all
 from pgrpo.rewards.runner import RewardRunner
 from pgrpo.rollout.base import RolloutEngine
@@ -97,6 +98,7 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     Raises:
         ConfigError: the input is wrong. Cheap checks come first.
     """
+    use_caches(config.cache_dir)
     check_device(config, world.device)
     tokenizer = load_tokenizer(config)
     hf_config = load_hf_config(config.model)

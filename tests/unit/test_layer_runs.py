@@ -138,3 +138,40 @@ def test_compiled_layers_are_exact_and_compiled_once_for_each_gradient_mode(reco
     for _ in range(20):
         compare(random_batch(rnd))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+def test_no_number_is_an_input_of_compiled_layers(monkeypatch):
+    """On a GPU it would be a tensor on the CPU, which a C++ compiler is started for, and copied in each layer."""
+    torch._dynamo.reset()
+    layers._runner.cache_clear()
+    inputs = []
+
+    def backend(graph, example_inputs):
+        inputs.extend(x for x in example_inputs if isinstance(x, torch.Tensor))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    update(make_policy("attention", compiled=True), random_batch(random.Random(0)))
+    layers._runner.cache_clear()
+    assert len(inputs) > 10
+    assert not [x for x in inputs if x.ndim == 0]
+
+
+def test_what_is_saved_has_a_name_that_compiled_code_is_kept_under():
+    from torch._functorch._aot_autograd.autograd_cache import _get_context_fn_cache_hash
+
+    assert _get_context_fn_cache_hash(layers.SAVE_ATTENTION)
+
+
+def test_not_compiled_runs_forwards_without_gradients_as_they_are(monkeypatch):
+    torch._dynamo.reset()
+    layers._runner.cache_clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    policy, batch = make_policy(compiled=True), random_batch(random.Random(0))
+    with torch.no_grad(), layers.not_compiled():
+        logprobs = policy(batch).logprobs
+    assert compilations() == {}
+    with torch.no_grad():
+        assert torch.allclose(policy(batch).logprobs, logprobs)
+    assert compilations() == {"_plain": 1}
+    layers._runner.cache_clear()

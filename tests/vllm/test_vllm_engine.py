@@ -273,7 +273,7 @@ def test_the_canary_detects_a_skipped_push(awake):
     stale = slope(engine, policy, samples, push=False)
     print(f"slope without one: {stale}")
     assert stale.slope == pytest.approx(1.0, abs=0.2)
-    with pytest.raises(canary.CanaryError, match="still samples with the weights of before"):
+    with pytest.raises(canary.CanaryError, match="still samples with the weights from before"):
         canary.check(stale)
 
 

@@ -3,7 +3,7 @@ ranks.
 
 The engine sleeps while the policy trains and loads no weights from disk: every time it wakes, it receives all of the policy's.
 
-This file depends on these internals of vLLM, for the versions in ``vllm_start.SUPPORTED`` (``vllm_start`` lists its own):
+This file depends on these internals of vLLM, for the releases in ``vllm_start.TESTED`` (``vllm_start`` lists its own):
 - A request without a seed draws from this process's global generators (PyTorch, NumPy, Python).
 - ``LLM.generate`` consists of ``LLM.enqueue``, ``llm_engine.step`` and ``abort_request``. ``LLM.request_counter`` numbers the
   requests, and ``enqueue`` returns their internal names. A completion includes the eos that ended it.

@@ -1,11 +1,13 @@
 """The vLLM that is installed here: whether it is one that is supported, and how an engine starts in this process.
 
-What this file knows of vLLM's insides, on the versions in ``SUPPORTED``:
+What this file knows of vLLM's insides, on the releases in ``TESTED``:
 - ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` runs the engine in this process, and ``distributed_executor_backend="external_launcher"`` on
   the process group that exists, with tensor-parallel groups of neighbouring ranks and the rank from the environment.
 - It seeds this process's generators. ``logprobs_mode="raw_logprobs"`` gives log-probs of the model's logits, before temperature,
   top-k and top-p (0.26, 0.32; no mode gives them between temperature and top-k). With it FlashInfer would draw, on a GPU, unless
   ``VLLM_USE_FLASHINFER_SAMPLER`` is 0: what is tested is PyTorch's own sampling, from this process's generators.
+- While it compiles, it sets ``TORCHINDUCTOR_CACHE_DIR`` and ``TRITON_CACHE_DIR`` for the whole process. At its start it times the
+  kernels of FlashInfer where that package is installed, also for models that use none.
 - Beside sleep mode, its own all-reduce kernels and their fusion with norms end in an illegal memory access once there are CUDA
   graphs (two H100s): ranks that share an engine sum by NCCL.
 """
@@ -25,14 +27,26 @@ from torch._C._distributed_c10d import HashStore
 
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World
+from pgrpo.process.caches import keeping_caches
 from pgrpo.process.deadline import deadline
 from pgrpo.process.rng import rng_state, set_rng_state
 from pgrpo.rollout.vllm import shared_decode
 from pgrpo.rollout.vllm.requests import DEADLINE, vllm_errors
 
 log = logging.getLogger(__name__)
-SUPPORTED = {"cuda": "0.26", "cpu": "0.32"}
-"""The vLLM version that is tested on a kind of device."""
+TESTED: dict[str, tuple[str, ...]] = {
+    "0.26": ("cuda",),
+    "0.28": ("cpu",),
+    "0.29": ("cpu",),
+    "0.30": ("cpu",),
+    "0.31": ("cpu",),
+    "0.32": ("cpu",),
+}
+"""Releases of vLLM that passed the engine's contract tests, and on which devices (``make test-vllm VLLM=0.30``). A GPU takes all of
+them: what a CPU tests is most of what this package touches."""
+
+
+GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
 
 def is_installed() -> bool:
@@ -49,17 +63,23 @@ def package() -> Any:
     return importlib.import_module("vllm")
 
 
+def release(version: str) -> str:
+    """``0.26`` of ``0.26.1``."""
+    return ".".join(version.split(".")[:2])
+
+
 def check_version(config: Config, device: torch.device) -> None:
-    """Refuse a vLLM that nobody tried on such a device, or that cannot share prompts though it must.
+    """Refuse a vLLM that was not tested, or that cannot share prompts though it must.
 
     Raises:
-        ConfigError: with the version that is supported and the key to override.
+        ConfigError: with the versions that are supported and the key to override.
     """
-    version, tested = package().__version__, SUPPORTED[device.type]
-    if not version.startswith(f"{tested}.") and not config.rollout.allow_untested_vllm:
+    version = package().__version__
+    allowed = [name for name, devices in TESTED.items() if device.type == "cuda" or device.type in devices]
+    if release(version) not in allowed and not config.rollout.allow_untested_vllm:
         raise ConfigError(
-            f"rollout.engine=vllm: vLLM {version} was not tested on a {device.type} device, {tested} was: install that, or set "
-            "rollout.allow_untested_vllm=true, or rollout.engine=embedded"
+            f"rollout.engine=vllm: vLLM {version} was not tested for a {device.type} device, {', '.join(allowed)} were: install "
+            "one of those, or set rollout.allow_untested_vllm=true, or rollout.engine=embedded"
         )
     if config.rollout.shared_decode == "always" and (reason := shared_decode.cannot(config, device.type, version)):
         shared_decode.plainly(config, reason)
@@ -96,7 +116,7 @@ def start(config: Config, world: World, memory_share: float) -> Started:
         EngineError: it cannot be started as configured.
     """
     model, rollout, state = config.model, config.rollout, rng_state()
-    with deadline(rollout.vllm_deadline_s, "starting vLLM", DEADLINE), vllm_errors("start"):
+    with keeping_caches(), deadline(rollout.vllm_deadline_s, "starting vLLM", DEADLINE), vllm_errors("start"):
         backend, decoding = _shared_backend(config, world.device.type)
         llm = package().LLM(
             model=model.path,
@@ -108,7 +128,8 @@ def start(config: Config, world: World, memory_share: float) -> Started:
             distributed_executor_backend="external_launcher",
             tensor_parallel_size=rollout.tensor_parallel_size,
             disable_custom_all_reduce=True,
-            compilation_config={"pass_config": {"fuse_allreduce_rms": False}},
+            compilation_config={"pass_config": {"fuse_allreduce_rms": False}, **_graph_sizes(config, world)},
+            kernel_config={"enable_flashinfer_autotune": False},
             max_model_len=config.max_sample_tokens,
             max_num_seqs=rollout.max_concurrent,
             gpu_memory_utilization=memory_share,
@@ -125,6 +146,15 @@ def start(config: Config, world: World, memory_share: float) -> Started:
         room = tell_room(config, world.size, cache.num_gpu_blocks * cache.block_size)
     set_rng_state(state)
     return Started(llm, [room, decoding])
+
+
+def _graph_sizes(config: Config, world: World) -> dict[str, list[int]]:
+    """Batch sizes that CUDA graphs are captured for: a third of vLLM's own. Each takes time at the start, and a batch that is
+    padded by a quarter is hardly slower."""
+    if world.device.type != "cuda" or config.rollout.enforce_eager:
+        return {}
+    most = min(2 * config.rollout.max_concurrent, GRAPH_SIZES[-1])
+    return {"cudagraph_capture_sizes": sorted({size for size in GRAPH_SIZES if size < most} | {most})}
 
 
 def completions_at_once(config: Config, ranks: int) -> int:

@@ -1,0 +1,53 @@
+"""One folder for all code that a run compiles with torch.compile, Triton, flash-attn-4 and vLLM. Later runs load it from there."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+FOLDERS = {
+    "TORCHINDUCTOR_CACHE_DIR": "inductor",
+    "TRITON_CACHE_DIR": "triton",
+    "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": "flash_attn",
+    "VLLM_CACHE_ROOT": "vllm",
+}
+"""Environment variables that name a package's cache, and its folder in ours."""
+FLASH4 = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
+"""Without it flash-attn-4, which reads it when it is imported, compiles its kernels in every process."""
+
+
+def cache_root(folder: str | None) -> Path:
+    """``folder``; without it ``pgrpo`` in the user's cache folder (``XDG_CACHE_HOME``, or ``~/.cache``)."""
+    return Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pgrpo").expanduser().absolute()
+
+
+def use_caches(folder: str | None) -> None:
+    """Let this process and its children keep compiled code in ``cache_root``. Variables that are set already stay as they are. If
+    the folder cannot be made, packages use their own, most of them temporary."""
+    root = cache_root(folder)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.warning("cache_dir: %s cannot be made (%s): the next run compiles again", root, error)
+        return
+    for name, part in FOLDERS.items():
+        os.environ.setdefault(name, str(root / part))
+    os.environ.setdefault(FLASH4, "1")
+
+
+@contextmanager
+def keeping_caches() -> Iterator[None]:
+    """vLLM points inductor and Triton to folders of its own config when it compiles; take ours back after the block."""
+    before = {name: os.environ.get(name) for name in FOLDERS}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
