@@ -46,8 +46,14 @@ def absent(key: str) -> str | None:
     return None
 
 
-def suggest(key: str, valid: Iterable[str]) -> str:
-    """Suggest a fix for ``key``, given all valid dotted keys: it may be another trainer's name, in a wrong section, or a typo."""
+def is_foreign(key: str) -> bool:
+    """Whether a dotted key, or its end, is another trainer's name."""
+    return ".".join(key.split(".")[-2:]) in foreign() or key.rpartition(".")[2] in foreign() or bool(absent(key))
+
+
+def suggest(key: str, valid: Iterable[str], *, brief: bool = False) -> str:
+    """Suggest a fix for ``key``, given all valid dotted keys: it may be another trainer's name, in a wrong section, or a typo.
+    ``brief``: without a list of valid keys where nothing is near."""
     valid = sorted(valid)
     parts = re.sub(r"\[\d+\]", "", key).split(".")
     last = parts[-1]
@@ -66,6 +72,8 @@ def suggest(key: str, valid: Iterable[str]) -> str:
     tails = {name.rpartition(".")[2]: name for name in valid}
     if near := difflib.get_close_matches(last, tails, n=1, cutoff=0.6):
         return f"did you mean {tails[near[0]]}?"
+    if brief:
+        return "there is no such key, and none that is near"
     section = key.partition(".")[0]
     siblings = [name for name in valid if name.startswith(f"{section}.")] or [n for n in valid if "." not in n]
     return f"valid keys: {', '.join(siblings)}"

@@ -11,10 +11,15 @@ from pgrpo.config.secrets import redact
 
 
 class ConfigError(Exception):
-    """The user's input is wrong. The message is one line that names the key, the value and the fix (exit code 2)."""
+    """The user's input is wrong. The message is one line that names the key, the value and the fix (exit code 2). Several arguments
+    are as many lines: ``ConfigError("4 keys are not pgrpo's:", "c.yaml:3: ...", ...)``."""
 
     def __str__(self) -> str:
-        said = redact(super().__str__())  # before escaping and cutting, which would leave parts of a secret
+        return "\n".join(self._line(str(line)) for line in self.args)
+
+    @staticmethod
+    def _line(text: str) -> str:
+        said = redact(text)  # before escaping and cutting, which would leave parts of a secret
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in said)
         # Cut out the middle: a very long value would hide the key before it and the fix after it.
         return text if len(text) <= 1000 else f"{text[:600]} [...] {text[-300:]}"

@@ -18,7 +18,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pgrpo.config.names import suggest
+from pgrpo.config.names import is_foreign, suggest
 from pgrpo.config.schema import Config, ConfigError
 from pgrpo.config.secrets import redact
 
@@ -79,6 +79,7 @@ def read_file(path: Path) -> Source:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: the file holds {_kind(values)}, not a mapping; write lines of `key: value`")
     source = Source(values, str(path), path.resolve().parent, marks)
+    _refuse_unknown_keys(source)
     check_types(values, Config, "", source)
     return source
 
@@ -91,6 +92,7 @@ def read_mapping(mapping: Mapping[str, Any]) -> Source:
         raise ConfigError(f"config: {one_line(error)}; use plain values, and \\${{ for a literal ${{") from error
     assert isinstance(values, dict)
     source = Source({str(name): value for name, value in values.items()}, "", Path.cwd())
+    _refuse_unknown_keys(source)
     check_types(source.values, Config, "", source)
     return source
 
@@ -200,6 +202,41 @@ def _marks(node: yaml.Node, line: int, key: str, name: str) -> Iterator[tuple[st
 
 def _at(name: str, line: int) -> str:
     return name if name.startswith("override") else f"{name}:{line}"
+
+
+def _refuse_unknown_keys(source: Source) -> None:
+    """Raise one ConfigError for all keys that the schema does not have: a file of another trainer has many."""
+    unknown = list(_unknown_keys(source.values, Config, ""))
+    if len(unknown) == 1:
+        raise source.error(unknown[0], f"no such key; {suggest(unknown[0], valid_keys())}")
+    if unknown:
+        lines = [f"  {source.where(key)}{key}: {suggest(key, valid_keys(), brief=True)}" for key in unknown]
+        raise ConfigError(f"{len(unknown)} keys are not pgrpo's:", *lines)
+
+
+def _unknown_keys(values: Any, hint: Any, key: str) -> Iterator[str]:
+    """Dotted keys that the schema does not have. Of an unknown section, the keys in it if another trainer has one of them."""
+    hint = _without_none(hint)
+    if get_origin(hint) is list and isinstance(values, list):
+        for i, item in enumerate(values):
+            yield from _unknown_keys(item, get_args(hint)[0], f"{key}[{i}]")
+    if not is_dataclass(hint) or not isinstance(values, dict):
+        return
+    for name, item in values.items():
+        inner = f"{key}.{name}" if key else str(name)
+        if name in hints(hint):
+            yield from _unknown_keys(item, hints(hint)[name], inner)
+        else:
+            ends = list(_ends(item, inner))
+            yield from ends if any(map(is_foreign, ends)) else [inner]
+
+
+def _ends(value: Any, key: str) -> Iterator[str]:
+    if isinstance(value, dict) and value and not is_foreign(key):
+        for name, item in value.items():
+            yield from _ends(item, f"{key}.{name}")
+    else:
+        yield key
 
 
 def check_types(value: Any, hint: Any, key: str, source: Source) -> None:
