@@ -81,6 +81,18 @@ def names_of(panel: Panel, rows: Iterable[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(matches))
 
 
+def panels_of(rows: Rows) -> list[tuple[Panel, list[str]]]:
+    """The panels that have data, with their metrics. A held-out reward that equals a pass@k, as one of 0 and 1 does, is a name of
+    that curve and no second curve."""
+    found = {panel: names_of(panel, rows) for panel in PANELS}
+    rates, rewards = (names for panel, names in found.items() if panel.title.startswith("Held-out"))
+    curves = [[row.get(name) for row in rows] for name in rates]
+    for name in [name for name in rewards if [row.get(name) for row in rows] in curves]:
+        rewards.remove(name)
+        rates.append(name)
+    return [(panel, names) for panel, names in found.items() if names]
+
+
 def interval_names(name: str) -> tuple[str, str] | None:
     """Names of the metrics that hold the bounds of a held-out metric's confidence interval."""
     kind, _, rest = name.partition("/")

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from pgrpo.commands.curves import PANELS, Panel, Rows, interval_names, names_of, read_metrics
+from pgrpo.commands.curves import Panel, Rows, interval_names, panels_of, read_metrics
 from pgrpo.commands.report import page
 from pgrpo.config import ConfigError
 
@@ -40,13 +40,16 @@ def plot(run_dirs: Path | Sequence[Path], out: Path | None = None) -> list[Path]
     target = out or (folders[0] if len(folders) == 1 else Path())
     target.mkdir(parents=True, exist_ok=True)
     png, report = target / "plot.png", target / "report.html"
-    for file in (png, report) if len(folders) == 1 else (png,):
+    files = [png, report] if len(folders) == 1 else [png]
+    were_there = [file for file in files if file.exists()]
+    for file in files:
         file.unlink(missing_ok=True)  # never written through a symbolic link
     draw(runs).savefig(png, dpi=150)
-    if len(folders) > 1:
-        return [png]
-    report.write_text(page(folders[0], next(iter(runs.values()))), encoding="utf-8")
-    return [png, report]
+    if report in files:
+        report.write_text(page(folders[0], next(iter(runs.values()))), encoding="utf-8")
+    for file in files:
+        print(f"{'replaced' if file in were_there else 'wrote'} {file}")
+    return files
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -62,7 +65,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def draw(runs: dict[str, Rows]) -> Figure:
     """A grid of the panels that have data. ``runs``: rows of metrics by label."""
     every = [row for rows in runs.values() for row in rows]
-    found = [(panel, names) for panel in PANELS if (names := names_of(panel, every))]
+    found = panels_of(every)
     if not found:
         raise ConfigError(f"{', '.join(runs)}: metrics.jsonl has none of the metrics that plot draws")
     labels = _legend(list(runs))
@@ -94,10 +97,16 @@ def draw(runs: dict[str, Rows]) -> Figure:
                 same.setdefault(tuple((row["step"], row.get(name)) for row in rows), []).append(name)
             for equal, color in zip(same.values(), _colors(len(same)), strict=True):
                 _line(axes, rows, equal[0], color, ",\n".join(equal) if len(names) > 1 else None)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=7.5, labelcolor=INK, handlelength=1.2, framealpha=0.8, edgecolor="none")
+        if names_shown := axes.get_legend_handles_labels()[1]:  # below the axes, where it hides no data
+            axes.legend(
+                loc="upper center", bbox_to_anchor=(0.5, -0.24 if axes.get_xlabel() else -0.12), frameon=False, fontsize=7.5,
+                labelcolor=INK, handlelength=1.2, ncols=2 if max(map(len, names_shown)) < 40 else 1,
+            )  # fmt: skip
         if not panel.stacked:
             axes.margins(y=0.12)
+        drawn = [values for rows in runs.values() for name in names if (values := _series(rows, name)[1]).size]
+        if min(values.min() for values in drawn) >= 0 > axes.get_ylim()[0]:
+            axes.set_ylim(bottom=0)  # a margin is no reason for negative lengths
         axes.set_xlim(first - margin, final + margin)
     if len(runs) > 1:
         handles = [figure.axes[0].plot([], [], color=color, lw=2)[0] for color in colors.values()]
@@ -172,4 +181,6 @@ def _style(axes: Axes, panel: Panel, last: bool) -> None:
     axes.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
     axes.grid(axis="y", color="#e5e7eb", lw=0.8)
     axes.set_axisbelow(True)
+    # The whole number at each tick: a common factor or offset would stand on the title.
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))

@@ -219,8 +219,38 @@ function chosen() {
   }).map(([, , s]) => s);
 }
 
+// Where the prompts of all samples begin alike (a system prompt, say), a closed row shows what follows, from a whole line on.
+function sharedStart(texts) {
+  let size = texts.length > 1 ? texts[0].length : 0;
+  for (const text of texts) {
+    let i = 0;
+    while (i < size && text[i] === texts[0][i]) i++;
+    size = i;
+  }
+  return texts.length ? texts[0].lastIndexOf("\n", size - 1) + 1 : 0;
+}
+const SHARED = sharedStart(DATA.prompts);
+
+function promptCell(column, prompt) {
+  if (SHARED < 40) return make("td", {className: "text", label: column.title}, make("div", {}, prompt));
+  const folded = make("span", {className: "folded", title: "the beginning that all prompts share; click to unfold"}, `[${SHARED} shared characters] `);
+  const whole = make("span", {className: "unfolded"}, prompt.slice(0, SHARED));
+  return make("td", {className: "text", label: column.title}, make("div", {}, folded, whole, prompt.slice(SHARED)));
+}
+
+// All completions of the same prompt in the same step, side by side, best first.
+function groupRow(sample) {
+  const group = SAMPLES.filter((s) => s.step === sample.step && s.prompt === sample.prompt && s.source === sample.source);
+  group.sort((a, b) => (b.reward ?? -Infinity) - (a.reward ?? -Infinity));
+  const cards = group.map((s) => make("article", {className: s === sample ? "own" : ""},
+    make("p", {}, make("b", {}, `reward ${format(s.reward)}`), ` advantage ${format(s.advantage)} `, make("span", {className: "tag"}, s.finish)),
+    make("pre", {}, s.completion)));
+  return make("tr", {className: "group"}, make("td", {colSpan: COLUMNS.length}, make("div", {className: "side"}, ...cards)));
+}
+
 function cell(column, sample) {
   const value = column.of(sample);
+  if (column.title === "prompt") return promptCell(column, value);
   if (column.text) return make("td", {className: "text", label: column.title}, make("div", {}, value));
   if (column.tag) return make("td", {label: column.title}, make("span", {className: "tag"}, value ?? "-"));
   if (column.signed && value) {
@@ -236,7 +266,10 @@ function fillTable() {
   const body = byId("table").tBodies[0];
   body.replaceChildren(...rows.slice(at * PAGE, (at + 1) * PAGE).map((s) => {
     const row = make("tr", {tabIndex: 0}, ...COLUMNS.map((column) => cell(column, s)));
-    const toggle = () => { if (String(getSelection()) === "") row.classList.toggle("open"); };
+    const toggle = () => {
+      if (String(getSelection()) !== "") return;
+      if (row.classList.toggle("open")) row.after(groupRow(s)); else row.nextSibling.remove();
+    };
     row.addEventListener("click", toggle);
     row.addEventListener("keydown", (event) => { if (event.key === "Enter") toggle(); });
     return row;

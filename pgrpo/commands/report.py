@@ -19,7 +19,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from pgrpo.commands.curves import PANELS, Panel, Rows, names_of, read_rows
+from pgrpo.commands.curves import Panel, Rows, panels_of, read_rows
 from pgrpo.config import ConfigError
 from pgrpo.tracking import printable
 
@@ -51,9 +51,7 @@ def page(run_dir: Path, rows: Rows) -> str:
     parts = list(dict.fromkeys(name for sample in samples for name in sample.get("parts", {})))
     data = {
         "series": series,
-        "panels": [
-            _panel(panel, names, series) for panel in PANELS if (names := [_text(n) for n in names_of(panel, rows)])
-        ],
+        "panels": [_panel(panel, [_text(name) for name in names], series) for panel, names in panels_of(rows)],
         "tiles": _tiles(rows),
         "sources": SOURCES,
         "parts": [_text(name) for name in parts],

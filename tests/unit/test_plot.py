@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pgrpo.commands.curves import read_metrics
+from pgrpo.commands.curves import panels_of, read_metrics
 from pgrpo.commands.plot import draw, plot, smooth
 from pgrpo.config import ConfigError
 
@@ -132,3 +132,27 @@ def test_clear_errors(tmp_path, content, message):
     with pytest.raises(ConfigError, match=message):
         plot(tmp_path)
     assert not (tmp_path / "plot.png").exists()
+
+
+def test_legends_hide_no_data_axes_do_not_go_below_zero_and_ticks_are_whole_numbers():
+    rows = [
+        {"step": s, "reward": -0.5 + s, "rewards/a/mean": s, "entropy": 1e-7 * s, "kl": 12345.0 + s}
+        for s in range(1, 9)
+    ]
+    figure = draw({"run": rows})
+    figure.canvas.draw()
+    axes = {one.get_title(loc="left"): one for one in figure.axes}
+    legend = axes["Reward"].get_legend()
+    assert legend is not None and legend.get_window_extent().y1 < axes["Reward"].get_window_extent().y0
+    assert axes["Entropy"].get_ylim()[0] == 0.0
+    low = [{"step": s, "reward": s - 0.5 if s else -0.5} for s in range(3)]
+    assert draw({"run": low}).axes[0].get_ylim()[0] < -0.5  # where values are negative, so is the axis
+    for name, ticks in (("Entropy", "e-07"), ("KL to the reference model", "1234")):
+        assert axes[name].yaxis.get_offset_text().get_text() == ""
+        assert ticks in "".join(label.get_text() for label in axes[name].get_yticklabels())
+
+
+def test_a_held_out_reward_that_is_pass_at_1_is_no_second_curve():
+    rows = [{"step": s, "eval/pass@1": s / 9, "eval/reward": s / 9, "eval/rewards/format/mean": 1.0} for s in range(3)]
+    found = {panel.title: names for panel, names in panels_of(rows)}
+    assert found == {"Held-out split": ["eval/pass@1", "eval/reward"], "Held-out rewards": ["eval/rewards/format/mean"]}

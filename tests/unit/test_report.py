@@ -193,3 +193,23 @@ def test_in_a_browser(tmp_path):
         str(s) for s in range(60, 10, -1)
     ]
     assert page.all("nav")[0][1].split("page ")[1].startswith("1 of 2")
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser: apt-get install chromium")
+def test_a_click_shows_the_group_side_by_side_and_unfolds_the_shared_beginning(tmp_path):
+    """In a copy without the policy, which lets a script of the test click."""
+    head = "a system prompt that all of these prompts share\n"
+    samples = [sample(s, f"{s}.{i}", reward=float(i), prompt=f"{head}{s}+1=") for s in (1, 2) for i in range(3)]
+    run = write(tmp_path / "run", [metrics(s) for s in (1, 2)], samples)
+    plot(run)
+    text = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", (run / "report.html").read_text())
+    click = '<script>document.querySelectorAll("#table tbody tr")[1].click()</script></body>'
+    (tmp_path / "copy.html").write_text(text.replace("</body>", click))
+    shell = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [*shell, "--virtual-time-budget=5000", "--dump-dom", f"file://{tmp_path / 'copy.html'}"]
+    page = Page(subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout)
+    side = [text for own, text in page.all("article") if own.get("class") in ("", "own")]
+    assert [text.split("stop")[1] for text in side] == ["2.2", "2.1", "2.0"]  # the step of the row, best first
+    prompts = [text for own, text in page.all("td") if own.get("data-label") == "prompt"]
+    assert prompts[0] == f"[{len(head)} shared characters] {head}2+1="
+    assert [own.get("class") for own, _ in page.all("tr")].count("open") == 1
