@@ -6,11 +6,13 @@ Nothing heavy is imported here: ``pgrpo --help`` answers at once.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
 import traceback
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,12 +33,57 @@ app = typer.Typer(
 ConfigOption = Annotated[
     str, typer.Option("--config", "-c", help="YAML file, or the name of one that comes with pgrpo.")
 ]
+AnyConfigOption = Annotated[
+    str | None, typer.Option("--config", "-c", help="YAML file, or the name of one that comes with pgrpo.")
+]
+RunOption = Annotated[Path | None, typer.Option(help="Run folder: its config.yaml, and its newest checkpoint.")]
+CheckpointOption = Annotated[
+    str | None,
+    typer.Option(
+        help="`auto` (the newest checkpoint of run_dir), `best` (kept by checkpoint.keep_best), or a folder. Default: the model "
+        "itself, with --run `auto`."
+    ),
+]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys that replace the file's.")]
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run folder (run_dir in its config).")]
 
 
 def _load(config: str, overrides: list[str] | None) -> Config:
     return load_config(config, overrides or [])
+
+
+def _load_one(overrides: list[str] | None, **sources: str | Path | None) -> Config:
+    """The config of the one source that is given: a YAML, a run folder, or a model's folder or hub name."""
+    given = {kind: str(source) for kind, source in sources.items() if source is not None}
+    if len(given) != 1:
+        raise ConfigError(f"give one of {', '.join(f'--{kind}' for kind in sources)}; {len(given)} were given")
+    ((kind, source),) = given.items()
+    if kind == "config":
+        return _load(source, overrides)
+    if kind == "run":
+        file = Path(source) / "config.yaml"
+        if not file.is_file():
+            raise ConfigError(f"--run {source}: not a run folder, it has no config.yaml")
+        return load_config(file, [f"run_dir={json.dumps(source)}", *(overrides or [])])
+    # A model alone: a prompt is the user's message.
+    values = {"model": {"path": source}, "prompt": {"messages": [{"role": "user", "content": "{prompt}"}]}}
+    values |= {"run_dir": "none", "train": {"steps": 1}, "data": {"path": "none"}}
+    return load_config(values, overrides or [], rewards_from_python=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pgrpo {metadata.version('pgrpo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """GRPO that computes each prompt once."""
 
 
 @app.command()
@@ -78,25 +125,50 @@ def check(config: ConfigOption, overrides: Overrides = None) -> None:
 
 @app.command("eval")
 def evaluate(
-    config: ConfigOption,
     overrides: Overrides = None,
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="`auto` (the newest checkpoint of run_dir), `best` (kept by checkpoint.keep_best), or a folder. "
-            "Default: the model itself."
-        ),
-    ] = None,
+    config: AnyConfigOption = None,
+    run: RunOption = None,
+    checkpoint: CheckpointOption = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for samples.jsonl and summary.json. Default: eval/step_N in run_dir."),
     ] = None,
 ) -> None:
     """Pass@1, pass@k and mean rewards on the held-out split, sampled and greedy, with confidence intervals."""
-    check_early(resolved := _load(config, overrides))
+    check_early(resolved := _load_one(overrides, config=config, run=run))
     from pgrpo.commands.evaluate import evaluate
 
-    evaluate(resolved, checkpoint, out)
+    evaluate(resolved, checkpoint or ("auto" if run else None), out)
+
+
+@app.command()
+def generate(
+    overrides: Overrides = None,
+    config: AnyConfigOption = None,
+    run: RunOption = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder of a model, such as an export, or a hub name; without a config.")
+    ] = None,
+    checkpoint: CheckpointOption = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Rows for the config's prompt, as data.path reads, or a .txt with a prompt a line. Default: a chat."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Completions of each prompt.")] = 1,
+    rewards: Annotated[bool, typer.Option(help="Score the completions with the config's rewards.")] = True,
+    out: Annotated[Path | None, typer.Option(help="JSONL file to write, with a completion a row.")] = None,
+) -> None:
+    """Print what a model writes: in a chat, or for the prompts of a file, with rewards beside the texts."""
+    check_early(resolved := _load_one(overrides, config=config, run=run, model=model), data_from_python=True)
+    if prompts is not None and not prompts.is_file():
+        raise ConfigError(f"--prompts {prompts}: there is no such file")
+    if prompts is None and (out or samples > 1):
+        raise ConfigError("--out and --samples go with --prompts FILE; a chat has neither")
+    from pgrpo.commands.generate import generate
+
+    generate(resolved, checkpoint or ("auto" if run else None), prompts, samples=samples, rewards=rewards, out=out)
 
 
 @app.command()
@@ -170,11 +242,14 @@ def export(
 
 
 @app.command()
-def init(name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a config, such as quickstart.")]) -> None:
-    """Copy a config, its recipe and what that uses to the current folder, to edit."""
+def init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a config or recipe, such as quickstart.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of these names.")] = False,
+) -> None:
+    """Copy a config, its recipe and what that uses, or a recipe alone, to the current folder, to edit."""
     from pgrpo.commands.init import init
 
-    init(name)
+    init(name, overwrite)
 
 
 @app.command()
@@ -193,17 +268,18 @@ def main() -> None:
     try:
         app()  # exits by itself with 0, with 2 on a wrong command line, with 130 on Ctrl-C
     except ConfigError as error:
-        _fail(2, str(error))
+        _fail(2, str(error), lines=True)
     except Exception as error:
         kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
         _fail(1, f"{kind}{error}")
 
 
-def _fail(code: int, message: str) -> None:
+def _fail(code: int, message: str, *, lines: bool = False) -> None:
     if os.environ.get("PGRPO_DEBUG") == "1":
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
     message = redact(message)
-    message = "; ".join(line.strip() for line in message.splitlines() if line.strip())
+    if not lines:
+        message = "; ".join(line.strip() for line in message.splitlines() if line.strip())
     hint = " (PGRPO_DEBUG=1 shows where)" if code == 1 else ""
     print(f"pgrpo: {message}{hint}", file=sys.stderr)
     sys.exit(code)

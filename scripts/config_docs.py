@@ -1,7 +1,8 @@
-"""Write docs/config.md (every key of the schema with its type, range, default and description, and the presets), and the tables of
-keys in docs/from_trl.md and docs/from_verl.md, from pgrpo/config/other_trainers.yaml.
+"""Write docs/config.md (every key of the schema with its type, range, default and description, and the presets),
+pgrpo/config/schema.json (the same for editors), and the tables of keys in docs/from_trl.md and docs/from_verl.md, from
+pgrpo/config/other_trainers.yaml.
 
-python scripts/config_docs.py           # writes docs/config.md and the tables
+python scripts/config_docs.py           # writes docs/config.md, schema.json and the tables
 python scripts/config_docs.py --print   # prints docs/config.md
 """
 
@@ -9,12 +10,14 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -27,6 +30,7 @@ from pgrpo.config.source import hints
 GUIDES = {"from_trl.md": "TRL", "from_verl.md": "verl"}
 LIMITS = ("least", "above", "most")
 FILE = Path(__file__).resolve().parents[1] / "docs" / "config.md"
+SCHEMA = FILE.parents[1] / "pgrpo" / "config" / "schema.json"
 INTRO = """\
 # Configuration
 
@@ -127,6 +131,45 @@ def markdown() -> str:
     return "\n".join(parts)
 
 
+def json_schema() -> str:
+    """The JSON schema of a config, and of a recipe, which has a part of its keys."""
+    about = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "A config or recipe of pgrpo"}
+    return json.dumps(about | mapping(schema.Config), indent=1) + "\n"
+
+
+def mapping(section: type) -> dict[str, Any]:
+    text, keys = texts(section), hints(section)
+    properties = {
+        field.name: value_schema(keys[field.name], field)
+        | ({"description": text[field.name]} if field.name in text else {})
+        for field in fields(section)
+        if field.name in keys
+    }
+    return {"type": "object", "additionalProperties": False, "properties": properties}
+
+
+def value_schema(hint: Any, field: Field[Any]) -> dict[str, Any]:
+    """Schema of a value of this type. Any scalar may also be a reference such as `${oc.env:HOME}`."""
+    options = get_args(hint)
+    if get_origin(hint) in (UnionType, Union):
+        schemas = [{"type": "null"} if option is type(None) else value_schema(option, field) for option in options]
+        return {"anyOf": [one for inner in schemas for one in inner.get("anyOf", [inner])]}
+    if is_dataclass(hint):
+        return mapping(hint)  # pyright: ignore[reportArgumentType]
+    if get_origin(hint) in (list, tuple):
+        size = {"minItems": len(options), "maxItems": len(options)} if get_origin(hint) is tuple else {}
+        return {"type": "array", "items": value_schema(options[0], field), **size}
+    if get_origin(hint) is Literal:
+        plain: dict[str, Any] = {"enum": list(options)}
+    elif kind := {str: "string", int: "integer", float: "number", bool: "boolean"}.get(hint):
+        names = {"least": "minimum", "above": "exclusiveMinimum", "most": "maximum"}
+        limits = {names[n]: limit for n in LIMITS if (limit := field.metadata.get(n)) is not None}
+        plain = {"type": kind, **limits}
+    else:
+        return {} if hint is Any else {"type": "object"}
+    return plain if hint is str else {"anyOf": [plain, {"type": "string", "pattern": r"\$\{"}]}
+
+
 def with_key_table(guide: str, trainer: str) -> str:
     """The text of a guide with its tables of keys, those that have a counterpart and the others, as ``other_trainers.yaml`` has
     them."""
@@ -155,7 +198,8 @@ if __name__ == "__main__":
         print(markdown(), end="")
     else:
         FILE.write_text(markdown(), encoding="utf-8")
-        print(f"wrote {FILE}")
+        SCHEMA.write_text(json_schema(), encoding="utf-8")
+        print(f"wrote {FILE} and {SCHEMA}")
         for guide, trainer in GUIDES.items():
             path = FILE.with_name(guide)
             path.write_text(with_key_table(path.read_text(encoding="utf-8"), trainer), encoding="utf-8")

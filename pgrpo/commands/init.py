@@ -1,25 +1,37 @@
-"""``pgrpo init NAME``: copies a config, its recipe, and the files that the recipe uses to the current folder."""
+"""``pgrpo init NAME``: copies a config, its recipe, and the files that the recipe uses to the current folder; or a recipe alone."""
 
 from __future__ import annotations
 
+import difflib
+import json
 import shutil
 from pathlib import Path
 
-from pgrpo.config import ConfigError, find_file, load_config
+from pgrpo.config import ConfigError, load_config, packaged
 from pgrpo.config.rules import factories
+from pgrpo.config.source import read_file
+
+SCHEMA = Path(__file__).resolve().parents[1] / "config" / "schema.json"
 
 
-def init(name: str) -> None:
-    """Copy the files; print their names and the command that uses them.
+def init(name: str, overwrite: bool = False) -> None:
+    """Copy the files; print their names and the command that uses them. In YAMLs the first line names the schema for editors.
 
     Raises:
-        ConfigError: a file of that name exists already.
+        ConfigError: there is no such config or recipe, or a file of that name exists already.
     """
-    source = find_file("configs", name)
-    config = load_config(source)
+    known = {path.stem: path for kind in ("recipes", "configs") for path in sorted(packaged(kind).glob("*.yaml"))}
+    name = name.removesuffix(".yaml")
+    if (source := known.get(name)) is None:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"there is no config or recipe {name}; {hint}There are {', '.join(known)}")
+    is_recipe = source.parent == packaged("recipes")
+    stand_in = {"recipe": str(source), "run_dir": "x", "model": {"path": "x"}, "train": {"steps": 1}}
     copies = {Path(source.name): source}
-    if config.recipe:
-        recipe = find_file("recipes", config.recipe, source.parent)
+    if named := source.name if is_recipe else read_file(source).values.get("recipe"):
+        recipe = known[Path(named).stem]  # not one of this name in the current folder
+        config = load_config(stand_in if is_recipe else source, [f"recipe={json.dumps(str(recipe))}"])
         copies[Path(recipe.name)] = recipe
         used = [
             config.data.path,
@@ -33,10 +45,18 @@ def init(name: str) -> None:
             if file.is_file() and file.resolve().is_relative_to(recipe.parent.resolve()):
                 copies[file.resolve().relative_to(recipe.parent.resolve())] = file
     here = [str(target) for target in copies if target.exists()]
-    if here:
-        raise ConfigError(f"{', '.join(here)}: already in this folder; rename or remove, or run this in another folder")
+    if here and not overwrite:
+        raise ConfigError(
+            f"{', '.join(here)}: already in this folder; --overwrite replaces, or run this in another folder"
+        )
     for target, file in copies.items():
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
-        print(f"wrote {target}")
-    print(f"\nEdit them, then: pgrpo train --config {source.name}")
+        if target.suffix == ".yaml":
+            target.write_text(
+                f"# yaml-language-server: $schema={SCHEMA}\n{file.read_text(encoding='utf-8')}", encoding="utf-8"
+            )
+        else:
+            shutil.copyfile(file, target)
+        print(f"{'replaced' if str(target) in here else 'wrote'} {target}")
+    command = f"--config CONFIG recipe={source.name}" if is_recipe else f"--config {source.name}"
+    print(f"\nEdit them, then: pgrpo train {command}")

@@ -62,7 +62,7 @@ def evaluate(
         groups = world.gather(scored.groups)
         for name, value in _metrics(groups, scored.errors, rewards).items():
             evaluation.metrics[f"eval/{rename(name)}"] = value
-        evaluation.rows.extend(_rows(mode, groups, rewards))
+        evaluation.rows.extend(result_rows(mode, groups, rewards))
 
     add("sampled" if params.temperature else "greedy", params, seeds, str)
     if greedy and params.temperature:
@@ -166,7 +166,8 @@ def _greedy(name: str) -> str:
     return f"{end}/greedy/{rest}" if end in ("ci95_low", "ci95_high") else f"greedy/{name}"
 
 
-def _rows(mode: str, groups: Sequence[Group], rewards: RewardRunner) -> Iterator[Row]:
+def result_rows(mode: str, groups: Sequence[Group], rewards: RewardRunner) -> Iterator[Row]:
+    """One row a completion, as JSON types."""
     for group in groups:
         for i, (episode, correct) in enumerate(zip(group.episodes, rewards.correct(group), strict=True)):
             yield {

@@ -58,7 +58,7 @@ def test_help_imports_nothing_heavy(folder: Path) -> None:
 def test_help_names_every_command(folder: Path) -> None:
     result = run(folder, "--help")
     assert result.returncode == 0
-    for command in ("train", "check", "eval", "bench", "plot", "export", "init", "doctor"):
+    for command in ("train", "check", "eval", "bench", "plot", "export", "init", "doctor", "generate"):
         assert f"\n  {command} " in result.stdout
         assert run(folder, command, "--help").returncode == 0
 
@@ -173,4 +173,21 @@ def test_init_copies_what_a_run_needs_and_overwrites_nothing(folder: Path) -> No
     assert result.returncode == 2
     assert "addition.yaml" in result.stderr
     assert (folder / "addition.yaml").read_text() == "mine"
-    assert "no such file" in run(folder, "init", "quickstrat").stderr
+    assert "did you mean quickstart?" in run(folder, "init", "quickstrat").stderr
+    result = run(folder, "init", "quickstart", "--overwrite")
+    assert "replaced addition.yaml" in result.stdout and "wrote" not in result.stdout
+    schema = (folder / "addition.yaml").read_text().splitlines()[0].removeprefix("# yaml-language-server: $schema=")
+    assert "properties" in json.loads(Path(schema).read_text())
+    result = run(folder, "init", "jsonl")  # a recipe
+    assert result.stdout.endswith("then: pgrpo train --config CONFIG recipe=jsonl.yaml\n"), result.stderr
+
+
+def test_one_source_of_a_config(folder: Path) -> None:
+    assert run(folder, "--version").stdout.startswith("pgrpo 0.")
+    assert "give one of --config, --run; 0 were given" in run(folder, "eval").stderr
+    assert "give one of --config, --run, --model; 2" in run(folder, "generate", "--run", "r", "--model", "m").stderr
+    assert "--run r: not a run folder" in run(folder, "eval", "--run", "r").stderr
+    assert (
+        "--prompts p.txt: there is no such file" in run(folder, "generate", "-c", "c.yaml", "--prompts", "p.txt").stderr
+    )
+    assert "go with --prompts" in run(folder, "generate", "-c", "c.yaml", "--samples", "2").stderr

@@ -329,7 +329,7 @@ actor_rollout_ref:
   rollout: {n: 8}
   actor:
     kl_loss_coef: 0.001
-trainer: {save_freq: 20, what: 1}
+trainer: {save_freq: 20, zzqq: 1}
 frobnicate: {a: {b: 1}}
 rewards: {functions: [{function: math, wieght: 2}]}
 """
@@ -341,7 +341,7 @@ rewards: {functions: [{function: math, wieght: 2}]}
         f"  {config}:4: actor_rollout_ref.rollout.n: here it is rollout.group_size",
         f"  {config}:6: actor_rollout_ref.actor.kl_loss_coef: here it is loss.kl_coef",
         f"  {config}:7: trainer.save_freq: here it is checkpoint.every",
-        f"  {config}:7: trainer.what: there is no such key, and none that is near",
+        f"  {config}:7: trainer.zzqq: there is no such key, and none that is near",
         f"  {config}:8: frobnicate: there is no such key, and none that is near",
         f"  {config}:9: rewards.functions[0].wieght: did you mean rewards.functions[i].weight?",
     ]

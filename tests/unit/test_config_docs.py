@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from pgrpo.config import load_config
 from pgrpo.config.names import other_trainers, suggest
@@ -20,6 +24,82 @@ CONFIG_DOCS = runpy.run_path(str(ROOT / "scripts" / "config_docs.py"))
 def test_config_md_is_what_the_generator_gives() -> None:
     written = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     assert written == CONFIG_DOCS["markdown"](), "run python scripts/config_docs.py"
+
+
+def test_the_json_schema_is_what_the_generator_gives_and_has_every_key() -> None:
+    written = CONFIG_DOCS["SCHEMA"].read_text(encoding="utf-8")
+    assert written == CONFIG_DOCS["json_schema"](), "run python scripts/config_docs.py"
+
+    def keys(schema: dict[str, Any], prefix: str) -> Iterator[str]:
+        for name, value in schema["properties"].items():
+            yield prefix + name
+            inner, name = (value["items"], f"{name}[i]") if value.get("type") == "array" else (value, name)
+            if "properties" in inner:
+                assert inner["additionalProperties"] is False
+                yield from keys(inner, f"{prefix}{name}.")
+
+    assert list(keys(json.loads(written), "")) == list(valid_keys())
+
+
+TYPES = {
+    "object": dict, "array": list, "string": str, "integer": int, "number": int | float, "boolean": bool, "null": type(None),
+}  # fmt: skip
+
+
+def accepts(schema: dict[str, Any], value: Any) -> bool:
+    """Whether a JSON schema of draft 7 accepts a value, by the keywords that ours uses."""
+    known = {"$schema", "title", "description", "type", "enum", "anyOf", "properties", "additionalProperties", "items"}
+    known |= {"pattern", "minItems", "maxItems", "minimum", "exclusiveMinimum", "maximum"}
+    assert schema.keys() <= known
+    if "anyOf" in schema:
+        return any(accepts(option, value) for option in schema["anyOf"])
+    if "enum" in schema:
+        return value in schema["enum"]
+    if kind := schema.get("type"):
+        if not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
+            return False
+        if kind in ("integer", "number"):
+            low, above, high = (schema.get(name) for name in ("minimum", "exclusiveMinimum", "maximum"))
+            inside = (low is None or value >= low) and (above is None or value > above)
+            return inside and (high is None or value <= high)
+    if isinstance(value, list):
+        fits = schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value))
+        return fits and all(accepts(schema["items"], item) for item in value)
+    if isinstance(value, dict) and "properties" in schema:
+        return value.keys() <= schema["properties"].keys() and all(
+            accepts(schema["properties"][name], item) for name, item in value.items()
+        )
+    return "pattern" not in schema or re.search(schema["pattern"], str(value)) is not None
+
+
+FILES = [*(ROOT / "configs").glob("*.yaml"), *(ROOT / "recipes").glob("*.yaml")]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_json_schema_takes_what_comes_with_pgrpo(path: Path) -> None:
+    assert accepts(json.loads(CONFIG_DOCS["json_schema"]()), yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("values", "is_good"),
+    [
+        ({"rollout": {"group_size": 8}}, True),
+        ({"rollout": {"group_size": 1}}, False),
+        ({"rollout": {"group_size": "${train.steps}"}}, True),
+        ({"rollout": {"group_size": "8"}}, False),
+        ({"rollout": {"temperature": 0}}, False),
+        ({"rollout": {"gpu_memory_utilization": None}}, True),
+        ({"rollout": {"engine": "vlm"}}, False),
+        ({"rollout": {"stop": ["a"]}}, True),
+        ({"optim": {"betas": [0.9]}}, False),
+        ({"rewards": {"functions": [{"function": "math", "args": {"any": [1]}}]}}, True),
+        ({"rewards": {"functions": [{"function": "math", "wieght": 1}]}}, False),
+        ({"track": {"wandb": "yes"}}, False),
+        ({"num_generations": 8}, False),
+    ],
+)
+def test_the_json_schema_refuses_what_the_loader_refuses(values: dict[str, Any], is_good: bool) -> None:
+    assert accepts(json.loads(CONFIG_DOCS["json_schema"]()), values) == is_good
 
 
 def test_config_md_has_every_key_once_in_order() -> None:

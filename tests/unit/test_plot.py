@@ -136,7 +136,7 @@ def test_clear_errors(tmp_path, content, message):
 
 def test_legends_hide_no_data_axes_do_not_go_below_zero_and_ticks_are_whole_numbers():
     rows = [
-        {"step": s, "reward": -0.5 + s, "rewards/a/mean": s, "entropy": 1e-7 * s, "kl": 12345.0 + s}
+        {"step": s, "reward": -0.5 + s, "rewards/a/mean": s, "entropy": 1e-7 * (s - 1), "kl": 12345.0 + s}
         for s in range(1, 9)
     ]
     figure = draw({"run": rows})
