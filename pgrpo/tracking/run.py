@@ -55,7 +55,6 @@ class Trackers:
         self._track, self._steps = config.track, config.train.steps
         self._state: dict[str, Any] = {"step": -1, "wandb_id": None, **(resume or {})}
         self._console = console
-        self._times = deque([(max(self._state["step"], 0), time.monotonic())], maxlen=PACE + 1)
         self._log_file = appending(run_dir / "log.txt")
         self._handler = _WarningHandler(self)
         logging.getLogger("pgrpo").addHandler(self._handler)
@@ -77,6 +76,7 @@ class Trackers:
                 self._start("wandb", lambda: Wandb(config, run_dir, self._state["wandb_id"]))
             if isinstance(wandb := self._services.get("wandb"), Wandb):
                 self._state["wandb_id"] = wandb.run_id
+            self._times = deque([(max(self._state["step"], 0), time.monotonic())], maxlen=PACE + 1)
         except BaseException:
             self.close()
             raise

@@ -50,7 +50,7 @@ def closing_summary(folder: Path, config: Config, step: int, steps: int, seconds
     lines = [f"done: {step} steps{earlier}; {duration(seconds)}; saved in {folder}"]
     rewards = [row["reward"] for row in rows if row.get("reward") is not None]
     if rewards:
-        few = min(10, len(rewards))
+        few = max(1, min(10, len(rewards) // 2))
         first, last = (sum(part) / few for part in (rewards[:few], rewards[-few:]))
         lines.append(f"reward: {first:.4g} in the first {few} step(s), {last:.4g} in the last")
     name = config.checkpoint.keep_best or "eval/reward"
