@@ -91,9 +91,10 @@ def _divisions(
         runs = list(whole.runs(least)) if is_shared else []
         nodes = nodes_of([run.stop - run.start for run in runs], [run.parent for run in runs])
         passes = attention.flops_per_ns * attention.choose(ancestry(nodes)).ns / dp_size
-        # A tree that holds most samples may be cut finer than the budget, so that no rank waits for another.
+        # A tree that holds most samples may be cut finer than the budget, so that no rank waits for another: into about one, a half
+        # or a quarter of a piece a rank, as each piece computes the tree's beginning again.
         fair = -(-int((whole.lengths - kept).sum()) // dp_size)
-        for limit in sorted({budget, min(budget, fair)}):
+        for limit in sorted({budget, *(min(budget, share * fair) for share in (1, 2, 4))}):
             pieces = list(_pieces(whole, kept, max(limit, int(whole.lengths.max())), cost))
             plan = _assign(pieces, dp_size, budget)
             rounds = zip_longest(
