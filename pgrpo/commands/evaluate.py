@@ -51,7 +51,7 @@ def evaluate(
     with (
         start(config.model.fsdp_size) as world,
         showing(console := Console(quiet=not world.is_main)),
-        _built(config, world, given, checkpoint) as (parts, path),
+        built(config, world, given, checkpoint) as (parts, path),
     ):
         if path:
             root = run_folder(config) / "checkpoints"
@@ -66,7 +66,7 @@ def evaluate(
 
 
 @contextmanager
-def _built(config: Config, world: World, given: Given, checkpoint: str | None) -> Iterator[tuple[Parts, Path | None]]:
+def built(config: Config, world: World, given: Given, checkpoint: str | None) -> Iterator[tuple[Parts, Path | None]]:
     """The parts, and the checkpoint's path, which is found and verified before the model is loaded."""
     agree_on_run_dir(config, world.from_main)
     path = find(checkpoint, run_folder(config) / "checkpoints", world) if checkpoint else None

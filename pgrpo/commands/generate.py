@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from pgrpo.commands.evaluate import built
 from pgrpo.config import PYTHON, Config, ConfigError, PromptConfig, redact, to_json
 from pgrpo.config.schema import EnvironmentConfig
 from pgrpo.data import load_prompts
@@ -19,7 +20,7 @@ from pgrpo.rollout.base import sample_seeds, sampling_params
 from pgrpo.tracking import printable
 from pgrpo.tracking.live import showing
 from pgrpo.tracking.record import replacing
-from pgrpo.training.build import Parts, build, load_tokenizer
+from pgrpo.training.build import Parts, load_tokenizer
 from pgrpo.training.caller import Given
 from pgrpo.training.checkpointing import Checkpoints
 from pgrpo.training.evaluation import result_rows
@@ -67,18 +68,18 @@ def generate(
         data=replace(config.data, path=str(prompts) if rows is None else PYTHON, name=None, shuffle=False),
         rollout=replace(config.rollout, prompts_per_step=1),
         rewards=config.rewards if scored else replace(config.rewards, functions=[]),
-        loss=replace(config.loss, kl_coef=0.0, function=None),
+        loss=replace(config.loss, kl_coef=0.0, function=None, teacher=None),
         eval=replace(config.eval, every=0),
         checkpoint=replace(config.checkpoint, keep_best=None),
     )
     given = Given(rewards=[] if scored else [no_reward], dataset=rows)
     with start(config.model.fsdp_size) as world:
         console = Console(markup=False, highlight=False, emoji=False, quiet=not world.is_main)
-        with showing(console), build(config, world, given) as parts:
+        with showing(console), built(config, world, given, checkpoint) as (parts, path):
             progress = Progress()
-            checkpoints = Checkpoints(run_folder(config) / "checkpoints", parts.learner, parts.stream, progress)
-            if checkpoint and not checkpoints.load_weights(checkpoint):
-                raise ConfigError(f"--checkpoint {checkpoint}: run_dir={config.run_dir} has no checkpoint")
+            if path:
+                root = run_folder(config) / "checkpoints"
+                Checkpoints(root, parts.learner, parts.stream, progress).load_weights(path)
             if prompts is None:
                 _chat(parts, config, console)
                 return
