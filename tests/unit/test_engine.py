@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -134,6 +135,17 @@ def test_a_gpu_takes_every_release_that_a_cpu_tested(installed):
         installed.__version__ = version
         with pytest.raises(ConfigError, match=f"vLLM {version} was not tested for a cuda device, 0.26, 0.28, "):
             vllm_start.check_version(config(), GPU)
+
+
+def test_vllm_0_26_compiles_no_kernels_of_other_models(installed, monkeypatch):
+    warm_up = SimpleNamespace(_LL_BF16_WARMUP_MODEL_SHAPES=((6144, 264),))
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.warmup.kernel_warmup", warm_up)
+    installed.__version__ = "0.28.0"
+    vllm_start._warm_up_this_model_only(GPU)
+    assert warm_up._LL_BF16_WARMUP_MODEL_SHAPES == ((6144, 264),)
+    installed.__version__ = "0.26.0"
+    vllm_start._warm_up_this_model_only(GPU)
+    assert warm_up._LL_BF16_WARMUP_MODEL_SHAPES == ()
 
 
 def test_cuda_graphs_are_captured_up_to_twice_what_is_decoded_at_once():

@@ -118,6 +118,7 @@ def start(config: Config, world: World, memory_share: float) -> Started:
     model, rollout, state = config.model, config.rollout, rng_state()
     with keeping_caches(), deadline(rollout.vllm_deadline_s, "starting vLLM", DEADLINE), vllm_errors("start"):
         backend, decoding = _shared_backend(config, world.device.type)
+        _warm_up_this_model_only(world.device)
         llm = package().LLM(
             model=model.path,
             revision=model.revision,
@@ -146,6 +147,13 @@ def start(config: Config, world: World, memory_share: float) -> Started:
         room = tell_room(config, world.size, cache.num_gpu_blocks * cache.block_size)
     set_rng_state(state)
     return Started(llm, [room, decoding])
+
+
+def _warm_up_this_model_only(device: torch.device) -> None:
+    """vLLM 0.26 compiles 64 kernels for routers of four large models at every start, whatever the model, wherever flash-attn-4's
+    compiler is installed. Later releases look at the model first."""
+    if device.type == "cuda" and release(package().__version__) == "0.26":
+        importlib.import_module("vllm.model_executor.warmup.kernel_warmup")._LL_BF16_WARMUP_MODEL_SHAPES = ()
 
 
 def _graph_sizes(config: Config, world: World) -> dict[str, list[int]]:
