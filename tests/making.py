@@ -1,5 +1,9 @@
 """Episodes and groups for tests; what a test does not name is filled in."""
 
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
 from pgrpo.types import Episode, FinishReason, Group, Prompt, Sample
 
 
@@ -28,3 +32,52 @@ def group(prompt, *episodes):
         for sample in one.samples:
             sample.prompt_ids = prompt.token_ids
     return Group(prompt, list(episodes))
+
+
+CALL = [
+    "<tool_call>",
+    "f",
+    "<arg_key>",
+    "n",
+    "</arg_key>",
+    "<arg_value>",
+    "1",
+    "</arg_value>",
+    "</tool_call>",
+    "<|im_end|>",
+]
+CALLER_TEMPLATE = (
+    "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}"
+    "{% for k, v in c.function.arguments.items() %}<arg_key>{{ k }}</arg_key><arg_value>{{ v }}</arg_value>{% endfor %}"
+    "</tool_call>{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+
+
+def save_caller(folder):
+    """Save a Qwen3 and its tokenizer whose turns are mostly a call of ``f`` with ``n`` = 1: each token says the next one."""
+    words = [*CALL, "<|im_start|>", "<pad>", "<unk>", *"0234567890+- abcdeghijklmopqrstuvwxyz{}[]:,.\"'_"]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(".|\n"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    marks = [word for word in vocabulary if word.startswith("<") and word not in ("<pad>", "<unk>")]
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<|im_end|>",
+        additional_special_tokens=marks, chat_template=CALLER_TEMPLATE,
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(vocabulary), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, max_position_embeddings=512, tie_word_embeddings=False,
+            pad_token_id=vocabulary["<pad>"], eos_token_id=vocabulary["<|im_end|>"], bos_token_id=None,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        shown = torch.nn.functional.normalize(torch.randn(len(vocabulary), 64), dim=-1)
+        model.model.embed_tokens.weight.copy_(shown)
+        model.lm_head.weight.mul_(0.1)
+        for word, following in zip(["<|im_start|>", *CALL], CALL, strict=False):
+            model.lm_head.weight[vocabulary[following]] += shown[vocabulary[word]]
+    model.save_pretrained(folder)

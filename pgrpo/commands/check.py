@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from rich.text import Text
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from pgrpo.admission.models import check_model
 from pgrpo.commands.plan import plan_text
 from pgrpo.config import Config, check_world_size, fit_world_size, redact
 from pgrpo.data import load_prompts
 from pgrpo.distributed.world import start, world_size
+from pgrpo.environments.chat import Transition
 from pgrpo.model.policy import Policy, load_hf_config, load_model, untouched_model
 from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_samples
 from pgrpo.packing.batch import build_batch
@@ -22,7 +26,7 @@ from pgrpo.tracking import printable
 from pgrpo.tracking.live import showing
 from pgrpo.training.build import Parts, build, load_tokenizer
 from pgrpo.training.rollout import sample_and_score
-from pgrpo.types import Group
+from pgrpo.types import Group, Sample
 
 SAMPLES = 4
 COMPARED_TOKENS = 64
@@ -48,7 +52,8 @@ def check(config: Config) -> None:
     ):
         _show_lengths(parts, config, console)
         groups = _sample(parts, config)
-        _show_samples(groups, console)
+        _show_transitions(parts.transitions, console)
+        _show_samples(groups, load_tokenizer(config), console)
         console.print(plan_text(config), soft_wrap=True)
         _prove(config, groups, console)
         console.print("all checks passed")
@@ -78,15 +83,37 @@ def _sample(parts: Parts, config: Config) -> list[Group]:
     return parts.world.gather(scored.groups)
 
 
-def _show_samples(groups: list[Group], console: Console) -> None:
+def _show_transitions(transitions: Sequence[Transition], console: Console) -> None:
+    """What the chat template does between two turns: the proof for tools."""
+    for name, problem, rewrites in transitions:
+        said = f"cannot be told ({problem})" if problem else "its tokens are exact"
+        if rewrites:
+            said += f"; the template drops or rewrites {rewrites!r} of the turns before, which the episode keeps"
+        console.print(f"template, {name}: {_shown(said)}", soft_wrap=True)
+
+
+def _show_samples(groups: list[Group], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
     for group in groups:
         episode = group.episodes[0]
+        prompt = group.prompt_of(episode)
         values = ", ".join(f"{name} {value}" for name, value in episode.reward_parts.items())
-        console.print(f"--- prompt ({len(group.prompt.token_ids)} tokens)\n{_shown(group.prompt.text)}")
-        console.print(
-            f"--- completion ({len(episode.token_ids)} tokens, {episode.finish_reason})\n{_shown(episode.text)}"
-        )
+        console.print(f"--- prompt ({len(prompt.token_ids)} tokens)\n{_shown(prompt.text)}")
+        console.print(f"--- completion ({len(episode.token_ids)} tokens, {episode.finish_reason})")
+        for sample in episode.samples if episode.messages else ():
+            console.print(_masked(sample, tokenizer), soft_wrap=True)
+        if not episode.messages:
+            console.print(_shown(episode.text))
         console.print(f"--- reward {episode.reward} ({values})\n")
+
+
+def _masked(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """The tokens behind the prompt: those that were sampled, and are trained on, in green; those that were read in grey, and on a
+    terminal without colours in ``‹ ›``."""
+    text = Text()
+    for sampled, run in groupby(zip(sample.mask, sample.token_ids, strict=True), key=lambda pair: pair[0]):
+        part = _shown(str(tokenizer.decode([token for _, token in run])))
+        text.append(part if sampled else f"‹{part}›", style="green" if sampled else "bright_black")
+    return text
 
 
 def _shown(text: str) -> str:

@@ -17,6 +17,7 @@ from pgrpo.config import Config, ConfigError
 from pgrpo.data import PromptStream, load_prompts
 from pgrpo.data.render import ToolsOf
 from pgrpo.distributed.world import World
+from pgrpo.environments.chat import Transition
 from pgrpo.environments.episodes import Episodes
 from pgrpo.environments.toolbox import load_toolbox
 from pgrpo.model.lora import LogprobsOf, check_lora, without_adapters
@@ -77,6 +78,7 @@ class Parts:
     engine: RolloutEngine
     episodes: Episodes
     canary: Canary | None
+    transitions: Sequence[Transition] = ()
 
     @property
     def policy(self) -> Policy:
@@ -149,7 +151,7 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
         engine = build_engine(config, world, policy, learner.optimizer, tokenizer, end_ids)
     canary = build_canary(config, world, policy, engine)
     episodes = toolbox.episodes(config, engine, chats, world)
-    return Parts(config, world, stream, held_out, runner, learner, engine, episodes, canary)
+    return Parts(config, world, stream, held_out, runner, learner, engine, episodes, canary, toolbox.transitions)
 
 
 def initial_model(policy: Policy, config: Config, world: World) -> LogprobsOf:
@@ -216,7 +218,7 @@ def check_enough(prompts: Sequence[Prompt], config: Config) -> None:
 def held_out_prompts(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: Iterable[Mapping[str, Any]] | None,
+    dataset: Iterable[Mapping[str, Any]] | None = None,
     tools: ToolsOf | None = None,
 ) -> list[Prompt]:
     """Prompts of the first ``eval.rows`` held-out rows. Reads no later rows."""

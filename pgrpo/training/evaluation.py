@@ -175,7 +175,7 @@ def result_rows(mode: str, groups: Sequence[Group], rewards: RewardRunner) -> It
                 "mode": mode,
                 "sample": i,
                 "prompt": group.prompt_of(episode).text,
-                "completion": episode.text,
+                "completion": episode.transcript,
                 **({"messages": episode.messages} if episode.messages else {}),
                 "reward": episode.reward,
                 "parts": episode.reward_parts,

@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+from making import save_caller
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import pgrpo
@@ -41,6 +42,37 @@ def half(logprobs_BR, advantages_BR, mask_BR, counts):
     return -(logprobs_BR * advantages_BR)[mask_BR].sum() / counts.tokens / 2
 def picky(completions):
     return [float("nan") if "1" in c else 1.0 for c in completions]
+def tool(answer):
+    def f(n: int) -> str:
+        '''Say.
+
+        Args:
+            n: A number.
+        '''
+        return answer(n)
+    return f
+f, fails, loud = tool(str), tool(lambda n: n // 0), tool(lambda n: "a" * 1000)
+slow = tool(lambda n: time.sleep(0.2))
+def g(n: int) -> int:
+    '''Say more.
+
+    Args:
+        n: A number.
+    '''
+def other():
+    def f(m: int) -> str:
+        '''Say.
+
+        Args:
+            m: A number.
+        '''
+    return f
+other = other()
+class Greeting:
+    def __init__(self, text="ab"):
+        self.text = text
+    def reset(self, **row):
+        return self.text
 """
 BASE: dict[str, Any] = {
     "recipe": "addition",
@@ -71,6 +103,20 @@ ANSWERED = COLUMN | {
     "prompt.answer_column": "gold",
     "rewards.functions[0]": {"function": "exact_match", "args": {"column": "gold"}},
 }
+TOOLED = {
+    "model.path": "{tmp}/caller",
+    "prompt.template": None,
+    "prompt.messages": [{"role": "user", "content": "{a}+{b}"}],
+    "data.max_prompt_tokens": 60,
+    "tools": ["{tmp}/own.py:f"],
+    "environment.max_turns": 3,
+    "rollout.max_completion_tokens": 14,
+}
+GREETED = TOOLED | {"environment.factory": "{tmp}/own.py:Greeting"}
+LOUD = TOOLED | {"tools": ["{tmp}/own.py:loud"], "environment.max_episode_tokens": 60}
+SLOW = TOOLED | {"tools": ["{tmp}/own.py:slow"], "train.steps": 1}
+FAILING = TOOLED | {"tools": ["{tmp}/own.py:fails"]}
+OTHER = TOOLED | {"tools": ["{tmp}/own.py:other"]}
 HUB = {"data.path": "someone/sums"}
 LORA = {"model.lora_rank": 2}
 EVAL = {"eval.every": 1, "eval.rows": 4}
@@ -220,6 +266,17 @@ EFFECTS = dict(
         effect("track.wandb", True, "wandb"),
         effect("track.wandb_project", "sums", "wandb", base={"track.wandb": True}),
         effect("track.tensorboard", True, "files"),
+        effect("tools", ["{tmp}/own.py:f", "{tmp}/own.py:g"], "completions", base=TOOLED),
+        effect("environment.factory", "{tmp}/own.py:Greeting", "completions", base=TOOLED),
+        effect("environment.args", {"text": "cd"}, "completions", base=GREETED),
+        effect("environment.max_turns", 2, "completions", "plan", base=TOOLED),
+        effect("environment.max_tool_calls", 1, "completions", base=TOOLED),
+        effect("environment.max_episode_tokens", 20, "completions", "plan", base=TOOLED),
+        effect("environment.overlong", "end", "completions", base=LOUD),
+        effect("environment.call_timeout_s", 0.05, "completions", base=SLOW),
+        effect("environment.episode_timeout_s", 0.3, "completions", base=SLOW),
+        effect("environment.on_error", "end", "completions", base=FAILING),
+        effect("environment.on_bad_call", "end", "completions", base=OTHER),
     ]
 )  # fmt: skip
 
@@ -254,6 +311,7 @@ def folder(tmp_path_factory) -> Path:
         torch.manual_seed(seed)
         script["make_model"]().save_pretrained(tmp / name)
         script["make_tokenizer"]().save_pretrained(tmp / name)
+    save_caller(tmp / "caller")
     (tmp / "own.py").write_text(OWN)
     recipe = (ROOT / "recipes" / "addition.yaml").read_text().replace("addition.py", str(ROOT / "recipes/addition.py"))
     (tmp / "recipe.yaml").write_text(recipe.replace("{a}+{b}=", "{b}+{a}+"))

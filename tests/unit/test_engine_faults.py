@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from making import save_caller
 
 import pgrpo
 from pgrpo import checkpoint, grpo
@@ -41,10 +42,12 @@ def train(tiny_model, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(FAKES)
     assert not any(name.partition(".")[0] == "vllm" for name in sys.modules)
 
-    def run(fault, *more, resume=None):
+    def run(fault, *more, resume=None, tools=()):
         monkeypatch.setenv("FAULT", fault)
         try:
-            return pgrpo.train("quickstart", keys(tiny_model, tmp_path, *more), rewards=[reward], resume=resume)
+            return pgrpo.train(
+                "quickstart", keys(tiny_model, tmp_path, *more), rewards=[reward], tools=tools, resume=resume
+            )
         finally:
             sys.modules.pop("vllm", None)
 
@@ -59,6 +62,30 @@ def saved(folder):
     """Names of the checkpoints, all of them whole."""
     paths = sorted((folder / "run" / "checkpoints").iterdir())
     return [path.name for path in paths if checkpoint.verify(path)]
+
+
+def f(n: int) -> int:
+    """Say it.
+
+    Args:
+        n: A number.
+    """
+    return n
+
+
+def test_turns_with_tools_join_vllms_steps_and_are_sampled_again_if_aborted(train, tmp_path, caplog, tmp_path_factory):
+    model = tmp_path_factory.mktemp("caller")
+    save_caller(model)
+    chat = ["prompt.template=null", "prompt.messages=[{role: user, content: '{a}+{b}'}]", "data.max_prompt_tokens=20"]
+    keys = ["environment.max_turns=3", "rollout.max_completion_tokens=14", "rollout.group_size=2", "train.steps=2"]
+    train("give_up:5", f"model.path={model}", *chat, *keys, "track.completions=8", tools=[f])
+    assert caplog.text.count("(abort): it is sampled again") == 1
+    rows = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 16 and all(row["episodes/turns/mean"] > 2 for row in metrics)
+    told = [m for row in rows for m in row["messages"] if m["role"] == "tool" and m["content"] == "1"]
+    assert len(told) > 16
+    assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in metrics)  # of sampled tokens alone
 
 
 def test_an_engine_that_dies_ends_the_run_with_the_last_step_saved(train, tmp_path, caplog):

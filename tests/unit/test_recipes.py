@@ -77,6 +77,7 @@ JSONL = {"question": "What is 3 times 4?", "answer": 12}
 SAMPLES = {
     "addition": ({"a": 12, "b": 34, "answer": "46"}, ("46", 1.0), ("47", 0.0)),
     "arithmetic": ({"a": 12, "b": 34, "answer": "46"}, (" 46", 1.0), (" 46.", 0.0)),
+    "calculator": ({"a": 12, "b": 34, "answer": "408"}, ("408", 1.0), ("409", 0.0)),
     "code": (
         MBPP,
         ("So:\n```python\ndef add(a, b):\n    return a + b\n```", 1.0),
@@ -131,7 +132,7 @@ def test_math_recipe_masks_an_answer_that_is_no_mathematics() -> None:
     assert overlong.args == {"max_tokens": config.rollout.max_completion_tokens, "cache_tokens": 1024}
 
 
-@pytest.mark.parametrize("file", ["addition.py", "countdown.py"])
+@pytest.mark.parametrize("file", ["addition.py", "calculator.py", "countdown.py"])
 def test_generated_rows_are_deterministic_and_disjoint(file: str) -> None:
     rows = of_recipe(file, "rows")
     train, held_out = rows("train"), rows("eval")
