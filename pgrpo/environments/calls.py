@@ -53,23 +53,25 @@ class Calls:
         Raises:
             CallFailed, CallTimeout
         """
-        try:
-            async with asyncio.timeout(timeout_s) as limit:
-                if inspect.iscoroutinefunction(function):
-                    result = await asyncio.wrap_future(self._user.submit(_contained(function, arguments)))
-                else:
-                    async with self._room:
-                        result = await asyncio.wrap_future(_in_thread(function, arguments))
-                if inspect.isawaitable(result):  # of a plain function around an async one
-                    result = await asyncio.wrap_future(self._user.submit(_contained(lambda: result, {})))
-                return result
-        except TimeoutError:
-            assert limit.expired()
-            raise CallTimeout from None
+        if inspect.iscoroutinefunction(function):
+            return await _within(timeout_s, self._user.submit(_contained(function, arguments)))
+        async with self._room:
+            result = await _within(timeout_s, _in_thread(function, arguments))
+        if inspect.isawaitable(result):  # of a plain function around an async one
+            result = await _within(timeout_s, self._user.submit(_contained(lambda: result, {})))
+        return result
 
     def close(self) -> None:
         self.episodes.close()
         self._user.close()
+
+
+async def _within(timeout_s: float, call: Future[Any]) -> Any:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.wrap_future(call)
+    except TimeoutError:  # the call's own is a CallFailed
+        raise CallTimeout from None
 
 
 async def _contained(function: Callable[..., Awaitable[Any]], arguments: Mapping[str, Any]) -> Any:
