@@ -1,5 +1,5 @@
 """Makes the episodes of a rollout: one turn of text, or turns with tools and environments, token by token.
 
-Begin with ``episodes.py`` (the loop). ``chat.py`` keeps an episode's tokens, ``parsing.py`` reads calls, ``tools.py`` knows what
-may be called, ``calls.py`` calls it with a deadline, ``turns.py`` hands turns to the engine.
+Begin with ``episodes.py`` (the loop) and ``player.py`` (one episode). ``chat.py`` keeps an episode's tokens, ``parsing.py`` reads
+calls, ``tools.py`` knows what may be called, ``calls.py`` calls it with a deadline, ``turns.py`` hands turns to the engine.
 """

@@ -12,8 +12,8 @@ from pgrpo.config import Config, ConfigError
 from pgrpo.config.schema import PYTHON
 from pgrpo.distributed.world import World
 from pgrpo.environments.chat import Chat, Transition
-from pgrpo.environments.episodes import Episodes, SingleTurn, ToolLoop, kind_name
-from pgrpo.environments.tools import Kind, Tool, check_names, load_kinds, load_tools
+from pgrpo.environments.episodes import Episodes, SingleTurn, ToolLoop
+from pgrpo.environments.tools import Kind, Tool, check_names, kind_name, load_kinds, load_tools
 from pgrpo.rollout.base import RolloutEngine
 
 

@@ -177,3 +177,14 @@ def check_names(tools: Sequence[Tool], key: str) -> None:
     names = [tool.name for tool in tools]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"{key}: two tools are called `{twice}`; rename one of them")
+
+
+def kind_name(kinds: Mapping[str, Kind], row: Mapping[str, Any]) -> str:
+    """The name of a row's class of environments. ConfigError if there is none of that name."""
+    if not kinds or "" in kinds:
+        return ""
+    if (name := row.get("environment")) not in kinds:
+        raise ConfigError(
+            f"environment.factory: a row has {name!r:.80} in its column `environment`; there are {', '.join(kinds)}"
+        )
+    return str(name)

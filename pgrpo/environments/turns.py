@@ -30,6 +30,7 @@ class Turns:
         self._running = episodes  # they neither wait for a completion nor have ended
         self._waiting: dict[Key, tuple[Request, asyncio.Future[Completion]]] = {}
         self._taken: list[asyncio.Future[Completion]] = []
+        self._answered = 0
 
     async def complete(self, key: Key, request: Request) -> Completion:
         """The completion of a request with one seed; called by an episode on its loop."""
@@ -62,11 +63,17 @@ class Turns:
             self._taken += [future for _, future in batch]
         return [request for request, _ in batch]
 
+    def check(self) -> None:
+        """RuntimeError if the engine is done and has not answered every request: its episodes would wait for ever."""
+        if missing := len(self._taken) - self._answered + len(self._waiting) + self._running:
+            raise RuntimeError(f"the engine returned without {missing} turns that episodes wait for")
+
     def finished(self, position: int, completions: list[Completion]) -> None:
         """``rollout.base.OnFinished``: hand a completion to its episode."""
         future = self._taken[position]
         with self._changed:
             self._running += 1
+            self._answered += 1
 
         def hand_over(completion: Any = completions[0]) -> None:
             if not future.done():  # the rollout was broken off

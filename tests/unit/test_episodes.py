@@ -497,6 +497,20 @@ def test_of_200_random_episodes_the_samples_hold_the_very_ids_that_were_sampled(
             assert whole[: len(history) + len(said)] == history + said
 
 
+def test_an_engine_that_drops_a_turn_is_an_error():
+    class Drops(Scripted):
+        def sample(self, requests, params, on_finished, more):
+            assert more("any")
+
+    toolbox = Toolbox(load_tools([], [add]), {})
+    engine: Any = Drops(turns("ok<|im_end|>"))
+    chats = toolbox.chats(TOKENIZER, [END], {})
+    made = ToolLoop(engine, toolbox.tools, {}, chats, EnvironmentConfig(), 100, 300, lambda: False)
+    with pytest.raises(RuntimeError, match=r"the engine returned without \d turns that episodes wait for"):
+        made.generate([prompt_of(toolbox)], PARAMS, [[1, 2]], 1, lambda *_: None)
+    made.close()
+
+
 @pytest.mark.parametrize(
     ("tools", "message"),
     [

@@ -180,7 +180,7 @@ class VLLMEngine:
         )
 
         def take(position: int, output: Any) -> None:
-            if place <= position < place + count:
+            if self.tp_group is None or place <= position < place + count:
                 completions = self._completions(output, params)
                 on_finished(position - place, completions * group_size if greedy else completions)
 
