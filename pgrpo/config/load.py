@@ -22,6 +22,8 @@ from pgrpo.config.source import Source, one_line, read_file, read_mapping, read_
 
 RECIPE_SECTIONS = ("data", "prompt", "rollout", "rewards", "tools", "environment")
 RECIPE_ROLLOUT = ("max_completion_tokens", "temperature", "top_p", "top_k", "stop")
+FILES = re.compile(r"data\.(eval_)?path|(rewards\.functions|loss)\.function|tools|environment\.factory(\..*)?")
+"""Keys that may name a file, relative to the YAML."""
 
 
 def load_config(
@@ -59,7 +61,7 @@ def load_config(
     OmegaConf.register_resolver("now", lambda pattern: datetime.now().strftime(pattern), use_cache=True, replace=True)
     OmegaConf.register_resolver("oc.env", secrets.environment, replace=True)
     try:
-        layers = [_anchored(item) for item in sources]
+        layers = [_anchored(item.values, item.folder) for item in sources]
         check_interpolations([*layers, *(_nested(key, value) for key, value in changes)])
         merged = _merge(layers, changes)
         if preset := merged.loss.preset:
@@ -175,21 +177,13 @@ def _read_recipe(name: Any, beside: Path) -> Source:
     return recipe
 
 
-def _anchored(source: Source) -> dict[str, Any]:
+def _anchored(value: Any, folder: Path, key: str = "") -> Any:
     """Return the values with data files and Python files in the source's folder as absolute paths."""
-    values = dict(source.values)
-    if data := values.get("data"):
-        values["data"] = {k: _anchor(v, source.folder) if k in ("path", "eval_path") else v for k, v in data.items()}
-    if functions := (values.get("rewards") or {}).get("functions"):
-        anchored = [{k: _anchor(v, source.folder) if k == "function" else v for k, v in f.items()} for f in functions]
-        values["rewards"] = {**values["rewards"], "functions": anchored}
-    if loss := values.get("loss"):
-        values["loss"] = {k: _anchor(v, source.folder) if k == "function" else v for k, v in loss.items()}
-    if tools := values.get("tools"):
-        values["tools"] = [_anchor(tool, source.folder) for tool in tools]
-    if factory := (values.get("environment") or {}).get("factory"):
-        values["environment"] = {**values["environment"], "factory": _anchor_all(factory, source.folder)}
-    return values
+    if isinstance(value, dict):
+        return {name: _anchored(item, folder, f"{key}.{name}".lstrip(".")) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_anchored(item, folder, key) for item in value]
+    return _anchor(value, folder) if FILES.fullmatch(key) else value
 
 
 def _anchor_all(value: Any, folder: Path) -> Any:
