@@ -80,7 +80,7 @@ class _Display:
         columns = TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[text]}")
         name = f"{self.title}  {count.what}" if self.title else count.what
         with suppress(OSError), Progress(*columns, console=self.console, auto_refresh=False, transient=True) as bar:
-            task = bar.add_task(name, total=count.total, text="")
+            task = bar.add_task(name, total=count.total, text=self._text(count))
             while True:
                 bar.update(task, text=self._text(count), completed=count.done, refresh=True)
                 if over.wait(REFRESH_S):
