@@ -5,6 +5,7 @@ import runpy
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import making
 import pytest
@@ -251,7 +252,7 @@ def test_what_needs_a_reward_is_refused_without_one(tiny_model, teacher, tmp_pat
 
 
 def test_the_memory_plan_counts_the_teacher(tiny_model, teacher):
-    heads = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+    heads: dict[str, Any] = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
     small, large = (
         ModelDims.from_config(Qwen3Config(hidden_size=h, intermediate_size=3 * h, num_hidden_layers=n, num_attention_heads=q,
                                           tie_word_embeddings=tied, **heads))
