@@ -1,7 +1,7 @@
 """On-policy distillation of the quick start's model from a larger one that adds well: exact match and KL over steps.
 
 The teacher is six times as large and trained on sums until it is right nearly always. Both forms of the KL without a reward (exact
-match is logged with weight 0), and one with it; each with three seeds. About five minutes on one CPU core.
+match is logged with weight 0), and one with it; each with three seeds. About three minutes on one idle CPU core.
 
     python benchmarks/distill.py [--out benchmarks/distill.json]
 """
@@ -21,8 +21,8 @@ import pgrpo
 from pgrpo.planning.flops import ModelDims, forward_flops
 
 ROOT = Path(__file__).resolve().parents[1]
-TEACHER = {"width": 128, "layers": 3, "steps": 2000}
-STEPS, EVERY, MATCH = 200, 50, "eval/greedy/rewards/exact_match/mean"
+TEACHER = {"width": 128, "layers": 3, "steps": 1500}
+STEPS, EVERY, MATCH = 150, 50, "eval/greedy/rewards/exact_match/mean"
 FORMS = {
     "sampled": ["loss.teacher_kl=sampled", "rewards.functions[0].weight=0"],
     "full": ["loss.teacher_kl=full", "rewards.functions[0].weight=0"],
