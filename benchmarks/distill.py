@@ -83,8 +83,8 @@ def main() -> None:
             print(f"\n{form}: step, greedy exact match and KL a token of each seed")
             for at in zip(*runs, strict=True):
                 print(f"{at[0]['step']:5d}  " + "   ".join(f"{row['exact_match']:.3f} {row['kl']:.3f}" for row in at))
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            if args.out:
+                args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
