@@ -13,6 +13,7 @@ from rich.console import Console
 
 from pgrpo.config import Config, RewardConfig
 from pgrpo.distributed.world import World
+from pgrpo.environments.episodes import SingleTurn
 from pgrpo.rewards import RewardRunner
 from pgrpo.tracking import live
 from pgrpo.training.messages import closing_summary
@@ -104,10 +105,10 @@ def test_a_rollout_counts_prompts_and_then_rewards(at_once):
         return [1.0] * len(completions)
 
     prompts = [Prompt(i, "p", [1], {"answer": "a"}) for i in range(3)]
-    world, engine = World(0, 1, torch.device("cpu")), Engine()
+    world, engine = World(0, 1, torch.device("cpu")), SingleTurn(Engine())  # pyright: ignore[reportArgumentType]
     with live.showing(shown), RewardRunner([RewardConfig("exact_match")], on_error="raise", extra=[slow]) as rewards:
         params = SamplingParams(4)
-        sample_and_score(engine, rewards, world, prompts, params, [[0, 1]] * 3, "evaluation")  # pyright: ignore[reportArgumentType]
+        sample_and_score(engine, rewards, world, prompts, params, [[0, 1]] * 3, "evaluation")
 
 
 def test_the_closing_lines_have_the_best_and_the_last_evaluation(tmp_path):
