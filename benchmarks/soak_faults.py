@@ -31,7 +31,7 @@ DISK, EVENTS, REWARD = FOLDER / "disk", FOLDER / "events.jsonl", FOLDER / "rewar
 BALLAST = DISK / "ballast"
 
 
-def reward(completions: list[str], answer: list[Any], **columns: Any) -> list[float]:
+def reward(completions: list[str], answer: list[Any], **columns: Any) -> list[float | ValueError]:
     """Exact match, unless a fault is due. In the worker process."""
     if REWARD.exists():
         kind, _, left = REWARD.read_text().partition(" ")

@@ -90,7 +90,7 @@ def main() -> None:
 
             engine_sample(requests, params, finished, more)
 
-        loop.engine.sample = sample
+        loop.engine.sample = sample  # pyright: ignore[reportAttributeAccessIssue]
         with parts.engine.awake(0):
             for seconds in args.waits:
                 SECONDS = seconds

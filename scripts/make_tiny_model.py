@@ -87,7 +87,7 @@ def warm_start(
 def sampled_exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, rows: list[dict]) -> float:
     """Share of right answers, one sample a row at temperature 1. All prompts must have the same length."""
     inputs = tokenizer([f"{row['a']}+{row['b']}=" for row in rows], return_tensors="pt")
-    output = model.generate(  # pyright: ignore[reportAttributeAccessIssue]
+    output = model.generate(  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
         input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, do_sample=True, max_new_tokens=4
     )
     answers = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)

@@ -74,7 +74,7 @@ def sampled_step(world, together):
     rest = iter([Prompt(i, f"prompt {i}", [1], {"answer": i}) for i in range(9)])
     judge = Judge()
     parts = SimpleNamespace(
-        config=config, world=replace(world, sequence_parallel_size=together), episodes=SingleTurn(Echo()),
+        config=config, world=replace(world, sequence_parallel_size=together), episodes=SingleTurn(Echo()),  # pyright: ignore[reportArgumentType]
         rewards=judge, stream=SimpleNamespace(take=lambda n: [next(rest) for _ in range(n)]),
     )  # fmt: skip
     groups, all_groups, metrics = sample_groups(parts, 5)  # pyright: ignore[reportArgumentType]

@@ -280,7 +280,7 @@ def test_decoding_step_by_step_equals_the_packed_forest(options):
     want = reference(layout, **options)(q, k, v, sinks)
     options = dict(options)
     sinks = sinks if options.pop("has_sinks", False) else None
-    cache = DecodeCache(prompts, 2, steps, torch.device("cpu"))
+    cache = DecodeCache(prompts, [2, 2], steps, torch.device("cpu"))
     got = cache.attend(q[:8], k[:8], v[:8], 0.25, layer=0, sinks_H=sinks, **options)
     assert (got - want[:8]).abs().max() < 1e-13
     starts = torch.tensor([node.start for node in layout.nodes[2:]])

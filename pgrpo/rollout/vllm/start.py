@@ -153,7 +153,8 @@ def _warm_up_this_model_only(device: torch.device) -> None:
     """vLLM 0.26 compiles 64 kernels for routers of four large models at every start, whatever the model, wherever flash-attn-4's
     compiler is installed. Later releases look at the model first."""
     if device.type == "cuda" and release(package().__version__) == "0.26":
-        importlib.import_module("vllm.model_executor.warmup.kernel_warmup")._LL_BF16_WARMUP_MODEL_SHAPES = ()
+        warm_up: Any = importlib.import_module("vllm.model_executor.warmup.kernel_warmup")
+        warm_up._LL_BF16_WARMUP_MODEL_SHAPES = ()
 
 
 def _graph_sizes(config: Config, world: World) -> dict[str, list[int]]:

@@ -1,0 +1,28 @@
+"""The quick start's task is learned by models with windows, sinks and experts, sampled by the embedded engine."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+import pgrpo
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt_oss"])
+def test_the_reward_rises(kind, tmp_path, monkeypatch):
+    """By 0.2 at least in 500 steps; measured: 0.11 to 0.61, and 0.09 to 0.54."""
+    monkeypatch.setattr(sys, "argv", ["make_tiny_model.py", "--model", kind, "--out", str(tmp_path / "model")])
+    runpy.run_path(str(ROOT / "scripts" / "make_tiny_model.py"), run_name="__main__")
+    changes = {"model.path": tmp_path / "model", "run_dir": tmp_path / "run", "train.steps": 500, "eval.every": 0}
+    run = pgrpo.train("quickstart.yaml", [f"{key}={value}" for key, value in changes.items()])
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rewards = [row["reward"] for row in rows if row.get("reward") is not None]
+    first, last = fmean(rewards[:20]), fmean(rewards[-20:])
+    print(f"{kind}: reward {first:.3f} in the first 20 steps, {last:.3f} in the last")
+    assert last > first + 0.2
