@@ -82,9 +82,9 @@ def test_a_rank_is_sent_no_text(tiny_model):
     micro_batches(learner, [both])
     for word in (b"much text", b"42", b"a long answer"):
         assert word in pickle.dumps(both) and word not in pickle.dumps(sent)
-    (((tree,),),) = sent
-    assert (tree.prompt_ids, tree.samples) == ([1, 2], both.samples)
-    one, other = tree.samples
+    ((forest,),) = sent
+    assert forest.samples == both.samples and forest.rows == 2 + 2 + 1
+    one, other = forest.samples
     assert (one.token_ids, one.rollout_logprobs, one.mask) == ([4, 5], [-1.0, -2.0], [True, False])
     assert (one.advantages, other.advantages) == ([0.5, 0.5], [-0.5])
 

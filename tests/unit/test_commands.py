@@ -56,7 +56,7 @@ def test_a_dry_run_can_be_pasted_into_a_file(model, tmp_path, capsys):
     shown, _, costs = capsys.readouterr().out.rpartition("\nmodel  ")
     (tmp_path / "again.yaml").write_text(shown)
     assert load_config(tmp_path / "again.yaml") == replace(dry, recipe=None)
-    assert costs.count("\n") == 8
+    assert costs.count("\n") == 9
 
 
 def test_a_dry_run_on_several_ranks_is_shown_once(model, tmp_path, capsys, monkeypatch):

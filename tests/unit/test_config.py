@@ -571,6 +571,7 @@ NUMBERS = {key: (hint, metadata) for key, hint, metadata in numbers()}
 def test_the_walk_finds_every_number() -> None:
     found = {key.partition("[")[0] for key, value in leaves(load_config(BASE)) if type(value) in (int, float)}
     found |= {
+        "environment.max_episode_tokens",
         "eval.temperature",
         "loss.clip_dual",
         "loss.off_policy_threshold",

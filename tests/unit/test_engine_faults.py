@@ -82,7 +82,7 @@ def test_turns_with_tools_join_vllms_steps_and_are_sampled_again_if_aborted(trai
     assert caplog.text.count("(abort): it is sampled again") == 1
     rows = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 16 and all(row["episodes/turns/mean"] > 2 for row in metrics)
+    assert len(rows) == 16 and all(row["episodes/turns/mean"] > 1 for row in metrics)
     told = [m for row in rows for m in row["messages"] if m["role"] == "tool" and m["content"] == "1"]
     assert len(told) > 16
     # Of sampled tokens alone; a step of equal rewards has none.

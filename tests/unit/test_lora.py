@@ -161,7 +161,7 @@ def test_a_layer_that_is_not_there_and_a_missing_peft_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match=wanted):
         check_lora(config, dims)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"^model.lora_rank=4: LoRA needs peft: pip install 'pgrpo\[lora\]'$"):
+    with pytest.raises(ConfigError, match=r"^model.lora_rank=4: LoRA needs peft: pip install -e '\.\[lora\]'$"):
         check_lora(config, dims)
     check_lora(ModelConfig(path="some/phi3"), dims)
 

@@ -70,8 +70,10 @@ def test_too_many_skipped_updates_in_a_row_stop_the_run_with_the_batch(tiny_mode
     assert [row["skipped_updates"] for row in rows(run)] == [1, 0, 1, 1]
     batch = json.loads((run / "bad_batch_step_5.json").read_text())
     assert len(batch) == 4 and len(batch[0]["episodes"]) == 4
-    first = batch[0]["episodes"][0]
-    assert first["reward"] == 1e60 and batch[0]["prompt"]["text"] and first["samples"][0]["token_ids"]
+    spoiled_one = max(
+        (episode for group in batch for episode in group["episodes"]), key=lambda episode: episode["reward"]
+    )
+    assert spoiled_one["reward"] == 1e60 and spoiled_one["samples"][0]["token_ids"] and batch[0]["prompt"]["text"]
     newest = checkpoint.latest(run / "checkpoints")
     assert newest is not None and newest == run / "checkpoints" / "step_4"
     assert all(t.isfinite().all() for t in checkpoint.load(newest)[0]["model"].values())

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.timeout(120)
 def test_not_installed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "find_spec", lambda _: None)
     for call in (lambda: check_task("chain_sum"), lambda: ReasoningGym()([], [], [], [])):
-        with pytest.raises(ValueError, match=r"pip install 'pgrpo\[reasoning-gym\]'"):
+        with pytest.raises(ValueError, match=r"pip install -e '\.\[reasoning-gym\]'"):
             call()
 
 

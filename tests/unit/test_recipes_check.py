@@ -15,7 +15,12 @@ from pgrpo.commands.check import check
 from pgrpo.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
-CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+CHAT = (
+    "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 # Rows of the recipes that read a data set. The others make theirs.
 ROWS = {
     "code": [
@@ -108,16 +113,15 @@ def test_every_recipe_that_reads_a_data_set_says_its_columns() -> None:
 def test_check_shows_a_masked_reward_and_goes_on(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The recipe math lets a run go on where an answer of the data is no mathematics; so does its check."""
+    """The recipe math lets a run go on where a reward fails; so does its check."""
     keys = overrides("math", model, tmp_path)
-    rows = [{"problem": f"What is {i}?", "solution": ""} for i in range(4)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    reward = "rewards.functions=[{function: exact_match, args: {column: solution}}]"
+    (tmp_path / "mine.py").write_text("def fails(completions, **columns):\n    raise ValueError('cannot grade')\n")
+    reward = f"rewards.functions=[{{function: '{tmp_path}/mine.py:fails'}}]"
     config = load_config("smollm2_135m", [*keys, reward])
     assert config.rewards.on_error == "mask"
     check(config)
     shown = capsys.readouterr().out
-    first = "the first error: reward `exact_match` (rewards.functions[0]) failed"
+    first = "the first error: reward `fails` (rewards.functions[0]) failed"
     assert f"check: 8 completions left out, as a reward failed on them; {first}" in caplog.text
     assert shown.count("--- reward None") == 4
     assert shown.endswith("all checks passed\n")

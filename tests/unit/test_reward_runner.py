@@ -600,11 +600,6 @@ def test_config_errors(config: RewardConfig, message: str):
         runner(config)
 
 
-def test_no_rewards():
-    with pytest.raises(ConfigError, match=r"rewards\.functions is empty"):
-        runner()
-
-
 @pytest.mark.parametrize(
     ("function", "column"),
     [

@@ -195,14 +195,14 @@ def test_always_where_it_cannot_run_is_refused_and_auto_says_why(monkeypatch, ca
     always = config("always")
     always.rollout.allow_untested_vllm = True
     with pytest.raises(
-        ConfigError, match=r"rollout\.shared_decode: always, but it knows vLLM 0\.26, and this is 0\.27\.0"
+        ConfigError, match=r"rollout\.shared_decode: always, but it knows vLLM 0\.26, .*, and this is 0\.27\.0"
     ):
         vllm_start.check_version(always, gpu)
     caplog.set_level(logging.INFO)
     plainly = "each completion reads its prompt for itself: "
-    said = f"{plainly}it knows vLLM 0.26, and this is 0.27.0"
-    assert vllm_start._shared_backend(config(), "cuda") == (None, said)
-    assert "it knows vLLM 0.26, and this is 0.27.0" in caplog.text
+    knows = f"it knows vLLM {', '.join(shared_decode.KNOWN)}, and this is 0.27.0"
+    assert vllm_start._shared_backend(config(), "cuda") == (None, plainly + knows)
+    assert knows in caplog.text
     assert shared_decode.cannot(config("always"), "cuda", "0.26.0") is None
     assert shared_decode.cannot(config("always"), "cpu", "0.26.0") == "it needs a GPU"
     monkeypatch.setattr(shared_decode, "RAN", ())

@@ -520,8 +520,8 @@ def test_a_wandb_without_login_is_refused_before_anything_is_loaded(tmp_path, mo
 @pytest.mark.parametrize(
     ("key", "module", "fix"),
     [
-        ("wandb", "wandb", r"pip install 'pgrpo\[wandb\]'"),
-        ("tensorboard", "torch.utils.tensorboard", r"pip install 'pgrpo\[tensorboard\]'"),
+        ("wandb", "wandb", r"pip install -e '\.\[wandb\]'"),
+        ("tensorboard", "torch.utils.tensorboard", r"pip install -e '\.\[tensorboard\]'"),
     ],
 )
 def test_missing_package(tmp_path, monkeypatch, key, module, fix):
