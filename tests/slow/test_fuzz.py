@@ -27,7 +27,14 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 CHATTY = [c for c in CONFIGS if "chat_template_kwargs" in c.read_text()]  # at odds with a recipe that has a raw prompt
 RAW = [r for r in RECIPES if "\n  template:" in r.read_text()]
-PAIRS = [(config, recipe) for config in CONFIGS for recipe in RECIPES if not (config in CHATTY and recipe in RAW)]
+TOOLED = [c for c in CONFIGS if "\nenvironment:" in c.read_text()]  # has keys without effect for a recipe without tools
+CALLING = [r for r in RECIPES if "\ntools:" in r.read_text()]
+PAIRS = [
+    (config, recipe)
+    for config in CONFIGS
+    for recipe in RECIPES
+    if not (config in CHATTY and recipe in RAW) and (config not in TOOLED or recipe in CALLING)
+]
 EXAMPLES = 500
 
 SCALARS = [
