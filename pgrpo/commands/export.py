@@ -46,6 +46,7 @@ def export(
     path = latest(root) if step is None else root / f"{PREFIX}{step}"
     if path is None:
         raise ConfigError(f"{root}: there is no readable checkpoint")
+    trained = int(path.name.removeprefix(PREFIX))
     weights = load(path, only=("model",))[0].get("model")
     if weights is None:
         raise CheckpointError(f"{path}: has no tensor set named model")
@@ -57,13 +58,14 @@ def export(
     try:
         model.save_pretrained(writing)
         copy_source_files(initial, writing, dtype, model.config.model_type)
-        write_card(run_dir, int(path.name.removeprefix(PREFIX)), writing, out.name)
+        write_card(run_dir, trained, writing, out.name)
         # safetensors creates files that only their owner can read; a server may run as another user.
         for file in writing.glob("*.safetensors"):
             file.chmod((writing / "config.json").stat().st_mode)
         writing.rename(out)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
+    print(f"wrote {out}: the weights after step {trained}, {dtype}")
     return out
 
 

@@ -98,10 +98,11 @@ def test_from_pretrained_gives_equal_logits(tmp_path, tied):
 
 
 @torch.no_grad()
-def test_step_and_dtype(tmp_path):
+def test_step_and_dtype(tmp_path, capsys):
     run, trained = write_run(tmp_path)
     (tmp_path / "out").mkdir()
     out = export(run, tmp_path / "out", step=1, dtype="bfloat16")
+    assert capsys.readouterr().out.endswith(f"wrote {out}: the weights after step 1, bfloat16\n")
     loaded = AutoModelForCausalLM.from_pretrained(out)
     source = json.loads((tmp_path / "initial" / "config.json").read_text())
     assert json.loads((out / "config.json").read_text()) == source | {"dtype": "bfloat16"}
