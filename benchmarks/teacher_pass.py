@@ -73,8 +73,8 @@ def allocated_at_most(work: Callable[[], Any]) -> int:
     """Bytes that a call holds at its peak on the CPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
-    assert profile.profiler is not None and profile.profiler.kineto_results is not None
-    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    results: Any = profile.profiler and profile.profiler.kineto_results
+    changes = [event.nbytes() for event in results.events() if event.name() == "[memory]"]
     return max(accumulate(changes, initial=0))
 
 
