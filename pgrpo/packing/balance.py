@@ -82,7 +82,9 @@ def _divisions(
     whole: Sorted, dp_size: int, budget: int, cost: Callable[[Work], float], attention: AttentionChoice, is_shared: bool
 ) -> Iterator[_Division]:
     tried: list[np.ndarray] = []
-    leasts = LEAST_SHARED if attention.flops_per_ns else LEAST_SHARED[:1]
+    longest = int(whole.shared.max())  # above it all leasts are alike
+    leasts = [n for n in LEAST_SHARED[:-1] if n <= longest] + [LEAST_SHARED[-1]]
+    leasts = leasts if attention.flops_per_ns else LEAST_SHARED[:1]
     for least in leasts if is_shared else (0,):
         kept = whole.kept(least) if is_shared else np.zeros_like(whole.shared)
         if any(np.array_equal(kept, other) for other in tried):
