@@ -21,11 +21,11 @@ from threading import Barrier, Event, Thread
 
 import torch
 
-LOOK_EVERY_S = 0.2
+LOOK_EVERY_S = 0.5
 CONTENDED, CALM = 0.1, 0.02
 """Seconds a second that this process's threads queue for a core, in sum: above the first, waiting threads are to sleep; below the
 second for ``CALM_S``, they may spin again."""
-CALM_S = 5.0
+CALM_S = 2.0
 
 
 @contextmanager
