@@ -18,7 +18,8 @@ from pgrpo.config.interpolation import check_interpolations
 from pgrpo.config.presets import PRESETS
 from pgrpo.config.rules import check_values, factories, leaves
 from pgrpo.config.schema import PYTHON, Config, ConfigError, RewardsConfig
-from pgrpo.config.source import Source, one_line, read_file, read_mapping, read_override
+from pgrpo.config.source import Source, read_file, read_mapping, read_override
+from pgrpo.config.strict_yaml import one_line
 
 RECIPE_SECTIONS = ("data", "prompt", "rollout", "rewards", "tools", "environment")
 RECIPE_ROLLOUT = ("max_completion_tokens", "temperature", "top_p", "top_k", "stop")

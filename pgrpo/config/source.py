@@ -1,10 +1,11 @@
-"""Reads one YAML file, mapping or ``key=value`` override strictly: types, unknown and duplicate keys, YAML's traps.
+"""Reads one YAML file, mapping or ``key=value`` override strictly: known keys, right types.
 
 The checks run before OmegaConf, which converts silently (``010`` in a text field becomes '8').
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import types
@@ -14,13 +15,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pgrpo.config.names import is_foreign, suggest
 from pgrpo.config.schema import Config, ConfigError
-from pgrpo.config.secrets import redact
+from pgrpo.config.strict_yaml import Marks, at, one_line, parse
 
 KINDS = {
     str: "text",
@@ -30,9 +30,6 @@ KINDS = {
     dict: "a mapping",
     list: "a list",
 }
-DEEPEST, MOST_VALUES, MOST_CHARACTERS = 50, 10_000, 2**18
-"""Limits of one file or override: nesting depth, keys and values, characters."""
-Marks = dict[str, tuple[int, str | None]]
 
 
 @dataclass
@@ -55,7 +52,7 @@ class Source:
         """Return 'FILE:LINE: ' of a key, or the part that is known."""
         if not self.name:
             return ""
-        return f"{_at(self.name, self.marks[key][0]) if key in self.marks else self.name}: "
+        return f"{at(self.name, self.marks[key][0]) if key in self.marks else self.name}: "
 
     def text(self, key: str, value: Any) -> str:
         """Return the scalar as written."""
@@ -119,91 +116,6 @@ def read_override(override: str) -> tuple[str, Any]:
     return key, value
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML loader that reads 1e-6 as a number and a date as text. While it reads, it rejects anchors, tags, and nesting or sizes
-    that would exhaust time or memory."""
-
-    def __init__(self, text: str, name: str) -> None:
-        super().__init__(text)
-        self._name, self._depth, self._count = name, 0, 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event: Any = self.peek_event()
-        place = _at(self._name, event.start_mark.line + 1)
-        if event.anchor:
-            raise ConfigError(
-                f"{place}: anchor {event.anchor!r} is not supported; write ${{other.key}} to refer to a key"
-            )
-        if tag := getattr(event, "tag", None):
-            raise ConfigError(f"{place}: tag {tag.replace('tag:yaml.org,2002:', '!!')!r} is not supported; remove it")
-        self._depth += 1
-        self._count += 1
-        if self._depth > DEEPEST:
-            raise ConfigError(f"{place}: nested too deeply; remove some brackets")
-        if self._count > MOST_VALUES:
-            raise ConfigError(f"{place}: more than {MOST_VALUES} keys and values; move data into the data set")
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":timestamp", ":float"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"[-+]?(\d[\d_]*\.[\d_]*(e[-+]?\d+)?|\d[\d_]*e[-+]?\d+|\.\d[\d_]*(e[-+]?\d+)?"
-        r"|\d[\d_]*(:[0-5]?\d)+\.[\d_]*|\.inf)$|\.nan$",
-        re.IGNORECASE | re.ASCII,
-    ),
-    list("-+0123456789."),
-)
-
-
-def parse(text: str, name: str, key: str = "") -> tuple[Marks, Any]:
-    """Parse YAML text into (marks, value). ConfigError for duplicate keys, tags, anchors and second documents."""
-    if len(text) > MOST_CHARACTERS:
-        raise ConfigError(f"{name}: longer than {MOST_CHARACTERS} characters; move data into the data set")
-    try:
-        loader = _Loader(text, name)
-        root = loader.get_single_node()
-        marks = dict(_marks(root, root.start_mark.line + 1, key, name)) if root else {}
-        return marks, loader.construct_document(root) if root else None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = _at(name, mark.line + 1) if mark else name
-        raise ConfigError(
-            f"{place}: not YAML: {getattr(error, 'problem', None) or one_line(error)}; quote text"
-        ) from error
-    except ValueError as error:  # a number of thousands of digits
-        raise ConfigError(f"{name}: {one_line(error)}; write a shorter number") from error
-
-
-def _marks(node: yaml.Node, line: int, key: str, name: str) -> Iterator[tuple[str, tuple[int, str | None]]]:
-    yield key, (line, node.value if isinstance(node, yaml.ScalarNode) else None)
-    if isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            yield from _marks(item, item.start_mark.line + 1, f"{key}[{i}]", name)
-    elif isinstance(node, yaml.MappingNode):
-        first: dict[str, int] = {}
-        for key_node, item in node.value:
-            line = key_node.start_mark.line + 1
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise ConfigError(f"{_at(name, line)}: a key is {key_node.id}, not text; put the key in quotes")
-            inner = f"{key}.{key_node.value}" if key else key_node.value
-            if inner in first:
-                place = _at(name, line)
-                raise ConfigError(f"{place}: {inner}: duplicate key, first on line {first[inner]}; remove one of them")
-            first[inner] = line
-            yield from _marks(item, line, inner, name)
-
-
-def _at(name: str, line: int) -> str:
-    return name if name.startswith("override") else f"{name}:{line}"
-
-
 def _refuse_unknown_keys(source: Source) -> None:
     """Raise one ConfigError for all keys that the schema does not have: a file of another trainer has many."""
     unknown = list(_unknown_keys(source.values, Config, ""))
@@ -228,7 +140,18 @@ def _unknown_keys(values: Any, hint: Any, key: str) -> Iterator[str]:
             yield from _unknown_keys(item, hints(hint)[name], inner)
         else:
             ends = list(_ends(item, inner))
-            yield from ends if any(map(is_foreign, ends)) else [inner]
+            is_listed = any(map(is_foreign, ends)) and not _is_misspelt(str(name), item, hints(hint))
+            yield from ends if is_listed else [inner]
+
+
+def _is_misspelt(name: str, value: Any, known: dict[str, Any]) -> bool:
+    """Whether an unknown section is a known one with a typo in its name. verl's ``trainer`` is no ``train``, which has none of
+    its keys."""
+    for near in difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75):
+        section = _without_none(known[near])
+        keys = hints(section) if is_dataclass(section) else value if get_origin(section) is dict else ()
+        return 2 * sum(key in keys for key in value) >= len(value)
+    return False
 
 
 def _ends(value: Any, key: str) -> Iterator[str]:
@@ -339,10 +262,3 @@ def valid_keys() -> tuple[str, ...]:
                 yield from walk(inner, f"{prefix}{name}.")
 
     return tuple(walk(Config, ""))
-
-
-def one_line(error: BaseException) -> str:
-    """Return the first line of an error's message. Redact before the split, because a secret may span several lines."""
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    return (redact(str(error)).splitlines() or [type(error).__name__])[0]

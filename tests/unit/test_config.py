@@ -349,6 +349,19 @@ rewards: {functions: [{function: math, wieght: 2}]}
     assert len(refused(many).splitlines()) == 201
 
 
+@pytest.mark.parametrize("typo", ["rgs", "ARGS", "argsx", " args"])
+def test_a_misspelt_section_is_one_fault_whatever_is_in_it(typo: str) -> None:
+    function = {"function": "math", typo: {"max_tokens": 5, "n": 2}}  # both are verl's, elsewhere
+    key = f"rewards.functions[0].{typo}"
+    message = f"{key}: no such key; did you mean rewards.functions[i].args?"
+    assert refused({**BASE, "rewards": {"functions": [function]}}) == message
+    wrong = {"prompts_per_step": 4, "group_size": 2, "max_completion_length": 9}
+    assert refused({**BASE, "rolout": wrong}) == "rolout: no such key; did you mean rollout?"
+    assert refused({**BASE, "rolout": {"n": 2, "n_gpus_per_node": 4}}).startswith(
+        "2 keys are not pgrpo's:\n  rolout.n: "
+    )
+
+
 def test_names_of_other_trainers_lead_to_keys_that_exist() -> None:
     for ours in foreign().values():
         for key in re.findall(r"[a-z_]+(?:\.[a-z_]+)+|run_dir", ours.partition(" (")[0]):
