@@ -23,7 +23,7 @@ CORE = (
     "rollout/embedded",
     "distributed",
 )
-NOT_CORE = ("attention/kernels", "model/families")
+NOT_CORE = ("attention/kernels", "model/kernels", "model/families")
 MOST_CORE_LINES = 2500
 NO_CODE = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER,

@@ -1,6 +1,6 @@
 """Merges attention over two sets of keys by their log-sum-exps; copies keys, and adds up the gradients of the copies.
 
-On a GPU each is one pass over memory (Triton). The plain versions beside them are the specification, and run on a CPU.
+On a GPU each is one pass over memory (``kernels/triton_merge.py``). The code here is the specification, and runs on a CPU.
 
 Q query rows, H query heads, T packed rows, C copied rows, K key/value heads, D head dim
 (of keys and of values, which may differ).
@@ -11,19 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pgrpo.attention.kernels.on_gpu import on_gpu
 
+KERNELS = "pgrpo.attention.kernels.triton_merge"
+
+
+@on_gpu(KERNELS)
 def merge_(out_QHD: Tensor, lse_HQ: Tensor, out_p_QHD: Tensor, lse_p_HQ: Tensor) -> None:
     """Merge attention over a second set of keys into ``out`` and ``lse``, in place. The weights have the LSE's precision."""
-    if out_QHD.device.type == "cuda":
-        from pgrpo.attention.kernels import triton_merge as triton_kernels
-
-        triton_kernels.merge_(out_QHD, lse_HQ, out_p_QHD, lse_p_HQ)
-    else:
-        merge_plain_(out_QHD, lse_HQ, out_p_QHD, lse_p_HQ)
-
-
-def merge_plain_(out_QHD: Tensor, lse_HQ: Tensor, out_p_QHD: Tensor, lse_p_HQ: Tensor) -> None:
-    """``merge_`` as PyTorch operations."""
     lse_p_HQ = lse_p_HQ.masked_fill(lse_p_HQ == float("inf"), float("-inf"))  # rows without keys (FlashAttention-2)
     merged_HQ = torch.logaddexp(lse_HQ, lse_p_HQ)
     weight = torch.exp(lse_HQ - merged_HQ).T.unsqueeze(-1)
@@ -45,15 +40,13 @@ def sink_gradient(dout_QHD: Tensor, out_QHD: Tensor, lse_HQ: Tensor, sinks_H: Te
     return -((sinks_H.to(lse_HQ).unsqueeze(-1) - lse_HQ).exp() * delta_HQ).sum(1).to(sinks_H.dtype)
 
 
+@on_gpu(KERNELS)
 def copy_rows(k_TKD: Tensor, v_TKD: Tensor, source_C: Tensor) -> tuple[Tensor, Tensor]:
     """Rows ``source_C`` (int64) of keys and values: [C, K, D] each."""
-    if k_TKD.device.type == "cuda":
-        from pgrpo.attention.kernels import triton_merge as triton_kernels
-
-        return triton_kernels.copy_rows(k_TKD, v_TKD, source_C)
     return k_TKD.index_select(0, source_C), v_TKD.index_select(0, source_C)
 
 
+@on_gpu(KERNELS)
 def sum_copies(
     dk_CKD: Tensor, dv_CKD: Tensor, source_C: Tensor, order_C: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -65,10 +58,6 @@ def sum_copies(
         order_C: [C] int32, the copies sorted by their source.
         offsets: [T + 1] int32, where each row's copies begin in ``order_C``.
     """
-    if dk_CKD.device.type == "cuda":
-        from pgrpo.attention.kernels import triton_merge as triton_kernels
-
-        return triton_kernels.sum_copies(dk_CKD, dv_CKD, order_C, offsets)
     rows = len(offsets) - 1
     return _sum_copies_plain(dk_CKD, source_C, rows), _sum_copies_plain(dv_CKD, source_C, rows)
 

@@ -1,5 +1,5 @@
 """What is computed of rows of logits: log-probs, entropy, the KL to a teacher, and their gradient. On a GPU by the kernels of
-``logprobs_triton.py``.
+``kernels/logits.py``.
 
 C rows, V vocabulary.
 """
@@ -10,6 +10,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from pgrpo.attention.kernels.on_gpu import on_gpu
+
+KERNELS = "pgrpo.model.kernels.logits"
 
 
 class KlGradient(NamedTuple):
@@ -23,15 +27,12 @@ class KlGradient(NamedTuple):
     dkl_C: Tensor
 
 
+@on_gpu(KERNELS)
 def kl_statistics(
     logits_CV: Tensor, teacher_logits_CV: Tensor, scale: float, teacher_scale: float
 ) -> tuple[Tensor, Tensor]:
     """``sum_v p (log p - log q)`` of each row, p the softmax of ``scale * logits`` and q the teacher's, and the teacher's
     log-sum-exp: [C] each."""
-    if logits_CV.device.type == "cuda":
-        from pgrpo.model import logprobs_triton
-
-        return logprobs_triton.kl_statistics(logits_CV, teacher_logits_CV, scale, teacher_scale)
     logp_CV = (_scaled(logits_CV, scale) if scale == 1.0 else _scaled(logits_CV.clone(), scale)).log_softmax(-1)
     logq_CV = _scaled(teacher_logits_CV, teacher_scale)
     teacher_lse_C = logq_CV.logsumexp(-1)
@@ -39,16 +40,13 @@ def kl_statistics(
     return (logp_CV.exp_() * difference_CV).sum(-1) + teacher_lse_C, teacher_lse_C
 
 
+@on_gpu(KERNELS)
 def row_statistics(
     logits_CV: Tensor, target_ids_C: Tensor, scale: float, want_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob of the target, log-sum-exp and entropy of each row of ``scale * logits``: [C] each.
 
     The entropy is undefined unless wanted. Overwrites ``logits_CV``."""
-    if logits_CV.device.type == "cuda":
-        from pgrpo.model import logprobs_triton
-
-        return logprobs_triton.row_statistics(logits_CV, target_ids_C, scale, want_entropy)
     logits_CV = _scaled(logits_CV, scale)
     lse_C = logits_CV.logsumexp(-1)
     logprobs_C = logits_CV.gather(-1, target_ids_C.unsqueeze(-1)).squeeze(-1) - lse_C
@@ -59,6 +57,7 @@ def row_statistics(
     return logprobs_C, lse_C, entropy_C
 
 
+@on_gpu(KERNELS)
 def to_logit_gradient_(
     logits_CV: Tensor,
     target_ids_C: Tensor,
@@ -72,10 +71,6 @@ def to_logit_gradient_(
 
     ``entropies`` (the entropy and its gradient, [C] each) adds ``d entropy / d logits = -scale * p * (log p + entropy)``, ``kls``
     adds ``d kl / d logits = scale * p * (log p - log q - kl)``."""
-    if logits_CV.device.type == "cuda":
-        from pgrpo.model import logprobs_triton
-
-        return logprobs_triton.to_logit_gradient_(logits_CV, target_ids_C, lse_C, dlogprobs_C, scale, entropies, kls)
     logp_CV = _scaled(logits_CV, scale).sub_(lse_C.unsqueeze(-1))
     if entropies is None and kls is None:
         dlogits_CV = logp_CV.exp_().mul_(-dlogprobs_C.unsqueeze(-1))

@@ -6,6 +6,7 @@ L completion tokens, C of them in a chunk, E hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,171 +67,109 @@ class TeacherRows(NamedTuple):
 
 def token_logprobs(
     hidden_LE: Tensor,
-    weight_VE: Tensor,
+    head: Tensor | Head,
     target_ids_L: Tensor,
     scale: float = 1.0,
     *,
     entropy: bool = False,
     teacher: TeacherRows | None = None,
 ) -> TokenLogprobs:
-    """Log-softmax of ``scale * hidden @ weight.T`` at the target ids.
+    """Log-softmax of ``scale * logits`` at the target ids.
 
     The backward recomputes each chunk of logits instead of keeping it, and skips products that nobody needs (a frozen head has no
     gradient). Logits are computed in the inputs' precision; softmax and sums in float32 at least.
 
     Args:
         hidden_LE: [L, E] hidden states, one row for each token to score.
-        weight_VE: [V, E] the language-model head.
+        head: [V, E], whose logits are ``hidden @ head.T``; or a head that computes anything else, which autograd differentiates,
+            and ``head.parameters`` get gradients.
         target_ids_L: [L] int64.
         scale: factor of the logits: the model's own logit scaling over the sampling temperature.
         entropy: also return the entropy of each row's distribution. Its gradient shares the backward's pass over the logits and
             is skipped when the loss does not use it.
         teacher: also return KL(policy || teacher) of each row over the whole vocabulary. Its gradient shares that pass too.
     """
-    return TokenLogprobs(*_ChunkedLogprobs.apply(hidden_LE, weight_VE, target_ids_L, scale, entropy, teacher))
+    own, parameters = (None, [head]) if isinstance(head, Tensor) else (head, head.parameters)
+    return TokenLogprobs(*_ChunkedLogprobs.apply(hidden_LE, target_ids_L, own, scale, entropy, teacher, *parameters))
 
 
-def head_logprobs(
-    hidden_LE: Tensor,
-    head: Head,
-    target_ids_L: Tensor,
-    scale: float = 1.0,
-    *,
-    entropy: bool = False,
-    teacher: TeacherRows | None = None,
-) -> TokenLogprobs:
-    """``token_logprobs`` of any head: its logits in chunks, differentiated by autograd. Gradients go to ``head.parameters``."""
-    return TokenLogprobs(*_HeadLogprobs.apply(hidden_LE, target_ids_L, head, scale, entropy, teacher, *head.parameters))
-
-
-class _HeadLogprobs(torch.autograd.Function):
+class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_LE, target_ids_L, head, scale, want_entropy, teacher, *parameters):
-        named = dict(zip(head.names, parameters, strict=True))
-        chunks = _chunks(hidden_LE, head.weight, HEAD_COPIES + (TEACHER_COPIES if teacher else 0))
-        parts = []
+        dtype = torch.promote_types(hidden_LE.dtype, torch.float32)
+        found_L = (hidden_LE.new_empty(len(hidden_LE), dtype=dtype) for _ in range(5))
+        logprobs_L, lse_L, entropy_L, kl_L, teacher_lse_L = found_L
+        copies = (HEAD_COPIES if head else 0) + (TEACHER_COPIES if teacher else 0)
+        chunks = _chunks(hidden_LE, head.weight if head else parameters[0], copies or 1)
         for rows in chunks:
-            logits_CV = head.logits(hidden_LE[rows], named).clone()  # the head may return what it keeps
-            kls = _kl_statistics(logits_CV, teacher, rows, scale)
-            parts.append((*row_statistics(logits_CV, target_ids_L[rows], scale, want_entropy), *kls))
-        empty_L = hidden_LE.new_empty(0, dtype=torch.promote_types(hidden_LE.dtype, torch.float32))
-        logprobs_L, lse_L, entropy_L, *kls = (torch.cat(x) for x in zip(*parts, (empty_L,) * 5, strict=True))
-        ctx.save_for_backward(hidden_LE, target_ids_L, lse_L, entropy_L, *kls, *parameters)
+            logits_CV = _logits(hidden_LE[rows], head, parameters)
+            if teacher:
+                statistics = kl_statistics(logits_CV, teacher.logits(rows, logits_CV.shape[1]), scale, teacher.scale)
+                kl_L[rows], teacher_lse_L[rows] = statistics
+            statistics = row_statistics(logits_CV, target_ids_L[rows], scale, want_entropy)
+            logprobs_L[rows], lse_L[rows], entropy_L[rows] = statistics
+            del logits_CV  # free the memory before the next chunk is computed
+        ctx.save_for_backward(hidden_LE, target_ids_L, lse_L, entropy_L, kl_L, teacher_lse_L, *parameters)
         ctx.head, ctx.scale, ctx.chunks, ctx.teacher = head, scale, chunks, teacher
-        ctx.set_materialize_grads(False)
-        return logprobs_L, entropy_L if want_entropy else None, kls[0] if teacher else None
+        ctx.set_materialize_grads(False)  # a gradient of None means that the loss does not use the entropy or the KL
+        return logprobs_L, entropy_L if want_entropy else None, kl_L if teacher else None
 
     @staticmethod
     def backward(ctx, dlogprobs_L, dentropy_L, dkl_L):
         hidden_LE, target_ids_L, lse_L, entropy_L, kl_L, teacher_lse_L, *parameters = ctx.saved_tensors
         dlogprobs_L = torch.zeros_like(lse_L) if dlogprobs_L is None else dlogprobs_L
-        needed = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6:]]
-        inputs = [hidden_LE, *parameters]
+        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:])
+        dhidden_LE = torch.zeros_like(hidden_LE) if needed[0] else None
         trained = [i for i, need in enumerate(needed) if need]
-        totals = {i: torch.zeros_like(inputs[i], dtype=lse_L.dtype) for i in trained}
+        # Contributions of chunks are summed in float32 at least; that of a matrix's only chunk is its gradient.
+        is_only = ctx.head is None and len(ctx.chunks) == 1
+        totals = [
+            torch.zeros_like(x, dtype=lse_L.dtype) if need and not is_only else None
+            for x, need in zip(parameters, needed[1:], strict=True)
+        ]
         for rows in ctx.chunks:
             leaves = [x.detach().requires_grad_(n) for x, n in zip((hidden_LE[rows], *parameters), needed, strict=True)]
             with torch.enable_grad():
-                logits_CV = ctx.head.logits(leaves[0], dict(zip(ctx.head.names, leaves[1:], strict=True)))
+                graph_CV = _logits(leaves[0], ctx.head, leaves[1:])
             entropies = None if dentropy_L is None else (entropy_L[rows], dentropy_L[rows])
-            kls = _kl_gradient(logits_CV, ctx.teacher, rows, teacher_lse_L, kl_L, dkl_L)
+            kls = None
+            if dkl_L is not None:
+                logits, factor = ctx.teacher.logits(rows, graph_CV.shape[1]), ctx.teacher.scale
+                kls = KlGradient(logits, factor, teacher_lse_L[rows], kl_L[rows], dkl_L[rows])
+                del logits
             dlogits_CV = to_logit_gradient_(
-                logits_CV.detach().clone(),
-                target_ids_L[rows],
-                lse_L[rows],
-                dlogprobs_L[rows],
-                ctx.scale,
-                entropies,
-                kls,
+                graph_CV.detach(), target_ids_L[rows], lse_L[rows], dlogprobs_L[rows], ctx.scale, entropies, kls
             )
-            found = torch.autograd.grad(logits_CV, [leaves[i] for i in trained], dlogits_CV, allow_unused=True)
-            for i, gradient in zip(trained, found, strict=True):
-                if gradient is not None:
-                    (totals[i] if i else totals[i][rows]).add_(gradient)
-        grads = [totals[i].to(x.dtype) if i in totals else None for i, x in enumerate(inputs)]
-        return grads[0], None, None, None, None, None, *grads[1:]
+            if ctx.head is None:
+                if dhidden_LE is not None:
+                    torch.mm(dlogits_CV, parameters[0], out=dhidden_LE[rows])
+                if needed[1]:
+                    totals[0] = _plus_product(totals[0], dlogits_CV.T, hidden_LE[rows])
+            else:
+                found = torch.autograd.grad(graph_CV, [leaves[i] for i in trained], dlogits_CV, materialize_grads=True)
+                for i, gradient in zip(trained, found, strict=True):
+                    (totals[i - 1] if i else dhidden_LE[rows]).add_(gradient)  # pyright: ignore
+            del graph_CV, dlogits_CV, kls
+        grads = (None if x is None else x.to(p.dtype) for x, p in zip(totals, parameters, strict=True))
+        return dhidden_LE, None, None, None, None, None, *grads
 
 
-class _ChunkedLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden_LE, weight_VE, target_ids_L, scale, want_entropy, teacher):
-        dtype = torch.promote_types(hidden_LE.dtype, torch.float32)
-        logprobs_L = hidden_LE.new_empty(len(hidden_LE), dtype=dtype)
-        lse_L = torch.empty_like(logprobs_L)
-        entropy_L = torch.empty_like(logprobs_L) if want_entropy else None
-        kl_L, teacher_lse_L = torch.empty_like(logprobs_L), torch.empty_like(logprobs_L)
-        chunks = _chunks(hidden_LE, weight_VE, TEACHER_COPIES if teacher else 1)
-        for rows in chunks:
-            logits_CV = hidden_LE[rows] @ weight_VE.T
-            if teacher:
-                kl_L[rows], teacher_lse_L[rows] = _kl_statistics(logits_CV, teacher, rows, scale)
-            logprobs_L[rows], lse_L[rows], entropy_C = row_statistics(
-                logits_CV, target_ids_L[rows], scale, want_entropy
-            )
-            if entropy_L is not None:
-                entropy_L[rows] = entropy_C
-            del logits_CV  # free the memory before the next chunk is computed
-        ctx.save_for_backward(hidden_LE, weight_VE, target_ids_L, lse_L, entropy_L, kl_L, teacher_lse_L)
-        ctx.scale, ctx.chunks, ctx.teacher = scale, chunks, teacher
-        ctx.set_materialize_grads(False)  # a gradient of None means that the loss does not use the entropy or the KL
-        return logprobs_L, entropy_L, kl_L if teacher else None
-
-    @staticmethod
-    def backward(ctx, dlogprobs_L, dentropy_L, dkl_L):
-        hidden_LE, weight_VE, target_ids_L, lse_L, entropy_L, kl_L, teacher_lse_L = ctx.saved_tensors
-        dlogprobs_L = torch.zeros_like(lse_L) if dlogprobs_L is None else dlogprobs_L
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        dhidden_LE = torch.empty_like(hidden_LE) if needs_hidden else None
-        dweight_VE = None
-        if needs_weight and len(ctx.chunks) != 1:  # contributions are summed in float32 at least
-            dweight_VE = torch.zeros_like(weight_VE, dtype=lse_L.dtype)
-        for rows in ctx.chunks:
-            logits_CV = hidden_LE[rows] @ weight_VE.T
-            entropies = None if dentropy_L is None else (entropy_L[rows], dentropy_L[rows])
-            kls = _kl_gradient(logits_CV, ctx.teacher, rows, teacher_lse_L, kl_L, dkl_L)
-            dlogits_CV = to_logit_gradient_(
-                logits_CV, target_ids_L[rows], lse_L[rows], dlogprobs_L[rows], ctx.scale, entropies, kls
-            )
-            if dhidden_LE is not None:
-                torch.mm(dlogits_CV, weight_VE, out=dhidden_LE[rows])
-            if dweight_VE is not None:
-                _add_product(dweight_VE, dlogits_CV.T, hidden_LE[rows])
-            elif needs_weight:
-                dweight_VE = dlogits_CV.T @ hidden_LE
-            del logits_CV, dlogits_CV, kls
-        return dhidden_LE, None if dweight_VE is None else dweight_VE.to(weight_VE.dtype), None, None, None, None
+def _logits(hidden_CE: Tensor, head: Head | None, parameters: Sequence[Tensor]) -> Tensor:
+    """[C, V] logits that may be overwritten."""
+    if head is None:
+        return hidden_CE @ parameters[0].T
+    return head.logits(hidden_CE, dict(zip(head.names, parameters, strict=True))).clone()  # it may return what it keeps
 
 
-def _kl_gradient(
-    logits_CV: Tensor,
-    teacher: TeacherRows | None,
-    rows: slice,
-    teacher_lse_L: Tensor,
-    kl_L: Tensor,
-    dkl_L: Tensor | None,
-) -> KlGradient | None:
-    if teacher is None or dkl_L is None:
-        return None
-    teacher_logits_CV = teacher.logits(rows, logits_CV.shape[1])
-    return KlGradient(teacher_logits_CV, teacher.scale, teacher_lse_L[rows], kl_L[rows], dkl_L[rows])
-
-
-def _kl_statistics(logits_CV: Tensor, teacher: TeacherRows | None, rows: slice, scale: float) -> tuple[Tensor, Tensor]:
-    """``kl_statistics`` with the teacher's logits of these rows; empty without a teacher."""
-    if teacher is None:
-        empty_C = logits_CV.new_empty(0, dtype=torch.promote_types(logits_CV.dtype, torch.float32))
-        return empty_C, empty_C
-    return kl_statistics(logits_CV, teacher.logits(rows, logits_CV.shape[1]), scale, teacher.scale)
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """``total += a @ b`` in ``total``'s precision."""
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """``total + a @ b`` in ``total``'s precision, in-place."""
+    if total is None:
+        return a @ b
     if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.device.type == "cuda":
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b
+        return total.addmm_(a, b)
+    if a.device.type == "cuda":
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    return total.add_(a @ b)
 
 
 def _chunks(hidden_LE: Tensor, weight_VE: Tensor, copies: int = 1) -> list[slice]:

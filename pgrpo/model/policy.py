@@ -22,7 +22,7 @@ from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.hook import ATTENTION_NAME, AttentionLayout, attending, attention_forward
 from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.model.head import Head
-from pgrpo.model.logprobs import TeacherRows, TokenLogprobs, head_logprobs, token_logprobs
+from pgrpo.model.logprobs import TeacherRows, TokenLogprobs, token_logprobs
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.planning.dims import windows
 
@@ -65,12 +65,9 @@ class Policy(nn.Module):
         them into rows of samples. ``temperature`` replaces the policy's."""
         hidden_UE = self._rows(batch)
         targets_U = batch.target_ids.index_select(0, batch.distinct)
-        temperature = self.temperature if temperature is None else temperature
-        asked: dict[str, Any] = {"entropy": entropy, "teacher": teacher}
-        if self.head.scale is None:
-            found = head_logprobs(hidden_UE, self.head, targets_U, 1.0 / temperature, **asked)
-        else:
-            found = token_logprobs(hidden_UE, self.head.weight, targets_U, self.head.scale / temperature, **asked)
+        scale = (self.head.scale or 1.0) / (self.temperature if temperature is None else temperature)
+        head = self.head if self.head.scale is None else self.head.weight
+        found = token_logprobs(hidden_UE, head, targets_U, scale, entropy=entropy, teacher=teacher)
         return found._make(x if x is None else x.index_select(0, batch.pair_index) for x in found)
 
     def teacher_rows(self, batch: GroupedBatch) -> TeacherRows:

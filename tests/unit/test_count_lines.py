@@ -46,6 +46,8 @@ def test_blank_lines_comments_and_docstrings_are_no_code(tmp_path: Path) -> None
         ("grpo.py", "core: grpo.py"),
         ("attention/hook.py", "core: attention"),
         ("attention/kernels/flash.py", "attention/kernels"),
+        ("model/logit_rows.py", "core: model"),
+        ("model/kernels/logits.py", "model/kernels"),
         ("model/families/windows.py", "model/families"),
         ("rollout/base.py", "core: rollout"),
         ("rollout/text.py", "rollout"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pgrpo.model import logit_rows, logprobs
-from pgrpo.model.logprobs import TeacherRows, head_logprobs, token_logprobs
+from pgrpo.model.logprobs import TeacherRows, token_logprobs
 
 L, E, V = 23, 8, 37
 
@@ -237,7 +237,7 @@ def test_the_kl_of_a_head_with_a_bias(monkeypatch):
         def logits(self, hidden, named):
             return hidden @ named["weight"].T + named["bias"]
 
-    got = head_logprobs(hidden, Own(), targets, 0.6, entropy=True, teacher=teacher)  # pyright: ignore[reportArgumentType]
+    got = token_logprobs(hidden, Own(), targets, 0.6, entropy=True, teacher=teacher)  # pyright: ignore[reportArgumentType]
     wide = [torch.cat([x, y.view(-1, 1)], 1) for x, y in ((hidden, torch.ones(L, dtype=torch.float64)), (weight, bias))]
     wanted = token_logprobs(wide[0], wide[1], targets, 0.6, entropy=True, teacher=teacher)
     weights = torch.linspace(0.1, 1, L, dtype=torch.float64)
@@ -256,7 +256,7 @@ def test_the_kl_of_a_head_with_a_bias(monkeypatch):
 @pytest.mark.parametrize("vocabulary", [37, 5003])
 def test_the_kernels_of_a_gpu_compute_the_same(vocabulary):
     """In Triton's interpreter: one block and several, the last one in part."""
-    from pgrpo.model import logprobs_triton
+    from pgrpo.model.kernels import logits as kernels
 
     generator = torch.Generator().manual_seed(0)
     x, y = 3 * torch.randn(2, 5, vocabulary, generator=generator)
@@ -269,8 +269,8 @@ def test_the_kernels_of_a_gpu_compute_the_same(vocabulary):
     for scale, teacher_scale in ((1.0, 1.0), (0.6, 1.7)):
         logprobs, lse, entropy = logit_rows.row_statistics(x.clone(), targets, scale, True)
         kl, teacher_lse = logit_rows.kl_statistics(x, y.clone(), scale, teacher_scale)
-        close(logprobs_triton.row_statistics(x, targets, scale, True), (logprobs, lse, entropy))
-        close(logprobs_triton.kl_statistics(x, y, scale, teacher_scale), (kl, teacher_lse))
+        close(kernels.row_statistics(x, targets, scale, True), (logprobs, lse, entropy))
+        close(kernels.kl_statistics(x, y, scale, teacher_scale), (kl, teacher_lse))
         for entropies, has_kl in (
             (None, False),
             (None, True),
@@ -282,6 +282,6 @@ def test_the_kernels_of_a_gpu_compute_the_same(vocabulary):
                     x.clone(), targets, lse, dlogprobs, scale, entropies,
                     logit_rows.KlGradient(y.clone(), teacher_scale, teacher_lse, kl, dkl) if has_kl else None,
                 )
-                for module in (logit_rows, logprobs_triton)
+                for module in (logit_rows, kernels)
             )  # fmt: skip
             close(got, wanted)

@@ -38,8 +38,10 @@ def copy_rows(k_TKD: Tensor, v_TKD: Tensor, source_C: Tensor) -> tuple[Tensor, T
     return k_CKD, v_CKD
 
 
-def sum_copies(dk_CKD: Tensor, dv_CKD: Tensor, order_C: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``merge.sum_copies``."""
+def sum_copies(
+    dk_CKD: Tensor, dv_CKD: Tensor, _source_C: Tensor, order_C: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """See ``merge.sum_copies``. Needs no ``source_C``: a program adds up the copies of one row."""
     rows, k_width, v_width = len(offsets) - 1, dk_CKD[0].numel(), dv_CKD[0].numel()
     dk_TKD, dv_TKD = (x.new_empty(rows, *x.shape[1:]) for x in (dk_CKD, dv_CKD))
     _sum_copies_kernel[(rows,)](
