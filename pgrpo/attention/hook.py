@@ -4,7 +4,7 @@ exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -19,18 +19,11 @@ ATTENTION_NAME = "pgrpo"
 class DecodingLayout(Protocol):
     """A rollout in progress (``rollout.embedded.cache.DecodeCache``): keeps every layer's keys and values between calls."""
 
-    def attend(
-        self,
-        q_THD: Tensor,
-        k_TKD: Tensor,
-        v_TKD: Tensor,
-        scale: float,
-        *,
-        layer: int,
-        window: int | None,
-        softcap: float | None,
-        sinks_H: Tensor | None,
-    ) -> Tensor: ...
+    @property
+    def attend(self) -> Callable[..., Tensor]:
+        """As ``grouped_attention``, with the layer's number instead of a layout: ``attend(q, k, v, scale, layer=0, window=None,
+        softcap=None, sinks_H=None)``."""
+        ...
 
 
 AttentionLayout = PackedLayout | DecodingLayout

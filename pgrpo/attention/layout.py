@@ -124,9 +124,9 @@ class Call(NamedTuple):
     cu_k: int
     max_q: int
     max_k: int
-    causal: int
-    window: int
-    copied: int
+    causal: int = 0
+    window: int = 0
+    copied: int = 0
 
     def on(self, cu_seqlens: Tensor) -> Segments:
         cu_q, cu_k = (cu_seqlens[at : at + self.segments + 1] for at in (self.cu_q, self.cu_k))
@@ -221,40 +221,28 @@ class _Calls:
         """Every node with itself, causal, behind copies of the given (first row, rows) of its ancestors."""
         own = [node.length for node in self.nodes]
         front = [sum(n for _, n in ranges) if length else 0 for ranges, length in zip(fronts, own, strict=True)]
-        copied = any(front)
-        if copied:
+        if copied := any(front):
             ranges = [r for node, f in zip(self.nodes, fronts, strict=True) if node.length for r in (*f, node[:2])]
             self.copies = _rows_of(ranges), sum(own)
         keys = [a + b for a, b in zip(front, own, strict=True)]
-        total = sum(own)
-        self._add(slice(0, total), slice(0, total), own, keys, causal=True, window=window, copied=copied)
+        every = 0, sum(own)
+        self._add(every, every, own, keys, causal=1, window=window, copied=int(copied))
 
     def between(self, shallow: Sequence[int], deep: Sequence[int], ancestor: Sequence[int]) -> None:
         """The nodes ``deep`` of one depth with their ancestors among the nodes ``shallow`` of another."""
         rows = dict.fromkeys(shallow, 0)
         for i, above in zip(deep, ancestor, strict=True):
             rows[above] += self.nodes[i].length
-        q, k = (slice(self.nodes[depth[0]].start, self.nodes[depth[-1]].end) for depth in (deep, shallow))
+        q, k = ((self.nodes[depth[0]].start, self.nodes[depth[-1]].end) for depth in (deep, shallow))
         self._add(q, k, list(rows.values()), [self.nodes[i].length for i in shallow])
 
-    def _add(
-        self,
-        q: slice,
-        k: slice,
-        queries: list[int],
-        keys: list[int],
-        causal: bool = False,
-        window: int = 0,
-        copied: bool = False,
-    ) -> None:
-        if q.start == q.stop or k.start == k.stop:
+    def _add(self, q: tuple[int, int], k: tuple[int, int], queries: list[int], keys: list[int], **flags: int) -> None:
+        """Rows ``q`` (first, end) attend to rows ``k``, in segments of so many queries and keys."""
+        if q[0] == q[1] or k[0] == k[1]:
             return
         cu_q = self._cumulative(queries)
         cu_k = cu_q if queries == keys else self._cumulative(keys)
-        most = max(queries), max(keys)
-        self.table.append(
-            Call(q.start, q.stop, k.start, k.stop, len(queries), cu_q, cu_k, *most, int(causal), window, int(copied))
-        )
+        self.table.append(Call(*q, *k, len(queries), cu_q, cu_k, max(queries), max(keys), **flags))
 
     def _cumulative(self, lengths: Sequence[int]) -> int:
         """Where the starts of segments of these lengths begin; at a multiple of 16 bytes, as kernels want."""

@@ -4,7 +4,7 @@ ranks."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, zip_longest
 
 import numpy as np
@@ -142,13 +142,10 @@ def cut_tree(lengths: np.ndarray, kept: np.ndarray, limit: int) -> list[int]:
 
 def _assign(pieces: Sequence[Piece], dp_size: int, budget: int) -> list[list[list[Piece]]]:
     """The costliest remaining piece goes to the rank with the least cost so far (longest-processing-time rule)."""
-    loads = [0.0] * dp_size
-    owned: list[list[Piece]] = [[] for _ in range(dp_size)]
+    ranks = [_Bin(0) for _ in range(dp_size)]
     for piece in sorted(pieces, key=lambda piece: -piece.cost):
-        rank = loads.index(min(loads))
-        owned[rank].append(piece)
-        loads[rank] += piece.cost
-    plan = [fill_micro_batches(own, budget) for own in owned]
+        min(ranks, key=lambda rank: rank.cost).add(piece)
+    plan = [fill_micro_batches(rank.pieces, budget) for rank in ranks]
     for batches in plan:  # ranks wait for each other: equal costs at a time
         batches.sort(key=lambda batch: -sum(piece.cost for piece in batch))
     return plan
@@ -174,33 +171,30 @@ def fill_micro_batches(pieces: Sequence[Piece], token_budget: int) -> list[list[
 
     Costs should be equal because ranks wait for each other in every micro-batch. Deterministic. Every piece must fit the budget.
     """
-    bins = _first_fit(pieces, token_budget)
-    return _even_out(pieces, token_budget, len(bins)) or bins
-
-
-def _even_out(pieces: Sequence[Piece], token_budget: int, count: int) -> list[list[Piece]] | None:
-    """Put the costliest remaining piece into the cheapest bin with room for it; None if a piece finds no room."""
-    bins: list[list[Piece]] = [[] for _ in range(count)]
-    room, load = [token_budget] * count, [0.0] * count
-    for piece in sorted(pieces, key=lambda piece: piece.cost, reverse=True):
-        slot = min((i for i in range(count) if piece.rows <= room[i]), key=load.__getitem__, default=None)
-        if slot is None:
-            return None
-        bins[slot].append(piece)
-        room[slot] -= piece.rows
-        load[slot] += piece.cost
-    return bins
-
-
-def _first_fit(pieces: Sequence[Piece], token_budget: int) -> list[list[Piece]]:
-    bins: list[list[Piece]] = []
-    room: list[int] = []
+    bins: list[_Bin] = []
     for piece in sorted(pieces, key=lambda piece: piece.rows, reverse=True):
-        slot = next((i for i, free in enumerate(room) if piece.rows <= free), None)
-        if slot is None:
-            slot = len(bins)
-            bins.append([])
-            room.append(token_budget)
-        bins[slot].append(piece)
-        room[slot] -= piece.rows
-    return bins
+        found = next((b for b in bins if piece.rows <= b.room), None)
+        if found is None:
+            bins.append(found := _Bin(token_budget))
+        found.add(piece)
+    even = [_Bin(token_budget) for _ in bins]
+    for piece in sorted(pieces, key=lambda piece: piece.cost, reverse=True):
+        found = min((b for b in even if piece.rows <= b.room), key=lambda b: b.cost, default=None)
+        if found is None:  # even costs take more bins
+            return [b.pieces for b in bins]
+        found.add(piece)
+    return [b.pieces for b in even]
+
+
+@dataclass(slots=True)
+class _Bin:
+    """Pieces, the rows for which there is still room, and the sum of their costs."""
+
+    room: int
+    cost: float = 0.0
+    pieces: list[Piece] = field(default_factory=list)
+
+    def add(self, piece: Piece) -> None:
+        self.pieces.append(piece)
+        self.room -= piece.rows
+        self.cost += piece.cost
