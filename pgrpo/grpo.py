@@ -108,10 +108,8 @@ def sample_groups(parts: Parts, step: int) -> tuple[list[Group], list[Group], Me
         metrics["time/rollout"] += scored.rollout_s
         metrics["time/reward"] += scored.reward_s
         metrics["rewards/errors"] += scored.errors
-        by_number = dict(
-            zip(order, to_main(world, prompts, scored.groups), strict=False)
-        )  # rank 0 has all, others none
-        return [by_number[i] for i in sorted(by_number)]
+        groups = to_main(world, prompts, scored.groups)  # rank 0 has all, others none
+        return [group for _, group in sorted(zip(order, groups, strict=False), key=lambda pair: pair[0])]
 
     def is_flat(group: Group) -> bool:
         return update.is_masked(group, config.loss) or not rewards_differ(group, config.loss, parts.rewards.weights)
@@ -192,7 +190,6 @@ def backward(learner: Learner, batch: GroupedBatch, counts: Counts) -> update.Up
             teacher_logprobs_BR=frozen.teacher_logprobs_BR,
             teacher_kl_BR=None if flat_kl_L is None else batch.unpack(flat_kl_L),
         )  # fmt: skip
-        (
-            output.loss * learner.world.dp_size
-        ).backward()  # FSDP averages gradients over ranks, but the loss is their sum
+        loss = output.loss * learner.world.dp_size  # FSDP averages gradients over ranks, but the loss is their sum
+        loss.backward()
     return update.UpdateSums.of(output, batch.mask, entropy_BR, batch.old_logprobs, batch.rollout_logprobs)

@@ -6,8 +6,7 @@ token sequence that is trained on: an episode has one, or several where its hist
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -165,26 +164,9 @@ class Episode:
         return sum(sum(sample.mask) for sample in self.samples)
 
     @property
-    def transcript(self) -> str:
-        """All turns as text for a reader; of a single turn its text."""
-        if not self.messages:
-            return self.text
-        return "\n".join(line for message in self.messages for line in _lines(message))
-
-    @property
     def advantage(self) -> float | None:
         """The first token's advantage: the episode's, where the comparison gives all of its tokens the same."""
         return next((sample.advantages[0] for sample in self.samples if sample.advantages), None)
-
-
-def _lines(message: dict[str, Any]) -> Iterator[str]:
-    """A message as lines of ``[role] text``; a call is ``[call] name {arguments}``."""
-    said = f"{message.get('reasoning_content', '')}\n{message['content']}".strip()
-    calls = [call["function"] for call in message.get("tool_calls", ())]
-    if said or not calls:
-        yield f"[{message['role']}{' ' + message['name'] if message.get('name') else ''}] {said}"
-    for call in calls:
-        yield f"[call] {call['name']} {json.dumps(call['arguments'], ensure_ascii=False)}"
 
 
 @dataclass(slots=True)
@@ -202,10 +184,6 @@ class Group:
     def rewards(self) -> list[float | None]:
         """One total an episode."""
         return [episode.reward for episode in self.episodes]
-
-    def prompt_of(self, episode: Episode) -> Prompt:
-        """What the episode began with."""
-        return episode.prompt or self.prompt
 
     def reward_part(self, name: str) -> list[float | None]:
         """One value an episode, of one reward function."""

@@ -1,3 +1,3 @@
 """The mathematics of GRPO, tensors in and tensors out, without models or config files: ``advantages.py``, ``loss.py`` (begin
-there), metrics of a step (``metrics.py``) and confidence intervals (``intervals.py``).
+there) and metrics of a step (``metrics.py``).
 """

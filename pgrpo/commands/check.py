@@ -95,7 +95,7 @@ def _show_transitions(transitions: Sequence[Transition], console: Console) -> No
 def _show_samples(groups: list[Group], tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
     for group in groups:
         episode = group.episodes[0]
-        prompt = group.prompt_of(episode)
+        prompt = episode.prompt or group.prompt
         values = ", ".join(f"{name} {value}" for name, value in episode.reward_parts.items())
         console.print(f"--- prompt ({len(prompt.token_ids)} tokens)\n{_shown(prompt.text)}")
         console.print(f"--- completion ({len(episode.token_ids)} tokens, {episode.finish_reason})")

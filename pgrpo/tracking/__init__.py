@@ -1,5 +1,5 @@
 """Writes a run's metrics and completions: always to metrics.jsonl and completions.jsonl, and to the terminal, wandb and tensorboard
-as configured. Begin with ``run.py``.
+as configured. Begin with ``run.py``. ``intervals.py`` has the confidence intervals of what is written.
 """
 
 from pgrpo.tracking.console import Terminal, printable, terminal

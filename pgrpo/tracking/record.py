@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from pgrpo.types import Episode, Prompt
 
 TRAINING = "training stops without its record; {fix}, then --resume auto"
 
@@ -53,3 +56,20 @@ def replacing(path: Path, advice: str = TRAINING) -> Iterator[IO[str]]:
 
 def _not_through_a_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def shown(prompt: Prompt, episode: Episode) -> dict[str, Any]:
+    """What a record says of an episode of ``prompt``, for a reader: its prompt, all turns as one text, and the turns."""
+    turns = {"messages": episode.messages} if episode.messages else {}
+    lines = (line for message in episode.messages for line in _lines(message))
+    return {"prompt": (episode.prompt or prompt).text, "completion": "\n".join(lines) or episode.text, **turns}
+
+
+def _lines(message: dict[str, Any]) -> Iterator[str]:
+    """A message as lines of ``[role] text``; a call is ``[call] name {arguments}``."""
+    said = f"{message.get('reasoning_content', '')}\n{message['content']}".strip()
+    calls = [call["function"] for call in message.get("tool_calls", ())]
+    if said or not calls:
+        yield f"[{message['role']}{' ' + message['name'] if message.get('name') else ''}] {said}"
+    for call in calls:
+        yield f"[call] {call['name']} {json.dumps(call['arguments'], ensure_ascii=False)}"

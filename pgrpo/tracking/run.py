@@ -24,7 +24,7 @@ from rich.console import Console
 from pgrpo.config import Config, ConfigError, redact, to_json
 from pgrpo.tracking.console import HEADLINES, completions_table, metrics_panel, plain, printable
 from pgrpo.tracking.live import duration
-from pgrpo.tracking.record import appending, replacing, writing
+from pgrpo.tracking.record import appending, replacing, shown, writing
 from pgrpo.tracking.services import Service, Tensorboard, Wandb
 from pgrpo.types import Group
 
@@ -193,9 +193,7 @@ def _pick(groups: Sequence[Group], count: int) -> Iterator[Row]:
     count = min(count, len(episodes))
     for prompt, episode in (episodes[k * len(episodes) // count] for k in range(count)):
         yield {
-            "prompt": (episode.prompt or prompt).text,
-            "completion": episode.transcript,
-            **({"messages": episode.messages} if episode.messages else {}),
+            **shown(prompt, episode),
             "reward": _finite(episode.reward),
             "parts": {name: _finite(value) for name, value in episode.reward_parts.items()},
             "advantage": _finite(episode.advantage),

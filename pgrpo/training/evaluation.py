@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pgrpo.algorithm.intervals import mean_interval, rate_interval
 from pgrpo.algorithm.metrics import group_metrics, pass_at_k
 from pgrpo.config import Config, ConfigError, to_json
 from pgrpo.distributed.world import World
@@ -17,7 +16,8 @@ from pgrpo.environments.episodes import Episodes
 from pgrpo.process.lock import refuse_links, run_folder
 from pgrpo.rewards.runner import RewardRunner
 from pgrpo.rollout.base import sample_seeds, sampling_params
-from pgrpo.tracking.record import TRAINING, replacing, writing
+from pgrpo.tracking.intervals import mean_interval, rate_interval
+from pgrpo.tracking.record import TRAINING, replacing, shown, writing
 from pgrpo.training.rollout import sample_and_score
 from pgrpo.types import Episode, Group, Prompt, SamplingParams
 
@@ -174,9 +174,7 @@ def result_rows(mode: str, groups: Sequence[Group], rewards: RewardRunner) -> It
                 "index": group.prompt.index,
                 "mode": mode,
                 "sample": i,
-                "prompt": group.prompt_of(episode).text,
-                "completion": episode.transcript,
-                **({"messages": episode.messages} if episode.messages else {}),
+                **shown(group.prompt, episode),
                 "reward": episode.reward,
                 "parts": episode.reward_parts,
                 "correct": correct,

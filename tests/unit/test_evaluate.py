@@ -17,13 +17,13 @@ import pytest
 import torch
 from making import episode, group
 
-from pgrpo.algorithm.intervals import mean_interval, wilson
 from pgrpo.commands import check
 from pgrpo.config import Config, RewardConfig
 from pgrpo.distributed.world import World
 from pgrpo.environments.episodes import SingleTurn
 from pgrpo.rewards.runner import RewardReport, RewardRunner
 from pgrpo.rollout.base import generate
+from pgrpo.tracking.intervals import mean_interval, wilson
 from pgrpo.training.evaluation import evaluate, numbers_of_samples, own_folder, save_results
 from pgrpo.types import Completion, Group, Prompt, SamplingParams
 

@@ -18,7 +18,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pgrpo.algorithm.intervals import student_t
+from pgrpo.tracking.intervals import student_t
 from pgrpo.types import Group, Sample
 
 SAMPLES, CONTEXT, TOKENS = 64, 32, 64
