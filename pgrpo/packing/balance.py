@@ -171,12 +171,7 @@ def fill_micro_batches(pieces: Sequence[Piece], token_budget: int) -> list[list[
 
     Costs should be equal because ranks wait for each other in every micro-batch. Deterministic. Every piece must fit the budget.
     """
-    bins: list[_Bin] = []
-    for piece in sorted(pieces, key=lambda piece: piece.rows, reverse=True):
-        found = next((b for b in bins if piece.rows <= b.room), None)
-        if found is None:
-            bins.append(found := _Bin(token_budget))
-        found.add(piece)
+    bins = _first_fit(pieces, token_budget)
     even = [_Bin(token_budget) for _ in bins]
     for piece in sorted(pieces, key=lambda piece: piece.cost, reverse=True):
         found = min((b for b in even if piece.rows <= b.room), key=lambda b: b.cost, default=None)
@@ -184,6 +179,16 @@ def fill_micro_batches(pieces: Sequence[Piece], token_budget: int) -> list[list[
             return [b.pieces for b in bins]
         found.add(piece)
     return [b.pieces for b in even]
+
+
+def _first_fit(pieces: Sequence[Piece], token_budget: int) -> list[_Bin]:
+    bins: list[_Bin] = []
+    for piece in sorted(pieces, key=lambda piece: piece.rows, reverse=True):
+        found = next((b for b in bins if piece.rows <= b.room), None)
+        if found is None:
+            bins.append(found := _Bin(token_budget))
+        found.add(piece)
+    return bins
 
 
 @dataclass(slots=True)

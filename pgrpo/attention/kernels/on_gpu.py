@@ -5,22 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
-P, R = ParamSpec("P"), TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def on_gpu(module: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def on_gpu(module: str) -> Callable[[F], F]:
     """The decorated function is the specification, and runs on a CPU. On a GPU (by its first argument) the function of that name
     in ``module`` runs instead. The module is imported then: only PyTorch's CUDA builds bring Triton."""
 
-    def decorate(plain: Callable[P, R]) -> Callable[P, R]:
+    def decorate(plain: F) -> F:
         @wraps(plain)
-        def run(*args: P.args, **kwargs: P.kwargs) -> R:
-            first: object = args[0]
-            is_on_gpu = first.device.type == "cuda"  # pyright: ignore[reportAttributeAccessIssue]
-            return (getattr(import_module(module), plain.__name__) if is_on_gpu else plain)(*args, **kwargs)
+        def run(tensor: Any, *others: Any) -> Any:
+            is_on_gpu = tensor.device.type == "cuda"
+            return (getattr(import_module(module), plain.__name__) if is_on_gpu else plain)(tensor, *others)
 
-        return run
+        return run  # pyright: ignore[reportReturnType]
 
     return decorate
