@@ -39,6 +39,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "num_local_experts": 4,
         "num_experts_per_tok": 2, "intermediate_size": 128, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
     },
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    },
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
 }  # fmt: skip
 """What each kind has beside the sizes that all have."""
 

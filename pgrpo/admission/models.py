@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 from pgrpo.admission.proof import Proof, prove
 from pgrpo.admission.shrink import DROPOUT, shrink
 from pgrpo.config import ConfigError
+from pgrpo.model.families.experts import balance_refusal
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +36,15 @@ def check_model(path: str, config: PretrainedConfig, max_sample: int) -> Proof:
         max_sample: the longest sample of the run.
 
     Raises:
-        ConfigError: it has dropout, or the proof failed; with the reason.
+        ConfigError: it has dropout, asks for a load-balancing term, or the proof failed; with the reason.
     """
     for name, value in config.get_text_config().to_dict().items():
         if is_dropout(name) and isinstance(value, float) and value > 0:
             raise ConfigError(
                 f"model.path={path}: {name}={value}: rows that samples share cannot have dropout: set it to 0 in its config.json"
             )
+    if refusal := balance_refusal(config):
+        raise ConfigError(f"model.path={path}: {refusal}")
     proof = _kept_proof(config, max_sample)
     if proof.refusal:
         raise ConfigError(

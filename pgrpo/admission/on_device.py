@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from pgrpo.admission.models import cache_file
@@ -20,8 +22,9 @@ from pgrpo.admission.shrink import few_layers
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.config import ConfigError
+from pgrpo.model.families.linear import has_state, plain_functions
 from pgrpo.model.policy import Policy, untouched_model
-from pgrpo.model.proof import reference_logprobs, tokens_as_samples
+from pgrpo.model.proof import gradients, reference_logprobs, tokens_as_samples
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.types import Sample
@@ -57,9 +60,11 @@ def check_on_device(
     generator = torch.Generator().manual_seed(0)
     chosen = [ids[-PROMPT_TOKENS:] for ids in prompts[:PROMPTS]]
     completions = torch.randint(vocab, (len(chosen), COMPLETIONS, COMPLETION_TOKENS), generator=generator).tolist()
-    ours, theirs = bfloat16_errors(config, tokens_as_samples(chosen, completions), attention, device)
+    ours, theirs, *of_gradients = bfloat16_errors(config, tokens_as_samples(chosen, completions), attention, device)
     found = f"log-probs in bfloat16 are {ours:.1e} nats from float32 (rms), the untouched model's {theirs:.1e}"
-    if not ours <= MOST_ERROR * theirs:
+    if of_gradients:
+        found += f"; gradients {of_gradients[0]:.1e} (relative), the untouched model's {of_gradients[1]:.1e}"
+    if not ours <= MOST_ERROR * theirs or (of_gradients and not of_gradients[0] <= MOST_ERROR * of_gradients[1]):
         raise ConfigError(
             f"model.path={path}: on {name}, with the {attention.kernel} attention kernel, {found}: more than twice"
         )
@@ -68,23 +73,35 @@ def check_on_device(
     file.write_text(json.dumps({"ours": ours, "theirs": theirs}))
 
 
-@torch.no_grad()
 def bfloat16_errors(
     config: PretrainedConfig, samples: Sequence[Sample], attention: AttentionChoice, device: torch.device
-) -> tuple[float, float]:
-    """Root mean square of the log-probs' errors in bfloat16 against float32: grouped, and untouched."""
+) -> tuple[float, ...]:
+    """Root mean square of the log-probs' errors in bfloat16 against float32: grouped, and untouched. Of a model with linear
+    attention also the relative errors of its gradients: the kernels of its backward are another package's, and were wrong once."""
     few = few_layers(config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
         untouched = untouched_model(partial(_make, few)).eval()
         grouped = _make(few, ATTENTION_NAME).eval()
-    wanted = reference_logprobs(untouched, samples)
-    theirs = reference_logprobs(untouched.bfloat16(), samples)
-    grouped.bfloat16().load_state_dict(untouched.state_dict())
     policy = Policy(grouped, attention=attention)
-    ours = policy(build_batch(Forest.of(samples), device=device, attention=policy.attention)).logprobs
-    errors = [(x.float() - wanted).square().mean().sqrt().item() for x in (ours, theirs)]
-    return errors[0], errors[1]
+    has_states = any(map(has_state, grouped.modules()))
+
+    def measured(model: PreTrainedModel, logprobs: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
+        with nullcontext() if has_states else torch.no_grad():
+            found = logprobs()
+            return found.detach().float(), [g.float() for g in gradients(found, model)] if has_states else []
+
+    with plain_functions():
+        wanted = measured(untouched, lambda: reference_logprobs(untouched, samples))
+        theirs = measured(untouched.bfloat16(), lambda: reference_logprobs(untouched, samples))
+    grouped.bfloat16().load_state_dict(untouched.state_dict())
+    batch = build_batch(Forest.of(samples), device=device, attention=policy.attention)
+    ours = measured(grouped, lambda: policy(batch).logprobs)
+    errors = [(x - wanted[0]).square().mean().sqrt().item() for x, _ in (ours, theirs)]
+    for _, found in (ours, theirs) if has_states else ():
+        off = sum((a - b).square().sum() for a, b in zip(found, wanted[1], strict=True))
+        errors.append((off / sum(g.square().sum() for g in wanted[1])).sqrt().item())  # pyright: ignore[reportAttributeAccessIssue]
+    return tuple(errors)
 
 
 def _make(config: PretrainedConfig, attention: str) -> PreTrainedModel:

@@ -200,7 +200,8 @@ def _state_spaces(d: dict[str, Any], small: Small) -> None:
     if d.get("linear_num_value_heads"):
         own = d["linear_num_key_heads"] == d["linear_num_value_heads"]
         d["linear_num_value_heads"], d["linear_num_key_heads"] = small.heads, small.heads if own else small.heads // 2
-        _replace(d, ("linear_key_head_dim", "linear_value_head_dim"), 8)
+        _replace(d, ("linear_key_head_dim",), 8)
+        _replace(d, ("linear_value_head_dim",), small.value_dim)
 
 
 WIDTHS: list[tuple[Callable[[str], bool], Callable[[int, Small], int]]] = [

@@ -17,7 +17,13 @@ ATTENTION_NAME = "pgrpo"
 
 
 class DecodingLayout(Protocol):
-    """A rollout in progress (``rollout.embedded.cache.DecodeCache``): keeps every layer's keys and values between calls."""
+    """A rollout in progress (``rollout.embedded.cache.DecodeCache``): keeps every layer's keys and values between calls, and the
+    ``states`` of layers that have one. ``prompts`` is the layout of its first call."""
+
+    states: dict[Any, Tensor]
+    prompts: PackedLayout
+
+    def for_rows(self, states_N: Tensor) -> Tensor: ...
 
     @property
     def attend(self) -> Callable[..., Tensor]:

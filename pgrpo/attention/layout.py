@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -47,6 +47,7 @@ class PackedLayout:
         nodes: the forest.
         max_sample: the longest sample, in tokens.
         kernel: name of the flash kernel to use.
+        kept: what other layers than attention compute once a batch.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class PackedLayout:
         self.nodes = nodes_of(lengths, parents)
         self.max_sample = max((node.offset + node.length for node in self.nodes), default=0)
         self.kernel = choice.kernel
+        self.kept: dict[Any, Any] = {}
         self._device = device
         self._passes: dict[int | None, Passes] = {None: Passes.of(self.nodes, choice, device)}
         for window in choice.windows:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pgrpo.admission.linear import check_linear
 from pgrpo.admission.models import check_model
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.hook import ATTENTION_NAME
@@ -188,6 +189,7 @@ def load(config: Config, max_sample: int, world: World, random_weights: bool) ->
     use_caches(config.cache_dir)
     check_device(config, world.device)
     hf_config = load_hf_config(config.model)
+    check_linear(config.model.path, hf_config, world.device)
     check_model(config.model.path, hf_config, max_sample)
     check_lora(config.model, ModelDims.from_config(hf_config))
     model = random_model(config, world.device) if random_weights else load_model(config.model)

@@ -16,6 +16,7 @@ from pgrpo.checkpoint import PREFIX, CheckpointError, latest, load
 from pgrpo.commands.model_card import write_card
 from pgrpo.commands.source_files import copy_source_files, source_folder
 from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.model.families.experts import untrained_text
 from pgrpo.model.lora import add_adapters, merge_adapters
 from pgrpo.model.policy import load_hf_config
 
@@ -65,6 +66,8 @@ def export(
         writing.rename(out)
     finally:
         shutil.rmtree(writing, ignore_errors=True)
+    if text := untrained_text(model.config):
+        print(text)
     print(f"wrote {out}: the weights after step {trained}, {dtype}")
     return out
 

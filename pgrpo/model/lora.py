@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ from pgrpo.model.logprobs import TokenLogprobs
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.planning.flops import ModelDims, lora_parameter_count
 
+log = logging.getLogger(__name__)
 LogprobsOf = Callable[[GroupedBatch], TokenLogprobs]
 
 
@@ -21,11 +23,19 @@ def check_lora(config: ModelConfig, dims: ModelDims) -> None:
     """Refuse a LoRA config that cannot work, before any weight is loaded.
 
     Raises:
-        ConfigError: peft is not installed, or ``model.lora_targets`` names something that is not a linear layer of the model.
+        ConfigError: peft is not installed, or ``model.lora_targets`` names something that is not a linear layer of the model, as
+            stacked experts.
     """
     if config.lora_rank and importlib.util.find_spec("peft") is None:
         raise ConfigError(f"model.lora_rank={config.lora_rank}: LoRA needs peft: pip install -e '.[lora]'")
+    if config.lora_rank and dims.stacked and not config.lora_targets:
+        log.info("LoRA: the experts (%s) are not trained, they have no adapters", ", ".join(dims.stacked))
     for name in config.lora_targets:
+        if name in dims.stacked or name == "experts":
+            raise ConfigError(
+                f"model.lora_targets: {name!r} is all experts of a layer in one tensor, which gets no adapters: leave it out, or "
+                "train all weights (model.lora_rank=0)"
+            )
         if name not in dims.linear_layers:
             raise ConfigError(
                 f"model.lora_targets: {name!r} is no linear layer of {config.path}; "

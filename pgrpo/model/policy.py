@@ -21,6 +21,7 @@ from transformers import (
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.hook import ATTENTION_NAME, AttentionLayout, attending, attention_forward
 from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.model.families.linear import follow_states
 from pgrpo.model.head import Head
 from pgrpo.model.logprobs import TeacherRows, TokenLogprobs, token_logprobs
 from pgrpo.packing.batch import GroupedBatch
@@ -48,6 +49,7 @@ class Policy(nn.Module):
         self.temperature = temperature
         self.attention = replace(attention or AttentionChoice(), windows=sliding_windows(model))
         self.head = Head(model)
+        follow_states(model)
 
     @property
     def device(self) -> torch.device:

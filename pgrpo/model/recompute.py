@@ -16,6 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from pgrpo.attention.hook import current
 from pgrpo.attention.layout import PackedLayout
+from pgrpo.model.families.linear import has_state
 from pgrpo.types import Recompute
 
 
@@ -28,10 +29,11 @@ def set_up_layers(layers: Iterable[nn.Module], recompute: Sequence[Recompute], *
         layers: decoder layers.
         recompute: one entry a layer: what its backward recomputes.
         compiled: use ``torch.compile`` with dynamic shapes; all layers of a kind share one compilation for each gradient mode.
+            Layers with a state are not compiled: their calls depend on the forest.
     """
     for layer, mode in zip(layers, recompute, strict=True):
-        run = _runner(mode, compiled)
-        layer.forward = partial(_forward, layer, run, _runner("none", compiled))  # pyright: ignore[reportAttributeAccessIssue]
+        can = compiled and not any(map(has_state, layer.modules()))
+        layer.forward = partial(_forward, layer, _runner(mode, can), _runner("none", can))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _forward(

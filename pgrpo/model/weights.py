@@ -9,15 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pgrpo.model.families.experts import to_checkpoint
+
 BASE, ADAPTER = ".base_layer.", ".lora_"
 """Parts of the names that peft gives to the parameters of a linear layer and of its adapter."""
 
 
 def weight_names(model: nn.Module) -> set[str]:
     """The names that ``full_weights`` yields. Of names that share a tensor (tied embeddings) only one."""
-    return {name.replace(BASE, ".") for name, _ in model.named_parameters() if ADAPTER not in name} | _kept_buffers(
-        model
-    ).keys()
+    own = {name.replace(BASE, "."): x.shape for name, x in model.named_parameters() if ADAPTER not in name}
+    own |= {name: x.shape for name, x in _kept_buffers(model).items()}
+    convert = to_checkpoint(model)
+    return {new for name, shape in own.items() for new, _ in convert(name, torch.empty(shape, device="meta"))}
 
 
 def _kept_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -29,7 +32,8 @@ def _kept_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every weight in the order of the layers, one at a time, LoRA adapters merged into theirs.
+    """(name, tensor) of every weight in the order of the layers, one at a time, LoRA adapters merged into theirs, stacked experts
+    taken apart.
 
     A collective call where weights are sharded: every rank must consume the iterator to its end. Shards are cast before they
     are gathered, which halves the traffic.
@@ -38,6 +42,12 @@ def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
         model: a causal language model, sharded or not.
         dtype: of the tensors, which are on the model's device; buffers keep their own.
     """
+    convert = to_checkpoint(model)
+    for name, tensor in _own_weights(model, dtype):
+        yield from convert(name, tensor)
+
+
+def _own_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         if ADAPTER in name:
             continue

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_total_experts")
+STATEFUL = ("linear_attention", "conv")
+"""Kinds of layers that have a state instead of attention."""
 ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 
@@ -25,7 +27,11 @@ class ModelDims:
 
     Attributes:
         heads, kv_heads, head_dim, value_dim: of attention; keys and values differ in size in MLA.
-        windows: one entry a layer: the tokens of its sliding window, or 0 without one.
+        windows: one entry for each layer with attention: the tokens of its sliding window, or 0 without one.
+        state_flops: FLOPs a token of the recurrences of all linear-attention layers: decay, read, update and output of a state
+            (chunked kernels do more).
+        state_elements: float32 numbers that all layers with a state keep of one sequence: states and tails of convolutions.
+        state_width: elements a token that a linear-attention layer keeps for its backward, about.
         softcapped: whether attention's scores are soft-capped.
         intermediate: width of the MLP that a token passes, as that of a gated MLP of the same number of elements; of a mixture,
             that of the experts that are active together.
@@ -34,6 +40,7 @@ class ModelDims:
         matrices: elements of all matrices of the layers that one token is multiplied with (of a mixture, the active experts).
         layer_matrix: elements of all matrices of the largest layer.
         linear_layers: (inputs, outputs) of every linear layer, by the last part of its name.
+        stacked: names of parameters that have the matrices of all experts of a layer.
     """
 
     layers: int
@@ -43,6 +50,9 @@ class ModelDims:
     head_dim: int
     value_dim: int
     windows: tuple[int, ...]
+    state_flops: int
+    state_elements: int
+    state_width: int
     softcapped: bool
     intermediate: int
     norms: int
@@ -53,6 +63,7 @@ class ModelDims:
     matrices: int
     layer_matrix: int
     linear_layers: Mapping[str, tuple[tuple[int, int], ...]]
+    stacked: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: PretrainedConfig | Mapping[str, Any]) -> ModelDims:
@@ -109,14 +120,15 @@ def _count(key: _Key) -> ModelDims:
     head_dim = value_dim = getattr(text, "head_dim", None) or hidden // heads
     if getattr(text, "qk_rope_head_dim", None):  # MLA
         kv_heads, head_dim, value_dim = heads, text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
-    experts, active = _first(text, EXPERTS), _first(text, ACTIVE_EXPERTS)
+    experts, active = first_of(text, EXPERTS), first_of(text, ACTIVE_EXPERTS)
     linear: dict[str, list[tuple[int, int]]] = {}
-    matrices, mlp, whole = 0, 0, 0
+    matrices, mlp, whole, stacked = 0, 0, 0, set()
     for layer in layers:
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
                 linear.setdefault(name.rpartition(".")[2], []).append((module.in_features, module.out_features))
         of_layer = {name: p.numel() for name, p in layer.named_parameters() if p.ndim >= 2}
+        stacked |= {n.rpartition(".")[2] for n, p in layer.named_parameters() if _is_expert(n) and p.ndim == 3}
         used = {n: size * active // experts if experts and _is_expert(n) else size for n, size in of_layer.items()}
         matrices, whole = matrices + sum(used.values()), max(whole, sum(of_layer.values()))
         mlp = max(mlp, sum(size for name, size in used.items() if "att" not in name))
@@ -130,6 +142,7 @@ def _count(key: _Key) -> ModelDims:
         head_dim=head_dim,
         value_dim=value_dim,
         windows=windows(text),
+        **_states(text),
         softcapped=bool(getattr(text, "attn_logit_softcapping", None)),
         intermediate=mlp // (3 * hidden),
         norms=sizes.count(hidden),
@@ -141,6 +154,7 @@ def _count(key: _Key) -> ModelDims:
         matrices=matrices,
         layer_matrix=whole,
         linear_layers={name: tuple(shapes) for name, shapes in linear.items()},
+        stacked=tuple(sorted(stacked)),
     )
 
 
@@ -150,13 +164,32 @@ def _is_expert(name: str) -> bool:
 
 
 def windows(config: PretrainedConfig) -> tuple[int, ...]:
-    """One entry a layer: the tokens of its sliding window, or 0 without one."""
-    window, layers = getattr(config, "sliding_window", None), config.num_hidden_layers
+    """One entry for each layer with attention: the tokens of its sliding window, or 0 without one."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     if not isinstance(window, int) or getattr(config, "use_sliding_window", True) is False:
-        return (0,) * layers
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
-    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+        window = 0
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds if kind not in STATEFUL)
 
 
-def _first(config: PretrainedConfig, names: tuple[str, ...]) -> int:
+def _states(config: PretrainedConfig) -> dict[str, int]:
+    """Sizes of Gated DeltaNet (``linear_attention``) and of short convolutions alone (``conv``)."""
+    kinds = getattr(config, "layer_types", None) or []
+    linear, convolutions = (kinds.count(kind) for kind in STATEFUL)
+    conv, heads = convolutions * (getattr(config, "conv_L_cache", None) or 1) * config.hidden_size, 0
+    state = width = 0
+    if linear and (heads := getattr(config, "linear_num_value_heads", None) or 0):
+        keys, values = config.linear_num_key_heads * config.linear_key_head_dim, heads * config.linear_value_head_dim
+        state, conv = (
+            heads * config.linear_key_head_dim * config.linear_value_head_dim,
+            conv + linear * (config.linear_conv_kernel_dim * (2 * keys + values)),
+        )
+        width = (
+            4 * (2 * keys + values) + 4 * values
+        )  # around the convolution and as copies for the rule; the gated norm
+    return {"state_flops": 7 * state * linear, "state_elements": state * linear + conv, "state_width": width}
+
+
+def first_of(config: PretrainedConfig, names: tuple[str, ...]) -> int:
+    """The first of these that a config has as an integer; 0 without any."""
     return next((value for name in names if isinstance(value := getattr(config, name, None), int)), 0)

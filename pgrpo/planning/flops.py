@@ -47,8 +47,8 @@ def flat_work(prompt: int, completions: Sequence[int], *, shared: bool = True) -
 def forest_forward_flops(dims: ModelDims, work: Work, *, adapters: int = 0) -> int:
     """FLOPs of the log-probs of a forest; a multiplication and an addition are two FLOPs.
 
-    Counts linear layers (and ``adapters`` parameters of LoRA) for each row, attention for each pair, and the head for tokens with a
-    log-prob only.
+    Counts linear layers (with ``adapters`` parameters of LoRA) and recurrences for each row, attention for each pair, and the head
+    for tokens with a log-prob only.
     """
     head = 2 * dims.vocab * dims.hidden * work.scored
     return 2 * (dims.matrices + adapters) * work.rows + _attention_flops(dims, work) + head
@@ -80,7 +80,8 @@ def update_flops(
 
 def _attention_flops(dims: ModelDims, work: Work) -> int:
     pairs = sum(count * work.pairs(window or None) for window, count in Counter(dims.windows).items())
-    return 2 * dims.heads * (dims.head_dim + dims.value_dim) * pairs  # scores and weighted values
+    # scores and weighted values; recurrences, which have no weights either
+    return 2 * dims.heads * (dims.head_dim + dims.value_dim) * pairs + dims.state_flops * work.rows
 
 
 def rho(prompt: int, completions: Sequence[int]) -> float:

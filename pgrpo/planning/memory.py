@@ -38,7 +38,7 @@ class MemoryPlan:
             them until the backward ends, when the activations are freed. 0 with one replica.
         adam_scratch: temporaries of the optimizer step: none with fused AdamW (GPU); as large as the trained parameters on a CPU;
             the pieces in transit where the moments are in host memory.
-        kv_cache: keys and values of the embedded engine, with all completions at full length.
+        kv_cache: keys, values and states of the embedded engine, with all completions at full length.
         offloaded: weights and moments that are in host memory while vLLM samples.
     """
 
@@ -141,7 +141,7 @@ def memory_plan(
     # Attention outputs with their float32 log-sum-exps, and the layer's input.
     kept["attention"] = kept["full"] + dims.heads * (dims.value_dim * dtype_bytes + 4)
     recomputed = 0 if set(recompute) == {"none"} else layer
-    kv_row = dims.layers * dims.kv_heads * (dims.head_dim + dims.value_dim) * dtype_bytes
+    kv_row = len(dims.windows) * dims.kv_heads * (dims.head_dim + dims.value_dim) * dtype_bytes
     kv_rows = concurrent * completion_tokens + -(-concurrent // group_size) * prompt_tokens
     parts = MemoryPlan(
         weights=weights,
@@ -162,7 +162,7 @@ def memory_plan(
         layer_backward=recomputed * token_budget + (gradients + head) * dtype_bytes,
         reductions=trained if replicas > 1 else 0,
         adam_scratch=OFFLOAD_SCRATCH if offload else trained if dtype_bytes == 4 else 0,
-        kv_cache=kv_row * kv_rows,
+        kv_cache=kv_row * kv_rows + 4 * dims.state_elements * concurrent,
         offloaded=0,
     )
     parts = replace(parts, offloaded=sum(getattr(parts, name) for name in offloaded))
@@ -200,7 +200,7 @@ def _layer_activations(dims: ModelDims, dtype_bytes: int, *, compiled: bool) -> 
     Compiled: what matrix products and attention need; the compiler recomputes everything between them."""
     q, kv = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
     norms = dims.norms * dims.hidden * (4 + 2 * dtype_bytes)  # the float32 input, the normalised and the scaled output
-    attention = (2 * q + 2 * kv) * dtype_bytes
+    attention = max(2 * q + 2 * kv, dims.state_width) * dtype_bytes
     head_norms = (q + kv) * (4 + dtype_bytes) if dims.head_norms else 0
     mlp = 4 * dims.intermediate * dtype_bytes  # gate, its silu, up, their product
     if compiled:

@@ -79,7 +79,7 @@ def attention_choice(config: Config, dims: ModelDims, device: torch.device) -> A
     except ValueError as error:
         raise ConfigError(f"model.attention_kernel={config.model.attention_kernel}: {error}") from error
     way = "auto" if device.type == "cuda" else "between_depths"
-    flops_per_ns = dims.layers * UPDATE_FLOPS_PER_NS[device.type]
+    flops_per_ns = len(dims.windows) * UPDATE_FLOPS_PER_NS[device.type]
     return AttentionChoice(
         kernel.name, dims.heads, dims.kv_heads, dims.head_dim, way, flops_per_ns=flops_per_ns, reason=kernel.reason
     )
@@ -208,8 +208,8 @@ def vllm_gib(config: Config, dims: ModelDims, samples: int) -> float:
     rollout, width = config.rollout, compute_dtype(config).itemsize
     groups, block = math.ceil(samples / rollout.group_size), VLLM_BLOCK_TOKENS  # a completion's last block is not full
     rows = groups * config.data.max_prompt_tokens + samples * (config.max_sampled_tokens + block)
-    row = dims.layers * dims.kv_heads * (dims.head_dim + dims.value_dim)
-    return width * (dims.parameters + row * rows) / rollout.tensor_parallel_size / GIB
+    row = len(dims.windows) * dims.kv_heads * (dims.head_dim + dims.value_dim)
+    return width * (dims.parameters + row * rows + dims.state_elements * samples) / rollout.tensor_parallel_size / GIB
 
 
 def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.device) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pgrpo.admission.linear import check_linear
 from pgrpo.admission.models import check_model
 from pgrpo.admission.on_device import PROMPTS, check_on_device
 from pgrpo.algorithm.loss import LossOutput, policy_loss
@@ -20,10 +21,12 @@ from pgrpo.distributed.world import World
 from pgrpo.environments.chat import Transition
 from pgrpo.environments.episodes import Episodes
 from pgrpo.environments.toolbox import load_toolbox
+from pgrpo.model.families.experts import experts_text, untrained_text
+from pgrpo.model.families.linear import states_text
 from pgrpo.model.lora import LogprobsOf, check_lora, without_adapters
 from pgrpo.model.policy import Policy, check_positions, generation_eos, load_error, load_hf_config
 from pgrpo.planning.flops import ModelDims
-from pgrpo.planning.placement import attention_choice, check_device
+from pgrpo.planning.placement import attention_choice, check_device, is_compiled
 from pgrpo.process.caches import use_caches
 from pgrpo.process.rng import seed_all
 from pgrpo.rewards.runner import RewardRunner
@@ -106,6 +109,7 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     hf_config = load_hf_config(config.model)
     max_sample = config.max_sample_tokens
     check_positions(config.model, hf_config, max_sample)
+    check_linear(config.model.path, hf_config, world.device)
     check_model(config.model.path, hf_config, max_sample)
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)
@@ -146,6 +150,14 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
         teacher = place_teacher(config, world) if config.loss.teacher is not None else None
     learner = Learner(config, world, policy, reference, build_optimizer(policy, config.optim), dims, loss, teacher)
     if world.is_main:
+        compiled = is_compiled(config, world.device)
+        for text in (
+            states_text(policy.model, world.device, compiled=compiled),
+            experts_text(policy.model),
+            untrained_text(hf_config),
+        ):
+            if text:
+                log.info("%s", text)
         check_turn_end(tokenizer, config.prompt, end_ids)
     with counting("starting the sampler"):
         engine = build_engine(config, world, policy, learner.optimizer, tokenizer, end_ids)

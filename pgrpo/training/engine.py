@@ -11,13 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.fsdp import no_gradient
 from pgrpo.distributed.shards import shard_of
 from pgrpo.distributed.world import World
+from pgrpo.model.families.experts import can_unstack
 from pgrpo.model.policy import Policy
 from pgrpo.model.recompute import not_compiled
 from pgrpo.model.weights import full_weights, weight_names
@@ -81,17 +80,16 @@ def check_engine(config: Config, dims: ModelDims, world: World) -> None:
 
 
 def check_pushable(config: Config, hf_config: PretrainedConfig, world: World) -> None:
-    """Refuse vLLM for a model that transformers holds in other tensors than its checkpoint has, as stacked experts: a push has the
-    policy's own tensors.
+    """Refuse vLLM for a model that transformers holds in other tensors than its checkpoint has, unless these are stacked experts,
+    which a push takes apart.
 
     Raises:
         ConfigError: with the key and what to do.
     """
-    conversions = get_checkpoint_conversion_mapping(hf_config.model_type) or []
-    if engine_name(config, world.device) == "vllm" and any(isinstance(one, WeightConverter) for one in conversions):
+    if engine_name(config, world.device) == "vllm" and not can_unstack(hf_config):
         raise ConfigError(
-            f"rollout.engine={config.rollout.engine}: transformers stacks the experts of a {hf_config.model_type} model, and vLLM "
-            "loads them one by one, so that weights cannot be pushed; set rollout.engine=embedded"
+            f"rollout.engine={config.rollout.engine}: transformers holds a {hf_config.model_type} model in other tensors than its "
+            "checkpoint, which vLLM loads, so that weights cannot be pushed; set rollout.engine=embedded"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pgrpo.admission.linear import check_linear
 from pgrpo.admission.models import check_model
 from pgrpo.config import Config, ConfigError
 from pgrpo.model.policy import check_positions, load_error, load_hf_config
@@ -30,6 +31,7 @@ def check_teacher(
     try:
         hf_config = load_hf_config(model)
         check_positions(model, hf_config, longest)
+        check_linear(model.path, hf_config, device)
         check_model(model.path, hf_config, longest)
     except ConfigError as error:
         raise ConfigError(

@@ -99,6 +99,40 @@ def test_a_windowed_model_with_sinks(windowed, ranks, changes):
     assert len(sinks) == 2 and all(want["gradients"][name].norm() > 0 for name in sinks)
 
 
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory, on_ranks):
+    """Layers with a state and with attention, each with a mixture of experts."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        "qwen3_5_moe_text", vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=2, initializer_range=0.2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24,
+        shared_expert_intermediate_size=24, linear_key_head_dim=8, linear_value_head_dim=12, linear_num_key_heads=2,
+        linear_num_value_heads=4, layer_types=["linear_attention", "linear_attention", "full_attention"],
+        max_position_embeddings=128, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("hybrid")
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return partial(on_ranks, folder)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (2, {"token_budget": 40, "activation_checkpointing": "full"}),
+        (4, {}),
+        (4, {"fsdp_size": 2, "lora_rank": 2}),
+        (1, {"attention": "repeated"}),
+    ],
+    ids=str,
+)
+def test_a_model_with_states_and_experts(hybrid, ranks, changes):
+    want = hybrid(**{key: changes[key] for key in changes.keys() & {"lora_rank"}})
+    assert_same(hybrid(ranks, **changes), want)
+    wanted = "lora_A" if "lora_rank" in changes else "A_log"
+    found = [name for name in want["gradients"] if wanted in name]
+    assert len(found) >= 2 and all(want["gradients"][name].norm() > 0 for name in found)
+
+
 def test_a_head_that_caps_its_logits_on_two_ranks(tmp_path, on_ranks):
     """Its gradient comes from autograd through the model's own head, whose weight is sharded, and tied to the embedding."""
     torch.manual_seed(0)

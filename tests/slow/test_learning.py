@@ -1,4 +1,4 @@
-"""The quick start's task is learned by models with windows, sinks and experts, sampled by the embedded engine."""
+"""The quick start's task is learned by models with windows, sinks, experts and states, sampled by the embedded engine."""
 
 import json
 import runpy
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("kind", ["gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["gemma3_text", "gpt_oss", "qwen3_5_text", "qwen3_moe"])
 def test_the_reward_rises(kind, tmp_path, monkeypatch):
     """By 0.2 at least in 500 steps; measured: 0.11 to 0.61, and 0.09 to 0.54."""
     monkeypatch.setattr(sys, "argv", ["make_tiny_model.py", "--model", kind, "--out", str(tmp_path / "model")])

@@ -299,16 +299,16 @@ def test_ranks_that_share_an_engine_exchange_requests_on_the_cpu(monkeypatch):
     assert one.tp_group == ((2, 3), None)
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral"])
-def test_vllm_is_refused_for_a_model_whose_experts_transformers_stacks(installed, model_type):
+@pytest.mark.parametrize("model_type", ["ernie4_5_vl_moe", "dbrx"])
+def test_vllm_is_refused_for_a_model_that_transformers_holds_in_other_tensors(installed, model_type):
     hf_config = AutoConfig.for_model(model_type)
     engine.check_pushable(config(engine="embedded"), hf_config, World(0, 1, CPU))
     with pytest.raises(
-        ConfigError, match=rf"rollout\.engine=vllm: transformers stacks the experts of a {model_type} model"
+        ConfigError, match=rf"rollout\.engine=vllm: transformers holds a {model_type} model in other tensors than"
     ):
         engine.check_pushable(config(engine="vllm"), hf_config, World(0, 1, CPU))
 
 
-@pytest.mark.parametrize("model_type", ["gpt_oss", "gemma3_text", "qwen3"])
-def test_vllm_takes_a_model_whose_tensors_are_its_checkpoint_s(installed, model_type):
+@pytest.mark.parametrize("model_type", ["gpt_oss", "gemma3_text", "qwen3", "qwen3_moe", "mixtral"])
+def test_vllm_takes_a_model_whose_tensors_are_its_checkpoint_s_or_stacks_of_them(installed, model_type):
     engine.check_pushable(config(engine="vllm"), AutoConfig.for_model(model_type), World(0, 1, CPU))

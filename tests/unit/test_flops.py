@@ -91,6 +91,63 @@ def test_sizes_of_mixtures_latent_attention_and_windows() -> None:
     assert without - flops.forward_flops(dims, 12, [8]) == 2 * pair * (full - windowed)
 
 
+def test_sizes_of_layers_with_a_state() -> None:
+    """Worked out by hand. Two layers of Gated DeltaNet, whose values are larger than keys, a full layer; no pairs in the former."""
+    linear = {
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+    }
+    kinds = ["linear_attention", "linear_attention", "full_attention"]
+    config = AutoConfig.for_model("qwen3_5_text", **SIZES, **linear, head_dim=16, layer_types=kinds)
+    dims = ModelDims.from_config(config)
+    keys, values = 2 * 8, 6 * 12
+    convolved = 2 * keys + values
+    delta = 64 * (convolved + values + 2 * 6) + 4 * convolved + values * 64
+    attention = 64 * (2 * 4 * 16 + 2 * 2 * 16) + 4 * 16 * 64  # queries with gates
+    assert dims.matrices == 2 * delta + attention + 3 * 3 * 64 * 160
+    assert dims.windows == (0,)
+    assert dims.state_flops == 2 * 6 * 7 * 8 * 12 and dims.state_elements == 2 * (6 * 8 * 12 + 4 * convolved)
+    forward = flops.forward_flops(dims, 12, [8])
+    pairs = 4 * 4 * 16 * (20 * 21 // 2)
+    assert forward == 20 * (2 * dims.matrices + dims.state_flops) + pairs + 2 * 100 * 64 * 8
+    cache = plan(dims, concurrent=4, group_size=2, prompt_tokens=12, completion_tokens=8).kv_cache * 2**30
+    assert cache == (4 * 8 + 2 * 12) * 2 * 2 * 16 * 2 + 4 * 4 * dims.state_elements
+    lfm = AutoConfig.for_model("lfm2", **SIZES, layer_types=["conv", "full_attention", "conv"], conv_L_cache=3)
+    dims = ModelDims.from_config(lfm)
+    assert dims.windows == (0,) and (dims.state_flops, dims.state_elements) == (0, 2 * 3 * 64)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "active", "stacked"),
+    [
+        (
+            "qwen3_moe",
+            {"num_experts": 8, "moe_intermediate_size": 20},
+            2 * 3 * 64 * 20 + 8 * 64,
+            ("down_proj", "gate_up_proj"),
+        ),
+        ("mixtral", {"num_local_experts": 8}, 2 * 3 * 64 * 160 + 8 * 64, ("down_proj", "gate_up_proj")),
+        ("olmoe", {"num_experts": 8}, 2 * 3 * 64 * 160 + 8 * 64, ("down_proj", "gate_up_proj")),
+        ("gpt_oss", {"num_local_experts": 8}, 2 * 3 * 64 * 160 + 8 * 64, ("down_proj", "gate_up_proj")),
+    ],
+)
+def test_a_token_passes_its_active_experts_and_memory_holds_all(model_type, sizes, active, stacked) -> None:
+    config = AutoConfig.for_model(model_type, **SIZES, **sizes, num_experts_per_tok=2, head_dim=16)
+    dims = ModelDims.from_config(config)
+    attention = 64 * 16 * (4 + 2 + 2) + 4 * 16 * 64
+    assert dims.matrices - 3 * (attention + active) in (
+        0,
+        3 * 2 * (2 * 160 + 64),
+    )  # gpt-oss has biases in two dimensions
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert dims.parameters == model.num_parameters() > dims.matrices * 2
+    assert dims.stacked == stacked
+    assert plan(dims).weights == 4 * dims.parameters / 2**30
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3"])
 def test_forward_flops_are_those_that_torch_counts(name: str) -> None:
     """One sequence, all of whose logits are computed: eager attention computes the full square, not its causal half."""

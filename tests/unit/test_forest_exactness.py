@@ -15,7 +15,14 @@ from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.types import Sample
 
-MODELS = {"qwen3": {}, "gemma3_text": {"sliding_window": 4096}, "gpt_oss": {}}
+CONVOLUTIONS = {"layer_types": ["conv", "full_attention"] * 8}
+MODELS = {
+    "qwen3": {},
+    "gemma3_text": {"sliding_window": 4096},
+    "gpt_oss": {},
+    "qwen3_5_moe_text": {},
+    "lfm2": {"num_hidden_layers": 16, **CONVOLUTIONS},
+}
 
 
 def random_samples(seed: int, depths: int = 6) -> list[Sample]:

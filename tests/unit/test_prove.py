@@ -25,6 +25,10 @@ MECHANISMS = {
     "phi": "a bias of the head, half of each head with RoPE",
     "nemotron": "keywords that layers do not hand down",
     "gpt2": "learned positions",
+    "qwen3_5_text": "linear attention",
+    "qwen3_next": "linear attention, experts",
+    "olmo_hybrid": "linear attention with negative eigenvalues",
+    "lfm3": "short convolutions of width 7",
 }
 
 

@@ -82,7 +82,7 @@ class Scripted:
         return logits
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3", "granite"])
+@pytest.fixture(scope="module", params=["llama", "qwen3", "granite", "qwen3_5_text", "lfm2"])
 def models(request):
     return make_models(request.param)
 
@@ -95,7 +95,14 @@ def policy():
 def make_models(model_type):
     """The policy, and the same weights in the untouched model."""
     torch.manual_seed(0)
-    own = {"granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3}}.get(model_type, {})
+    own = {
+        "granite": {"logits_scaling": 3.0, "attention_multiplier": 0.3},
+        "qwen3_5_text": {
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"], "num_hidden_layers": 3,
+            "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        },
+        "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+    }.get(model_type, {})  # fmt: skip
     config = transformers.AutoConfig.for_model(model_type, **(SMALL | own))
     untouched = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="sdpa").eval()
     grouped = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=ATTENTION_NAME).eval()

@@ -34,6 +34,11 @@ MODELS = {
             "original_max_position_embeddings": 64,
         },
     },
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "tie_word_embeddings": False},
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 
 
@@ -62,7 +67,7 @@ ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="where an engine
 
 
 @ON_A_CPU
-@pytest.mark.parametrize("started", ["mistral", "gemma3_text"], indirect=True)
+@pytest.mark.parametrize("started", ["mistral", "gemma3_text", "qwen3_moe", "qwen3_5_text"], indirect=True)
 def test_samples_have_the_policys_log_probs_before_and_after_a_push(started):
     engine, policy = started
     for step in range(2):

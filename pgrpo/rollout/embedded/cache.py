@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pgrpo.attention.kernels.flash import dense_forward, varlen_forward
 from pgrpo.attention.kernels.segments import Scores, Segments
-from pgrpo.attention.layout import cumulative
+from pgrpo.attention.layout import PackedLayout, cumulative
 from pgrpo.attention.merge import add_sinks_, merge_
 
 
@@ -40,6 +41,12 @@ class DecodeCache:
         self._suffixes: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> K, V [B, C, K, D]
         self._across = self._suffix_segments()
         self._last: dict[int, tuple[Tensor, Segments]] = {}
+        self.prompts = PackedLayout(prompt_lens, [-1 for _ in prompt_lens], device)
+        self.states: dict[Any, Tensor] = {}  # of layers with a state, [B, ...]
+
+    def for_rows(self, states_N: Tensor) -> Tensor:
+        """A copy of its prompt's state for each row of the batch: [N, ...] -> [B, ...]."""
+        return states_N.index_select(0, self._group_of_row.to(self._device))
 
     def attend(
         self,
@@ -92,6 +99,7 @@ class DecodeCache:
             for new, old in zip(kept, buffers, strict=True):
                 new[:, : self.length] = old[rows, : self.length]
             self._suffixes[layer] = kept[0], kept[1]
+        self.states = {name: x.index_select(0, rows) for name, x in self.states.items()}
         self._across = self._suffix_segments()
         self._last.clear()
 

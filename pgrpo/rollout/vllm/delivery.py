@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+EXPERT = re.compile(
+    r"(?P<layer>.+\.experts\.)\d+\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.(?P<kind>weight|bias)"
+)
 
 
 class DeliveryError(RuntimeError):
@@ -43,7 +48,8 @@ class Delivery:
             written: names of the engine's parameters that it reports as written.
             parameters: the engine's parameters on this rank. Empty ones cannot be read back and are not compared.
             fused: fused parameter -> its sources, as ``qkv_proj`` -> ``[q_proj, k_proj, v_proj]``.
-            rename: gives keys the names that the engine has for them, before it fuses (``model.embedding`` of gpt-oss).
+            rename: gives keys the names that the engine has for them, before it fuses (``model.embedding`` of gpt-oss), and adds
+                up those of one name.
             ranks: number of ranks that share the engine. Each has a part of a parameter, or all of it.
             sum_over_ranks: sums an int64 tensor over these ranks.
 
@@ -56,6 +62,7 @@ class Delivery:
             raise DeliveryError(f"weight push: the engine did not load {_some(missing)}")
         sent = rename(self.sent)
         sizes = rename({name: torch.tensor(size) for name, size in self.sizes.items()})
+        experts = sources_of_experts(sent)
         compared, wanted, found = [], [], []
         for name, parameter in parameters.items():
             if not parameter.numel():
@@ -63,7 +70,7 @@ class Delivery:
             of_experts = name.replace(
                 ".routed_experts.", "."
             )  # a module that newer releases put around stacked experts
-            sources = [of_experts] if of_experts in sent else sources_of(name, fused)
+            sources = [of_experts] if of_experts in sent else experts.get(of_experts) or sources_of(name, fused)
             if any(source not in sent for source in sources):
                 raise DeliveryError(
                     f"weight push: the engine's {name} is made of {sources}, which the policy does not have"
@@ -90,6 +97,26 @@ def sources_of(name: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
         if f".{whole}." in name:
             return [name.replace(f".{whole}.", f".{part}.") for part in parts]
     return [name]
+
+
+def sources_of_experts(names: Iterable[str]) -> dict[str, list[str]]:
+    """The parameters in which an engine stacks experts -> names of all weights in each: gate and up projections of all experts of a
+    layer in ``...experts.w13_weight``, down projections in ``...experts.w2_weight``."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if match := EXPERT.fullmatch(name):
+            stacked = "w2" if match["part"] in ("down_proj", "w2") else "w13"
+            found.setdefault(f"{match['layer']}{stacked}_{match['kind']}", []).append(name)
+    return found
+
+
+def added_up(rename: Callable[[dict[str, Tensor]], dict[str, Tensor]], values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``values`` under their new names; those that get the same name (parts of a fused parameter) are added up."""
+    found: dict[str, Tensor] = {}
+    for name, value in values.items():
+        for new, renamed in rename({name: value}).items():
+            found[new] = found[new] + renamed if new in found else renamed
+    return found
 
 
 def _some(names: Sequence[str]) -> str:

@@ -39,7 +39,7 @@ from pgrpo.process.stopping import Stopped
 from pgrpo.rollout.base import More, OnFinished, no_more
 from pgrpo.rollout.text import Tokenizer, make_completions
 from pgrpo.rollout.vllm import start as vllm_start
-from pgrpo.rollout.vllm.delivery import Delivery
+from pgrpo.rollout.vllm.delivery import Delivery, added_up
 from pgrpo.rollout.vllm.offload import Offload
 from pgrpo.rollout.vllm.requests import DEADLINE, Asked, EngineError, Requests, vllm_errors
 from pgrpo.types import Completion, Request, Sample, SamplingParams
@@ -279,7 +279,9 @@ class VLLMEngine:
             written,
             dict(model.named_parameters()),
             getattr(model, "packed_modules_mapping", {}),
-            rename=model.hf_to_vllm_mapper.apply_dict if hasattr(model, "hf_to_vllm_mapper") else dict,
+            rename=partial(added_up, model.hf_to_vllm_mapper.apply_dict)
+            if hasattr(model, "hf_to_vllm_mapper")
+            else dict,
             ranks=self.tp_size,
             sum_over_ranks=self._sum_over_engine,
         )

@@ -1,0 +1,52 @@
+"""Whether this machine can train a model with linear attention: a GPU needs fla-core's kernels, and a backward that is right."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from transformers import PretrainedConfig
+
+from pgrpo.config import ConfigError
+from pgrpo.planning.dims import STATEFUL
+
+INSTALL = "pip install -e '.[linear]'"
+WRONG_ON_HOPPER = (3, 4, 0), (3, 7, 1)
+"""Releases of Triton, from the first up to but without the second, whose gated backward is wrong on Hopper, by fla-core's own word
+(its issue 640). It takes tilelang's instead where that is installed, and raises in the backward where not."""
+
+
+def check_linear(path: str, config: PretrainedConfig, device: torch.device) -> None:
+    """Refuse a model with Gated DeltaNet on a GPU that cannot train it, before weights are loaded. A CPU can.
+
+    Args:
+        path: ``model.path``, for the message.
+        config: of the model.
+        device: where it trains.
+
+    Raises:
+        ConfigError: with what to install.
+    """
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+    if device.type != "cuda" or STATEFUL[0] not in kinds:
+        return
+    if importlib.util.find_spec("fla") is None:
+        raise ConfigError(f"model.path={path}: its linear attention needs fla-core on a GPU: {INSTALL}")
+    triton = _release("triton")
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    first, fixed = WRONG_ON_HOPPER
+    if hopper and first <= triton < fixed and importlib.util.find_spec("tilelang") is None:
+        raise ConfigError(
+            f"model.path={path}: the backward of its linear attention is wrong on Hopper with Triton "
+            f"{'.'.join(map(str, triton))} ({'.'.join(map(str, first))} to before {'.'.join(map(str, fixed))}): install tilelang "
+            f"({INSTALL}), or a PyTorch with a newer Triton"
+        )
+
+
+def _release(package: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in re.findall(r"\d+", version(package))[:3])
+    except PackageNotFoundError:
+        return (0, 0, 0)

@@ -1,0 +1,115 @@
+"""Models with windows, sinks, experts and states through whole runs: resume, LoRA, export, what a push carries, the canary."""
+
+import runpy
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_resume import assert_equal_checkpoints, metrics, train
+from transformers import AutoModelForCausalLM
+
+from pgrpo.commands.export import export
+from pgrpo.config import ModelConfig
+from pgrpo.distributed.world import World
+from pgrpo.model.families import experts
+from pgrpo.model.policy import Policy, load_model
+from pgrpo.model.proof import reference_logprobs, tokens_as_groups
+from pgrpo.model.weights import full_weights, weight_names
+from pgrpo.packing.batch import build_batch
+from pgrpo.packing.forest import Forest
+from pgrpo.rollout.vllm.canary import CanaryError
+from pgrpo.training.engine import Canary
+
+SCRIPT = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "make_tiny_model.py"))
+KINDS = ["gemma3_text", "gpt_oss", "qwen3_5_text", "qwen3_moe"]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    SCRIPT["make_model"](kind=request.param).save_pretrained(folder)
+    SCRIPT["make_tokenizer"]().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_run_is_resumed_bit_for_bit_and_its_export_is_what_a_push_carries(folder, lora_rank, tmp_path):
+    changes = {"steps": 2, "checkpoint.every": 1, "optim.lr": 1e-2, "model.lora_rank": lora_rank, "loss.kl_coef": 0.1}
+    run = train(folder, tmp_path / "run", **changes)
+    (run / "checkpoints" / "step_2").rename(tmp_path / "step_2")  # as if the run had stopped after step 1
+    before = metrics(run)
+    train(folder, run, resume="auto", **changes)
+    assert_equal_checkpoints(tmp_path / "step_2", run / "checkpoints" / "step_2")
+    assert metrics(run) == before and all(row["grad_norm"] > 0 for row in before)
+    assert before[1]["sampling/sampling_logp_difference/max"] < 1e-4  # the engine samples with the same weights
+    out = export(run, tmp_path / "out")
+    model = load_model(ModelConfig(path=str(out)))
+    exported = load_file(out / "model.safetensors")
+    assert {name for name in exported if name != "lm_head.weight"} == weight_names(model)
+    pushed = dict(full_weights(model, torch.float32))
+    assert pushed.keys() == weight_names(model)
+    for name, tensor in pushed.items():
+        assert torch.equal(tensor, exported[name]), name
+    (prompts,) = tokens_as_groups([[3, 5, 12, 4, 13]], [[[3, 4], [7, 7, 1]]])
+    untouched = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
+    got = Policy(model)(build_batch(Forest.of(prompts.samples))).logprobs
+    assert (got - reference_logprobs(untouched, prompts.samples)).abs().max() < 1e-5
+
+
+class Pushed:
+    """An engine that computes what it was given: the untouched model with the weights of a push under their checkpoint's names."""
+
+    def __init__(self, folder, policy):
+        self.folder, self.policy = folder, policy
+        self.push()
+
+    def push(self):
+        weights = dict(full_weights(self.policy.model, torch.float32))
+        self.model = AutoModelForCausalLM.from_pretrained(None, config=self.config(), state_dict=weights)
+
+    def config(self):
+        return type(self.policy.model.config).from_pretrained(self.folder)
+
+    @torch.no_grad()
+    def score(self, samples):
+        return reference_logprobs(self.model, samples).tolist()
+
+
+def test_the_canary_knows_new_weights_from_old(folder):
+    policy = Policy(load_model(ModelConfig(path=str(folder))))
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(n):
+        return torch.randint(2, 14, (n,), generator=generator).tolist()
+
+    groups = tokens_as_groups([ids(6) for _ in range(10)], [[ids(4) for _ in range(3)] for _ in range(10)])
+    world, engine = World(0, 1, torch.device("cpu")), Pushed(folder, policy)
+    canary = Canary(world, policy, engine, every=1, most_tokens=4)
+
+    def update():
+        canary.before_update(0, groups)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        canary.after_update()
+
+    update()
+    engine.push()
+    found = canary.look()
+    assert abs(found["canary/slope"]) < 0.01 and found["canary/logp_difference"] < 1e-4
+    update()
+    with pytest.raises(CanaryError, match="still samples with the weights from before"):
+        canary.look()
+
+
+def test_what_is_said_of_experts_and_of_heads_that_are_not_trained():
+    make = partial(SCRIPT["make_model"], kind="qwen3_moe")
+    assert "4 experts, 2 for a token, computed by transformers' grouped_mm experts" in experts.experts_text(make())
+    assert experts.experts_text(SCRIPT["make_model"]()) == ""
+    config = SCRIPT["make_model"](kind="qwen3_5_text").config
+    assert experts.untrained_text(config) == ""
+    config.mtp_num_hidden_layers = 1
+    assert "multi-token prediction (1 layers) are not loaded, trained or exported" in experts.untrained_text(config)
