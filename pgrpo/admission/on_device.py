@@ -63,7 +63,7 @@ def check_on_device(
     ours, theirs, *of_gradients = bfloat16_errors(config, tokens_as_samples(chosen, completions), attention, device)
     found = f"log-probs in bfloat16 are {ours:.1e} nats from float32 (rms), the untouched model's {theirs:.1e}"
     if of_gradients:
-        found += f"; gradients {of_gradients[0]:.1e} (relative), the untouched model's {of_gradients[1]:.1e}"
+        found += f"; gradients of its layers with a state {of_gradients[0]:.1e} (relative), the untouched model's {of_gradients[1]:.1e}"
     if not ours <= MOST_ERROR * theirs or (of_gradients and not of_gradients[0] <= MOST_ERROR * of_gradients[1]):
         raise ConfigError(
             f"model.path={path}: on {name}, with the {attention.kernel} attention kernel, {found}: more than twice"
@@ -77,7 +77,7 @@ def bfloat16_errors(
     config: PretrainedConfig, samples: Sequence[Sample], attention: AttentionChoice, device: torch.device
 ) -> tuple[float, ...]:
     """Root mean square of the log-probs' errors in bfloat16 against float32: grouped, and untouched. Of a model with linear
-    attention also the relative errors of its gradients: the kernels of its backward are another package's, and were wrong once."""
+    attention also the relative errors of those layers' gradients: their kernels are another package's, and were wrong once."""
     few = few_layers(config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
@@ -89,7 +89,9 @@ def bfloat16_errors(
     def measured(model: PreTrainedModel, logprobs: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
         with nullcontext() if has_states else torch.no_grad():
             found = logprobs()
-            return found.detach().float(), [g.float() for g in gradients(found, model)] if has_states else []
+            own = {id(p) for part in model.modules() if has_state(part) for p in part.parameters()}
+            pairs = zip(model.parameters(), gradients(found, model), strict=True) if has_states else ()
+            return found.detach().float(), [gradient.float() for p, gradient in pairs if id(p) in own]
 
     with plain_functions():
         wanted = measured(untouched, lambda: reference_logprobs(untouched, samples))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_resume import assert_equal_checkpoints, metrics, train
 from transformers import AutoModelForCausalLM
 
@@ -60,25 +60,22 @@ def test_a_run_is_resumed_bit_for_bit_and_its_export_is_what_a_push_carries(fold
 
 
 class Pushed:
-    """An engine that computes what it was given: the untouched model with the weights of a push under their checkpoint's names."""
+    """An engine that computes what it was given: a checkpoint of the tensors of a push, loaded into the untouched model."""
 
     def __init__(self, folder, policy):
         self.folder, self.policy = folder, policy
-        self.push()
+        policy.model.config.save_pretrained(folder)
 
     def push(self):
-        weights = dict(full_weights(self.policy.model, torch.float32))
-        self.model = AutoModelForCausalLM.from_pretrained(None, config=self.config(), state_dict=weights)
-
-    def config(self):
-        return type(self.policy.model.config).from_pretrained(self.folder)
+        save_file(dict(full_weights(self.policy.model, torch.float32)), self.folder / "model.safetensors")
+        self.model = AutoModelForCausalLM.from_pretrained(self.folder, attn_implementation="eager")
 
     @torch.no_grad()
     def score(self, samples):
         return reference_logprobs(self.model, samples).tolist()
 
 
-def test_the_canary_knows_new_weights_from_old(folder):
+def test_the_canary_knows_new_weights_from_old(folder, tmp_path):
     policy = Policy(load_model(ModelConfig(path=str(folder))))
     generator = torch.Generator().manual_seed(0)
 
@@ -86,7 +83,7 @@ def test_the_canary_knows_new_weights_from_old(folder):
         return torch.randint(2, 14, (n,), generator=generator).tolist()
 
     groups = tokens_as_groups([ids(6) for _ in range(10)], [[ids(4) for _ in range(3)] for _ in range(10)])
-    world, engine = World(0, 1, torch.device("cpu")), Pushed(folder, policy)
+    world, engine = World(0, 1, torch.device("cpu")), Pushed(tmp_path, policy)
     canary = Canary(world, policy, engine, every=1, most_tokens=4)
 
     def update():
