@@ -63,7 +63,7 @@ def check_on_device(
     ours, theirs, *of_gradients = bfloat16_errors(config, tokens_as_samples(chosen, completions), attention, device)
     found = f"log-probs in bfloat16 are {ours:.1e} nats from float32 (rms), the untouched model's {theirs:.1e}"
     if of_gradients:
-        found += f"; gradients of its layers with a state {of_gradients[0]:.1e} (relative), the untouched model's {of_gradients[1]:.1e}"
+        found += f"; gradients of layers with a state {of_gradients[0]:.1e} (relative), the untouched model's {of_gradients[1]:.1e}"
     if not ours <= MOST_ERROR * theirs or (of_gradients and not of_gradients[0] <= MOST_ERROR * of_gradients[1]):
         raise ConfigError(
             f"model.path={path}: on {name}, with the {attention.kernel} attention kernel, {found}: more than twice"

@@ -16,7 +16,7 @@ This file depends on these internals of vLLM, for the releases in ``vllm_start.T
 - The scheduler's ``schedule`` returns the ids of the requests that it preempted (``preempted_req_ids``).
 - The model runners compute logits with the model's ``compute_logits``, outside CUDA graphs, for sampling and for prompt log-probs.
 - On a CPU, vLLM repacks a linear layer's weight after loading, so it cannot be read back. A head tied to the embedding is repacked
-  once, and a reload does not update that copy.
+  once, and a reload does not update that copy. Experts are packed in place, once: a reload leaves them as they are in a checkpoint.
 """
 
 from __future__ import annotations
@@ -272,8 +272,8 @@ class VLLMEngine:
             raise
         finally:
             del model.load_weights
-        if not self.sleeps and self._is_tied(model):
-            model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+        if not self.sleeps:
+            self._pack_again(model)
         delivery.check(
             self.weight_names,
             written,
@@ -287,9 +287,15 @@ class VLLMEngine:
         )
         self.llm.reset_prefix_cache()
 
-    def _is_tied(self, model: Any) -> bool:
+    def _pack_again(self, model: Any) -> None:
+        """On a CPU: what vLLM packs at its start only."""
         embedding = getattr(model.model, "embed_tokens", None)
-        return embedding is not None and model.lm_head.weight is embedding.weight
+        if embedding is not None and model.lm_head.weight is embedding.weight:
+            model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+        for layer in model.modules():
+            kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+            if kernel is not None:
+                kernel.fused_experts.process_weights_after_loading(layer)
 
     def _sum_over_engine(self, values: Tensor) -> Tensor:
         if self.tp_group is not None:
