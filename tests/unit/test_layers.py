@@ -132,7 +132,12 @@ def test_a_circle_is_found() -> None:
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}}) is not None
 
 
-DISTRIBUTIONS = {**packages_distributions(), "torch.utils.tensorboard": ["tensorboard"], "flash_attn": ["flash-attn-4"]}
+DISTRIBUTIONS = {
+    **packages_distributions(),
+    "torch.utils.tensorboard": ["tensorboard"],
+    "flash_attn": ["flash-attn-4"],
+    "fla": ["fla-core"],
+}
 BROUGHT = ("pgrpo", "triton", "prefix_grouper")
 """Not declared: torch's GPU builds bring their own triton, and ``pgrpo bench`` compares with prefix_grouper where it is found."""
 
