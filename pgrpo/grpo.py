@@ -22,6 +22,7 @@ from pgrpo.algorithm.advantages import compare, rewards_differ
 from pgrpo.algorithm.loss import Counts
 from pgrpo.algorithm.metrics import group_metrics
 from pgrpo.config import Config
+from pgrpo.environments.returns import give_returns
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.rollout.base import sample_seeds, sampling_params
 from pgrpo.tracking.live import watched
@@ -71,6 +72,8 @@ def grpo_step(parts: Parts, progress: Progress) -> tuple[list[Group], Metrics]:
         for episode, advantage in zip(group.episodes, advantages, strict=True):
             for sample in episode.samples:
                 sample.advantages = [advantage] * len(sample.token_ids)
+    if config.loss.turn_advantages == "returns_to_go":  # each turn is compared instead
+        give_returns(groups, config.loss)
 
     # 3. and 4. Pack and update.
     set_learning_rate(learner.optimizer, lr := learning_rate(config.optim, progress.step, config.train.steps))

@@ -108,6 +108,7 @@ class Sample:
         rollout_logprobs: R log-probs by the sampler, as in ``Completion``.
         weights_version: training steps that the weights had behind them which sampled it.
         advantages: R numbers; empty until the group is compared.
+        turns: R numbers of the episode's turns, -1 for a token that is read; empty for a single turn.
     """
 
     prompt_ids: list[int]
@@ -116,6 +117,7 @@ class Sample:
     rollout_logprobs: list[float]
     weights_version: int = 0
     advantages: list[float] = field(default_factory=list)
+    turns: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -133,6 +135,7 @@ class Episode:
         own_rewards: environment name -> what its ``get_reward`` gave, or an exception.
         environment: the live object, until rewards are done.
         prompt: with what an environment added to it, without columns; None: the group's.
+        turn_rewards: what an environment gave for each turn of the model; a part of its own reward.
     """
 
     samples: list[Sample]
@@ -145,6 +148,7 @@ class Episode:
     own_rewards: dict[str, Any] = field(default_factory=dict)
     environment: Any = None
     prompt: Prompt | None = None
+    turn_rewards: list[float] = field(default_factory=list)
 
     @staticmethod
     def of(prompt: Prompt, completion: Completion) -> Episode:

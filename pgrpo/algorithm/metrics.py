@@ -41,6 +41,7 @@ def turn_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
     calls, count = totals["calls"], len(episodes)
     metrics = {
         "episodes/turns/mean": totals["turns"] / count,
+        "episodes/samples/mean": _mean([len(e.samples) for e in episodes]),
         "episodes/read_tokens/mean": _mean([len(e.token_ids) - e.sampled_tokens for e in episodes]),
         "episodes/seconds_in_calls/mean": totals["seconds"] / count,
         "episodes/cut_results": float(totals["cut_results"]),

@@ -85,10 +85,15 @@ def _sample(parts: Parts, config: Config) -> list[Group]:
 
 def _show_transitions(transitions: Sequence[Transition], console: Console) -> None:
     """What the chat template does between two turns: the proof for tools."""
-    for name, problem, rewrites in transitions:
+    for name, problem, rewrites, can_fork in transitions:
         said = f"cannot be told ({problem})" if problem else "its tokens are exact"
+        if problem and can_fork:
+            said += "; with environment.history=fork it begins another sample"
         if rewrites:
-            said += f"; the template drops or rewrites {rewrites!r} of the turns before, which the episode keeps"
+            said += (
+                f"; the template drops or rewrites {rewrites!r} of the turns before, which environment.history=append keeps, and "
+                "fork leaves to another sample"
+            )
         console.print(f"template, {name}: {_shown(said)}", soft_wrap=True)
 
 

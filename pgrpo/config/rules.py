@@ -22,6 +22,7 @@ NEEDS = {
     "loss.rollout_correction_cap": ("loss.rollout_correction", "none"),
     "loss.rollout_correction_floor": ("loss.rollout_correction", "none"),
     "loss.clip_dual": ("loss.objective", "cispo"),
+    "loss.turn_discount": ("loss.turn_advantages", "outcome"),
     "loss.teacher_kl": ("loss.teacher", None),
     "loss.teacher_coef": ("loss.teacher", None),
     "loss.teacher_offload": ("loss.teacher", None),
@@ -135,6 +136,12 @@ def _check_loss(loss: LossConfig) -> None:
             "loss.teacher_kl: sampled gives each token an advantage of its own, which loss.ratio sequence would spread over the "
             "sample; set loss.teacher_kl=full, or loss.ratio=token"
         )
+    for key, value in (("ratio", "sequence"), ("combine_rewards", "normalize_then_sum")):
+        if loss.turn_advantages == "returns_to_go" and getattr(loss, key) == value:
+            raise ConfigError(
+                f"loss.turn_advantages: returns_to_go gives each turn an advantage of its own, which loss.{key}={value} does not "
+                f"have; set loss.turn_advantages=outcome, or leave loss.{key} out"
+            )
     if loss.clip_dual is not None and loss.clip_dual <= 1 + loss.clip_high:
         raise ConfigError(
             f"loss.clip_dual: {loss.clip_dual:g} is not above 1 + loss.clip_high, {1 + loss.clip_high:g}, where positive "
@@ -218,6 +225,10 @@ def _check_environment(config: Config) -> None:
                 f"rollout.tensor_parallel_size: {config.rollout.tensor_parallel_size} ranks that share an engine are not "
                 "supported with tools and environments; set it to 1"
             )
+    elif config.loss.turn_advantages != "outcome":
+        raise ConfigError(
+            f"loss.turn_advantages: {config.loss.turn_advantages} has no effect without tools or environment.factory; leave it out"
+        )
     elif (changed := _changed(config.environment)) is not None:
         raise ConfigError(
             f"environment.{changed}: {getattr(config.environment, changed)} has no effect without tools or environment.factory; "

@@ -177,6 +177,10 @@ class EnvironmentConfig:
     names to such classes; then a row's column `environment` has the name of its class. None: no environment."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for the class; with a mapping, for each of the classes."""
+    history: Literal["append", "fork"] | None = None
+    """Where the chat template writes earlier turns in another way once there is a new message (Qwen3 drops old reasoning): `append`
+    keeps them as they were sampled; `fork` lets the history as it is written then begin another sample of the episode, which is
+    what the model reads when it is served. None: append results of tools, fork where an environment speaks as the user."""
     max_turns: int = number(8, least=1, most=10**4)
     """Turns of the model in an episode. Calls of the last turn still run, so that an environment sees them."""
     max_tool_calls: int = number(16, least=1, most=10**6)
@@ -196,6 +200,9 @@ class EnvironmentConfig:
     on_bad_call: Literal["tell", "end"] = "tell"
     """A call that cannot be parsed, of an unknown tool or with wrong arguments: the model is told, or the episode ends
     (`parse_error`)."""
+    secrets: list[str] = field(default_factory=list)
+    """Names of environment variables that tools and environments of a config may see. They run in worker processes, which see only
+    these and a few of the system, such as `PATH` and `HOME`."""
 
 
 @dataclass
@@ -254,6 +261,12 @@ class LossConfig:
     scale_advantages: Literal["group", "batch", "none"] = "group"
     """Divide advantages by the standard deviation of the group's rewards, or of all rewards of the step, or not at all (Dr.
     GRPO)."""
+    turn_advantages: Literal["outcome", "returns_to_go"] = "outcome"
+    """Of the turns of an episode with tools or an environment: `outcome` gives all of them the episode's advantage. `returns_to_go`
+    compares each turn's discounted return (`get_turn_rewards` of the environment; the rest of the reward is the last turn's) with
+    the returns of the same turn in the group's other episodes."""
+    turn_discount: float = number(1.0, least=0, most=1)
+    """What a turn's value is worth one turn earlier."""
     mask_overlong: bool = False
     """Exclude completions that were cut at `max_completion_tokens` from the loss; they stay in every count (DAPO)."""
     kl_coef: float = number(0.0, least=0, most=1e6)

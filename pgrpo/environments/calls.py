@@ -1,8 +1,8 @@
-"""Calls the user's functions in this process, sync and async, with a deadline.
+"""Calls the user's functions with a deadline: sync and async ones in this process, and those of worker processes.
 
 Episodes run on one event loop, the user's async functions on another, and each sync call in a thread of its own: a function that
-blocks cannot hold up the episodes or their deadlines. A sync call that passes its deadline cannot be ended; its thread is left
-behind, and does not keep the process from exiting.
+blocks cannot hold up the episodes or their deadlines. A sync call in this process that passes its deadline cannot be ended; its
+thread is left behind, and does not keep the process from exiting. A worker process is killed.
 """
 
 from __future__ import annotations
@@ -10,20 +10,46 @@ from __future__ import annotations
 import asyncio
 import inspect
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from typing import Any
 
 AT_ONCE = 512
 """Sync calls at a time, as each takes a thread."""
+START_S = 120.0
+"""Seconds until a worker process is ready to be called."""
 
 
 class CallFailed(Exception):
     """The function raised. The message is ``Type: text``."""
 
 
+class WorkerDied(CallFailed):
+    """The worker process ended during the call."""
+
+
 class CallTimeout(Exception):
     """The function did not return in time."""
+
+
+class Remote(ABC):
+    """A function of a worker process. Its methods block."""
+
+    @abstractmethod
+    def begin(self) -> Any:
+        """A worker that nobody else calls."""
+
+    @abstractmethod
+    def run(self, worker: Any, arguments: Mapping[str, Any]) -> Any:
+        """Call the function there."""
+
+    def end(self, worker: Any) -> None:  # noqa: B027
+        """The call is over; the worker may have been killed."""
+
+
+Function = Callable[..., Any] | Remote
+"""What may be called: a function of this process, or of a worker."""
 
 
 class Loop:
@@ -36,6 +62,10 @@ class Loop:
     def submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
+    def finish(self, work: Awaitable[Any]) -> Any:
+        """The result of the user's async work; CallFailed. Blocks."""
+        return self.submit(_contained(lambda: work, {})).result()
+
     def close(self) -> None:
         self.loop.call_soon_threadsafe(self.loop.stop)
 
@@ -47,12 +77,15 @@ class Calls:
         self.episodes, self._user = Loop("pgrpo-episodes"), Loop("pgrpo-tools")
         self._room = asyncio.Semaphore(AT_ONCE)
 
-    async def __call__(self, function: Callable[..., Any], arguments: Mapping[str, Any], timeout_s: float) -> Any:
+    async def __call__(self, function: Function, arguments: Mapping[str, Any], timeout_s: float) -> Any:
         """The function's result; run on the loop ``episodes``.
 
         Raises:
             CallFailed, CallTimeout
         """
+        if isinstance(function, Remote):
+            async with self._room:
+                return await _far_away(function, arguments, timeout_s)
         if inspect.iscoroutinefunction(function):
             return await _within(timeout_s, self._user.submit(_contained(function, arguments)))
         async with self._room:
@@ -64,6 +97,24 @@ class Calls:
     def close(self) -> None:
         self.episodes.close()
         self._user.close()
+
+
+async def _far_away(function: Remote, arguments: Mapping[str, Any], timeout_s: float) -> Any:
+    try:
+        worker = await _within(START_S, _in_thread(function.begin, {}))
+    except CallTimeout:
+        raise CallFailed(f"no worker process was ready within {START_S:g} s") from None
+    call = _in_thread(lambda: function.run(worker, arguments), {})
+    try:
+        return await _within(timeout_s, call)
+    except BaseException as error:
+        if not isinstance(
+            error, CallFailed
+        ):  # the deadline passed, or the rollout was broken off, in the middle of a call
+            worker.kill()
+        raise
+    finally:
+        function.end(worker)
 
 
 async def _within(timeout_s: float, call: Future[Any]) -> Any:
@@ -81,7 +132,8 @@ async def _contained(function: Callable[..., Awaitable[Any]], arguments: Mapping
     try:
         return await function(**arguments)
     except BaseException as error:
-        if isinstance(error, asyncio.CancelledError) and task.cancelling():  # the deadline passed
+        is_ours = isinstance(error, asyncio.CancelledError) and task.cancelling()  # the deadline passed
+        if is_ours or isinstance(error, GeneratorExit):
             raise
         raise CallFailed(describe(error)) from error
 
@@ -92,8 +144,10 @@ def _in_thread(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Fu
     def call() -> None:
         try:
             result = function(**arguments)
+        except CallFailed as error:
+            outcome: Any = error
         except BaseException as error:
-            outcome: Any = CallFailed(describe(error))
+            outcome = CallFailed(describe(error))
         else:
             outcome = result
         if not done.set_running_or_notify_cancel():  # nobody waits any more
@@ -108,3 +162,18 @@ def describe(error: BaseException) -> str:
     """``ValueError: text``, on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def text_of(result: Any) -> str:
+    """A result as the model reads it: a text as it is, text blocks joined, anything else as Python prints it. Halves of characters,
+    which no tokenizer takes, become question marks.
+
+    Raises:
+        CallFailed: it holds blocks that are no text.
+    """
+    is_blocks = isinstance(result, list) and bool(result) and all(isinstance(b, dict) and "type" in b for b in result)
+    if is_blocks:
+        if other := [block["type"] for block in result if block["type"] != "text"]:
+            raise CallFailed(f"a block of type {other[0]!r} is not supported; return text")
+        result = "".join(str(block.get("text", "")) for block in result)
+    return str(result).encode("utf-8", "replace").decode("utf-8")

@@ -10,14 +10,14 @@ of the model's end tokens there; it was sampled already, or is added in front wh
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from pgrpo.config import ConfigError
 from pgrpo.data.control import MARK, Control, unmarked
-from pgrpo.environments.parsing import FAMILIES, Parse, Reply, own_template
+from pgrpo.environments.parsing import FAMILIES, Parse, Reply, own_template, split_reasoning
 from pgrpo.types import Messages
 
 SENTINEL = "PROBE-OF-THE-TURN"
@@ -26,6 +26,10 @@ CUT = "\n[the rest is cut]"
 REASONING = "PROBE-OF-REASONING"
 USER = {"role": "user", "content": "?"}
 PROBE_ARGUMENTS = {"number": 7, "text": SENTINEL}
+
+
+History = Literal["append", "fork"] | None
+"""``environment.history``."""
 
 
 class TemplateProblem(ValueError):
@@ -38,13 +42,14 @@ class Transition(NamedTuple):
     Attributes:
         name: for messages.
         problem: why it cannot be done; None if it can.
-        rewrites: text of the earlier turns that the template writes in another way once this step is made; what the model sampled
-            stays in the episode. None if it keeps all.
+        rewrites: text of the earlier turns that the template writes in another way once this step is made. None if it keeps all.
+        can_fork: whether the history can be rendered with it, as the beginning of another sample.
     """
 
     name: str
     problem: str | None
     rewrites: str | None
+    can_fork: bool = True
 
 
 class Chat:
@@ -87,6 +92,15 @@ class Chat:
         text = self._render(guarded, generate=True)
         return str(unmarked(text)), self._others.encode(text)
 
+    def rewrites(self, prompt: str, said: Messages, told: Messages) -> bool:
+        """Whether the template writes what was said in another way once there are new messages: the prompt's text, the turns as it
+        wrote them before, or the model's last reasoning, which it may leave out."""
+        before, after = self._render(said, generate=False), self._render([*said, *told], generate=True)
+        end = max((before.rfind(text) for text in self._ends), default=-1)
+        reasoning = next((m.get("reasoning_content", "") for m in reversed(said) if m["role"] == "assistant"), "")
+        kept = before if end < 0 else before[:end]
+        return not (after.startswith(prompt) and after.startswith(kept) and reasoning in after)
+
     def told(self, names: Sequence[str], messages: Messages) -> tuple[int, list[int]]:
         """What the template writes between a turn of the model and its next one.
 
@@ -126,21 +140,50 @@ class Chat:
         if self._by_template:
             return self._by_template(ids, list(prompt_ids))
         text = str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-        if self._family is None:
-            return Reply(text, "", [])
         before = str(self.tokenizer.decode(list(prompt_ids[-8:]), clean_up_tokenization_spaces=False))
-        return self._family(text, before.rstrip().endswith("<think>"))
+        is_thinking = before.rstrip().endswith("<think>")
+        if self._family is None:
+            reasoning, content = split_reasoning(text, is_thinking)
+            return Reply(content.strip() if reasoning else content, reasoning, [])
+        return self._family(text, is_thinking)
 
-    def check(self, key: str) -> list[Transition]:
-        """Choose how calls are parsed, and try the transitions. Those that tools need must be possible.
+    def check(self, key: str, history: History = None, *, is_led: bool = False) -> list[Transition]:
+        """Choose how calls are parsed, and try the transitions. What the run needs must be possible: what is told can be appended,
+        or the history can be rendered anew (``environment.history``).
+
+        Args:
+            key: of the tools or environments, for messages.
+            is_led: an environment leads the conversation, and speaks as the user.
 
         Raises:
-            ConfigError: the template has no tools, or nothing reads its calls, or a result cannot be told.
+            ConfigError: the template has no tools, or nothing reads its calls, or what is told cannot be.
         """
-        if not self.schemas:
-            return []
         template = f"{key}: the chat template of {self.tokenizer.name_or_path or 'this model'}"
-        tool = self.schemas[0]["function"]["name"]
+        user = {"role": "user", "content": f"{RESULT}2"}
+        transitions: list[Transition] = []
+        tool = self.schemas[0]["function"]["name"] if self.schemas else ""
+        if not self.schemas and "<|channel|>" in map(str, self.tokenizer.added_tokens_decoder.values()):
+            self._family = FAMILIES["gpt-oss"]  # which writes reasoning as a message
+        if self.schemas:
+            self._choose_parser(template, tool)
+            transitions += [
+                self._try("a call and its result", _turn([tool]), _results([tool])),
+                self._try("a call behind reasoning and its result", _turn([tool], REASONING), _results([tool])),
+                self._try("two calls and their results", _turn([tool, tool]), _results([tool, tool])),
+            ]
+            self._one_call = transitions[2].problem is not None
+        transitions.append(self._try("an answer behind reasoning and a user message", _turn([], REASONING), [user]))
+        if self.schemas:
+            name, told = "a call behind reasoning, its result and a user message", [*_results([tool]), user]
+            transitions.append(self._try(name, _turn([tool], REASONING), told))
+        needed = [transitions[0]] * bool(self.schemas) + [t for t in transitions if is_led and "user" in t.name]
+        for one in needed:
+            if one.problem and not (history == "fork" and one.can_fork):
+                fix = "use another template" + (", or environment.history=fork" if one.can_fork else "")
+                raise ConfigError(f"{template}: {one.name}: {one.problem}; {fix}")
+        return transitions
+
+    def _choose_parser(self, template: str, tool: str) -> None:
         try:
             written = self._written_call(tool)
         except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
@@ -156,22 +199,6 @@ class Chat:
                     f"{template} writes calls in a format that pgrpo cannot read ({written.strip()!r:.200}); it reads those of "
                     f"{', '.join(FAMILIES)}. Give the tokenizer a response_template"
                 )
-        user = {"role": "user", "content": f"{RESULT}2"}
-        transitions = [
-            self._try("a call and its result", _turn([tool]), _results([tool])),
-            self._try("a call behind reasoning and its result", _turn([tool], REASONING), _results([tool])),
-            self._try("two calls and their results", _turn([tool, tool]), _results([tool, tool])),
-            self._try("an answer behind reasoning and a user message", _turn([], REASONING), [user]),
-            self._try(
-                "a call behind reasoning, its result and a user message",
-                _turn([tool], REASONING),
-                [*_results([tool]), user],
-            ),
-        ]
-        if transitions[0].problem:
-            raise ConfigError(f"{template}: {transitions[0].name}: {transitions[0].problem}; use another template")
-        self._one_call = transitions[2].problem is not None
-        return transitions
 
     def _written_call(self, tool: str) -> str | None:
         """What the template writes for a turn that calls a tool; None if call or result is not in it."""
@@ -186,18 +213,23 @@ class Chat:
         return head[start:end]
 
     def _try(self, name: str, turn: dict[str, Any], messages: Messages) -> Transition:
+        rendered: list[str] = []
         try:
+            rendered += [
+                self._render([USER, turn, *more], generate=bool(more)) for more in ([], messages)
+            ]  # what a fork needs
             _, text = self._behind(turn, messages)
             if missing := [m["content"] for m in messages if m["content"] not in text]:
                 raise TemplateProblem(
                     f"{missing[0]!r} is not behind one of the model's end tokens ({', '.join(self._ends)})"
                 )
-            head, full = (self._render([USER, turn, *more], generate=bool(more)) for more in ([], messages))
         except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            return Transition(name, " ".join(str(error).split()), None)
+            can_fork = bool(rendered) and all(m["content"] in rendered[1] for m in messages)
+            return Transition(name, " ".join(str(error).split()), None, can_fork)
+        head, full = rendered
         kept = head[: head.rfind(SENTINEL)]
         rewritten = kept[_same(kept, full) :]
-        return Transition(name, None, rewritten[:80] or None)
+        return Transition(name, None, rewritten[:80] or None, True)
 
     def _behind(self, turn: dict[str, Any], guarded: Messages) -> tuple[str, str]:
         """The text of the token that ends a turn, and the rendered text behind it.
@@ -214,6 +246,9 @@ class Chat:
         return end, full[at + len(end) :]
 
     def _render(self, messages: Messages, *, generate: bool) -> str:
+        messages = [  # templates call it by either name
+            {**m, "thinking": m["reasoning_content"]} if m.get("reasoning_content") else m for m in messages
+        ]
         return str(
             self.tokenizer.apply_chat_template(
                 messages, tools=self.schemas or None, tokenize=False, add_generation_prompt=generate, **self._kwargs
@@ -222,7 +257,22 @@ class Chat:
 
     @staticmethod
     def _guarded(message: dict[str, Any], control: Control) -> dict[str, Any]:
-        return {**message, "content": control.guard(message["content"])}
+        """The message with all that somebody wrote guarded; not names, which a template may compare."""
+        texts = {name: control.guard(message[name]) for name in ("content", "reasoning_content") if message.get(name)}
+        calls = [
+            {**call, "function": {**call["function"], "arguments": _guard(call["function"]["arguments"], control)}}
+            for call in message.get("tool_calls") or ()
+        ]
+        return {**message, **texts, **({"tool_calls": calls} if calls else {})}
+
+
+def _guard(value: Any, control: Control) -> Any:
+    """All texts in a value guarded."""
+    if isinstance(value, str):
+        return control.guard(value)
+    if isinstance(value, dict):
+        return {name: _guard(item, control) for name, item in value.items()}
+    return [_guard(item, control) for item in value] if isinstance(value, list) else value
 
 
 def _same(one: str, other: str) -> int:
@@ -237,7 +287,7 @@ def call_id(number: int) -> str:
 
 def _turn(names: Sequence[str], reasoning: str = "") -> dict[str, Any]:
     """A turn of the model that calls these tools, or answers. Its last text is the sentinel."""
-    thought = {"reasoning_content": reasoning, "thinking": reasoning} if reasoning else {}
+    thought = {"reasoning_content": reasoning} if reasoning else {}
     if not names:
         return {"role": "assistant", "content": SENTINEL, **thought}
     calls = [

@@ -1,4 +1,10 @@
-"""One episode's conversation, token by token."""
+"""One branch of an episode, token by token.
+
+What was sampled stays as it was sampled, and what the model is told is appended (``Chat.told``). Where that would show the model
+another history than a chat server does, because the template writes earlier turns in another way once there is a new message, the
+history is rendered anew and begins another sample of the episode (``environment.history``). Earlier turns are context there, which
+is not trained on again; the forest computes once what both samples begin with.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +16,24 @@ from typing import Any
 
 from pgrpo.config.schema import EnvironmentConfig
 from pgrpo.environments.chat import Chat, TemplateProblem, call_id
+from pgrpo.environments.long_form import Ended
 from pgrpo.environments.parsing import Call, Reply
-from pgrpo.types import Completion, FinishReason, Messages, Prompt, Request, Sample
+from pgrpo.types import Completion, Messages, Prompt, Request, Sample
 
 TRIES = 8
 """Times that texts are cut, the longest first, before the episode ends: a shorter text may take more tokens than its part took."""
 
 
-class Ended(Exception):
-    """The episode has ended; ``reason`` says why."""
-
-    def __init__(self, reason: FinishReason) -> None:
-        super().__init__(reason)
-        self.reason: FinishReason = reason
-
-
 @dataclass(frozen=True)
 class Lengths:
-    """Limits in tokens: of a turn, and of an episode behind its prompt."""
+    """Limits in tokens: of a turn, and of each sample of an episode behind its prompt."""
 
     turn: int
     episode: int
 
 
-class Conversation:
-    """The tokens and messages of one episode.
+class Transcript:
+    """The tokens and messages of one branch of an episode.
 
     Args:
         prompt: of the episode, which an environment may have written to.
@@ -43,9 +42,10 @@ class Conversation:
         complete: asks the engine; None for an episode that never began.
 
     Attributes:
+        samples: what is trained on; the last one goes on.
         messages: what was said behind the prompt.
         text: of the last turn, for rewards.
-        counts: numbers for metrics.
+        counts: numbers for metrics, of all branches.
     """
 
     def __init__(
@@ -59,13 +59,39 @@ class Conversation:
     ) -> None:
         self.prompt, self._seed, self._chat = prompt, seed, chat
         self._settings, self._lengths, self._complete = settings, lengths, complete
-        self.sample = Sample(prompt.token_ids, [], [], [])
+        self.samples = [Sample(prompt.token_ids, [], [], [])]
         self.messages: Messages = []
+        self.inherited = 0  # of them, those of the branch that it began in
         self.text = ""
         self.counts: Counter[str] = Counter()
         self._names: list[str] = []  # of the tools that the last turn called
         self._first_call = 0  # the number of the first of them in the episode
         self._told: Messages = []  # what the model has yet to read
+
+    @property
+    def sample(self) -> Sample:
+        return self.samples[-1]
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the model has not had a turn here."""
+        return not self.sample.token_ids
+
+    def fork(self) -> Transcript:
+        """Another branch behind all that was said here. It counts with this one."""
+        other = Transcript(self.prompt, self._seed, self._chat, self._settings, self._lengths, self._complete)
+        sample = self.sample
+        other.samples = [_context(sample.prompt_ids, sample.token_ids)]
+        other.messages, other.counts, other.text = list(self.messages), self.counts, self.text
+        other.inherited = len(self.messages)
+        other._names, other._first_call, other._told = list(self._names), self._first_call, list(self._told)
+        return other
+
+    def behind(self, prompt: Prompt) -> Transcript:
+        """The same, nothing said yet, behind another prompt."""
+        other = Transcript(prompt, self._seed, self._chat, self._settings, self._lengths, self._complete)
+        other.counts = self.counts
+        return other
 
     async def generate(self) -> Reply:
         """The model's next turn, behind all that was said.
@@ -75,9 +101,9 @@ class Conversation:
         """
         if self.counts["turns"] == self._settings.max_turns:
             raise Ended("turns")
-        sample = self.sample
         if self._told:
-            self._read(self._fitting())
+            self._listen()
+        sample = self.sample
         room = self._lengths.episode - len(sample.token_ids)
         if room <= 0:
             raise Ended("length")
@@ -89,6 +115,7 @@ class Conversation:
         sample.mask += [True] * len(completion.token_ids)
         sample.rollout_logprobs += completion.rollout_logprobs
         sample.weights_version = completion.weights_version
+        sample.turns += [self.counts["turns"]] * len(completion.token_ids)
         self.counts["turns"] += 1
         self.text = completion.text
         if completion.finish_reason == "length":
@@ -103,6 +130,11 @@ class Conversation:
     def answer(self, call: int, name: str, content: str) -> None:
         """The result of a call of the last turn, which the model reads before its next turn."""
         message = {"role": "tool", "name": name, "tool_call_id": call_id(self._first_call + call), "content": content}
+        self.messages.append(message)
+        self._told.append(message)
+
+    def say(self, message: dict[str, Any]) -> None:
+        """A message that the model reads before its next turn."""
         self.messages.append(message)
         self._told.append(message)
 
@@ -122,18 +154,56 @@ class Conversation:
             return self._seed
         return int.from_bytes(blake2b(f"{self._seed}/{turn}".encode(), digest_size=8).digest(), "little") >> 1
 
-    def _read(self, ids: Sequence[int]) -> None:
-        """Append tokens that the model reads and did not sample."""
-        self.sample.token_ids += ids
-        self.sample.mask += [False] * len(ids)
-        self.sample.rollout_logprobs += [0.0] * len(ids)
+    def _listen(self) -> None:
+        """Read what was told: append it, or begin a sample with the history as the template writes it now."""
+        history = self._settings.history
+        is_forked = history == "fork" or (history is None and any(m["role"] != "tool" for m in self._told))
+        if is_forked and self._is_rewritten():
+            self._begin_again()
+        else:
+            try:
+                ids = self._fitting(self._ids, len(self.sample.token_ids))
+            except TemplateProblem as problem:
+                if history != "fork":
+                    raise RuntimeError(f"the chat template failed on row {self.prompt.index}: {problem}") from problem
+                self._begin_again()
+            else:
+                self.sample.token_ids += ids
+                self.sample.mask += [False] * len(ids)
+                self.sample.rollout_logprobs += [0.0] * len(ids)
+                self.sample.turns += [-1] * len(ids)
         self._told = []
 
-    def _fitting(self) -> list[int]:
-        """The ids of what the model is told, cut so that another turn fits (``environment.overlong``)."""
-        room = self._lengths.episode - len(self.sample.token_ids)
+    def _is_rewritten(self) -> bool:
+        said = [*(self.prompt.messages or []), *self.messages]
+        return self._chat.rewrites(self.prompt.text, said[: len(said) - len(self._told)], self._told)
+
+    def _begin_again(self) -> None:
+        prompt = self.prompt.token_ids
+
+        def ids() -> list[int]:
+            return self._chat.prompt_with(self.prompt.messages or [], self.messages)[1]
+
+        def behind() -> list[int]:
+            return ids()[len(prompt) :]
+
+        self._fitting(behind, 0)
+        whole = ids()
+        same = next((i for i, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), len(prompt))
+        # Samples of a group share one list; a template that writes the prompt in another way now shares less.
+        prompt_ids = prompt if same == len(prompt) else whole[: max(1, same)]
+        self.samples.append(_context(prompt_ids, whole[len(prompt_ids) :]))
+        self.counts["rewritten"] += 1
+
+    def _fitting(self, make: Callable[[], list[int]], used: int) -> list[int]:
+        """The ids that ``make`` gives of what the model is told, cut so that another turn fits (``environment.overlong``).
+
+        Args:
+            used: tokens of the episode's limit that are in front of them.
+        """
+        room = self._lengths.episode - used
         most = max(room - self._lengths.turn, room // 2)
-        ids = self._ids()
+        ids = make()
         if len(ids) <= most or (self._settings.overlong == "end" and len(ids) < room):
             return ids
         if self._settings.overlong == "end":
@@ -145,18 +215,21 @@ class Conversation:
             if shorter is None:
                 raise Ended("length")
             longest["content"] = shorter
-            if len(ids := self._ids()) <= most:
+            if len(ids := make()) <= most:
                 return ids
         raise Ended("length")
 
     def _ids(self) -> list[int]:
         sampled = self.sample.token_ids
-        try:
-            end, ids = self._chat.told(self._names, self._told)
-        except TemplateProblem as problem:
-            raise RuntimeError(f"the chat template failed on row {self.prompt.index}: {problem}") from problem
+        end, ids = self._chat.told(self._names, self._told)
         # The model may have ended its turn with another end token, or with a stop string.
         return ids if sampled and sampled[-1] == end else [end, *ids]
+
+
+def _context(prompt_ids: list[int], token_ids: Sequence[int]) -> Sample:
+    """A sample of tokens that the model reads."""
+    count = len(token_ids)
+    return Sample(prompt_ids, list(token_ids), [False] * count, [0.0] * count, turns=[-1] * count)
 
 
 def _function(call: Call) -> dict[str, Any]:

@@ -19,11 +19,12 @@ from pgrpo.environments.conversation import Lengths
 from pgrpo.environments.player import Player, Stage
 from pgrpo.environments.tools import Kind, Tool, kind_name
 from pgrpo.environments.turns import Turns
+from pgrpo.environments.workers import Nursery, close_all, is_usable
 from pgrpo.rollout.base import RolloutEngine, generate
 from pgrpo.types import Group, Prompt, SamplingParams
 
 MOST_FAILURES = 32
-"""Episodes in a row that an environment or tool may fail; then the run stops."""
+"""Episodes in a row that an environment or tool may fail or hold up too long; then the run stops."""
 OnGroup = Callable[[int, Group], None]
 
 
@@ -104,6 +105,7 @@ class ToolLoop:
         max_episode_tokens: of an episode behind its prompt.
         max_prompt_tokens: of a prompt with what an environment adds to it.
         interrupted: whether a stop signal came.
+        nursery: of the worker processes, which end with this.
     """
 
     def __init__(
@@ -116,7 +118,9 @@ class ToolLoop:
         max_episode_tokens: int,
         max_prompt_tokens: int,
         interrupted: Callable[[], bool],
+        nursery: Nursery | None = None,
     ) -> None:
+        self._nursery = nursery
         self.engine, self.tools, self.kinds, self.chats, self.settings = engine, tools, kinds, chats, settings
         self._max_episode, self._max_prompt, self._interrupted = max_episode_tokens, max_prompt_tokens, interrupted
         self._pool: dict[str, list[Any]] = {name: [] for name in kinds}
@@ -172,7 +176,8 @@ class ToolLoop:
         for future in self._running:
             future.result()
         for episode in (episode for group in groups for episode in group.episodes):
-            self._failures = self._failures + 1 if episode.finish_reason == "environment" else 0
+            failed = episode.finish_reason in ("environment", "timeout")
+            self._failures = self._failures + 1 if failed else 0
             if self._failures >= MOST_FAILURES:
                 error = episode.messages[-1]["content"] if episode.messages else "no message"
                 raise EnvironmentFailed(
@@ -185,7 +190,7 @@ class ToolLoop:
         for group in groups:
             for episode in group.episodes:
                 if self.kinds:
-                    is_lost = episode.finish_reason == "timeout"
+                    is_lost = episode.finish_reason == "timeout" or not is_usable(episode.environment)
                     pool[self._name_of(group.prompt)].append(None if is_lost else episode.environment)
                 episode.environment = None
         for name, free in self._pool.items():
@@ -193,12 +198,11 @@ class ToolLoop:
         self._pool = pool
 
     def close(self) -> None:
-        """Close all instances that have ``close``."""
-        for free in self._pool.values():
-            for instance in free:
-                if callable(close := getattr(instance, "close", None)):
-                    close()
+        """Close all instances that have ``close``, and end the worker processes."""
+        close_all([instance for free in self._pool.values() for instance in free])
         self._calls.close()
+        if self._nursery is not None:
+            self._nursery.close()
 
     def _name_of(self, prompt: Prompt) -> str:
         return kind_name(self.kinds, prompt.columns)

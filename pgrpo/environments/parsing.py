@@ -79,7 +79,7 @@ def _between(text: str, start: str, end: str) -> tuple[str, list[str | None]]:
     return outside.strip(), inside
 
 
-def _reasoning(text: str, is_thinking: bool) -> tuple[str, str]:
+def split_reasoning(text: str, is_thinking: bool) -> tuple[str, str]:
     """(reasoning, the rest) of a text with ``<think> ... </think>`` at its beginning. Without an end all is reasoning."""
     opened = text.lstrip().startswith("<think>")
     if not (opened or is_thinking):
@@ -92,7 +92,7 @@ def _tagged(start: str, end: str, read: Callable[[str], Sequence[Call]]) -> Pars
     """Calls between two tags, each read by ``read``, which raises ``ValueError``."""
 
     def parse(text: str, is_thinking: bool) -> Reply:
-        reasoning, text = _reasoning(text, is_thinking)
+        reasoning, text = split_reasoning(text, is_thinking)
         content, blocks = _between(text, start, end)
         calls: list[Call] = []
         for block in blocks:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pgrpo.config.schema import EnvironmentConfig
-from pgrpo.environments.calls import CallFailed, Calls, CallTimeout
+from pgrpo.environments.calls import CallFailed, Calls, CallTimeout, Function, WorkerDied, text_of
 from pgrpo.environments.chat import Chat
-from pgrpo.environments.conversation import Conversation, Ended, Lengths
-from pgrpo.environments.parsing import Call
+from pgrpo.environments.conversation import Lengths, Transcript
+from pgrpo.environments.long_form import Ended
+from pgrpo.environments.parsing import Call, Reply
 from pgrpo.environments.tools import BadCall, Kind, Tool
 from pgrpo.environments.turns import Key, Turns
-from pgrpo.types import Episode, Prompt
+from pgrpo.environments.workers import step_of
+from pgrpo.types import Episode, FinishReason, Messages, Prompt, Sample
 
 
 @dataclass(frozen=True)
@@ -56,51 +59,110 @@ class Player:
 
     async def play(self, key: Key, turns: Turns) -> Episode:
         """The whole episode. Whatever a tool or environment does, it ends with a reason."""
-        talk: Conversation | None = None
+        self._branches: list[Transcript] = []
         own: dict[str, Any] = {}
+        values: list[float] = []
         try:
             try:
                 prompt = await self._begin()
-                talk = Conversation(
+                talk = Transcript(
                     prompt, self._seed, self._chat, self._settings, self._lengths, lambda r: turns.complete(key, r)
                 )
-                await self._talk(talk)
-                reason = "stop"
+                self._branches.append(talk)
+                if self._kind and self._kind.is_long:
+                    reason = await self._converse(talk)
+                else:
+                    await self._talk(talk)
+                    reason: FinishReason = "stop"
             except Ended as ended:
                 reason = ended.reason
             if self._kind and self._kind.has_reward and reason not in ("environment", "timeout"):
-                own[self._kind.name] = await self._reward()
+                own[self._kind.name], values = await self._reward()
         finally:
             turns.ended()
-        if talk is None:
-            talk = Conversation(self._prompt, self._seed, self._chat, self._settings, self._lengths, None)
+        talk = (
+            self._branches[0]
+            if self._branches
+            else Transcript(self._prompt, self._seed, self._chat, self._settings, self._lengths, None)
+        )
+        messages = self._messages(talk)
         if self._error:
-            talk.messages.append({"role": "environment", "content": self._error})
+            messages.append({"role": "environment", "content": self._error})
         counts = {
             "turns": 0,
             "calls": 0,
             "bad_calls": 0,
             "failures": 0,
             "cut_results": 0,
+            "rewritten": 0,
             "seconds": self._seconds,
             **talk.counts,
         }
         return Episode(
-            [talk.sample], talk.text, reason, messages=talk.messages, counts=counts, own_rewards=own,
+            _trained(self._branches or [talk]), talk.text, reason, messages=messages, counts=counts, own_rewards=own,
             environment=self.environment, prompt=None if talk.prompt is self._prompt else replace(talk.prompt, columns={}),
+            turn_rewards=values,
         )  # fmt: skip
 
-    async def _talk(self, talk: Conversation) -> None:
+    def _messages(self, talk: Transcript) -> Messages:
+        """What was said in all branches, one behind the other."""
+        messages = list(talk.messages)
+        for number, branch in enumerate(self._branches[1:], 1):
+            messages.append({"role": "environment", "content": f"branch {number}"})
+            messages += branch.messages[branch.inherited :]
+        return messages
+
+    async def _talk(self, talk: Transcript) -> Reply:
+        """Turns of the model, with the results of its calls, until it calls nothing. Returns the last one."""
         while True:
             reply = await talk.generate()
             if not reply.calls:
-                return
+                return reply
             for i, call in enumerate(reply.calls):
                 if talk.counts["calls"] == self._settings.max_tool_calls:
                     raise Ended("tool_calls")
                 talk.counts["calls"] += 1
                 name, text = await self._run(call, talk)
                 talk.answer(i, name, text)
+
+    async def _converse(self, talk: Transcript) -> FinishReason:
+        """Let the environment lead: it asks for turns and branches until its ``converse`` returns."""
+        begun = [dict(message) for message in talk.prompt.messages or []]
+        step = step_of(self.environment, begun)
+        answer, reached = None, None
+        while True:
+            try:
+                said = await self._call(step, {"answer": answer})
+            except CallFailed as error:
+                raise self._failed(f"converse: {error}") from None
+            if isinstance(said, str):  # a limit that it was told of and that it ended at
+                return reached if said == "stop" and reached else said  # pyright: ignore[reportReturnType]
+            answer = await self._answer(said)
+            reached = answer.get("ended") or reached
+
+    async def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        """What a conversation that is led asks for."""
+        talk = self._branches[question["branch"]]
+        for message in question["say"]:
+            talk.say({**message, "content": text_of(message["content"])})
+        if question["do"] == "fork":
+            self._branches.append(talk.fork())
+            return {"branch": len(self._branches) - 1}
+        if talk.is_new and talk.messages:  # it spoke before the model's first turn: that belongs to the prompt
+            self._branches[question["branch"]] = talk = talk.behind(self._prompt_with(talk.messages, talk.prompt))
+        seen, said, ended = len(talk.messages), Reply("", "", []), None
+        try:
+            said = await self._talk(talk)
+        except Ended as limit:
+            if limit.reason in ("environment", "timeout"):
+                raise
+            ended = limit.reason
+        return {
+            "content": said.content,
+            "reasoning": said.reasoning,
+            "messages": talk.messages[seen:],
+            "ended": ended,
+        }
 
     async def _begin(self) -> Prompt:
         """An instance, reset with the row; the prompt with what it has to say."""
@@ -112,15 +174,15 @@ class Player:
         try:
             if self.environment is None:
                 self.environment = await self._call(self._kind.make, {})
-            said = await self._call(self.environment.reset, row)
-            return self._prompt_with(said)
+            said = await self._call(self.environment.reset, row) if self._kind.abilities["can_reset"] else None
+            return self._prompt_with(said, self._prompt)
         except CallFailed as error:
             raise self._failed(f"reset: {error}") from None
 
-    def _prompt_with(self, said: Any) -> Prompt:
-        messages = [dict(message) for message in self._prompt.messages or []]
+    def _prompt_with(self, said: Any, prompt: Prompt) -> Prompt:
+        messages = [dict(message) for message in prompt.messages or []]
         if said is None or said == "" or said == []:
-            return self._prompt
+            return prompt
         if isinstance(said, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in said):
             more = [{**message, "content": text_of(message.get("content"))} for message in said]
             text, ids = self._chat.prompt_with(messages, more)
@@ -133,9 +195,9 @@ class Player:
             raise CallFailed(
                 f"with its text the prompt has {len(ids)} tokens, more than data.max_prompt_tokens={self._stage.max_prompt_tokens}"
             )
-        return replace(self._prompt, text=text, token_ids=ids, messages=messages)
+        return replace(prompt, text=text, token_ids=ids, messages=messages)
 
-    async def _run(self, call: Call, talk: Conversation) -> tuple[str, str]:
+    async def _run(self, call: Call, talk: Transcript) -> tuple[str, str]:
         """Name and result of a call, as text for the model."""
         counts, started = talk.counts, self._seconds
         tool = self._stage.tools.get(call.name)
@@ -156,32 +218,41 @@ class Player:
         except CallFailed as error:
             counts["failures"] += 1
             counts[f"{tool.name}/failures"] += 1
-            if self._settings.on_error == "end":
+            if self._settings.on_error == "end" or isinstance(error, WorkerDied):
                 raise self._failed(f"{tool.name}: {error}") from None
             return tool.name, _error(str(error))
         finally:
             counts[f"{tool.name}/calls"] += 1
             counts[f"{tool.name}/seconds"] += self._seconds - started  # pyright: ignore[reportArgumentType]
 
-    async def _reward(self) -> Any:
-        """What ``get_reward`` gave; an exception if it failed, for ``rewards.on_error``."""
+    async def _reward(self) -> tuple[Any, list[float]]:
+        """What the environment gave for the episode, and for each turn; an exception if it failed, for ``rewards.on_error``."""
+        has, reward = (self._kind.abilities if self._kind else {}), 0.0
+        values: list[float] = []
         try:
-            return await self._call(self.environment.get_reward, {})
-        except (CallFailed, Ended) as error:
-            return RuntimeError(f"get_reward: {error}")
+            if has["has_turn_rewards"]:
+                values = [float(value) for value in await self._call(self.environment.get_turn_rewards, {})]
+            if has["has_reward"]:
+                reward = await self._call(self.environment.get_reward, {})
+        except (CallFailed, Ended, TypeError, ValueError) as error:
+            return RuntimeError(f"get_reward: {error}"), []
+        if not values:
+            return reward, values
+        return (math.fsum(values) if reward is None else reward + math.fsum(values)), values
 
-    async def _call(self, function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    async def _call(self, function: Function, arguments: dict[str, Any]) -> Any:
         """Call it, within the deadlines of a call and of the episode's calls together.
 
         Raises:
             CallFailed: it raised.
             Ended: a deadline passed.
         """
-        left = self._settings.episode_timeout_s - self._seconds
+        left = min(self._settings.episode_timeout_s - self._seconds, self._settings.call_timeout_s)
         started = time.monotonic()
         try:
-            return await self._stage.call(function, arguments, min(left, self._settings.call_timeout_s))
+            return await self._stage.call(function, arguments, left)
         except CallTimeout:
+            self._error = f"a call took longer than {left:.3g} s"
             raise Ended("timeout") from None
         finally:
             self._seconds += time.monotonic() - started
@@ -191,19 +262,11 @@ class Player:
         return Ended("environment")
 
 
+def _trained(branches: Sequence[Transcript]) -> list[Sample]:
+    """The samples in which the model said something; one at least."""
+    samples = [sample for branch in branches for sample in branch.samples]
+    return [sample for sample in samples if any(sample.mask)] or samples[:1]
+
+
 def _error(text: str) -> str:
     return json.dumps({"error": text}, ensure_ascii=False)
-
-
-def text_of(result: Any) -> str:
-    """A result as the model reads it: a text as it is, text blocks joined, anything else as Python prints it.
-
-    Raises:
-        CallFailed: it holds blocks that are no text.
-    """
-    is_blocks = isinstance(result, list) and bool(result) and all(isinstance(b, dict) and "type" in b for b in result)
-    if not is_blocks:
-        return str(result)
-    if other := [block["type"] for block in result if block["type"] != "text"]:
-        raise CallFailed(f"a block of type {other[0]!r} is not supported; return text")
-    return "".join(str(block.get("text", "")) for block in result)

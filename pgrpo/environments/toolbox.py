@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from pgrpo.config import Config, ConfigError
 from pgrpo.config.schema import PYTHON
 from pgrpo.distributed.world import World
-from pgrpo.environments.chat import Chat, Transition
+from pgrpo.environments.chat import Chat, History, Transition
 from pgrpo.environments.episodes import Episodes, SingleTurn, ToolLoop
 from pgrpo.environments.tools import Kind, Tool, check_names, kind_name, load_kinds, load_tools
+from pgrpo.environments.workers import Nursery, RemoteClass
 from pgrpo.rollout.base import RolloutEngine
 
 
@@ -25,11 +26,13 @@ class Toolbox:
         tools: of every episode.
         kinds: name -> class of environments; the name is "" where there is one for all rows.
         transitions: what the chat template can do between turns, for ``pgrpo check``.
+        nursery: of the processes in which runs what the config names; None where it names nothing.
     """
 
     tools: list[Tool]
     kinds: dict[str, Kind]
     transitions: list[Transition] = field(default_factory=list)
+    nursery: Nursery | None = None
 
     def __bool__(self) -> bool:
         return bool(self.tools or self.kinds)
@@ -39,14 +42,32 @@ class Toolbox:
         return self._schemas(kind_name(self.kinds, row))
 
     def chats(
-        self, tokenizer: PreTrainedTokenizerBase, end_ids: Collection[int], kwargs: dict[str, Any]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        end_ids: Collection[int],
+        kwargs: dict[str, Any],
+        history: History = None,
     ) -> dict[str, Chat]:
         """Name of a class of environments -> the chat template with its tools, tried out (``ConfigError``)."""
         found = {}
         for name in (self.kinds or {"": None}) if self else ():
             found[name] = Chat(tokenizer, end_ids, self._schemas(name), kwargs)
-            self.transitions[:] = found[name].check("tools" if self.tools else "environment.factory")
+            is_led = name in self.kinds and self.kinds[name].is_long
+            key = "tools" if self.tools else "environment.factory"
+            self.transitions[:] = found[name].check(key, history, is_led=is_led)
         return found
+
+    def check_rewards(self, rewards: Sequence[Any]) -> None:
+        """Refuse a function from Python that wants environments which live in worker processes (``ConfigError``)."""
+        if not any(isinstance(kind.make, RemoteClass) for kind in self.kinds.values()):
+            return
+        for reward in rewards:
+            if callable(reward) and "environments" in getattr(getattr(reward, "__code__", None), "co_varnames", ()):
+                name = getattr(reward, "__name__", type(reward).__name__)
+                raise ConfigError(
+                    f"environment.factory: the reward `{name}` wants `environments`, but a class that a config names lives in "
+                    "worker processes; pass environment=Class from Python, or give it a `get_reward`"
+                )
 
     def own_rewards(self) -> list[Callable[..., list[Any]]]:
         """A reward function for each class that has ``get_reward``, of the class's name."""
@@ -64,8 +85,9 @@ class Toolbox:
             )
         limits = config.max_sampled_tokens, config.data.max_prompt_tokens
         return ToolLoop(
-            engine, self.tools, self.kinds, chats, config.environment, *limits, lambda: bool(world.stop.signum)
-        )
+            engine, self.tools, self.kinds, chats, config.environment, *limits, lambda: bool(world.stop.signum),
+            self.nursery,
+        )  # fmt: skip
 
     def _schemas(self, name: str) -> list[dict[str, Any]]:
         kind = self.kinds.get(name)
@@ -85,9 +107,15 @@ def load_toolbox(config: Config, tools: Sequence[Callable[..., Any]] = (), envir
         raise ConfigError(
             f"environment.factory: {PYTHON} was given from Python; name it by file.py:Class, or pass environment=Class"
         )
-    toolbox = Toolbox(
-        load_tools(named, tools), load_kinds(config.environment.factory, config.environment.args, environment)
-    )
+    factory, args = config.environment.factory, config.environment.args
+    nursery = Nursery(config.environment.secrets) if named or (factory and environment is None) else None
+    if nursery is None and config.environment.secrets:
+        raise ConfigError(
+            f"environment.secrets: {config.environment.secrets} has no effect on tools and classes from Python, which run in this "
+            "process and see all; leave it out"
+        )
+    kinds = load_kinds(factory, args, environment, nursery)
+    toolbox = Toolbox(load_tools(named, tools, nursery), kinds, nursery=nursery)
     for name, kind in toolbox.kinds.items():
         check_names([*toolbox.tools, *kind.tools], f"environment.factory{f'.{name}' if name else ''}")
     check_names(toolbox.tools, "tools")

@@ -5,17 +5,16 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.utils.chat_template_utils import get_json_schema
 
 from pgrpo.config import ConfigError
-from pgrpo.config.functions import load_function
+from pgrpo.environments.calls import CallFailed, Function
 from pgrpo.environments.parsing import Text
-
-OWN = ("reset", "get_reward", "close")
-"""Methods of an environment that pgrpo calls, and the model does not."""
+from pgrpo.environments.signatures import abilities, function_of, methods_of
+from pgrpo.environments.workers import LOOK_S, Nursery, RemoteClass, RemoteTool, ToolPool, Worker
 
 
 class BadCall(ValueError):
@@ -34,7 +33,7 @@ class Tool:
 
     name: str
     schema: dict[str, Any]
-    function: Callable[..., Any] | None = None
+    function: Function | None = None
 
     def checked(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments with the types of the schema.
@@ -108,10 +107,40 @@ def tool_of(function: Callable[..., Any], key: str, *, is_method: bool = False) 
     return Tool(name, schema, None if is_method else function)
 
 
-def load_tools(names: Sequence[str], extra: Sequence[Callable[..., Any]] = ()) -> list[Tool]:
-    """The config's tools and those given from Python. ConfigError."""
-    found = [tool_of(load_function(name, key), key) for name, key in ((n, f"tools[{i}]") for i, n in enumerate(names))]
+def load_tools(
+    names: Sequence[str], extra: Sequence[Callable[..., Any]] = (), nursery: Nursery | None = None
+) -> list[Tool]:
+    """The config's tools, which run in worker processes of ``nursery``, and those given from Python. ConfigError."""
+    found: list[Tool] = []
+    if names:
+        assert nursery is not None
+        pool, looking = ToolPool(nursery), _looking(nursery)
+        for key, name in ((f"tools[{i}]", name) for i, name in enumerate(names)):
+            said = _look(looking, "tool", name=name, key=key)
+            tool = tool_of(function_of(said), key)
+            found.append(Tool(tool.name, tool.schema, RemoteTool(pool, name)))
+        looking.limit(None)
+        pool.give_back(looking)
     return found + [tool_of(function, f"tools[{i}]") for i, function in enumerate(extra)]
+
+
+def _looking(nursery: Nursery) -> Worker:
+    try:
+        worker = nursery.worker()
+    except CallFailed as error:
+        raise ConfigError(f"tools, environment: {error}") from error
+    worker.limit(LOOK_S)
+    return worker
+
+
+def _look(worker: Worker, operation: str, **arguments: Any) -> dict[str, Any]:
+    """What a worker finds under a name. ConfigError."""
+    try:
+        return worker.ask(operation, **arguments)
+    except CallFailed as error:
+        raise ConfigError(
+            f"{arguments['key']}: {arguments['name']}: {error}, while a worker process loaded it"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -122,13 +151,20 @@ class Kind:
         name: of the class, and of its reward.
         make: makes an instance.
         tools: its public methods with a docstring, in alphabetical order.
-        has_reward: whether it has ``get_reward``.
+        has_reward: whether it has ``get_reward`` or ``get_turn_rewards``.
+        abilities: see ``signatures.abilities``.
     """
 
     name: str
-    make: Callable[[], Any]
+    make: Function
     tools: list[Tool]
     has_reward: bool
+    abilities: Mapping[str, bool] = field(default_factory=dict)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it leads the conversation itself (``converse``)."""
+        return self.abilities["is_long"]
 
 
 def kind_of(factory: Callable[..., Any], args: Mapping[str, Any], key: str) -> Kind:
@@ -139,27 +175,40 @@ def kind_of(factory: Callable[..., Any], args: Mapping[str, Any], key: str) -> K
         probe = factory(**args)
     except Exception as error:
         raise ConfigError(f"{key}: cannot be made with environment.args={dict(args)}: {error!r:.400}") from error
-    cls = type(probe)
-    if not callable(getattr(probe, "reset", None)):
-        raise ConfigError(f"{key}: {cls.__name__} has no method `reset(**row)`, which begins an episode")
-    methods = [
-        method
-        for method, function in inspect.getmembers(cls, inspect.isfunction)
-        if not method.startswith("_") and method not in OWN and inspect.getdoc(function)
-    ]
-    tools = [tool_of(getattr(probe, method), f"{key}, method {method}", is_method=True) for method in methods]
-    has_reward = callable(getattr(probe, "get_reward", None))
+    tools = [tool_of(method, f"{key}, method {method.__name__}", is_method=True) for method in methods_of(probe)]
+    kind = _kind(type(probe).__name__, lambda: factory(**args), tools, abilities(probe), key)
     if callable(close := getattr(probe, "close", None)):
         close()
-    return Kind(cls.__name__, lambda: factory(**args), tools, has_reward)
+    return kind
 
 
-def load_kinds(factory: Any, args: Mapping[str, Any], given: Any = None) -> dict[str, Kind]:
+def remote_kind(nursery: Nursery, name: str, args: Mapping[str, Any], key: str) -> Kind:
+    """The same of a class that the config names, in a worker process."""
+    worker = _looking(nursery)
+    found = _look(worker, "environment", name=name, args=dict(args), key=key)
+    worker.kill()
+    tools = [tool_of(function_of(said), f"{key}, method {said['name']}", is_method=True) for said in found.pop("tools")]
+    own, name_of_class = RemoteClass(nursery, name, args, [tool.name for tool in tools]), found.pop("name")
+    return _kind(name_of_class, own, tools, found, key)
+
+
+def _kind(name: str, make: Any, tools: list[Tool], has: Mapping[str, bool], key: str) -> Kind:
+    if not (has["can_reset"] or has["is_long"]):
+        raise ConfigError(f"{key}: {name} has no method `reset(**row)`, which begins an episode")
+    if has["is_long"] and not has["is_async"]:
+        raise ConfigError(f"{key}: {name}.converse is not async; write `async def converse(self, conversation)`")
+    return Kind(name, make, tools, has["has_reward"] or has["has_turn_rewards"], has)
+
+
+def load_kinds(
+    factory: Any, args: Mapping[str, Any], given: Any = None, nursery: Nursery | None = None
+) -> dict[str, Kind]:
     """Name -> class of environments; the name is empty where there is one for all rows.
 
     Args:
         factory: ``environment.factory``.
         given: from Python, instead of it: a callable, or a mapping of names to callables.
+        nursery: of the processes in which classes run that the config names.
     """
     made = given if given is not None else factory
     if made is None:
@@ -168,7 +217,11 @@ def load_kinds(factory: Any, args: Mapping[str, Any], given: Any = None) -> dict
     kinds = {}
     for name, value in named.items():
         key = f"environment.factory.{name}" if name else "environment.factory"
-        kinds[name] = kind_of(load_function(value, key) if isinstance(value, str) else value, args, key)
+        if isinstance(value, str):
+            assert nursery is not None
+            kinds[name] = remote_kind(nursery, value, args, key)
+        else:
+            kinds[name] = kind_of(value, args, key)
     return kinds
 
 

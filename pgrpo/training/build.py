@@ -122,11 +122,12 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     if config.loss.teacher is not None:
         check_teacher(config, tokenizer, hf_config.vocab_size, world.device)
     toolbox = load_toolbox(config, given.tools, given.environment)
+    toolbox.check_rewards(given.rewards)
     prompts = training_prompts(config, tokenizer, given.dataset, toolbox.schemas_of)
     held_out = held_out_prompts(config, tokenizer, given.eval_dataset, toolbox.schemas_of) if config.eval.every else []
     eos = generation_eos(config.model, hf_config)
     end_ids = end_token_ids(tokenizer, eos, config.rollout.stop, config.rollout.keep_special_tokens)
-    chats = toolbox.chats(tokenizer, end_ids, config.prompt.chat_template_kwargs)
+    chats = toolbox.chats(tokenizer, end_ids, config.prompt.chat_template_kwargs, config.environment.history)
     extra = [*given.rewards, *toolbox.own_rewards()]
     if not (extra or config.rewards.functions or config.loss.teacher):
         raise ConfigError("rewards.functions: [] scores nothing, and no environment has `get_reward`; name a reward")

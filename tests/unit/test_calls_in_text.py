@@ -228,6 +228,9 @@ def test_a_hand_made_template_and_one_whose_turns_have_no_end():
     other = Chat(tokenizer, [tokenizer.convert_tokens_to_ids("<|eot_id|>")], [SCHEMA], {})
     with pytest.raises(ConfigError, match=r"a call and its result: the turn does not end in one of .*<\|eot_id\|>"):
         other.check("tools")
+    assert other.check("tools", "fork")[0].can_fork  # the history can be rendered, so each turn begins a sample
+    with pytest.raises(ConfigError, match=r"environment\.history=fork"):
+        other.check("tools", "append")
 
 
 def test_a_tokenizers_own_response_template_comes_first():

@@ -302,7 +302,7 @@ def test_a_secret_in_a_key_of_another_type_is_in_no_error(monkeypatch: pytest.Mo
         ("model.name", "here it is model.path"),
         ("checkpoint.qqqq", "valid keys: checkpoint.every, checkpoint.keep, checkpoint.keep_best"),
         ("rewards.functions[0].wieght", "did you mean rewards.functions[i].weight?"),
-        ("secret_keys", "valid keys: "),
+        ("secret_keys", "did you mean environment.secrets"),
     ],
 )
 def test_unknown_key(key: str, hint: str, folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
-from making import save_caller
+from making import CALLER_TEMPLATE, save_caller
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import pgrpo
@@ -28,7 +28,7 @@ from pgrpo.training.update import NonFiniteError
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = """
-import time
+import os, time
 def rows(split):
     return [{"a": a, "b": 7, "answer": str(a + 7)} for a in range(10, 30)]
 def gaps(split):
@@ -68,11 +68,16 @@ def other():
         '''
     return f
 other = other()
+@tool
+def sees(n):
+    return "b" if "PYTEST_VERSION" in os.environ else "a"
 class Greeting:
     def __init__(self, text="ab"):
         self.text = text
     def reset(self, **row):
         return self.text
+    def get_turn_rewards(self):
+        return [1.0, 0.5]
 """
 BASE: dict[str, Any] = {
     "recipe": "addition",
@@ -85,6 +90,7 @@ BASE: dict[str, Any] = {
     "track": {"console": False},
 }
 TEMPLATE = "{% for m in messages %}{{ '1' if m.role == 'user' else '2' }}{{ m.content }}{{ n }}{% endfor %}="
+REWRITES = CALLER_TEMPLATE.replace("{{ m.content }}", "{{ m.content }}{% if not loop.last %}-{% endif %}")
 CHAT = {
     "prompt.template": None,
     "prompt.messages": [{"role": "user", "content": "{a}+{b}"}],
@@ -116,6 +122,8 @@ GREETED = TOOLED | {"environment.factory": "{tmp}/own.py:Greeting"}
 LOUD = TOOLED | {"tools": ["{tmp}/own.py:loud"], "environment.max_episode_tokens": 60}
 SLOW = TOOLED | {"tools": ["{tmp}/own.py:slow"], "train.steps": 1}
 FAILING = TOOLED | {"tools": ["{tmp}/own.py:fails"]}
+SEEING = TOOLED | {"tools": ["{tmp}/own.py:sees"]}
+REWRITING = TOOLED | {"prompt.chat_template_kwargs": {"chat_template": REWRITES}}
 OTHER = TOOLED | {"tools": ["{tmp}/own.py:other"]}
 HUB = {"data.path": "someone/sums"}
 LORA = {"model.lora_rank": 2}
@@ -217,6 +225,8 @@ EFFECTS = dict(
         effect("loss.ratio", "sequence", "weights", base=TWO_UPDATES),
         effect("loss.objective", "cispo", "weights", base=TWO_UPDATES | {"loss.clip_high": 1e-3}),
         effect("loss.advantage_baseline", "leave_one_out", "metrics"),
+        effect("loss.turn_advantages", "returns_to_go", "weights", base=GREETED),
+        effect("loss.turn_discount", 0.5, "weights", base=GREETED | {"loss.turn_advantages": "returns_to_go"}),
         effect("loss.mask_overlong", True, "weights", "tokens", base=SOME_STOP),
         effect("loss.kl_estimator", "k2", "weights", base=WITH_KL),
         effect("loss.kl_correction", False, "weights", base=WITH_KL),
@@ -277,6 +287,8 @@ EFFECTS = dict(
         effect("environment.episode_timeout_s", 0.3, "completions", base=SLOW),
         effect("environment.on_error", "end", "completions", base=FAILING),
         effect("environment.on_bad_call", "end", "completions", base=OTHER),
+        effect("environment.secrets", ["PYTEST_VERSION"], "completions", base=SEEING),
+        effect("environment.history", "fork", "tokens", base=REWRITING),
     ]
 )  # fmt: skip
 

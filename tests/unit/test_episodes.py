@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
-import runpy
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from playing import END, PARAMS, TOKENIZER, Scripted, call, ids, one, play, prompt_of, turns
 
 from pgrpo.config import Config, ConfigError
 from pgrpo.config.schema import EnvironmentConfig
@@ -21,89 +18,7 @@ from pgrpo.environments import episodes as loop
 from pgrpo.environments.episodes import ToolLoop
 from pgrpo.environments.toolbox import Toolbox, load_toolbox
 from pgrpo.environments.tools import load_kinds, load_tools
-from pgrpo.types import Completion, Episode, Prompt, SamplingParams
-
-ROOT = Path(__file__).resolve().parents[2]
-TOKENIZER = runpy.run_path(str(ROOT / "scripts" / "make_tiny_tool_model.py"))["make_tokenizer"]()
-END = TOKENIZER.convert_tokens_to_ids("<|im_end|>")
-PARAMS = SamplingParams(max_completion_tokens=200)
-
-
-def ids(text: str) -> list[int]:
-    return TOKENIZER(text, add_special_tokens=False)["input_ids"]
-
-
-def call(name: str, **arguments: Any) -> str:
-    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
-
-
-class Scripted:
-    """An engine that answers what the script says: given the text so far, the text of the turn. One without <|im_end|> at its end
-    was cut, or ended by a stop string where it ends in a !."""
-
-    def __init__(self, script: Callable[[str], str]) -> None:
-        self.script, self.rounds, self.said, self.requests = script, [], {}, []
-
-    def sample(self, requests, params, on_finished, more):
-        position, batch = 0, list(requests) or list(more("all"))
-        while batch:
-            self.rounds.append(len(batch))
-            for request in batch:
-                text = self.script(TOKENIZER.decode(request.token_ids))
-                said = ids(text)[: request.max_tokens]
-                is_done = said[-1:] == [END] or text.endswith("!")
-                plain = TOKENIZER.decode(said, skip_special_tokens=True)
-                self.said.setdefault(request.seeds[0], []).append(said)
-                self.requests.append(request)
-                on_finished(position, [Completion(said, [-0.5] * len(said), "stop" if is_done else "length", plain, 3)])
-                position += 1
-            batch = list(more("all"))
-
-
-def prompt_of(toolbox: Toolbox, text: str = "go", **columns: Any) -> Prompt:
-    messages = [{"role": "user", "content": text}]
-    schemas = toolbox.schemas_of(columns)
-    rendered = TOKENIZER.apply_chat_template(
-        messages, tools=schemas or None, tokenize=False, add_generation_prompt=True
-    )
-    return Prompt(0, rendered, ids(rendered), columns, messages)
-
-
-def play(
-    script: Callable[[str], str],
-    *,
-    tools=(),
-    environment=None,
-    rows=({},),
-    size=1,
-    turn=200,
-    episode=600,
-    **settings: Any,
-) -> tuple[list[list[Episode]], Scripted]:
-    """The episodes of each row, and the engine."""
-    kinds = load_kinds(None, {}, environment)
-    toolbox = Toolbox(load_tools([], tools), kinds)
-    engine: Any = Scripted(script)
-    chats = toolbox.chats(TOKENIZER, [END], {})
-    made = ToolLoop(engine, toolbox.tools, kinds, chats, EnvironmentConfig(**settings), episode, 300, lambda: False)
-    prompts = [prompt_of(toolbox, **row) for row in rows]
-    seeds = [[100 * i + j for j in range(size)] for i in range(len(prompts))]
-    try:
-        groups = made.generate(prompts, SamplingParams(turn), seeds, len(prompts), lambda *_: None)
-        made.check(groups)
-        return [group.episodes for group in groups], engine
-    finally:
-        made.close()
-
-
-def one(script: Callable[[str], str], **settings: Any) -> Episode:
-    return play(script, **settings)[0][0][0]
-
-
-def turns(*texts: str) -> Callable[[str], str]:
-    """A script of turns, whatever is said between them."""
-    return lambda text: texts[text.count("<|im_start|>assistant") - 1]
-
+from pgrpo.types import Completion
 
 # TRL's kinds of tools and environments, as its users write them.
 

@@ -1,0 +1,195 @@
+"""The processes in which tools and environments of a config run, away from the trainer's memory and environment variables.
+
+The trainer starts a *nursery* (``workers.Nursery``) with the environment variables that workers may see. The
+nursery imports what every worker needs, never the user's code, and forks a *worker* for each socket that it is sent: a worker costs
+milliseconds, and shares the nursery's memory. Workers end with the nursery, and the nursery with the trainer.
+
+A worker serves one caller, one operation at a time. The trainer's messages are pickles, because the rows of a data set hold any
+type. A worker's messages are JSON, because unpickling runs code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import os
+import pickle
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pgrpo.config.functions import load_function
+from pgrpo.config.schema import ConfigError
+from pgrpo.environments.calls import CallFailed, Loop, describe, text_of
+from pgrpo.environments.long_form import Conversation, lead
+from pgrpo.environments.signatures import abilities, methods_of, said_of
+from pgrpo.types import Messages
+
+MOST_CHARACTERS = 1 << 24
+"""Of one result. More than any episode reads, so the limit of an episode's tokens decides first."""
+SIZE = 8  # bytes in front of a message
+
+
+def send(connection: socket.socket, message: bytes) -> None:
+    connection.sendall(len(message).to_bytes(SIZE, "big") + message)
+
+
+def receive(connection: socket.socket) -> bytes:
+    """The next message. EOFError if the other side has ended."""
+    return _exactly(connection, int.from_bytes(_exactly(connection, SIZE), "big"))
+
+
+def _exactly(connection: socket.socket, count: int) -> bytes:
+    parts = []
+    while count:
+        try:
+            part = connection.recv(min(count, 1 << 20))
+        except ConnectionError:
+            part = b""
+        if not part:
+            raise EOFError
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+class Server:
+    """The worker's side: runs the operations that the trainer names. It holds at most one instance of an environment."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._async = Loop("pgrpo-tools")  # runs between calls too: clients keep connections alive
+        self._environment: Any = None
+
+    def serve(self) -> None:
+        """Until the trainer closes the connection."""
+        while True:
+            try:
+                operation, arguments = pickle.loads(receive(self._connection))
+            except EOFError:
+                return
+            except Exception as error:  # a row of a type that this process cannot import
+                answer = {"error": describe(error)}
+            else:
+                answer = self._answer(operation, arguments)
+            send(self._connection, _json(answer))
+
+    def _answer(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"value": getattr(self, operation)(**arguments)}
+        except ConfigError as error:
+            return {"refused": str(error)}
+        except CallFailed as error:
+            return {"error": str(error)}
+        except BaseException as error:  # SystemExit and CancelledError too
+            return {"error": describe(error)}
+
+    def tool(self, name: str, key: str) -> dict[str, Any]:
+        """What a function says of itself."""
+        return _said(load_function(name, key), key)
+
+    def environment(self, name: str, args: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """What the class of an environment has, by an instance."""
+        factory = load_function(name, key)
+        try:
+            instance = factory(**args)
+        except Exception as error:
+            raise ConfigError(f"{key}: cannot be made with environment.args={dict(args)}: {error!r:.400}") from error
+        tools = [_said(method, f"{key}, method {method.__name__}") for method in methods_of(instance)]
+        found = {"name": type(instance).__name__, "tools": tools, **abilities(instance)}
+        self._environment = instance
+        self.close()
+        return found
+
+    def call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """Call a function of a module or file."""
+        return self._text(self._run(load_function(name, "tools"), arguments))
+
+    def make(self, name: str, args: Mapping[str, Any]) -> None:
+        self._environment = load_function(name, "environment.factory")(**args)
+
+    def reset(self, row: Mapping[str, Any]) -> Any:
+        """What ``reset`` says: None, messages or blocks as they are, anything else as text."""
+        said = self._run(self._environment.reset, row)
+        return said if said is None or isinstance(said, list) else str(said)[:MOST_CHARACTERS]
+
+    def method(self, name: str, arguments: Mapping[str, Any]) -> str:
+        return self._text(self._run(getattr(self._environment, name), arguments))
+
+    def reward(self, name: str) -> Any:
+        """What ``get_reward`` or ``get_turn_rewards`` gives, with numbers of arrays as Python's."""
+        value = self._run(getattr(self._environment, name), {})
+        return value.tolist() if hasattr(value, "tolist") else value
+
+    def converse(self, messages: Messages) -> str:
+        """Let the environment lead the conversation; what it asks of the model goes to the trainer and comes back. Returns why the
+        episode ended."""
+        one_at_a_time = asyncio.Lock()  # branches may ask at the same time
+
+        def exchange(question: dict[str, Any]) -> Any:
+            send(self._connection, _json({"ask": question}))
+            return pickle.loads(receive(self._connection))
+
+        async def ask(question: dict[str, Any]) -> Any:
+            async with one_at_a_time:
+                return await asyncio.to_thread(exchange, question)
+
+        return self._async.finish(lead(self._environment.converse, Conversation(ask, messages)))
+
+    def close(self) -> None:
+        if callable(close := getattr(self._environment, "close", None)):
+            self._run(close, {})
+        self._environment = None
+
+    def _run(self, function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+        """Sync functions on this thread, async ones on the event loop."""
+        result = function(**arguments)
+        return self._async.finish(result) if hasattr(result, "__await__") else result
+
+    @staticmethod
+    def _text(result: Any) -> str:
+        return text_of(result)[:MOST_CHARACTERS]
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, default=str).encode()
+
+
+def _said(function: Any, key: str) -> dict[str, Any]:
+    try:
+        said = said_of(function)
+    except Exception as error:  # a hint that does not evaluate
+        raise ConfigError(f"{key}: tool `{function.__name__}`: {error}") from error
+    if said is None:
+        raise ConfigError(f"{key}: a tool is a function with a name, not {function!r:.80}; wrap it in a `def`")
+    return said
+
+
+def nursery(control: socket.socket) -> None:
+    """Fork a worker for each socket that arrives. Returns when the trainer has ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps them
+    while True:
+        data, sockets, _, _ = socket.recv_fds(control, 1, 1)
+        if not data:
+            return
+        if os.fork() == 0:
+            control.close()
+            _live(socket.socket(fileno=sockets[0]))
+        for fd in sockets:
+            os.close(fd)
+
+
+def _live(connection: socket.socket) -> None:
+    """The life of a worker, with its process group for what it starts. Never returns."""
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setsid()
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a call that hangs ends with the nursery
+        send(connection, str(os.getpid()).encode())
+        Server(connection).serve()
+    finally:
+        os._exit(0)

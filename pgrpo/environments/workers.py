@@ -1,0 +1,302 @@
+"""The trainer's side of worker processes: starts them, calls in them, kills them. ``worker.py`` is what runs there."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from pgrpo.config import ConfigError, remember
+from pgrpo.environments.calls import START_S, CallFailed, Function, Remote, WorkerDied, describe
+from pgrpo.environments.long_form import Led
+from pgrpo.environments.worker import receive, send
+from pgrpo.types import Messages
+
+PASSED = (
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV",
+    "CONDA_PREFIX", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CUDA_VISIBLE_DEVICES", "CUDA_HOME",
+    "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS",
+)  # fmt: skip
+"""Environment variables that every worker sees; and those that begin with LC_ or PYTHON."""
+LOOK_S = 300.0
+"""Seconds in which the user's modules have to be imported at the start."""
+CLOSE_S = 10.0
+"""Seconds for all environments together to close at the end."""
+FILES = 8192
+"""Open files that many workers may take, each a socket, where the system allows it."""
+DIED = "its worker process ended in the middle of the call (out of memory, os._exit, or a crash)"
+
+
+def variables(secrets: Sequence[str]) -> dict[str, str]:
+    """What workers see of this process's environment variables. ConfigError if a secret is not set."""
+    if missing := [name for name in secrets if name not in os.environ]:
+        raise ConfigError(
+            f"environment.secrets: the environment variable {missing[0]} is not set; set it, or leave it out"
+        )
+    for name in secrets:
+        remember(os.environ[name])  # what a tool prints or tells is redacted in logs
+    passed = {n: v for n, v in os.environ.items() if n in (*PASSED, *secrets) or n.startswith(("LC_", "PYTHON"))}
+    return {"OMP_NUM_THREADS": "1"} | passed  # there are many of them
+
+
+class Nursery:
+    """Starts workers; thread-safe. It is started at the first one, and again if it has died.
+
+    Args:
+        secrets: names of environment variables that workers see beside those of everyone.
+    """
+
+    def __init__(self, secrets: Sequence[str] = ()) -> None:
+        self._variables, self._lock = variables(secrets), threading.Lock()
+        self._control: socket.socket | None = None
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != resource.RLIM_INFINITY and soft < FILES:
+            most = FILES if hard == resource.RLIM_INFINITY else min(hard, FILES)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+    def worker(self) -> Worker:
+        """A new process. CallFailed if it does not start."""
+        ours, theirs = socket.socketpair()
+        ours.settimeout(START_S)
+        try:
+            with theirs:
+                self._send(theirs)
+            return Worker(ours, int(receive(ours)))
+        except (OSError, EOFError) as error:
+            ours.close()
+            raise CallFailed(f"a worker process could not be started: {describe(error)}") from error
+
+    def close(self) -> None:
+        """End all workers."""
+        with self._lock:
+            if self._control is not None:
+                self._end()
+                self._control = None
+
+    def _send(self, connection: socket.socket) -> None:
+        with self._lock:
+            for _ in range(2):
+                if self._control is None:
+                    self._start()
+                assert self._control is not None
+                try:
+                    socket.send_fds(self._control, [b"w"], [connection.fileno()])
+                    return
+                except (BrokenPipeError, ConnectionResetError):  # it was killed
+                    self._end()
+                    self._control = None
+        raise OSError("the process that starts them ends at once")
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        code = (
+            f"import sys; sys.path[:] = {sys.path!r}; import socket; from pgrpo.environments.worker import nursery; "
+            f"nursery(socket.socket(fileno={theirs.fileno()}))"
+        )
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-c", code],
+                pass_fds=[theirs.fileno()],
+                env=self._variables,
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # what tools print goes where warnings go; the terminal of a run is the trainer's
+                start_new_session=True,  # Ctrl-C is for the trainer
+            )
+        self._control = ours
+        self._end = weakref.finalize(self, _end, ours, process)
+
+
+def _end(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    control.close()  # it returns then, and the kernel kills its workers
+    try:
+        process.wait(CLOSE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+class Worker:
+    """One process, for one caller at a time. ``is_alive`` is false once it was killed, or was seen to have died."""
+
+    def __init__(self, connection: socket.socket, pid: int) -> None:
+        self._connection, self.pid, self.is_alive = connection, pid, True
+        connection.settimeout(None)
+
+    def ask(self, operation: str, /, **arguments: Any) -> Any:
+        """The result of an operation of ``worker.Server``.
+
+        Raises:
+            CallFailed: the user's function raised.
+            WorkerDied: the process has ended.
+            ConfigError: what the config names cannot be used.
+        """
+        return self.exchange((operation, arguments))
+
+    def exchange(self, message: Any) -> Any:
+        """Send a message, wait for the answer. What a conversation asks is returned as a dict with ``do``."""
+        try:
+            data = pickle.dumps(message)
+        except Exception as error:
+            raise CallFailed(f"a value cannot be sent to a worker process: {describe(error)}") from error
+        try:
+            send(self._connection, data)
+            answer = json.loads(receive(self._connection))
+        except (EOFError, OSError):
+            self.kill()
+            raise WorkerDied(DIED) from None
+        if "error" in answer:
+            raise CallFailed(answer["error"])
+        if "refused" in answer:
+            raise ConfigError(answer["refused"])
+        return answer["ask"] if "ask" in answer else answer["value"]
+
+    def limit(self, seconds: float | None) -> None:
+        """Give up after so many seconds without an answer."""
+        self._connection.settimeout(seconds)
+
+    def kill(self) -> None:
+        """Kill the process and what it started. Who waits for its answer gets WorkerDied."""
+        if not self.is_alive:
+            return
+        self.is_alive = False
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        with suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def __del__(self) -> None:
+        self._connection.close()
+
+
+class ToolPool:
+    """Workers that call plain functions. Any of them may serve any call, so what a tool keeps in its module is not shared."""
+
+    def __init__(self, nursery: Nursery) -> None:
+        self.nursery = nursery
+        self._free: list[Worker] = []
+
+    def take(self) -> Worker:
+        with suppress(IndexError):
+            return self._free.pop()
+        return self.nursery.worker()
+
+    def give_back(self, worker: Worker) -> None:
+        if worker.is_alive:
+            self._free.append(worker)
+
+
+class RemoteTool(Remote):
+    """A function that the config names."""
+
+    def __init__(self, pool: ToolPool, name: str) -> None:
+        self._pool, self._name = pool, name
+
+    def begin(self) -> Worker:
+        return self._pool.take()
+
+    def run(self, worker: Worker, arguments: Mapping[str, Any]) -> str:
+        return worker.ask("call", name=self._name, arguments=dict(arguments))
+
+    def end(self, worker: Worker) -> None:
+        self._pool.give_back(worker)
+
+
+class RemoteClass(Remote):
+    """Makes environments of a class that the config names, each in a process of its own."""
+
+    def __init__(self, nursery: Nursery, name: str, args: Mapping[str, Any], tools: Sequence[str]) -> None:
+        self._nursery, self._name, self._args, self._tools = nursery, name, dict(args), frozenset(tools)
+
+    def begin(self) -> Worker:
+        return self._nursery.worker()
+
+    def run(self, worker: Worker, arguments: Mapping[str, Any]) -> RemoteEnvironment:
+        try:
+            worker.ask("make", name=self._name, args=self._args)
+        except BaseException:
+            worker.kill()
+            raise
+        return RemoteEnvironment(worker, self._tools)
+
+
+class RemoteEnvironment:
+    """An environment in a worker process. Its attributes are the methods that pgrpo and the model call."""
+
+    def __init__(self, worker: Worker, tools: frozenset[str]) -> None:
+        self._worker, self._tools = worker, tools
+
+    def __getattr__(self, name: str) -> RemoteMethod:
+        if name == "reset":
+            return RemoteMethod(self._worker, "reset", "row")
+        if name in ("get_reward", "get_turn_rewards"):
+            return RemoteMethod(self._worker, "reward", None, name=name)
+        if name not in self._tools:
+            raise AttributeError(
+                f"{name}: this environment lives in a worker process, where only its tools can be called; pass its class "
+                "from Python (environment=Class) to have the object itself"
+            )
+        return RemoteMethod(self._worker, "method", "arguments", name=name)
+
+
+class RemoteMethod(Remote):
+    """A method of an environment. The process stays with the environment."""
+
+    def __init__(self, worker: Worker, operation: str, argument: str | None, **more: Any) -> None:
+        self._worker, self._operation, self._argument, self._more = worker, operation, argument, more
+
+    def begin(self) -> Worker:
+        return self._worker
+
+    def run(self, worker: Worker, arguments: Mapping[str, Any]) -> Any:
+        own = {self._argument: dict(arguments)} if self._argument else {}
+        return worker.ask(self._operation, **own, **self._more)
+
+
+class RemoteDialogue(Remote):
+    """A conversation that the environment leads, in steps as of ``long_form.Led``."""
+
+    def __init__(self, worker: Worker, messages: Messages) -> None:
+        self._worker, self._messages = worker, messages
+
+    def begin(self) -> Worker:
+        return self._worker
+
+    def run(self, worker: Worker, arguments: Mapping[str, Any]) -> Any:
+        answer = arguments["answer"]
+        return worker.exchange(answer) if answer is not None else worker.ask("converse", messages=self._messages)
+
+
+def step_of(instance: Any, messages: Messages) -> Function:
+    """``long_form.Led.step`` of an environment that leads the conversation, in this process or its own."""
+    if isinstance(instance, RemoteEnvironment):
+        return RemoteDialogue(instance._worker, messages)
+    return Led(instance.converse, messages).step
+
+
+def is_usable(instance: Any) -> bool:
+    """Whether an environment may begin another episode."""
+    return instance is not None and not (isinstance(instance, RemoteEnvironment) and not instance._worker.is_alive)
+
+
+def close_all(instances: Sequence[Any]) -> None:
+    """Close the environments that have ``close``."""
+    deadline = time.monotonic() + CLOSE_S
+    for instance in instances:
+        if isinstance(instance, RemoteEnvironment):
+            if instance._worker.is_alive:
+                instance._worker.limit(max(0.01, deadline - time.monotonic()))
+                with suppress(CallFailed):
+                    instance._worker.ask("close")
+        elif callable(close := getattr(instance, "close", None)):
+            close()
