@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from pgrpo.commands.bench import random_model
@@ -28,7 +29,7 @@ from pgrpo.distributed.world import World
 from pgrpo.model.proof import tokens_as_samples
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import build_batch
-from pgrpo.packing.forest import Forest, Work
+from pgrpo.packing.forest import Each, Forest
 from pgrpo.planning.flops import ModelDims, forest_update_flops
 from pgrpo.training.place import wrap
 from pgrpo.types import Sample
@@ -80,11 +81,11 @@ def measure(
     """Means and the worst of ``args.steps`` steps, by FLOPs and, where ``seconds`` times a micro-batch, by the clock."""
     generator = torch.Generator().manual_seed(args.seed)
 
-    def cost(work: Work) -> float:
-        return forest_update_flops(dims, work)
+    def cost(each: Each) -> np.ndarray:
+        return forest_update_flops(dims, each)
 
     def flops(forest: Forest) -> float:
-        return cost(build_batch(forest).work)
+        return forest_update_flops(dims, build_batch(forest).work)
 
     kinds = {"": flops} | ({"seconds_": seconds} if seconds else {})
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}

@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from pgrpo.commands.bench import _matmul_flops, _milliseconds, random_model
@@ -34,7 +35,7 @@ from pgrpo.distributed.world import World
 from pgrpo.model.policy import Policy
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import GroupedBatch, build_batch
-from pgrpo.packing.forest import Work
+from pgrpo.packing.forest import Each
 from pgrpo.planning.flops import GIB, ModelDims, forest_update_flops
 from pgrpo.training.place import wrap
 from pgrpo.types import Sample
@@ -76,8 +77,8 @@ def by_prompt_alone(policy: Policy, samples: Sequence[Sample], budget: int, dims
 def micro_batches(
     policy: Policy, samples: Sequence[Sample], budget: int, dims: ModelDims, *, is_shared: bool = True
 ) -> list[GroupedBatch]:
-    def cost(work: Work) -> float:
-        return forest_update_flops(dims, work)
+    def cost(each: Each) -> np.ndarray:
+        return forest_update_flops(dims, each)
 
     (plan,) = share_out(samples, 1, budget, cost, policy.attention, is_shared=is_shared)
     return [build_batch(forest, device=policy.device, attention=policy.attention) for forest in plan]

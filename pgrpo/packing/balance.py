@@ -11,7 +11,7 @@ import numpy as np
 
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.layout import ancestry, nodes_of
-from pgrpo.packing.forest import Forest, Sorted, Work, length
+from pgrpo.packing.forest import Each, Forest, Sorted, length
 from pgrpo.types import Sample
 
 LEAST_SHARED = (1, 4, 16, 64, 256, 1024, 4096, 2**62)
@@ -22,7 +22,7 @@ def share_out(
     samples: Sequence[Sample],
     dp_size: int,
     token_budget: int,
-    cost: Callable[[Work], float],
+    cost: Callable[[Each], np.ndarray],
     attention: AttentionChoice | None = None,
     *,
     is_shared: bool = True,
@@ -34,7 +34,7 @@ def share_out(
     number of micro-batches, as FSDP requires: a rank with fewer gets fillers, the shortest sample with no token in the loss.
 
     Args:
-        cost: FLOPs of a forest's forward and backward.
+        cost: FLOPs of the forward and backward of each run of rows.
         attention: its ``flops_per_ns`` weighs passes against rows; 0 shares every beginning.
         is_shared: False gives every sample rows of its own.
 
@@ -79,45 +79,73 @@ class _Division:
 
 
 def _divisions(
-    whole: Sorted, dp_size: int, budget: int, cost: Callable[[Work], float], attention: AttentionChoice, is_shared: bool
+    whole: Sorted,
+    dp_size: int,
+    budget: int,
+    cost: Callable[[Each], np.ndarray],
+    attention: AttentionChoice,
+    is_shared: bool,
 ) -> Iterator[_Division]:
     tried: list[np.ndarray] = []
     longest = int(whole.shared.max())  # above it all leasts are alike
     leasts = [n for n in LEAST_SHARED[:-1] if n <= longest] + [LEAST_SHARED[-1]]
     leasts = leasts if attention.flops_per_ns else LEAST_SHARED[:1]
     for least in leasts if is_shared else (0,):
-        kept = whole.kept(least) if is_shared else np.zeros_like(whole.shared)
+        runs = list(whole.runs(least)) if is_shared else []
+        kept = whole.kept(runs)
         if any(np.array_equal(kept, other) for other in tried):
             continue
         tried.append(kept)
-        runs = list(whole.runs(least)) if is_shared else []
         nodes = nodes_of([run.stop - run.start for run in runs], [run.parent for run in runs])
         passes = attention.flops_per_ns * attention.choose(ancestry(nodes)).ns / dp_size
+        trees = _Trees.of(whole, kept, cost)
         # A tree that holds most samples may be cut finer than the budget, so that no rank waits for another: into about one, a half
         # or a quarter of a piece a rank, as each piece computes the tree's beginning again.
         fair = -(-int((whole.lengths - kept).sum()) // dp_size)
-        for limit in sorted({budget, *(min(budget, share * fair) for share in (1, 2, 4))}):
-            pieces = list(_pieces(whole, kept, max(limit, int(whole.lengths.max())), cost))
-            plan = _assign(pieces, dp_size, budget)
+        largest = int(trees.sizes().max())
+        finer = (min(budget, share * fair) for share in (1, 2, 4) if dp_size > 1)
+        for limit in sorted({min(max(n, int(whole.lengths.max())), largest) for n in (budget, *finer)}):
+            plan = _assign(trees.pieces(limit), dp_size, budget)
             rounds = zip_longest(
                 *([sum(p.cost for p in batch) for batch in batches] for batches in plan), fillvalue=0.0
             )
             yield _Division(least, plan, passes + sum(map(max, rounds)))
 
 
-def _pieces(whole: Sorted, kept: np.ndarray, limit: int, cost: Callable[[Work], float]) -> Iterator[Piece]:
-    """Whole trees, and trees of more than ``limit`` rows cut into pieces that fit."""
-    roots = [*np.flatnonzero(kept == 0).tolist(), len(kept)]
-    for a, b in pairwise(roots):
-        cuts = [a, b]
-        if (whole.lengths[a:b] - kept[a:b]).sum() > limit:
-            cuts = [a + cut for cut in cut_tree(whole.lengths[a:b], kept[a:b], limit)]
-        for first, end in pairwise(cuts):
-            starts = kept[first:end].copy()
-            starts[0] = 0
-            scored = whole.lengths[first:end] - np.maximum(whole.prompts[first:end], starts)
-            work = Work(starts, whole.lengths[first:end], int(np.maximum(scored, 0).sum()))
-            yield Piece(first, end, work.rows, cost(work))
+@dataclass(frozen=True, slots=True)
+class _Trees:
+    """Samples as trees: rows and cost of each sample behind what is kept, and of each as the first of a piece."""
+
+    lengths: np.ndarray
+    kept: np.ndarray
+    behind: tuple[np.ndarray, np.ndarray]
+    first: tuple[np.ndarray, np.ndarray]
+
+    @staticmethod
+    def of(whole: Sorted, kept: np.ndarray, cost: Callable[[Each], np.ndarray]) -> _Trees:
+        def each(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            scored = np.maximum(whole.lengths - np.maximum(whole.prompts, starts), 0)
+            return whole.lengths - starts, cost(Each(starts, whole.lengths, scored))
+
+        return _Trees(whole.lengths, kept, each(kept), each(np.zeros_like(kept)))
+
+    def sizes(self) -> np.ndarray:
+        """Rows of each tree."""
+        return np.add.reduceat(self.behind[0], np.flatnonzero(self.kept == 0))
+
+    def pieces(self, limit: int) -> list[Piece]:
+        """Whole trees, and trees of more than ``limit`` rows cut into pieces that fit."""
+        roots = pairwise([*np.flatnonzero(self.kept == 0).tolist(), len(self.kept)])
+        cuts: list[int] = []
+        for (a, b), rows in zip(roots, self.sizes().tolist(), strict=True):
+            inner = cut_tree(self.lengths[a:b], self.kept[a:b], limit) if rows > limit else [0, b - a]
+            cuts += [a + cut for cut in inner[:-1]]
+        found = []
+        for behind, first in zip(self.behind, self.first, strict=True):
+            behind = behind.copy()
+            behind[cuts] = first[cuts]
+            found.append(np.add.reduceat(behind, cuts).tolist())
+        return [Piece(*piece) for piece in zip(cuts, [*cuts[1:], len(self.kept)], *found, strict=True)]
 
 
 def cut_tree(lengths: np.ndarray, kept: np.ndarray, limit: int) -> list[int]:

@@ -16,7 +16,7 @@ before it is then all that the forest follows from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -89,12 +89,31 @@ class Work(NamedTuple):
 
     def pairs(self, window: int | None = None) -> int:
         """Pairs of a query and a key that it sees; with a sliding window only the last ``window`` keys."""
-        starts, ends = (x.astype(np.int64) for x in self[:2])
-        pairs = (ends * (ends + 1) - starts * (starts + 1)) // 2
-        if window is not None:  # a row at position p sees p + 1 keys, of which p + 1 - window are hidden
-            hidden_s, hidden_e = (np.maximum(x - window, 0) for x in (starts, ends))
-            pairs -= (hidden_e * (hidden_e + 1) - hidden_s * (hidden_s + 1)) // 2
-        return int(pairs.sum())
+        return int(_pairs(self.starts, self.ends, window).sum())
+
+
+class Each(NamedTuple):
+    """``Work`` of many single runs of rows at once: arrays where ``Work`` has a number."""
+
+    starts: np.ndarray
+    ends: np.ndarray
+    scored: np.ndarray
+
+    @property
+    def rows(self) -> np.ndarray:
+        return self.ends - self.starts
+
+    def pairs(self, window: int | None = None) -> np.ndarray:
+        return _pairs(self.starts, self.ends, window)
+
+
+def _pairs(starts: np.ndarray, ends: np.ndarray, window: int | None) -> np.ndarray:
+    starts, ends = starts.astype(np.int64), ends.astype(np.int64)
+    pairs = (ends * (ends + 1) - starts * (starts + 1)) // 2
+    if window is not None:  # a row at position p sees p + 1 keys, of which p + 1 - window are hidden
+        hidden_s, hidden_e = (np.maximum(x - window, 0) for x in (starts, ends))
+        pairs -= (hidden_e * (hidden_e + 1) - hidden_s * (hidden_s + 1)) // 2
+    return pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,8 +144,10 @@ class Sorted:
 
     def take(self, kept: np.ndarray) -> Sorted:
         """Some of the samples, by their ascending numbers in this order."""
-        shared = [0, *(self.shared[a + 1 : b + 1].min() for a, b in pairwise(kept))]
-        numbers = self.order[kept], self.lengths[kept], self.prompts[kept], np.array(shared)
+        shared = np.minimum.reduceat(self.shared, np.concatenate([[0], kept[:-1] + 1])) if len(kept) else kept
+        if len(kept):
+            shared[0] = 0
+        numbers = self.order[kept], self.lengths[kept], self.prompts[kept], shared
         return Sorted([self.samples[i] for i in kept], *numbers)
 
     def runs(self, least: int) -> Iterator[Run]:
@@ -177,10 +198,10 @@ class Sorted:
             leaves[rank].tolist(),
         )
 
-    def kept(self, least: int) -> np.ndarray:
-        """[B] leading tokens whose rows are those of the sample before, in ``forest(least)``."""
+    def kept(self, runs: Iterable[Run]) -> np.ndarray:
+        """[B] leading tokens whose rows are those of the sample before, in the forest of these nodes."""
         stops = np.zeros(len(self.samples), dtype=np.int64)
-        for run in self.runs(least):
+        for run in runs:
             stops[run.first + 1 : run.end] = run.stop
         return np.minimum(self.shared, stops)
 

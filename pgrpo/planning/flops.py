@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import overload
 
 import numpy as np
 
-from pgrpo.packing.forest import Work
+from pgrpo.packing.forest import Each, Work
 from pgrpo.planning.dims import ModelDims
 
 GIB = 2**30
@@ -44,8 +45,12 @@ def flat_work(prompt: int, completions: Sequence[int], *, shared: bool = True) -
     return Work(starts, np.array([prompt, *(prompt + n for n in completions)]), sum(completions))
 
 
-def forest_forward_flops(dims: ModelDims, work: Work, *, adapters: int = 0) -> int:
-    """FLOPs of the log-probs of a forest; a multiplication and an addition are two FLOPs.
+@overload
+def forest_forward_flops(dims: ModelDims, work: Work, *, adapters: int = 0) -> int: ...
+@overload
+def forest_forward_flops(dims: ModelDims, work: Each, *, adapters: int = 0) -> np.ndarray: ...
+def forest_forward_flops(dims: ModelDims, work: Work | Each, *, adapters: int = 0) -> int | np.ndarray:
+    """FLOPs of the log-probs of a forest, or of each run of rows; a multiplication and an addition are two FLOPs.
 
     Counts linear layers (with ``adapters`` parameters of LoRA) and recurrences for each row, attention for each pair, and the head
     for tokens with a log-prob only.
@@ -54,9 +59,14 @@ def forest_forward_flops(dims: ModelDims, work: Work, *, adapters: int = 0) -> i
     return 2 * (dims.matrices + adapters) * work.rows + _attention_flops(dims, work) + head
 
 
-def forest_update_flops(dims: ModelDims, work: Work, *, adapters: int = 0) -> int:
-    """FLOPs of a forest's forward and backward: ``UPDATE_OVER_FORWARD`` times the forward's. With LoRA (``adapters``: number of
-    trained parameters) the frozen weights have no gradient, so that their backward is one product, as large as the forward's."""
+@overload
+def forest_update_flops(dims: ModelDims, work: Work, *, adapters: int = 0) -> int: ...
+@overload
+def forest_update_flops(dims: ModelDims, work: Each, *, adapters: int = 0) -> np.ndarray: ...
+def forest_update_flops(dims: ModelDims, work: Work | Each, *, adapters: int = 0) -> int | np.ndarray:
+    """FLOPs of the forward and backward of a forest, or of each run of rows: ``UPDATE_OVER_FORWARD`` times the forward's. With LoRA
+    (``adapters``: number of trained parameters) the frozen weights have no gradient, so that their backward is one product, as
+    large as the forward's."""
     forward = forest_forward_flops(dims, work, adapters=adapters)
     if not adapters:
         return UPDATE_OVER_FORWARD * forward
@@ -78,7 +88,7 @@ def update_flops(
     return forest_update_flops(dims, flat_work(prompt, completions, shared=shared), adapters=adapters)
 
 
-def _attention_flops(dims: ModelDims, work: Work) -> int:
+def _attention_flops(dims: ModelDims, work: Work | Each) -> int | np.ndarray:
     pairs = sum(count * work.pairs(window or None) for window, count in Counter(dims.windows).items())
     # scores and weighted values; recurrences, which have no weights either
     return 2 * dims.heads * (dims.head_dim + dims.value_dim) * pairs + dims.state_flops * work.rows

@@ -122,7 +122,8 @@ def micro_batches(learner: Learner, groups: Sequence[Group]) -> list[GroupedBatc
 
     def share() -> list[list[Forest]]:
         kept = [_in_the_loss(learner, group) for group in groups if has_gradient(learner, group)]
-        samples, cost = [sample for group in kept for sample in group.samples], partial(work_flops, learner)
+        samples = [sample for group in kept for sample in group.samples]
+        cost = partial(forest_update_flops, learner.dims, adapters=adapter_parameters(config.model, learner.dims))
         return share_out(samples, world.dp_size, config.train.token_budget, cost, attention, is_shared=is_shared)
 
     return [build_batch(forest, device=world.device, attention=attention) for forest in world.scatter(share)]

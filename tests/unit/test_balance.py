@@ -15,18 +15,18 @@ from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.reference import attention_mask
 from pgrpo.packing.balance import Piece, _first_fit, cut_tree, fill_micro_batches, share_out
 from pgrpo.packing.batch import build_batch
-from pgrpo.packing.forest import Forest, Sorted, Work, length
+from pgrpo.packing.forest import Each, Forest, Sorted, length
 from pgrpo.types import Sample
 
 H100 = AttentionChoice("flash4", 32, 8, 128, "auto", flops_per_ns=36 * 450e3)
 QWEN3_4B = 2 * 36 * 100_900_000  # FLOPs of a row's matrices in a forward
 
 
-def rows(work: Work) -> float:
-    return float(work.rows)
+def rows(work: Each) -> np.ndarray:
+    return work.rows.astype(float)
 
 
-def flops(work: Work) -> float:
+def flops(work: Each) -> np.ndarray:
     return 3.0 * (QWEN3_4B * work.rows + 4 * 36 * 4096 * work.pairs())
 
 
@@ -105,7 +105,7 @@ def test_cuts_compute_as_little_again_as_possible():
     """Two prompts of 10 and 2 own tokens below a beginning of 8; budget 30: the cut is between the prompts, not inside one."""
     samples = group(0, 18, [3, 3, 3], [7] * 8) + group(1, 10, [3, 3, 3], [7] * 8)
     order = Sorted.of(samples)
-    kept = order.kept(1)
+    kept = order.kept(order.runs(1))
     assert kept.tolist() == [0, 18, 18, 8, 10, 10]
     assert cut_tree(order.lengths, kept, 30) == [0, 3, 6]
     for seed in range(30):  # against all ways to cut

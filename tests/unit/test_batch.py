@@ -180,7 +180,8 @@ def test_beginnings_that_are_too_short_are_not_shared_and_others_still_are():
         seen = [tuple(ids[j] for j in mask[row].nonzero().flatten().tolist()) for row in batch.logit_index.tolist()]
         full = [tuple(s.prompt_ids + s.token_ids) for s in samples]
         assert seen == [f[:t] for s, f in zip(samples, full, strict=True) for t in range(len(s.prompt_ids), len(f))]
-        kept = Sorted.of(samples).kept(least)
+        order = Sorted.of(samples)
+        kept = order.kept(order.runs(least))
         assert sum(map(length, samples)) - kept.sum() == forest.rows
 
 
