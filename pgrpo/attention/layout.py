@@ -225,7 +225,7 @@ class _Calls:
         front = [sum(n for _, n in ranges) if length else 0 for ranges, length in zip(fronts, own, strict=True)]
         if copied := any(front):
             ranges = [r for node, f in zip(self.nodes, fronts, strict=True) if node.length for r in (*f, node[:2])]
-            self.copies = _rows_of(ranges), sum(own)
+            self.copies = rows_of(ranges), sum(own)
         keys = [a + b for a, b in zip(front, own, strict=True)]
         every = 0, sum(own)
         self._add(every, every, own, keys, causal=1, window=window, copied=int(copied))
@@ -261,7 +261,7 @@ class _Calls:
         return Passes(table, starts, Copies.of(*self.copies, device) if self.copies else Copies.none(device))
 
 
-def _rows_of(ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+def rows_of(ranges: Sequence[tuple[int, int]]) -> np.ndarray:
     """[C] int64: the rows of all (first row, rows), one range after another."""
     starts, lengths = np.array(ranges, dtype=np.int64).reshape(-1, 2).T
     before = np.cumsum(lengths) - lengths

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pgrpo.attention.choose import AttentionChoice
-from pgrpo.attention.layout import Node, PackedLayout
+from pgrpo.attention.layout import Node, PackedLayout, rows_of
 from pgrpo.packing.forest import Forest, Work, length
 from pgrpo.types import Sample
 
@@ -103,20 +102,15 @@ def build_batch(
         _tokens(samples[b], node.offset, node.offset + node.length)
         for b, node in zip(forest.through, nodes, strict=True)
     )
-    position_ids = [np.arange(node.offset, node.offset + node.length) for node in nodes]
+    position_ids = rows_of([(node.offset, node.length) for node in nodes])
     width = max((len(s.token_ids) for s in samples), default=0)
-    logit_index = np.concatenate(
-        [np.zeros(0, dtype=np.int64), *map(partial(_predicting_rows, nodes), samples, forest.leaves)]
+    logit_index = rows_of(
+        [r for s, leaf in zip(samples, forest.leaves, strict=True) for r in _predicting(nodes, s, leaf)]
     )
     target_ids = np.array([t for s in samples for t in s.token_ids], dtype=np.int64)
     _, first, pair = np.unique(logit_index << 32 | target_ids, return_index=True, return_inverse=True)
     distinct = np.sort(first)
-    unpack_index = [np.arange(b * width, b * width + len(s.token_ids)) for b, s in enumerate(samples)]
-
-    def long(values: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *values])).to(device)
-
-    unpack = long(unpack_index)
+    unpack = torch.from_numpy(rows_of([(b * width, len(s.token_ids)) for b, s in enumerate(samples)])).to(device)
 
     def rows(values: Iterable[list[float]] | Iterable[list[bool]], dtype: torch.dtype) -> Tensor:
         """One value a token -> [B, R]."""
@@ -128,13 +122,13 @@ def build_batch(
     return GroupedBatch(
         inputs={
             "input_ids": torch.tensor(list(input_ids), dtype=torch.long, device=device),
-            "position_ids": long(position_ids),
+            "position_ids": torch.from_numpy(position_ids).to(device),
         },
         layout=layout,
-        logit_index=long([logit_index]),
-        target_ids=long([target_ids]),
-        distinct=long([distinct]),
-        pair_index=long([np.searchsorted(distinct, first[pair])]),
+        logit_index=torch.from_numpy(logit_index).to(device),
+        target_ids=torch.from_numpy(target_ids).to(device),
+        distinct=torch.from_numpy(distinct).to(device),
+        pair_index=torch.from_numpy(np.searchsorted(distinct, first[pair])).to(device),
         unpack_index=unpack,
         mask=rows((s.mask for s in samples), torch.bool),
         advantages=rows((s.advantages or [0.0] * len(s.token_ids) for s in samples), torch.float32),
@@ -150,17 +144,17 @@ def _tokens(sample: Sample, start: int, stop: int) -> list[int]:
     return sample.prompt_ids[start:stop] + sample.token_ids[max(0, start - prompt) : max(0, stop - prompt)]
 
 
-def _predicting_rows(nodes: list[Node], sample: Sample, leaf: int) -> np.ndarray:
-    """[R] the packed row of the token before each token behind the prompt. Walks the path from its last node up."""
+def _predicting(nodes: list[Node], sample: Sample, leaf: int) -> list[tuple[int, int]]:
+    """(first row, rows) that predict the tokens behind the prompt, in their order. Walks the path from its last node up."""
     first, end = len(sample.prompt_ids) - 1, length(sample) - 1  # positions of these rows
-    found: list[np.ndarray] = []
+    found: list[tuple[int, int]] = []
     while leaf >= 0 and first < end:
         node = nodes[leaf]
         start, stop = max(first, node.offset), min(end, node.offset + node.length)
         if start < stop:
-            found.append(np.arange(start, stop) + node.start - node.offset)
+            found.append((start + node.start - node.offset, stop - start))
         leaf = node.parent
-    return np.concatenate([np.zeros(0, dtype=np.int64), *found[::-1]])
+    return found[::-1]
 
 
 def _unpack(flat_L: Tensor, unpack_index: Tensor, samples: int, width: int) -> Tensor:

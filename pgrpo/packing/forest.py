@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -116,7 +117,7 @@ def _pairs(starts: np.ndarray, ends: np.ndarray, window: int | None) -> np.ndarr
     return pairs
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sorted:
     """Samples in the order of their tokens.
 
@@ -144,9 +145,10 @@ class Sorted:
 
     def take(self, kept: np.ndarray) -> Sorted:
         """Some of the samples, by their ascending numbers in this order."""
-        shared = np.minimum.reduceat(self.shared, np.concatenate([[0], kept[:-1] + 1])) if len(kept) else kept
-        if len(kept):
-            shared[0] = 0
+        if len(kept) == len(self.samples):
+            return self
+        shared = np.minimum.reduceat(self.shared[: kept[-1] + 1], np.concatenate([[0], kept[:-1] + 1]))
+        shared[0] = 0
         numbers = self.order[kept], self.lengths[kept], self.prompts[kept], shared
         return Sorted([self.samples[i] for i in kept], *numbers)
 
@@ -159,27 +161,35 @@ class Sorted:
             stack, level = level[::-1], []
             while stack:
                 first, end, parent, start = stack.pop()
-                stop, parts = self._diverge(first, end)
-                ends_prompt = start < self.prompts[first:end].min() <= stop
-                if parts and stop - start < least and not ends_prompt:
+                stop, shortest, parts = self._diverge(first, end)
+                if parts and stop - start < least and not start < shortest <= stop:
                     stack += [(a, b, parent, start) for a, b in reversed(parts)]
                     continue
                 yield Run(first, end, parent, start, stop)
                 level += [(a, b, count, stop) for a, b in parts]
                 count += 1
 
-    def _diverge(self, first: int, end: int) -> tuple[int, list[tuple[int, int]]]:
-        """Where the samples of a run diverge, and the runs they part into, each in the order of first appearance. A sample that is
-        the beginning of the next one does not diverge from it."""
-        live = first
-        while live + 1 < end and self.lengths[live] <= self.shared[live + 1]:
-            live += 1
-        if live + 1 == end:
-            return int(self.lengths[live]), []
-        shared = self.shared[live + 1 : end]
-        stop = int(shared.min())
-        cuts = [first, *(live + 1 + np.flatnonzero(shared == stop)).tolist(), end]
-        return stop, sorted(pairwise(cuts), key=lambda part: self.order[part[0] : part[1]].min())
+    def _diverge(self, first: int, end: int) -> tuple[int, int, list[tuple[int, int]]]:
+        """Where the samples of a run diverge, their shortest prompt, and the runs they part into, each in the order of first
+        appearance. A sample that is the beginning of the next one does not diverge from it."""
+        if (first, end) not in self._known:
+            order, lengths, prompts, shared = self._lists
+            live = first
+            while live + 1 < end and lengths[live] <= shared[live + 1]:
+                live += 1
+            stop = min(shared[live + 1 : end], default=lengths[live])
+            cuts = [first, *(i for i in range(live + 1, end) if shared[i] == stop), end]
+            parts = sorted(pairwise(cuts), key=lambda part: min(order[part[0] : part[1]])) if live + 1 < end else []
+            self._known[first, end] = stop, min(prompts[first:end]), parts
+        return self._known[first, end]
+
+    @cached_property
+    def _known(self) -> dict[tuple[int, int], tuple[int, int, list[tuple[int, int]]]]:
+        return {}
+
+    @cached_property
+    def _lists(self) -> list[list[int]]:
+        return [x.tolist() for x in (self.order, self.lengths, self.prompts, self.shared)]
 
     def forest(self, least: int = 1) -> Forest:
         """The forest; its samples are in the order that they had before they were sorted."""
