@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import string
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def play(
     size=1,
     turn=200,
     episode=600,
+    prompt=300,
     tokenizer=TOKENIZER,
     **settings: Any,
 ) -> tuple[list[list[Episode]], Scripted]:
@@ -86,7 +88,7 @@ def play(
     toolbox = Toolbox(load_tools(named, [tool for tool in tools if tool not in named], nursery), kinds, nursery=nursery)
     engine: Any = Scripted(script, tokenizer)
     chats = toolbox.chats(tokenizer, [END], {}, chosen.history)
-    made = ToolLoop(engine, toolbox.tools, kinds, chats, chosen, episode, 300, lambda: False, nursery)
+    made = ToolLoop(engine, toolbox.tools, kinds, chats, chosen, episode, prompt, lambda: False, nursery)
     prompts = [prompt_of(toolbox, tokenizer=tokenizer, **row) for row in rows]
     seeds = [[100 * i + j for j in range(size)] for i in range(len(prompts))]
     groups = []
@@ -107,6 +109,13 @@ def one(script: Callable[[str], str], **settings: Any) -> Episode:
 def turns(*texts: str) -> Callable[[str], str]:
     """A script of turns, whatever is said between them."""
     return lambda text: texts[text.count("<|im_start|>assistant") - 1]
+
+
+def printable_tokenizer() -> Any:
+    """The same with a token for each printable character."""
+    tokenizer = MAKE["make_tokenizer"]()
+    tokenizer.add_tokens([c for c in string.printable if c not in tokenizer.get_vocab()])
+    return tokenizer
 
 
 def thinking_tokenizer() -> Any:

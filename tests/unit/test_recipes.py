@@ -41,12 +41,15 @@ def test_all_are_here() -> None:
         "arithmetic",
         "calculator",
         "code",
+        "code_repair",
         "countdown",
         "gsm8k",
         "jsonl",
         "math",
         "multiple_choice",
         "reasoning_gym",
+        "search_notes",
+        "twenty_questions",
     ]
 
 
@@ -61,7 +64,7 @@ def test_config_loads_by_name_and_can_evaluate(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_loads_and_is_short(name: str) -> None:
-    config = load_config("smollm2_135m", [f"recipe={name}", "train.token_budget=4096"])
+    config = load_config("smollm2_135m", [f"recipe={name}", "train.token_budget=6144"])
     own = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
     assert config.recipe == name
     assert config.rollout.max_completion_tokens == own["rollout"]["max_completion_tokens"]
@@ -69,6 +72,7 @@ def test_recipe_loads_and_is_short(name: str) -> None:
 
 
 # One row as each recipe's data set has it, a right completion, a wrong one, and what they score in total.
+NOTE = {"question": "Who keeps the place where Mira works?", "answer": "Ada Brandt"}
 FOX = {"question": "Who jumps?", "opa": "a dog", "opb": "a fox", "opc": "a cat", "opd": "none", "cop": 1, "exp": None}
 MBPP = {"text": "Write a function to add two numbers.", "test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0"]}
 MATH = {"problem": "What is $1/2+1/3$?", "solution": r"It is $\frac{3+2}{6}=\boxed{\frac{5}{6}}$."}
@@ -87,6 +91,7 @@ SAMPLES = {
     "gsm8k": (GSM8K, (r"so \boxed{42}", 1.1), (r"so \boxed{41}", 0.1)),
     "jsonl": (JSONL, ("12", 1.0), ("13", 0.0)),
     "math": (MATH, (r"so \boxed{5/6}", 1.0), (r"so \boxed{2/5}", 0.0)),
+    "search_notes": (NOTE, ("Ada Brandt", 1.0), ("Bruno Keller", 0.0)),
     "multiple_choice": (FOX, ("Foxes do. The answer is B.", 1.0), ("The answer is C.", 0.0)),
 }
 
@@ -122,7 +127,8 @@ def test_reasoning_gym_recipe_renders_and_scores_its_rows(monkeypatch: pytest.Mo
 
 
 def test_every_recipe_has_a_sample() -> None:
-    assert set(SAMPLES) | {"reasoning_gym"} == set(RECIPES)
+    played = {"code_repair", "twenty_questions"}  # test_tool_recipes.py
+    assert set(SAMPLES) | {"reasoning_gym"} | played == set(RECIPES)
 
 
 def test_math_recipe_masks_an_answer_that_is_no_mathematics() -> None:

@@ -71,7 +71,7 @@ def model(tmp_path_factory) -> Path:
 def overrides(name: str, model: Path, tmp_path: Path) -> list[str]:
     keys = [f"recipe={name}", f"model.path={model}", f"run_dir={tmp_path / 'run'}", "rollout.prompts_per_step=4"]
     # A character is a token here: prompts are four times as long as the recipe's model would have them.
-    keys += ["rollout.max_completion_tokens=12", "data.max_prompt_tokens=4096", "train.token_budget=8192"]
+    keys += ["rollout.max_completion_tokens=12", "data.max_prompt_tokens=4096", "train.token_budget=12288"]
     if name in ROWS:
         rows = tmp_path / "rows.jsonl"
         rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
