@@ -129,6 +129,7 @@ def one_update(world, model, changes):
         "moved": [name for name in before if not torch.equal(before[name], after[name])],
         "names": list(before),
         "held": sum(local(p).numel() for p in policy.parameters()),
+        "held_of_teacher": sum(local(p).numel() for p in teacher.parameters()) if teacher else 0,
     }
 
 
