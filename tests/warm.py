@@ -1,4 +1,4 @@
-"""Python processes that start at once: copies (fork) of one process that has imported torch, transformers and pgrpo.
+"""Python processes that start at once: copies (fork) of one process that has imported all that a run needs.
 
 A new process takes five CPU seconds for these imports. A copy is a process of its own in all that tests look at: signals, exit
 codes, limits, open files, how the interpreter ends. Run as a script, this file is the process that is copied.
@@ -6,6 +6,7 @@ codes, limits, open files, how the interpreter ends. Run as a script, this file 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -22,6 +23,14 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
+EVERYTHING = (
+    "pgrpo.cli",
+    "pgrpo.grpo",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "transformers.models.qwen3.modeling_qwen3",
+)
+"""All that a run imports, early or late: a copy that had to would take four CPU seconds."""
 
 
 class Started:
@@ -166,6 +175,6 @@ def become(request: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    import pgrpo.training  # noqa: F401
-
+    for name in EVERYTHING:
+        importlib.import_module(name)
     become(next_request(socket.socket(fileno=int(sys.argv[1]))))

@@ -9,10 +9,10 @@ from worker import saved_by_main
 
 
 @pytest.fixture(scope="session")
-def processes():
+def processes(warm):
     """``processes(n)(function, *arguments)``: what each of n ranks returned (``pool.Ranks``)."""
     pools = {}
-    yield lambda size: pools.setdefault(size, Ranks(size))
+    yield lambda size: pools.setdefault(size, Ranks(size, warm))
     for pool in pools.values():
         pool.close()
 

@@ -1,13 +1,12 @@
 """Rank processes that are started once and run one function after another, in one process group (gloo) that stays."""
 
-import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from datetime import timedelta
-from multiprocessing.connection import wait
+from multiprocessing.connection import Client, Listener, wait
 
-START = multiprocessing.get_context("spawn")
 DEADLINE_S = 240
 
 
@@ -15,8 +14,8 @@ class Ranks:
     """``ranks(function, *arguments)`` runs a module's function on every rank with ``(world, *arguments)`` and returns what each
     rank returned, in order. After a failure the next call starts new processes, as ranks may still wait for each other."""
 
-    def __init__(self, size):
-        self.size, self.processes, self.ends = size, [], []
+    def __init__(self, size, warm):
+        self.size, self.warm, self.processes, self.ends = size, warm, [], []
 
     def __call__(self, function, *arguments):
         if not self.processes:
@@ -43,29 +42,30 @@ class Ranks:
     def close(self):
         for process in self.processes:
             process.kill()
-            process.join()
+            process.wait()
         self.processes, self.ends = [], []
 
     def _start(self):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        for rank in range(self.size):
-            end, theirs = START.Pipe()
-            process = START.Process(target=_serve, args=(rank, self.size, port, theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self.processes.append(process)
-            self.ends.append(end)
+        group = {"WORLD_SIZE": self.size, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # functions come by their modules' names
+        with Listener(family="AF_UNIX") as listener:
+            for rank in range(self.size):
+                environment = {name: str(value) for name, value in (group | {"RANK": rank}).items()} | paths
+                self.processes.append(self.warm.start([__file__, listener.address], environment))
+                self.ends.append(listener.accept())
 
 
-def _serve(rank, size, port, calls):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+def serve(address):
     import torch
     import torch.distributed as dist
 
     from pgrpo.distributed.world import World
 
+    calls = Client(address, family="AF_UNIX")
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     if size > 1:
         dist.init_process_group("gloo", timeout=timedelta(seconds=DEADLINE_S))
@@ -80,3 +80,7 @@ def _serve(rank, size, port, calls):
         except BaseException:
             answer = None, traceback.format_exc()
         calls.send(answer)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

@@ -296,26 +296,33 @@ EVERYTHING = [
 
 
 @pytest.fixture(scope="module")
-def quickstart_model(warm, tmp_path_factory):
-    """Warm-started: it writes sums, and some of them are right."""
-    folder = tmp_path_factory.mktemp("quickstart") / "model"
-    done = warm.run([ROOT / "scripts" / "make_tiny_model.py", "--out", folder])
+def quickstart(warm, tmp_path_factory):
+    """``quickstart(ranks, changes)``: the rows and completions of three steps; each run is made once."""
+    model = tmp_path_factory.mktemp("quickstart") / "model"  # warm-started: it writes sums, and some of them are right
+    done = warm.run([ROOT / "scripts" / "make_tiny_model.py", "--out", model])
     assert done.returncode == 0, done.stderr
-    return folder
+    made = {}
+
+    def run(ranks, changes):
+        if (ranks, *changes) not in made:
+            run_dir = tmp_path_factory.mktemp("run") / "run"
+            keys = [f"model.path={model}", f"run_dir={run_dir}", "train.steps=3", "rollout.prompts_per_step=8"]
+            keys += ["eval.every=3", "eval.rows=9", "track.console=false", "checkpoint.every=0", *changes]
+            for process in warm.run_on_ranks(["-m", "pgrpo", "train", "--config", "quickstart", *keys], ranks):
+                assert process.returncode == 0, process.stderr
+            metrics, completions = (
+                [json.loads(line) for line in (run_dir / f"{name}.jsonl").read_text().splitlines()]
+                for name in ("metrics", "completions")
+            )
+            made[ranks, *changes] = metrics, [row["completion"] for row in completions]
+        return made[ranks, *changes]
+
+    return run
 
 
 @pytest.mark.parametrize(("ranks", "changes"), [(2, []), (4, []), (2, EVERYTHING)])
-def test_a_whole_run_on_several_ranks_equals_that_on_one(ranks, changes, tmp_path, warm, quickstart_model):
-    rows, texts = [], []
-    for n in (1, ranks):
-        run_dir = tmp_path / f"run{n}"
-        keys = [f"model.path={quickstart_model}", f"run_dir={run_dir}", "train.steps=3", "rollout.prompts_per_step=8"]
-        keys += ["eval.every=3", "eval.rows=9", "track.console=false", "checkpoint.every=0", *changes]
-        for process in warm.run_on_ranks(["-m", "pgrpo", "train", "--config", "quickstart", *keys], n):
-            assert process.returncode == 0, process.stderr
-        rows.append([json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()])
-        texts.append((run_dir / "completions.jsonl").read_text())
-    one, several = rows
+def test_a_whole_run_on_several_ranks_equals_that_on_one(ranks, changes, quickstart):
+    (one, texts), (several, texts_of_several) = quickstart(1, changes), quickstart(ranks, changes)
     assert [r["step"] for r in several] == [0, 1, 2, 3]
     for a, b in zip(one, several, strict=True):
         for name in a:
@@ -324,14 +331,13 @@ def test_a_whole_run_on_several_ranks_equals_that_on_one(ranks, changes, tmp_pat
     if changes:
         assert sum(r["resampling/groups"] for r in one[1:]) > 0
         assert one[2]["kl"] > one[3]["kl"] > 0  # the reference was refreshed in between
-    prompts = [[json.loads(line)["completion"] for line in text.splitlines()] for text in texts]
-    assert prompts[0] == prompts[1]
+    assert texts_of_several == texts
 
 
-def test_ranks_share_a_run_folder_that_is_named_after_the_time(tiny_model, tmp_path, launch):
+def test_ranks_share_a_run_folder_that_is_named_after_the_time(tiny_model, tmp_path, warm):
     keys = [f"model.path={tiny_model}", f"run_dir={tmp_path}/run_${{now:%f}}", "train.steps=1", "eval.every=0"]
     keys += ["rollout.prompts_per_step=2", "rollout.group_size=2", "track.console=false"]
-    result = launch(["-m", "pgrpo", "train", "--config", "quickstart", *keys], 2)
-    assert result.returncode == 0, result.stderr
+    for rank in warm.run_on_ranks(["-m", "pgrpo", "train", "--config", "quickstart", *keys], 2):
+        assert rank.returncode == 0, rank.stderr
     (folder,) = tmp_path.glob("run_*")
     assert (folder / "checkpoints" / "step_1" / "manifest.json").is_file() and (folder / "metrics.jsonl").is_file()
