@@ -56,6 +56,9 @@ class Model:
     def logits(self, ids):
         return self.compute_logits(self.hf.model(torch.tensor([ids])).last_hidden_state[0])
 
+    def modules(self):
+        return self.hf.modules()
+
     def named_parameters(self):
         for name, parameter in self.hf.named_parameters():
             yield name, parameter.detach()[:0] if _kind == "stale" and name != READABLE else parameter.detach()
