@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_config(arguments.config, arguments.overrides)
     root = arguments.out or Path(tempfile.mkdtemp(prefix="checkpoint_time-"))
-    with start(config.model.fsdp_size) as world:
+    with start(config.model.fsdp_size, config.model.sequence_parallel_size) as world:
         policy = place_policy(config, world)
         optimizer = build_optimizer(policy, config.optim)
         for parameter in policy.parameters():

@@ -118,7 +118,7 @@ def steps(args: argparse.Namespace, report: Callable[[list[dict[str, Any]]], Non
     found: dict[str, list[dict[str, float]]] = {name: [] for name in args.attention}
     plain: dict[str, list[float]] = {}
     with ExitStack() as stack:
-        world = stack.enter_context(start(config.model.fsdp_size))
+        world = stack.enter_context(start(config.model.fsdp_size, config.model.sequence_parallel_size))
         world.together(lambda: clear_up(args) if world.is_main else None)
         parts, progress = stack.enter_context(build(config, world, Given([spread], rows))), Progress()
         print(*parts.engine.notes, sep="\n", flush=True)

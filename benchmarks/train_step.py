@@ -30,7 +30,7 @@ from pgrpo.grpo import update_policy
 from pgrpo.model.proof import tokens_as_groups
 from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import GIB, ModelDims, forward_flops
-from pgrpo.planning.placement import compute_dtype, recompute_by_layer
+from pgrpo.planning.placement import compute_dtype, layer_plan
 from pgrpo.training.build import Learner
 from pgrpo.training.optim import build_optimizer
 from pgrpo.training.place import wrap
@@ -49,7 +49,7 @@ def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str,
     policy = wrap(model, config, world)
     place(policy, decoder_layers(model), world, compute_dtype(config))
     dims = ModelDims.from_config(model.config)
-    recompute = recompute_by_layer(config, dims, world)
+    recompute = layer_plan(config, dims, world).recompute
     optimizer = build_optimizer(policy, config.optim)
     learner, progress = Learner(config, world, policy, None, optimizer, dims), Progress()
     groups = tokens_as_groups(*random_tokens(shape, model.config.vocab_size))

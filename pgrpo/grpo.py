@@ -193,6 +193,6 @@ def backward(learner: Learner, batch: GroupedBatch, counts: Counts) -> update.Up
             teacher_logprobs_BR=frozen.teacher_logprobs_BR,
             teacher_kl_BR=None if flat_kl_L is None else batch.unpack(flat_kl_L),
         )  # fmt: skip
-        loss = output.loss * learner.world.dp_size  # FSDP averages gradients over ranks, but the loss is their sum
-        loss.backward()
+        # FSDP averages gradients over ranks, and the loss is their sum. Ranks with the same data add disjoint parts of it.
+        (output.loss * learner.world.size).backward()
     return update.UpdateSums.of(output, batch.mask, entropy_BR, batch.old_logprobs, batch.rollout_logprobs)

@@ -15,8 +15,9 @@ FinishReason = Literal["stop", "length", "turns", "tool_calls", "timeout", "envi
 a failure of a tool or environment, which is not the model's fault; a call that is none."""
 LIMITS: tuple[FinishReason, ...] = ("length", "turns", "tool_calls", "timeout")
 """Ends that a limit forced: what ``loss.mask_overlong`` leaves out."""
-Recompute = Literal["none", "attention", "full"]
-"""What the backward recomputes in a layer: nothing, all but attention, or everything."""
+Recompute = Literal["none", "attention", "full", "offload"]
+"""What the backward recomputes in a layer: nothing, all but attention, or everything, from an input that is on the GPU or waits in
+host memory."""
 Messages = list[dict[str, Any]]
 
 

@@ -91,7 +91,7 @@ def prove(
     """
     started = time.perf_counter()
     try:
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"), _quiet(), _default_dtype(torch.float64):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"), quiet(), default_dtype(torch.float64):
             proof = _compare(shrink(config, max_sample, small), seed, stretch)
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
@@ -104,7 +104,7 @@ def prove(
 
 
 def _compare(config: PretrainedConfig, seed: int, stretch: int) -> Proof:
-    untouched, grouped = _twins(config, seed)
+    untouched, grouped = twins(config, seed)
     samples = proof_samples(config.get_text_config().vocab_size, seed, stretch)
     try:
         return _compare_in(True64, EXACT, untouched, grouped, samples)
@@ -221,7 +221,7 @@ def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
-def _twins(config: PretrainedConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedModel]:
+def twins(config: PretrainedConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedModel]:
     """The small model untouched and with grouped attention, with the same random weights, in float64."""
     torch.manual_seed(seed)
     untouched = untouched_model(partial(_make, config)).double().train()
@@ -268,7 +268,7 @@ def proof_samples(vocab: int, seed: int = 0, stretch: int = 1) -> list[Sample]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers warns about small and odd configs, which these are."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
@@ -279,7 +279,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -16,6 +16,15 @@ from pgrpo.attention.layout import PackedLayout
 ATTENTION_NAME = "pgrpo"
 
 
+class SplitRows(Protocol):
+    """A packed batch of which this process has some rows (``distributed.sequence.SplitLayout``)."""
+
+    @property
+    def attend(self) -> Callable[..., Tensor]:
+        """As that of ``DecodingLayout``."""
+        ...
+
+
 class DecodingLayout(Protocol):
     """A rollout in progress (``rollout.embedded.cache.DecodeCache``): keeps every layer's keys and values between calls, and the
     ``states`` of layers that have one. ``prompts`` is the layout of its first call."""
@@ -27,12 +36,12 @@ class DecodingLayout(Protocol):
 
     @property
     def attend(self) -> Callable[..., Tensor]:
-        """As ``grouped_attention``, with the layer's number instead of a layout: ``attend(q, k, v, scale, layer=0, window=None,
-        softcap=None, sinks_H=None)``."""
+        """As ``grouped_attention``, with the calling module instead of a layout: ``attend(q, k, v, scale, module=attention,
+        window=None, softcap=None, sinks_H=None)``."""
         ...
 
 
-AttentionLayout = PackedLayout | DecodingLayout
+AttentionLayout = PackedLayout | DecodingLayout | SplitRows
 """Who attends to whom."""
 
 
@@ -110,6 +119,5 @@ def attention_forward(
     if isinstance(attention_layout, PackedLayout):
         out_THD = grouped_attention(q_THD, k_TKD, v_TKD, attention_layout, scale, **options)
     else:
-        layer: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
-        out_THD = attention_layout.attend(q_THD, k_TKD, v_TKD, scale, layer=layer, **options)
+        out_THD = attention_layout.attend(q_THD, k_TKD, v_TKD, scale, module=module, **options)
     return out_THD.unsqueeze(0), None

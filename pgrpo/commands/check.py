@@ -46,7 +46,7 @@ def check(config: Config) -> None:
     config = fit_world_size(config, world_size())
     check_world_size(config, world_size())
     with (
-        start(config.model.fsdp_size) as world,
+        start(config.model.fsdp_size, config.model.sequence_parallel_size) as world,
         showing(console := Console(markup=False, highlight=False, quiet=not world.is_main)),
         build(config, world) as parts,
     ):

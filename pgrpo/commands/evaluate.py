@@ -49,7 +49,7 @@ def evaluate(
     )
     progress = Progress()
     with (
-        start(config.model.fsdp_size) as world,
+        start(config.model.fsdp_size, config.model.sequence_parallel_size) as world,
         showing(console := Console(quiet=not world.is_main)),
         built(config, world, given, checkpoint) as (parts, path),
     ):

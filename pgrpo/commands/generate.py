@@ -73,7 +73,7 @@ def generate(
         checkpoint=replace(config.checkpoint, keep_best=None),
     )
     given = Given(rewards=[] if scored else [no_reward], dataset=rows)
-    with start(config.model.fsdp_size) as world:
+    with start(config.model.fsdp_size, config.model.sequence_parallel_size) as world:
         console = Console(markup=False, highlight=False, emoji=False, quiet=not world.is_main)
         with showing(console), built(config, world, given, checkpoint) as (parts, path):
             progress = Progress()

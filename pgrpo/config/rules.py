@@ -167,6 +167,12 @@ def _check_sizes(config: Config) -> None:
             f"train.updates_per_step: {updates} does not divide rollout.prompts_per_step, {prompts} prompts; "
             f"it may be {_divisors(prompts)}, or set rollout.prompts_per_step to {_multiples(prompts, updates)}"
         )
+    together, engine = config.model.sequence_parallel_size, config.tensor_parallel_size
+    if engine % together:
+        raise ConfigError(
+            f"rollout.tensor_parallel_size: {engine} is not a multiple of model.sequence_parallel_size, {together}: ranks with the "
+            "same data share an engine; leave it out"
+        )
     longest = config.max_sample_tokens
     behind = (
         f"environment.max_episode_tokens, or environment.max_turns turns {config.max_sampled_tokens}"
@@ -178,6 +184,12 @@ def _check_sizes(config: Config) -> None:
             f"train.token_budget: {config.train.token_budget} is less than the longest sample, {longest} tokens "
             f"(data.max_prompt_tokens {config.data.max_prompt_tokens} + {behind}); "
             f"set train.token_budget to at least {longest}, or lower those"
+        )
+    mode, chunks = config.model.activation_checkpointing, config.model.mlp_chunks or 1
+    if chunks > 1 and mode in ("none", "attention"):
+        raise ConfigError(
+            f"model.mlp_chunks: {chunks} has no effect with model.activation_checkpointing {mode}, which keeps or recomputes the "
+            "whole MLP; set it to full, offload or auto, or leave model.mlp_chunks out"
         )
     optim, steps = config.optim, config.train.steps
     if optim.schedule != "constant" and optim.warmup_steps >= steps:
@@ -220,11 +232,12 @@ def _check_environment(config: Config) -> None:
                 "prompt.messages: the last message is the assistant's, which tools and environments cannot continue; "
                 "end with a user message"
             )
-        if config.rollout.tensor_parallel_size > 1:
-            raise ConfigError(
-                f"rollout.tensor_parallel_size: {config.rollout.tensor_parallel_size} ranks that share an engine are not "
-                "supported with tools and environments; set it to 1"
-            )
+        for key in ("model.sequence_parallel_size", "rollout.tensor_parallel_size"):
+            if (size := attrgetter(key)(config)) > 1:
+                raise ConfigError(
+                    f"{key}: {size} ranks that share {'data' if 'model' in key else 'an engine'} are not supported with tools and "
+                    "environments, whose calls each would make; set it to 1"
+                )
     elif config.loss.turn_advantages != "outcome":
         raise ConfigError(
             f"loss.turn_advantages: {config.loss.turn_advantages} has no effect without tools or environment.factory; leave it out"
@@ -249,13 +262,19 @@ def _changed(section: Any) -> str | None:
     return next((f.name for f in fields(section) if getattr(section, f.name) != getattr(default, f.name)), None)
 
 
-def check_world_size(config: Config, world_size: int, dp_size: int | None = None) -> None:
-    """Raise ConfigError unless the prompts divide over the data-parallel ranks (``dp_size``; None: all), and all ``world_size``
-    ranks over the replicas of the weights."""
-    prompts, dp_size = config.rollout.prompts_per_step, dp_size or world_size
-    if prompts % dp_size:
+def check_world_size(config: Config, world_size: int) -> None:
+    """Raise ConfigError unless all ranks divide over those that share a micro-batch and over the replicas of the weights, and the
+    prompts over the data-parallel ranks."""
+    prompts, together = config.rollout.prompts_per_step, config.model.sequence_parallel_size
+    if world_size % together:
         raise ConfigError(
-            f"rollout.prompts_per_step: {prompts} prompts do not divide over {dp_size} ranks; "
+            f"model.sequence_parallel_size: {together} does not divide the number of ranks, {world_size}; "
+            f"valid: {_divisors(world_size)}, or start with torchrun --nproc-per-node {together}"
+        )
+    if prompts % (dp_size := world_size // together):
+        each = f" of {together} ranks each (model.sequence_parallel_size)" if together > 1 else ""
+        raise ConfigError(
+            f"rollout.prompts_per_step: {prompts} prompts do not divide over {dp_size} {'shares' if each else 'ranks'}{each}; "
             f"valid numbers of prompts: {_multiples(prompts, dp_size)}"
         )
     if (size := config.model.fsdp_size) and world_size % size:
@@ -266,10 +285,14 @@ def check_world_size(config: Config, world_size: int, dp_size: int | None = None
 
 
 def fit_world_size(config: Config, world_size: int) -> Config:
-    """For commands that do not train: shard over all ranks if ``model.fsdp_size`` does not divide their number."""
-    if config.model.fsdp_size and world_size % config.model.fsdp_size:
-        return replace(config, model=replace(config.model, fsdp_size=None))
-    return config
+    """For commands that do not train: shard over all ranks if ``model.fsdp_size`` does not divide their number, and let each have
+    data of its own if ``model.sequence_parallel_size`` does not."""
+    model = config.model
+    if model.fsdp_size and world_size % model.fsdp_size:
+        model = replace(model, fsdp_size=None)
+    if world_size % model.sequence_parallel_size:
+        model = replace(model, sequence_parallel_size=1)
+    return replace(config, model=model)
 
 
 def _divisors(number: int) -> str:

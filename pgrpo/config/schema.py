@@ -51,13 +51,20 @@ class ModelConfig:
     fastest that can run here; the log says which, and why."""
     compile: bool | None = None
     """Compile the layers (torch.compile): takes a minute at the start, and makes all steps faster. None: on a GPU only."""
-    activation_checkpointing: Literal["none", "attention", "full", "auto"] = "auto"
-    """What the backward recomputes: `none` nothing; `attention` everything except attention; `full` whole layers. `auto`
-    recomputes everything except attention in as few layers as the memory plan requires, and where all layers are not enough,
-    whole layers, again as few as possible; nothing on a CPU."""
+    activation_checkpointing: Literal["none", "attention", "full", "offload", "auto"] = "auto"
+    """What the backward recomputes: `none` nothing; `attention` everything except attention; `full` whole layers; `offload` whole
+    layers, whose inputs wait for it in host memory. `auto` recomputes everything except attention in as few layers as the memory
+    plan requires; where all layers are not enough, whole layers; and then offloads, again as few as possible; nothing on a CPU."""
+    mlp_chunks: int | None = number(None, least=1, most=256)
+    """Compute the MLP of a layer that is recomputed whole (`full`, `offload`) in so many parts of its rows, so that the activations
+    of one part alone exist at a time. None: 1, or with `auto` what the memory plan requires."""
     fsdp_size: int | None = number(None, least=1, most=65536)
     """Number of neighbouring ranks that one replica of the weights is sharded over (hybrid sharding); gradients are averaged over
     the replicas. On several nodes, set it to the GPUs of one node. None: all ranks."""
+    sequence_parallel_size: int = number(1, least=1, most=1024)
+    """Number of neighbouring ranks that compute a micro-batch together, each of them an equal part of its rows (Ulysses): for
+    samples that are too long for one GPU. It must divide the number of ranks and the model's attention heads. `token_budget` is
+    that of these ranks together, and `prompts_per_step` divides over the shares of data, of which each has so many ranks."""
     lora_rank: int = number(0, least=0, most=4096)
     """LoRA: train adapters of this rank beside the linear layers. The model's weights stay unchanged, and are held in `dtype`. 0
     trains all weights."""
@@ -148,7 +155,8 @@ class RolloutConfig:
     max_concurrent: int = number(256, least=1, most=2**17)
     """The most completions that are decoded at once; bounds the memory of keys and values."""
     tensor_parallel_size: int = number(1, least=1, most=1024)
-    """Number of neighbouring ranks whose GPUs share one vLLM engine. 1: an engine on every GPU."""
+    """Number of neighbouring ranks whose GPUs share one vLLM engine; at least the ranks of `model.sequence_parallel_size` do. 1: an
+    engine on every GPU, or for those ranks together."""
     gpu_memory_utilization: float | None = number(None, above=0, most=1)
     """Share of a GPU's memory for vLLM while it is awake. None: the share that the policy leaves free between updates according
     to the memory plan, minus 4 GiB for CUDA graphs."""
@@ -334,7 +342,7 @@ class TrainConfig:
     epochs_per_step: int = number(1, least=1, most=1000)
     """Passes over a step's completions."""
     token_budget: int = number(16384, least=1, most=2**26)
-    """The most packed tokens in one micro-batch on one rank."""
+    """The most packed tokens in one micro-batch on one rank, or on the ranks of `model.sequence_parallel_size` together."""
     target_reward: float | None = number(None, least=-1e9, most=1e9)
     """Save and stop early once the mean reward of the last 10 steps is at least this."""
     max_skipped_updates: int = number(3, least=0, most=MOST_STEPS)
@@ -418,6 +426,11 @@ class Config:
     def has_tools(self) -> bool:
         """Whether an episode may have several turns."""
         return bool(self.tools or self.environment.factory)
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        """Ranks that share a vLLM engine."""
+        return max(self.rollout.tensor_parallel_size, self.model.sequence_parallel_size)
 
     @property
     def max_sampled_tokens(self) -> int:

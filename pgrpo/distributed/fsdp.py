@@ -37,7 +37,7 @@ def place(
     weights are gathered within a replica, and gradients averaged over the replicas too.
 
     Args:
-        module: the root. Gradients of a sharded root are *averaged* over ranks: scale the loss by ``world.dp_size``.
+        module: the root. Gradients of a sharded root are *averaged* over ranks: scale the loss by ``world.size``.
         layers: submodules that are gathered one at a time.
         dtype: compute dtype of forward and backward. Gradients are reduced in float32.
         methods: names of methods other than ``forward`` that use the root's weights.

@@ -36,6 +36,8 @@ class World:
     """Number of neighbouring ranks that share one replica of the weights. None: all."""
     sequence_parallel_size: int = 1
     """Number of neighbouring ranks that hold the same data. All other numbers of ranks count processes."""
+    sequence_group: Any = None
+    """The group of these ranks, for tensors; None where each rank has data of its own."""
 
     @property
     def is_main(self) -> bool:
@@ -190,12 +192,13 @@ def world_size() -> int:
 
 
 @contextmanager
-def start(fsdp_size: int | None = None) -> Iterator[World]:
+def start(fsdp_size: int | None = None, sequence_parallel_size: int = 1) -> Iterator[World]:
     """Join the process group that ``torchrun`` set up (NCCL on GPUs, gloo on CPUs), and leave it at the end of the block. Without
     ``torchrun`` this is the only rank.
 
     Args:
         fsdp_size: number of ranks that share one replica of the weights (``World.fsdp_size``).
+        sequence_parallel_size: number of ranks that hold the same data.
     """
     rank, size = int(os.environ.get("RANK", "0")), world_size()
     device = torch.device("cpu")
@@ -206,9 +209,11 @@ def start(fsdp_size: int | None = None) -> Iterator[World]:
     if size > 1 and is_ours:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     control = dist.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
+    together = dist.new_subgroups(sequence_parallel_size)[0] if sequence_parallel_size > 1 else None
+    shape = fsdp_size, sequence_parallel_size, together
     try:
         with yielding_cores() if device.type == "cpu" else nullcontext():
-            yield World(rank, size, device, control=control, fsdp_size=fsdp_size)
+            yield World(rank, size, device, StopFlag(), control, *shape)
     finally:
         if is_ours and dist.is_initialized():
             dist.destroy_process_group()

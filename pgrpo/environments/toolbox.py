@@ -75,14 +75,9 @@ class Toolbox:
         return [_own_reward(name) for name in names]
 
     def episodes(self, config: Config, engine: RolloutEngine, chats: dict[str, Chat], world: World) -> Episodes:
-        """Makes episodes with these tools on an engine. ConfigError for ranks that hold the same data."""
+        """Makes episodes with these tools on an engine."""
         if not self:
             return SingleTurn(engine)
-        if world.dp_size != world.size:
-            raise ConfigError(
-                f"tools, environment: {world.size // world.dp_size} ranks hold the same data (sequence parallelism), which is not "
-                "supported with tools and environments: each would run them"
-            )
         limits = config.max_sampled_tokens, config.data.max_prompt_tokens
         return ToolLoop(
             engine, self.tools, self.kinds, chats, config.environment, *limits, lambda: bool(world.stop.signum),

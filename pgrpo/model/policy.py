@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import (
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.hook import ATTENTION_NAME, AttentionLayout, attending, attention_forward
 from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.distributed.sequence import Ulysses
 from pgrpo.model.families.linear import follow_states
 from pgrpo.model.head import Head
 from pgrpo.model.logprobs import TeacherRows, TokenLogprobs, token_logprobs
@@ -39,13 +41,18 @@ class Policy(nn.Module):
         model: loaded with ``attn_implementation="pgrpo"`` (``load_model``).
         temperature: logits are divided by it, so that log-probs are those of the distribution that the rollout samples from.
         attention: how attention is computed; batches must be built for it (``build_batch(..., attention=policy.attention)``).
+        ranks: those that compute each batch together, if there are several. They call ``forward`` with equal batches.
     """
 
     def __init__(
-        self, model: PreTrainedModel, temperature: float = 1.0, attention: AttentionChoice | None = None
+        self,
+        model: PreTrainedModel,
+        temperature: float = 1.0,
+        attention: AttentionChoice | None = None,
+        ranks: Ulysses | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.ranks = model, ranks
         self.temperature = temperature
         self.attention = replace(attention or AttentionChoice(), windows=sliding_windows(model))
         self.head = Head(model)
@@ -65,23 +72,34 @@ class Policy(nn.Module):
     ) -> TokenLogprobs:
         """Log-probs [L] (and entropy [L], and the KL [L] to a teacher) of the batch's completion tokens; ``batch.unpack`` turns
         them into rows of samples. ``temperature`` replaces the policy's."""
-        hidden_UE = self._rows(batch)
+        hidden_UE, numbers_U = self._rows(batch)
         targets_U = batch.target_ids.index_select(0, batch.distinct)
+        if numbers_U is not None:
+            targets_U = targets_U.index_select(0, numbers_U)
         scale = (self.head.scale or 1.0) / (self.temperature if temperature is None else temperature)
         head = self.head if self.head.scale is None else self.head.weight
         found = token_logprobs(hidden_UE, head, targets_U, scale, entropy=entropy, teacher=teacher)
+        if self.ranks is not None and numbers_U is not None:
+            every = partial(self.ranks.all_values, numbers=numbers_U, count=len(batch.distinct))
+            found = found._make(x if x is None else every(x) for x in found)
         return found._make(x if x is None else x.index_select(0, batch.pair_index) for x in found)
 
     def teacher_rows(self, batch: GroupedBatch) -> TeacherRows:
         """For the KL of another policy to this one, in the forward of that. With FSDP the head stays gathered until ``reshard``."""
-        return TeacherRows(self._rows(batch), self.head, self.temperature)
+        return TeacherRows(self._rows(batch)[0], self.head, self.temperature)
 
-    def _rows(self, batch: GroupedBatch) -> Tensor:
-        """[U, E] hidden states of the rows that predict the distinct completion tokens."""
-        hidden_TE = self._hidden(batch.inputs, batch.layout)
+    def _rows(self, batch: GroupedBatch) -> tuple[Tensor, Tensor | None]:
+        """[U, E] hidden states of the rows that predict the distinct completion tokens; of several ranks, those of its own rows,
+        and their numbers."""
+        rows_U, ids_T = batch.logit_index.index_select(0, batch.distinct), batch.inputs["input_ids"]
+        if self.ranks is None:
+            numbers_U, hidden_TE = None, self._hidden(batch.inputs, batch.layout)
+        else:
+            numbers_U, rows_U = self.ranks.owned(rows_U, len(ids_T))
+            hidden_TE = self._hidden(self.ranks.rows(batch.inputs), self.ranks.split(batch.layout, ids_T))
         # The last prompt row occurs once for each completion. The backward of index_select adds up its gradients in a fixed order;
         # that of indexing does not, and would not be bit-stable.
-        return hidden_TE.index_select(0, batch.logit_index.index_select(0, batch.distinct))
+        return hidden_TE.index_select(0, rows_U), numbers_U
 
     def next_logits(self, inputs: Mapping[str, Tensor], layout: AttentionLayout, rows_B: Tensor) -> Tensor:
         """Logits [B, V] at the given packed rows, as the model's own forward computes them (without temperature)."""

@@ -16,8 +16,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from pgrpo.attention.hook import current
 from pgrpo.attention.layout import PackedLayout
+from pgrpo.distributed.sequence import SplitLayout
 from pgrpo.model.families.linear import has_state
 from pgrpo.types import Recompute
+
+TrainingLayout = PackedLayout | SplitLayout
 
 
 def set_up_layers(layers: Iterable[nn.Module], recompute: Sequence[Recompute], *, compiled: bool) -> None:
@@ -40,7 +43,7 @@ def _forward(
     layer: nn.Module, run: Callable[..., Tensor], run_without_grad: Callable[..., Tensor], *args: Any, **kwargs: Any
 ) -> Tensor:
     layout = current.layout
-    if not isinstance(layout, PackedLayout):
+    if not isinstance(layout, PackedLayout | SplitLayout):
         return type(layer).forward(layer, *args, **kwargs)
     if not torch.is_grad_enabled():
         run = _plain if _is_eager.get() else run_without_grad
@@ -66,7 +69,7 @@ def not_compiled() -> Iterator[None]:
 
 @cache
 def _runner(mode: Recompute, compiled: bool) -> Callable[..., Tensor]:
-    run = {"none": _plain, "attention": _all_but_attention, "full": _everything}[mode]
+    run = _all_but_attention if mode == "attention" else _plain if mode == "none" else _everything
     if not compiled:
         return run
     compiled_run = torch.compile(run, dynamic=True, fullgraph=True)
@@ -82,7 +85,7 @@ def _runner(mode: Recompute, compiled: bool) -> Callable[..., Tensor]:
     return run_compiled
 
 
-def _plain(layer: nn.Module, layout: PackedLayout, *args: Any, **kwargs: Any) -> Tensor:
+def _plain(layer: nn.Module, layout: TrainingLayout, *args: Any, **kwargs: Any) -> Tensor:
     return _attending(layout, partial(type(layer).forward, layer), *args, **kwargs)
 
 
@@ -90,16 +93,16 @@ def _plain(layer: nn.Module, layout: PackedLayout, *args: Any, **kwargs: Any) ->
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 
-def _all_but_attention(layer: nn.Module, layout: PackedLayout, *args: Any, **kwargs: Any) -> Tensor:
+def _all_but_attention(layer: nn.Module, layout: TrainingLayout, *args: Any, **kwargs: Any) -> Tensor:
     run = partial(checkpoint, _again, use_reentrant=False, context_fn=SAVE_ATTENTION)
     return _attending(layout, run, layer, layout, *args, **kwargs)
 
 
-def _everything(layer: nn.Module, layout: PackedLayout, *args: Any, **kwargs: Any) -> Tensor:
+def _everything(layer: nn.Module, layout: TrainingLayout, *args: Any, **kwargs: Any) -> Tensor:
     return _attending(layout, partial(checkpoint, _again, use_reentrant=False), layer, layout, *args, **kwargs)
 
 
-def _attending(layout: PackedLayout, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+def _attending(layout: TrainingLayout, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     """``hook.attending`` where the layout is an argument: compiled code then has it as an input, and no guard on its identity."""
     current.layout = layout
     try:
@@ -108,7 +111,7 @@ def _attending(layout: PackedLayout, run: Callable[..., Any], *args: Any, **kwar
         current.layout = None
 
 
-def _again(layer: nn.Module, layout: PackedLayout, *args: Any, **kwargs: Any) -> Tensor:
+def _again(layer: nn.Module, layout: TrainingLayout, *args: Any, **kwargs: Any) -> Tensor:
     """The part of a layer that a checkpoint runs, and runs again in the backward. Compiled code has no side effects in here, and
     needs none: its backward does not run Python again."""
     if torch.compiler.is_compiling():

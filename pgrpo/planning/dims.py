@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_total_experts")
 STATEFUL = ("linear_attention", "conv")
 """Kinds of layers that have a state instead of attention."""
+MLP = ("mlp", "feed_forward")
 ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 
 
@@ -41,6 +42,7 @@ class ModelDims:
         layer_matrix: elements of all matrices of the largest layer.
         linear_layers: (inputs, outputs) of every linear layer, by the last part of its name.
         stacked: names of parameters that have the matrices of all experts of a layer.
+        has_mlp: whether ``mlp_of`` finds one in every layer.
     """
 
     layers: int
@@ -64,6 +66,7 @@ class ModelDims:
     layer_matrix: int
     linear_layers: Mapping[str, tuple[tuple[int, int], ...]]
     stacked: tuple[str, ...] = ()
+    has_mlp: bool = True
 
     @classmethod
     def from_config(cls, config: PretrainedConfig | Mapping[str, Any]) -> ModelDims:
@@ -102,6 +105,11 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
         if isinstance(part, nn.ModuleList) and len(part) == count:
             return list(part)
     raise ValueError(f"a {model.config.model_type} model has no list of {count} decoder layers")
+
+
+def mlp_of(layer: nn.Module) -> nn.Module | None:
+    """A decoder layer's MLP or mixture of experts, which computes rows one by one; None if it has none of these names."""
+    return next((part for name in MLP if isinstance(part := getattr(layer, name, None), nn.Module)), None)
 
 
 @lru_cache(maxsize=64)
@@ -155,6 +163,7 @@ def _count(key: _Key) -> ModelDims:
         layer_matrix=whole,
         linear_layers={name: tuple(shapes) for name, shapes in linear.items()},
         stacked=tuple(sorted(stacked)),
+        has_mlp=all(mlp_of(layer) is not None for layer in layers),
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from pgrpo.planning.flops import ModelDims
 from pgrpo.types import Recompute
@@ -40,6 +41,7 @@ class MemoryPlan:
             the pieces in transit where the moments are in host memory.
         kv_cache: keys, values and states of the embedded engine, with all completions at full length.
         offloaded: weights and moments that are in host memory while vLLM samples.
+        host: inputs of layers that wait in host memory for their backward (``offload``); not on the device.
     """
 
     weights: float
@@ -56,6 +58,7 @@ class MemoryPlan:
     adam_scratch: float
     kv_cache: float
     offloaded: float
+    host: float
 
     @property
     def resting(self) -> float:
@@ -91,6 +94,8 @@ def memory_plan(
     compiled: bool = False,
     ranks: int = 1,
     replicas: int = 1,
+    together: int = 1,
+    mlp_chunks: int = 1,
     adapters: int = 0,
     reference: bool = False,
     ref_offload: bool = False,
@@ -108,12 +113,13 @@ def memory_plan(
     """Estimate the memory of a run.
 
     Args:
-        token_budget: packed tokens in one micro-batch.
+        token_budget: packed tokens in one micro-batch, which ``together`` devices divide (sequence parallelism).
         recompute: one entry a layer: what its backward recomputes.
         dtype_bytes: of the compute dtype: 2 (bfloat16) or 4 (float32).
         compiled: whether the layers are compiled; compiled layers keep less for the backward.
         ranks: devices that weights, gradients and moments are split over.
         replicas: number of such sets of devices (hybrid sharding).
+        mlp_chunks: parts of the rows in which an MLP is computed, where its layer is recomputed whole.
         adapters: number of parameters that LoRA trains; 0 trains all of the model's.
         reference: whether there is a KL term to the initial model.
         ref_offload: whether that model is in host memory, except its gathered embedding and head.
@@ -136,11 +142,19 @@ def memory_plan(
         weights, trained = (dtype_bytes * dims.parameters + 4 * adapters) / ranks, 4 * adapters / ranks
         head, gradients = 0, root and 2 * adapters // dims.layers
         gathered += gradients
-    layer = _layer_activations(dims, dtype_bytes, compiled=compiled)
-    kept: dict[Recompute, int] = {"none": layer, "full": dims.hidden * dtype_bytes}
+    rows = -(-token_budget // together)
+    layer = _layer_activations(dims, dtype_bytes, compiled=compiled, together=together)
+    one_input = dims.hidden * dtype_bytes
+    kept: dict[Recompute, int] = {"none": layer, "full": one_input, "offload": 0}
     # Attention outputs with their float32 log-sum-exps, and the layer's input.
-    kept["attention"] = kept["full"] + dims.heads * (dims.value_dim * dtype_bytes + 4)
+    kept["attention"] = one_input + dims.heads * (dims.value_dim * dtype_bytes + 4)
     recomputed = 0 if set(recompute) == {"none"} else layer
+    if {*recompute} <= {"full", "offload"}:
+        recomputed = _layer_activations(dims, dtype_bytes, compiled=compiled, together=together, mlp_chunks=mlp_chunks)
+    if "offload" in recompute:  # an input in use, and one on its way
+        recomputed += 2 * one_input
+    if together > 1:  # queries, keys and values before and after the exchange of rows for heads
+        recomputed += 2 * _projections(dims, together) * dtype_bytes
     kv_row = len(dims.windows) * dims.kv_heads * (dims.head_dim + dims.value_dim) * dtype_bytes
     kv_rows = concurrent * completion_tokens + -(-concurrent // group_size) * prompt_tokens
     parts = MemoryPlan(
@@ -149,40 +163,70 @@ def memory_plan(
         moments=0 if offload else 2 * trained,
         reference=_frozen(dims, dtype_bytes, ranks, ref_offload, is_sharded) if reference and not adapters else 0,
         teacher=_frozen(teacher, dtype_bytes, ranks, teacher_offload, is_sharded) if teacher else 0,
-        teacher_forward=_layer_activations(teacher, dtype_bytes, compiled=compiled) * token_budget
+        teacher_forward=_layer_activations(teacher, dtype_bytes, compiled=compiled, together=together) * rows
         + 2 * teacher.layer_matrix * dtype_bytes * is_sharded
         + logit_chunk_bytes
         if teacher
         else 0,
         gathered=gathered * dtype_bytes,
-        activations=sum(kept[mode] for mode in recompute) * token_budget,
+        activations=sum(kept[mode] for mode in recompute) * rows,
         logprobs=logit_chunk_bytes
         + head * (4 + dtype_bytes)
-        + (teacher.hidden * dtype_bytes * token_budget if teacher and full_kl else 0),
-        layer_backward=recomputed * token_budget + (gradients + head) * dtype_bytes,
+        + (teacher.hidden * dtype_bytes * rows if teacher and full_kl else 0),
+        layer_backward=recomputed * rows + (gradients + head) * dtype_bytes,
         reductions=trained if replicas > 1 else 0,
         adam_scratch=OFFLOAD_SCRATCH if offload else trained if dtype_bytes == 4 else 0,
         kv_cache=kv_row * kv_rows + 4 * dims.state_elements * concurrent,
         offloaded=0,
+        host=list(recompute).count("offload") * one_input * rows,
     )
     parts = replace(parts, offloaded=sum(getattr(parts, name) for name in offloaded))
     return MemoryPlan(*(getattr(parts, name) / GIB for name in MemoryPlan.__slots__))
 
 
-def fewest_recomputed_layers(dims: ModelDims, capacity_gib: float, **sizes: Any) -> list[Recompute]:
+class LayerPlan(NamedTuple):
+    """What the backward recomputes in each layer, and the parts of the rows in which MLPs of layers that it recomputes whole are
+    computed."""
+
+    recompute: list[Recompute]
+    mlp_chunks: int = 1
+
+
+MLP_CHUNKS = (4, 16)
+"""What is tried, in this order, where whole MLPs do not fit."""
+
+
+def fewest_recomputed_layers(
+    dims: ModelDims, capacity_gib: float, *, host_gib: float = 0.0, mlp_chunks: int | None = None, **sizes: Any
+) -> LayerPlan:
     """Implements ``activation_checkpointing: auto``: the setting with the least recomputation whose memory plan fits.
 
-    Tries ``attention`` in as few layers as possible; if ``attention`` in all layers is not enough, ``full`` in as few layers as
-    possible; if nothing fits, ``full`` in all. The first layers recompute more than the last ones: the backward needs the
-    activations of the last layers first, and frees them before all gradients exist."""
-    steps: list[tuple[Recompute, Recompute]] = [("attention", "none"), ("full", "attention")]
-    recompute: list[Recompute] = []
-    for more, less in steps:
+    Tries ``attention`` in as few layers as possible; then ``full`` in as few as possible; then ``offload``, as far as ``host_gib``
+    of host memory go, which computes no more but moves inputs; and at last MLPs in parts. If nothing fits, the plan with the
+    lowest peak. The first layers recompute more than the last ones: the backward needs the activations of the last layers first,
+    and frees them before all gradients exist.
+
+    Args:
+        mlp_chunks: the only number of parts that may be tried; None: any.
+    """
+    steps: list[tuple[Recompute, Recompute, int]] = [
+        ("attention", "none", mlp_chunks or 1),
+        ("full", "attention", mlp_chunks or 1),
+        ("offload", "full", mlp_chunks or 1),
+    ]
+    for chunks in MLP_CHUNKS if mlp_chunks is None and dims.has_mlp else ():
+        steps.append(("offload", "full", chunks))
+    tried: list[tuple[float, float, LayerPlan]] = []
+    for more, less, chunks in steps:
         for count in range(dims.layers + 1):
-            recompute = [more if layer < count else less for layer in range(dims.layers)]
-            if memory_plan(dims, recompute=recompute, **sizes).peak <= capacity_gib:
-                return recompute
-    return recompute
+            recompute: list[Recompute] = [more if layer < count else less for layer in range(dims.layers)]
+            plan = memory_plan(dims, recompute=recompute, mlp_chunks=chunks, **sizes)
+            if plan.host > host_gib:
+                break
+            tried.append((plan.peak, plan.update, LayerPlan(recompute, chunks)))
+            if plan.peak <= capacity_gib:
+                return tried[-1][-1]
+    return min(tried, key=lambda one: one[:2])[-1]
 
 
 def _root(dims: ModelDims) -> int:
@@ -195,16 +239,25 @@ def _frozen(dims: ModelDims, dtype_bytes: int, ranks: int, offload: bool, is_sha
     return dtype_bytes * ((_root(dims) if is_sharded else 0) + (0 if offload else dims.parameters / ranks))
 
 
-def _layer_activations(dims: ModelDims, dtype_bytes: int, *, compiled: bool) -> int:
+def _projections(dims: ModelDims, together: int) -> int:
+    """Elements of a token's queries, keys and values. Ranks that compute a batch ``together`` have copies of a key/value head that
+    several of them need."""
+    copies = together // math.gcd(dims.kv_heads, together)
+    return (dims.heads + 2 * dims.kv_heads * copies) * dims.head_dim
+
+
+def _layer_activations(
+    dims: ModelDims, dtype_bytes: int, *, compiled: bool, together: int = 1, mlp_chunks: int = 1
+) -> int:
     """Bytes a token that one layer keeps for its backward. Eager: counted from what autograd saves in transformers' layers.
     Compiled: what matrix products and attention need; the compiler recomputes everything between them."""
     q, kv = dims.heads * dims.head_dim, dims.kv_heads * dims.head_dim
     norms = dims.norms * dims.hidden * (4 + 2 * dtype_bytes)  # the float32 input, the normalised and the scaled output
-    attention = max(2 * q + 2 * kv, dims.state_width) * dtype_bytes
+    attention = max(q + _projections(dims, together), dims.state_width) * dtype_bytes
     head_norms = (q + kv) * (4 + dtype_bytes) if dims.head_norms else 0
     mlp = 4 * dims.intermediate * dtype_bytes  # gate, its silu, up, their product
     if compiled:
         norms = dims.norms * dims.hidden * 2 * dtype_bytes  # input and output
         head_norms = (q + kv) * dtype_bytes if dims.head_norms else 0  # input
         mlp = 3 * dims.intermediate * dtype_bytes  # gate, up, their product
-    return norms + attention + head_norms + mlp
+    return norms + attention + head_norms + mlp // mlp_chunks

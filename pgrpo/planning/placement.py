@@ -16,14 +16,14 @@ import torch
 from pgrpo.attention.choose import UPDATE_FLOPS_PER_NS, AttentionChoice
 from pgrpo.attention.kernels.flash import choose_kernel
 from pgrpo.config import Config, ConfigError, ModelConfig
+from pgrpo.distributed.sequence import key_value_copies
 from pgrpo.distributed.world import World
 from pgrpo.model.logprobs import chunk_bytes
 from pgrpo.model.lora import adapter_parameters
 from pgrpo.model.policy import load_hf_config
 from pgrpo.planning.flops import GIB, ModelDims
-from pgrpo.planning.memory import MemoryPlan, fewest_recomputed_layers, memory_plan
+from pgrpo.planning.memory import LayerPlan, MemoryPlan, fewest_recomputed_layers, memory_plan
 from pgrpo.rollout.vllm import start as vllm_start
-from pgrpo.types import Recompute
 
 USABLE_SHARE = 0.92
 """Share of a GPU's memory that may be planned. The rest is for the CUDA context, libraries and fragmentation."""
@@ -35,6 +35,8 @@ VLLM_ACTIVATIONS_GIB = 2.0
 VLLM_BLOCK_TOKENS = 16
 HOST_SHARE = 0.8
 """Share of the host's memory that ``rollout.offload_policy=auto`` and AdamW's offloaded moments may take together."""
+PLANNED_GPU = 85_045_346_304
+"""Bytes of an H100 of 80 GB, by CUDA."""
 CPU_SHARE = 0.2
 """Share of the host's memory for vLLM's weights, keys and values where there is no GPU."""
 
@@ -79,23 +81,47 @@ def attention_choice(config: Config, dims: ModelDims, device: torch.device) -> A
     except ValueError as error:
         raise ConfigError(f"model.attention_kernel={config.model.attention_kernel}: {error}") from error
     way = "auto" if device.type == "cuda" else "between_depths"
-    flops_per_ns = len(dims.windows) * UPDATE_FLOPS_PER_NS[device.type]
+    # Of ranks that compute a batch together, each has all rows in attention, of its heads, and a part of them elsewhere.
+    together = config.model.sequence_parallel_size
+    heads, kv_heads = dims.heads // together, dims.kv_heads * key_value_copies(dims.kv_heads, together) // together
+    flops_per_ns = len(dims.windows) * UPDATE_FLOPS_PER_NS[device.type] * together
     return AttentionChoice(
-        kernel.name, dims.heads, dims.kv_heads, dims.head_dim, way, flops_per_ns=flops_per_ns, reason=kernel.reason
+        kernel.name, heads, kv_heads, dims.head_dim, way, flops_per_ns=flops_per_ns, reason=kernel.reason
     )
 
 
-def recompute_by_layer(config: Config, dims: ModelDims, world: World) -> list[Recompute]:
-    """What the backward recomputes in each layer."""
-    mode = config.model.activation_checkpointing
+def layer_plan(config: Config, dims: ModelDims, world: World) -> LayerPlan:
+    """What the backward recomputes in each layer, and the parts in which MLPs are computed."""
+    mode, chunks = config.model.activation_checkpointing, config.model.mlp_chunks
     if mode != "auto":
-        return [mode] * dims.layers
+        return LayerPlan([mode] * dims.layers, chunks or 1)
     if world.device.type == "cpu":
-        return ["none"] * dims.layers
-    capacity = USABLE_SHARE * torch.cuda.get_device_properties(world.device).total_memory / GIB
+        return LayerPlan(["none"] * dims.layers, chunks or 1)
+    capacity = USABLE_SHARE * gpu_memory(world.device) / GIB
     if engine_name(config, world.device) == "vllm":
         capacity -= SLEEPING_VLLM_GIB
-    return fewest_recomputed_layers(dims, capacity, **plan_sizes(config, dims, world, world.device))
+    sizes = plan_sizes(config, dims, world, world.device)
+    return fewest_recomputed_layers(
+        dims, capacity, host_gib=_host_room(config, dims, world), mlp_chunks=chunks, **sizes
+    )
+
+
+def _host_room(config: Config, dims: ModelDims, world: World) -> float:
+    """GiB of host memory for one rank's inputs of layers, beside all else of it that is there."""
+    sizes: dict[str, Any] = {**plan_sizes(config, dims, world, world.device), "recompute": ["none"] * dims.layers}
+    on_gpu: dict[str, Any] = {**sizes, "ref_offload": False, "teacher_offload": False}
+    there, here = memory_plan(dims, **sizes), memory_plan(dims, **on_gpu)
+    own = here.reference - there.reference + here.teacher - there.teacher
+    own += 2 * here.gradients if config.optim.offload == "cpu" else 0.0
+    if engine_name(config, world.device) == "vllm":  # pinned memory is kept
+        with suppress(ConfigError):  # the engine says so itself
+            own += vllm_memory(config, dims, world).offloaded_gib
+    return max(0.0, HOST_SHARE * host_memory() / GIB / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - own)
+
+
+def gpu_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory; without a GPU (``--dry-run``) those of one of 80 GB."""
+    return torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else PLANNED_GPU
 
 
 class EngineChoice(NamedTuple):
@@ -155,7 +181,7 @@ def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
     rollout = config.rollout
     if world.device.type == "cpu":
         return VLLMMemory(rollout.gpu_memory_utilization or CPU_SHARE)
-    total = torch.cuda.get_device_properties(world.device).total_memory / GIB
+    total = gpu_memory(world.device) / GIB
     sizes = plan_sizes(config, dims, world, world.device)
     sizes["recompute"] = ["none"] * dims.layers  # which matters for updates only
     wanted = vllm_gib(config, dims, vllm_start.completions_at_once(config, world.size)) + VLLM_ACTIVATIONS_GIB
@@ -168,16 +194,35 @@ def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
         if free >= wanted:
             break
     if rollout.gpu_memory_utilization is not None:
+        if wanted < (least := vllm_gib(config, dims, 1)):
+            raise ConfigError(
+                f"rollout.gpu_memory_utilization: {rollout.gpu_memory_utilization:g} of {total:.0f} GiB is {wanted:.1f}; vLLM "
+                f"needs {least:.1f} for its weights and one sample of {config.max_sample_tokens} tokens: raise it, or share an "
+                "engine between more GPUs (rollout.tensor_parallel_size)"
+            )
         return VLLMMemory(rollout.gpu_memory_utilization, offloaded, plan.offloaded)
     if free < (needed := vllm_gib(config, dims, rollout.group_size)):
         away = "" if offloaded else ", rollout.offload_policy=auto"
         raise ConfigError(
             f"rollout.gpu_memory_utilization: beside the policy's {plan.resting:.0f} GiB of {total:.0f}, and "
             f"{total - USABLE_SHARE * total + SLEEPING_VLLM_GIB:.0f} for CUDA, its graphs and libraries, "
-            f"{max(0, free):.0f} are left for vLLM, which needs {needed:.0f} for its weights and one group: "
-            f"set optim.offload=cpu or model.lora_rank{away}, use more GPUs, or lower rollout.max_completion_tokens"
+            f"{max(0, free):.0f} are left for vLLM, which needs {needed:.0f} for its weights and one group of prompts of "
+            f"{config.data.max_prompt_tokens} tokens: set optim.offload=cpu or model.lora_rank{away}, use more GPUs "
+            "(rollout.tensor_parallel_size), or lower rollout.max_completion_tokens"
         )
     return VLLMMemory(free / total, offloaded, plan.offloaded)
+
+
+def vllm_text(config: Config, dims: ModelDims, world: World) -> str:
+    """vLLM's part of the GPUs, in words: what it is, and what a group at its longest takes of it."""
+    memory = vllm_memory(config, dims, world)
+    if world.device.type == "cpu":
+        return memory.text
+    weights, group = vllm_gib(config, dims, 0), vllm_gib(config, dims, config.rollout.group_size)
+    gpus = f"on {size} GPUs together, " if (size := config.tensor_parallel_size) > 1 else ""
+    room = memory.share * gpu_memory(world.device) / GIB
+    takes = f"weights take {weights:.1f}, a group at its longest {group - weights:.1f}"
+    return f"{gpus}{memory.text}: {room:.1f} GiB a GPU, of which {takes}"
 
 
 def _offload_choices(config: Config, plan: MemoryPlan) -> list[tuple[str, ...]]:
@@ -209,7 +254,7 @@ def vllm_gib(config: Config, dims: ModelDims, samples: int) -> float:
     groups, block = math.ceil(samples / rollout.group_size), VLLM_BLOCK_TOKENS  # a completion's last block is not full
     rows = groups * config.data.max_prompt_tokens + samples * (config.max_sampled_tokens + block)
     row = len(dims.windows) * dims.kv_heads * (dims.head_dim + dims.value_dim)
-    return width * (dims.parameters + row * rows + dims.state_elements * samples) / rollout.tensor_parallel_size / GIB
+    return width * (dims.parameters + row * rows + dims.state_elements * samples) / config.tensor_parallel_size / GIB
 
 
 def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.device) -> dict[str, Any]:
@@ -222,6 +267,7 @@ def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.devi
         "compiled": is_compiled(config, device),
         "ranks": world.shards,
         "replicas": world.size // world.shards,
+        "together": world.sequence_parallel_size,
         "adapters": adapter_parameters(config.model, dims),
         "reference": bool(config.loss.kl_coef),
         "ref_offload": config.loss.ref_offload == "cpu",

@@ -13,10 +13,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from pgrpo.admission.linear import check_linear
 from pgrpo.admission.models import check_model
 from pgrpo.admission.on_device import PROMPTS, check_on_device
+from pgrpo.admission.rows import check_rows
 from pgrpo.algorithm.loss import LossOutput, policy_loss
 from pgrpo.config import Config, ConfigError
 from pgrpo.data import PromptStream, load_prompts
 from pgrpo.data.render import ToolsOf
+from pgrpo.distributed.sequence import check_heads
 from pgrpo.distributed.world import World
 from pgrpo.environments.chat import Transition
 from pgrpo.environments.episodes import Episodes
@@ -113,6 +115,8 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     check_model(config.model.path, hf_config, max_sample)
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)
+    check_heads(config.model.sequence_parallel_size, dims)
+    check_rows(config.model.path, hf_config, max_sample, config.model.sequence_parallel_size)
     check_engine(config, dims, world)
     check_pushable(config, hf_config, world)
     attention = attention_choice(

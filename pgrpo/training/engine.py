@@ -67,16 +67,17 @@ def check_engine(config: Config, dims: ModelDims, world: World) -> None:
         raise ConfigError(
             "rollout.engine=vllm: vLLM is not installed: pip install -e '.[vllm]', or set rollout.engine=embedded"
         )
-    size = rollout.tensor_parallel_size
+    size, key, why = config.tensor_parallel_size, "rollout.tensor_parallel_size", ""
+    if size > rollout.tensor_parallel_size:
+        key, why = "model.sequence_parallel_size", ", as these ranks share a vLLM engine"
     for what, count in (("ranks", world.size), ("attention heads", dims.heads), ("key/value heads", dims.kv_heads)):
         if count % size:
             valid = [
                 str(n) for n in range(1, world.size + 1) if not (world.size % n or dims.heads % n or dims.kv_heads % n)
             ]
-            raise ConfigError(
-                f"rollout.tensor_parallel_size: {size} does not divide {count} {what}; it may be {', '.join(valid)}"
-            )
+            raise ConfigError(f"{key}: {size} does not divide {count} {what}; it may be {', '.join(valid)}{why}")
     vllm_start.check_version(config, world.device)
+    vllm_memory(config, dims, world)  # refuses prompts that do not fit
 
 
 def check_pushable(config: Config, hf_config: PretrainedConfig, world: World) -> None:

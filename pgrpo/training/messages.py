@@ -15,7 +15,7 @@ import torch
 
 from pgrpo.config import REDACTED, Config, redact, to_json
 from pgrpo.planning.flops import GIB, peak_flops
-from pgrpo.planning.placement import engine_choice, engine_name, vllm_memory
+from pgrpo.planning.placement import engine_choice, engine_name, vllm_text
 from pgrpo.process.lock import run_folder
 from pgrpo.tracking.live import duration
 from pgrpo.tracking.record import replacing
@@ -33,7 +33,7 @@ def summary(parts: Parts, folder: Path) -> str:
     parameters = f"{total / 1e6:.1f}M parameters" + (f" ({trained / 1e6:.2f}M trained)" if trained < total else "")
     share = ""
     if engine_name(config, world.device) == "vllm":  # a value to start from, for who wants to set it
-        share = f" with {vllm_memory(config, parts.learner.dims, world).text}"
+        share = f" with {vllm_text(config, parts.learner.dims, world)}"
     return (
         f"{config.model.path}: {parameters}, {config.model.attention} attention on the "
         f"{policy.attention.kernel} kernel ({policy.attention.reason}), "
@@ -81,7 +81,8 @@ def out_of_memory(error: Exception, parts: Parts, progress: Progress) -> Runtime
             f"out of memory in the evaluation after step {progress.step} ({reason}): {decoded}. Lower {lower}"
         )
     longest = config.max_sample_tokens
-    more = "" if config.model.activation_checkpointing == "full" else ", set model.activation_checkpointing=full"
+    heavier = {"full": "offload", "offload": ""}.get(config.model.activation_checkpointing, "full")
+    more = f", set model.activation_checkpointing={heavier}" if heavier else ""
     return RuntimeError(
         f"out of memory in step {progress.step + 1} ({reason}). "
         f"A micro-batch has up to train.token_budget={config.train.token_budget} packed tokens in {dims.layers} layers of "

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from transformers import PreTrainedModel
 
 from pgrpo.config import Config, ModelConfig
 from pgrpo.distributed import fsdp
+from pgrpo.distributed.sequence import Ulysses
 from pgrpo.distributed.world import World
 from pgrpo.model.lora import add_adapters
-from pgrpo.model.policy import Policy, load_model
+from pgrpo.model.policy import Policy, load_hf_config, load_model
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import ModelDims
-from pgrpo.planning.placement import attention_choice, compute_dtype, is_compiled, recompute_by_layer, teacher_model
-from pgrpo.types import Recompute
+from pgrpo.planning.memory import LayerPlan
+from pgrpo.planning.placement import attention_choice, compute_dtype, is_compiled, layer_plan, teacher_model
+from pgrpo.training.long_samples import set_up_long_samples
 
 
 def place_policy(config: Config, world: World) -> Policy:
@@ -50,16 +50,21 @@ def place_teacher(config: Config, world: World) -> Policy:
 
 def _place_frozen(which: ModelConfig, config: Config, world: World, *, offload: bool) -> Policy:
     model = load_model(which, compute_dtype(config))
-    nothing: list[Recompute] = ["none" for _ in decoder_layers(model)]
-    frozen = wrap(model, config, world, nothing).requires_grad_(False)
+    policys = layer_plan(config, ModelDims.from_config(load_hf_config(config.model)), world)
+    frozen = wrap(model, config, world, policys.mlp_chunks).requires_grad_(False)
     fsdp.place(frozen, decoder_layers(model), world, compute_dtype(config), methods=("teacher_rows",), offload=offload)
     return frozen
 
 
-def wrap(model: PreTrainedModel, config: Config, world: World, recompute: Sequence[Recompute] | None = None) -> Policy:
-    """A policy with attention, compilation and, unless given, recomputation as configured. Does not move the weights."""
+def wrap(model: PreTrainedModel, config: Config, world: World, frozen_chunks: int | None = None) -> Policy:
+    """A policy with attention, compilation and recomputation as configured. Does not move the weights. ``frozen_chunks``: the model
+    is frozen, so nothing is recomputed, and MLPs are computed in so many parts."""
     dims = ModelDims.from_config(model.config)
-    policy = Policy(model, config.rollout.temperature, attention_choice(config, dims, world.device))
-    recompute = recompute_by_layer(config, dims, world) if recompute is None else recompute
-    set_up_layers(decoder_layers(model), recompute, compiled=is_compiled(config, world.device))
+    ranks = Ulysses.of(world)
+    policy = Policy(model, config.rollout.temperature, attention_choice(config, dims, world.device), ranks)
+    layers, plan = decoder_layers(model), LayerPlan(["full"] * dims.layers, frozen_chunks or 1)
+    if frozen_chunks is None:
+        plan = layer_plan(config, dims, world)
+    set_up_layers(layers, plan.recompute, compiled=is_compiled(config, world.device))
+    set_up_long_samples(layers, *plan)
     return policy

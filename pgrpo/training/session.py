@@ -44,7 +44,7 @@ def open_session(
 ) -> Iterator[Session]:
     """A session that is ready for its next step, and is closed at the end. Arguments and errors as in ``grpo.train``."""
     with (
-        distributed.start(config.model.fsdp_size) as world,
+        distributed.start(config.model.fsdp_size, config.model.sequence_parallel_size) as world,
         showing(console := terminal() if world.is_main and config.track.console else None),
         _held_folder(config, world, resume is not None, overwrite),
         stop_signals(world.stop),
@@ -267,7 +267,7 @@ def _built(config: Config, world: World, given: Given) -> Parts:
 @contextmanager
 def _held_folder(config: Config, world: World, resume: bool, overwrite: bool) -> Iterator[None]:
     """Rank 0 locks the run folder; all ranks check that they see it."""
-    check_world_size(config, world.size, world.dp_size)
+    check_world_size(config, world.size)
     agree_on_run_dir(config, world.from_main)
     with ExitStack() as stack:
         folder = run_folder(config)

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 from tensors import copy_full, full_tensor
 
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
@@ -65,6 +66,7 @@ def configure(model, changes):
             activation_checkpointing=changes.get("activation_checkpointing", "none"),
             compile=changes.get("compile"),
             fsdp_size=changes.get("fsdp_size"),
+            sequence_parallel_size=changes.get("sequence_parallel_size", 1),
         ),
         data=DataConfig(max_prompt_tokens=12),
         rollout=RolloutConfig(max_completion_tokens=14),
@@ -80,11 +82,16 @@ def configure(model, changes):
     return config
 
 
+def together(world, size):
+    """This process among ranks of which ``size`` neighbours compute each batch together."""
+    group = dist.new_subgroups(size)[0] if size > 1 else None
+    return replace(world, sequence_parallel_size=size, sequence_group=group)
+
+
 def one_update(world, model, changes):
     """Sums and gradients of one update, and the metrics of another with its step. Groups are on rank 0 alone."""
     config = configure(model, changes)
-    shape = {"fsdp_size": config.model.fsdp_size, "sequence_parallel_size": changes.get("sequence_parallel_size", 1)}
-    world = replace(world, **shape)
+    world = together(replace(world, fsdp_size=config.model.fsdp_size), config.model.sequence_parallel_size)
     policy = place_policy(config, world)
     reference = None
     if config.model.lora_rank:  # new adapters change nothing; these do

@@ -2,6 +2,8 @@
 
 import random
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -281,7 +283,8 @@ def test_decoding_step_by_step_equals_the_packed_forest(options):
     options = dict(options)
     sinks = sinks if options.pop("has_sinks", False) else None
     cache = DecodeCache(prompts, [2, 2], steps, torch.device("cpu"))
-    got = cache.attend(q[:8], k[:8], v[:8], 0.25, layer=0, sinks_H=sinks, **options)
+    layer: Any = SimpleNamespace(layer_idx=0)
+    got = cache.attend(q[:8], k[:8], v[:8], 0.25, module=layer, sinks_H=sinks, **options)
     assert (got - want[:8]).abs().max() < 1e-13
     starts = torch.tensor([node.start for node in layout.nodes[2:]])
     for t in range(steps):
@@ -289,7 +292,7 @@ def test_decoding_step_by_step_equals_the_packed_forest(options):
             cache.keep(torch.tensor([0, 2, 3]))
             starts = starts[[0, 2, 3]]
         rows = starts + t
-        got = cache.attend(q[rows], k[rows], v[rows], 0.25, layer=0, sinks_H=sinks, **options)
+        got = cache.attend(q[rows], k[rows], v[rows], 0.25, module=layer, sinks_H=sinks, **options)
         cache.advance()
         assert got.shape == (len(rows), heads, 12)
         assert (got - want[rows]).abs().max() < 1e-13

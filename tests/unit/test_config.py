@@ -591,6 +591,7 @@ def test_the_walk_finds_every_number() -> None:
         "loss.rollout_correction_floor",
         "model.fsdp_size",
         "model.max_positions",
+        "model.mlp_chunks",
         "rollout.gpu_memory_utilization",
         "train.target_reward",
     }  # None unless set
@@ -702,7 +703,16 @@ def test_world_size() -> None:
         ConfigError, match=r"model.fsdp_size: 4 does not divide the number of ranks, 2; valid: 1, 2, or"
     ):
         check_world_size(loaded, 2)
-    check_world_size(load_config(BASE, ["rollout.prompts_per_step=2", "model.fsdp_size=4"]), 4, dp_size=2)
+    together = load_config(BASE, ["rollout.prompts_per_step=2", "model.fsdp_size=4", "model.sequence_parallel_size=2"])
+    check_world_size(together, 4)
+    with pytest.raises(
+        ConfigError, match=r"2 prompts do not divide over 4 shares of 2 ranks each .*numbers of prompts: 4, 8"
+    ):
+        check_world_size(together, 8)
+    with pytest.raises(
+        ConfigError, match=r"sequence_parallel_size: 2 does not divide the number of ranks, 3; valid: 1, 3, or"
+    ):
+        check_world_size(together, 3)
 
 
 # --- fuzz

@@ -170,6 +170,8 @@ EFFECTS = dict(
         effect("model.compile", True, "plan", "compiled"),
         effect("model.activation_checkpointing", "full", "attention_calls", "plan"),
         effect("model.fsdp_size", 2, "error"),
+        effect("model.sequence_parallel_size", 2, "error"),
+        effect("model.mlp_chunks", 2, "plan", base={"model.activation_checkpointing": "full"}),
         effect("model.lora_rank", 4, "weights", "plan"),
         effect("model.lora_alpha", 8.0, "weights", base=LORA),
         effect("model.lora_targets", ["q_proj", "up_proj"], "weights", "plan", base=LORA),

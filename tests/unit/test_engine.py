@@ -96,7 +96,7 @@ def h100(monkeypatch):
     """A GPU of 80 GiB beside 128 of host memory; returns what sets other sizes."""
 
     def sizes(gpu: float, host: float = 128) -> None:
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=gpu * GIB))
+        monkeypatch.setattr(placement, "gpu_memory", lambda _: gpu * GIB)
         monkeypatch.setattr(placement, "host_memory", lambda: host * GIB)
 
     sizes(80)

@@ -13,7 +13,6 @@ from playing import END, PARAMS, TOKENIZER, Scripted, call, ids, one, play, prom
 
 from pgrpo.config import Config, ConfigError
 from pgrpo.config.schema import EnvironmentConfig
-from pgrpo.distributed.world import World
 from pgrpo.environments import episodes as loop
 from pgrpo.environments.episodes import ToolLoop
 from pgrpo.environments.toolbox import Toolbox, load_toolbox
@@ -450,12 +449,3 @@ def test_a_tool_that_says_too_little_is_refused(tools, message):
 def test_what_is_no_environment_is_refused(factory, message):
     with pytest.raises(ConfigError, match=message):
         load_toolbox(Config(), (), factory)
-
-
-def test_ranks_with_the_same_data_are_refused():
-    import torch
-
-    toolbox = Toolbox(load_tools([], [add]), {})
-    world = World(0, 2, torch.device("cpu"), sequence_parallel_size=2)
-    with pytest.raises(ConfigError, match="2 ranks hold the same data"):
-        toolbox.episodes(Config(), None, {}, world)  # pyright: ignore[reportArgumentType]

@@ -384,14 +384,14 @@ def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
 
     cases: list[tuple[Recompute, Recompute, float]] = [("attention", "none", 73.0), ("full", "attention", 40.0)]
     for more, less, capacity in cases:
-        recompute = memory.fewest_recomputed_layers(dims, capacity, **sizes)
+        recompute = memory.fewest_recomputed_layers(dims, capacity, **sizes).recompute
         count = recompute.count(more)
         assert 0 < count < 36
         assert recompute == sorted(recompute, key=[more, less].index)
         fewer: list[Recompute] = [*recompute[1:], less]
         assert peak(recompute) <= capacity < peak(fewer)
-    assert memory.fewest_recomputed_layers(dims, 1000.0, **sizes) == ["none"] * 36
-    assert memory.fewest_recomputed_layers(dims, 10.0, **sizes) == ["full"] * 36
+    assert memory.fewest_recomputed_layers(dims, 1000.0, **sizes) == (["none"] * 36, 1)
+    assert memory.fewest_recomputed_layers(dims, 10.0, **sizes) == (["full"] * 36, 4)  # nothing fits
 
 
 def test_memory_plan_of_lora() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from pgrpo.admission.proof import True64, _default_dtype, _twins
+from pgrpo.admission.proof import True64, default_dtype
+from pgrpo.admission.proof import twins as small_twins
 from pgrpo.admission.shrink import shrink
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.model.policy import Policy
@@ -49,8 +50,8 @@ def random_samples(seed: int, depths: int = 6) -> list[Sample]:
 @pytest.fixture(scope="module", params=MODELS)
 def twins(request):
     config = AutoConfig.for_model(request.param, **MODELS[request.param])
-    with torch.random.fork_rng(devices=[]), _default_dtype(torch.float64):
-        yield _twins(shrink(config), 0)
+    with torch.random.fork_rng(devices=[]), default_dtype(torch.float64):
+        yield small_twins(shrink(config), 0)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,9 @@ def test_checkpointing_keeps_less(recompute):
 def compilations():
     """How many compiled versions there are of each function that runs a layer."""
     entries = torch._dynamo.eval_frame._debug_get_cache_entry_list
-    counts = {run: len(entries(getattr(layers, run).__code__)) for run in ("_plain", "_all_but_attention")}
+    counts = {
+        run: len(entries(getattr(layers, run).__code__)) for run in ("_plain", "_all_but_attention", "_everything")
+    }
     return {run: count for run, count in counts.items() if count}
 
 

@@ -15,8 +15,9 @@ from pgrpo.attention.kernels.flash import choose_kernel
 from pgrpo.commands import doctor
 from pgrpo.config import Config, ConfigError, ModelConfig
 from pgrpo.distributed.world import World
+from pgrpo.planning import placement
 from pgrpo.planning.flops import ModelDims
-from pgrpo.planning.placement import attention_choice, check_device, is_compiled, recompute_by_layer
+from pgrpo.planning.placement import attention_choice, check_device, is_compiled, layer_plan
 
 DIMS = ModelDims.from_config(
     json.loads((Path(__file__).parents[2] / "benchmarks" / "qwen3_4b" / "config.json").read_text())
@@ -42,7 +43,7 @@ def test_a_cpu_runs_the_builtin_kernel_plainly():
     assert is_compiled(config(), GPU)
     assert is_compiled(config(compile=True), CPU)
     assert not is_compiled(config(compile=False), GPU)
-    assert recompute_by_layer(config(), DIMS, World(0, 1, CPU)) == ["none"] * 36
+    assert layer_plan(config(), DIMS, World(0, 1, CPU)).recompute == ["none"] * 36
 
 
 def test_a_named_kernel_that_cannot_run_is_an_error_that_says_why():
@@ -173,15 +174,15 @@ def test_doctor_goes_on_when_flash_attn_is_damaged(hopper, capsys):
 
 def test_auto_checkpointing_on_a_gpu_spares_the_last_layers(monkeypatch):
     """80 GiB, moments in host memory: some layers recompute, the first ones."""
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(placement, "gpu_memory", lambda device: 80 * 2**30)
     chosen = config()
     chosen.optim.offload = "cpu"
-    modes = recompute_by_layer(chosen, DIMS, World(0, 1, GPU))
+    modes = layer_plan(chosen, DIMS, World(0, 1, GPU)).recompute
     count = modes.count("attention")
     assert 0 < count < 36
     assert modes == ["attention"] * count + ["none"] * (36 - count)
     chosen.model.activation_checkpointing = "full"
-    assert recompute_by_layer(chosen, DIMS, World(0, 1, GPU)) == ["full"] * 36
+    assert layer_plan(chosen, DIMS, World(0, 1, GPU)).recompute == ["full"] * 36
 
 
 def test_what_a_device_cannot_do_is_refused():

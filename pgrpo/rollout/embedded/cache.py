@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgrpo.attention.kernels.flash import dense_forward, varlen_forward
 from pgrpo.attention.kernels.segments import Scores, Segments
@@ -55,12 +55,13 @@ class DecodeCache:
         v_TKD: Tensor,
         scale: float,
         *,
-        layer: int,
+        module: nn.Module,
         window: int | None = None,
         softcap: float | None = None,
         sinks_H: Tensor | None = None,
     ) -> Tensor:
         """[T, H, Dv] attention output: of the prompts in a layer's first call, then of one new token a row."""
+        layer: int = module.layer_idx  # pyright: ignore[reportAssignmentType]
         scores = Scores(scale, softcap=softcap or 0.0)
         kernel = "flash4" if softcap and q_THD.device.type == "cuda" else "builtin"  # which cannot soft-cap on a GPU
         if layer not in self._prefixes:

@@ -91,7 +91,7 @@ class VLLMEngine:
         self.offload = offload or Offload()
         vllm_start.prepare(config, world)
         # Ranks that share an engine have one group for tensors, and one on the CPU for objects: an awake vLLM leaves no GPU memory.
-        self.tp_size, self.tp_group, self.tp_control = config.rollout.tensor_parallel_size, None, None
+        self.tp_size, self.tp_group, self.tp_control = config.tensor_parallel_size, None, None
         for first in range(0, world.size if self.tp_size > 1 else 0, self.tp_size):
             ranks = list(range(first, first + self.tp_size))
             groups = (
@@ -135,7 +135,9 @@ class VLLMEngine:
         preempted = torch.tensor(
             [self.requests.preemptions - preemptions], dtype=torch.float64, device=self.world.device
         )
-        self.metrics["rollout/preemptions"] = self.world.sum(preempted).item() / self.tp_size
+        self.metrics["rollout/preemptions"] = self.world.sum(preempted).item() / (
+            self.tp_size // self.world.sequence_parallel_size
+        )
 
     def sample(
         self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished, more: More = no_more
@@ -161,8 +163,9 @@ class VLLMEngine:
         if self.tp_group is not None:  # every rank of a shared engine submits all requests and keeps its own
             shares: list[Any] = [None] * self.tp_size
             dist.all_gather_object(shares, list(requests), group=self.tp_control)
-            place = self.world.rank % self.tp_size * count
-            requests = [request for share in shares for request in share]
+            together = self.world.sequence_parallel_size  # of these, all have the same requests
+            place = self.world.rank % self.tp_size // together * count
+            requests = [request for share in shares[::together] for request in share]
         greedy, group_size = params.temperature == 0.0, len(requests[0].seeds)
         settings: Any = partial(
             vllm_start.package().SamplingParams,

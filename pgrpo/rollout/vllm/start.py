@@ -127,7 +127,7 @@ def start(config: Config, world: World, memory_share: float) -> Started:
             load_format="dummy",  # the first push brings them
             seed=config.seed,
             distributed_executor_backend="external_launcher",
-            tensor_parallel_size=rollout.tensor_parallel_size,
+            tensor_parallel_size=config.tensor_parallel_size,
             disable_custom_all_reduce=True,
             compilation_config={"pass_config": {"fuse_allreduce_rms": False}, **_graph_sizes(config, world)},
             kernel_config={"enable_flashinfer_autotune": False},
@@ -169,7 +169,7 @@ def _graph_sizes(config: Config, world: World) -> dict[str, list[int]]:
 def completions_at_once(config: Config, ranks: int) -> int:
     """The most completions of a step that one of the engines decodes at once."""
     rollout = config.rollout
-    prompts = math.ceil(rollout.prompts_per_step * rollout.tensor_parallel_size / ranks)
+    prompts = math.ceil(rollout.prompts_per_step * config.tensor_parallel_size / ranks)
     return min(rollout.max_concurrent, prompts * rollout.group_size)
 
 

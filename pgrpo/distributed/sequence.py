@@ -1,0 +1,140 @@
+"""Sequence parallelism (Ulysses, arXiv 2309.14509): neighbouring ranks compute one packed batch together.
+
+Each rank has an equal part of the rows, in the order of the batch, and computes everything that rows do alone. Attention needs all
+rows: there the ranks exchange rows for heads, each computes the whole layout on its share of the heads, and they exchange back. So
+the layout, whatever the forest, knows nothing of ranks.
+
+A log-prob is computed by the rank that owns the row that predicts the token. All ranks get all values, each with a gradient through
+its own tokens alone, so that the ranks' gradients are disjoint parts whose sum is the gradient.
+
+S ranks, T packed rows, t rows of one rank (S * t >= T); H query heads, K key/value heads, D and Dv their dims; U tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from pgrpo.attention.grouped import grouped_attention
+from pgrpo.attention.layout import PackedLayout
+from pgrpo.config import ConfigError
+from pgrpo.distributed.world import World
+from pgrpo.planning.dims import ModelDims
+
+
+def check_heads(size: int, dims: ModelDims) -> None:
+    """Refuse a number of ranks that the model's heads do not divide over, before any weight is loaded.
+
+    Raises:
+        ConfigError: with the numbers that are possible.
+    """
+    if dims.heads % size:
+        valid = ", ".join(str(n) for n in range(1, dims.heads + 1) if dims.heads % n == 0)
+        raise ConfigError(
+            f"model.sequence_parallel_size: {size} does not divide the model's {dims.heads} attention heads; it may be {valid}"
+        )
+
+
+def key_value_copies(kv_heads: int, size: int) -> int:
+    """How many ranks need each key/value head: 1 if the heads divide over the ranks."""
+    return size // math.gcd(kv_heads, size)
+
+
+@dataclass(frozen=True)
+class Ulysses:
+    """This rank among the ``size`` ranks of a group that compute one batch together."""
+
+    rank: int
+    size: int
+    group: Any
+
+    @staticmethod
+    def of(world: World) -> Ulysses | None:
+        """None where every rank has batches of its own."""
+        size = world.sequence_parallel_size
+        return Ulysses(world.rank % size, size, world.sequence_group) if size > 1 else None
+
+    def rows(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's rows of a model's inputs, whose last dimension is rows. The last rank's end in padding, of zeros."""
+
+        def own(x: Tensor) -> Tensor:
+            most = -(-x.shape[-1] // self.size)
+            return pad(x, (0, self.size * most - x.shape[-1]))[..., self.rank * most : (self.rank + 1) * most]
+
+        return {name: own(x) for name, x in inputs.items()}
+
+    def owned(self, rows_U: Tensor, total: int) -> tuple[Tensor, Tensor]:
+        """Which of these packed rows, of ``total``, are this rank's: their numbers in ``rows_U``, and in its own rows."""
+        most = -(-total // self.size)
+        numbers = (rows_U // most == self.rank).nonzero().flatten()
+        return numbers, rows_U.index_select(0, numbers) - self.rank * most
+
+    def all_values(self, own: Tensor, numbers: Tensor, count: int) -> Tensor:
+        """[U] the values of all ranks. Gradients flow through this rank's ``own``, at ``numbers``, alone. A collective call."""
+        values_U = own.new_zeros(count).index_copy(0, numbers, own.detach())
+        dist.all_reduce(values_U, group=self.group)
+        return values_U.index_copy(0, numbers, own)
+
+    def split(self, layout: PackedLayout, like_T: Tensor) -> SplitLayout:
+        """The layout for this rank's rows. ``like_T``: any tensor of T."""
+        return SplitLayout(layout, like_T, self)
+
+    def exchange(self, x_SN: Tensor) -> Tensor:
+        """[S * n, ...] -> [S * n, ...]: part i of n goes to rank i, and part i comes from it. A collective call, also in the
+        backward, which is the same exchange."""
+        # The exchange reads memory in order, whatever the strides say.
+        x_SN = x_SN.contiguous()
+        return collectives.wait_tensor(collectives.all_to_all_single_autograd(x_SN, None, None, self.group))
+
+
+@dataclass(frozen=True)
+class SplitLayout:
+    """A layout whose rows lie on several ranks.
+
+    Attributes:
+        whole: the layout of all rows.
+        like_T: a tensor of T. Its length tells T to compiled code, in which a number would be a constant.
+    """
+
+    whole: PackedLayout
+    like_T: Tensor
+    ranks: Ulysses
+
+    def attend(
+        self,
+        q_THD: Tensor,
+        k_TKD: Tensor,
+        v_TKD: Tensor,
+        scale: float,
+        *,
+        module: nn.Module,
+        sinks_H: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """[t, H, Dv] attention of this rank's t rows to the rows of all ranks; arguments as those of ``grouped_attention``."""
+        size, rows, total = self.ranks.size, q_THD.shape[0], self.like_T.shape[0]
+        copies = key_value_copies(k_TKD.shape[1], size)
+        if copies > 1:
+            k_TKD, v_TKD = (x.repeat_interleave(copies, 1) for x in (k_TKD, v_TKD))
+        parts = [x.unflatten(1, (size, -1)) for x in (q_THD, k_TKD, v_TKD)]  # [t, S, heads of a rank, D]
+        heads = [x.shape[2:] for x in parts]
+        packed = torch.cat([x.flatten(2) for x in parts], 2).transpose(0, 1)  # [S, t, N]
+        whole = self.ranks.exchange(packed.flatten(0, 1))[:total]  # padding is at the end
+        q, k, v = (
+            x.unflatten(1, shape).contiguous()
+            for x, shape in zip(whole.split([h * d for h, d in heads], 1), heads, strict=True)
+        )
+        if sinks_H is not None:
+            sinks_H = sinks_H.unflatten(0, (size, -1))[self.ranks.rank]
+        out_ThD = grouped_attention(q, k, v, self.whole, scale, sinks_H=sinks_H, **options)
+        out = pad(out_ThD.flatten(1), (0, 0, 0, size * rows - total))
+        back = self.ranks.exchange(out).unflatten(0, (size, rows))  # [S, t, heads of a rank * Dv]
+        return back.transpose(0, 1).reshape(rows, q_THD.shape[1], -1)

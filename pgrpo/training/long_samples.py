@@ -1,0 +1,122 @@
+"""What makes samples of 100,000 tokens fit one GPU, layer by layer: inputs of layers wait in host memory for their backward
+(``activation_checkpointing: offload``), and an MLP is computed in parts of the rows (``mlp_chunks``).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from pgrpo.attention.hook import current
+from pgrpo.model.recompute import TrainingLayout
+from pgrpo.planning.dims import mlp_of
+from pgrpo.types import Recompute
+
+
+def set_up_long_samples(layers: Iterable[nn.Module], recompute: Sequence[Recompute], mlp_chunks: int) -> None:
+    """Call this after ``recompute.set_up_layers``.
+
+    Args:
+        layers: decoder layers.
+        recompute: one entry a layer. Inputs of layers that say ``offload`` are in host memory between forward and backward.
+        mlp_chunks: parts of the rows in which the MLPs of all layers that are recomputed whole are computed.
+    """
+    host = HostInputs()
+    for layer, mode in zip(layers, recompute, strict=True):
+        if mode == "offload":
+            layer.forward = partial(host.run, layer.forward)
+        mlp = mlp_of(layer)
+        if mlp_chunks > 1 and mlp is not None and mode in ("full", "offload"):
+            mlp.forward = partial(_in_chunks, mlp, mlp_chunks)
+
+
+class HostInputs:
+    """The inputs of layers that wait for their backward in host memory, which is pinned on a GPU. Copies run on a stream of their
+    own: out while the layer computes, and back while the backward of the layer behind it does."""
+
+    def __init__(self) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        self._last: Callable[[], _Kept | None] = lambda: None
+
+    def run(self, forward: Callable[..., Tensor], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``forward(hidden, ...)``. Where autograd would keep ``hidden``, it keeps a copy in host memory."""
+        if not torch.is_grad_enabled() or not isinstance(current.layout, TrainingLayout):
+            return forward(hidden, *args, **kwargs)
+        address, size = hidden.data_ptr(), hidden.numel()
+
+        def pack(x: Tensor) -> Any:
+            # Autograd hands out other objects and shapes of the same memory. Parameters and what layers share stay where they are.
+            return self._keep(x) if (x.data_ptr(), x.numel()) == (address, size) else x
+
+        def unpack(kept: Any) -> Tensor:
+            return kept.fetch() if isinstance(kept, _Kept) else kept
+
+        with saved_tensors_hooks(pack, unpack):
+            return forward(hidden, *args, **kwargs)
+
+    def _keep(self, x: Tensor) -> _Kept:
+        if x.is_cuda and self._stream is None:
+            self._stream = torch.cuda.Stream(x.device)
+        kept = _Kept(x, self._stream, self._last)
+        self._last = weakref.ref(kept)
+        return kept
+
+
+class _Kept:
+    """A tensor in host memory. ``before``: the one that was kept before it, which the backward wants next."""
+
+    def __init__(self, x: Tensor, stream: torch.cuda.Stream | None, before: Callable[[], _Kept | None]) -> None:
+        self._device, self._stream, self._before = x.device, stream, before
+        self._back: Tensor | None = None
+        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=stream is not None)
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(x.device))
+        with self._copying():
+            self._host.copy_(x.detach(), non_blocking=True)
+        if stream is not None:
+            x.record_stream(stream)
+
+    def fetch(self) -> Tensor:
+        """The tensor on its device. Also begins to copy the next one."""
+        self._begin()
+        back, self._back = self._back, None
+        assert back is not None
+        if self._stream is not None:
+            here = torch.cuda.current_stream(self._device)
+            here.wait_stream(self._stream)
+            back.record_stream(here)
+        if (before := self._before()) is not None:
+            before._begin()
+        return back
+
+    def _begin(self) -> None:
+        if self._back is None:
+            with self._copying():
+                self._back = self._host.to(self._device, non_blocking=True, copy=True)
+
+    def _copying(self) -> Any:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def _in_chunks(mlp: nn.Module, chunks: int, hidden_1TE: Tensor) -> Any:
+    """The MLP in parts of the rows. Its backward computes a part again, so that the activations of one part alone exist at a
+    time. Compiled code needs no checkpoint for that: a layer that is recomputed whole recomputes each part where it is needed."""
+    run: Callable[..., Any] = partial(type(mlp).forward, mlp)
+    if not isinstance(current.layout, TrainingLayout):
+        return run(hidden_1TE)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        run = partial(checkpoint, run, use_reentrant=False)
+    parts = [run(rows) for rows in hidden_1TE.tensor_split(chunks, 1)]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts, 1)
+    return tuple(
+        torch.cat(each, each[0].ndim - 2) for each in zip(*parts, strict=True)
+    )  # with what a router says of each row

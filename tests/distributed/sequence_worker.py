@@ -1,0 +1,57 @@
+"""Run by every rank: log-probs and gradients in float64 of ranks that compute a batch together, against the untouched model."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+from worker import long_tailed_groups, together
+
+from pgrpo.admission.proof import True64
+from pgrpo.attention.hook import ATTENTION_NAME
+from pgrpo.distributed.sequence import Ulysses
+from pgrpo.model.policy import Policy
+from pgrpo.model.proof import gradients, reference_logprobs
+from pgrpo.packing.batch import build_batch
+from pgrpo.packing.forest import Forest
+
+
+class Found(NamedTuple):
+    logprob: float
+    gradient: float
+    rows: int
+    owned: int
+
+
+def in_float64(world, model, size, beginning):
+    """Differences of log-probs and of the gradient that all ranks add up to; rows of the batch, and tokens that this rank predicts.
+    All ranks have the same batch, so shares of the data add the same gradient."""
+    world = together(world, size)
+    samples = [sample for group in long_tailed_groups(beginning)[:5] for sample in group.samples]
+    if Forest.of(samples).rows % size == 0:
+        samples = samples[:-1]
+
+    def load(attention):
+        own = {"dtype": torch.float64, "experts_implementation": "eager"}
+        return AutoModelForCausalLM.from_pretrained(model, attn_implementation=attention, **own).double()
+
+    batch = build_batch(Forest.of(samples))
+    with True64():
+        try:
+            untouched = load("sdpa")
+        except ValueError:
+            untouched = load("eager")
+        policy = Policy(load(ATTENTION_NAME), ranks=Ulysses.of(world))
+        wanted = reference_logprobs(untouched, samples)
+        want = gradients(wanted, untouched)
+        logprobs = policy(batch).logprobs
+        got = gradients(logprobs, policy.model)
+    for gradient in got:
+        dist.all_reduce(gradient)
+        gradient /= world.dp_size
+    ranks = Ulysses.of(world)
+    assert ranks is not None
+    whole, found = (torch.cat([gradient.flatten() for gradient in gradients]) for gradients in (want, got))
+    error = (found - whole).norm() / whole.norm()
+    owned, _ = ranks.owned(batch.logit_index.index_select(0, batch.distinct), batch.packed_tokens)
+    return Found((logprobs - wanted).abs().max().item(), error.item(), batch.packed_tokens, len(owned))
