@@ -17,7 +17,7 @@ from pgrpo.admission.models import check_model
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.commands.bench_report import Row, Shape, print_rows
-from pgrpo.config import Config, ConfigError
+from pgrpo.config import Config, ConfigError, fit_world_size
 from pgrpo.distributed.world import World, start
 from pgrpo.model.lora import adapter_parameters, add_adapters, check_lora
 from pgrpo.model.policy import Policy, load_hf_config, load_model
@@ -92,6 +92,7 @@ def bench(
     Raises:
         ConfigError: several ranks, or a model that cannot be loaded.
     """
+    config = fit_world_size(config, 1)
     with start() as world:
         policy = load(config, max(s.prompt + s.completion for s in shapes), world, random_weights)
         print(f"attention kernel {policy.attention.kernel}: {policy.attention.reason}")

@@ -219,10 +219,10 @@ def vllm_text(config: Config, dims: ModelDims, world: World) -> str:
     if world.device.type == "cpu":
         return memory.text
     weights, group = vllm_gib(config, dims, 0), vllm_gib(config, dims, config.rollout.group_size)
-    gpus = f"on {size} GPUs together, " if (size := config.tensor_parallel_size) > 1 else ""
+    gpus = f", {size} of which share an engine" if (size := config.tensor_parallel_size) > 1 else ""
     room = memory.share * gpu_memory(world.device) / GIB
     takes = f"weights take {weights:.1f}, a group at its longest {group - weights:.1f}"
-    return f"{gpus}{memory.text}: {room:.1f} GiB a GPU, of which {takes}"
+    return f"{memory.text}: {room:.1f} GiB a GPU{gpus}; {takes} of it"
 
 
 def _offload_choices(config: Config, plan: MemoryPlan) -> list[tuple[str, ...]]:

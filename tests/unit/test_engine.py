@@ -251,6 +251,34 @@ def test_preemptions_are_counted():
     assert requests.preemptions == 3
 
 
+def test_a_prompt_that_does_not_fit_is_refused_with_its_sizes_before_the_model_is_loaded(installed, h100):
+    """A group of Qwen3-4B with a prompt of 524,288 tokens takes 73 GiB of keys and values. Ranks that compute a batch together
+    share an engine, and each holds its part of it."""
+    settings = config(engine="vllm")
+    settings.data.max_prompt_tokens = 2**19
+    message = refusal(settings, device=GPU)
+    assert (
+        "GiB of 80" in message
+        and "are left for vLLM, which needs 8" in message
+        and "prompts of 524288 tokens" in message
+    )
+    settings.model.sequence_parallel_size = 4
+    engine.check_engine(settings, QWEN3_4B, World(0, 4, GPU, sequence_parallel_size=4))
+    settings.rollout.gpu_memory_utilization = 0.2
+    assert "0.2 of 80 GiB is 16.0; vLLM needs 19.9 for its weights and one sample of 525312 tokens" in refusal(
+        settings, 4, GPU
+    )
+    settings.model.sequence_parallel_size = 3
+    assert refusal(settings, 3, GPU).startswith("model.sequence_parallel_size: 3 does not divide 32 attention heads")
+
+
+def test_long_prompts_are_computed_in_parts(installed):
+    settings = config(max_concurrent=8)
+    assert vllm_start.prefill(settings) == {}
+    settings.data.max_prompt_tokens = 131_072
+    assert vllm_start.prefill(settings) == {"enable_chunked_prefill": True, "max_num_batched_tokens": 2048}
+
+
 @pytest.mark.parametrize("error", [None, RuntimeError("CUDA Error: out of memory")])
 def test_an_engine_that_sleeps_wakes_before_it_is_shut_down(error):
     """vLLM's allocator reports CUDA errors for memory that is freed asleep. Without room to wake it is shut down all the same."""
@@ -269,10 +297,13 @@ def test_an_engine_that_sleeps_wakes_before_it_is_shut_down(error):
     assert calls == ["wake_up", "shutdown"]
 
 
-def test_ranks_that_share_an_engine_exchange_requests_on_the_cpu(monkeypatch):
-    """NCCL takes GPU memory for objects, which an awake vLLM does not leave free. Tensors stay on the default backend."""
+@pytest.mark.parametrize(("together", "requests"), [(1, [[7], [8]]), (2, [[7]])])
+def test_ranks_that_share_an_engine_exchange_requests_on_the_cpu(together, requests, monkeypatch):
+    """NCCL takes GPU memory for objects, which an awake vLLM does not leave free. Tensors stay on the default backend. Ranks with
+    the same data have the same requests, which are sampled once."""
     asked, gathered = [], []
-    settings = config(engine="vllm", tensor_parallel_size=2)
+    settings = config(engine="vllm", tensor_parallel_size=2 // together)
+    settings.model.sequence_parallel_size = together
 
     def all_gather_object(shares, own, group):
         gathered.append(group)
@@ -291,11 +322,12 @@ def test_ranks_that_share_an_engine_exchange_requests_on_the_cpu(monkeypatch):
     monkeypatch.setattr(vllm_start, "package", lambda: package)
     monkeypatch.setattr(vllm.dist, "new_group", lambda ranks, backend=None: (tuple(ranks), backend))
     monkeypatch.setattr(vllm.dist, "all_gather_object", all_gather_object)
-    one: Any = vllm.VLLMEngine(settings, World(2, 4, CPU), None, [0], lambda: iter(()), set(), memory_share=0.5)  # pyright: ignore[reportArgumentType]
+    world, tokenizer = World(2, 4, CPU, sequence_parallel_size=together), SimpleNamespace()
+    one: Any = vllm.VLLMEngine(settings, world, tokenizer, [0], lambda: iter(()), set(), memory_share=0.5)  # pyright: ignore[reportArgumentType]
     one.is_awake = True
     one.requests = SimpleNamespace(run_all=lambda requests, *_: asked.append([ids for ids, _ in requests]))
     one._sample([Request([7], [0])], SamplingParams(max_completion_tokens=4), lambda *_: None, no_more)
-    assert gathered == [((2, 3), "gloo")] and asked == [[[7], [8]]]
+    assert gathered == [((2, 3), "gloo")] and asked == [requests]
     assert one.tp_group == ((2, 3), None)
 
 

@@ -46,6 +46,8 @@ TESTED: dict[str, tuple[str, ...]] = {
 them: what a CPU tests is most of what this package touches."""
 
 
+LONG_PROMPT, PREFILL_TOKENS = 16_384, 2048
+"""Prompts of more tokens than the first are computed in parts of the second."""
 GRAPH_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 
 
@@ -133,6 +135,7 @@ def start(config: Config, world: World, memory_share: float) -> Started:
             kernel_config={"enable_flashinfer_autotune": False},
             max_model_len=config.max_sample_tokens,
             max_num_seqs=rollout.max_concurrent,
+            **prefill(config),
             gpu_memory_utilization=memory_share,
             enforce_eager=rollout.enforce_eager,
             enable_prefix_caching=True,
@@ -145,6 +148,8 @@ def start(config: Config, world: World, memory_share: float) -> Started:
             decoding = shared_decode.PLAIN.format(reason)
         cache = llm.llm_engine.vllm_config.cache_config
         room = tell_room(config, world.size, cache.num_gpu_blocks * cache.block_size)
+        if prefill(config):
+            room += f"; prompts are computed in parts of {prefill(config)['max_num_batched_tokens']:,} tokens"
     set_rng_state(state)
     return Started(llm, [room, decoding])
 
@@ -164,6 +169,17 @@ def _graph_sizes(config: Config, world: World) -> dict[str, list[int]]:
         return {}
     most = min(2 * config.rollout.max_concurrent, GRAPH_SIZES[-1])
     return {"cudagraph_capture_sizes": sorted({size for size in GRAPH_SIZES if size < most} | {most})}
+
+
+def prefill(config: Config) -> dict[str, Any]:
+    """How prompts are computed: long ones in parts of fewer tokens than vLLM's own, as the canary has the log-probs of all tokens
+    of a part in memory, over the whole vocabulary and in float32."""
+    if config.data.max_prompt_tokens <= LONG_PROMPT:
+        return {}
+    return {
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": max(PREFILL_TOKENS, config.rollout.max_concurrent),
+    }
 
 
 def completions_at_once(config: Config, ranks: int) -> int:
