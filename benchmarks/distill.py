@@ -1,7 +1,7 @@
 """On-policy distillation of the quick start's model from a larger one that adds well: exact match and KL over steps.
 
 The teacher is six times as large and trained on sums until it is right nearly always. Both forms of the KL without a reward (exact
-match is logged with weight 0), and one with it; each with three seeds. About three minutes on one idle CPU core.
+match is logged with weight 0), and one with it; each with three seeds. About eleven minutes of one CPU core.
 
     python benchmarks/distill.py [--out benchmarks/distill.json]
 """
@@ -22,7 +22,7 @@ from pgrpo.planning.flops import ModelDims, forward_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = {"width": 128, "layers": 3, "steps": 1500}
-STEPS, EVERY, MATCH = 150, 50, "eval/greedy/rewards/exact_match/mean"
+STEPS, EVERY, MATCH = 400, 100, "eval/greedy/rewards/exact_match/mean"
 FORMS = {
     "sampled": ["loss.teacher_kl=sampled", "rewards.functions[0].weight=0"],
     "full": ["loss.teacher_kl=full", "rewards.functions[0].weight=0"],
@@ -73,14 +73,14 @@ def main() -> None:
         folder = Path(name)
         teacher = make_models(folder)
         result: dict[str, Any] = {"teacher_sampled_exact_match": teacher, "runs": {}}
-        print(f"teacher: sampled exact match {teacher:.3f} on held-out sums")
+        print(f"teacher: sampled exact match {teacher:.3f} on held-out sums", flush=True)
         dims = ModelDims.from_config(json.loads((folder / "teacher" / "config.json").read_text()))
         shared, repeated = (forward_flops(dims, 6, [4] * 8, shared=flag) for flag in (True, False))
         print(f"teacher's pass: {shared / 1e6:.1f} MFLOP a group, {repeated / 1e6:.1f} with repeated prompts")
         for form in FORMS:
             runs = [run(folder, form, seed) for seed in range(args.seeds)]
             result["runs"][form] = runs
-            print(f"\n{form}: step, greedy exact match and KL a token of each seed")
+            print(f"\n{form}: step, greedy exact match and KL a token of each seed", flush=True)
             for at in zip(*runs, strict=True):
                 print(f"{at[0]['step']:5d}  " + "   ".join(f"{row['exact_match']:.3f} {row['kl']:.3f}" for row in at))
             if args.out:
