@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pgrpo.admission.fits import check_lora
 from pgrpo.admission.linear import check_linear
 from pgrpo.admission.models import check_model
 from pgrpo.attention.choose import AttentionChoice
@@ -19,7 +20,7 @@ from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.commands.bench_report import Row, Shape, print_rows
 from pgrpo.config import Config, ConfigError, fit_world_size
 from pgrpo.distributed.world import World, start
-from pgrpo.model.lora import adapter_parameters, add_adapters, check_lora
+from pgrpo.model.lora import adapter_parameters, add_adapters
 from pgrpo.model.policy import Policy, load_hf_config, load_model
 from pgrpo.model.proof import tokens_as_samples
 from pgrpo.model.recompute import set_up_layers

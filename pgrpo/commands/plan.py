@@ -9,13 +9,13 @@ from typing import get_args
 import torch
 from rich.console import Console
 
+from pgrpo.admission.fits import check_heads, check_lora, check_positions
 from pgrpo.admission.models import check_model
 from pgrpo.admission.rows import check_rows
 from pgrpo.config import Config, ConfigError, check_world_size, to_yaml
-from pgrpo.distributed.sequence import check_heads
 from pgrpo.distributed.world import World, world_size
-from pgrpo.model.lora import adapter_parameters, check_lora
-from pgrpo.model.policy import check_positions, load_hf_config
+from pgrpo.model.lora import adapter_parameters
+from pgrpo.model.policy import load_hf_config
 from pgrpo.planning.flops import GIB, ModelDims, flat_work, rho, update_flops
 from pgrpo.planning.memory import LayerPlan, memory_plan
 from pgrpo.planning.placement import (

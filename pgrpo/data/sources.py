@@ -140,6 +140,10 @@ def _call(name: str, split: str, key: str) -> list[Row]:
     return check_rows(rows, f"{key}={name}")
 
 
+TEXT_OF = json.JSONEncoder(ensure_ascii=False, skipkeys=True, default=lambda _: None)
+"""Made once: ``json.dumps`` would make one for each row."""
+
+
 def check_rows(rows: Any, source: str) -> list[Row]:
     """Return the rows as dicts with the same columns; missing values are None."""
     if isinstance(rows, Mapping | str) or not isinstance(rows, Iterable):
@@ -151,7 +155,7 @@ def check_rows(rows: Any, source: str) -> list[Row]:
             raise ConfigError(f"{source}: row {index} must be a dict with column names as keys, not {row!r:.80}")
         columns.update(dict.fromkeys(row))
         try:
-            json.dumps(row, ensure_ascii=False, skipkeys=True, default=lambda _: None).encode()
+            TEXT_OF.encode(row).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start : error.start + 1]
             raise ConfigError(

@@ -89,9 +89,9 @@ class PromptStream:
 
 def content_hash(rows: Iterable[Mapping[str, Any]]) -> str:
     """Hash the rows' content, in order. Equal rows give the same hash in every process and from every source."""
-    digest = hashlib.sha256()
+    digest, text_of = hashlib.sha256(), json.JSONEncoder(default=_as_json, skipkeys=True)
     for row in rows:
-        digest.update(json.dumps(row, default=_as_json, skipkeys=True).encode() + b"\n")
+        digest.update(text_of.encode(row).encode() + b"\n")
     return digest.hexdigest()[:16]
 
 

@@ -25,22 +25,7 @@ from torch.nn.functional import pad
 
 from pgrpo.attention.grouped import grouped_attention
 from pgrpo.attention.layout import PackedLayout
-from pgrpo.config import ConfigError
 from pgrpo.distributed.world import World
-from pgrpo.planning.dims import ModelDims
-
-
-def check_heads(size: int, dims: ModelDims) -> None:
-    """Refuse a number of ranks that the model's heads do not divide over, before any weight is loaded.
-
-    Raises:
-        ConfigError: with the numbers that are possible.
-    """
-    if dims.heads % size:
-        valid = ", ".join(str(n) for n in range(1, dims.heads + 1) if dims.heads % n == 0)
-        raise ConfigError(
-            f"model.sequence_parallel_size: {size} does not divide the model's {dims.heads} attention heads; it may be {valid}"
-        )
 
 
 def key_value_copies(kv_heads: int, size: int) -> int:

@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.config import ModelConfig
 from pgrpo.model.logprobs import TokenLogprobs
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.planning.flops import ModelDims, lora_parameter_count
 
-log = logging.getLogger(__name__)
 LogprobsOf = Callable[[GroupedBatch], TokenLogprobs]
-
-
-def check_lora(config: ModelConfig, dims: ModelDims) -> None:
-    """Refuse a LoRA config that cannot work, before any weight is loaded.
-
-    Raises:
-        ConfigError: peft is not installed, or ``model.lora_targets`` names something that is not a linear layer of the model, as
-            stacked experts.
-    """
-    if config.lora_rank and importlib.util.find_spec("peft") is None:
-        raise ConfigError(f"model.lora_rank={config.lora_rank}: LoRA needs peft: pip install -e '.[lora]'")
-    if config.lora_rank and dims.stacked and not config.lora_targets:
-        log.info("LoRA: the experts (%s) are not trained, they have no adapters", ", ".join(dims.stacked))
-    for name in config.lora_targets:
-        if name in dims.stacked or name == "experts":
-            raise ConfigError(
-                f"model.lora_targets: {name!r} is all experts of a layer in one tensor, which gets no adapters: leave it out, or "
-                "train all weights (model.lora_rank=0)"
-            )
-        if name not in dims.linear_layers:
-            raise ConfigError(
-                f"model.lora_targets: {name!r} is no linear layer of {config.path}; "
-                f"it may be {', '.join(dims.linear_layers)}"
-            )
 
 
 def adapter_parameters(config: ModelConfig, dims: ModelDims) -> int:

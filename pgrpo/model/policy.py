@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -176,39 +175,3 @@ def load_error(error: Exception) -> str:
         return "it comes with Python code of its own; read that, and set model.trust_remote_code=true to run it"
     reason = str(error).strip().splitlines()[0].removesuffix(".")
     return f"{reason}; give a folder that from_pretrained loads, or a hub name"
-
-
-def check_positions(config: ModelConfig, hf_config: PretrainedConfig, max_sample: int) -> None:
-    """Refuse a run whose longest sample has more tokens than the model has positions, by config.json or ``model.max_positions``.
-
-    Raises:
-        ConfigError: names both lengths.
-    """
-    most = positions(hf_config)
-    if config.max_positions is not None:
-        log.warning("model.max_positions=%d instead of %s, by the model's config.json", config.max_positions, most)
-        most = config.max_positions
-    if most is not None and max_sample > most:
-        raise ConfigError(
-            f"model.path={config.path}: it has {most} positions, the longest sample {max_sample} tokens (data.max_prompt_tokens + "
-            "rollout.max_completion_tokens): lower those, or set model.max_positions if the model can take more"
-        )
-
-
-def positions(config: PretrainedConfig) -> int | None:
-    """Tokens of the longest sample that a model takes, with the RoPE scaling of its config; None if that says nothing.
-
-    ``max_position_embeddings`` is the length before scaling in some models and after it in others, so the larger one counts.
-    """
-    stated = getattr(config, "max_position_embeddings", None)
-    if stated is None:
-        return None
-    ropes = _ropes(getattr(config, "rope_parameters", None) or {})
-    return max(
-        stated, int(min(p.get("factor", 1.0) * p.get("original_max_position_embeddings", stated) for p in ropes))
-    )
-
-
-def _ropes(rope_parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """The RoPE settings of a model: one mapping, or one for each kind of layer."""
-    return [v for v in rope_parameters.values() if isinstance(v, dict)] or [rope_parameters]

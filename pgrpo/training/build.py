@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pgrpo.admission.fits import check_heads, check_lora, check_positions
 from pgrpo.admission.linear import check_linear
 from pgrpo.admission.models import check_model
 from pgrpo.admission.on_device import PROMPTS, check_on_device
@@ -18,15 +19,14 @@ from pgrpo.algorithm.loss import LossOutput, policy_loss
 from pgrpo.config import Config, ConfigError
 from pgrpo.data import PromptStream, load_prompts
 from pgrpo.data.render import ToolsOf
-from pgrpo.distributed.sequence import check_heads
 from pgrpo.distributed.world import World
 from pgrpo.environments.chat import Transition
 from pgrpo.environments.episodes import Episodes
 from pgrpo.environments.toolbox import load_toolbox
 from pgrpo.model.families.experts import experts_text, untrained_text
 from pgrpo.model.families.linear import states_text
-from pgrpo.model.lora import LogprobsOf, check_lora, without_adapters
-from pgrpo.model.policy import Policy, check_positions, generation_eos, load_error, load_hf_config
+from pgrpo.model.lora import LogprobsOf, without_adapters
+from pgrpo.model.policy import Policy, generation_eos, load_error, load_hf_config
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.placement import attention_choice, check_device, is_compiled
 from pgrpo.process.caches import use_caches

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from pgrpo.admission.fits import check_positions
 from pgrpo.admission.linear import check_linear
 from pgrpo.admission.models import check_model
 from pgrpo.config import Config, ConfigError
-from pgrpo.model.policy import check_positions, load_error, load_hf_config
+from pgrpo.model.policy import load_error, load_hf_config
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.placement import attention_choice, teacher_model
 

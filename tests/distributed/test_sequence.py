@@ -11,9 +11,9 @@ from sequence_worker import in_float64
 from test_ranks import LOSSES, assert_same, gradient_error, make_model
 
 from pgrpo import checkpoint
+from pgrpo.admission.fits import check_heads
 from pgrpo.admission.rows import check_rows
 from pgrpo.config import ConfigError
-from pgrpo.distributed.sequence import check_heads
 from pgrpo.planning.dims import ModelDims
 
 SMALL = {

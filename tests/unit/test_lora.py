@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from pgrpo import checkpoint
+from pgrpo.admission.fits import check_lora
 from pgrpo.checkpoint import CheckpointError
 from pgrpo.commands.evaluate import evaluate
 from pgrpo.commands.export import export
@@ -22,7 +23,7 @@ from pgrpo.config import Config, ConfigError, ModelConfig, load_config
 from pgrpo.distributed.fsdp import place, reshard
 from pgrpo.distributed.world import start
 from pgrpo.grpo import grpo_step
-from pgrpo.model.lora import add_adapters, check_lora, merge_adapters, without_adapters
+from pgrpo.model.lora import add_adapters, merge_adapters, without_adapters
 from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.proof import gradients, reference_logprobs, tokens_as_samples
 from pgrpo.packing.batch import build_batch

@@ -1,0 +1,88 @@
+"""Refusals of a config that does not fit the model, by numbers alone, before any weight is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.planning.dims import ModelDims
+
+log = logging.getLogger(__name__)
+
+
+def check_positions(config: ModelConfig, hf_config: PretrainedConfig, max_sample: int) -> None:
+    """Refuse a run whose longest sample has more tokens than the model has positions, by config.json or ``model.max_positions``.
+
+    Raises:
+        ConfigError: names both lengths.
+    """
+    most = positions(hf_config)
+    if config.max_positions is not None:
+        log.warning("model.max_positions=%d instead of %s, by the model's config.json", config.max_positions, most)
+        most = config.max_positions
+    if most is not None and max_sample > most:
+        raise ConfigError(
+            f"model.path={config.path}: it has {most} positions, the longest sample {max_sample} tokens (data.max_prompt_tokens + "
+            "rollout.max_completion_tokens): lower those, or set model.max_positions if the model can take more"
+        )
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """Tokens of the longest sample that a model takes, with the RoPE scaling of its config; None if that says nothing.
+
+    ``max_position_embeddings`` is the length before scaling in some models and after it in others, so the larger one counts.
+    """
+    config = config.get_text_config()
+    stated = getattr(config, "max_position_embeddings", None)
+    if stated is None:
+        return None
+    ropes = _ropes(getattr(config, "rope_parameters", None) or {})
+    return max(
+        stated, int(min(p.get("factor", 1.0) * p.get("original_max_position_embeddings", stated) for p in ropes))
+    )
+
+
+def _ropes(rope_parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """The RoPE settings of a model: one mapping, or one for each kind of layer."""
+    return [v for v in rope_parameters.values() if isinstance(v, dict)] or [rope_parameters]
+
+
+def check_lora(config: ModelConfig, dims: ModelDims) -> None:
+    """Refuse a LoRA config that cannot work, before any weight is loaded.
+
+    Raises:
+        ConfigError: peft is not installed, or ``model.lora_targets`` names something that is not a linear layer of the model, as
+            stacked experts.
+    """
+    if config.lora_rank and importlib.util.find_spec("peft") is None:
+        raise ConfigError(f"model.lora_rank={config.lora_rank}: LoRA needs peft: pip install -e '.[lora]'")
+    if config.lora_rank and dims.stacked and not config.lora_targets:
+        log.info("LoRA: the experts (%s) are not trained, they have no adapters", ", ".join(dims.stacked))
+    for name in config.lora_targets:
+        if name in dims.stacked or name == "experts":
+            raise ConfigError(
+                f"model.lora_targets: {name!r} is all experts of a layer in one tensor, which gets no adapters: leave it out, or "
+                "train all weights (model.lora_rank=0)"
+            )
+        if name not in dims.linear_layers:
+            raise ConfigError(
+                f"model.lora_targets: {name!r} is no linear layer of {config.path}; "
+                f"it may be {', '.join(dims.linear_layers)}"
+            )
+
+
+def check_heads(size: int, dims: ModelDims) -> None:
+    """Refuse a number of ranks that the model's heads do not divide over, before any weight is loaded.
+
+    Raises:
+        ConfigError: with the numbers that are possible.
+    """
+    if dims.heads % size:
+        valid = ", ".join(str(n) for n in range(1, dims.heads + 1) if dims.heads % n == 0)
+        raise ConfigError(
+            f"model.sequence_parallel_size: {size} does not divide the model's {dims.heads} attention heads; it may be {valid}"
+        )
