@@ -20,6 +20,7 @@ from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.attention.kernels.flash import varlen_backward, varlen_forward
 from pgrpo.attention.kernels.segments import Scores, Segments
 from pgrpo.commands.bench import Job, Packed
+from pgrpo.model.families.linear import has_state
 from pgrpo.model.head import Head
 from pgrpo.model.logprobs import token_logprobs
 from pgrpo.model.policy import Policy
@@ -32,8 +33,10 @@ PEER_ATTENTION = "prefix_grouper_attention"
 PEER_KERNEL = "pgrpo_bench_flash"
 
 
-def why_not(method: str, device: torch.device) -> str | None:
+def why_not(method: str, device: torch.device, model: PreTrainedModel | None = None) -> str | None:
     """What keeps a method from running here; None if nothing does."""
+    if method in PEERS and model is not None and any(map(has_state, model.modules())):
+        return "it does not hand the states of linear attention from a prompt to its completions"
     if method in PEERS and device.type != "cuda":
         return "it is compared on a GPU"
     if method in PEERS and importlib.util.find_spec("prefix_grouper") is None:

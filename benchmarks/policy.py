@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
             samples = tokens_as_samples(*random_tokens(shape, policy.model.config.vocab_size))
             makers = {}
             for method in methods:
-                if why := why_not(method, world.device):
+                if why := why_not(method, world.device, policy.model):
                     print(f"{method} is left out: {why}")
                 else:
                     makers[method] = partial(make_job, policy, method, samples)

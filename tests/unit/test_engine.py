@@ -331,7 +331,7 @@ def test_ranks_that_share_an_engine_exchange_requests_on_the_cpu(together, reque
     assert one.tp_group == ((2, 3), None)
 
 
-@pytest.mark.parametrize("model_type", ["ernie4_5_vl_moe", "hrm_text"])
+@pytest.mark.parametrize("model_type", ["ernie4_5_vl_moe", "hrm_text", "olmo_hybrid"])
 def test_vllm_is_refused_for_a_model_that_transformers_holds_in_other_tensors(installed, model_type):
     hf_config = AutoConfig.for_model(model_type)
     engine.check_pushable(config(engine="embedded"), hf_config, World(0, 1, CPU))

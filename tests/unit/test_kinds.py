@@ -10,15 +10,18 @@ from safetensors.torch import load_file, save_file
 from test_resume import assert_equal_checkpoints, metrics, train
 from transformers import AutoModelForCausalLM
 
+from pgrpo.admission.models import check_model
 from pgrpo.commands.export import export
-from pgrpo.config import ModelConfig
+from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.distributed.world import World
 from pgrpo.model.families import experts
+from pgrpo.model.lora import check_lora
 from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.proof import reference_logprobs, tokens_as_groups
 from pgrpo.model.weights import full_weights, weight_names
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
+from pgrpo.planning.flops import ModelDims
 from pgrpo.rollout.vllm.canary import CanaryError
 from pgrpo.training.engine import Canary
 
@@ -110,3 +113,25 @@ def test_what_is_said_of_experts_and_of_heads_that_are_not_trained():
     assert experts.untrained_text(config) == ""
     config.mtp_num_hidden_layers = 1
     assert "multi-token prediction (1 layers) are not loaded, trained or exported" in experts.untrained_text(config)
+
+
+def test_what_a_mixture_cannot_have_is_refused(tmp_path, caplog):
+    caplog.set_level("INFO")
+    config = SCRIPT["make_model"](kind="qwen3_moe").config
+    dims = ModelDims.from_config(config)
+    for name in ("experts", "gate_up_proj"):
+        with pytest.raises(
+            ConfigError, match=rf"model\.lora_targets: '{name}' is all experts of a layer in one tensor"
+        ):
+            check_lora(ModelConfig(path="m", lora_rank=2, lora_targets=["q_proj", name]), dims)
+    check_lora(ModelConfig(path="m", lora_rank=2, lora_targets=["q_proj"]), dims)
+    assert not caplog.text
+    check_lora(ModelConfig(path="m", lora_rank=2), dims)
+    assert "LoRA: the experts (down_proj, gate_up_proj) are not trained" in caplog.text
+    config.output_router_logits, config.router_aux_loss_coef = True, 0.0
+    assert experts.balance_refusal(config) == ""
+    config.router_aux_loss_coef = 0.01
+    with pytest.raises(
+        ConfigError, match=r"^model\.path=m: output_router_logits=true with router_aux_loss_coef=0\.01: no load"
+    ):
+        check_model("m", config, 64)

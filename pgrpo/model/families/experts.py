@@ -15,7 +15,6 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from pgrpo.planning.dims import ACTIVE_EXPERTS, EXPERTS, first_of
 
-STACKING = MergeModulelist, Concatenate
 PREDICTORS = ("mtp_num_hidden_layers", "num_nextn_predict_layers", "num_mtp_layers")
 """Numbers of layers that predict further tokens, in configs."""
 
@@ -28,9 +27,15 @@ def has_other_tensors(config: PretrainedConfig) -> bool:
 
 
 def can_unstack(config: PretrainedConfig) -> bool:
-    """Whether these can be made again from one tensor at a time: experts that were stacked can."""
+    """Whether these can be made again from one tensor at a time: stacks of experts can. Not so other concatenations, whose parts
+    may have different sizes (the convolutions of OLMo hybrid)."""
     converters = [one for one in _conversions(config) if isinstance(one, WeightConverter)]
-    return all(len(c.target_patterns) == 1 and all(isinstance(op, STACKING) for op in c.operations) for c in converters)
+    return all(
+        len(c.target_patterns) == 1
+        and isinstance(c.operations[0], MergeModulelist)
+        and all(isinstance(op, MergeModulelist | Concatenate) for op in c.operations)
+        for c in converters
+    )
 
 
 def to_checkpoint(model: nn.Module) -> Convert:
