@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.fsdp import no_gradient
@@ -82,7 +83,7 @@ def check_engine(config: Config, dims: ModelDims, world: World) -> None:
 
 def check_pushable(config: Config, hf_config: PretrainedConfig, world: World) -> None:
     """Refuse vLLM for a model that transformers holds in other tensors than its checkpoint has, unless these are stacked experts,
-    which a push takes apart.
+    which a push takes apart; and for one of which it builds more than the policy has (a model with images, as text only).
 
     Raises:
         ConfigError: with the key and what to do.
@@ -91,6 +92,13 @@ def check_pushable(config: Config, hf_config: PretrainedConfig, world: World) ->
         raise ConfigError(
             f"rollout.engine={config.rollout.engine}: transformers holds a {hf_config.model_type} model in other tensors than its "
             "checkpoint, which vLLM loads, so that weights cannot be pushed; set rollout.engine=embedded"
+        )
+    theirs, ours = (hf_config.architectures or [None])[0], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf_config.model_type)
+    whole = "ForConditionalGeneration"
+    if engine_name(config, world.device) == "vllm" and ours and whole not in ours and whole in (theirs or ""):
+        raise ConfigError(
+            f"rollout.engine={config.rollout.engine}: of this config.json vLLM builds a {theirs}, which has parts that the policy, "
+            f"a {ours}, does not have; set rollout.engine=embedded, or give model.path a folder of the language model alone"
         )
 
 

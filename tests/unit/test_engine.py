@@ -344,3 +344,14 @@ def test_vllm_is_refused_for_a_model_that_transformers_holds_in_other_tensors(in
 @pytest.mark.parametrize("model_type", ["gpt_oss", "gemma3_text", "qwen3", "qwen3_moe", "mixtral"])
 def test_vllm_takes_a_model_whose_tensors_are_its_checkpoint_s_or_stacks_of_them(installed, model_type):
     engine.check_pushable(config(engine="vllm"), AutoConfig.for_model(model_type), World(0, 1, CPU))
+
+
+def test_vllm_is_refused_where_it_builds_more_than_the_policy_has(installed):
+    hf_config = AutoConfig.for_model("qwen3_5", architectures=["Qwen3_5ForConditionalGeneration"])
+    engine.check_pushable(config(engine="embedded"), hf_config, World(0, 1, CPU))
+    with pytest.raises(
+        ConfigError, match=r"vLLM builds a Qwen3_5ForConditionalGeneration, .* a Qwen3_5ForCausalLM, does"
+    ):
+        engine.check_pushable(config(engine="vllm"), hf_config, World(0, 1, CPU))
+    hf_config.architectures = ["Qwen3_5ForCausalLM"]
+    engine.check_pushable(config(engine="vllm"), hf_config, World(0, 1, CPU))
