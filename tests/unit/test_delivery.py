@@ -1,9 +1,11 @@
 """What a weight push must notice, with an engine of two ranks that fuses, splits and pads."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from pgrpo.rollout.vllm.delivery import Delivery, DeliveryError, bit_sum, sources_of
+from pgrpo.rollout.vllm.delivery import Delivery, DeliveryError, added_up, bit_sum, sources_of
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 
@@ -75,6 +77,45 @@ def test_names():
     with pytest.raises(DeliveryError, match=r"is made of .*extra.*which the policy does not have"):
         push(sent, [parts[0] | {"extra": sent["norm.weight"]}])
     push(sent, [parts[0] | {"a.o_proj.weight": torch.empty(0)}])  # cannot be read back
+
+
+@pytest.mark.parametrize(("up", "gate", "down"), [("up_proj", "gate_proj", "down_proj"), ("w3", "w1", "w2")])
+@pytest.mark.parametrize("around", ["", "routed_experts."])
+def test_every_expert_is_in_the_engines_stacks(up, gate, down, around):
+    generator = torch.Generator().manual_seed(1)
+    names = [
+        f"l.{layer}.experts.{i}.{part}.weight" for layer in range(2) for i in range(3) for part in (gate, up, down)
+    ]
+    sent = {name: torch.randn(4, 4, generator=generator) for name in names} | {
+        "l.0.q.weight": torch.ones(2),
+        "l.0.k.weight": torch.ones(1),
+    }
+
+    def stacks(given):
+        found = {"l.0.qk.weight": torch.cat([given["l.0.q.weight"], given["l.0.k.weight"]])}
+        for layer in range(2):
+            own = [given[f"l.{layer}.experts.{i}.{part}.weight"] for i in range(3) for part in (gate, up, down)]
+            found[f"l.{layer}.experts.{around}w13_weight"] = torch.stack([x for i, x in enumerate(own) if i % 3 < 2])
+            found[f"l.{layer}.experts.{around}w2_weight"] = torch.stack(own[2::3])
+        return found
+
+    def rename(values):
+        """As an engine that names fused parameters itself."""
+        return {name.replace(".q.", ".qk.").replace(".k.", ".qk."): value for name, value in values.items()}
+
+    def check(sent, engine):
+        delivery = Delivery(sent.items())
+        assert dict(delivery).keys() == sent.keys()
+        delivery.check(set(names) | sent.keys(), set(engine), engine, {}, rename=partial(added_up, rename))
+
+    check(sent, stacks(sent))
+    for name in sent:
+        stale = {n: t.clone() for n, t in sent.items()}
+        stale[name].view(-1)[0] += 0.5
+        with pytest.raises(DeliveryError, match=r"checksums of l\.[01]\..* \(1 in all\)"):
+            check(sent, stacks(stale))
+    with pytest.raises(DeliveryError, match=rf"l\.1\.experts\.2\.{up}\.weight \(1 in all\) were not sent"):
+        check({n: t for n, t in sent.items() if n != f"l.1.experts.2.{up}.weight"}, stacks(sent))
 
 
 def test_bit_sums_are_of_bits():

@@ -1,6 +1,12 @@
 """vLLM samples what the trainer computes, on tiny random models with windows; what it cannot be given is noticed."""
 
+import importlib.util
+import sys
 from functools import partial
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -43,7 +49,26 @@ MODELS = {
 
 
 @pytest.fixture
-def started(request, tmp_path):
+def without_images(monkeypatch):
+    """vLLM's file of Qwen3.5 imports transformers' image processors, and these torchvision, which nothing here needs."""
+    if importlib.util.find_spec("torchvision") is None:
+        for name in (
+            "",
+            ".io",
+            ".ops",
+            ".transforms",
+            ".transforms.functional",
+            ".transforms.v2",
+            ".transforms.v2.functional",
+        ):
+            module: Any = ModuleType(f"torchvision{name}")
+            module.__path__, module.__spec__ = [], ModuleSpec(module.__name__, None)
+            module.__getattr__ = lambda _: MagicMock()
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.fixture
+def started(request, tmp_path, without_images):
     """An engine on a tiny random model of that type, asleep, and the policy."""
     torch.manual_seed(0)
     hf_config = transformers.AutoConfig.for_model(request.param, **SIZES | MODELS[request.param])
