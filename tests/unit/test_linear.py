@@ -17,7 +17,8 @@ from pgrpo.admission import linear as admission
 from pgrpo.admission import on_device
 from pgrpo.admission.linear import check_linear
 from pgrpo.admission.on_device import check_on_device
-from pgrpo.admission.proof import True64, _default_dtype, _twins
+from pgrpo.admission.proof import True64, default_dtype
+from pgrpo.admission.proof import twins as twins_of
 from pgrpo.admission.shrink import shrink
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.layout import PackedLayout
@@ -39,8 +40,8 @@ def twins():
     kinds = ["linear_attention", "linear_attention", "full_attention"]
     config = shrink(AutoConfig.for_model("qwen3_5_text"))
     config.num_hidden_layers, config.layer_types = 3, kinds
-    with torch.random.fork_rng(devices=[]), _default_dtype(torch.float64):
-        yield _twins(config, 0)
+    with torch.random.fork_rng(devices=[]), default_dtype(torch.float64):
+        yield twins_of(config, 0)
 
 
 def compared(twins, samples, mode: Any = True64, attention=None):
