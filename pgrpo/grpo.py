@@ -22,6 +22,7 @@ from pgrpo.algorithm.advantages import compare, rewards_differ
 from pgrpo.algorithm.loss import Counts
 from pgrpo.algorithm.metrics import group_metrics
 from pgrpo.config import Config
+from pgrpo.environments.metrics import turn_metrics
 from pgrpo.environments.returns import give_returns
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.rollout.base import sample_seeds, sampling_params
@@ -84,7 +85,7 @@ def grpo_step(parts: Parts, progress: Progress) -> tuple[list[Group], Metrics]:
     if canary:
         canary.after_update()
 
-    scored = world.from_main(group_metrics(all_groups) if world.is_main else {})
+    scored = world.from_main(group_metrics(all_groups) | turn_metrics(all_groups) if world.is_main else {})
     logged = {"lr": lr, "epoch": parts.stream.epoch}
     return groups, scored | updated | sampled | parts.engine.metrics | checked | logged | clock.metrics(updated)
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Sequence
-from typing import get_args
 
 from pgrpo.algorithm.advantages import has_spread
-from pgrpo.types import Episode, FinishReason, Group
+from pgrpo.types import Group
 
 
 def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -28,34 +26,6 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     for name in episodes[0].reward_parts:
         values = [v for g in groups for v in g.reward_part(name) if v is not None]
         metrics[f"rewards/{name}/mean"] = _mean(values)
-    return metrics | turn_metrics(episodes)
-
-
-def turn_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
-    """Turns, calls and ends of episodes with tools; nothing for single turns."""
-    if not any(episode.counts for episode in episodes):
-        return {}
-    totals = Counter[str]()
-    for episode in episodes:
-        totals.update(episode.counts)
-    calls, count = totals["calls"], len(episodes)
-    metrics = {
-        "episodes/turns/mean": totals["turns"] / count,
-        "episodes/samples/mean": _mean([len(e.samples) for e in episodes]),
-        "episodes/read_tokens/mean": _mean([len(e.token_ids) - e.sampled_tokens for e in episodes]),
-        "episodes/seconds_in_calls/mean": totals["seconds"] / count,
-        "episodes/cut_results": float(totals["cut_results"]),
-        "tools/call_frequency": calls / count,
-        "tools/bad_call_frequency": totals["bad_calls"] / calls if calls else 0.0,
-        "tools/failure_frequency": totals["failures"] / calls if calls else 0.0,
-    }
-    for reason in get_args(FinishReason):
-        metrics[f"episodes/end/{reason}"] = _mean([episode.finish_reason == reason for episode in episodes])
-    for name in sorted(name.removesuffix("/calls") for name in totals if name.endswith("/calls")):
-        own = totals[f"{name}/calls"]
-        metrics[f"tools/{name}/call_frequency"] = own / count
-        metrics[f"tools/{name}/failure_frequency"] = totals[f"{name}/failures"] / own
-        metrics[f"tools/{name}/latency_s"] = totals[f"{name}/seconds"] / own
     return metrics
 
 

@@ -16,23 +16,9 @@ from pgrpo.attention.layout import PackedLayout
 ATTENTION_NAME = "pgrpo"
 
 
-class SplitRows(Protocol):
-    """A packed batch of which this process has some rows (``distributed.sequence.SplitLayout``)."""
-
-    @property
-    def attend(self) -> Callable[..., Tensor]:
-        """As that of ``DecodingLayout``."""
-        ...
-
-
-class DecodingLayout(Protocol):
-    """A rollout in progress (``rollout.embedded.cache.DecodeCache``): keeps every layer's keys and values between calls, and the
-    ``states`` of layers that have one. ``prompts`` is the layout of its first call."""
-
-    states: dict[Any, Tensor]
-    prompts: PackedLayout
-
-    def for_rows(self, states_N: Tensor) -> Tensor: ...
+class AttendingLayout(Protocol):
+    """A layout with an attention of its own: a packed batch of which this process has some rows
+    (``distributed.sequence.SplitLayout``), or a rollout."""
 
     @property
     def attend(self) -> Callable[..., Tensor]:
@@ -41,7 +27,17 @@ class DecodingLayout(Protocol):
         ...
 
 
-AttentionLayout = PackedLayout | DecodingLayout | SplitRows
+class DecodingLayout(AttendingLayout, Protocol):
+    """A rollout in progress (``rollout.embedded.cache.DecodeCache``): keeps every layer's keys and values between calls, and the
+    ``states`` of layers that have one. ``prompts`` is the layout of its first call."""
+
+    states: dict[Any, Tensor]
+    prompts: PackedLayout
+
+    def for_rows(self, states_N: Tensor) -> Tensor: ...
+
+
+AttentionLayout = PackedLayout | AttendingLayout
 """Who attends to whom."""
 
 

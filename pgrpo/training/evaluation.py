@@ -13,6 +13,7 @@ from pgrpo.algorithm.metrics import group_metrics, pass_at_k
 from pgrpo.config import Config, ConfigError, to_json
 from pgrpo.distributed.world import World
 from pgrpo.environments.episodes import Episodes
+from pgrpo.environments.metrics import turn_metrics
 from pgrpo.process.lock import refuse_links, run_folder
 from pgrpo.rewards.runner import RewardRunner
 from pgrpo.rollout.base import sample_seeds, sampling_params
@@ -145,7 +146,7 @@ def save_results(folder: Path, evaluation: Evaluation, about: Mapping[str, Any],
 
 
 def _metrics(groups: Sequence[Group], errors: int, rewards: RewardRunner) -> dict[str, float]:
-    metrics = group_metrics(groups) | {"rewards/errors": float(errors)}
+    metrics = group_metrics(groups) | turn_metrics(groups) | {"rewards/errors": float(errors)}
     del metrics["reward_std"], metrics["frac_reward_zero_std"]  # they describe training's groups
     intervals = {"reward": mean_interval([_known(g.rewards) for g in groups])}
     for name in groups[0].episodes[0].reward_parts:

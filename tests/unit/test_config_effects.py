@@ -29,6 +29,9 @@ from pgrpo.training.update import NonFiniteError
 ROOT = Path(__file__).resolve().parents[2]
 OWN = """
 import os, time
+def sums(split):  # of two digits, as the recipe's, but so few that reading them takes no time
+    pairs = [(a, b) for a in range(10, 100, 9) for b in range(11, 100, 4)]
+    return [{"a": a, "b": b, "answer": str(a + b)} for a, b in pairs if (a * b % 3 == 0) == (split == "eval")]
 def rows(split):
     return [{"a": a, "b": 7, "answer": str(a + 7)} for a in range(10, 30)]
 def gaps(split):
@@ -80,7 +83,7 @@ class Greeting:
         return [1.0, 0.5]
 """
 BASE: dict[str, Any] = {
-    "recipe": "addition",
+    "recipe": "{tmp}/addition.yaml",
     "run_dir": "{tmp}/run",
     "model": {"path": "{tmp}/model", "dtype": "float32"},
     "rollout": {"prompts_per_step": 4, "group_size": 4},
@@ -128,7 +131,8 @@ OTHER = TOOLED | {"tools": ["{tmp}/own.py:other"]}
 HUB = {"data.path": "someone/sums"}
 LORA = {"model.lora_rank": 2}
 EVAL = {"eval.every": 1, "eval.rows": 4}
-TWO_UPDATES = {"train.updates_per_step": 2, "optim.lr": 2e-4}
+WHOLE = {"recipe": "addition"}  # of whose rows a few tokens' ratios are far enough from 1
+TWO_UPDATES = WHOLE | {"train.updates_per_step": 2, "optim.lr": 2e-4}
 WITH_KL = {"loss.kl_coef": 1.0, "train.steps": 3}
 TAUGHT = {"loss.teacher": "{tmp}/other"}
 MASKED = {"loss.rollout_correction": "token_mask"}  # here the difference is rounding: only a cap of 1 masks
@@ -262,7 +266,7 @@ EFFECTS = dict(
         effect("train.updates_per_step", 2, "weights", "plan"),
         effect("train.epochs_per_step", 2, "weights", "tokens", "plan"),
         effect("train.target_reward", 0.0, "metrics", "log", base=REACHED),
-        effect("train.token_budget", 22, "attention_calls", "plan"),
+        effect("train.token_budget", 22, "attention_calls", "plan", base=WHOLE),
         effect("train.max_skipped_updates", 0, "error", base=HUGE),
         effect("eval.every", 1, base={"eval.every": 2, "eval.rows": 4}),
         effect("eval.rows", 8, base=EVAL),
@@ -327,7 +331,8 @@ def folder(tmp_path_factory) -> Path:
         script["make_tokenizer"]().save_pretrained(tmp / name)
     save_caller(tmp / "caller")
     (tmp / "own.py").write_text(OWN)
-    recipe = (ROOT / "recipes" / "addition.yaml").read_text().replace("addition.py", str(ROOT / "recipes/addition.py"))
+    recipe = (ROOT / "recipes" / "addition.yaml").read_text().replace("addition.py:rows", "own.py:sums")
+    (tmp / "addition.yaml").write_text(recipe)
     (tmp / "recipe.yaml").write_text(recipe.replace("{a}+{b}=", "{b}+{a}+"))
     sums = [{"a": a, "b": b, "answer": str(a + b)} for a in range(10, 14) for b in (1, 12, 123456)]
     (tmp / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
