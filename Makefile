@@ -73,7 +73,7 @@ test-vllm: $(VENV_VLLM)/stamp
 	.venv-others/bin/pip install -r requirements.lock
 	.venv-others/bin/pip install --no-build-isolation --no-deps -e .
 	.venv-others/bin/pip install --no-deps trl==1.16.0 verl==0.9.0
-	.venv-others/bin/pip install ray tensordict codetiming
+	.venv-others/bin/pip install ray tensordict codetiming orjson
 	touch $@
 
 # Not in CI; results are committed. transformers 4 reads exports, in an environment of its own: three minutes on one idle core. TRL's and
