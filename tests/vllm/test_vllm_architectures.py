@@ -1,12 +1,8 @@
 """vLLM samples what the trainer computes, on tiny random models with windows; what it cannot be given is noticed."""
 
 import importlib.util
-import sys
+import os
 from functools import partial
-from importlib.machinery import ModuleSpec
-from types import ModuleType
-from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -49,22 +45,27 @@ MODELS = {
 
 
 @pytest.fixture
-def without_images(monkeypatch):
-    """vLLM's file of Qwen3.5 imports transformers' image processors, and these torchvision, which nothing here needs."""
+def without_images(monkeypatch, tmp_path_factory):
+    """vLLM's file of Qwen3.5 imports transformers' image processors, and these torchvision, which nothing here needs. vLLM imports
+    it in a process of its own, too."""
     if importlib.util.find_spec("torchvision") is None:
+        site = tmp_path_factory.mktemp("site")
         for name in (
             "",
-            ".io",
-            ".ops",
-            ".transforms",
-            ".transforms.functional",
-            ".transforms.v2",
-            ".transforms.v2.functional",
+            "io",
+            "ops",
+            "transforms",
+            "transforms/functional",
+            "transforms/v2",
+            "transforms/v2/functional",
         ):
-            module: Any = ModuleType(f"torchvision{name}")
-            module.__path__, module.__spec__ = [], ModuleSpec(module.__name__, None)
-            module.__getattr__ = lambda _: MagicMock()
-            monkeypatch.setitem(sys.modules, module.__name__, module)
+            folder = site / "torchvision" / name
+            folder.mkdir(exist_ok=True)
+            (folder / "__init__.py").write_text(
+                "from unittest.mock import MagicMock\n\n\ndef __getattr__(name):\n    return MagicMock()\n"
+            )
+        monkeypatch.syspath_prepend(site)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]))
 
 
 @pytest.fixture
