@@ -3,20 +3,15 @@ ranks.
 
 The engine sleeps while the policy trains and loads no weights from disk: every time it wakes, it receives all of the policy's.
 
-This file depends on these internals of vLLM, for the releases in ``vllm_start.TESTED`` (``vllm_start`` lists its own):
+This file depends on these internals of vLLM, for the releases in ``vllm_start.TESTED`` (``vllm_start`` and ``loading`` list
+their own):
 - A request without a seed draws from this process's global generators (PyTorch, NumPy, Python).
 - ``LLM.generate`` consists of ``LLM.enqueue``, ``llm_engine.step`` and ``abort_request``. ``LLM.request_counter`` numbers the
   requests, and ``enqueue`` returns their internal names. A completion includes the eos that ended it.
 - Shutting the engine down destroys the process group. The engine also shuts itself down at exit.
 - Sleep level 2 frees the weights, keys and values; ``wake_up`` allocates them again by tag. PyTorch counts them as allocated in
   either state. Only one engine per process can sleep, and none on a CPU.
-- The worker's ``reload_weights`` calls the model's ``load_weights`` once, with Hugging Face names. ``load_weights`` returns the
-  names of the model's own parameters that it wrote; vLLM only warns about the others. ``packed_modules_mapping`` lists fused ones,
-  and ``hf_to_vllm_mapper``, where a model has it, renames Hugging Face names to its own.
 - The scheduler's ``schedule`` returns the ids of the requests that it preempted (``preempted_req_ids``).
-- The model runners compute logits with the model's ``compute_logits``, outside CUDA graphs, for sampling and for prompt log-probs.
-- On a CPU, vLLM repacks a linear layer's weight after loading, so it cannot be read back. A head tied to the embedding is repacked
-  once, and a reload does not update that copy. Experts are packed in place, once: a reload leaves them as they are in a checkpoint.
 """
 
 from __future__ import annotations
@@ -39,7 +34,7 @@ from pgrpo.process.stopping import Stopped
 from pgrpo.rollout.base import More, OnFinished, no_more
 from pgrpo.rollout.text import Tokenizer, make_completions
 from pgrpo.rollout.vllm import start as vllm_start
-from pgrpo.rollout.vllm.delivery import Delivery, added_up
+from pgrpo.rollout.vllm.loading import divide_logits, load
 from pgrpo.rollout.vllm.offload import Offload
 from pgrpo.rollout.vllm.requests import DEADLINE, Asked, EngineError, Requests, vllm_errors
 from pgrpo.types import Completion, Request, Sample, SamplingParams
@@ -104,7 +99,7 @@ class VLLMEngine:
         with self.offload.away():  # vLLM refuses a share of memory that is not free when it starts
             self.llm, self.notes = vllm_start.start(config, world, memory_share)
             self.requests = Requests(self.llm, self.seconds, self._stop_signal)
-            self._divide_logits()
+            divide_logits(self._model(), lambda: self.divisor)
             self._fall_asleep()
         self.counted_bytes = self._allocated() - allocated
 
@@ -170,7 +165,7 @@ class VLLMEngine:
         settings: Any = partial(
             vllm_start.package().SamplingParams,
             n=1 if greedy else group_size,  # vLLM refuses n > 1 when greedy: sample once, copy below
-            temperature=0.0 if greedy else 1.0,  # _divide_logits applies the temperature
+            temperature=0.0 if greedy else 1.0,  # divide_logits applies the temperature
             top_p=params.top_p,
             top_k=params.top_k,
             stop=list(params.stop),
@@ -255,50 +250,10 @@ class VLLMEngine:
         self._together(self._push)
 
     def _push(self) -> None:
-        model, written = self._model(), set()
-        load_weights, delivery = model.load_weights, Delivery(self.weights())
-        sending = iter(delivery)
-
-        def load_and_note(weights: Iterator[tuple[str, Tensor]]) -> set[str]:
-            written.update(names := load_weights(weights))
-            return names
-
-        model.load_weights = load_and_note
-        try:
-            self._call(
-                "weight push",
-                lambda: self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": sending}),
-            )
-        except Exception:
-            for _ in sending:  # gathering is collective: other ranks wait for this rank's shards
-                pass
-            raise
-        finally:
-            del model.load_weights
-        if not self.sleeps:
-            self._pack_again(model)
-        delivery.check(
-            self.weight_names,
-            written,
-            dict(model.named_parameters()),
-            getattr(model, "packed_modules_mapping", {}),
-            rename=partial(added_up, model.hf_to_vllm_mapper.apply_dict)
-            if hasattr(model, "hf_to_vllm_mapper")
-            else dict,
-            ranks=self.tp_size,
-            sum_over_ranks=self._sum_over_engine,
-        )
-        self.llm.reset_prefix_cache()
-
-    def _pack_again(self, model: Any) -> None:
-        """On a CPU: what vLLM packs at its start only."""
-        embedding = getattr(model.model, "embed_tokens", None)
-        if embedding is not None and model.lm_head.weight is embedding.weight:
-            model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
-        for layer in model.modules():
-            kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
-            if kernel is not None:
-                kernel.fused_experts.process_weights_after_loading(layer)
+        load(
+            self.llm, self._model(), self.weights(), self.weight_names, self._call,
+            is_packed=not self.sleeps, ranks=self.tp_size, sum_over_ranks=self._sum_over_engine,
+        )  # fmt: skip
 
     def _sum_over_engine(self, values: Tensor) -> Tensor:
         if self.tp_group is not None:
@@ -331,18 +286,6 @@ class VLLMEngine:
             raise
         self.world.check_stop()
         return result
-
-    def _divide_logits(self) -> None:
-        """Let the model itself divide its logits by the temperature. vLLM's raw log-probs (before top-k and top-p) are then those
-        of the trainer's distribution."""
-        model = self._model()
-        compute_logits = model.compute_logits
-
-        def divided(*args: Any, **kwargs: Any) -> Any:
-            logits = compute_logits(*args, **kwargs)
-            return logits if self.divisor == 1.0 else logits.float() / self.divisor
-
-        model.compute_logits = divided
 
     def _model(self) -> Any:
         return self.llm.apply_model(lambda model: model)[0]

@@ -1,0 +1,99 @@
+"""Loads the policy's weights into vLLM's model, and checks that all arrived.
+
+This file depends on these internals of vLLM:
+- The worker's ``reload_weights`` calls the model's ``load_weights`` once, with Hugging Face names. ``load_weights`` returns the
+  names of the model's own parameters that it wrote; vLLM only warns about the others. ``packed_modules_mapping`` lists fused ones,
+  and ``hf_to_vllm_mapper``, where a model has it, renames Hugging Face names to its own.
+- The model runners compute logits with the model's ``compute_logits``, outside CUDA graphs, for sampling and for prompt log-probs.
+- On a CPU, vLLM repacks a linear layer's weight after loading, so it cannot be read back. A head tied to the embedding is repacked
+  once, and a reload does not update that copy. Experts are packed in place, once: a reload leaves them as they are in a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from pgrpo.rollout.vllm.delivery import Delivery, added_up
+
+
+def load(
+    llm: Any,
+    model: Any,
+    weights: Iterator[tuple[str, Tensor]],
+    names: set[str],
+    call: Callable[[str, Callable[[], Any]], Any],
+    *,
+    is_packed: bool,
+    ranks: int,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+) -> None:
+    """A collective call of the ranks that share an engine, and of those that share the weights.
+
+    Args:
+        llm, model: vLLM's.
+        weights, names: what is sent, and all names that must be.
+        call: calls a function of vLLM, whose name in errors is its first argument, with a deadline.
+        is_packed: whether vLLM packed its weights at its start, on a CPU.
+        ranks, sum_over_ranks: see ``Delivery.check``.
+
+    Raises:
+        DeliveryError: not every weight arrived on this rank.
+        EngineError: vLLM failed.
+    """
+    written: set[str] = set()
+    load_weights, delivery = model.load_weights, Delivery(weights)
+    sending = iter(delivery)
+
+    def load_and_note(weights: Iterator[tuple[str, Tensor]]) -> set[str]:
+        written.update(names := load_weights(weights))
+        return names
+
+    model.load_weights = load_and_note
+    try:
+        call("weight push", lambda: llm.collective_rpc("reload_weights", kwargs={"weights_iterator": sending}))
+    except Exception:
+        for _ in sending:  # gathering is collective: other ranks wait for this rank's shards
+            pass
+        raise
+    finally:
+        del model.load_weights
+    if is_packed:
+        _pack_again(model)
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    delivery.check(
+        names,
+        written,
+        dict(model.named_parameters()),
+        getattr(model, "packed_modules_mapping", {}),
+        rename=dict if mapper is None else partial(added_up, mapper.apply_dict),
+        ranks=ranks,
+        sum_over_ranks=sum_over_ranks,
+    )
+    llm.reset_prefix_cache()
+
+
+def _pack_again(model: Any) -> None:
+    """What vLLM packs at its start only."""
+    embedding = getattr(model.model, "embed_tokens", None)
+    if embedding is not None and model.lm_head.weight is embedding.weight:
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+    for layer in model.modules():
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        if kernel is not None:
+            kernel.fused_experts.process_weights_after_loading(layer)
+
+
+def divide_logits(model: Any, divisor: Callable[[], float]) -> None:
+    """Let the model itself divide its logits by the temperature. vLLM's raw log-probs (before top-k and top-p) are then those of
+    the trainer's distribution."""
+    compute_logits = model.compute_logits
+
+    def divided(*args: Any, **kwargs: Any) -> Any:
+        logits = compute_logits(*args, **kwargs)
+        return logits if divisor() == 1.0 else logits.float() / divisor()
+
+    model.compute_logits = divided
