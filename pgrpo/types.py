@@ -46,6 +46,33 @@ def value_of(row: Mapping[str, Any], name: str) -> Any:
     return value
 
 
+class Image(NamedTuple):
+    """An image in a prompt, without its pixels, which ``vision.ImageStore`` has by its key.
+
+    Attributes:
+        key: hash of its content.
+        runs: (start, end) of the prompt's tokens that stand for it; several where text separates its tiles.
+    """
+
+    key: str
+    runs: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptImages:
+    """The images of a prompt, in order.
+
+    Attributes:
+        images: at least one.
+        unexpanded_ids: the prompt's token ids with one placeholder an image, which vLLM expands itself.
+        positions: [3][P] position ids where a model has three dimensions of them; else None, and they count tokens.
+    """
+
+    images: tuple[Image, ...]
+    unexpanded_ids: list[int]
+    positions: list[list[int]] | None = None
+
+
 @dataclass(slots=True)
 class Prompt:
     """One row of the data set, rendered.
@@ -56,6 +83,7 @@ class Prompt:
         token_ids: ``text`` tokenized, at least one token.
         columns: the data set's row, handed to reward functions.
         messages: the chat messages before the template, or None for a raw prompt.
+        images: where images stand in ``token_ids``, a token for each of their rows; None without images.
     """
 
     index: int
@@ -63,6 +91,7 @@ class Prompt:
     token_ids: list[int]
     columns: dict[str, Any] = field(default_factory=dict)
     messages: Messages | None = None
+    images: PromptImages | None = None
 
 
 class Request(NamedTuple):
@@ -70,11 +99,13 @@ class Request(NamedTuple):
 
     Attributes:
         max_tokens: limit of a completion, below ``SamplingParams.max_completion_tokens``; None: that.
+        images: of the tokens, as ``Prompt.images``.
     """
 
     token_ids: list[int]
     seeds: list[int]
     max_tokens: int | None = None
+    images: PromptImages | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +141,7 @@ class Sample:
         weights_version: training steps that the weights had behind them which sampled it.
         advantages: R numbers; empty until the group is compared.
         turns: R numbers of the episode's turns, -1 for a token that is read; empty for a single turn.
+        images: of the prompt, as ``Prompt.images``.
     """
 
     prompt_ids: list[int]
@@ -119,6 +151,7 @@ class Sample:
     weights_version: int = 0
     advantages: list[float] = field(default_factory=list)
     turns: list[int] = field(default_factory=list)
+    images: PromptImages | None = None
 
 
 @dataclass(slots=True)
@@ -155,7 +188,10 @@ class Episode:
     def of(prompt: Prompt, completion: Completion) -> Episode:
         """The episode of a single turn."""
         c = completion
-        sample = Sample(prompt.token_ids, c.token_ids, [True] * len(c.token_ids), c.rollout_logprobs, c.weights_version)
+        mask = [True] * len(c.token_ids)
+        sample = Sample(
+            prompt.token_ids, c.token_ids, mask, c.rollout_logprobs, c.weights_version, images=prompt.images
+        )
         return Episode([sample], c.text, c.finish_reason)
 
     @property

@@ -98,6 +98,8 @@ def rows(section: type, prefix: str) -> Iterator[str]:
     for field in fields(section):
         hint = hints(section).get(field.name)
         if hint is None or is_dataclass(hint):
+            if hint is not None and prefix:  # a section of a section; those at the top have tables of their own
+                yield from rows(hint, f"{prefix}{field.name}.")  # pyright: ignore[reportArgumentType]
             continue
         words = re.sub(r"`+", "`", text[field.name]).replace("|", r"\|")
         yield f"| `{prefix}{field.name}` | {kind(hint)}{limits(field)} | {default(field)} | {words} |"

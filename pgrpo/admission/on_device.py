@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pgrpo.admission.models import cache_file
 from pgrpo.admission.shrink import few_layers
@@ -28,6 +28,7 @@ from pgrpo.model.proof import gradients, reference_logprobs, tokens_as_samples
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.types import Sample
+from pgrpo.vision.families import attention_names, auto_class
 
 log = logging.getLogger(__name__)
 PROMPTS, PROMPT_TOKENS, COMPLETIONS, COMPLETION_TOKENS = 2, 2048, 4, 256
@@ -108,6 +109,9 @@ def bfloat16_errors(
 
 def _make(config: PretrainedConfig, attention: str) -> PreTrainedModel:
     own = copy.deepcopy(config)  # from_config writes into it
-    return AutoModelForCausalLM.from_config(
-        own, attn_implementation=attention, trust_remote_code=bool(getattr(own, "auto_map", None)), dtype=torch.float32
+    return auto_class(own).from_config(
+        own,
+        attn_implementation=attention_names(own, attention),
+        trust_remote_code=bool(getattr(own, "auto_map", None)),
+        dtype=torch.float32,
     )

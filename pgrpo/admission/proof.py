@@ -22,15 +22,18 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from pgrpo.admission.shrink import Small, shrink
+from pgrpo.admission.vision import RandomImages, image_bugs
 from pgrpo.attention.hook import ATTENTION_NAME, attention_forward
+from pgrpo.model.families.vision import Vision
 from pgrpo.model.policy import Policy, untouched_model
 from pgrpo.model.proof import SEEDED_BUGS, Difference, difference, gradients, reference_logprobs, tokens_as_samples
 from pgrpo.packing.batch import GroupedBatch, build_batch
 from pgrpo.packing.forest import Forest, length
 from pgrpo.types import Sample
+from pgrpo.vision.families import attention_names, auto_class, family_of
 
 log = logging.getLogger(__name__)
 
@@ -105,39 +108,63 @@ def prove(
 
 def _compare(config: PretrainedConfig, seed: int, stretch: int) -> Proof:
     untouched, grouped = twins(config, seed)
-    samples = proof_samples(config.get_text_config().vocab_size, seed, stretch)
+    vocab, images = config.get_text_config().vocab_size, None
+    if family_of(config):
+        with True64():
+            images = RandomImages(config, untouched, seed)
+            samples = images.samples(vocab, stretch)
+    else:
+        samples = proof_samples(vocab, seed, stretch)
     try:
-        return _compare_in(True64, EXACT, untouched, grouped, samples)
+        return _compare_in(True64, EXACT, untouched, grouped, samples, images)
     except (TypeError, RuntimeError, ValueError) as error:
         first = error
     try:  # a model whose code does not run in that mode
-        return _compare_in(nullcontext, EXACT_PLAIN, untouched, grouped, samples)
+        return _compare_in(nullcontext, EXACT_PLAIN, untouched, grouped, samples, images)
     except Exception as error:
         raise error from first
 
 
 def _compare_in(
-    mode: Callable[[], Any], exact: float, untouched: nn.Module, grouped: PreTrainedModel, samples: list[Sample]
+    mode: Callable[[], Any],
+    exact: float,
+    untouched: PreTrainedModel,
+    grouped: PreTrainedModel,
+    samples: list[Sample],
+    images: RandomImages | None,
 ) -> Proof:
-    batch = build_batch(Forest.of(samples))
+    batch, bugs = build_batch(Forest.of(samples)), SEEDED_BUGS
     with mode():
         policy = Policy(grouped)
-        wanted = reference_logprobs(untouched, samples)
+        wanted = reference_logprobs(untouched, samples, more=reference_inputs(untouched, images))
+        if images and policy.vision:
+            policy.vision.pixels, bugs = images.pixels, bugs | image_bugs(images.config)
         wanted_gradients = gradients(wanted, untouched)
         with _hook_calls() as calls:
             found = difference(policy, batch, wanted, wanted_gradients)
         if not (found.logprob <= exact and found.gradient <= exact):
-            refusal = _refusal(found, untouched, policy, samples, batch)
+            refusal = _refusal(found, untouched, policy, samples, batch, images)
             return Proof(found.logprob, found.gradient, refusal=refusal if calls else f"{NO_HOOK}; {refusal}")
         with torch.no_grad():
-            bugs = {
+            sizes = {
                 name: (policy(buggy).logprobs - wanted).abs().max().item() if (buggy := seed_bug(batch)) else 0.0
-                for name, seed_bug in SEEDED_BUGS.items()
+                for name, seed_bug in bugs.items()
             }
-            positions = _stretched(untouched, samples[0]) > SEEN * exact
-    unseen = [name for name, size in bugs.items() if not size > SEEN * exact and (positions or "positions" not in name)]
+            positions = images is not None or _stretched(untouched, samples[0]) > SEEN * exact
+    unseen = [
+        name for name, size in sizes.items() if not size > SEEN * exact and (positions or "positions" not in name)
+    ]
     refusal = f"the proof would not notice a bug: {', '.join(unseen)}" if unseen else ""
-    return Proof(found.logprob, found.gradient, bugs, refusal)
+    return Proof(found.logprob, found.gradient, sizes, refusal)
+
+
+def reference_inputs(untouched: PreTrainedModel, images: RandomImages | None) -> Callable[[Sample], dict[str, Any]]:
+    """What the untouched model is given beside a sample's token ids."""
+    vision = Vision.of(untouched)
+    if vision is None or images is None:
+        return lambda _: {}
+    vision.pixels = images.pixels
+    return vision.reference_inputs
 
 
 def _stretched(model: nn.Module, sample: Sample) -> float:
@@ -152,16 +179,27 @@ def _stretched(model: nn.Module, sample: Sample) -> float:
 
 
 def _refusal(
-    found: Difference, untouched: nn.Module, policy: Policy, samples: Sequence[Sample], batch: GroupedBatch
+    found: Difference,
+    untouched: PreTrainedModel,
+    policy: Policy,
+    samples: Sequence[Sample],
+    batch: GroupedBatch,
+    images: RandomImages | None,
 ) -> str:
-    where = first_difference(untouched, policy, samples, batch)
+    where = first_difference(untouched, policy, samples, batch, reference_inputs(untouched, images))
     return (
         f"log-probs differ from the untouched model's by {found.logprob:.1e} nats, gradients by {found.gradient:.1e} (relative, on "
         f"a small copy in float64); {where}"
     )
 
 
-def first_difference(untouched: nn.Module, policy: Policy, samples: Sequence[Sample], batch: GroupedBatch) -> str:
+def first_difference(
+    untouched: nn.Module,
+    policy: Policy,
+    samples: Sequence[Sample],
+    batch: GroupedBatch,
+    more: Callable[[Sample], dict[str, Any]] = lambda _: {},
+) -> str:
     """Name the first module, in the order in which they finish, whose outputs differ between both models."""
     with torch.no_grad():
         with _outputs(policy.model) as ours:
@@ -171,7 +209,8 @@ def first_difference(untouched: nn.Module, policy: Policy, samples: Sequence[Sam
             if sample.token_ids:
                 start = len(sample.prompt_ids)
                 with _outputs(untouched) as theirs:
-                    untouched(input_ids=torch.tensor([sample.prompt_ids + sample.token_ids]), use_cache=False)
+                    ids = torch.tensor([sample.prompt_ids + sample.token_ids])
+                    untouched(input_ids=ids, use_cache=False, **more(sample))
                 for name, x in theirs.items():
                     if x.ndim >= 2 and x.shape[:2] == (1, length(sample)):
                         parts.setdefault(name, []).append(x[0, start - 1 : -1])
@@ -233,8 +272,11 @@ def twins(config: PretrainedConfig, seed: int) -> tuple[PreTrainedModel, PreTrai
 
 def _make(config: PretrainedConfig, attention: str) -> PreTrainedModel:
     own = copy.deepcopy(config)  # from_config writes into it
-    return AutoModelForCausalLM.from_config(
-        own, attn_implementation=attention, trust_remote_code=bool(getattr(own, "auto_map", None)), dtype=torch.float64
+    return auto_class(own).from_config(
+        own,
+        attn_implementation=attention_names(own, attention),
+        trust_remote_code=bool(getattr(own, "auto_map", None)),
+        dtype=torch.float64,
     )
 
 

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
+from pgrpo.admission.vision import shrink_tower
+from pgrpo.vision.families import family_of
+
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 KV_HEADS = ("num_key_value_heads", "multi_query_group_num", "num_kv_heads", "n_head_kv")
@@ -62,7 +65,11 @@ def shrink(config: PretrainedConfig, max_sample: int | None = None, small: Small
     Raises:
         Exception: the class of the config refuses the small values.
     """
-    result = _rebuilt(config, _shrunken(config.to_dict(), max_sample, small or Small()))
+    small = small or Small()
+    values = _shrunken(config.to_dict(), max_sample, small)
+    if family_of(config):
+        shrink_tower(values, small.heads * small.head_dim, small.vocab)
+    result = _rebuilt(config, values)
     result._experts_implementation = "eager"  # the others compute in half precision only
     return result
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pgrpo.admission.fits import check_lora
 from pgrpo.admission.linear import check_linear
@@ -32,6 +32,7 @@ from pgrpo.planning.placement import check_device, compute_dtype, is_compiled
 from pgrpo.process.caches import use_caches
 from pgrpo.training.place import wrap
 from pgrpo.types import Recompute, Sample
+from pgrpo.vision.families import attention_names, auto_class
 
 MATMUL_SIZE = {"cpu": 1536, "cuda": 8192}
 HEAD_START = 8
@@ -99,7 +100,7 @@ def bench(
         print(f"attention kernel {policy.attention.kernel}: {policy.attention.reason}")
         rows: list[Row] = []
         for shape in shapes:
-            samples = tokens_as_samples(*random_tokens(shape, policy.model.config.vocab_size))
+            samples = tokens_as_samples(*random_tokens(shape, policy.model.config.get_text_config().vocab_size))
             timed, rate = time_jobs(
                 {
                     "grouped": lambda samples=samples: Packed(policy, samples, is_shared=True),
@@ -207,11 +208,11 @@ def random_model(config: Config, device: torch.device) -> PreTrainedModel:
     """A model with the shape of ``model.path`` and random weights, created on the device in the compute dtype."""
     hf_config = load_hf_config(config.model)
     with device:
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(hf_config).from_config(
             hf_config,
             trust_remote_code=config.model.trust_remote_code,
             dtype=compute_dtype(config),
-            attn_implementation=ATTENTION_NAME,
+            attn_implementation=attention_names(hf_config, ATTENTION_NAME),
         )
     return model.train()
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 
 import torch
 from rich.console import Console
 from rich.text import Text
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from pgrpo.admission.models import check_model
+from pgrpo.admission.vision import image_bugs, rows_in_another_order
 from pgrpo.commands.plan import plan_text
 from pgrpo.config import Config, check_world_size, fit_world_size, redact
 from pgrpo.data import load_prompts
 from pgrpo.distributed.world import start, world_size
 from pgrpo.environments.chat import Transition
+from pgrpo.model.families.vision import Vision
 from pgrpo.model.policy import Policy, load_hf_config, load_model, untouched_model
 from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_samples
 from pgrpo.packing.batch import build_batch
@@ -26,7 +29,8 @@ from pgrpo.tracking import printable
 from pgrpo.tracking.live import showing
 from pgrpo.training.build import Parts, build, load_tokenizer
 from pgrpo.training.rollout import sample_and_score
-from pgrpo.types import Group, Sample
+from pgrpo.types import Group, Prompt, Sample
+from pgrpo.vision.families import attention_names, auto_class
 
 SAMPLES = 4
 COMPARED_TOKENS = 64
@@ -55,7 +59,7 @@ def check(config: Config) -> None:
         _show_transitions(parts.transitions, console)
         _show_samples(groups, load_tokenizer(config), console)
         console.print(plan_text(config), soft_wrap=True)
-        _prove(config, groups, console)
+        _prove(config, groups, console, parts.policy.vision)
         console.print("all checks passed")
 
 
@@ -102,13 +106,21 @@ def _show_samples(groups: list[Group], tokenizer: PreTrainedTokenizerBase, conso
         episode = group.episodes[0]
         prompt = episode.prompt or group.prompt
         values = ", ".join(f"{name} {value}" for name, value in episode.reward_parts.items())
-        console.print(f"--- prompt ({len(prompt.token_ids)} tokens)\n{_shown(prompt.text)}")
+        console.print(f"--- prompt ({len(prompt.token_ids)} tokens{_images(prompt)})\n{_shown(prompt.text)}")
         console.print(f"--- completion ({len(episode.token_ids)} tokens, {episode.finish_reason})")
         for sample in episode.samples if episode.messages else ():
             console.print(_masked(sample, tokenizer), soft_wrap=True)
         if not episode.messages:
             console.print(_shown(episode.text))
         console.print(f"--- reward {episode.reward} ({values})\n")
+
+
+def _images(prompt: Prompt) -> str:
+    """The tokens of each image."""
+    counts = [
+        sum(end - start for start, end in image.runs) for image in (prompt.images.images if prompt.images else ())
+    ]
+    return f", images of {', '.join(map(str, counts))}" if counts else ""
 
 
 def _masked(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -125,27 +137,35 @@ def _shown(text: str) -> str:
     return printable(redact(text))
 
 
-def _prove(config: Config, groups: list[Group], console: Console) -> None:
+def _prove(config: Config, groups: list[Group], console: Console, vision: Vision | None) -> None:
     """Compare on the CPU in float32, where rounding cannot hide a bug. LoRA's adapters are left out: they do not change
     attention."""
     model = config.model
     max_sample = config.max_sample_tokens
-    console.print(str(check_model(model.path, load_hf_config(model), max_sample)), soft_wrap=True)
+    hf_config = load_hf_config(model)
+    console.print(str(check_model(model.path, hf_config, max_sample)), soft_wrap=True)
     untouched = untouched_model(
-        lambda attention: AutoModelForCausalLM.from_pretrained(
+        lambda attention: auto_class(hf_config).from_pretrained(
             model.path,
             revision=model.revision,
             trust_remote_code=model.trust_remote_code,
             dtype=torch.float32,
-            attn_implementation=attention,
+            attn_implementation=attention_names(hf_config, attention),
         )
     )
     policy = Policy(load_model(model))
-    samples = tokens_as_samples(
-        [_comparable(group.prompt.token_ids) for group in groups],
-        [[_comparable(sample.token_ids[:COMPARED_TOKENS]) for sample in group.samples] for group in groups],
-    )
-    logprobs = reference_logprobs(untouched, samples)
+    samples = []
+    for group in groups:
+        completions = [_comparable(sample.token_ids[:COMPARED_TOKENS]) for sample in group.samples]
+        made = tokens_as_samples([_comparable(group.prompt.token_ids)], [completions])
+        samples += [replace(sample, images=group.prompt.images) for sample in made]
+    more, bugs = (lambda _: {}), SEEDED_BUGS
+    if vision and policy.vision and (seen := Vision.of(untouched)):
+        policy.vision.pixels = seen.pixels = vision.pixels
+        # A plain picture's features are the same in any order, so that bug is left to the small copy.
+        found = {name: bug for name, bug in image_bugs(hf_config).items() if bug is not rows_in_another_order}
+        more, bugs = seen.reference_inputs, SEEDED_BUGS | found
+    logprobs = reference_logprobs(untouched, samples, more=more)
     wanted = logprobs, gradients(logprobs, untouched)
     for name, forest in (("grouped", Forest.of(samples)), ("repeated", Forest.repeated(samples))):
         got = difference(policy, build_batch(forest), *wanted)
@@ -157,7 +177,7 @@ def _prove(config: Config, groups: list[Group], console: Console) -> None:
                 f"{name} attention is not exact on {model.path}: log-probs differ by {got.logprob:.1e} nats, gradients by "
                 f"{got.gradient:.1e}; at most {LARGEST_LOGPROB_DIFFERENCE:.0e} is rounding. Do not train this model with pgrpo"
             )
-    for name, seed_bug in SEEDED_BUGS.items():
+    for name, seed_bug in bugs.items():
         batch = seed_bug(build_batch(Forest.of(samples)))
         if batch is None:
             console.print(f"seeded bug, {name}: these few samples have no place for it")

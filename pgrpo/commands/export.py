@@ -10,15 +10,17 @@ from typing import Literal
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pgrpo.checkpoint import PREFIX, CheckpointError, latest, load
 from pgrpo.commands.model_card import write_card
 from pgrpo.commands.source_files import copy_source_files, source_folder
 from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.model.families.experts import untrained_text
+from pgrpo.model.families.vision import freeze
 from pgrpo.model.lora import add_adapters, merge_adapters
 from pgrpo.model.policy import load_hf_config
+from pgrpo.vision.families import auto_class
 
 
 def export(
@@ -76,9 +78,8 @@ def build_model(source: ModelConfig, weights: Mapping[str, Tensor], path: Path) 
     """The model that ``source`` names, with ``weights``; tied weights may have any one of their names."""
     config = load_hf_config(source)
     with torch.device("meta"):  # allocates and initialises nothing: the weights are assigned below
-        model = AutoModelForCausalLM.from_config(
-            config, trust_remote_code=source.trust_remote_code, dtype=torch.float32
-        )
+        model = auto_class(config).from_config(config, trust_remote_code=source.trust_remote_code, dtype=torch.float32)
+    freeze(model, tower=not source.train_vision, projector=not source.train_projector)  # so it is not in the checkpoint
     names_of: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(parameter), []).append(name)
@@ -116,8 +117,8 @@ def build_merged_model(source: ModelConfig, adapters: Mapping[str, Tensor], path
 
 
 def _initial(source: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    load_hf_config(source)
-    return AutoModelForCausalLM.from_pretrained(
+    config = load_hf_config(source)
+    return auto_class(config).from_pretrained(
         source.path, revision=source.revision, trust_remote_code=source.trust_remote_code, dtype=dtype
     )
 

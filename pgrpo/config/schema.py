@@ -72,11 +72,29 @@ class ModelConfig:
     """An adapter's output is multiplied by `lora_alpha / lora_rank`."""
     lora_targets: list[str] = field(default_factory=list)
     """Names of the linear layers that get adapters, such as `q_proj`. Empty: all linear layers of the decoder layers."""
+    train_vision: bool = False
+    """Train the vision tower too. It then runs once an image and micro-batch; frozen, once an image and step."""
+    train_projector: bool = False
+    """Train what brings the tower's features to the language model. The tower then runs once an image and micro-batch."""
     max_positions: int | None = number(None, least=1, most=2 * MOST_TOKENS)
     """The longest sample that the model can take, in tokens; a longer one is refused. None: `max_position_embeddings` of its
     config.json, or more where its RoPE scaling says so."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model."""
+
+
+@dataclass
+class ImageConfig:
+    min_pixels: int | None = number(None, least=1, most=2**30)
+    """A smaller image is enlarged to about this many pixels before the model sees it. None: as the model's image processor has it.
+    Refused for models whose images all have one size."""
+    max_pixels: int | None = number(None, least=1, most=2**30)
+    """A larger image is reduced to about this many pixels before the model sees it: fewer pixels are fewer tokens. None: as the
+    model's image processor has it. Refused for models whose images all have one size."""
+    max_file_pixels: int = number(50_000_000, least=4, most=2**31)
+    """A file with more pixels (width times height) is an error, before it is decoded."""
+    allowed_hosts: list[str] = field(default_factory=list)
+    """Hosts that images are fetched from where rows have URLs. A redirect to another host is refused."""
 
 
 @dataclass
@@ -97,10 +115,11 @@ class DataConfig:
     shuffle: bool = True
     """A new seeded order in each epoch. False keeps the order of the rows."""
     max_prompt_tokens: int = number(1024, least=1, most=MOST_TOKENS)
-    """The longest prompt, in tokens."""
+    """The longest prompt, in tokens, those of its images included."""
     overlong: Literal["error", "drop", "truncate"] = "error"
     """A longer prompt stops the run, is dropped, or keeps its last `max_prompt_tokens` tokens. Dropped and truncated prompts are
     counted."""
+    image: ImageConfig = field(default_factory=ImageConfig)
 
 
 @dataclass
@@ -123,6 +142,10 @@ class PromptConfig:
     answer_column: str | None = None
     """Where conversations end with the assistant's answer: the name of a new column for it, which rewards read (`args.column`).
     None: such a conversation is an error."""
+    images_column: str | None = None
+    """Column with the prompt's image, or a list of them: paths, URLs, bytes, PIL images or those of `datasets`. `<image>` in a
+    message marks the place of each, in order; without marks all are in front of the first user message. Needs a vision-language
+    model."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Extra arguments of the chat template (`enable_thinking: false`)."""
 

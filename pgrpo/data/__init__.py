@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pgrpo.config import ConfigError, DataConfig, PromptConfig
@@ -16,6 +17,7 @@ from pgrpo.data.render import ToolsOf, render_prompts
 from pgrpo.data.sources import check_rows, read_rows
 from pgrpo.data.stream import PromptStream
 from pgrpo.types import Prompt
+from pgrpo.vision.reader import ImageReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +43,7 @@ def load_prompts(
     first: int | None = None,
     dataset: Iterable[Mapping[str, Any]] | None = None,
     tools: ToolsOf | None = None,
+    reader: ImageReader | None = None,
 ) -> LoadedPrompts:
     """Read, render and tokenize a data set.
 
@@ -52,6 +55,7 @@ def load_prompts(
         first: maximum number of rows to use. None uses all.
         dataset: rows in memory (a ``datasets.Dataset`` or a list of dicts) that replace ``data.path``.
         tools: JSON schemas of a row's tools, for the chat template.
+        reader: reads images; None for a model without a vision tower.
 
     Raises:
         ConfigError: the rows cannot be read, there are none, the template names a missing column, a prompt is empty, or
@@ -61,13 +65,15 @@ def load_prompts(
     if not rows:
         raise ConfigError(f"{source} has no rows; give at least one")
     rows = rows[:first]
-    rendered = render_prompts(rows, prompt, tokenizer, tools)
+    path = Path((data.eval_path if held_out else None) or data.path or "").expanduser()
+    folder = path.parent if dataset is None and path.is_file() else Path()
+    rendered = render_prompts(rows, prompt, tokenizer, tools, reader, folder)
     prompts: list[Prompt] = []
     dropped = truncated = 0
-    for index, (row, (text, messages, ids)) in enumerate(zip(rows, rendered, strict=True)):
+    for index, (row, (text, messages, ids, images)) in enumerate(zip(rows, rendered, strict=True)):
         if len(ids) > data.max_prompt_tokens:
             if data.overlong == "error":
-                over = [len(other) for _, _, other in rendered if len(other) > data.max_prompt_tokens]
+                over = [len(other.ids) for other in rendered if len(other.ids) > data.max_prompt_tokens]
                 raise ConfigError(
                     f"row {index} of {source}: the prompt has {len(ids)} tokens, data.max_prompt_tokens is "
                     f"{data.max_prompt_tokens} ({len(over)} of {len(rows)} rows exceed it, the longest has {max(over)}); "
@@ -76,10 +82,15 @@ def load_prompts(
             if data.overlong == "drop":
                 dropped += 1
                 continue
+            if images:
+                raise ConfigError(
+                    f"data.overlong=truncate: row {index} of {source} has images, which cannot be cut ({len(ids)} tokens, "
+                    f"data.max_prompt_tokens is {data.max_prompt_tokens}); set data.overlong=drop, or lower data.image.max_pixels"
+                )
             truncated += 1
             ids = ids[-data.max_prompt_tokens :]
             text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-        prompts.append(Prompt(index=index, text=text, token_ids=ids, columns=row, messages=messages))
+        prompts.append(Prompt(index, text, ids, row, messages, images))
     if not prompts:
         raise ConfigError(
             f"data.overlong=drop dropped all {dropped} rows of {source}: every prompt is longer than "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pgrpo.config import ConfigError
@@ -14,13 +15,25 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "
 WRITE = 'convert it in a function that data.path names (file.py:function) to [{"role": "user", "content": "..."}, ...]'
 
 
-def read_chat(value: Any, where: str) -> Messages:
+@dataclass(slots=True)
+class ImagePart:
+    """A part of a content that is an image: a path, URL, bytes or PIL image, or None where it stands for one of a column."""
+
+    image: Any
+
+
+IMAGE_KEYS = ("image", "path", "url", "image_url", "bytes")
+"""Where a part of type ``image`` or ``image_url`` may have its image."""
+
+
+def read_chat(value: Any, where: str, images: list[ImagePart] | None = None) -> Messages:
     """Return the messages of a row.
 
     Args:
         value: a list, tuple or numpy array of messages, its JSON text, or a mapping of lists, as Arrow has it. A message has `role`
             and `content` or, as in ShareGPT, `from` and `value`. A content is a text, or a list of parts that are texts.
         where: the row and column, for errors.
+        images: gets the image parts, which become the mark ``<image>``. None: images are an error.
 
     Raises:
         ConfigError: it is something else; the message says what to write.
@@ -43,10 +56,10 @@ def read_chat(value: Any, where: str) -> Messages:
             value = [dict(zip(value, fields, strict=True)) for fields in zip(*value.values(), strict=True)]
     if not isinstance(value, list | tuple) or not value:
         raise ConfigError(f"{where}: must be a list of messages, not {value!r:.80}; {WRITE}")
-    return [_message(message, where) for message in value]
+    return [_message(message, where, images) for message in value]
 
 
-def _message(message: Any, where: str) -> dict[str, Any]:
+def _message(message: Any, where: str, images: list[ImagePart] | None) -> dict[str, Any]:
     # Columnar files give every message the same keys; absent ones are null.
     fields = {k: v for k, v in message.items() if v is not None} if isinstance(message, Mapping) else {}
     if "role" not in fields and "from" in fields:
@@ -59,11 +72,11 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: a message is a dict with `role` and `content` texts, not {message!r:.80}; {WRITE}")
     return fields | {
         "role": ROLES.get(fields["role"].lower(), fields["role"]),
-        "content": _text(fields["content"], where),
+        "content": _text(fields["content"], where, images),
     }
 
 
-def _text(content: Any, where: str) -> str:
+def _text(content: Any, where: str, images: list[ImagePart] | None) -> str:
     """The text of a content, of which parts are put together."""
     if isinstance(content, str):
         return content
@@ -72,6 +85,14 @@ def _text(content: Any, where: str) -> str:
     texts = []
     for part in content if isinstance(content, list | tuple) else [content]:
         text = part.get("text") if isinstance(part, Mapping) else part
+        if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
+            if images is None:
+                raise ConfigError(
+                    f"{where}: it has an image, which model.path does not take; name a vision-language model"
+                )
+            found = next((part[name] for name in IMAGE_KEYS if part.get(name) is not None), None)
+            images.append(ImagePart(found["url"] if isinstance(found, Mapping) and "url" in found else found))
+            text = "<image>"
         if not isinstance(text, str):
             raise ConfigError(
                 f"{where}: a content is a text, or a list of parts with a `text`, not {part!r:.80}; {WRITE}"

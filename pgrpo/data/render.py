@@ -6,19 +6,32 @@ In a chat the texts of rows never become control tokens (``control.py``); a raw 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pgrpo.config import ConfigError, PromptConfig
-from pgrpo.data.chats import read_chat
+from pgrpo.data.chats import ImagePart, read_chat
 from pgrpo.data.control import MARK, Control, unmarked
-from pgrpo.types import Messages, value_of
+from pgrpo.data.images import images_of, place
+from pgrpo.types import Messages, PromptImages, value_of
+from pgrpo.vision import reader as vision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
-Rendered = tuple[str, Messages | None, list[int]]
+
+
+class Rendered(NamedTuple):
+    """A prompt; its text has one placeholder an image, its ids have all tokens."""
+
+    text: str
+    messages: Messages | None
+    ids: list[int]
+    images: PromptImages | None = None
+
+
 ToolsOf = Callable[[Row], list[dict[str, Any]]]
 
 _OURS = {
@@ -33,13 +46,25 @@ _OURS = {
 
 
 def render_prompts(
-    rows: Sequence[Row], prompt: PromptConfig, tokenizer: PreTrainedTokenizerBase, tools: ToolsOf | None = None
+    rows: Sequence[Row],
+    prompt: PromptConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: ToolsOf | None = None,
+    reader: vision.ImageReader | None = None,
+    folder: Path = Path(),
 ) -> list[Rendered]:
-    """Return ``(text, messages or None, token_ids)`` of every row. ConfigError if a row does not give a prompt.
+    """The prompt of every row. ConfigError if a row does not give one.
 
     Args:
         tools: the JSON schemas of the tools that a row's chat template is given.
+        reader: reads images; None for a model without a vision tower.
+        folder: where the paths of images begin.
     """
+    if prompt.images_column and reader is None:
+        raise ConfigError(
+            f"prompt.images_column: {prompt.images_column}: model.path has no vision tower that is known; leave it out, or name a "
+            "vision-language model (docs/vision.md)"
+        )
     given = [name for name in ("template", "messages", "messages_column") if getattr(prompt, name)]
     if len(given) != 1:
         raise ConfigError(
@@ -49,40 +74,98 @@ def render_prompts(
     if prompt.template:
         fill = compile_template(prompt.template, columns, "prompt.template")
         texts = [fill(row, index) for index, row in enumerate(rows)]
-        return _checked(texts, [None] * len(rows), _tokenize_raw(texts, tokenizer), "prompt.template")
+        read = _read_images(rows, prompt, reader, [[]] * len(rows), folder)
+        if reader is not None:
+            texts = [text.replace(vision.MARK, reader.placeholder) for text in texts]
+        return _tokenized(
+            texts, [None] * len(rows), read, reader, lambda t: _tokenize_raw(t, tokenizer), "prompt.template"
+        )
     control = Control(tokenizer, special_only=True)
+
+    def guard(text: str) -> str:
+        return vision.MARK.join(map(control.guard, text.split(vision.MARK))) if reader else control.guard(text)
+
+    parts: list[list[ImagePart]] = [[] for _ in rows]
     if column := prompt.messages_column:
         key, prefill = "prompt.messages_column", False
         if not {column, column.split(".")[0]} & {*columns}:
             raise ConfigError(_no_column(key, column, columns))
         if (answer := prompt.answer_column) in columns:
             raise ConfigError(f"prompt.answer_column: the data already has a column `{answer}`; give another name")
-        chats = [_prompt_of_chat(row, column, prompt.answer_column, i) for i, row in enumerate(rows)]
-        chats = [[{**m, "content": control.guard(m["content"])} for m in chat] for chat in chats]
+        chats = [
+            _prompt_of_chat(row, column, prompt.answer_column, i, parts[i] if reader else None)
+            for i, row in enumerate(rows)
+        ]
+        chats = [[{**m, "content": guard(m["content"])} for m in chat] for chat in chats]
     else:
         key, prefill = "prompt.messages", prompt.messages[-1].role == "assistant"
         fills = [
-            (m.role, compile_template(m.content, columns, f"{key}[{i}]", control.guard))
-            for i, m in enumerate(prompt.messages)
+            (m.role, compile_template(m.content, columns, f"{key}[{i}]", guard)) for i, m in enumerate(prompt.messages)
         ]
         chats = [[{"role": role, "content": fill(row, i)} for role, fill in fills] for i, row in enumerate(rows)]
+    read = _read_images(rows, prompt, reader, parts, folder)
+    shown = chats
+    if reader is not None:
+        shown = [
+            place(chat, len(own), f"{key}: row {i}") for i, (chat, own) in enumerate(zip(chats, read, strict=True))
+        ]
     texts = _apply_chat_template(
-        chats, prompt.chat_template_kwargs, tokenizer, key, prefill, [*map(tools or _none, rows)]
+        shown, prompt.chat_template_kwargs, tokenizer, key, prefill, [*map(tools or _none, rows)]
     )
-    # The chat template already wrote bos and other special tokens, so the tokenizer must not add them again.
-    ids = _tokenize([text.replace(MARK, "") for text in texts], tokenizer, add_special_tokens=False)
-    ids = [control.encode(text) if MARK in text else own for text, own in zip(texts, ids, strict=True)]
-    return _checked([unmarked(text) for text in texts], [unmarked(chat) for chat in chats], ids, key)
+
+    def tokenize(texts: list[str]) -> list[list[int]]:
+        # The chat template already wrote bos and other special tokens, so the tokenizer must not add them again.
+        ids = _tokenize([text.replace(MARK, "") for text in texts], tokenizer, add_special_tokens=False)
+        return [control.encode(text) if MARK in text else own for text, own in zip(texts, ids, strict=True)]
+
+    return _tokenized(texts, [unmarked(chat) for chat in chats], read, reader, tokenize, key)
+
+
+def _read_images(
+    rows: Sequence[Row],
+    prompt: PromptConfig,
+    reader: vision.ImageReader | None,
+    parts: Sequence[Sequence[ImagePart]],
+    folder: Path,
+) -> list[list[vision.Read]]:
+    """The images of every row."""
+    if reader is None:
+        return [[] for _ in rows]
+    column = prompt.images_column
+    named = f"column `{column}`" if column else "messages"
+    values = [_column(row, column, "prompt.images_column", i) if column else None for i, row in enumerate(rows)]
+    found = [images_of(v, own, f"row {i}, {named}") for i, (v, own) in enumerate(zip(values, parts, strict=True))]
+    return reader.read(found, lambda i: f"row {i}, {named}", folder)
+
+
+def _tokenized(
+    texts: list[str],
+    chats: Sequence[Messages | None],
+    read: list[list[vision.Read]],
+    reader: vision.ImageReader | None,
+    tokenize: Callable[[list[str]], list[list[int]]],
+    key: str,
+) -> list[Rendered]:
+    """Token ids of the texts, in which images become all of their tokens."""
+    ids = tokenize(texts)
+    images: list[PromptImages | None] = [None] * len(texts)
+    if reader is not None and (rows := [i for i, own in enumerate(read) if own]):
+        expanded = tokenize([reader.expand(texts[i], read[i], f"{key}: row {i}") for i in rows])
+        for i, own in zip(rows, expanded, strict=True):
+            images[i], ids[i] = reader.placed(own, ids[i], read[i], f"{key}: row {i}"), own
+    return _checked([unmarked(text) for text in texts], chats, ids, images, key)
 
 
 def _none(_: Row) -> list[dict[str, Any]]:
     return []
 
 
-def _prompt_of_chat(row: Row, column: str, answer_column: str | None, index: int) -> Messages:
+def _prompt_of_chat(
+    row: Row, column: str, answer_column: str | None, index: int, images: list[ImagePart] | None
+) -> Messages:
     """The messages before the model's turn. The assistant's answer at their end becomes the row's ``answer_column``."""
     where = f"prompt.messages_column: row {index}, column `{column}`"
-    chat = read_chat(_column(row, column, "prompt.messages_column", index), where)
+    chat = read_chat(_column(row, column, "prompt.messages_column", index), where, images)
     if ends := chat[-1]["role"] == "assistant":
         if answer_column is None:
             raise ConfigError(
@@ -96,11 +179,17 @@ def _prompt_of_chat(row: Row, column: str, answer_column: str | None, index: int
     return chat
 
 
-def _checked(texts: list[str], chats: Sequence[Messages | None], ids: list[list[int]], key: str) -> list[Rendered]:
+def _checked(
+    texts: list[str],
+    chats: Sequence[Messages | None],
+    ids: list[list[int]],
+    images: list[PromptImages | None],
+    key: str,
+) -> list[Rendered]:
     for index, (text, row_ids) in enumerate(zip(texts, ids, strict=True)):
         if not text.strip() or not row_ids:
             raise ConfigError(f"{key}: the prompt of row {index} is empty")
-    return list(zip(texts, chats, ids, strict=True))
+    return list(map(Rendered, texts, chats, ids, images))
 
 
 def compile_template(

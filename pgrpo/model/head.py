@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from pgrpo.vision.families import never_sampled
+
 PROBE_ROWS, PROBE_WORDS = 3, 8
+NEVER = -1e30
+"""The logit of an id that is never sampled."""
 
 
 class Head:
@@ -20,6 +24,7 @@ class Head:
 
     Attributes:
         scale: the logits are this factor times ``hidden @ weight.T``; None if the head computes anything else.
+        banned: ids that are never sampled and have no probability: placeholders of images.
         names: parameters of the model outside of its decoder, and the output embedding, which may be inside (tied).
     """
 
@@ -29,7 +34,9 @@ class Head:
         decoder = {id(p) for p in model.base_model.parameters()}
         own = embedding.weight if embedding is not None else None
         self.names = [n for n, p in model.named_parameters() if p is own or id(p) not in decoder]
+        self.banned: list[int] = []  # after the probe, which has few ids
         self.scale = self._scale(embedding)
+        self.banned = never_sampled(model.config)
 
     @property
     def weight(self) -> Tensor:
@@ -49,10 +56,18 @@ class Head:
         decoder.forward = lambda *_, **__: output  # pyright: ignore[reportAttributeAccessIssue]
         try:
             if parameters is None:
-                return model.forward(input_ids=ids, use_cache=False).logits.squeeze(0)
-            return functional_call(model, parameters, (), {"input_ids": ids, "use_cache": False}).logits.squeeze(0)
+                return self.ban(model.forward(input_ids=ids, use_cache=False).logits.squeeze(0))
+            call = functional_call(model, parameters, (), {"input_ids": ids, "use_cache": False})
+            return self.ban(call.logits.squeeze(0))
         finally:
             del decoder.forward
+
+    def ban(self, logits_CV: Tensor) -> Tensor:
+        """The logits without those of ``banned``, in place where autograd allows. Not minus infinity, which has no entropy."""
+        if not self.banned:
+            return logits_CV
+        fill = logits_CV.index_fill if logits_CV.requires_grad else logits_CV.index_fill_
+        return fill(1, torch.tensor(self.banned, device=logits_CV.device), NEVER)
 
     def _scale(self, embedding: nn.Module | None) -> float | None:
         """Compare the head's logits with those of a plain matrix product, in float64 and on a few rows of the vocabulary."""

@@ -6,7 +6,7 @@ L completion tokens, C of them in a chunk, E hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -65,6 +65,10 @@ class TeacherRows(NamedTuple):
         return self.hidden_LE[rows] @ self.head.weight[:vocabulary].T
 
 
+def _all(logits_CV: Tensor) -> Tensor:
+    return logits_CV
+
+
 def token_logprobs(
     hidden_LE: Tensor,
     head: Tensor | Head,
@@ -73,6 +77,7 @@ def token_logprobs(
     *,
     entropy: bool = False,
     teacher: TeacherRows | None = None,
+    ban: Callable[[Tensor], Tensor] = _all,
 ) -> TokenLogprobs:
     """Log-softmax of ``scale * logits`` at the target ids.
 
@@ -88,21 +93,23 @@ def token_logprobs(
         entropy: also return the entropy of each row's distribution. Its gradient shares the backward's pass over the logits and
             is skipped when the loss does not use it.
         teacher: also return KL(policy || teacher) of each row over the whole vocabulary. Its gradient shares that pass too.
+        ban: takes the logits of ids that are never sampled (``Head.ban``).
     """
     own, parameters = (None, [head]) if isinstance(head, Tensor) else (head, head.parameters)
-    return TokenLogprobs(*_ChunkedLogprobs.apply(hidden_LE, target_ids_L, own, scale, entropy, teacher, *parameters))
+    asked = own, scale, entropy, teacher, ban
+    return TokenLogprobs(*_ChunkedLogprobs.apply(hidden_LE, target_ids_L, *asked, *parameters))
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_LE, target_ids_L, head, scale, want_entropy, teacher, *parameters):
+    def forward(ctx, hidden_LE, target_ids_L, head, scale, want_entropy, teacher, ban, *parameters):
         dtype = torch.promote_types(hidden_LE.dtype, torch.float32)
         found_L = (hidden_LE.new_empty(len(hidden_LE), dtype=dtype) for _ in range(5))
         logprobs_L, lse_L, entropy_L, kl_L, teacher_lse_L = found_L
         copies = (HEAD_COPIES if head else 0) + (TEACHER_COPIES if teacher else 0)
         chunks = _chunks(hidden_LE, head.weight if head else parameters[0], copies or 1)
         for rows in chunks:
-            logits_CV = _logits(hidden_LE[rows], head, parameters)
+            logits_CV = _logits(hidden_LE[rows], head, parameters, ban)
             if teacher:
                 statistics = kl_statistics(logits_CV, teacher.logits(rows, logits_CV.shape[1]), scale, teacher.scale)
                 kl_L[rows], teacher_lse_L[rows] = statistics
@@ -110,7 +117,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             logprobs_L[rows], lse_L[rows], entropy_L[rows] = statistics
             del logits_CV  # free the memory before the next chunk is computed
         ctx.save_for_backward(hidden_LE, target_ids_L, lse_L, entropy_L, kl_L, teacher_lse_L, *parameters)
-        ctx.head, ctx.scale, ctx.chunks, ctx.teacher = head, scale, chunks, teacher
+        ctx.head, ctx.scale, ctx.chunks, ctx.teacher, ctx.ban = head, scale, chunks, teacher, ban
         ctx.set_materialize_grads(False)  # a gradient of None means that the loss does not use the entropy or the KL
         return logprobs_L, entropy_L if want_entropy else None, kl_L if teacher else None
 
@@ -118,7 +125,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(ctx, dlogprobs_L, dentropy_L, dkl_L):
         hidden_LE, target_ids_L, lse_L, entropy_L, kl_L, teacher_lse_L, *parameters = ctx.saved_tensors
         dlogprobs_L = torch.zeros_like(lse_L) if dlogprobs_L is None else dlogprobs_L
-        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:])
+        needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[7:])
         dhidden_LE = torch.zeros_like(hidden_LE) if needed[0] else None
         trained = [i for i, need in enumerate(needed) if need]
         # Contributions of chunks are summed in float32 at least; that of a matrix's only chunk is its gradient.
@@ -130,7 +137,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         for rows in ctx.chunks:
             leaves = [x.detach().requires_grad_(n) for x, n in zip((hidden_LE[rows], *parameters), needed, strict=True)]
             with torch.enable_grad():
-                graph_CV = _logits(leaves[0], ctx.head, leaves[1:])
+                graph_CV = _logits(leaves[0], ctx.head, leaves[1:], ctx.ban)
             entropies = None if dentropy_L is None else (entropy_L[rows], dentropy_L[rows])
             kls = None
             if dkl_L is not None:
@@ -151,13 +158,15 @@ class _ChunkedLogprobs(torch.autograd.Function):
                     (totals[i - 1] if i else dhidden_LE[rows]).add_(gradient)  # pyright: ignore
             del graph_CV, dlogits_CV, kls
         grads = (None if x is None else x.to(p.dtype) for x, p in zip(totals, parameters, strict=True))
-        return dhidden_LE, None, None, None, None, None, *grads
+        return dhidden_LE, *[None] * 6, *grads
 
 
-def _logits(hidden_CE: Tensor, head: Head | None, parameters: Sequence[Tensor]) -> Tensor:
+def _logits(
+    hidden_CE: Tensor, head: Head | None, parameters: Sequence[Tensor], ban: Callable[[Tensor], Tensor]
+) -> Tensor:
     """[C, V] logits that may be overwritten."""
     if head is None:
-        return hidden_CE @ parameters[0].T
+        return ban(hidden_CE @ parameters[0].T)
     return head.logits(hidden_CE, dict(zip(head.names, parameters, strict=True))).clone()  # it may return what it keeps
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from pgrpo.config import ModelConfig
 from pgrpo.model.logprobs import TokenLogprobs
 from pgrpo.packing.batch import GroupedBatch
+from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import ModelDims, lora_parameter_count
 
 LogprobsOf = Callable[[GroupedBatch], TokenLogprobs]
@@ -32,7 +33,11 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, seed: int) -> None
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets = _targets(config, ModelDims.from_config(model.config))
+    wanted = _targets(config, ModelDims.from_config(model.config))
+    inside = {
+        id(module) for layer in decoder_layers(model) for module in layer.modules()
+    }  # not those of a vision tower
+    targets = [n for n, m in model.named_modules() if id(m) in inside and n.rpartition(".")[2] in wanted]
     lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)  # pyright: ignore[reportArgumentType]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

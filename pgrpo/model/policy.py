@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -23,18 +22,21 @@ from pgrpo.attention.hook import ATTENTION_NAME, AttentionLayout, attending, att
 from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.distributed.sequence import Ulysses
 from pgrpo.model.families.linear import follow_states
+from pgrpo.model.families.vision import Vision
 from pgrpo.model.head import Head
 from pgrpo.model.logprobs import TeacherRows, TokenLogprobs, token_logprobs
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.planning.dims import windows
+from pgrpo.vision.families import attention_names, auto_class
+from pgrpo.vision.rows import ImageRows
 
 log = logging.getLogger(__name__)
 AttentionInterface.register(ATTENTION_NAME, attention_forward)
 
 
 class Policy(nn.Module):
-    """Wraps a causal language model. Everything that reads its weights is a method of this class: with FSDP2 only a call of the
-    root module gathers sharded weights.
+    """Wraps a causal language model, with or without a vision tower. Everything that reads its weights is a method of this class:
+    with FSDP2 only a call of the root module gathers sharded weights.
 
     Args:
         model: loaded with ``attn_implementation="pgrpo"`` (``load_model``).
@@ -56,6 +58,7 @@ class Policy(nn.Module):
         self.attention = replace(attention or AttentionChoice(), windows=sliding_windows(model))
         self.head = Head(model)
         follow_states(model)
+        self.vision = Vision.of(model)
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +80,8 @@ class Policy(nn.Module):
             targets_U = targets_U.index_select(0, numbers_U)
         scale = (self.head.scale or 1.0) / (self.temperature if temperature is None else temperature)
         head = self.head if self.head.scale is None else self.head.weight
-        found = token_logprobs(hidden_UE, head, targets_U, scale, entropy=entropy, teacher=teacher)
+        asked: dict[str, Any] = {"entropy": entropy, "teacher": teacher, "ban": self.head.ban}
+        found = token_logprobs(hidden_UE, head, targets_U, scale, **asked)
         if self.ranks is not None and numbers_U is not None:
             every = partial(self.ranks.all_values, numbers=numbers_U, count=len(batch.distinct))
             found = found._make(x if x is None else every(x) for x in found)
@@ -92,19 +96,23 @@ class Policy(nn.Module):
         and their numbers."""
         rows_U, ids_T = batch.logit_index.index_select(0, batch.distinct), batch.inputs["input_ids"]
         if self.ranks is None:
-            numbers_U, hidden_TE = None, self._hidden(batch.inputs, batch.layout)
+            numbers_U, hidden_TE = None, self._hidden(batch.inputs, batch.layout, batch.images)
         else:
             numbers_U, rows_U = self.ranks.owned(rows_U, len(ids_T))
-            hidden_TE = self._hidden(self.ranks.rows(batch.inputs), self.ranks.split(batch.layout, ids_T))
+            hidden_TE = self._hidden(self.ranks.rows(batch.inputs), self.ranks.split(batch.layout, ids_T), None)
         # The last prompt row occurs once for each completion. The backward of index_select adds up its gradients in a fixed order;
         # that of indexing does not, and would not be bit-stable.
         return hidden_TE.index_select(0, rows_U), numbers_U
 
-    def next_logits(self, inputs: Mapping[str, Tensor], layout: AttentionLayout, rows_B: Tensor) -> Tensor:
+    def next_logits(
+        self, inputs: Mapping[str, Tensor], layout: AttentionLayout, rows_B: Tensor, images: ImageRows | None = None
+    ) -> Tensor:
         """Logits [B, V] at the given packed rows, as the model's own forward computes them (without temperature)."""
-        return self.head.logits(self._hidden(inputs, layout).index_select(0, rows_B))
+        return self.head.logits(self._hidden(inputs, layout, images).index_select(0, rows_B))
 
-    def _hidden(self, inputs: Mapping[str, Tensor], layout: AttentionLayout) -> Tensor:
+    def _hidden(self, inputs: Mapping[str, Tensor], layout: AttentionLayout, images: ImageRows | None) -> Tensor:
+        if self.vision is not None:
+            return self.vision.hidden(inputs, layout, images)
         with attending(layout):
             output = self.model.base_model(**{name: x.unsqueeze(0) for name, x in inputs.items()}, use_cache=False)
         return output[0].squeeze(0)
@@ -127,13 +135,13 @@ def load_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTr
     Raises:
         ConfigError: the model cannot be loaded.
     """
-    load_hf_config(config)
-    model = AutoModelForCausalLM.from_pretrained(
+    hf_config = load_hf_config(config)
+    model = auto_class(hf_config).from_pretrained(
         config.path,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         dtype=dtype,
-        attn_implementation=ATTENTION_NAME,
+        attn_implementation=attention_names(hf_config, ATTENTION_NAME),
     )
     return model.train()
 

@@ -6,13 +6,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pgrpo.attention.layout import PackedLayout
+from pgrpo.model.head import NEVER
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.types import Episode, Group, Prompt, Sample
+from pgrpo.vision.families import never_sampled
+
+
+def _nothing(_: Sample) -> dict[str, Any]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -28,21 +36,29 @@ class Difference:
     gradient: float
 
 
-def reference_logprobs(model: nn.Module, samples: Sequence[Sample], temperature: float = 1.0) -> Tensor:
+def reference_logprobs(
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    temperature: float = 1.0,
+    more: Callable[[Sample], dict[str, Any]] = _nothing,
+) -> Tensor:
     """[L] log-probs of all tokens behind a prompt, from the logits of an untouched model, one unpadded sample a call.
 
     Args:
         model: ``AutoModelForCausalLM`` as transformers loads it (sdpa).
         samples: in the order of the batch.
         temperature: logits are divided by it.
+        more: further arguments of the model for a sample: pixels of its images.
     """
     device = next(model.parameters()).device
+    never = torch.tensor(never_sampled(model.config), dtype=torch.long, device=device)
     rows = []
     for sample in samples:
         if sample.token_ids:
             start = len(sample.prompt_ids)
             ids = torch.tensor([sample.prompt_ids + sample.token_ids], device=device)
-            logits = model(input_ids=ids, use_cache=False).logits[0, start - 1 : -1]
+            logits = model(input_ids=ids, use_cache=False, **more(sample)).logits[0, start - 1 : -1]
+            logits = logits.index_fill(1, never, NEVER)
             rows.append((logits / temperature).log_softmax(-1).gather(-1, ids[0, start:, None]).squeeze(-1))
     return torch.cat(rows)
 

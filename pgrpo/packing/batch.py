@@ -17,6 +17,7 @@ from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.layout import Node, PackedLayout, rows_of
 from pgrpo.packing.forest import Forest, Work, length
 from pgrpo.types import Sample
+from pgrpo.vision.rows import ImageRows, forest_pieces, image_rows
 
 
 @dataclass(slots=True)
@@ -25,7 +26,7 @@ class GroupedBatch:
 
     Attributes:
         inputs: arguments of the model by name: ``input_ids`` [T] int64 and ``position_ids`` [T] int64, each row's position in its
-            samples.
+            samples; [3, T] where images have positions of three dimensions.
         layout: who attends to whom.
         logit_index: [L] int64, the packed row that predicts each token, sample by sample.
         target_ids: [L] int64, these tokens.
@@ -37,6 +38,7 @@ class GroupedBatch:
         rollout_logprobs: [B, R] float32, 0 where there is no token.
         counts: numbers of tokens, all 0 for a filler.
         work: what the forward computes; nothing for a filler.
+        images: the rows of images; None if there are none.
         old_logprobs: [B, R] float32; None until computed, if the current weights are those that sampled.
         teacher_logprobs: [B, R] float32 of a teacher, for all epochs; None until computed.
     """
@@ -53,6 +55,7 @@ class GroupedBatch:
     rollout_logprobs: Tensor
     counts: TokenCounts
     work: Work
+    images: ImageRows | None = None
     old_logprobs: Tensor | None = None
     teacher_logprobs: Tensor | None = None
 
@@ -117,12 +120,14 @@ def build_batch(
         flat_L = torch.tensor([x for sample in values for x in sample], dtype=dtype, device=device)
         return _unpack(flat_L, unpack, len(samples), width)
 
+    images = image_rows(forest_pieces(samples, forest.through, nodes), device)
+    positions_3T = images.position_ids if images else None
     starts = np.array([node.offset for node in nodes], dtype=np.int64)
     work = Work(starts, starts + np.array(forest.lengths, dtype=np.int64), len(distinct))
     return GroupedBatch(
         inputs={
             "input_ids": torch.tensor(list(input_ids), dtype=torch.long, device=device),
-            "position_ids": torch.from_numpy(position_ids).to(device),
+            "position_ids": torch.from_numpy(position_ids).to(device) if positions_3T is None else positions_3T,
         },
         layout=layout,
         logit_index=torch.from_numpy(logit_index).to(device),
@@ -135,6 +140,7 @@ def build_batch(
         rollout_logprobs=rows((s.rollout_logprobs for s in samples), torch.float32),
         counts=TokenCounts() if forest.is_filler else TokenCounts.of(forest, nodes),
         work=Work.nothing() if forest.is_filler else work,
+        images=images,
     )
 
 

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pgrpo.types import Sample
+from pgrpo.vision.rows import token_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ class Sorted:
 
     @staticmethod
     def of(samples: Sequence[Sample]) -> Sorted:
-        keys = [np.array(s.prompt_ids + s.token_ids, dtype=np.uint32) for s in samples]
+        keys = token_keys(samples)
         order = sorted(range(len(keys)), key=[key.astype(">u4").tobytes() for key in keys].__getitem__)
         shared = [_equal(keys[a], keys[b]) for a, b in pairwise(order)]
         placed = [samples[i] for i in order]

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from pgrpo.vision.families import auto_class
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_total_experts")
 STATEFUL = ("linear_attention", "conv")
@@ -117,7 +119,7 @@ def _count(key: _Key) -> ModelDims:
     config = copy.deepcopy(key.config)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 config, attn_implementation="eager", trust_remote_code=bool(getattr(config, "auto_map", None))
             )
     except (TypeError, ValueError, AttributeError) as error:

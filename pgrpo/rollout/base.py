@@ -74,7 +74,7 @@ def generate(
         group.episodes = [Episode.of(group.prompt, completion) for completion in completions]
         on_group(position, group)
 
-    requests = [Request(prompt.token_ids, list(own)) for prompt, own in zip(prompts, seeds, strict=True)]
+    requests = [Request(p.token_ids, list(own), images=p.images) for p, own in zip(prompts, seeds, strict=True)]
     engine.sample(requests, params, finished)
     return groups
 

@@ -42,7 +42,9 @@ from pgrpo.training.optim import build_optimizer
 from pgrpo.training.own_loss import loss_function
 from pgrpo.training.place import place_policy, place_reference, place_teacher
 from pgrpo.training.teacher import check_teacher
+from pgrpo.training.vision import image_reader, see
 from pgrpo.types import Prompt
+from pgrpo.vision.reader import ImageReader
 
 log = logging.getLogger(__name__)
 
@@ -122,13 +124,17 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     attention = attention_choice(
         config, dims, world.device
     )  # refuses a kernel that cannot run, before weights are read
-    check_vocabulary(tokenizer, hf_config.vocab_size, config)
+    vocab_size = hf_config.get_text_config().vocab_size
+    check_vocabulary(tokenizer, vocab_size, config)
+    reader = image_reader(config, hf_config, tokenizer, world)
     if config.loss.teacher is not None:
-        check_teacher(config, tokenizer, hf_config.vocab_size, world.device)
+        check_teacher(config, tokenizer, vocab_size, world.device)
     toolbox = load_toolbox(config, given.tools, given.environment)
     toolbox.check_rewards(given.rewards)
-    prompts = training_prompts(config, tokenizer, given.dataset, toolbox.schemas_of)
-    held_out = held_out_prompts(config, tokenizer, given.eval_dataset, toolbox.schemas_of) if config.eval.every else []
+    prompts = training_prompts(config, tokenizer, given.dataset, toolbox.schemas_of, reader)
+    held_out = []
+    if config.eval.every:
+        held_out = held_out_prompts(config, tokenizer, given.eval_dataset, toolbox.schemas_of, reader)
     eos = generation_eos(config.model, hf_config)
     end_ids = end_token_ids(tokenizer, eos, config.rollout.stop, config.rollout.keep_special_tokens)
     chats = toolbox.chats(tokenizer, end_ids, config.prompt.chat_template_kwargs, config.environment.history)
@@ -153,6 +159,9 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
         policy = place_policy(config, world)
         reference = initial_model(policy, config, world) if config.loss.kl_coef else None
         teacher = place_teacher(config, world) if config.loss.teacher is not None else None
+    see(policy, reader)
+    if isinstance(reference, Policy):
+        see(reference, reader)
     learner = Learner(config, world, policy, reference, build_optimizer(policy, config.optim), dims, loss, teacher)
     if world.is_main:
         compiled = is_compiled(config, world.device)
@@ -214,9 +223,10 @@ def training_prompts(
     tokenizer: PreTrainedTokenizerBase,
     dataset: Iterable[Mapping[str, Any]] | None,
     tools: ToolsOf | None = None,
+    reader: ImageReader | None = None,
 ) -> list[Prompt]:
     """All training prompts."""
-    loaded = load_prompts(config.data, config.prompt, tokenizer, dataset=dataset, tools=tools)
+    loaded = load_prompts(config.data, config.prompt, tokenizer, dataset=dataset, tools=tools, reader=reader)
     if loaded.dropped or loaded.truncated:
         limit = config.data.max_prompt_tokens
         log.warning("prompts over %d tokens: %d dropped, %d truncated", limit, loaded.dropped, loaded.truncated)
@@ -237,10 +247,18 @@ def held_out_prompts(
     tokenizer: PreTrainedTokenizerBase,
     dataset: Iterable[Mapping[str, Any]] | None = None,
     tools: ToolsOf | None = None,
+    reader: ImageReader | None = None,
 ) -> list[Prompt]:
     """Prompts of the first ``eval.rows`` held-out rows. Reads no later rows."""
     return load_prompts(
-        config.data, config.prompt, tokenizer, held_out=True, first=config.eval.rows, dataset=dataset, tools=tools
+        config.data,
+        config.prompt,
+        tokenizer,
+        held_out=True,
+        first=config.eval.rows,
+        dataset=dataset,
+        tools=tools,
+        reader=reader,
     ).prompts
 
 

@@ -8,6 +8,7 @@ from pgrpo.config import Config, ModelConfig
 from pgrpo.distributed import fsdp
 from pgrpo.distributed.sequence import Ulysses
 from pgrpo.distributed.world import World
+from pgrpo.model.families.vision import freeze
 from pgrpo.model.lora import add_adapters
 from pgrpo.model.policy import Policy, load_hf_config, load_model
 from pgrpo.model.recompute import set_up_layers
@@ -30,6 +31,7 @@ def place_policy(config: Config, world: World) -> Policy:
         add_adapters(model, config.model, config.seed)
     else:
         model = load_model(config.model)
+        freeze(model, tower=not config.model.train_vision, projector=not config.model.train_projector)
     policy = wrap(model, config, world)
     fsdp.place(policy, decoder_layers(model), world, compute_dtype(config), methods=("next_logits",))
     return policy
@@ -65,6 +67,7 @@ def wrap(model: PreTrainedModel, config: Config, world: World, frozen_chunks: in
     layers, plan = decoder_layers(model), LayerPlan(["full"] * dims.layers, frozen_chunks or 1)
     if frozen_chunks is None:
         plan = layer_plan(config, dims, world)
-    set_up_layers(layers, plan.recompute, compiled=is_compiled(config, world.device))
+    compiled = is_compiled(config, world.device) and not (policy.vision and policy.vision.family.sees_whole_images)
+    set_up_layers(layers, plan.recompute, compiled=compiled)
     set_up_long_samples(layers, *plan)
     return policy

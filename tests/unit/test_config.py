@@ -584,6 +584,8 @@ NUMBERS = {key: (hint, metadata) for key, hint, metadata in numbers()}
 def test_the_walk_finds_every_number() -> None:
     found = {key.partition("[")[0] for key, value in leaves(load_config(BASE)) if type(value) in (int, float)}
     found |= {
+        "data.image.max_pixels",
+        "data.image.min_pixels",
         "environment.max_episode_tokens",
         "eval.temperature",
         "loss.clip_dual",

@@ -45,6 +45,25 @@ def half(logprobs_BR, advantages_BR, mask_BR, counts):
     return -(logprobs_BR * advantages_BR)[mask_BR].sum() / counts.tokens / 2
 def picky(completions):
     return [float("nan") if "1" in c else 1.0 for c in completions]
+def pictures(split):
+    from PIL import Image
+    colours = ("red", "green", "blue", "yellow")
+    one, gray = [Image.new("RGB", (64, 64), c) for c in colours], Image.new("RGB", (64, 64), "gray")
+    return [{"question": "which colour ?", "one": image, "two": gray} for image in one]
+def linked(split):
+    import http.server, io, threading
+    from PIL import Image
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            Image.new("RGB", (64, 64), "red").save(content := io.BytesIO(), "PNG")
+            self.wfile.write(content.getvalue())
+        def log_message(self, *_):
+            pass
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return [{"question": "a", "one": f"http://127.0.0.1:{server.server_port}/{i}.png"} for i in range(4)]
 def tool(answer):
     def f(n: int) -> str:
         '''Say.
@@ -128,6 +147,14 @@ FAILING = TOOLED | {"tools": ["{tmp}/own.py:fails"]}
 SEEING = TOOLED | {"tools": ["{tmp}/own.py:sees"]}
 REWRITING = TOOLED | {"prompt.chat_template_kwargs": {"chat_template": REWRITES}}
 OTHER = TOOLED | {"tools": ["{tmp}/own.py:other"]}
+SEEING = {
+    "model.path": "{tmp}/vision",
+    "data.path": "{tmp}/own.py:pictures",
+    "data.max_prompt_tokens": 50,
+    "prompt.template": None,
+    "prompt.messages": [{"role": "user", "content": "{question}"}],
+    "prompt.images_column": "one",
+}
 HUB = {"data.path": "someone/sums"}
 LORA = {"model.lora_rank": 2}
 EVAL = {"eval.every": 1, "eval.rows": 4}
@@ -179,6 +206,8 @@ EFFECTS = dict(
         effect("model.lora_rank", 4, "weights", "plan"),
         effect("model.lora_alpha", 8.0, "weights", base=LORA),
         effect("model.lora_targets", ["q_proj", "up_proj"], "weights", "plan", base=LORA),
+        effect("model.train_vision", True, "weights", base=SEEING),
+        effect("model.train_projector", True, "weights", base=SEEING),
         effect("model.max_positions", 6, "error", "log"),
         effect("model.trust_remote_code", True, "loaded"),
         effect("data.path", "{tmp}/own.py:rows", "completions"),
@@ -190,6 +219,14 @@ EFFECTS = dict(
         effect("data.shuffle", False, "completions"),
         effect("data.max_prompt_tokens", 5, "error", "plan"),
         effect("data.overlong", "truncate", "completions", "log", base=LONG),
+        effect("data.image.min_pixels", 96 * 96, "tokens", base=SEEING),
+        effect("data.image.max_pixels", 32 * 32, "tokens", base=SEEING),
+        effect("data.image.max_file_pixels", 4000, "error", base=SEEING),
+        effect(
+            "data.image.allowed_hosts", [], "error",
+            base=SEEING | {"data.path": "{tmp}/own.py:linked", "data.image.allowed_hosts": ["127.0.0.1"]},
+        ),
+        effect("prompt.images_column", "two", "completions", base=SEEING),
         effect("prompt.template", "{b}+{a}=", "completions"),
         effect("prompt.messages", [{"role": "user", "content": "{b}"}], "completions", base=CHAT),
         effect("prompt.messages[0].role", "system", "completions", base=CHAT),
@@ -330,6 +367,13 @@ def folder(tmp_path_factory) -> Path:
         script["make_model"]().save_pretrained(tmp / name)
         script["make_tokenizer"]().save_pretrained(tmp / name)
     save_caller(tmp / "caller")
+    script = runpy.run_path(str(ROOT / "scripts" / "make_tiny_vision_model.py"))
+    for part in (
+        script["Qwen3VLForConditionalGeneration"](script["make_config"]()),
+        script["make_tokenizer"](),
+        script["make_processor"](),
+    ):
+        part.save_pretrained(tmp / "vision")
     (tmp / "own.py").write_text(OWN)
     recipe = (ROOT / "recipes" / "addition.yaml").read_text().replace("addition.py:rows", "own.py:sums")
     (tmp / "addition.yaml").write_text(recipe)

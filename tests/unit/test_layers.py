@@ -18,8 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "pgrpo"
 LAYERS = [  # bottom first; a file imports from its own folder and from those before it
-    "types", "config", "process", "algorithm", "attention", "packing", "sandbox", "tracking", "planning", "distributed", "model",
-    "admission",
+    "types", "config", "process", "algorithm", "attention", "vision", "packing", "sandbox", "tracking", "planning", "distributed",
+    "model", "admission",
     "rewards", "data", "rollout", "environments", "checkpoint", "planning/placement", "training", "grpo", "early", "commands",
     "", "cli", "__main__",
 ]  # fmt: skip

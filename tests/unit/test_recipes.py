@@ -35,7 +35,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_all_are_here() -> None:
-    assert CONFIGS == ["quickstart", "qwen3_0.6b", "qwen3_4b", "smollm2_135m", "tools_quickstart"]
+    assert CONFIGS == ["quickstart", "qwen3_0.6b", "qwen3_4b", "smollm2_135m", "tools_quickstart", "vision_quickstart"]
     assert RECIPES == [
         "addition",
         "arithmetic",
@@ -49,6 +49,7 @@ def test_all_are_here() -> None:
         "multiple_choice",
         "reasoning_gym",
         "search_notes",
+        "shapes",
         "twenty_questions",
     ]
 
@@ -127,7 +128,7 @@ def test_reasoning_gym_recipe_renders_and_scores_its_rows(monkeypatch: pytest.Mo
 
 
 def test_every_recipe_has_a_sample() -> None:
-    played = {"code_repair", "twenty_questions"}  # test_tool_recipes.py
+    played = {"code_repair", "twenty_questions", "shapes"}  # test_tool_recipes.py, test_images.py
     assert set(SAMPLES) | {"reasoning_gym"} | played == set(RECIPES)
 
 

@@ -47,7 +47,7 @@ class Counting:
     def device(self):
         return self.policy.device
 
-    def next_logits(self, inputs, layout, rows_B):
+    def next_logits(self, inputs, layout, rows_B, images=None):
         self.calls.append((len(inputs["input_ids"]), len(rows_B)))
         return self.policy.next_logits(inputs, layout, rows_B)
 
@@ -67,7 +67,7 @@ class Scripted:
     def modules(self):
         return iter(())
 
-    def next_logits(self, inputs, layout, rows_B):
+    def next_logits(self, inputs, layout, rows_B, images=None):
         tokens, positions = inputs["input_ids"].tolist(), inputs["position_ids"].tolist()
         if not self.calls:
             following = [script[0] for script in self.scripts]

@@ -98,7 +98,7 @@ class Fixed:
     def modules(self):
         return iter(())
 
-    def next_logits(self, inputs, layout, rows_B):
+    def next_logits(self, inputs, layout, rows_B, images=None):
         self.rows.append(len(inputs["input_ids"]))
         logits = torch.full((len(rows_B), 5), -50.0)
         logits[:, 1] = 50.0
@@ -139,7 +139,7 @@ def test_rounds_go_on_until_no_rank_has_a_turn():
 
 def test_the_limit_of_a_request_is_below_that_of_all():
     class Never(Fixed):
-        def next_logits(self, inputs, layout, rows_B):
+        def next_logits(self, inputs, layout, rows_B, images=None):
             return super().next_logits(inputs, layout, rows_B).roll(1, dims=1)
 
     found = {}

@@ -19,7 +19,8 @@ from pgrpo.rollout.base import More, OnFinished, no_more
 from pgrpo.rollout.embedded.cache import DecodeCache
 from pgrpo.rollout.embedded.sampling import draw, uniforms
 from pgrpo.rollout.text import Tokenizer, make_completions
-from pgrpo.types import Completion, Request, SamplingParams
+from pgrpo.types import Completion, PromptImages, Request, SamplingParams
+from pgrpo.vision.rows import ImageRows, image_rows, next_position, prompt_pieces
 
 LEAVE_FRACTION = 0.25
 """Finished completions leave the batch when they are this fraction of it, as the cache of the others is copied then."""
@@ -33,7 +34,9 @@ class DecodingPolicy(Root, Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def next_logits(self, inputs: dict[str, Tensor], layout: DecodeCache, rows_B: Tensor) -> Tensor: ...
+    def next_logits(
+        self, inputs: dict[str, Tensor], layout: DecodeCache, rows_B: Tensor, images: ImageRows | None = None
+    ) -> Tensor: ...
 
 
 class EmbeddedEngine:
@@ -109,10 +112,10 @@ class EmbeddedEngine:
         first = [0, *accumulate(sizes)]  # of each request, its first completion
         total = first[-1]
         # Neighbours with the same prompt share its keys and values: the first turns of a group, say.
-        prompts = [list(same) for _, same in groupby(requests, key=lambda request: request.token_ids)]
+        prompts = [list(same) for _, same in groupby(requests, key=lambda r: (r.token_ids, r.images))]
         rows_of = [sum(len(request.seeds) for request in same) for same in prompts]
-        prompt_ids = [same[0].token_ids for same in prompts]
-        prompt_lens = [len(ids) for ids in prompt_ids]
+        asked = [(same[0].token_ids, same[0].images) for same in prompts]
+        prompt_lens = [len(ids) for ids, _ in asked]
         limits = torch.tensor([min(r.max_tokens or limit, limit) for r in requests for _ in r.seeds], device=device)
         uniform = uniforms([seed for request in requests for seed in request.seeds], limit).to(device)
         tokens = torch.zeros(total, limit, dtype=torch.long, device=device)
@@ -137,8 +140,8 @@ class EmbeddedEngine:
         cache = DecodeCache(prompt_lens, rows_of, limit, device)
         rows = torch.arange(total, device=device)  # the completion of each row of the batch
         repeats = torch.tensor(rows_of, device=device)
-        positions = torch.tensor(prompt_lens, device=device).repeat_interleave(repeats)
-        logits = self._prefill(prompt_ids, cache).repeat_interleave(repeats, dim=0)
+        positions = torch.tensor([next_position(*one) for one in asked], device=device).repeat_interleave(repeats)
+        logits = self._prefill(asked, cache).repeat_interleave(repeats, dim=0)
         for t in range(limit):
             if t % CHECK_EVERY == 0:
                 self.check_stop()
@@ -168,15 +171,18 @@ class EmbeddedEngine:
             logits = self.policy.next_logits(inputs, cache, torch.arange(len(rows), device=device))
             cache.advance()
 
-    def _prefill(self, prompt_ids: Sequence[list[int]], cache: DecodeCache) -> Tensor:
+    def _prefill(self, prompts: Sequence[tuple[list[int], PromptImages | None]], cache: DecodeCache) -> Tensor:
         """Logits [N, V] of the first token behind each prompt."""
         device = self.policy.device
-        prompt_lens = [len(ids) for ids in prompt_ids]
-        input_ids = torch.tensor([t for ids in prompt_ids for t in ids], device=device)
+        prompt_lens = [len(ids) for ids, _ in prompts]
+        input_ids = torch.tensor([t for ids, _ in prompts for t in ids], device=device)
         position_ids = torch.cat([torch.arange(n, device=device) for n in prompt_lens])
         last_rows = torch.tensor(prompt_lens, device=device).cumsum(0) - 1
+        images = image_rows(prompt_pieces(prompts), device)
+        if images is not None and images.position_ids is not None:
+            position_ids = images.position_ids
         inputs = {"input_ids": input_ids, "position_ids": position_ids}
-        return self.policy.next_logits(inputs, cache, last_rows)
+        return self.policy.next_logits(inputs, cache, last_rows, images)
 
     def _ends_in_stop_string(self, tokens_BT: Tensor, params: SamplingParams) -> Tensor:
         """[B] bool: the newest token completed a stop string."""

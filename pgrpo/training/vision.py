@@ -1,0 +1,86 @@
+"""Refuses what is not supported with images, before any weight is loaded, and connects models with the images of the data."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from pgrpo.admission.models import is_dropout
+from pgrpo.config import Config, ConfigError
+from pgrpo.distributed.world import World
+from pgrpo.model.policy import Policy
+from pgrpo.planning.placement import engine_name
+from pgrpo.vision.families import FAMILIES, Family, family_of
+from pgrpo.vision.reader import ImageReader
+
+
+def image_reader(
+    config: Config, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, world: World
+) -> ImageReader | None:
+    """What reads the run's images; None for a model without a vision tower, and for prompts that have no place for images.
+
+    Raises:
+        ConfigError: names the key that does not go with images, or with this model.
+    """
+    model, prompt, family = config.model, config.prompt, family_of(hf_config)
+    if family is None:
+        for key, value in (
+            ("prompt.images_column", prompt.images_column),
+            ("model.train_vision", model.train_vision),
+            ("model.train_projector", model.train_projector),
+        ):
+            if value:
+                raise ConfigError(
+                    f"{key}: {value}: model.path={model.path} is a {hf_config.model_type} model, without a vision tower that is "
+                    f"known; leave it out, or name a model of {', '.join(FAMILIES)}"
+                )
+        return None
+    _check_model(config, hf_config, family, world)
+    if not (prompt.images_column or prompt.messages_column):
+        return None
+    if prompt.images_column and config.has_tools:
+        raise ConfigError(
+            f"prompt.images_column: {prompt.images_column}: images together with tools or an environment are not supported; leave "
+            "one of them out"
+        )
+    if config.loss.teacher is not None:
+        raise ConfigError(
+            f"loss.teacher: {config.loss.teacher}: a teacher does not see images yet that the policy sees; leave it out"
+        )
+    return ImageReader(model, hf_config, tokenizer, config.data.image)
+
+
+def _check_model(config: Config, hf_config: PretrainedConfig, family: Family, world: World) -> None:
+    model = config.model
+    if engine_name(config, world.device) == "vllm":
+        raise ConfigError(
+            f"rollout.engine={config.rollout.engine}: vLLM does not sample for a {hf_config.model_type} model here; set "
+            "rollout.engine=embedded"
+        )
+    if model.sequence_parallel_size > 1:
+        raise ConfigError(
+            f"model.sequence_parallel_size: {model.sequence_parallel_size} ranks do not divide the rows of a {hf_config.model_type} "
+            "model, whose images would part; set it to 1"
+        )
+    for key in ("train_vision", "train_projector"):
+        if getattr(model, key) and model.lora_rank:
+            raise ConfigError(
+                f"model.{key}: true together with model.lora_rank={model.lora_rank}, which trains adapters of the language model "
+                "alone; leave one of them out"
+            )
+    if family.sees_whole_images and model.compile:
+        raise ConfigError(
+            f"model.compile: true: layers of a {hf_config.model_type} model are not compiled, as rows of its images see each "
+            "other; leave it out"
+        )
+    for name, value in hf_config.vision_config.to_dict().items():
+        if is_dropout(name) and isinstance(value, float) and value > 0:
+            raise ConfigError(
+                f"model.path={model.path}: vision_config.{name}={value}: features that samples share cannot have dropout: "
+                "set it to 0 in its config.json"
+            )
+
+
+def see(model: Policy, reader: ImageReader | None) -> None:
+    """Give the model the images of the data."""
+    if model.vision is not None and reader is not None:
+        model.vision.pixels, model.vision.dummy = reader.pixels, reader.dummy

@@ -1,0 +1,143 @@
+"""Reads the images of rows, puts their tokens into prompts, and gives their pixels by key as often as a model asks."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.config.schema import ImageConfig
+from pgrpo.types import Image, PromptImages
+from pgrpo.vision.files import Source, check_pillow, find, open_image
+from pgrpo.vision.processors import Expansion, Processor, positions_3d
+from pgrpo.vision.rows import placeholder_runs
+
+log = logging.getLogger(__name__)
+MARK = "<image>"
+"""The place of an image in a message's text."""
+KEPT_BYTES = 2**30
+"""The most memory of processed pixels that are kept for the next time."""
+
+
+class Read(NamedTuple):
+    """An image that was read once: its key, (width, height), and what stands for it in a prompt."""
+
+    key: str
+    size: tuple[int, int]
+    expansion: Expansion
+
+
+class ImageReader:
+    """The images of a run. Their files are read again when their pixels are needed.
+
+    Args:
+        model, config, tokenizer: of the model that sees the images.
+        limits: sizes and hosts.
+
+    Raises:
+        ConfigError: Pillow or the model's image processor cannot be loaded, or ``limits`` do not fit it.
+    """
+
+    def __init__(
+        self, model: ModelConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, limits: ImageConfig
+    ) -> None:
+        check_pillow()
+        self.limits = limits
+        self.processor = Processor(model, config, tokenizer, limits)
+        self._sources: dict[str, tuple[Source, str]] = {}
+        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+
+    @property
+    def placeholder(self) -> str:
+        """What the chat template writes for an image."""
+        return self.processor.placeholder
+
+    def read(self, rows: Sequence[Sequence[Any]], where: Callable[[int], str], folder: Path) -> list[list[Read]]:
+        """Read and check the images of all rows, many at a time.
+
+        Args:
+            rows: of each row its images, as ``files.find`` takes them.
+            where: the row and column of a row's number, for errors.
+            folder: where relative paths begin.
+
+        Raises:
+            ConfigError: of the first row with an image that cannot be used: row, file and reason.
+        """
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            return list(
+                pool.map(lambda i: [self._read(value, where(i), folder) for value in rows[i]], range(len(rows)))
+            )
+
+    def expand(self, text: str, images: Sequence[Read], where: str) -> str:
+        """The text with each placeholder replaced by the tokens of its image.
+
+        Raises:
+            ConfigError: it has not as many placeholders as there are images.
+        """
+        first, *rest = text.split(self.placeholder)
+        if len(rest) != len(images):
+            raise ConfigError(
+                f"{where}: the chat template wrote {len(rest)} placeholders ({self.placeholder}) for {len(images)} images: "
+                "it must write one an image, and the text none"
+            )
+        return first + "".join(image.expansion.text + part for image, part in zip(images, rest, strict=True))
+
+    def placed(self, ids: list[int], unexpanded: list[int], images: Sequence[Read], where: str) -> PromptImages:
+        """Where the images are in the expanded ids.
+
+        Raises:
+            ConfigError: the ids have other image tokens than the images.
+        """
+        try:
+            runs = placeholder_runs(ids, self.processor.token_id, [image.expansion.counts for image in images])
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from error
+        found = tuple(Image(image.key, own) for image, own in zip(images, runs, strict=True))
+        grids = [grid for image in images if (grid := image.expansion.grid)]
+        return PromptImages(found, unexpanded, positions_3d(len(ids), found, grids) if grids else None)
+
+    def pixels(self, key: str) -> dict[str, Tensor]:
+        """The tower's arguments for an image."""
+        if key not in self._kept:
+            source, where = self._sources[key]
+            self._kept[key] = self.processor.pixels(open_image(source, where, self.limits))
+        self._kept.move_to_end(key)
+        total = sum(map(_bytes, self._kept.values()))
+        while total > KEPT_BYTES and len(self._kept) > 1:
+            total -= _bytes(self._kept.popitem(last=False)[1])
+        return self._kept[key]
+
+    def dummy(self) -> dict[str, Tensor]:
+        """Pixels of a small gray image."""
+        from PIL import Image as pillow
+
+        return self.processor.pixels(pillow.new("RGB", (64, 64), "gray"))
+
+    def picture(self, key: str) -> Any:
+        """The image itself, for a reader of a report or for vLLM."""
+        source, where = self._sources[key]
+        return open_image(source, where, self.limits)
+
+    def _read(self, value: Any, where: str, folder: Path) -> Read:
+        source = find(value, where, self.limits, folder)
+        image = open_image(source, where, self.limits)
+        if not any(high for _, high in image.getextrema()):  # pyright: ignore[reportGeneralTypeIssues]
+            log.warning("%s, %s: the image is all black", where, source.name)
+        self._sources.setdefault(source.key, (source, where))
+        try:
+            return Read(source.key, image.size, self.processor.expansion(image.size))
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{where}, {source.name}: the model's image processor refuses it: {reason}") from error
+
+
+def _bytes(pixels: dict[str, Tensor]) -> int:
+    return sum(x.numel() * x.element_size() for x in pixels.values())

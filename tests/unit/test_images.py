@@ -1,0 +1,283 @@
+"""Images of rows: what is read and what is refused, where they stand in prompts, and the tokens that stand for them."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig
+
+from pgrpo.config import ConfigError, DataConfig, MessageConfig, ModelConfig, PromptConfig
+from pgrpo.config.schema import ImageConfig
+from pgrpo.data import load_prompts
+from pgrpo.vision import files
+from pgrpo.vision.files import find, open_image
+from pgrpo.vision.reader import ImageReader
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "make_tiny_vision_model.py"))
+PAD = SCRIPT["VOCABULARY"].index("<|image_pad|>")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The config, tokenizer and image processor of a tiny Qwen3-VL, and two pictures."""
+    tmp = tmp_path_factory.mktemp("tiny_vision")
+    SCRIPT["make_config"]().save_pretrained(tmp)
+    SCRIPT["make_tokenizer"]().save_pretrained(tmp)
+    SCRIPT["make_processor"]().save_pretrained(tmp)
+    picture("red").save(tmp / "red.png")
+    picture("blue", (64, 32)).save(tmp / "blue.png")
+    return tmp
+
+
+def picture(colour="red", size=(64, 64), mode="RGB"):
+    return Image.new("RGB", size, colour).convert(mode)
+
+
+def reader_of(folder: Path, **limits) -> ImageReader:
+    return ImageReader(
+        ModelConfig(path=str(folder)), AutoConfig.from_pretrained(folder), SCRIPT["make_tokenizer"](), ImageConfig(**limits)
+    )  # fmt: skip
+
+
+CHAT = PromptConfig(messages=[MessageConfig("user", "{question}")], images_column="images")
+
+
+def load(folder: Path, rows, prompt=CHAT, reader=None, **data):
+    return load_prompts(
+        DataConfig(path=str(folder / "rows.jsonl"), **data), prompt, SCRIPT["make_tokenizer"](), dataset=rows,
+        reader=reader or reader_of(folder),
+    ).prompts  # fmt: skip
+
+
+def png(image) -> bytes:
+    image.save(content := io.BytesIO(), "PNG")
+    return content.getvalue()
+
+
+def test_an_image_is_the_same_however_a_row_has_it(folder, monkeypatch):
+    """A path, bytes and a dict of ``datasets``; and a PIL image has the same pixels. The prompt has both forms of ids."""
+    monkeypatch.chdir(folder)
+    content = (folder / "red.png").read_bytes()
+    forms = [
+        "red.png",
+        folder / "red.png",
+        content,
+        {"bytes": content, "path": None},
+        {"bytes": None, "path": "red.png"},
+    ]
+    reader = reader_of(folder)
+    rows = [{"images": form, "question": "which colour?"} for form in [*forms, [forms[0]], picture()]]
+    *prompts, of_pil = load(folder, rows, reader=reader)
+    for prompt in prompts:
+        assert prompt.token_ids == prompts[0].token_ids
+        assert prompt.images == prompts[0].images
+    first = prompts[0]
+    assert first.images is not None
+    assert of_pil.images is not None
+    assert first.token_ids.count(PAD) == 16
+    assert first.images.unexpanded_ids.count(PAD) == 1
+    start = first.token_ids.index(PAD)
+    assert first.images.images[0].runs == ((start, start + 16),)
+    assert first.text.count("<|image_pad|>") == 1
+    assert first.images.positions is not None
+    assert len(first.images.positions[0]) == len(first.token_ids)
+    a, b = (reader.pixels(images.images[0].key)["pixel_values"] for images in (first.images, of_pil.images))
+    assert torch.equal(a, b)
+
+
+def test_images_stand_where_marks_are(folder):
+    """Two images in a text, three in front of one without marks, and image parts of a conversation, with their image or without."""
+    red, blue = str(folder / "red.png"), str(folder / "blue.png")
+    reader = reader_of(folder)
+
+    def loaded(row, prompt=CHAT):
+        return load(folder, [row], prompt, reader)[0]
+
+    marked = loaded({"images": [red, blue], "question": "a <image> or <image> ?"})
+    at = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert marked.text == f"a {at} or {at} ?:"
+    assert marked.images is not None
+    assert [end - start for image in marked.images.images for start, end in image.runs] == [16, 8]
+    assert marked.messages == [{"role": "user", "content": "a <image> or <image> ?"}]
+    assert loaded({"images": [red, blue, red], "question": "a"}).text == f"{at * 3}a:"
+    parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "1"}]
+    column = PromptConfig(messages_column="chat", images_column="images")
+    of_column = loaded({"chat": [{"role": "user", "content": parts}], "images": [blue]}, column)
+    parts = [parts[0], {"type": "image", "image": blue}, parts[2]]
+    own = loaded({"chat": [{"role": "user", "content": parts}]}, PromptConfig(messages_column="chat"))
+    assert own.text == of_column.text == f"a{at}1:"
+    assert own.images == of_column.images
+    text_only = loaded({"images": None, "question": "a"})
+    assert text_only.images is None
+    assert PAD not in text_only.token_ids
+    raw = loaded({"images": red, "question": "a"}, PromptConfig(template="<image>{question}", images_column="images"))
+    assert raw.token_ids.count(PAD) == 16
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"images": ["red.png"], "question": "<image> <image>"}, "row 0: 2 <image> marks in its messages, and 1 images"),
+        ({"images": None, "question": "<image>"}, "row 0: 1 <image> marks in its messages, and 0 images"),
+        ({"images": "green.png", "question": "a"}, "row 0, column `images`: no file green.png"),
+        ({"images": 3, "question": "a"}, "row 0, column `images`: an image is a path, a URL, bytes or a PIL image, not 3"),
+        ({"images": {"height": 3}, "question": "a"}, "not a dict of height"),
+        ({"images": "http://example.com/a.png", "question": "a"}, "add its host to data.image.allowed_hosts (example.com)"),
+    ],
+)  # fmt: skip
+def test_a_row_that_has_no_such_images_is_named(folder, monkeypatch, row, said):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load(folder, [row])
+
+
+def test_a_placeholder_in_a_rows_text_is_text(folder):
+    prompt = load(folder, [{"images": str(folder / "red.png"), "question": "a <|image_pad|>"}])[0]
+    assert prompt.token_ids.count(PAD) == 16
+    assert "<unk>" in SCRIPT["make_tokenizer"]().decode(prompt.token_ids)
+
+
+def test_the_limit_of_tokens_counts_those_of_images(folder):
+    rows = [{"images": str(folder / "red.png"), "question": "a"}]
+    length = len(load(folder, rows)[0].token_ids)
+    assert len(load(folder, rows, max_prompt_tokens=length)) == 1
+    with pytest.raises(ConfigError, match=f"the prompt has {length} tokens"):
+        load(folder, rows, max_prompt_tokens=length - 1)
+    with pytest.raises(ConfigError, match=r"row 0 of dataset has images, which cannot be cut .* data.overlong=drop"):
+        load(folder, rows, max_prompt_tokens=length - 1, overlong="truncate")
+    small = load(folder, rows, reader=reader_of(folder, max_pixels=32 * 32), max_prompt_tokens=length - 12)[0]
+    assert small.token_ids.count(PAD) == 4
+    large = load(folder, rows, reader=reader_of(folder, min_pixels=96 * 96))[0]
+    assert large.token_ids.count(PAD) == 36
+
+
+def broken() -> bytes:
+    return png(picture("red", (64, 64)))[:-60]
+
+
+def animated() -> bytes:
+    frames = [picture(colour) for colour in ("red", "blue")]
+    frames[0].save(content := io.BytesIO(), "GIF", save_all=True, append_images=frames[1:])
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (broken(), "it cannot be read: "),
+        (b"not an image", "this is no image that Pillow reads"),
+        (b"", "this is no image that Pillow reads"),
+        (png(picture(size=(1, 1))), "1 x 1 pixels: an image has at least two each way"),
+        (png(picture(size=(900, 2))), "the model's image processor refuses it: absolute aspect ratio"),
+        (animated(), r"it is animated \(2 frames\)"),
+        (png(picture(size=(300, 300))), r"300 x 300 pixels are more than data.image.max_file_pixels=40000"),
+    ],
+)
+def test_a_bad_file_is_one_line_with_row_and_file(folder, tmp_path, content, said):
+    (tmp_path / "bad.png").write_bytes(content)
+    rows = [
+        {"images": str(folder / "red.png"), "question": "a"},
+        {"images": str(tmp_path / "bad.png"), "question": "a"},
+    ]
+    with pytest.raises(ConfigError, match=f"^row 1, column `images`, .*bad.png: {said}") as error:
+        load(folder, rows, reader=reader_of(folder, max_file_pixels=40_000))
+    assert "\n" not in str(error.value)
+
+
+def test_size_is_checked_before_an_image_is_decoded(folder, monkeypatch):
+    """And Pillow's own limit on bombs is answered in our words."""
+    source = find(png_of_size(20_000, 20_000), "here", ImageConfig(), Path())
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(ConfigError, match=r"here, bytes: .*more.* data.image.max_file_pixels=50000000"):
+        open_image(source, "here", ImageConfig())
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A small picture whose header says that it is a large one."""
+    import zlib
+
+    content = bytearray(png_small := png(Image.new("L", (2, 2))))
+    content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    content[29:33] = zlib.crc32(bytes(content[12:29])).to_bytes(4, "big")
+    assert len(content) == len(png_small)
+    return bytes(content)
+
+
+def test_black_and_transparent_images_are_taken(folder, caplog):
+    """A black one with a warning; what is transparent lies on white; grey, palette and 16-bit images become RGB."""
+    limits = ImageConfig()
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert open_image(find(png(clear), "", limits, Path()), "", limits).getpixel((0, 0)) == (255, 255, 255)
+    for mode in ("L", "P", "1", "RGBA", "CMYK"):
+        image = open_image(find(picture("white", mode=mode), "", limits, Path()), "", limits)
+        assert (image.mode, image.getpixel((3, 3))) == ("RGB", (255, 255, 255)), mode
+    with caplog.at_level(logging.WARNING, logger="pgrpo"):
+        assert load(folder, [{"images": picture("black"), "question": "a"}])
+    assert [r.getMessage() for r in caplog.records] == ["row 0, column `images`, a RGB image: the image is all black"]
+
+
+def test_urls_are_read_from_allowed_hosts_alone(monkeypatch):
+    """Redirects are followed to such hosts only."""
+    import httpx
+
+    moved = {
+        "http://a.org/1": "http://b.org/2",
+        "http://a.org/3": "/4",
+        "http://a.org/5": "http://a.org/5",
+        "http://b.org/6": "file:///etc/passwd",
+    }
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if to := moved.get(str(request.url)):
+            return httpx.Response(302, headers={"location": to})
+        return httpx.Response(404 if "missing" in str(request.url) else 200, content=b"x" * 100)
+
+    client = httpx.Client(transport=httpx.MockTransport(answer))
+    monkeypatch.setattr(httpx, "stream", lambda *args, timeout, **kwargs: client.stream(*args, **kwargs))
+    limits = ImageConfig(allowed_hosts=["a.org"])
+    assert find("http://a.org/2", "here", limits, Path()).content == b"x" * 100
+    assert find("http://a.org/3", "here", limits, Path()).content == b"x" * 100
+    for url, said in {
+        "http://a.org/1": r"http://b.org/2 is not read: add its host to data.image.allowed_hosts \(b.org\)",
+        "http://b.org/2": r"add its host .* \(b.org\)",
+        "http://a.org/5": "redirects more than 3 times",
+        "http://a.org/missing": "cannot be read: .*404",
+    }.items():
+        with pytest.raises(ConfigError, match=f"^here: .*{said}"):
+            find(url, "here", limits, Path())
+    with pytest.raises(ConfigError, match="file:///etc/passwd is not read"):
+        find("http://b.org/6", "here", ImageConfig(allowed_hosts=["b.org", ""]), Path())
+    with pytest.raises(ConfigError, match="more than 40 bytes"):
+        find("http://a.org/2", "here", ImageConfig(allowed_hosts=["a.org"], max_file_pixels=10), Path())
+    assert files.MOST_REDIRECTS == 3
+
+
+def test_shapes_are_the_same_each_time_and_their_answers_right():
+    """Counted by regions of the picture that are not ground: a shape is in a corner of its own."""
+    recipe = runpy.run_path(str(ROOT / "recipes" / "shapes.py"))
+    train, held_out = recipe["rows"]("train")[:60], recipe["rows"]("eval")
+    assert [row["images"][0].tobytes() for row in train] == [
+        row["images"][0].tobytes() for row in recipe["rows"]("train")[:60]
+    ]
+    assert not {row["images"][0].tobytes() for row in train} & {row["images"][0].tobytes() for row in held_out}
+    assert {row["question"] for row in held_out} == {"how many shapes?", "which colour?", "which corner?"}
+    for row in held_out:
+        image, side = row["images"][0], recipe["CELL"]
+        ground = max(image.getcolors())[1]
+        seen = {}
+        for corner, name in enumerate(recipe["CORNERS"]):
+            x, y = corner % 2 * side, corner // 2 * side
+            colours = {colour for _, colour in image.crop((x, y, x + side, y + side)).getcolors()} - {ground}
+            if colours:
+                (seen[name],) = colours
+        (colour,) = {name for name, value in recipe["COLOURS"].items() if value in seen.values()}
+        right = {"how many shapes?": str(len(seen)), "which colour?": colour, "which corner?": next(iter(seen))}
+        assert row["answer"] == right[row["question"]]

@@ -1,0 +1,152 @@
+"""Runs with images from end to end: what is trained, sampled alike, resumed, exported and refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+import pgrpo
+from pgrpo import checkpoint
+from pgrpo.commands.check import check
+from pgrpo.commands.export import export
+from pgrpo.config import ConfigError, load_config
+from pgrpo.model.families.vision import Vision
+from pgrpo.model.policy import Policy
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = runpy.run_path(str(ROOT / "scripts" / "make_tiny_vision_model.py"))
+ROWS = """
+import runpy
+def rows(split):
+    made = runpy.run_path({recipe!r})
+    made["SIZES"][split] = 12
+    found = made["rows"](split)
+    return [*found, {{"images": [found[0]["images"][0], found[1]["images"][0]], "question": "which colour?", "answer": "red"}}]
+def likes_red(completions):
+    return [float("red" in text) + 0.1 * len(text) for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    tmp = tmp_path_factory.mktemp("vision_runs")
+    torch.manual_seed(0)
+    model = SCRIPT["Qwen3VLForConditionalGeneration"](SCRIPT["make_config"]())
+    for part in (model, SCRIPT["make_tokenizer"](), SCRIPT["make_processor"]()):
+        part.save_pretrained(tmp / "model")
+    (tmp / "own.py").write_text(ROWS.format(recipe=str(ROOT / "recipes" / "shapes.py")))
+    return tmp
+
+
+def config_of(folder: Path, run: Path, *changes: str):
+    keys = [
+        f"model.path={folder / 'model'}", f"run_dir={run}", f"data.path={folder / 'own.py'}:rows", "data.max_prompt_tokens=50",
+        f"rewards.functions=[{{function: '{folder / 'own.py'}:likes_red'}}]", "rollout.prompts_per_step=6",
+        "rollout.group_size=4", "model.train_vision=false", "model.train_projector=false", "train.steps=2", "eval.every=0",
+        "track.console=false",
+    ]  # fmt: skip
+    return load_config("vision_quickstart", [*keys, *changes])
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(checkpoint.latest(run / "checkpoints") or run)[0]["model"]
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_computes_each_image_once_a_step_and_samples_what_it_scores(folder, tmp_path, monkeypatch):
+    """With a KL term to a second model and two updates a step: a frozen tower runs once for all of that in each model, and the
+    sampler's log-probs are the trainer's."""
+    ran = []
+    run_tower = Vision._run
+    monkeypatch.setattr(
+        Vision, "_run", lambda self, pixels: (ran.append((id(self), len(pixels))), run_tower(self, pixels))[1]
+    )
+    keys = (
+        "loss.kl_coef=0.1",
+        "train.updates_per_step=2",
+        "data.shuffle=false",
+        "train.token_budget=150",
+        "train.steps=1",
+    )
+    run = pgrpo.train(config_of(folder, tmp_path / "run", *keys))
+    (row,) = metrics_of(run)
+    assert row["sampling/sampling_logp_difference/max"] < 1e-4
+    assert row["tokens/rho"] > 2
+    policy, reference = ({i: sum(n for j, n in ran if j == i) for i, _ in ran}).values()
+    assert (policy, reference) == (6, 6)  # images of six prompts, however many micro-batches there were
+    assert len(weights_of(run)) == len([n for n, _ in loaded(folder / "model") if "visual" not in n])
+
+
+def loaded(path: Path) -> list[tuple[str, torch.nn.Parameter]]:
+    return list(AutoModelForImageTextToText.from_pretrained(path).named_parameters())
+
+
+@pytest.mark.parametrize(
+    "keys", [(), ("model.lora_rank=2",), ("model.train_vision=true",), ("model.train_projector=true",)]
+)
+def test_what_was_trained_is_exported_and_nothing_else_changed(folder, tmp_path, keys):
+    """The export loads with its image processor, and says what the policy would."""
+    run = pgrpo.train(config_of(folder, tmp_path / "run", *keys))
+    out = export(run, tmp_path / "out")
+    before, after = dict(loaded(folder / "model")), dict(loaded(out))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    tower = {n for n in before if "visual" in n and "merger" not in n}
+    projector = {n for n in before if "merger" in n}
+    assert changed - tower - projector
+    assert bool(changed & tower) == (keys == ("model.train_vision=true",))
+    assert bool(changed & projector) == (keys == ("model.train_projector=true",))
+    processor = AutoImageProcessor.from_pretrained(out)
+    assert processor.size == SCRIPT["make_processor"]().size
+    assert AutoTokenizer.from_pretrained(out).get_vocab() == SCRIPT["make_tokenizer"]().get_vocab()
+    assert Policy(AutoModelForImageTextToText.from_pretrained(out, attn_implementation="eager")).vision is not None
+
+
+def test_a_run_with_images_resumes_to_the_bit(folder, tmp_path):
+    keys = ("checkpoint.every=1", "model.train_vision=true")
+    whole = pgrpo.train(config_of(folder, tmp_path / "whole", *keys))
+    part = pgrpo.train(config_of(folder, tmp_path / "part", *keys, "train.steps=1"))
+    pgrpo.train(config_of(folder, part, *keys), resume="auto")
+    a, b = weights_of(whole), weights_of(part)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_check_shows_images_and_compares_with_the_untouched_model(folder, tmp_path, capsys):
+    check(config_of(folder, tmp_path / "run", "data.shuffle=false"))
+    shown = capsys.readouterr().out
+    assert "tokens, images of 16)" in shown
+    assert "seeded bug, an image of the neighbour: " in shown
+    assert "all checks passed" in shown
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (("rollout.engine=vllm",), "rollout.engine=vllm: vLLM does not sample for a qwen3_vl model here"),
+        (("tools=[f.py:g]",), "prompt.images_column: images: images together with tools or an environment"),
+        (("model.sequence_parallel_size=2",), "model.sequence_parallel_size: 2"),
+        (("model.lora_rank=2", "model.train_vision=true"), "model.train_vision: true together with model.lora_rank=2"),
+        (("data.image.max_pixels=100", "data.image.min_pixels=200"), "min_pixels: 200 is more than the largest image, 100"),
+        (("data.path=recipes/addition.py:rows",), "the data has no column `images`"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_with_images_is_refused_before_weights_are_loaded(folder, tmp_path, monkeypatch, keys, said):
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: pytest.fail("weights"))
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        pgrpo.train(config_of(folder, tmp_path / "run", *keys))
+
+
+def test_a_model_without_a_tower_takes_no_images(tiny_model, folder, tmp_path):
+    for key in ("prompt.images_column=images", "model.train_vision=true", "model.train_projector=true"):
+        change = [key] if "images" in key else ["prompt.images_column=null", key]
+        with pytest.raises(ConfigError, match=f"^{key.partition('=')[0]}: .* is a qwen3 model, without a vision tower"):
+            pgrpo.train(config_of(folder, tmp_path / "run", f"model.path={tiny_model}", *change))
