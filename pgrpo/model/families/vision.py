@@ -93,15 +93,14 @@ class Vision:
                 embeds_TE = embeds_TE + 0.0 * sum(x.sum() for x in (dummy.rows, *dummy.deep))
         else:
             features = self.features(images).take(images.features)
-            embeds_TE = embedding(
-                ids_T.index_fill(0, images.rows, 0)
-            )  # a placeholder's id may be beyond the vocabulary
+            # A placeholder's id may be beyond the vocabulary.
+            embeds_TE = embedding(ids_T.index_fill(0, images.rows, 0))
             embeds_TE = embeds_TE.index_copy(0, images.rows, features.rows.to(embeds_TE.dtype))
             if features.deep:
                 is_image_T = torch.zeros_like(ids_T, dtype=torch.bool).index_fill(0, images.rows, True)
                 more = {"visual_pos_masks": is_image_T[None], "deepstack_visual_embeds": list(features.deep)}
             if self.family.sees_whole_images:
-                layout = WholeImages(layout, images.blocks)
+                layout = WholeImages(layout, images.blocks)  # pyright: ignore[reportAssignmentType]
         if self.family.positions_3d and positions.ndim == 1:
             positions = positions.expand(3, -1)
         with attending(layout):
