@@ -75,7 +75,9 @@ class PromptStream:
 
     @cached_property
     def _identity(self) -> dict[str, Any]:
-        rows = content_hash(prompt.columns for prompt in self._prompts)
+        rows = content_hash(
+            p.columns | ({"": [i.key for i in p.images.images]} if p.images else {}) for p in self._prompts
+        )
         return {"size": len(self._prompts), "seed": self._seed, "shuffle": self._shuffle, "rows": rows}
 
     def _order_of(self, epoch: int) -> list[int]:
@@ -97,4 +99,4 @@ def content_hash(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def _as_json(value: Any) -> Any:
     """Convert arrays to lists, and other types to their text without memory addresses."""
-    return value.tolist() if hasattr(value, "tolist") else re.sub(r" at 0x[0-9a-f]+", "", str(value))
+    return value.tolist() if hasattr(value, "tolist") else re.sub(r" at 0x[0-9a-fA-F]+", "", str(value))

@@ -119,6 +119,7 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     check_lora(config.model, dims)
     check_heads(config.model.sequence_parallel_size, dims)
     check_rows(config.model.path, hf_config, max_sample, config.model.sequence_parallel_size)
+    reader = image_reader(config, hf_config, tokenizer, world)
     check_engine(config, dims, world)
     check_pushable(config, hf_config, world)
     attention = attention_choice(
@@ -126,7 +127,6 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     )  # refuses a kernel that cannot run, before weights are read
     vocab_size = hf_config.get_text_config().vocab_size
     check_vocabulary(tokenizer, vocab_size, config)
-    reader = image_reader(config, hf_config, tokenizer, world)
     if config.loss.teacher is not None:
         check_teacher(config, tokenizer, vocab_size, world.device)
     toolbox = load_toolbox(config, given.tools, given.environment)

@@ -58,7 +58,7 @@ def _check_model(config: Config, hf_config: PretrainedConfig, family: Family, wo
         )
     if model.sequence_parallel_size > 1:
         raise ConfigError(
-            f"model.sequence_parallel_size: {model.sequence_parallel_size} ranks do not divide the rows of a {hf_config.model_type} "
+            f"model.sequence_parallel_size: {model.sequence_parallel_size} ranks cannot divide rows of a {hf_config.model_type} "
             "model, whose images would part; set it to 1"
         )
     for key in ("train_vision", "train_projector"):

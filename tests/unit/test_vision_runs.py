@@ -21,6 +21,7 @@ from pgrpo.model.policy import Policy
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "make_tiny_vision_model.py"))
+CALCULATOR = f"tools=['{ROOT / 'recipes' / 'calculator.py'}:multiply']"
 ROWS = """
 import runpy
 def rows(split):
@@ -65,11 +66,15 @@ def metrics_of(run: Path) -> list[dict]:
 def test_a_run_computes_each_image_once_a_step_and_samples_what_it_scores(folder, tmp_path, monkeypatch):
     """With a KL term to a second model and two updates a step: a frozen tower runs once for all of that in each model, and the
     sampler's log-probs are the trainer's."""
-    ran = []
+    ran: list[tuple[int, int]] = []
     run_tower = Vision._run
-    monkeypatch.setattr(
-        Vision, "_run", lambda self, pixels: (ran.append((id(self), len(pixels))), run_tower(self, pixels))[1]
-    )
+
+    def counted(self, pixels):
+        if self.dummy is not None:  # not one of a proof
+            ran.append((id(self), len(pixels)))
+        return run_tower(self, pixels)
+
+    monkeypatch.setattr(Vision, "_run", counted)
     keys = (
         "loss.kl_coef=0.1",
         "train.updates_per_step=2",
@@ -132,11 +137,11 @@ def test_check_shows_images_and_compares_with_the_untouched_model(folder, tmp_pa
     ("keys", "said"),
     [
         (("rollout.engine=vllm",), "rollout.engine=vllm: vLLM does not sample for a qwen3_vl model here"),
-        (("tools=[f.py:g]",), "prompt.images_column: images: images together with tools or an environment"),
+        ((CALCULATOR,), "prompt.images_column: images: images together with tools or an environment"),
         (("model.sequence_parallel_size=2",), "model.sequence_parallel_size: 2"),
         (("model.lora_rank=2", "model.train_vision=true"), "model.train_vision: true together with model.lora_rank=2"),
         (("data.image.max_pixels=100", "data.image.min_pixels=200"), "min_pixels: 200 is more than the largest image, 100"),
-        (("data.path=recipes/addition.py:rows",), "the data has no column `images`"),
+        (("prompt.images_column=pictures",), "the data has no column `pictures`"),
     ],
 )  # fmt: skip
 def test_what_does_not_go_with_images_is_refused_before_weights_are_loaded(folder, tmp_path, monkeypatch, keys, said):
