@@ -80,8 +80,7 @@ class Policy(nn.Module):
             targets_U = targets_U.index_select(0, numbers_U)
         scale = (self.head.scale or 1.0) / (self.temperature if temperature is None else temperature)
         head = self.head if self.head.scale is None else self.head.weight
-        asked: dict[str, Any] = {"entropy": entropy, "teacher": teacher, "ban": self.head.ban}
-        found = token_logprobs(hidden_UE, head, targets_U, scale, **asked)
+        found = token_logprobs(hidden_UE, head, targets_U, scale, entropy=entropy, teacher=teacher, ban=self.head.ban)
         if self.ranks is not None and numbers_U is not None:
             every = partial(self.ranks.all_values, numbers=numbers_U, count=len(batch.distinct))
             found = found._make(x if x is None else every(x) for x in found)

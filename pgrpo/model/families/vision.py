@@ -100,7 +100,7 @@ class Vision:
                 is_image_T = torch.zeros_like(ids_T, dtype=torch.bool).index_fill(0, images.rows, True)
                 more = {"visual_pos_masks": is_image_T[None], "deepstack_visual_embeds": list(features.deep)}
             if self.family.sees_whole_images:
-                layout = WholeImages(layout, images.blocks)  # pyright: ignore[reportAssignmentType]
+                layout = WholeImages(layout, images.blocks)
         if self.family.positions_3d and positions.ndim == 1:
             positions = positions.expand(3, -1)
         with attending(layout):
