@@ -34,7 +34,7 @@ SCHEMA = FILE.parents[1] / "pgrpo" / "config" / "schema.json"
 INTRO = """\
 # Configuration
 
-Every key of a pgrpo YAML, in the order of `pgrpo/config/schema.py`. This file is generated: `python scripts/config_docs.py`.
+Every key of a pgrpo YAML (`pgrpo/config/schema.py`, `task.py`). This file is generated: `python scripts/config_docs.py`.
 
 Values come from the defaults below, then `loss.preset`, then the recipe (which may set `data`, `prompt`, `rewards`, and of
 `rollout` {recipe_rollout}), then the config file, then `key=value` on the command line;

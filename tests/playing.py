@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pgrpo.config.schema import EnvironmentConfig
+from pgrpo.config.task import EnvironmentConfig
 from pgrpo.environments.episodes import ToolLoop
 from pgrpo.environments.toolbox import Toolbox
 from pgrpo.environments.tools import load_kinds, load_tools

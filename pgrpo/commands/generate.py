@@ -12,7 +12,7 @@ from rich.console import Console
 
 from pgrpo.commands.evaluate import built
 from pgrpo.config import PYTHON, Config, ConfigError, PromptConfig, redact, to_json
-from pgrpo.config.schema import EnvironmentConfig
+from pgrpo.config.task import EnvironmentConfig
 from pgrpo.data import load_prompts
 from pgrpo.distributed.world import start, world_size
 from pgrpo.process.lock import run_folder

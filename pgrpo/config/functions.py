@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pgrpo.config.schema import ConfigError
+from pgrpo.config.fields import ConfigError
 
 
 def is_function(name: str) -> bool:

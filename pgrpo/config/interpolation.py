@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pgrpo.config.schema import ConfigError
+from pgrpo.config.fields import ConfigError
 
 LONGEST = 2**20
 """Maximum number of characters of all values together after resolution."""

@@ -14,12 +14,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pgrpo.config import secrets
+from pgrpo.config.fields import PYTHON, ConfigError
 from pgrpo.config.interpolation import check_interpolations
 from pgrpo.config.presets import PRESETS
 from pgrpo.config.rules import check_values, factories, leaves
-from pgrpo.config.schema import PYTHON, Config, ConfigError, RewardsConfig
+from pgrpo.config.schema import Config
 from pgrpo.config.source import Source, read_file, read_mapping, read_override
 from pgrpo.config.strict_yaml import one_line
+from pgrpo.config.task import RewardsConfig
 
 RECIPE_SECTIONS = ("data", "prompt", "rollout", "rewards", "tools", "environment")
 RECIPE_ROLLOUT = ("max_completion_tokens", "temperature", "top_p", "top_k", "stop")

@@ -8,8 +8,9 @@ from dataclasses import fields, is_dataclass, replace
 from operator import attrgetter
 from typing import Any
 
+from pgrpo.config.fields import PYTHON, ConfigError
 from pgrpo.config.functions import is_function
-from pgrpo.config.schema import PYTHON, Config, ConfigError, LossConfig
+from pgrpo.config.schema import Config, LossConfig
 from pgrpo.config.secrets import REDACTED
 
 NEEDS = {

@@ -18,8 +18,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pgrpo.config.fields import ConfigError
 from pgrpo.config.names import is_foreign, suggest
-from pgrpo.config.schema import Config, ConfigError
+from pgrpo.config.schema import Config
 from pgrpo.config.strict_yaml import Marks, at, one_line, parse
 
 KINDS = {

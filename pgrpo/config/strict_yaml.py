@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from pgrpo.config.schema import ConfigError
+from pgrpo.config.fields import ConfigError
 from pgrpo.config.secrets import redact
 
 DEEPEST, MOST_VALUES, MOST_CHARACTERS = 50, 10_000, 2**18

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from pgrpo.config.schema import EnvironmentConfig
+from pgrpo.config.task import EnvironmentConfig
 from pgrpo.environments.chat import Chat, TemplateProblem, call_id
 from pgrpo.environments.long_form import Ended
 from pgrpo.environments.parsing import Call, Reply

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import Any, Protocol
 
-from pgrpo.config.schema import EnvironmentConfig
+from pgrpo.config.task import EnvironmentConfig
 from pgrpo.environments.calls import Calls
 from pgrpo.environments.chat import Chat
 from pgrpo.environments.conversation import Lengths

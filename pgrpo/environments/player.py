@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pgrpo.config.schema import EnvironmentConfig
+from pgrpo.config.task import EnvironmentConfig
 from pgrpo.environments.calls import CallFailed, Calls, CallTimeout, Function, WorkerDied, text_of
 from pgrpo.environments.chat import Chat
 from pgrpo.environments.conversation import Lengths, Transcript

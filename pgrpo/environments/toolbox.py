@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from pgrpo.config import Config, ConfigError
-from pgrpo.config.schema import PYTHON
+from pgrpo.config.fields import PYTHON
 from pgrpo.distributed.world import World
 from pgrpo.environments.chat import Chat, History, Transition
 from pgrpo.environments.episodes import Episodes, SingleTurn, ToolLoop

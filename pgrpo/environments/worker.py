@@ -21,8 +21,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pgrpo.config.fields import ConfigError
 from pgrpo.config.functions import load_function
-from pgrpo.config.schema import ConfigError
 from pgrpo.environments.calls import CallFailed, Loop, describe, text_of
 from pgrpo.environments.long_form import Conversation, lead
 from pgrpo.environments.signatures import abilities, methods_of, said_of

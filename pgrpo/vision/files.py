@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
 
 from pgrpo.config import ConfigError
-from pgrpo.config.schema import ImageConfig
+from pgrpo.config.task import ImageConfig
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, PretrainedConfig, PreTrainedTokenizerBase
 
 from pgrpo.config import ConfigError, ModelConfig
-from pgrpo.config.schema import ImageConfig
+from pgrpo.config.task import ImageConfig
 from pgrpo.types import Image
 from pgrpo.vision.families import FAMILIES, image_token_id
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pgrpo.config import ConfigError, ModelConfig
-from pgrpo.config.schema import ImageConfig
+from pgrpo.config.task import ImageConfig
 from pgrpo.types import Image, PromptImages
 from pgrpo.vision.files import Source, check_pillow, find, open_image
 from pgrpo.vision.processors import Expansion, Processor, positions_3d

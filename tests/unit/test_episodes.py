@@ -12,7 +12,7 @@ import pytest
 from playing import END, PARAMS, TOKENIZER, Scripted, call, ids, one, play, prompt_of, turns
 
 from pgrpo.config import Config, ConfigError
-from pgrpo.config.schema import EnvironmentConfig
+from pgrpo.config.task import EnvironmentConfig
 from pgrpo.environments import episodes as loop
 from pgrpo.environments.episodes import ToolLoop
 from pgrpo.environments.toolbox import Toolbox, load_toolbox

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoConfig
 
 from pgrpo.config import ConfigError, DataConfig, MessageConfig, ModelConfig, PromptConfig
-from pgrpo.config.schema import ImageConfig
+from pgrpo.config.task import ImageConfig
 from pgrpo.data import load_prompts
 from pgrpo.vision import files
 from pgrpo.vision.files import find, open_image

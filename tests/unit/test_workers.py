@@ -15,7 +15,7 @@ from playing import call, ids, one, play, turns
 from transformers.utils.chat_template_utils import get_json_schema
 
 from pgrpo.config import Config, ConfigError, redact
-from pgrpo.config.schema import EnvironmentConfig
+from pgrpo.config.task import EnvironmentConfig
 from pgrpo.environments import episodes as loop
 from pgrpo.environments.signatures import function_of, said_of
 from pgrpo.environments.toolbox import load_toolbox
