@@ -133,11 +133,11 @@ class Player:
         while True:
             try:
                 said = await self._call(step, {"answer": answer})
+                if isinstance(said, str):  # a limit that it was told of and that it ended at
+                    return reached if said == "stop" and reached else said  # pyright: ignore[reportReturnType]
+                answer = await self._answer(said)
             except CallFailed as error:
                 raise self._failed(f"converse: {error}") from None
-            if isinstance(said, str):  # a limit that it was told of and that it ended at
-                return reached if said == "stop" and reached else said  # pyright: ignore[reportReturnType]
-            answer = await self._answer(said)
             reached = answer.get("ended") or reached
 
     async def _answer(self, question: dict[str, Any]) -> dict[str, Any]:
@@ -234,11 +234,11 @@ class Player:
                 values = [float(value) for value in await self._call(self.environment.get_turn_rewards, {})]
             if has["has_reward"]:
                 reward = await self._call(self.environment.get_reward, {})
+            if values:
+                reward = math.fsum(values) + (reward or 0.0)
         except (CallFailed, Ended, TypeError, ValueError) as error:
             return RuntimeError(f"get_reward: {error}"), []
-        if not values:
-            return reward, values
-        return (math.fsum(values) if reward is None else reward + math.fsum(values)), values
+        return reward, values
 
     async def _call(self, function: Function, arguments: dict[str, Any]) -> Any:
         """Call it, within the deadlines of a call and of the episode's calls together.

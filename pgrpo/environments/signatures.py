@@ -11,7 +11,7 @@ from operator import or_
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-OWN = ("reset", "get_reward", "get_turn_rewards", "converse", "close")
+OWN = ("reset", "get_reward", "get_turn_rewards", "converse", "tool_schemas", "close")
 """Methods of an environment that pgrpo calls, and the model does not."""
 PLAIN = {
     "int": int, "float": float, "str": str, "bool": bool, "list": list, "dict": dict, "tuple": tuple, "set": set, "Any": Any,
@@ -20,7 +20,10 @@ PLAIN = {
 
 
 def methods_of(instance: Any) -> list[Callable[..., Any]]:
-    """The tools of an environment: its public methods with a docstring, in alphabetical order, bound to the instance."""
+    """The tools of an environment: its public methods with a docstring, in alphabetical order, bound to the instance. None where it
+    names its tools itself (``tool_schemas``)."""
+    if hasattr(type(instance), "tool_schemas"):
+        return []
     return [
         getattr(instance, name)
         for name, function in inspect.getmembers(type(instance), inspect.isfunction)
@@ -30,7 +33,7 @@ def methods_of(instance: Any) -> list[Callable[..., Any]]:
 
 def abilities(instance: Any) -> dict[str, bool]:
     """Which of the methods that pgrpo calls an environment has; ``is_long``: it leads the conversation itself."""
-    has = {name: callable(getattr(instance, name, None)) for name in OWN}
+    has = {name: callable(getattr(type(instance), name, None)) for name in OWN}
     return {
         "can_reset": has["reset"],
         "has_reward": has["get_reward"],

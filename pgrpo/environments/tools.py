@@ -176,6 +176,8 @@ def kind_of(factory: Callable[..., Any], args: Mapping[str, Any], key: str) -> K
     except Exception as error:
         raise ConfigError(f"{key}: cannot be made with environment.args={dict(args)}: {error!r:.400}") from error
     tools = [tool_of(method, f"{key}, method {method.__name__}", is_method=True) for method in methods_of(probe)]
+    if hasattr(type(probe), "tool_schemas"):
+        tools += _named_by_itself(probe.tool_schemas())
     kind = _kind(type(probe).__name__, lambda: factory(**args), tools, abilities(probe), key)
     if callable(close := getattr(probe, "close", None)):
         close()
@@ -188,8 +190,14 @@ def remote_kind(nursery: Nursery, name: str, args: Mapping[str, Any], key: str) 
     found = _look(worker, "environment", name=name, args=dict(args), key=key)
     worker.kill()
     tools = [tool_of(function_of(said), f"{key}, method {said['name']}", is_method=True) for said in found.pop("tools")]
+    tools += _named_by_itself(found.pop("schemas"))
     own, name_of_class = RemoteClass(nursery, name, args, [tool.name for tool in tools]), found.pop("name")
     return _kind(name_of_class, own, tools, found, key)
+
+
+def _named_by_itself(schemas: Sequence[dict[str, Any]]) -> list[Tool]:
+    """Tools of an environment that gives their JSON schemas."""
+    return [Tool(schema["function"]["name"], schema) for schema in schemas]
 
 
 def _kind(name: str, make: Any, tools: list[Tool], has: Mapping[str, bool], key: str) -> Kind:

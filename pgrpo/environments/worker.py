@@ -100,6 +100,7 @@ class Server:
             raise ConfigError(f"{key}: cannot be made with environment.args={dict(args)}: {error!r:.400}") from error
         tools = [_said(method, f"{key}, method {method.__name__}") for method in methods_of(instance)]
         found = {"name": type(instance).__name__, "tools": tools, **abilities(instance)}
+        found["schemas"] = instance.tool_schemas() if hasattr(type(instance), "tool_schemas") else []
         self._environment = instance
         self.close()
         return found

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from leading import save_led
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -321,6 +322,25 @@ def test_a_whole_run_on_several_ranks_equals_that_on_one(ranks, changes, quickst
         assert sum(r["resampling/groups"] for r in one[1:]) > 0
         assert one[2]["kl"] > one[3]["kl"] > 0  # the reference was refreshed in between
     assert texts_of_several == texts
+
+
+def test_tools_in_worker_processes_on_two_ranks_equal_those_on_one(tmp_path, warm):
+    """Each rank plays its own episodes: conversations that are led, rewritten and branch, with LoRA."""
+    config, rows, texts = save_led(tmp_path), [], []
+    for n in (1, 2):
+        keys = [f"run_dir={tmp_path / f'run{n}'}", "train.steps=2", "eval.every=2", "checkpoint.every=0"]
+        for process in warm.run_on_ranks(["-m", "pgrpo", "train", "--config", config, *keys], n):
+            assert process.returncode == 0, process.stderr
+        rows.append([json.loads(line) for line in (tmp_path / f"run{n}" / "metrics.jsonl").read_text().splitlines()])
+        texts.append(
+            [json.loads(line) for line in (tmp_path / f"run{n}" / "completions.jsonl").read_text().splitlines()]
+        )
+    one, several = ([row["completion"] for row in each] for each in texts)
+    assert one == several
+    for a, b in zip(*rows, strict=True):
+        for name in a:
+            if not name.startswith(("time/", "perf/", "tokens/")) and "seconds" not in name:
+                assert b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5), name
 
 
 def test_ranks_share_a_run_folder_that_is_named_after_the_time(tiny_model, tmp_path, warm):

@@ -233,6 +233,11 @@ def test_an_environment_may_speak_before_the_model_and_limits_reach_it():
         ("await conversation.generate(); raise OSError('gone')", "environment", "converse: OSError: gone"),
         ("await asyncio.sleep(60)", "timeout", "a call took longer than 1 s"),
         ("conversation.say(3)", "environment", "converse: ValueError: a message has a role and a content"),
+        (
+            "conversation.say('a' * 400); await conversation.generate()",
+            "environment",
+            "converse: with its text the prompt has",
+        ),
         ("conversation.end('sleepy')", "environment", "converse: ValueError: 'sleepy' is no reason"),
         ("await conversation.generate(); conversation.say('more'); await conversation.generate()", "stop", None),
     ],

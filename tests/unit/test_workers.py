@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from playing import call, ids, one, play, turns
+from playing import END, PARAMS, TOKENIZER, Scripted, call, ids, one, play, prompt_of, turns
 from transformers.utils.chat_template_utils import get_json_schema
 
 from pgrpo.config import Config, ConfigError, redact
@@ -216,6 +216,35 @@ def test_crashes_in_a_row_stop_the_run(own):
         loop.EnvironmentFailed, match=r"in 32 episodes in a row; the last error: leave: its worker process"
     ):
         play(turns(f"{call('leave', x=1)}<|im_end|>"), tools=[f"{own}:leave"], size=loop.MOST_FAILURES)
+
+
+def test_timeouts_in_a_row_stop_the_run_too(own):
+    with pytest.raises(
+        loop.EnvironmentFailed, match=r"in 32 episodes in a row; the last error: a call took longer than 0.2 s"
+    ):
+        play(
+            turns(f"{call('leave', x=3)}<|im_end|>"),
+            tools=[f"{own}:leave"],
+            size=loop.MOST_FAILURES,
+            call_timeout_s=0.2,
+        )
+
+
+def test_an_environment_whose_process_died_is_made_anew(own):
+    toolbox = load_toolbox(Config(environment=EnvironmentConfig(factory=f"{own}:Game", args={"bad": 1, "how": "die"})))
+    script = turns(*[f"{call('move', by=10)}<|im_end|>"] * 3, "ok<|im_end|>")
+    chats, engine = toolbox.chats(TOKENIZER, [END], {}), Scripted(script)
+    settings: Any = (EnvironmentConfig(), 600, 300, lambda: False)
+    made = loop.ToolLoop(engine, [], toolbox.kinds, chats, *settings, toolbox.nursery)  # pyright: ignore[reportArgumentType]
+    reasons, pids = [], []
+    for row in (1, 2, 2):
+        groups = made.generate([prompt_of(toolbox, row=row)], PARAMS, [[1]], 1, lambda *_: None)
+        pids.append(groups[0].episodes[0].environment._worker.pid)
+        made.release(groups)
+        reasons.append(groups[0].episodes[0].finish_reason)
+    made.close()
+    assert reasons == ["environment", "stop", "stop"]
+    assert pids[0] != pids[1] == pids[2]  # a sound one is used again
 
 
 def test_a_nursery_that_was_killed_is_started_again():
