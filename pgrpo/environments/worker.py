@@ -132,7 +132,11 @@ class Server:
 
         def exchange(question: dict[str, Any]) -> Any:
             send(self._connection, _json({"ask": question}))
-            return pickle.loads(receive(self._connection))
+            while isinstance(
+                message := pickle.loads(receive(self._connection)), tuple
+            ):  # the model calls a tool meanwhile
+                send(self._connection, _json(self._answer(*message)))
+            return message
 
         async def ask(question: dict[str, Any]) -> Any:
             async with one_at_a_time:
