@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import string
 from pathlib import Path
 
@@ -68,10 +69,26 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def seeing_model(tmp_path_factory) -> Path:
+    """The tiny vision-language model without its warm start."""
+    script = runpy.run_path(str(ROOT / "scripts" / "make_tiny_vision_model.py"))
+    folder = tmp_path_factory.mktemp("seeing_model")
+    torch.manual_seed(0)
+    model = script["Qwen3VLForConditionalGeneration"](script["make_config"]())
+    for part in (model, script["make_tokenizer"](), script["make_processor"]()):
+        part.save_pretrained(folder)
+    return folder
+
+
 def overrides(name: str, model: Path, tmp_path: Path) -> list[str]:
     keys = [f"recipe={name}", f"model.path={model}", f"run_dir={tmp_path / 'run'}", "rollout.prompts_per_step=4"]
     # A character is a token here: prompts are four times as long as the recipe's model would have them.
-    keys += ["rollout.max_completion_tokens=12", "data.max_prompt_tokens=4096", "train.token_budget=12288"]
+    keys += [
+        "rollout.max_completion_tokens=12",
+        f"data.max_prompt_tokens={200 if name == 'shapes' else 4096}",
+        "train.token_budget=12288",
+    ]
     if name in ROWS:
         rows = tmp_path / "rows.jsonl"
         rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
@@ -81,8 +98,11 @@ def overrides(name: str, model: Path, tmp_path: Path) -> list[str]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_passes_check(name: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipe_passes_check(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.set_num_threads(1)
+    model = request.getfixturevalue("seeing_model" if name == "shapes" else "model")
     if name == "reasoning_gym":
         pytest.importorskip("reasoning_gym")
     config = load_config("smollm2_135m", overrides(name, model, tmp_path))
