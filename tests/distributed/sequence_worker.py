@@ -1,19 +1,37 @@
 """Run by every rank: log-probs and gradients in float64 of ranks that compute a batch together, against the untouched model."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
-from worker import long_tailed_groups, together
+from worker import long_tailed_groups, one_update, together
 
 from pgrpo.admission.proof import True64
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.distributed.sequence import Ulysses
+from pgrpo.model import recompute
 from pgrpo.model.policy import Policy
 from pgrpo.model.proof import gradients, reference_logprobs
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
+
+
+def compiled(world, model, changes):
+    """How far an update with compiled layers is from one without (relative norm of all gradients), and compilations of a layer."""
+    plain = one_update(world, model, changes)["gradients"]
+    compile_, torch.compile = torch.compile, partial(torch.compile, backend="aot_eager")
+    torch._dynamo.reset()
+    recompute._runner.cache_clear()
+    try:
+        got = one_update(world, model, changes | {"compile": True})["gradients"]
+        entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(recompute._all_but_attention.__code__)
+    finally:
+        torch.compile = compile_
+        recompute._runner.cache_clear()
+    want, found = (torch.cat([g[name].flatten() for name in plain]) for g in (plain, got))
+    return ((found - want).norm() / want.norm()).item(), len(entries)
 
 
 class Found(NamedTuple):

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from sequence_worker import in_float64
+from sequence_worker import compiled, in_float64
 from test_ranks import LOSSES, assert_same, gradient_error, make_model
 
 from pgrpo import checkpoint
@@ -94,6 +94,13 @@ def test_a_teacher(compute, models, form):
     got, want = compute(2, sequence_parallel_size=2, **changes), compute(**changes)
     assert_same(got, want)
     assert got["sums"]["teacher_kl"] > 0.1 * got["sums"]["tokens"]
+
+
+def test_compiled_layers(processes, models):
+    """The exchange is traced, and once for all micro-batches, whose rows differ."""
+    changes = {"sequence_parallel_size": 2, "token_budget": 60, "activation_checkpointing": "attention"}
+    for error, compilations in processes(2)(compiled, models / "plain", changes):
+        assert error < 2e-6 and compilations == 1
 
 
 def test_bfloat16_is_as_far_from_float32_as_on_one_rank(compute):

@@ -14,6 +14,7 @@ from pgrpo.commands.check import check
 from pgrpo.commands.evaluate import evaluate
 from pgrpo.commands.plan import plan
 from pgrpo.config import Config, ConfigError, load_config
+from pgrpo.rollout.vllm import start as vllm_start
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,6 +72,21 @@ def test_a_dry_run_on_several_ranks_is_shown_once(model, tmp_path, capsys, monke
         and "\nsampling      rollouts by the policy itself (there is no GPU)\n" in shown["0"]
     )
     assert shown["1"] == ""
+
+
+def test_a_dry_run_plans_for_ranks_that_compute_together(model, tmp_path, capsys, monkeypatch):
+    """Without torchrun for as many; on a machine without a GPU for one of 80 GB. Beside vLLM it says what a group takes."""
+    monkeypatch.setattr(vllm_start, "is_installed", lambda: True)
+    keys = ["model.dtype=bfloat16", "model.sequence_parallel_size=2", "rollout.engine=vllm"]
+    plan(config(model, tmp_path, *keys))
+    shown = capsys.readouterr().out
+    assert "on 2 rank(s), 2 of which compute a micro-batch together" in shown
+    assert "a step and 2 ranks, of at most" in shown
+    assert "GiB a GPU, 2 of which share an engine; weights take 0.0, a group at its longest 0.0 of it" in shown
+    assert "GiB of 79 (assumed) a rank" in shown
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"model.sequence_parallel_size: 2 does not divide the number of ranks, 3"):
+        plan(config(model, tmp_path, *keys))
 
 
 def test_a_dry_run_shows_nothing_of_what_it_refuses(tmp_path, capsys):

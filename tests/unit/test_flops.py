@@ -394,6 +394,57 @@ def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
     assert memory.fewest_recomputed_layers(dims, 10.0, **sizes) == (["full"] * 36, 4)  # nothing fits
 
 
+LONG: dict[str, Any] = {"token_budget": 131_072 + 8 * 1024, "compiled": True, "dtype_bytes": 2}
+
+
+def test_the_memory_plan_of_long_samples() -> None:
+    """A token's input of a layer is 2560 bfloat16, in host memory with ``offload``, but for two on their way; the compiled MLP
+    keeps gate, up and their product, 9728 bfloat16 each."""
+    dims, tokens = QWEN3_4B, LONG["token_budget"] / flops.GIB
+    full, offload = (plan(dims, recompute=mode, **LONG) for mode in ("full", "offload"))
+    assert (full.host, offload.activations) == (0, 0)
+    assert offload.host == full.activations == pytest.approx(36 * 2 * 2560 * tokens)
+    assert offload.layer_backward - full.layer_backward == pytest.approx(2 * 2 * 2560 * tokens)
+    parts = plan(dims, mlp_chunks=4, **LONG)
+    assert full.layer_backward - parts.layer_backward == pytest.approx(3 / 4 * 3 * 2 * 9728 * tokens, rel=1e-3)
+    assert plan(dims, recompute="attention", mlp_chunks=4, **LONG) == plan(dims, recompute="attention", **LONG)
+
+
+def test_ranks_that_compute_a_batch_together_divide_its_rows() -> None:
+    """Each holds queries, keys and values twice around the exchange of rows for heads: (32 + 2 * 8) * 128 bfloat16 a token. With 16
+    ranks each key/value head is there twice."""
+    dims, rows = QWEN3_4B, LONG["token_budget"] / 4 / flops.GIB
+    one, four = plan(dims, **LONG), plan(dims, together=4, **LONG)
+    assert four.activations == pytest.approx(one.activations / 4)
+    nothing: dict[str, Any] = {**LONG, "token_budget": 0}
+    constant = plan(dims, **nothing).layer_backward
+    exchanged = 2 * 2 * (32 + 2 * 8) * 128 * rows
+    assert four.layer_backward - constant == pytest.approx((one.layer_backward - constant) / 4 + exchanged)
+    two, sixteen = (plan(dims, together=n, recompute="none", **LONG).activations * n for n in (2, 16))
+    assert sixteen - two == pytest.approx(36 * 2 * 2 * 8 * 128 * LONG["token_budget"] / flops.GIB)
+
+
+def test_auto_offloads_and_cuts_mlps_where_that_is_needed() -> None:
+    dims = QWEN3_4B
+    sizes = LONG | {"offload": True}
+
+    def auto(gib: float, host: float) -> tuple[dict[str, int], int]:
+        modes, chunks = memory.fewest_recomputed_layers(dims, gib, host_gib=host, **sizes)
+        return {mode: modes.count(mode) for mode in modes}, chunks
+
+    assert auto(600, 100) == ({"none": 36}, 1)
+    modes, chunks = auto(68, 100)
+    assert set(modes) == {"offload", "full"} and chunks == 1
+    assert auto(68, 0) == ({"full": 36}, 4)
+    assert auto(45, 100)[1] == 4 and auto(45, 100)[0]["offload"] > 0
+    assert auto(41, 100)[1] == 16
+    assert auto(60, 0.5 * 36 * 2 * 2560 * LONG["token_budget"] / flops.GIB)[0].get("offload", 0) <= 18
+    fixed = memory.fewest_recomputed_layers(dims, 68, host_gib=0, mlp_chunks=1, **sizes)
+    assert fixed == (["full"] * 36, 1)
+    without = memory.fewest_recomputed_layers(replace(dims, has_mlp=False), 10, host_gib=100, **sizes)
+    assert without.mlp_chunks == 1
+
+
 def test_memory_plan_of_lora() -> None:
     """Two bytes a frozen weight in bfloat16; gradients, moments and the head's gradient only of what is trained."""
     dims = QWEN3_4B

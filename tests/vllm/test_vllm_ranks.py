@@ -35,10 +35,12 @@ def model(tiny_model, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "tensor_parallel_size", "fsdp_size"), [(2, 1, "null"), (2, 2, "null"), (2, 1, 1), (4, 2, 2)]
+    ("ranks", "tensor_parallel_size", "fsdp_size", "together"),
+    [(2, 1, "null", 1), (2, 2, "null", 1), (2, 1, 1, 1), (4, 2, 2, 1), (2, 1, "null", 2)],
 )
-def test_several_ranks(launch, model, tmp_path, monkeypatch, ranks, tensor_parallel_size, fsdp_size):
-    """The engines have the policy's weights in every step: log-probs agree, and the canary's slope is that of the new weights."""
+def test_several_ranks(launch, model, tmp_path, monkeypatch, ranks, tensor_parallel_size, fsdp_size, together):
+    """Ranks that compute a batch together share an engine. The engines have the policy's weights in every step: log-probs agree,
+    and the canary's slope is that of the new weights."""
     if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
         pytest.skip(f"there are fewer than {ranks} GPUs")
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -46,6 +48,7 @@ def test_several_ranks(launch, model, tmp_path, monkeypatch, ranks, tensor_paral
         f"model.path={model}",
         f"model.dtype={DTYPE}",
         f"model.fsdp_size={fsdp_size}",
+        f"model.sequence_parallel_size={together}",
         f"run_dir={tmp_path / 'run'}",
     ]
     keys += ["train.steps=3", "rollout.prompts_per_step=4", "rollout.group_size=8", "optim.lr=1e-3", "eval.every=0"]
