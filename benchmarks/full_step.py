@@ -123,7 +123,7 @@ def steps(args: argparse.Namespace, report: Callable[[list[dict[str, Any]]], Non
         parts, progress = stack.enter_context(build(config, world, Given([spread], rows))), Progress()
         print(*parts.engine.notes, sep="\n", flush=True)
         for turn in range(args.steps + 1):
-            config.rollout.prompts_per_step = args.prompts if turn else WARM_UP_PROMPTS
+            config.rollout.prompts_per_step = args.prompts if turn else min(args.prompts, WARM_UP_PROMPTS)
             for name in args.attention:
                 config.model.attention = name
                 with device_memory(world.device) as used:
