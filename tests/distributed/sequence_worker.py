@@ -71,5 +71,7 @@ def in_float64(world, model, size, beginning):
     assert ranks is not None
     whole, found = (torch.cat([gradient.flatten() for gradient in gradients]) for gradients in (want, got))
     error = (found - whole).norm() / whole.norm()
+    strided = torch.arange(12.0 * size).view(3, 4 * size).T + 100 * world.rank
+    assert torch.equal(ranks.exchange(strided), ranks.exchange(strided.clone(memory_format=torch.contiguous_format)))
     owned, _ = ranks.owned(batch.logit_index.index_select(0, batch.distinct), batch.packed_tokens)
     return Found((logprobs - wanted).abs().max().item(), error.item(), batch.packed_tokens, len(owned))
