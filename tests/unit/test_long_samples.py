@@ -11,7 +11,7 @@ from test_layer_runs import LAYERS, compilations, make_policy, random_batch, upd
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.model import recompute as layers
 from pgrpo.model.policy import Policy
-from pgrpo.training.long_samples import set_up_long_samples
+from pgrpo.training.long_samples import HostInputs, set_up_long_samples
 from pgrpo.types import Recompute
 
 
@@ -36,7 +36,9 @@ def overwrite_inputs(policy):
 
 @pytest.mark.parametrize(("lora", "compiled"), [(False, False), (True, False), (True, True)])
 def test_the_backward_reads_inputs_from_host_memory(lora, compiled, monkeypatch):
-    """Bit for bit the gradients of ``full``, also when the inputs on the device are gone."""
+    """Bit for bit the gradients of ``full``, also when the inputs on the device are gone. Nothing else is copied."""
+    kept, keep = [], HostInputs._keep
+    monkeypatch.setattr(HostInputs, "_keep", lambda self, x: kept.append(x.shape) or keep(self, x))
     layers._runner.cache_clear()
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -50,6 +52,7 @@ def test_the_backward_reads_inputs_from_host_memory(lora, compiled, monkeypatch)
         wanted_logprobs, wanted = update(other, batch)
         assert torch.equal(logprobs, wanted_logprobs)
         assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert len(kept) == 2 * LAYERS
     if compiled:
         assert compilations() == {"_everything": 1 + lora}
     layers._runner.cache_clear()
