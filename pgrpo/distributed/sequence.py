@@ -81,7 +81,7 @@ class Ulysses:
     def exchange(self, x_SN: Tensor) -> Tensor:
         """[S * n, ...] -> [S * n, ...]: part i of n goes to rank i, and part i comes from it. A collective call, also in the
         backward, which is the same exchange."""
-        # The exchange reads memory in order, whatever the strides say.
+        # Not every backend and release looks at strides.
         x_SN = x_SN.contiguous()
         return collectives.wait_tensor(collectives.all_to_all_single_autograd(x_SN, None, None, self.group))
 
