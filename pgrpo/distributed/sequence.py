@@ -12,7 +12,6 @@ S ranks, T packed rows, t rows of one rank (S * t >= T); H query heads, K key/va
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,10 @@ from pgrpo.distributed.world import World
 
 def key_value_copies(kv_heads: int, size: int) -> int:
     """How many ranks need each key/value head: 1 if the heads divide over the ranks."""
-    return size // math.gcd(kv_heads, size)
+    copies = 1
+    while kv_heads * copies % size:
+        copies += 1
+    return copies
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,9 @@ class SplitLayout:
         **options: Any,
     ) -> Tensor:
         """[t, H, Dv] attention of this rank's t rows to the rows of all ranks; arguments as those of ``grouped_attention``."""
-        size, rows, total = self.ranks.size, q_THD.shape[0], self.like_T.shape[0]
+        # Asked of the group these are constants in compiled code, where attributes would be symbols.
+        size, rank = self.ranks.group.size(), self.ranks.group.rank()
+        rows, total = q_THD.shape[0], self.like_T.shape[0]
         copies = key_value_copies(k_TKD.shape[1], size)
         if copies > 1:
             k_TKD, v_TKD = (x.repeat_interleave(copies, 1) for x in (k_TKD, v_TKD))
@@ -124,7 +128,7 @@ class SplitLayout:
             for x, shape in zip(whole.split([h * d for h, d in heads], 1), heads, strict=True)
         )
         if sinks_H is not None:
-            sinks_H = sinks_H.unflatten(0, (size, -1))[self.ranks.rank]
+            sinks_H = sinks_H.unflatten(0, (size, -1))[rank]
         out_ThD = grouped_attention(q, k, v, self.whole, scale, sinks_H=sinks_H, **options)
         out = pad(out_ThD.flatten(1), (0, 0, 0, size * rows - total))
         back = self.ranks.exchange(out).unflatten(0, (size, rows))  # [S, t, heads of a rank * Dv]
