@@ -96,6 +96,7 @@ def test_a_teacher(compute, models, form):
     assert got["sums"]["teacher_kl"] > 0.1 * got["sums"]["tokens"]
 
 
+@pytest.mark.slow
 def test_compiled_layers(processes, models):
     """The exchange is traced, and once for all micro-batches, whose rows differ."""
     changes = {"sequence_parallel_size": 2, "token_budget": 60, "activation_checkpointing": "attention"}
