@@ -61,9 +61,14 @@ def long_samples():
         return torch.randint(3, 60, (n,), generator=generator).tolist()
 
     begin = ids(64)
-    return tokens_as_samples(
-        [begin + ids(7), begin + ids(64), ids(63)], [[ids(65), ids(1), ids(2)], [ids(9)], [ids(64), ids(130)]]
-    )
+    prompts = [
+        begin + ids(7),
+        begin + ids(64),
+        begin + ids(5),
+        ids(63),
+    ]  # short, long, short: two calls, in another order
+    completions = [[ids(65), ids(1), ids(2)], [ids(9)], [ids(3), ids(20)], [ids(64), ids(130)]]
+    return tokens_as_samples(prompts, completions)
 
 
 @pytest.mark.parametrize("samples", [random_samples(5), long_samples()], ids=["deep", "long"])
