@@ -214,7 +214,7 @@ class Depth(NamedTuple):
         count: N.
         filled: [N'] int64, the numbers of those that have rows.
         cu_seqlens: [N' + 1] int64, where these begin.
-        buckets: how a CPU computes them.
+        buckets: how a CPU computes them; none on a GPU.
         row_order, node_order: where each row and node of the depth is in the results of all buckets.
     """
 
@@ -243,7 +243,7 @@ def _depth(nodes: tuple[Node, ...], parents: list[int] | None, device: torch.dev
     first = nodes[0].start
     filled = [i for i, node in enumerate(nodes) if node.length]
     by_length: dict[int, list[int]] = {}
-    for i in filled:
+    for i in filled if device.type != "cuda" else ():
         by_length.setdefault(_padded(nodes[i].length), []).append(i)
     buckets, rows, order = [], [], [i for i, node in enumerate(nodes) if not node.length]
     for length, members in by_length.items():
