@@ -15,7 +15,7 @@ import pgrpo
 from pgrpo import checkpoint
 from pgrpo.commands.check import check
 from pgrpo.commands.export import export
-from pgrpo.config import ConfigError, load_config
+from pgrpo.config import ConfigError, load_config, to_yaml
 from pgrpo.model.families.vision import Vision
 from pgrpo.model.policy import Policy
 
@@ -29,6 +29,8 @@ def rows(split):
     made["SIZES"][split] = 12
     found = made["rows"](split)
     return [*found, {{"images": [found[0]["images"][0], found[1]["images"][0]], "question": "which colour?", "answer": "red"}}]
+def mixed(split):
+    return [row if i % 2 else row | {{"images": None}} for i, row in enumerate(rows(split))]
 def likes_red(completions):
     return [float("red" in text) + 0.1 * len(text) for text in completions]
 """
@@ -123,6 +125,26 @@ def test_a_run_with_images_resumes_to_the_bit(folder, tmp_path):
     a, b = weights_of(whole), weights_of(part)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_rank_without_images_keeps_in_step(folder, tmp_path, launch):
+    """Two ranks, of which one has prompts of text only: the same weights as one rank, with a tower that is trained."""
+    keys = (
+        f"data.path={folder / 'own.py'}:mixed", "data.shuffle=false", "rollout.prompts_per_step=2", "optim.lr=1e-3",
+        "model.train_vision=true", "model.train_projector=true", "loss.scale_advantages=none", "optim.eps=1e-3",
+    )  # fmt: skip
+    alone = pgrpo.train(config_of(folder, tmp_path / "alone", *keys))
+    file = tmp_path / "two.yaml"
+    file.write_text(to_yaml(config_of(folder, tmp_path / "two", *keys)))
+    result = launch(["-m", "pgrpo", "train", "--config", file], 2)
+    assert result.returncode == 0, result.stderr
+    wanted, got = weights_of(alone), weights_of(tmp_path / "two")
+    assert wanted.keys() == got.keys()
+    start = dict(loaded(folder / "model"))
+    for name, weight in wanted.items():
+        torch.testing.assert_close(got[name], weight, rtol=0, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+    moved = {name for name in wanted if not torch.equal(wanted[name], start[name])}
+    assert any("visual" in name for name in moved)
 
 
 def test_check_shows_images_and_compares_with_the_untouched_model(folder, tmp_path, capsys):
