@@ -24,13 +24,14 @@ from pgrpo.algorithm.metrics import group_metrics
 from pgrpo.config import Config
 from pgrpo.environments.metrics import turn_metrics
 from pgrpo.environments.returns import give_returns
+from pgrpo.model.kept import kept_prefix
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.rollout.base import sample_seeds, sampling_params
 from pgrpo.tracking.live import watched
 from pgrpo.training import update
 from pgrpo.training.build import Learner, Parts
 from pgrpo.training.caller import Given
-from pgrpo.training.frozen import frozen_scores
+from pgrpo.training.frozen import frozen_scores, record_frozen_logprobs
 from pgrpo.training.messages import StepClock, naming_the_batch
 from pgrpo.training.optim import clip_gradients, learning_rate, set_learning_rate
 from pgrpo.training.progress import Progress
@@ -165,10 +166,13 @@ def optimizer_step(
 ) -> update.Outcome:
     """One optimizer step on the summed gradients of all micro-batches; skipped if there are none or a number is not finite."""
     world, sums = learner.world, update.UpdateSums.zero(learner.world.device)
-    for batch in watched("update", batches, "micro-batches"):
+    for span in watched("update", update.spans(batches), "micro-batches"):
         if not progress.has_moved:  # until weights change, a stop signal may drop the step and save the one before
             world.check_stop()
-        sums = sums.plus(backward(learner, batch, counts))
+        record_frozen_logprobs(learner, span)
+        with kept_prefix(learner.policy, span):  # usually of one micro-batch, which computes all of its rows
+            for batch in span:
+                sums = sums.plus(backward(learner, batch, counts))
     grad_norm = clip_gradients(learner.policy, learner.config.optim.max_grad_norm) if batches else 0.0
     sums = sums.over_ranks(world)
     sound = update.is_sound(learner, progress, sums.loss.item(), grad_norm) if batches else True

@@ -31,6 +31,9 @@ from pgrpo.attention.kernels.segments import Scores
 from pgrpo.attention.layout import Call, PackedLayout, unpack_calls
 from pgrpo.attention.merge import add_sinks_, copy_rows, merge_, sink_gradient, sum_copies
 
+KeysAndValues = tuple[Tensor, Tensor]
+"""[P, K, D] and [P, K, Dv]."""
+
 
 def grouped_attention(
     q_THD: Tensor,
@@ -42,6 +45,7 @@ def grouped_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
+    front: KeysAndValues | None = None,
 ) -> Tensor:
     """Attention over a packed batch, differentiable in q, k, v and sinks.
 
@@ -54,6 +58,8 @@ def grouped_attention(
         window: a row sees this many keys of its sample, its own included; None is all before it.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sinks_H: [H] scores of the sinks.
+        front: [P, K, D] keys and [P, K, Dv] values of a kept first node (``layout.front``), which has no row in q, k and v.
+            Differentiable too.
 
     Returns:
         [T, H, Dv], equal to ``reference_attention(...)[0]`` up to rounding.
@@ -61,7 +67,7 @@ def grouped_attention(
     passes = layout.passes(window)
     copies = passes.copies
     out_THD, _ = _grouped_attention(
-        q_THD, k_TKD, v_TKD, sinks_H,
+        q_THD, k_TKD, v_TKD, sinks_H, *(front or (None, None)),
         passes.table, passes.cu_seqlens, copies.source, copies.order, copies.offsets,
         scale, softcap or 0.0, layout.kernel,
     )  # fmt: skip
@@ -73,12 +79,13 @@ def grouped_attention(
 
 @torch.library.custom_op("pgrpo::grouped_attention", mutates_args=())
 def _grouped_attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, front_k: Tensor | None, front_v: Tensor | None,
     table: Tensor, cu_seqlens: Tensor, source: Tensor, order: Tensor, offsets: Tensor,
     scale: float, softcap: float, kernel: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     first, *others = unpack_calls(table)
-    keys = copy_rows(k, v, source) if first.copied else (k, v)
+    k, v = _behind(front_k, k), _behind(front_v, v)
+    keys = _keys_of(first, k, v, source)
     out_THD, lse_HT = varlen_forward(q, *keys, first.on(cu_seqlens), _scores(first, scale, softcap), kernel)
     for call in others:
         rows, front = slice(call.q_start, call.q_end), slice(call.k_start, call.k_end)
@@ -93,15 +100,19 @@ def _grouped_attention(
 
 @torch.library.custom_op("pgrpo::grouped_attention_backward", mutates_args=())
 def _grouped_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, front_k: Tensor | None, front_v: Tensor | None,
+    out: Tensor, lse: Tensor,
     table: Tensor, cu_seqlens: Tensor, source: Tensor, order: Tensor, offsets: Tensor,
     scale: float, softcap: float, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     first, *others = unpack_calls(table)
-    keys = copy_rows(k, v, source) if first.copied else (k, v)
+    k, v = _behind(front_k, k), _behind(front_v, v)
+    keys = _keys_of(first, k, v, source)
     dq, dk, dv = varlen_backward(dout, q, *keys, out, lse, first.on(cu_seqlens), _scores(first, scale, softcap), kernel)
     if first.copied:
         dk, dv = sum_copies(dk, dv, source, order, offsets)
+    elif first.k_start:
+        dk, dv = (_behind(x.new_zeros(first.k_start, *x.shape[1:]), x) for x in (dk, dv))
     for call in others:
         rows, front = slice(call.q_start, call.q_end), slice(call.k_start, call.k_end)
         dq_p, dk_p, dv_p = varlen_backward(
@@ -115,6 +126,14 @@ def _grouped_attention_backward(
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), dsinks
 
 
+def _behind(front: Tensor | None, x: Tensor) -> Tensor:
+    return x if front is None else torch.cat([front, x])
+
+
+def _keys_of(first: Call, k: Tensor, v: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    return copy_rows(k, v, source) if first.copied else (k[first.k_start : first.k_end], v[first.k_start : first.k_end])
+
+
 def _scores(call: Call, scale: float, softcap: float) -> Scores:
     return Scores(scale, bool(call.causal), call.window, softcap)
 
@@ -126,20 +145,24 @@ def _(q, k, v, sinks, *geometry):
 
 
 @_grouped_attention_backward.register_fake
-def _(dout, q, k, v, sinks, out, lse, *geometry):
-    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+def _(dout, q, k, v, sinks, front_k, front_v, out, lse, *geometry):
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dk, dv = (_behind(front, x).new_empty(_behind(front, x).shape) for front, x in ((front_k, k), (front_v, v)))
     return dq, dk, dv, dout.new_empty(0) if sinks is None else torch.empty_like(sinks)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.scale, ctx.softcap, ctx.kernel = inputs
-    ctx.save_for_backward(*tensors[:4], *output, *tensors[4:])
+    ctx.save_for_backward(*tensors[:6], *output, *tensors[6:])
 
 
 def _backward(ctx, dout: Tensor, dlse: Tensor):
     tensors = ctx.saved_tensors  # once: with recomputation, reading them recomputes them
-    *gradients, dsinks = _grouped_attention_backward(dout, *tensors, ctx.scale, ctx.softcap, ctx.kernel)
-    return *gradients, None if tensors[3] is None else dsinks, *[None] * 8
+    dq, dk, dv, dsinks = _grouped_attention_backward(dout, *tensors, ctx.scale, ctx.softcap, ctx.kernel)
+    _, _, _, sinks, front_k, *_ = tensors
+    front = 0 if front_k is None else len(front_k)
+    fronts = (dk[:front], dv[:front]) if front else (None, None)
+    return dq, dk[front:], dv[front:], None if sinks is None else dsinks, *fronts, *[None] * 8
 
 
 _grouped_attention.register_autograd(_backward, setup_context=_setup_context)

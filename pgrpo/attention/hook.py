@@ -4,13 +4,13 @@ exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from pgrpo.attention.grouped import grouped_attention
+from pgrpo.attention.grouped import KeysAndValues, grouped_attention
 from pgrpo.attention.layout import PackedLayout
 
 ATTENTION_NAME = "pgrpo"
@@ -45,19 +45,29 @@ class Current:
     """The layout of the forward that runs now. Models need not hand it down: some decoders drop keywords that they do not know."""
 
     layout: AttentionLayout | None = None
+    front: KeysAndValues | None = None
+    """Of the layer that runs now, if its layout has a kept first node."""
+    fronts: Sequence[KeysAndValues] | None = None
+    """The same of all layers (``model/recompute.py`` picks from it)."""
+    keep: list[KeysAndValues] | None = None
+    """Layers append their keys and values to it."""
 
 
 current = Current()
 
 
 @contextmanager
-def attending(layout: AttentionLayout) -> Iterator[None]:
+def attending(
+    layout: AttentionLayout,
+    fronts: Sequence[KeysAndValues] | None = None,
+    keep: list[KeysAndValues] | None = None,
+) -> Iterator[None]:
     """Attention of forwards inside this block is that of ``layout``."""
-    current.layout = layout
+    current.layout, current.fronts, current.keep = layout, fronts, keep
     try:
         yield
     finally:
-        current.layout = None
+        current.layout = current.fronts = current.keep = None
 
 
 class UnsupportedAttentionError(RuntimeError):
@@ -113,7 +123,9 @@ def attention_forward(
     q_THD, k_TKD, v_TKD = (x_1HTD.squeeze(0).transpose(0, 1) for x_1HTD in (query, key, value))
     options: dict[str, Any] = {"window": sliding_window, "softcap": softcap, "sinks_H": s_aux}
     if isinstance(attention_layout, PackedLayout):
-        out_THD = grouped_attention(q_THD, k_TKD, v_TKD, attention_layout, scale, **options)
+        if current.keep is not None:
+            current.keep.append((k_TKD, v_TKD))
+        out_THD = grouped_attention(q_THD, k_TKD, v_TKD, attention_layout, scale, front=current.front, **options)
     else:
         out_THD = attention_layout.attend(q_THD, k_TKD, v_TKD, scale, module=module, **options)
     return out_THD.unsqueeze(0), None

@@ -48,6 +48,7 @@ class PackedLayout:
         max_sample: the longest sample, in tokens.
         kernel: name of the flash kernel to use.
         kept: what other layers than attention compute once a batch.
+        front: rows of the first node if only its keys and values are there (``model/kept.py``); 0 if it is computed with the rest.
     """
 
     def __init__(
@@ -56,14 +57,17 @@ class PackedLayout:
         parents: Sequence[int],
         device: torch.device | str = "cpu",
         choice: AttentionChoice | None = None,
+        *,
+        has_front: bool = False,
     ) -> None:
         choice = choice or AttentionChoice()
         self.nodes = nodes_of(lengths, parents)
+        self.front = lengths[0] if has_front else 0
         self.max_sample = max((node.offset + node.length for node in self.nodes), default=0)
         self.kernel = choice.kernel
         self.kept: dict[Any, Any] = {}
         self._device = device
-        self._passes: dict[int | None, Passes] = {None: Passes.of(self.nodes, choice, device)}
+        self._passes: dict[int | None, Passes] = {None: Passes.of(self.nodes, choice, device, self.front)}
         for window in choice.windows:
             self.passes(window)
 
@@ -91,7 +95,7 @@ class PackedLayout:
             if window is None or window >= self.max_sample:
                 self._passes[window] = self._passes[None]
             else:
-                self._passes[window] = Passes.windowed(self.nodes, window, self._device)
+                self._passes[window] = Passes.windowed(self.nodes, window, self._device, self.front)
         return self._passes[window]
 
 
@@ -152,13 +156,13 @@ class Passes:
     copies: Copies
 
     @staticmethod
-    def of(nodes: Sequence[Node], choice: AttentionChoice, device: torch.device | str) -> Passes:
+    def of(nodes: Sequence[Node], choice: AttentionChoice, device: torch.device | str, front: int = 0) -> Passes:
         """A causal call of all nodes with themselves and the copied ancestors, and a call for each pair of depths whose ancestors
         are not copied."""
         depths = [list(group) for _, group in groupby(range(len(nodes)), key=lambda i: nodes[i].depth)]
         ancestors = _ancestors(nodes)
         copied = choice.choose(ancestry(nodes)).copied
-        calls = _Calls(nodes)
+        calls = _Calls(nodes, front)
         calls.within([[nodes[i][:2] for i in above if nodes[i].depth in copied] for above in ancestors])
         for d, deeper in enumerate(depths):
             for a in range(d):
@@ -167,17 +171,17 @@ class Passes:
         return calls.passes(device)
 
     @staticmethod
-    def windowed(nodes: Sequence[Node], window: int, device: torch.device | str) -> Passes:
+    def windowed(nodes: Sequence[Node], window: int, device: torch.device | str, front: int = 0) -> Passes:
         """One call: the ancestors' last ``window - 1`` keys are copied in front of each node, whose first row sees all of them."""
         fronts = []
         for above in _ancestors(nodes):
-            missing, front = window - 1, []
+            missing, last = window - 1, []
             for node in (nodes[i] for i in reversed(above)):
                 taken = min(missing, node.length)
-                front.append((node.end - taken, taken))
+                last.append((node.end - taken, taken))
                 missing -= taken
-            fronts.append(front[::-1])
-        calls = _Calls(nodes)
+            fronts.append(last[::-1])
+        calls = _Calls(nodes, front)
         calls.within(fronts, window)
         return calls.passes(device)
 
@@ -215,19 +219,22 @@ class _Calls:
     """Collects the calls of a layer."""
 
     nodes: Sequence[Node]
+    front: int
     table: list[Call] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     copies: tuple[np.ndarray, int] | None = None
 
     def within(self, fronts: Sequence[Sequence[tuple[int, int]]], window: int = 0) -> None:
         """Every node with itself, causal, behind copies of the given (first row, rows) of its ancestors."""
-        own = [node.length for node in self.nodes]
+        nodes = self.nodes[self.front > 0 :]  # a kept first node has no rows here
+        fronts = fronts[self.front > 0 :]
+        own = [node.length for node in nodes]
         front = [sum(n for _, n in ranges) if length else 0 for ranges, length in zip(fronts, own, strict=True)]
         if copied := any(front):
-            ranges = [r for node, f in zip(self.nodes, fronts, strict=True) if node.length for r in (*f, node[:2])]
-            self.copies = rows_of(ranges), sum(own)
+            ranges = [r for node, f in zip(nodes, fronts, strict=True) if node.length for r in (*f, node[:2])]
+            self.copies = rows_of(ranges), self.front + sum(own)
         keys = [a + b for a, b in zip(front, own, strict=True)]
-        every = 0, sum(own)
+        every = self.front, self.front + sum(own)
         self._add(every, every, own, keys, causal=1, window=window, copied=int(copied))
 
     def between(self, shallow: Sequence[int], deep: Sequence[int], ancestor: Sequence[int]) -> None:
@@ -244,7 +251,8 @@ class _Calls:
             return
         cu_q = self._cumulative(queries)
         cu_k = cu_q if queries == keys else self._cumulative(keys)
-        self.table.append(Call(*q, *k, len(queries), cu_q, cu_k, max(queries), max(keys), **flags))
+        rows = q[0] - self.front, q[1] - self.front, *k
+        self.table.append(Call(*rows, len(queries), cu_q, cu_k, max(queries), max(keys), **flags))
 
     def _cumulative(self, lengths: Sequence[int]) -> int:
         """Where the starts of segments of these lengths begin; at a multiple of 16 bytes, as kernels want."""

@@ -24,7 +24,10 @@ from pgrpo.planning.placement import (
     engine_name,
     gpu_memory,
     is_compiled,
+    keepable_tokens,
+    kept_text,
     layer_plan,
+    longest_kept,
     plan_sizes,
     vllm_memory,
     vllm_text,
@@ -89,6 +92,7 @@ def plan_text(config: Config) -> str:
         f"(rho {rho(prompt, completions):.2f})\n"
         f"micro-batches {math.ceil(packed * together / ranks / budget)} a step and {each}, of at most {budget:,} tokens "
         f"(train.token_budget), if every prompt and completion is as long as allowed\n"
+        f"{_kept(config, dims, world)}"
         f"layers        {_layers(config, dims, device, chosen)}\n"
         f"sampling      {engine_choice(config, planned).text}{elsewhere}{vllm}\n"
         f"compiled code {cache_root(config.cache_dir)}\n"
@@ -108,6 +112,13 @@ def _vllm(config: Config, dims: ModelDims, world: World) -> tuple[tuple[str, ...
         if torch.cuda.is_available():
             raise
         return (), f"; such a GPU would refuse: {error}"
+
+
+def _kept(config: Config, dims: ModelDims, world: World) -> str:
+    """Whether prefixes are kept for several passes."""
+    wanted = longest_kept(config, dims, world)
+    text = kept_text(wanted, keepable_tokens(config, dims, world))
+    return f"kept prefixes {text}\n" if wanted else ""
 
 
 def _teacher(config: Config, dims: ModelDims | None) -> str:

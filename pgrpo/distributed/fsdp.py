@@ -82,6 +82,19 @@ def no_gradient(root: Root) -> Iterator[None]:
             reshard(root)
 
 
+@contextmanager
+def expect_backwards(root: Root) -> Iterator[None]:
+    """The backwards inside this block are not the last: FSDP2 keeps the order of earlier forwards, by which it prefetches."""
+    sharded = root if isinstance(root, FSDPModule) else None
+    if sharded:
+        sharded.set_is_last_backward(False)
+    try:
+        yield
+    finally:
+        if sharded:
+            sharded.set_is_last_backward(True)
+
+
 def reshard(root: Root) -> None:
     """Free the gathered parameters. Afterwards ``parameters()`` gives the shards that the optimizer has, in their own dtype;
     gathered parameters are other tensors, in the compute dtype."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -60,15 +61,20 @@ def merge_adapters(model: PreTrainedModel) -> None:
 
 def without_adapters(policy: LogprobsOf) -> LogprobsOf:
     """The initial model without a second copy of its weights: ``policy`` (a module) with the output of its adapters times 0."""
-    from peft.helpers import rescale_adapter_scale
-
     assert isinstance(policy, nn.Module)
 
     def run(batch: GroupedBatch) -> TokenLogprobs:
-        with rescale_adapter_scale(policy, 0.0):
+        with adapters_off(policy):
             return policy(batch)
 
     return run
+
+
+def adapters_off(policy: nn.Module) -> AbstractContextManager[None]:
+    """Forwards inside this block are those of the initial model."""
+    from peft.helpers import rescale_adapter_scale
+
+    return rescale_adapter_scale(policy, 0.0)
 
 
 def _targets(config: ModelConfig, dims: ModelDims) -> list[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from transformers import (
 )
 
 from pgrpo.attention.choose import AttentionChoice
+from pgrpo.attention.grouped import KeysAndValues
 from pgrpo.attention.hook import ATTENTION_NAME, AttentionLayout, attending, attention_forward
+from pgrpo.attention.layout import PackedLayout
 from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.distributed.sequence import Ulysses
 from pgrpo.model.families.linear import follow_states
@@ -32,6 +35,13 @@ from pgrpo.vision.rows import ImageRows
 
 log = logging.getLogger(__name__)
 AttentionInterface.register(ATTENTION_NAME, attention_forward)
+
+
+class Kept(NamedTuple):
+    """What passes read of a kept prefix: [1, E] the hidden state of its last row, and every layer's keys and values."""
+
+    last_1E: Tensor
+    fronts: list[KeysAndValues]
 
 
 class Policy(nn.Module):
@@ -59,6 +69,8 @@ class Policy(nn.Module):
         self.head = Head(model)
         follow_states(model)
         self.vision = Vision.of(model)
+        self.kept: Kept | None = None
+        """Set while ``kept.kept_prefix`` runs."""
 
     @property
     def device(self) -> torch.device:
@@ -90,15 +102,30 @@ class Policy(nn.Module):
         """For the KL of another policy to this one, in the forward of that. With FSDP the head stays gathered until ``reshard``."""
         return TeacherRows(self._rows(batch)[0], self.head, self.temperature)
 
+    def keep(self, batch: GroupedBatch) -> Tensor:
+        """Compute a batch's kept rows, or its first row if it has none, into ``kept``; returns the last row's hidden state, by
+        which FSDP learns of the backward."""
+        rows = batch.kept.rows if batch.kept else 1
+        layout = PackedLayout([rows], [-1], batch.logit_index.device, self.attention)
+        fronts: list[KeysAndValues] = []
+        hidden_PE = self._hidden({name: x[..., :rows] for name, x in batch.inputs.items()}, layout, None, keep=fronts)
+        self.kept = Kept(hidden_PE[-1:].clone(), fronts)
+        return self.kept.last_1E
+
     def _rows(self, batch: GroupedBatch) -> tuple[Tensor, Tensor | None]:
         """[U, E] hidden states of the rows that predict the distinct completion tokens; of several ranks, those of its own rows,
         and their numbers."""
-        rows_U, ids_T = batch.logit_index.index_select(0, batch.distinct), batch.inputs["input_ids"]
-        if self.ranks is None:
-            numbers_U, hidden_TE = None, self._hidden(batch.inputs, batch.layout, batch.images)
-        else:
+        rows_U, ids_T, numbers_U = batch.logit_index.index_select(0, batch.distinct), batch.inputs["input_ids"], None
+        if self.ranks is not None:
             numbers_U, rows_U = self.ranks.owned(rows_U, len(ids_T))
             hidden_TE = self._hidden(self.ranks.rows(batch.inputs), self.ranks.split(batch.layout, ids_T), None)
+        elif self.kept is not None and batch.kept is not None:
+            first, layout = batch.kept
+            inputs = {name: x[..., first:] for name, x in batch.inputs.items()}
+            hidden_TE = torch.cat([self.kept.last_1E, self._hidden(inputs, layout, None, self.kept.fronts)])
+            rows_U = rows_U - (first - 1)
+        else:
+            hidden_TE = self._hidden(batch.inputs, batch.layout, batch.images)
         # The last prompt row occurs once for each completion. The backward of index_select adds up its gradients in a fixed order;
         # that of indexing does not, and would not be bit-stable.
         return hidden_TE.index_select(0, rows_U), numbers_U
@@ -109,10 +136,17 @@ class Policy(nn.Module):
         """Logits [B, V] at the given packed rows, as the model's own forward computes them (without temperature)."""
         return self.head.logits(self._hidden(inputs, layout, images).index_select(0, rows_B))
 
-    def _hidden(self, inputs: Mapping[str, Tensor], layout: AttentionLayout, images: ImageRows | None) -> Tensor:
+    def _hidden(
+        self,
+        inputs: Mapping[str, Tensor],
+        layout: AttentionLayout,
+        images: ImageRows | None,
+        fronts: Sequence[KeysAndValues] | None = None,
+        keep: list[KeysAndValues] | None = None,
+    ) -> Tensor:
         if self.vision is not None:
             return self.vision.hidden(inputs, layout, images)
-        with attending(layout):
+        with attending(layout, fronts, keep):
             output = self.model.base_model(**{name: x.unsqueeze(0) for name, x in inputs.items()}, use_cache=False)
         return output[0].squeeze(0)
 

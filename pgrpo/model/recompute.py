@@ -14,6 +14,7 @@ import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from pgrpo.attention.grouped import KeysAndValues
 from pgrpo.attention.hook import current
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.distributed.sequence import SplitLayout
@@ -34,21 +35,22 @@ def set_up_layers(layers: Iterable[nn.Module], recompute: Sequence[Recompute], *
         compiled: use ``torch.compile`` with dynamic shapes; all layers of a kind share one compilation for each gradient mode.
             Layers with a state are not compiled: their calls depend on the forest.
     """
-    for layer, mode in zip(layers, recompute, strict=True):
+    for number, (layer, mode) in enumerate(zip(layers, recompute, strict=True)):
         can = compiled and not any(map(has_state, layer.modules()))
-        layer.forward = partial(_forward, layer, _runner(mode, can), _runner("none", can))  # pyright: ignore[reportAttributeAccessIssue]
+        layer.forward = partial(_forward, layer, number, mode, can)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _forward(
-    layer: nn.Module, run: Callable[..., Tensor], run_without_grad: Callable[..., Tensor], *args: Any, **kwargs: Any
-) -> Tensor:
+def _forward(layer: nn.Module, number: int, mode: Recompute, compiled: bool, *args: Any, **kwargs: Any) -> Tensor:
     layout = current.layout
     if not isinstance(layout, PackedLayout | SplitLayout):
         return type(layer).forward(layer, *args, **kwargs)
     if not torch.is_grad_enabled():
-        run = _plain if _is_eager.get() else run_without_grad
+        mode, compiled = "none", compiled and not _is_eager.get()
+    # Compiled code cannot hand out the keys and values that a checkpoint inside it makes.
+    run = _runner(mode, compiled and current.keep is None)
+    front = current.fronts[number] if current.fronts else None
     try:
-        return run(layer, layout, *args, **kwargs)
+        return run(layer, layout, front, *args, **kwargs)
     finally:
         current.layout = layout
 
@@ -85,38 +87,45 @@ def _runner(mode: Recompute, compiled: bool) -> Callable[..., Tensor]:
     return run_compiled
 
 
-def _plain(layer: nn.Module, layout: TrainingLayout, *args: Any, **kwargs: Any) -> Tensor:
-    return _attending(layout, partial(type(layer).forward, layer), *args, **kwargs)
+def _plain(layer: nn.Module, layout: TrainingLayout, front: KeysAndValues | None, *args: Any, **kwargs: Any) -> Tensor:
+    return _attending(layout, front, partial(type(layer).forward, layer), *args, **kwargs)
 
 
 # PyTorch warns about in-place ops in every checkpointed region. Our layers have none, so silence that logger.
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 
-def _all_but_attention(layer: nn.Module, layout: TrainingLayout, *args: Any, **kwargs: Any) -> Tensor:
+def _all_but_attention(
+    layer: nn.Module, layout: TrainingLayout, front: KeysAndValues | None, *args: Any, **kwargs: Any
+) -> Tensor:
     run = partial(checkpoint, _again, use_reentrant=False, context_fn=SAVE_ATTENTION)
-    return _attending(layout, run, layer, layout, *args, **kwargs)
+    return _attending(layout, front, run, layer, layout, front, *args, **kwargs)
 
 
-def _everything(layer: nn.Module, layout: TrainingLayout, *args: Any, **kwargs: Any) -> Tensor:
-    return _attending(layout, partial(checkpoint, _again, use_reentrant=False), layer, layout, *args, **kwargs)
+def _everything(
+    layer: nn.Module, layout: TrainingLayout, front: KeysAndValues | None, *args: Any, **kwargs: Any
+) -> Tensor:
+    run = partial(checkpoint, _again, use_reentrant=False)
+    return _attending(layout, front, run, layer, layout, front, *args, **kwargs)
 
 
-def _attending(layout: TrainingLayout, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+def _attending(
+    layout: TrainingLayout, front: KeysAndValues | None, run: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Tensor:
     """``hook.attending`` where the layout is an argument: compiled code then has it as an input, and no guard on its identity."""
-    current.layout = layout
+    current.layout, current.front = layout, front
     try:
         return run(*args, **kwargs)
     finally:
-        current.layout = None
+        current.layout = current.front = None
 
 
-def _again(layer: nn.Module, layout: TrainingLayout, *args: Any, **kwargs: Any) -> Tensor:
+def _again(layer: nn.Module, layout: TrainingLayout, front: KeysAndValues | None, *args: Any, **kwargs: Any) -> Tensor:
     """The part of a layer that a checkpoint runs, and runs again in the backward. Compiled code has no side effects in here, and
     needs none: its backward does not run Python again."""
     if torch.compiler.is_compiling():
         return type(layer).forward(layer, *args, **kwargs)
-    return _plain(layer, layout, *args, **kwargs)
+    return _plain(layer, layout, front, *args, **kwargs)
 
 
 def _save_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -16,6 +16,9 @@ from pgrpo.types import Sample
 
 LEAST_SHARED = (1, 4, 16, 64, 256, 1024, 4096, 2**62)
 """Shortest beginnings, in tokens, that are tried as the least that is worth a node; the last one shares prompts alone."""
+KEEP_NS = 1e6
+"""Time, in each layer's forward and backward, of computing a beginning by itself: launches, and gathering the layer once more. An
+estimate."""
 
 
 def share_out(
@@ -26,6 +29,7 @@ def share_out(
     attention: AttentionChoice | None = None,
     *,
     is_shared: bool = True,
+    most_kept: int = 0,
 ) -> list[list[Forest]]:
     """Micro-batches of every rank: ``plan[rank][i]`` is a forest of at most ``token_budget`` rows.
 
@@ -33,10 +37,14 @@ def share_out(
     beginnings several least lengths are tried, and the division is taken whose ranks should be done first. All ranks get the same
     number of micro-batches, as FSDP requires: a rank with fewer gets fillers, the shortest sample with no token in the loss.
 
+    What does not fit the budget together is cut, and its beginning computed again or, where that saves time, kept: forests with
+    ``kept`` are then the passes of a span, which begins and ends at the same micro-batch on all ranks.
+
     Args:
         cost: FLOPs of the forward and backward of each run of rows.
         attention: its ``flops_per_ns`` weighs passes against rows; 0 shares every beginning.
         is_shared: False gives every sample rows of its own.
+        most_kept: tokens of the longest beginning that may be kept.
 
     Raises:
         ValueError: a single sample is larger than the budget.
@@ -49,32 +57,43 @@ def share_out(
             "raise train.token_budget or lower data.max_prompt_tokens or rollout.max_completion_tokens"
         )
     whole = Sorted.of(samples)
-    divisions = _divisions(whole, dp_size, token_budget, cost, attention or AttentionChoice(), is_shared)
+    divisions = _divisions(
+        whole, dp_size, token_budget, cost, attention or AttentionChoice(), is_shared, most_kept if is_shared else 0
+    )
     best = min(divisions, key=lambda division: division.seconds)
-    plan = [[_forest(whole, pieces, best.least, token_budget) for pieces in batches] for batches in best.plan]
-    rounds = max(map(len, plan))
-    filler = Forest.of([weightless(min(samples, key=length))])
-    for batches in plan:
-        batches.extend(replace(filler, is_filler=True) for _ in range(rounds - len(batches)))
+    filler = replace(Forest.of([weightless(min(samples, key=length))]), is_filler=True)
+    plan = [
+        [_forest(whole, pieces, best.least, token_budget) if pieces else filler for pieces in batches]
+        for batches in best.plan
+    ]
+    for start, count in best.spans:
+        for batches in plan:
+            batches[start] = replace(batches[start], span=count)
     return plan
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Samples ``first`` to ``end`` of a ``Sorted``, which stay together: their rows and cost."""
+    """Samples ``first`` to ``end`` of a ``Sorted``, which stay together: their rows and cost. ``passes`` are its parts if it is
+    more than a micro-batch; each begins with ``kept`` tokens, which all but the first pass do not compute."""
 
     first: int
     end: int
     rows: int
     cost: float
+    kept: int = 0
+    is_again: bool = False
+    passes: tuple[Piece, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class _Division:
-    """Micro-batches (lists of pieces) of each rank, and about how long they take, in FLOPs."""
+    """Micro-batches (lists of pieces, none for a filler) of each rank, where spans begin and how long they are, and about how long
+    all take, in FLOPs."""
 
     least: int
     plan: list[list[list[Piece]]]
+    spans: list[tuple[int, int]]
     seconds: float
 
 
@@ -85,6 +104,7 @@ def _divisions(
     cost: Callable[[Each], np.ndarray],
     attention: AttentionChoice,
     is_shared: bool,
+    most_kept: int,
 ) -> Iterator[_Division]:
     tried: list[np.ndarray] = []
     longest = int(whole.shared.max())  # above it all leasts are alike
@@ -103,13 +123,17 @@ def _divisions(
         # or a quarter of a piece a rank, as each piece computes the tree's beginning again.
         fair = -(-int((whole.lengths - kept).sum()) // dp_size)
         largest = int(trees.sizes().max())
-        finer = (min(budget, share * fair) for share in (1, 2, 4) if dp_size > 1)
-        for limit in sorted({min(max(n, int(whole.lengths.max())), largest) for n in (budget, *finer)}):
-            plan = _assign(trees.pieces(limit), dp_size, budget)
-            rounds = zip_longest(
-                *([sum(p.cost for p in batch) for batch in batches] for batches in plan), fillvalue=0.0
-            )
-            yield _Division(least, plan, passes + sum(map(max, rounds)))
+        limits = [budget, *(share * fair for share in (1, 2, 4) if dp_size > 1), *([largest] if most_kept else [])]
+        keeping = attention.flops_per_ns * KEEP_NS
+        for limit in sorted({min(max(n, int(whole.lengths.max())), largest) for n in limits}):
+            if limit > budget and not most_kept:
+                continue
+            pieces = trees.pieces(limit)
+            if limit > budget:
+                pieces = [part for piece in pieces for part in trees.passes(piece, budget, most_kept, keeping)]
+            plan, spans = _assign(pieces, dp_size, budget)
+            rounds = zip(*([sum(p.cost for p in batch) for batch in batches] for batches in plan), strict=True)
+            yield _Division(least, plan, spans, passes + sum(map(max, rounds)) + keeping * len(spans))
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +142,8 @@ class _Trees:
 
     lengths: np.ndarray
     kept: np.ndarray
+    prompts: np.ndarray
+    cost: Callable[[Each], np.ndarray]
     behind: tuple[np.ndarray, np.ndarray]
     first: tuple[np.ndarray, np.ndarray]
 
@@ -127,7 +153,7 @@ class _Trees:
             scored = np.maximum(whole.lengths - np.maximum(whole.prompts, starts), 0)
             return whole.lengths - starts, cost(Each(starts, whole.lengths, scored))
 
-        return _Trees(whole.lengths, kept, each(kept), each(np.zeros_like(kept)))
+        return _Trees(whole.lengths, kept, whole.prompts, cost, each(kept), each(np.zeros_like(kept)))
 
     def sizes(self) -> np.ndarray:
         """Rows of each tree."""
@@ -138,14 +164,39 @@ class _Trees:
         roots = pairwise([*np.flatnonzero(self.kept == 0).tolist(), len(self.kept)])
         cuts: list[int] = []
         for (a, b), rows in zip(roots, self.sizes().tolist(), strict=True):
-            inner = cut_tree(self.lengths[a:b], self.kept[a:b], limit) if rows > limit else [0, b - a]
-            cuts += [a + cut for cut in inner[:-1]]
+            cuts += self._cut(a, b, limit)[:-1] if rows > limit else [a]
+        return self._between([*cuts, len(self.kept)])
+
+    def passes(self, piece: Piece, budget: int, most_kept: int, keeping: float) -> list[Piece]:
+        """A piece of more than ``budget`` rows as one of several passes, or as pieces that fit where ``keeping`` costs more than
+        the rows that these compute again."""
+        if piece.rows <= budget:
+            return [piece]
+        parts = self._between(self._cut(piece.first, piece.end, budget))
+        inside = slice(piece.first + 1, piece.end)
+        # Nothing in the kept rows is in the loss, except the last row's prediction.
+        kept = min(int(self.kept[inside].min()), int(self.prompts[piece.first : piece.end].min()), most_kept)
+        saved = float(self.cost(Each(*(np.array([n]) for n in (0, kept, 0))))[0])
+        if (len(parts) - 1) * saved <= keeping or min(part.rows for part in parts) <= kept:
+            return parts
+        passes = [
+            replace(part, kept=kept, is_again=i > 0, cost=part.cost - (i > 0) * saved) for i, part in enumerate(parts)
+        ]
+        rows = sum(part.rows for part in parts) - kept * (len(parts) - 1)
+        return [Piece(piece.first, piece.end, rows, sum(p.cost for p in passes) + keeping, passes=tuple(passes))]
+
+    def _cut(self, first: int, end: int, limit: int) -> list[int]:
+        kept = self.kept[first:end].copy()
+        kept[0] = 0
+        return [first + cut for cut in cut_tree(self.lengths[first:end], kept, limit)]
+
+    def _between(self, cuts: list[int]) -> list[Piece]:
         found = []
         for behind, first in zip(self.behind, self.first, strict=True):
-            behind = behind.copy()
-            behind[cuts] = first[cuts]
-            found.append(np.add.reduceat(behind, cuts).tolist())
-        return [Piece(*piece) for piece in zip(cuts, [*cuts[1:], len(self.kept)], *found, strict=True)]
+            rows = behind[: cuts[-1]].copy()
+            rows[cuts[:-1]] = first[cuts[:-1]]
+            found.append(np.add.reduceat(rows, cuts[:-1]).tolist())
+        return [Piece(*piece) for piece in zip(cuts, cuts[1:], *found, strict=False)]
 
 
 def cut_tree(lengths: np.ndarray, kept: np.ndarray, limit: int) -> list[int]:
@@ -168,24 +219,47 @@ def cut_tree(lengths: np.ndarray, kept: np.ndarray, limit: int) -> list[int]:
     return cuts[::-1]
 
 
-def _assign(pieces: Sequence[Piece], dp_size: int, budget: int) -> list[list[list[Piece]]]:
+def _assign(
+    pieces: Sequence[Piece], dp_size: int, budget: int
+) -> tuple[list[list[list[Piece]]], list[tuple[int, int]]]:
     """The costliest remaining piece goes to the rank with the least cost so far (longest-processing-time rule)."""
     ranks = [_Bin(0) for _ in range(dp_size)]
     for piece in sorted(pieces, key=lambda piece: -piece.cost):
         min(ranks, key=lambda rank: rank.cost).add(piece)
-    plan = [fill_micro_batches(rank.pieces, budget) for rank in ranks]
-    for batches in plan:  # ranks wait for each other: equal costs at a time
+    owned = [rank.pieces for rank in ranks]
+    rest = [fill_micro_batches([piece for piece in own if not piece.passes], budget) for own in owned]
+    for batches in rest:  # ranks wait for each other: equal costs at a time
         batches.sort(key=lambda batch: -sum(piece.cost for piece in batch))
-    return plan
+    # Spans, the longest first. A rank without one has other micro-batches meanwhile, as it keeps next to nothing.
+    plan: list[list[list[Piece]]] = [[] for _ in owned]
+    spans: list[tuple[int, int]] = []
+    parts = [sorted((piece.passes for piece in own if piece.passes), key=len, reverse=True) for own in owned]
+    for span in zip_longest(*parts, fillvalue=()):
+        count = max(map(len, span))
+        spans.append((len(plan[0]), count))
+        for batches, passes, more in zip(plan, span, rest, strict=True):
+            taken = [[part] for part in passes] or more[:count]
+            del more[: 0 if passes else count]
+            batches += [*taken, *([] for _ in range(count - len(taken)))]
+    rounds = len(plan[0]) + max(map(len, rest))
+    for batches, more in zip(plan, rest, strict=True):
+        batches += more
+        batches += [[] for _ in range(rounds - len(batches))]
+    return plan, spans
 
 
 def _forest(whole: Sorted, pieces: Sequence[Piece], least: int, budget: int) -> Forest:
     taken = whole.take(np.sort(np.concatenate([np.arange(piece.first, piece.end) for piece in pieces])))
     if not least:
         return Forest.repeated(taken.forest().samples)
-    forest = taken.forest(least)
+    forest, first = taken.forest(least), pieces[0]
     # With fewer samples other nodes may be too short, and there may be more rows; not if everything is shared.
-    return forest if forest.rows <= budget else taken.forest()
+    if forest.rows > budget or (first.kept and forest.parents.count(-1) > 1):
+        forest = taken.forest()
+    if not first.kept:
+        return forest
+    goes_on = first.is_again and whole.samples[first.first].prompt_ids == whole.samples[first.first - 1].prompt_ids
+    return replace(forest, kept=first.kept, is_again=first.is_again, goes_on=goes_on)
 
 
 def weightless(sample: Sample) -> Sample:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,13 @@ from pgrpo.attention.layout import Node, PackedLayout, rows_of
 from pgrpo.packing.forest import Forest, Work, length
 from pgrpo.types import Sample
 from pgrpo.vision.rows import ImageRows, forest_pieces, image_rows
+
+
+class KeptRows(NamedTuple):
+    """The first rows of a batch, which all passes of a kept prefix have, and the layout of the rows behind them."""
+
+    rows: int
+    layout: PackedLayout
 
 
 @dataclass(slots=True)
@@ -40,7 +48,9 @@ class GroupedBatch:
         work: what the forward computes; nothing for a filler.
         images: the rows of images; None if there are none.
         old_logprobs: [B, R] float32; None until computed, if the current weights are those that sampled.
-        teacher_logprobs: [B, R] float32 of a teacher, for all epochs; None until computed.
+        teacher_logprobs, ref_logprobs: [B, R] float32 of a teacher and of the reference, for all epochs; None until computed.
+        kept: set if the first rows need not be computed where ``model/kept.py`` keeps them.
+        span: batches from this one on that are passes of one kept prefix, on some rank at least.
     """
 
     inputs: dict[str, Tensor]
@@ -58,6 +68,9 @@ class GroupedBatch:
     images: ImageRows | None = None
     old_logprobs: Tensor | None = None
     teacher_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    kept: KeptRows | None = None
+    span: int = 1
 
     @property
     def packed_tokens(self) -> int:
@@ -92,7 +105,9 @@ class TokenCounts:
                 node = nodes[node].parent
         distinct = {id(sample.prompt_ids): len(sample.prompt_ids) for sample in forest.samples}
         in_prompts = sum(min(rows, node.length) for rows, node in zip(prompt_rows, nodes, strict=True))
-        return TokenCounts(forest.rows, sum(map(length, forest.samples)), max(0, sum(distinct.values()) - in_prompts))
+        again = forest.kept * forest.is_again
+        above = sum(distinct.values()) - in_prompts + again * (not forest.goes_on)
+        return TokenCounts(forest.rows - again, sum(map(length, forest.samples)), max(0, above))
 
 
 def build_batch(
@@ -123,7 +138,9 @@ def build_batch(
     images = image_rows(forest_pieces(samples, forest.through, nodes), device)
     positions_3T = images.position_ids if images else None
     starts = np.array([node.offset for node in nodes], dtype=np.int64)
-    work = Work(starts, starts + np.array(forest.lengths, dtype=np.int64), len(distinct))
+    ends = starts + np.array(forest.lengths, dtype=np.int64)
+    starts[:1] += forest.kept * forest.is_again
+    work = Work(starts, ends, len(distinct))
     return GroupedBatch(
         inputs={
             "input_ids": torch.tensor(list(input_ids), dtype=torch.long, device=device),
@@ -141,7 +158,17 @@ def build_batch(
         counts=TokenCounts() if forest.is_filler else TokenCounts.of(forest, nodes),
         work=Work.nothing() if forest.is_filler else work,
         images=images,
+        kept=_kept_rows(forest, device, attention) if forest.kept else None,
+        span=forest.span,
     )
+
+
+def _kept_rows(forest: Forest, device: torch.device | str, attention: AttentionChoice | None) -> KeptRows:
+    """The kept rows are a node; what the first node has more is a child of it."""
+    kept, (first, *lengths), parents = forest.kept, forest.lengths, forest.parents
+    if first > kept:
+        lengths, parents = [first - kept, *lengths], [-1, *(parent + 1 for parent in parents)]
+    return KeptRows(kept, PackedLayout([kept, *lengths], parents, device, attention, has_front=True))
 
 
 def _tokens(sample: Sample, start: int, stop: int) -> list[int]:

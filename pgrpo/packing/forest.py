@@ -38,6 +38,10 @@ class Forest:
         through: a sample that goes through the node.
         leaves: [B] the last node of each sample's path. The sample may end before the node does.
         is_filler: a copy that only keeps ranks in step: no token of it is in the loss or in a count.
+        kept: leading tokens of all samples, whose rows need not be computed where ``model/kept.py`` keeps them.
+        is_again: whether an earlier forest of the span has these rows.
+        goes_on: whether that has samples of this forest's first prompt.
+        span: forests from this one on that are passes of one kept prefix, on some rank at least.
     """
 
     samples: list[Sample]
@@ -46,6 +50,10 @@ class Forest:
     through: list[int]
     leaves: list[int]
     is_filler: bool = False
+    kept: int = 0
+    is_again: bool = False
+    goes_on: bool = False
+    span: int = 1
 
     @staticmethod
     def of(samples: Sequence[Sample], least: int = 1) -> Forest:

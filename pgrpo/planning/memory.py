@@ -31,6 +31,7 @@ class MemoryPlan:
         gathered: unsharded copies of weights in the compute dtype, while in use: the embedding and head, and two layers.
         activations: tensors that the forward of a full micro-batch keeps for the backward. With LoRA there are up to a fifth
             less, which this ignores.
+        kept: keys and values of a prefix that is kept for several passes (``model/kept.py``), and their gradients.
         logprobs: a chunk of logits, and the head's float32 gradient if it has one. The backward begins with them. With the full KL
             to a teacher, whose chunks of logits are half the size, also its hidden states.
         layer_backward: the rest of the backward, one layer at a time: recomputed activations, gradients of its gathered copies,
@@ -52,6 +53,7 @@ class MemoryPlan:
     teacher_forward: float
     gathered: float
     activations: float
+    kept: float
     logprobs: float
     layer_backward: float
     reductions: float
@@ -72,7 +74,7 @@ class MemoryPlan:
     @property
     def update(self) -> float:
         held = self.weights + self.gradients + self.moments + self.reference + self.teacher
-        begin = self.activations + max(self.logprobs, self.layer_backward)
+        begin = self.activations + self.kept + max(self.logprobs, self.layer_backward)
         own = self.gathered + max(begin, self.reductions + self.layer_backward)
         return held + max(own, self.teacher_forward)
 
@@ -89,6 +91,7 @@ def memory_plan(
     dims: ModelDims,
     *,
     token_budget: int,
+    kept_tokens: int = 0,
     recompute: Sequence[Recompute],
     dtype_bytes: int,
     compiled: bool = False,
@@ -114,6 +117,7 @@ def memory_plan(
 
     Args:
         token_budget: packed tokens in one micro-batch, which ``together`` devices divide (sequence parallelism).
+        kept_tokens: of the longest prefix that is kept for several passes.
         recompute: one entry a layer: what its backward recomputes.
         dtype_bytes: of the compute dtype: 2 (bfloat16) or 4 (float32).
         compiled: whether the layers are compiled; compiled layers keep less for the backward.
@@ -170,6 +174,7 @@ def memory_plan(
         else 0,
         gathered=gathered * dtype_bytes,
         activations=sum(kept[mode] for mode in recompute) * rows,
+        kept=2 * kv_row * kept_tokens,
         logprobs=logit_chunk_bytes
         + head * (4 + dtype_bytes)
         + (teacher.hidden * dtype_bytes * rows if teacher and full_kl else 0),

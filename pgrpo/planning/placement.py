@@ -97,12 +97,9 @@ def layer_plan(config: Config, dims: ModelDims, world: World) -> LayerPlan:
         return LayerPlan([mode] * dims.layers, chunks or 1)
     if world.device.type == "cpu":
         return LayerPlan(["none"] * dims.layers, chunks or 1)
-    capacity = USABLE_SHARE * gpu_memory(world.device) / GIB
-    if engine_name(config, world.device) == "vllm":
-        capacity -= SLEEPING_VLLM_GIB
     sizes = plan_sizes(config, dims, world, world.device)
     return fewest_recomputed_layers(
-        dims, capacity, host_gib=_host_room(config, dims, world), mlp_chunks=chunks, **sizes
+        dims, _capacity_gib(config, world), host_gib=_host_room(config, dims, world), mlp_chunks=chunks, **sizes
     )
 
 
@@ -122,6 +119,41 @@ def _host_room(config: Config, dims: ModelDims, world: World) -> float:
 def gpu_memory(device: torch.device) -> int:
     """Bytes of a GPU's memory; without a GPU (``--dry-run``) those of one of 80 GB."""
     return torch.cuda.get_device_properties(device).total_memory if torch.cuda.is_available() else PLANNED_GPU
+
+
+def _capacity_gib(config: Config, world: World) -> float:
+    """GPU memory that the policy and its update may take."""
+    capacity = USABLE_SHARE * gpu_memory(world.device) / GIB
+    return capacity - (SLEEPING_VLLM_GIB if engine_name(config, world.device) == "vllm" else 0)
+
+
+def keepable_tokens(config: Config, dims: ModelDims, world: World) -> int:
+    """Tokens of the longest prefix that may be kept for several passes: on a GPU as many as the memory plan has room for."""
+    sizes = plan_sizes(config, dims, world, world.device)
+    wanted = sizes.pop("kept_tokens")
+    if world.device.type == "cpu" or not wanted:
+        return wanted
+    recompute, chunks = layer_plan(config, dims, world)
+    none, one = (memory_plan(dims, recompute=recompute, mlp_chunks=chunks, **sizes, kept_tokens=n) for n in (0, 1))
+    room = _capacity_gib(config, world) - none.update
+    return max(0, min(wanted, int(room / one.kept)))
+
+
+def kept_text(wanted: int, tokens: int) -> str:
+    """What is kept, for the dry run and the log."""
+    if tokens:
+        less = f" (not {wanted:,}: the memory plan has room for no more)" if tokens < wanted else ""
+        return f"up to {tokens:,} tokens that samples share are computed once for several micro-batches where that saves time{less}"
+    return "none: the memory plan has no room for their keys and values; lower train.token_budget to make some"
+
+
+def longest_kept(config: Config, dims: ModelDims, world: World) -> int:
+    """Tokens of the longest prefix that it may make sense to keep: none if a step is one micro-batch. Layers with a state keep
+    none, nor do ranks that hold parts of a sample, nor prompts with images."""
+    rollout, prompt, budget = config.rollout, config.data.max_prompt_tokens, config.train.token_budget
+    step = rollout.prompts_per_step * (prompt + rollout.group_size * config.max_sampled_tokens)
+    cannot = dims.state_elements or world.sequence_parallel_size > 1 or config.prompt.images_column
+    return 0 if step <= budget or config.model.attention != "grouped" or cannot else min(prompt, budget)
 
 
 class EngineChoice(NamedTuple):
@@ -263,6 +295,7 @@ def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.devi
     samples = rollout.prompts_per_step * rollout.group_size
     return {
         "token_budget": config.train.token_budget,
+        "kept_tokens": longest_kept(config, dims, world),
         "dtype_bytes": compute_dtype(config).itemsize,
         "compiled": is_compiled(config, device),
         "ranks": world.shards,

@@ -28,7 +28,14 @@ from pgrpo.model.families.linear import states_text
 from pgrpo.model.lora import LogprobsOf, without_adapters
 from pgrpo.model.policy import Policy, generation_eos, load_error, load_hf_config
 from pgrpo.planning.flops import ModelDims
-from pgrpo.planning.placement import attention_choice, check_device, is_compiled
+from pgrpo.planning.placement import (
+    attention_choice,
+    check_device,
+    is_compiled,
+    keepable_tokens,
+    kept_text,
+    longest_kept,
+)
 from pgrpo.process.caches import use_caches
 from pgrpo.process.rng import seed_all
 from pgrpo.rewards.runner import RewardRunner
@@ -60,6 +67,7 @@ class Learner:
         optimizer: of the policy's parameters.
         dims: sizes of the model, for cost estimates.
         loss: ``policy_loss``, or the user's function that takes its place.
+        most_kept: tokens of the longest prefix that may be kept for several passes.
     """
 
     config: Config
@@ -70,6 +78,7 @@ class Learner:
     dims: ModelDims
     loss: Callable[..., LossOutput] = policy_loss
     teacher: Policy | None = None
+    most_kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -162,13 +171,20 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     see(policy, reader)
     if isinstance(reference, Policy):
         see(reference, reader)
-    learner = Learner(config, world, policy, reference, build_optimizer(policy, config.optim), dims, loss, teacher)
+    wanted, most_kept = longest_kept(config, dims, world), keepable_tokens(config, dims, world)
+    if policy.vision is not None:  # images are rows of a prompt, which passes would have to skip
+        wanted = most_kept = 0
+    learner = Learner(
+        config, world, policy, reference, build_optimizer(policy, config.optim), dims, loss, teacher,
+        most_kept,
+    )  # fmt: skip
     if world.is_main:
         compiled = is_compiled(config, world.device)
         for text in (
             states_text(policy.model, world.device, compiled=compiled),
             experts_text(policy.model),
             untrained_text(hf_config),
+            f"kept prefixes: {kept_text(wanted, most_kept)}" if most_kept < wanted else "",
         ):
             if text:
                 log.info("%s", text)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pgrpo.distributed.fsdp import no_gradient, reshard
+from pgrpo.model.kept import kept_prefix
 from pgrpo.model.logprobs import TeacherRows
+from pgrpo.model.lora import adapters_off
 from pgrpo.model.policy import Policy
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.training.build import Learner
@@ -33,21 +35,30 @@ def frozen_scores(learner: Learner, batch: GroupedBatch) -> Iterator[FrozenScore
     The frozen models run before the policy: with LoRA reference and policy are one module, and FSDP expects the backward to follow
     the latest forward.
     """
-    scores, reference, teacher = FrozenScores(), learner.reference, learner.teacher
-    if reference is not None:
-        with no_gradient(reference if isinstance(reference, Policy) else learner.policy):
-            scores = FrozenScores(batch.unpack(reference(batch).logprobs))
-    if teacher is None:
+    record_frozen_logprobs(learner, [batch])
+    scores = FrozenScores(batch.ref_logprobs, batch.teacher_logprobs)
+    if learner.teacher is None or learner.config.loss.teacher_kl != "full":
         yield scores
-    elif learner.config.loss.teacher_kl == "full":
-        try:
-            with torch.no_grad():
-                rows = teacher.teacher_rows(batch)
-            yield scores._replace(teacher_rows=rows)
-        finally:
-            reshard(teacher)
-    else:
-        if batch.teacher_logprobs is None:
-            with no_gradient(teacher):
+        return
+    try:
+        with torch.no_grad():
+            rows = learner.teacher.teacher_rows(batch)
+        yield scores._replace(teacher_rows=rows)
+    finally:
+        reshard(learner.teacher)
+
+
+def record_frozen_logprobs(learner: Learner, span: Sequence[GroupedBatch]) -> None:
+    """Store the frozen models' log-probs in the passes of a prefix, which they keep too, unless they are there. Before the policy
+    keeps the prefix: with LoRA the reference is the same module."""
+    reference, teacher = learner.reference, learner.teacher
+    if reference is not None and span[0].ref_logprobs is None:
+        model = reference if isinstance(reference, Policy) else learner.policy
+        off = adapters_off(model) if model is learner.policy else nullcontext()
+        with no_gradient(model), off, kept_prefix(model, span):
+            for batch in span:
+                batch.ref_logprobs = batch.unpack(reference(batch).logprobs)
+    if teacher is not None and learner.config.loss.teacher_kl != "full" and span[0].teacher_logprobs is None:
+        with no_gradient(teacher), kept_prefix(teacher, span):
+            for batch in span:
                 batch.teacher_logprobs = batch.unpack(teacher(batch).logprobs)
-        yield scores._replace(teacher_logprobs_BR=batch.teacher_logprobs)

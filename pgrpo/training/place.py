@@ -33,7 +33,7 @@ def place_policy(config: Config, world: World) -> Policy:
         model = load_model(config.model)
         freeze(model, tower=not config.model.train_vision, projector=not config.model.train_projector)
     policy = wrap(model, config, world)
-    fsdp.place(policy, decoder_layers(model), world, compute_dtype(config), methods=("next_logits",))
+    fsdp.place(policy, decoder_layers(model), world, compute_dtype(config), methods=("next_logits", "keep"))
     return policy
 
 
@@ -54,7 +54,9 @@ def _place_frozen(which: ModelConfig, config: Config, world: World, *, offload: 
     model = load_model(which, compute_dtype(config))
     policys = layer_plan(config, ModelDims.from_config(load_hf_config(config.model)), world)
     frozen = wrap(model, config, world, policys.mlp_chunks).requires_grad_(False)
-    fsdp.place(frozen, decoder_layers(model), world, compute_dtype(config), methods=("teacher_rows",), offload=offload)
+    fsdp.place(
+        frozen, decoder_layers(model), world, compute_dtype(config), methods=("teacher_rows", "keep"), offload=offload
+    )
     return frozen
 
 

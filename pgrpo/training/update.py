@@ -18,6 +18,7 @@ from pgrpo.config import LossConfig
 from pgrpo.distributed.fsdp import no_gradient
 from pgrpo.distributed.shards import shard_of
 from pgrpo.distributed.world import World
+from pgrpo.model.kept import kept_prefix
 from pgrpo.model.lora import adapter_parameters
 from pgrpo.model.policy import Policy
 from pgrpo.packing.balance import share_out
@@ -124,9 +125,23 @@ def micro_batches(learner: Learner, groups: Sequence[Group]) -> list[GroupedBatc
         kept = [_in_the_loss(learner, group) for group in groups if has_gradient(learner, group)]
         samples = [sample for group in kept for sample in group.samples]
         cost = partial(forest_update_flops, learner.dims, adapters=adapter_parameters(config.model, learner.dims))
-        return share_out(samples, world.dp_size, config.train.token_budget, cost, attention, is_shared=is_shared)
+        return share_out(
+            samples, world.dp_size, config.train.token_budget, cost, attention,
+            is_shared=is_shared, most_kept=learner.most_kept,
+        )  # fmt: skip
 
     return [build_batch(forest, device=world.device, attention=attention) for forest in world.scatter(share)]
+
+
+def spans(batches: Sequence[GroupedBatch]) -> list[list[GroupedBatch]]:
+    """The micro-batches, those together that are passes of one kept prefix."""
+    found: list[list[GroupedBatch]] = []
+    for batch in batches:
+        if found and len(found[-1]) < found[-1][0].span:
+            found[-1].append(batch)
+        else:
+            found.append([batch])
+    return found
 
 
 def has_gradient(learner: Learner, group: Group) -> bool:
@@ -175,9 +190,11 @@ def count(groups: Sequence[Group]) -> Counts:
 def record_old_logprobs(learner: Learner, batches: Sequence[GroupedBatch]) -> None:
     """Store the log-probs of the current weights in the batches of a later update."""
     with no_gradient(learner.policy):
-        for batch in watched("old log-probs", batches, "micro-batches"):
+        for span in watched("old log-probs", spans(batches), "micro-batches"):
             learner.world.check_stop()
-            batch.old_logprobs = batch.unpack(learner.policy(batch).logprobs)
+            with kept_prefix(learner.policy, span):
+                for batch in span:
+                    batch.old_logprobs = batch.unpack(learner.policy(batch).logprobs)
 
 
 def refresh_reference(learner: Learner) -> None:

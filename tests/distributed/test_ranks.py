@@ -73,6 +73,29 @@ def test_ranks(compute, ranks, loss):
     assert_same(compute(ranks, **loss), compute(**loss))
 
 
+KEPT = {"most_kept": 99, "beginning": 12, "token_budget": 44}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (1, {"ratio": "sequence", "aggregate": "sample", "clip_low": 0.05, "clip_high": 0.05, "off_policy": True}),
+        (2, {"kl_coef": 0.3, "activation_checkpointing": "full"}),
+        (2, {"kl_coef": 0.3, "lora_rank": 4, "activation_checkpointing": "attention"}),
+    ],
+    ids=str,
+)
+def test_a_prefix_that_is_kept_for_several_passes(compute, ranks, changes):
+    """All prompts begin alike and do not fit a micro-batch; ranks have unequal numbers of passes."""
+    whole = {"beginning": KEPT["beginning"]} | changes
+    got, want = compute(ranks, **KEPT, **changes), compute(**whole)
+    assert got["kept"] > 1 and want["micro_batches"] == 1
+    assert_same(got, want)
+    again = compute(ranks, **KEPT | {"most_kept": 0}, **changes)
+    assert got["metrics"]["tokens/packed"] < again["metrics"]["tokens/packed"]
+    assert got["metrics"]["tokens/repeated"] == want["metrics"]["tokens/repeated"]
+
+
 @pytest.fixture(scope="module")
 def windowed(tmp_path_factory, on_ranks):
     """A model with sinks and a mixture of experts, whose window is shorter than most samples."""

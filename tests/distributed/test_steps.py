@@ -76,7 +76,7 @@ def test_a_rank_is_sent_no_text(tiny_model):
             return sent[0]
 
     learner: Any = SimpleNamespace(
-        config=config, world=Sending(0, 1, torch.device("cpu")), policy=SimpleNamespace(attention=None),
+        config=config, world=Sending(0, 1, torch.device("cpu")), policy=SimpleNamespace(attention=None), most_kept=0,
         dims=ModelDims.from_config(load_hf_config(config.model)),
     )  # fmt: skip
     micro_batches(learner, [both])

@@ -12,16 +12,21 @@ from tensors import copy_full, full_tensor
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import start
 from pgrpo.grpo import backward, update_policy
+from pgrpo.model.kept import kept_prefix
 from pgrpo.model.policy import Policy
 from pgrpo.model.proof import tokens_as_groups
+from pgrpo.packing import balance
 from pgrpo.planning.flops import ModelDims
 from pgrpo.process.exit import run_and_leave
 from pgrpo.training.build import Learner, initial_model
+from pgrpo.training.frozen import record_frozen_logprobs
 from pgrpo.training.offload import local
 from pgrpo.training.optim import build_optimizer
 from pgrpo.training.place import place_policy, place_teacher
 from pgrpo.training.progress import Progress
-from pgrpo.training.update import UpdateSums, count, micro_batches
+from pgrpo.training.update import UpdateSums, count, micro_batches, spans
+
+KEEP_NS = balance.KEEP_NS
 
 
 def long_tailed_groups(beginning=0):
@@ -115,13 +120,18 @@ def one_update(world, model, changes):
     optimizer = build_optimizer(policy, config.optim)
     dims = ModelDims.from_config(policy.model.config)
     teacher = place_teacher(config, world) if config.loss.teacher else None
-    learner = Learner(config, world, policy, reference, optimizer, dims, teacher=teacher)
+    most_kept = changes.get("most_kept", 0)
+    balance.KEEP_NS = 0.0 if most_kept else KEEP_NS
+    learner = Learner(config, world, policy, reference, optimizer, dims, teacher=teacher, most_kept=most_kept)
     batches = micro_batches(learner, groups)
     if changes.get("off_policy"):
         go_off_policy(policy, batches)
     total = UpdateSums.zero(world.device)
-    for batch in batches:
-        total = total.plus(backward(learner, batch, counts))
+    for span in spans(batches):
+        record_frozen_logprobs(learner, span)
+        with kept_prefix(policy, span):
+            for batch in span:
+                total = total.plus(backward(learner, batch, counts))
     sums = {name: value.item() for name, value in total.over_ranks(world)._asdict().items()}
     gradients = {name: full_tensor(p.grad).clone() for name, p in policy.model.named_parameters() if p.grad is not None}
     optimizer.zero_grad()
@@ -132,6 +142,7 @@ def one_update(world, model, changes):
         "sums": sums,
         "gradients": gradients,
         "micro_batches": len(batches),
+        "kept": sum(batch.kept is not None for batch in batches),
         "metrics": metrics,
         "moved": [name for name in before if not torch.equal(before[name], after[name])],
         "names": list(before),

@@ -223,9 +223,24 @@ def test_the_op_is_well_formed_for_compile_and_autograd(has_sinks):
     passes = layout.passes(2)
     geometry = passes.table, passes.cu_seqlens, passes.copies.source, passes.copies.order, passes.copies.offsets
     op = torch.ops.pgrpo.grouped_attention.default
-    torch.library.opcheck(op, (q, k, v, sinks if has_sinks else None, *geometry, 0.25, 2.0, "builtin"))
+    torch.library.opcheck(op, (q, k, v, sinks if has_sinks else None, None, None, *geometry, 0.25, 2.0, "builtin"))
     function = grouped(layout, window=2, softcap=2.0, has_sinks=has_sinks)
     torch.autograd.gradcheck(function, (q, k, v, sinks) if has_sinks else (q, k, v, sinks.detach()))
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_the_op_behind_a_kept_node_is_well_formed(window):
+    """The first node's keys and values, 3 rows, are inputs of their own, with gradients of their own."""
+    layout = PackedLayout([3, 2, 3, 1], [-1, 0, 0, 1], has_front=True)
+    q, k, v, _, _ = (x.requires_grad_() for x in inputs(6, torch.float64, heads=2, kv_heads=1, dim=4, value_dim=3))
+    front = tuple(torch.randn(3, 1, dim, dtype=torch.float64, requires_grad=True) for dim in (4, 3))
+    passes = layout.passes(window)
+    geometry = passes.table, passes.cu_seqlens, passes.copies.source, passes.copies.order, passes.copies.offsets
+    op = torch.ops.pgrpo.grouped_attention.default
+    torch.library.opcheck(op, (q, k, v, None, *front, *geometry, 0.25, 0.0, "builtin"))
+    torch.autograd.gradcheck(
+        lambda q, k, v, *front: grouped_attention(q, k, v, layout, 0.25, window=window, front=front), (q, k, v, *front)
+    )
 
 
 def test_forests_of_any_shape_share_one_compilation_for_each_window():
