@@ -1,6 +1,8 @@
-"""Times forests against less sharing, on random weights and tokens. Needs a GPU.
+"""Times forests against less sharing, on random weights and tokens.
 
-    python benchmarks/forest.py CASE ... [--shape-of benchmarks/qwen3_4b] [--repeats 5] [--json FILE]
+    python benchmarks/forest.py beginning branches kept --json FILE
+    python benchmarks/forest.py flat --against CHECKOUT --json FILE
+    python benchmarks/forest.py beginning branches kept --shape-of FOLDER --scale 64 --repeats 2   # on a CPU
 
 Cases:
 
@@ -8,19 +10,28 @@ Cases:
                 forest against sharing by prompt alone
     branches    a prompt of 4,096 tokens and a conversation of 6 turns of 512 tokens that branches in two at every turn, budget
                 73,728: the forest against a packed row of its own for every path
+    kept        one prompt of 32,768 tokens, 16 completions of 4,096, budget 49,152: the prompt kept for several passes against
+                computed again in every micro-batch
+    flat        three shapes of benchmarks/policy.py: this checkout against another one, each in processes of its own, in turn
 
-
-An update is a forward and a backward of all micro-batches; there is no optimizer. Both ways run in turn, ``--repeats`` times, after
-two runs of each that compile; times are medians by device events. Prints for each case rows, FLOPs and their ratio, seconds and
-their ratio, and MFU against a matrix product timed in the same run. The rows are written after each case.
+``--shape-of`` is a folder with a config.json, for a CPU that of a small model with at least 100 tokens. ``--scale`` divides all
+lengths. An update is a forward and a backward of all micro-batches; there is no optimizer. Both ways run
+in turn, ``--repeats`` times, after two runs of each that compile; times are medians, on a GPU by device events. Prints for each
+case rows, FLOPs and their ratio, seconds and their ratio, and MFU against a matrix product timed in the same run. The rows are
+written after each case.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import random
 import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,12 +43,14 @@ import torch
 from pgrpo.commands.bench import _matmul_flops, _milliseconds, random_model
 from pgrpo.config import Config, load_config
 from pgrpo.distributed.world import World
+from pgrpo.model.kept import kept_prefix
 from pgrpo.model.policy import Policy
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import GroupedBatch, build_batch
 from pgrpo.packing.forest import Each
 from pgrpo.planning.flops import GIB, ModelDims, forest_update_flops
 from pgrpo.training.place import wrap
+from pgrpo.training.update import spans
 from pgrpo.types import Sample
 
 
@@ -61,7 +74,14 @@ def branches(ids: Any, scale: int) -> tuple[list[Sample], int]:
     return [sample(prompt, path) for path in paths], 73_728 // scale
 
 
-CASES = {"beginning": beginning, "branches": branches}
+def kept(ids: Any, scale: int) -> tuple[list[Sample], int]:
+    prompt = ids(32_768 // scale)
+    return [sample(prompt, ids(4096 // scale)) for _ in range(16)], 49_152 // scale
+
+
+CASES = {"beginning": beginning, "branches": branches, "kept": kept}
+FLAT = [(16_384, 1024, 8, 1), (2048, 2048, 8, 1), (8192, 1024, 4, 1)]
+"""Prompt, completion, group size and groups, of rows in h100_policy.json."""
 
 
 def by_prompt_alone(policy: Policy, samples: Sequence[Sample], budget: int, dims: ModelDims) -> list[GroupedBatch]:
@@ -75,31 +95,40 @@ def by_prompt_alone(policy: Policy, samples: Sequence[Sample], budget: int, dims
 
 
 def micro_batches(
-    policy: Policy, samples: Sequence[Sample], budget: int, dims: ModelDims, *, is_shared: bool = True
+    policy: Policy, samples: Sequence[Sample], budget: int, dims: ModelDims, **how: Any
 ) -> list[GroupedBatch]:
     def cost(each: Each) -> np.ndarray:
         return forest_update_flops(dims, each)
 
-    (plan,) = share_out(samples, 1, budget, cost, policy.attention, is_shared=is_shared)
+    (plan,) = share_out(samples, 1, budget, cost, policy.attention, **how)
     return [build_batch(forest, device=policy.device, attention=policy.attention) for forest in plan]
 
 
 def update(policy: Policy, batches: Sequence[GroupedBatch]) -> None:
-    for batch in batches:
-        policy(batch).logprobs.sum().backward()
+    for span in spans(batches):
+        with kept_prefix(policy, span):
+            for batch in span:
+                policy(batch).logprobs.sum().backward()
     policy.zero_grad(set_to_none=True)
 
 
 def measure(case: str, policy: Policy, config: Config, args: argparse.Namespace) -> dict[str, Any]:
     rnd = random.Random(0)
     vocabulary = policy.model.config.vocab_size
-    samples, budget = CASES[case](lambda n: [rnd.randrange(64, vocabulary) for _ in range(n)], args.scale)
+    lowest = min(64, vocabulary // 2)  # prompts that are made to differ have smaller first tokens
+    samples, budget = CASES[case](lambda n: [rnd.randrange(lowest, vocabulary) for _ in range(n)], args.scale)
     dims = ModelDims.from_config(policy.model.config)
-    if case == "branches":
+    this: dict[str, Any] = {}
+    if case == "kept":
+        other, this = micro_batches(policy, samples, budget, dims), {"most_kept": budget}
+    elif case == "branches":
         other = micro_batches(policy, samples, budget, dims, is_shared=False)
     else:
         other = by_prompt_alone(policy, samples, budget, dims)
-    ways = {"forest": micro_batches(policy, samples, budget, dims), "less shared": other}
+    ways = {"forest": micro_batches(policy, samples, budget, dims, **this), "less shared": other}
+    if case == "kept" and not any(batch.kept for batch in ways["forest"]):
+        raise SystemExit("kept: at this scale computing the prompt again costs less; choose a smaller --scale")
+    on_gpu = policy.device.type == "cuda"
     for batches in ways.values():
         for _ in range(2):
             update(policy, batches)
@@ -108,21 +137,22 @@ def measure(case: str, policy: Policy, config: Config, args: argparse.Namespace)
     peaks: dict[str, float] = {}
     for _ in range(args.repeats):
         for way, batches in ways.items():
-            torch.cuda.reset_peak_memory_stats()
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
             times[way].append(_milliseconds(lambda batches=batches: update(policy, batches), policy.device) / 1e3)
-            peaks[way] = torch.cuda.max_memory_allocated() / GIB
+            peaks[way] = torch.cuda.max_memory_allocated() / GIB if on_gpu else float("nan")
     rate = max(rate, _matmul_flops(policy.device, config))
     row: dict[str, Any] = {"case": case, "budget": budget, "matmul_tflops": rate / 1e12, "repeats": args.repeats}
     for way, batches in ways.items():
         flops, seconds = sum(forest_update_flops(dims, b.work) for b in batches), statistics.median(times[way])
         print(
-            f"{case}, {way}: {len(batches)} micro-batches of {sum(b.packed_tokens for b in batches)} rows in all, "
+            f"{case}, {way}: {len(batches)} micro-batches of {sum(b.work.rows for b in batches)} rows in all, "
             f"{[len(b.layout.passes(None).unpack()) for b in batches]} passes, {seconds:.3f} s, {peaks[way]:.1f} GiB, "
             f"MFU {flops / seconds / rate:.2f}",
             flush=True,
         )
         row[way] = {
-            "rows": sum(b.packed_tokens for b in batches), "micro_batches": len(batches), "flops": flops, "seconds": seconds,
+            "rows": sum(b.work.rows for b in batches), "micro_batches": len(batches), "flops": flops, "seconds": seconds,
             "all_seconds": times[way], "peak_gib": peaks[way], "mfu": flops / seconds / rate,
         }  # fmt: skip
     row["flop_ratio"] = row["less shared"]["flops"] / row["forest"]["flops"]
@@ -135,24 +165,64 @@ def measure(case: str, policy: Policy, config: Config, args: argparse.Namespace)
     return row
 
 
+def flat(args: argparse.Namespace, keys: Sequence[str]) -> dict[str, Any]:
+    """Seconds of an update of each shape, here and in ``--against``, medians over the runs of ``benchmarks/policy.py``."""
+    shapes = [shape for p, r, g, n in FLAT for shape in ("--shape", f"{p // args.scale},{r // args.scale},{g},{n}")]
+    sides = {"here": Path(__file__).resolve().parents[1], "against": args.against.resolve()}
+    times: dict[str, list[list[float]]] = {side: [] for side in sides}
+    for _ in range(args.repeats):
+        for side, checkout in sides.items():
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, str(checkout / "benchmarks" / "policy.py"), "--config", "qwen3_4b.yaml"]
+                command += [
+                    *shapes,
+                    "--methods",
+                    "grouped",
+                    "--random-weights",
+                    "--repeats",
+                    "3",
+                    "--checkpointing",
+                    "attention",
+                ]
+                command += ["--json", f"{folder}/rows.json", "--", *keys]
+                environment = os.environ | {"PYTHONPATH": str(checkout)}
+                subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL)
+                rows = json.loads(Path(folder, "rows.json").read_text())["rows"]
+                times[side].append([row["update_ms"] / 1e3 for row in rows if row["method"] == "grouped"])
+    medians = {side: [statistics.median(x) for x in zip(*runs, strict=True)] for side, runs in times.items()}
+    ratios = [a / b for a, b in zip(*medians.values(), strict=True)]
+    for shape, ratio in zip(shapes[1::2], ratios, strict=True):
+        print(f"flat {shape}: {ratio:.3f} of the time of {args.against}", flush=True)
+    return {"case": "flat", "shapes": shapes[1::2], "seconds": medians, "all_seconds": times, "ratios": ratios}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="+", choices=list(CASES), metavar="CASE")
+    parser.add_argument("cases", nargs="+", choices=[*CASES, "flat"], metavar="CASE")
     parser.add_argument("--shape-of", default="benchmarks/qwen3_4b")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--scale", type=int, default=1)
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, for the case flat")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    keys = [f"model.path={args.shape_of}", "model.activation_checkpointing=attention", "rollout.engine=embedded"]
-    config = load_config("qwen3_4b.yaml", keys)
-    world = World(0, 1, torch.device("cuda", 0))
-    torch.manual_seed(0)
-    policy = wrap(random_model(config, world.device), config, world)
-    rows = []
+    if "flat" in args.cases and args.against is None:
+        parser.error("flat: name another checkout with --against")
+    on_gpu = torch.cuda.is_available()
+    keys = [f"model.path={Path(args.shape_of).resolve()}", "rollout.engine=embedded"]
+    keys += [] if on_gpu else ["model.dtype=float32", "model.compile=false"]
+    rows, policy = [], None
     for case in args.cases:
-        rows.append(measure(case, policy, config, args))
+        if case == "flat":
+            rows.append(flat(args, keys))
+        else:
+            config = load_config("qwen3_4b.yaml", [*keys, "model.activation_checkpointing=attention"])
+            world = World(0, 1, torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
+            torch.manual_seed(0)
+            policy = policy or wrap(random_model(config, world.device), config, world)
+            rows.append(measure(case, policy, config, args))
         if args.json:
-            args.json.write_text(json.dumps({"device": torch.cuda.get_device_name(), "rows": rows}, indent=1) + "\n")
+            device = torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU"
+            args.json.write_text(json.dumps({"device": device, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
