@@ -14,7 +14,7 @@ from making import group
 from playing import END, call, ids, play, thinking_tokenizer, turns
 from transformers import AutoConfig
 
-from pgrpo.admission.proof import True64, _default_dtype, _twins
+from pgrpo.admission.proof import True64, default_dtype, twins
 from pgrpo.config import ConfigError, LossConfig
 from pgrpo.environments.returns import give_returns, returns_to_go
 from pgrpo.environments.tools import kind_of
@@ -280,8 +280,8 @@ def test_log_probs_and_gradients_of_forked_episodes_equal_the_untouched_model():
     config = AutoConfig.for_model("qwen3", vocab_size=len(THINKING), intermediate_size=48, **small)
     forest = Forest.of(samples)
     assert forest.rows < 0.6 * sum(len(s.prompt_ids + s.token_ids) for s in samples)
-    with torch.random.fork_rng(devices=[]), _default_dtype(torch.float64):
-        untouched, grouped = _twins(config, 0)
+    with torch.random.fork_rng(devices=[]), default_dtype(torch.float64):
+        untouched, grouped = twins(config, 0)
     with True64():
         wanted = reference_logprobs(untouched, samples)
         got = difference(Policy(grouped), build_batch(forest), wanted, gradients(wanted, untouched))
