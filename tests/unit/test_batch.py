@@ -193,6 +193,11 @@ def test_a_prompt_is_always_shared():
     assert Forest.of(samples).rows == 2 + 1 + 2 + 4 + 2
 
 
+def test_children_are_in_the_order_in_which_samples_first_go_through_them():
+    batch = build_batch(Forest.of([sample([1, 2], [9, 3]), sample([1, 2], [5]), sample([1, 2], [9, 1])]))
+    assert batch.inputs["input_ids"].tolist() == [1, 2, 9, 5, 3, 1]
+
+
 def test_unpack_puts_values_in_their_rows_and_lets_gradients_through():
     batch = build_batch(Forest.of(worked_example()))
     flat = torch.arange(1.0, 6.0, requires_grad=True)
