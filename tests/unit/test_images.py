@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from pgrpo.config import ConfigError, DataConfig, MessageConfig, ModelConfig, PromptConfig
 from pgrpo.config.task import ImageConfig
-from pgrpo.data import load_prompts
+from pgrpo.data import PromptStream, load_prompts
 from pgrpo.vision import files
 from pgrpo.vision.files import find, open_image
 from pgrpo.vision.reader import ImageReader
@@ -145,6 +145,16 @@ def test_a_placeholder_in_a_rows_text_is_text(folder):
     assert "<unk>" in SCRIPT["make_tokenizer"]().decode(prompt.token_ids)
 
 
+def test_a_file_that_changed_is_noticed_when_a_run_resumes(folder, tmp_path):
+    rows = [{"images": str(tmp_path / "a.png"), "question": "a"}]
+    states = []
+    for colour in ("red", "red", "blue"):
+        picture(colour).save(tmp_path / "a.png")
+        states.append(PromptStream(load(folder, rows), seed=0, shuffle=False).state_dict())
+    assert states[0] == states[1]
+    assert states[0]["rows"] != states[2]["rows"]
+
+
 def test_the_limit_of_tokens_counts_those_of_images(folder):
     rows = [{"images": str(folder / "red.png"), "question": "a"}]
     length = len(load(folder, rows)[0].token_ids)
@@ -192,9 +202,10 @@ def test_a_bad_file_is_one_line_with_row_and_file(folder, tmp_path, content, sai
     assert "\n" not in str(error.value)
 
 
-def test_size_is_checked_before_an_image_is_decoded(folder, monkeypatch):
+@pytest.mark.parametrize("side", [8_000, 20_000])
+def test_size_is_checked_before_an_image_is_decoded(monkeypatch, side):
     """And Pillow's own limit on bombs is answered in our words."""
-    source = find(png_of_size(20_000, 20_000), "here", ImageConfig(), Path())
+    source = find(png_of_size(side, side), "here", ImageConfig(), Path())
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
     with pytest.raises(ConfigError, match=r"here, bytes: .*more.* data.image.max_file_pixels=50000000"):
         open_image(source, "here", ImageConfig())
