@@ -48,7 +48,7 @@ def placed(config: Config, world: World, *, frozen: bool) -> Policy:
     """A model of random weights: frozen in the compute dtype, or trained in float32."""
     dtype = config.model.dtype if frozen else "float32"
     model = random_model(replace(config, model=replace(config.model, dtype=dtype)), world.device)
-    policy = wrap(model, config, world, ["none" for _ in decoder_layers(model)] if frozen else None)
+    policy = wrap(model, config, world, 1 if frozen else None)
     policy.requires_grad_(not frozen)
     place(policy, decoder_layers(model), world, compute_dtype(config), methods=("teacher_rows",))
     return policy

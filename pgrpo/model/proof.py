@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.model.head import NEVER
@@ -37,7 +36,7 @@ class Difference:
 
 
 def reference_logprobs(
-    model: PreTrainedModel,
+    model: nn.Module,
     samples: Sequence[Sample],
     temperature: float = 1.0,
     more: Callable[[Sample], dict[str, Any]] = _nothing,
@@ -51,7 +50,7 @@ def reference_logprobs(
         more: further arguments of the model for a sample: pixels of its images.
     """
     device = next(model.parameters()).device
-    never = torch.tensor(never_sampled(model.config), dtype=torch.long, device=device)
+    never = torch.tensor(never_sampled(model.config), dtype=torch.long, device=device)  # pyright: ignore[reportArgumentType]
     rows = []
     for sample in samples:
         if sample.token_ids:

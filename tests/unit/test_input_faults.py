@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from pgrpo import cli
-from pgrpo.model import policy
+from pgrpo.vision import families
 
 pytestmark = pytest.mark.faults
 RECIPE = """\
@@ -68,9 +68,9 @@ def train(monkeypatch, capsys):
     """``train(*overrides)``: what the command exits with, what it prints on stderr, and whether weights were read."""
     torch.set_num_threads(1)
     read: list[str] = []
-    load = policy.AutoModelForCausalLM.from_pretrained
+    load = families.AutoModelForCausalLM.from_pretrained
     watched = SimpleNamespace(from_pretrained=lambda path, **more: (read.append(path), load(path, **more))[1])
-    monkeypatch.setattr(policy, "AutoModelForCausalLM", watched)
+    monkeypatch.setattr(families, "AutoModelForCausalLM", watched)
     handler = signal.getsignal(signal.SIGTERM)
 
     def run(*overrides):

@@ -118,9 +118,8 @@ def test_compiled_layers_are_exact_and_compiled_once_for_each_gradient_mode(reco
     layers._runner.cache_clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     targets = () if backend == "inductor" else ("q_proj", "down_proj")  # each that is traced takes seconds
-    plain, compiled = (
-        make_policy(mode, done, lora=lora, targets=targets) for mode, done in (("none", False), (recompute, True))
-    )
+    plain = make_policy(lora=lora, targets=targets)
+    compiled = make_policy(recompute, compiled=True, lora=lora, targets=targets)
     rnd = random.Random(1)
 
     def compare(batch):

@@ -235,7 +235,7 @@ def test_an_environment_whose_process_died_is_made_anew(own):
     script = turns(*[f"{call('move', by=10)}<|im_end|>"] * 3, "ok<|im_end|>")
     chats, engine = toolbox.chats(TOKENIZER, [END], {}), Scripted(script)
     settings: Any = (EnvironmentConfig(), 600, 300, lambda: False)
-    made = loop.ToolLoop(engine, [], toolbox.kinds, chats, *settings, toolbox.nursery)  # pyright: ignore[reportArgumentType]
+    made = loop.ToolLoop(engine, [], toolbox.kinds, chats, *settings, toolbox.nursery)  # pyright: ignore
     reasons, pids = [], []
     for row in (1, 2, 2):
         groups = made.generate([prompt_of(toolbox, row=row)], PARAMS, [[1]], 1, lambda *_: None)
