@@ -7,14 +7,12 @@ import shutil
 import signal
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pgrpo import cli
-from pgrpo.vision import families
 
 pytestmark = pytest.mark.faults
 RECIPE = """\
@@ -68,9 +66,9 @@ def train(monkeypatch, capsys):
     """``train(*overrides)``: what the command exits with, what it prints on stderr, and whether weights were read."""
     torch.set_num_threads(1)
     read: list[str] = []
-    load = families.AutoModelForCausalLM.from_pretrained
-    watched = SimpleNamespace(from_pretrained=lambda path, **more: (read.append(path), load(path, **more))[1])
-    monkeypatch.setattr(families, "AutoModelForCausalLM", watched)
+    load = AutoModelForCausalLM.from_pretrained
+    watched = lambda path, **more: (read.append(path), load(path, **more))[1]  # noqa: E731
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
     handler = signal.getsignal(signal.SIGTERM)
 
     def run(*overrides):
