@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from pgrpo.config import ConfigError, ModelConfig
-from pgrpo.config.schema import ImageConfig
+from pgrpo.config.task import ImageConfig
 from pgrpo.model.families.vision import Vision
 from pgrpo.vision.processors import Processor
 from pgrpo.vision.rows import placeholder_runs
