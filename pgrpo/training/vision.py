@@ -35,13 +35,13 @@ def image_reader(
                 )
         return None
     _check_model(config, hf_config, family, world)
-    if not (prompt.images_column or prompt.messages_column) or (config.has_tools and not prompt.images_column):
-        return None  # image parts of messages are then an error
     if prompt.images_column and config.has_tools:
         raise ConfigError(
             f"prompt.images_column: {prompt.images_column}: images together with tools or an environment are not supported; leave "
             "one of them out"
         )
+    if config.has_tools or not (prompt.images_column or prompt.messages_column):
+        return None  # image parts of messages are then an error
     if config.loss.teacher is not None:
         raise ConfigError(
             f"loss.teacher: {config.loss.teacher}: a teacher does not see images yet that the policy sees; leave it out"

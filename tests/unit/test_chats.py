@@ -78,7 +78,7 @@ def test_the_assistants_answer_at_the_end_becomes_a_column():
         ({"user": "2+2?", "assistant": "4"}, r"must be a list of messages, not \{.*data\.path names \(file\.py:function\) to \[\{"),
         ([{"speaker": "a", "text": "b"}], r"a message is a dict with `role` and `content`.*convert it"),
         ([["user", "2+2?"]], r"a message is a dict with `role` and `content`"),
-        ([{"role": "user", "content": [{"type": "image"}]}], r"it has an image, which model.path does not take"),
+        ([{"role": "user", "content": [{"type": "image"}]}], r"it has an image, which needs a vision-language model"),
         ([{"role": "user", "content": 4}], r"a content is a text, or a list of parts with a `text`, not 4"),
         (None, r"must be a list of messages, not None"),
     ],

@@ -31,6 +31,11 @@ def rows(split):
     return [*found, {{"images": [found[0]["images"][0], found[1]["images"][0]], "question": "which colour?", "answer": "red"}}]
 def mixed(split):
     return [row if i % 2 else row | {{"images": None}} for i, row in enumerate(rows(split))]
+def chats(split):
+    def say(row):
+        parts = [{{"type": "image", "image": row["images"][0]}}, {{"type": "text", "text": row["question"]}}]
+        return {{"role": "user", "content": parts}}
+    return [{{"chat": [say(row)], "answer": row["answer"]}} for row in rows(split)]
 def likes_red(completions):
     return [float("red" in text) + 0.1 * len(text) for text in completions]
 """
@@ -160,6 +165,10 @@ def test_check_shows_images_and_compares_with_the_untouched_model(folder, tmp_pa
     [
         (("rollout.engine=vllm",), "rollout.engine=vllm: vLLM does not sample for a qwen3_vl model here"),
         ((CALCULATOR,), "prompt.images_column: images: images together with tools or an environment"),
+        (
+            (CALCULATOR, "prompt.images_column=null", "prompt.messages=[]", "prompt.messages_column=chat", "data.path=CHATS"),
+            "row 0, column `chat`: it has an image, which needs a vision-language model in model.path and a run without tools",
+        ),
         (("model.sequence_parallel_size=2",), "model.sequence_parallel_size: 2"),
         (("model.lora_rank=2", "model.train_vision=true"), "model.train_vision: true together with model.lora_rank=2"),
         (("data.image.max_pixels=100", "data.image.min_pixels=200"), "min_pixels: 200 is more than the largest image, 100"),
@@ -169,7 +178,9 @@ def test_check_shows_images_and_compares_with_the_untouched_model(folder, tmp_pa
 def test_what_does_not_go_with_images_is_refused_before_weights_are_loaded(folder, tmp_path, monkeypatch, keys, said):
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", lambda *_, **__: pytest.fail("weights"))
     with pytest.raises(ConfigError, match=re.escape(said)):
-        pgrpo.train(config_of(folder, tmp_path / "run", *keys))
+        pgrpo.train(
+            config_of(folder, tmp_path / "run", *(k.replace("CHATS", f"{folder / 'own.py'}:chats") for k in keys))
+        )
 
 
 def test_a_model_without_a_tower_takes_no_images(tiny_model, folder, tmp_path):
