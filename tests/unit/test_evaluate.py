@@ -68,7 +68,7 @@ class Engine:
     def sample(self, requests, params, on_finished, more=None):
         self.asked.append((params, [r.token_ids[0] for r in requests], [r.seeds for r in requests]))
         text = "greedy" if params.temperature == 0 else "sampled"
-        for position, (_, seeds, _) in enumerate(requests):
+        for position, (_, seeds, *_) in enumerate(requests):
             sizes = range(1, len(seeds) + 1)
             on_finished(position, [Completion([0] * n, [0.0] * n, "stop", text) for n in sizes])
 

@@ -163,7 +163,9 @@ def test_every_loader_is_told_whether_to_run_a_models_code():
     for path in (Path(__file__).parents[2] / "pgrpo").rglob("*.py"):
         for call in [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]:
             name = ast.unparse(call.func)
-            if re.fullmatch(r"Auto\w+\.from_(pretrained|config)", name):  # GenerationConfig runs no code
+            if re.fullmatch(
+                r"(Auto\w+|auto_class\(\w+\))\.from_(pretrained|config)", name
+            ):  # GenerationConfig runs no code
                 calls.append((path.name, name, "trust_remote_code" in [keyword.arg for keyword in call.keywords]))
     assert len(calls) >= 12
     assert [call for call in calls if not call[2]] == []
