@@ -51,6 +51,14 @@ def _ropes(rope_parameters: dict[str, Any]) -> list[dict[str, Any]]:
     return [v for v in rope_parameters.values() if isinstance(v, dict)] or [rope_parameters]
 
 
+def check_chunks(config: ModelConfig, dims: ModelDims) -> None:
+    """Refuse parts of MLPs (``ConfigError``) where a layer has no MLP that is known: it would be computed whole."""
+    if (config.mlp_chunks or 1) > 1 and not dims.has_mlp:
+        raise ConfigError(
+            f"model.mlp_chunks: {config.mlp_chunks}: not every layer of {config.path} has an MLP that is known; leave it out"
+        )
+
+
 def check_lora(config: ModelConfig, dims: ModelDims) -> None:
     """Refuse a LoRA config that cannot work, before any weight is loaded.
 

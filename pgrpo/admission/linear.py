@@ -34,7 +34,7 @@ def check_linear(path: str, config: PretrainedConfig, device: torch.device) -> N
         return
     if importlib.util.find_spec("fla") is None:
         raise ConfigError(f"model.path={path}: its linear attention needs fla-core on a GPU: {INSTALL}")
-    triton = _release("triton")
+    triton = release("triton")
     hopper = torch.cuda.get_device_capability(device)[0] == 9
     first, fixed = WRONG_ON_HOPPER
     if hopper and first <= triton < fixed and importlib.util.find_spec("tilelang") is None:
@@ -45,7 +45,7 @@ def check_linear(path: str, config: PretrainedConfig, device: torch.device) -> N
         )
 
 
-def _release(package: str) -> tuple[int, ...]:
+def release(package: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in re.findall(r"\d+", version(package))[:3])
     except PackageNotFoundError:

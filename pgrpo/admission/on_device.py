@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from pgrpo.admission.linear import release
 from pgrpo.admission.models import cache_file
 from pgrpo.admission.shrink import few_layers
 from pgrpo.attention.choose import AttentionChoice
@@ -54,7 +55,8 @@ def check_on_device(
         ConfigError: with both errors.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    file = cache_file(config, f"{name} {attention.kernel}")
+    kernels = [f"{package} {release(package)}" for package in ("triton", "fla-core", "tilelang", "flash-attn-4")]
+    file = cache_file(config, f"{name} {attention.kernel}", *kernels)
     if file.is_file():
         return
     vocab = config.get_text_config().vocab_size

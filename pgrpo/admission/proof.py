@@ -32,6 +32,7 @@ from pgrpo.model.policy import Policy, untouched_model
 from pgrpo.model.proof import SEEDED_BUGS, Difference, difference, gradients, reference_logprobs, tokens_as_samples
 from pgrpo.packing.batch import GroupedBatch, build_batch
 from pgrpo.packing.forest import Forest, length
+from pgrpo.planning.dims import decoder_layers
 from pgrpo.types import Sample
 from pgrpo.vision.families import attention_names, auto_class, family_of
 
@@ -65,6 +66,7 @@ class Proof:
         logprob, gradient: largest difference of a log-prob (nats), and relative error of all gradients.
         bugs: the largest difference of a log-prob that each seeded bug made.
         refusal: why the model must not be trained; empty if it is exact.
+        keeps: whether every layer calls attention once, so that a prefix's keys and values can be kept (``model/kept.py``).
         seconds: time that the proof took.
     """
 
@@ -72,6 +74,7 @@ class Proof:
     gradient: float = float("nan")
     bugs: dict[str, float] = field(default_factory=dict)
     refusal: str = ""
+    keeps: bool = False
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -155,7 +158,8 @@ def _compare_in(
         name for name, size in sizes.items() if not size > SEEN * exact and (positions or "positions" not in name)
     ]
     refusal = f"the proof would not notice a bug: {', '.join(unseen)}" if unseen else ""
-    return Proof(found.logprob, found.gradient, sizes, refusal)
+    once = [getattr(m, "layer_idx", None) for m in calls] == [*range(len(decoder_layers(grouped)))]
+    return Proof(found.logprob, found.gradient, sizes, refusal, keeps=once and policy.vision is None)
 
 
 def reference_inputs(untouched: PreTrainedModel, images: RandomImages | None) -> Callable[[Sample], dict[str, Any]]:

@@ -77,7 +77,9 @@ def shrink(config: PretrainedConfig, max_sample: int | None = None, small: Small
 def few_layers(config: PretrainedConfig) -> PretrainedConfig:
     """The config with a layer of every kind, and otherwise as it is."""
     values = config.to_dict()
-    _few_layers(values)
+    for one in (values, values.get("text_config")):  # of a model with images the language model
+        if isinstance(one, dict):
+            _few_layers(one)
     return _rebuilt(config, values)
 
 

@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from rich.console import Console
 
-from pgrpo.admission.fits import check_heads, check_lora, check_positions
+from pgrpo.admission.fits import check_chunks, check_heads, check_lora, check_positions
 from pgrpo.admission.models import check_model
 from pgrpo.admission.rows import check_rows
 from pgrpo.config import Config, ConfigError, check_world_size, to_yaml
@@ -61,6 +61,7 @@ def plan_text(config: Config) -> str:
     check_positions(config.model, hf_config, prompt + completion)
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)
+    check_chunks(config.model, dims)
     check_heads(together, dims)
     check_rows(config.model.path, hf_config, prompt + completion, together)
     completions = [completion] * rollout.group_size

@@ -19,9 +19,15 @@ from pgrpo.attention.hook import current
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.distributed.sequence import SplitLayout
 from pgrpo.model.families.linear import has_state
+from pgrpo.model.families.vision import WholeImages
 from pgrpo.types import Recompute
 
 TrainingLayout = PackedLayout | SplitLayout
+
+
+def is_training(layout: object) -> bool:
+    """Whether it is of a packed batch, and not of a rollout."""
+    return isinstance(layout.layout if isinstance(layout, WholeImages) else layout, TrainingLayout)
 
 
 def set_up_layers(layers: Iterable[nn.Module], recompute: Sequence[Recompute], *, compiled: bool) -> None:
@@ -42,7 +48,7 @@ def set_up_layers(layers: Iterable[nn.Module], recompute: Sequence[Recompute], *
 
 def _forward(layer: nn.Module, number: int, mode: Recompute, compiled: bool, *args: Any, **kwargs: Any) -> Tensor:
     layout = current.layout
-    if not isinstance(layout, PackedLayout | SplitLayout):
+    if not is_training(layout):
         return type(layer).forward(layer, *args, **kwargs)
     if not torch.is_grad_enabled():
         mode, compiled = "none", compiled and not _is_eager.get()

@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pgrpo.admission.fits import check_heads, check_lora, check_positions
+from pgrpo.admission.fits import check_chunks, check_heads, check_lora, check_positions
 from pgrpo.admission.linear import check_linear
 from pgrpo.admission.models import check_model
 from pgrpo.admission.on_device import PROMPTS, check_on_device
@@ -35,6 +35,7 @@ from pgrpo.planning.placement import (
     keepable_tokens,
     kept_text,
     longest_kept,
+    teacher_model,
 )
 from pgrpo.process.caches import use_caches
 from pgrpo.process.rng import seed_all
@@ -123,9 +124,10 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     max_sample = config.max_sample_tokens
     check_positions(config.model, hf_config, max_sample)
     check_linear(config.model.path, hf_config, world.device)
-    check_model(config.model.path, hf_config, max_sample)
+    keeps = check_model(config.model.path, hf_config, max_sample).keeps
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)
+    check_chunks(config.model, dims)
     check_heads(config.model.sequence_parallel_size, dims)
     check_rows(config.model.path, hf_config, max_sample, config.model.sequence_parallel_size)
     reader = image_reader(config, hf_config, tokenizer, world)
@@ -138,6 +140,7 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     check_vocabulary(tokenizer, vocab_size, config)
     if config.loss.teacher is not None:
         check_teacher(config, tokenizer, vocab_size, world.device)
+        keeps &= check_model(config.loss.teacher, load_hf_config(teacher_model(config)), max_sample).keeps
     toolbox = load_toolbox(config, given.tools, given.environment)
     toolbox.check_rewards(given.rewards)
     prompts = training_prompts(config, tokenizer, given.dataset, toolbox.schemas_of, reader)
@@ -172,7 +175,7 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     if isinstance(reference, Policy):
         see(reference, reader)
     wanted, most_kept = longest_kept(config, dims, world), keepable_tokens(config, dims, world)
-    if policy.vision is not None:  # images are rows of a prompt, which passes would have to skip
+    if not keeps:  # of the policy or of the teacher, which keeps the same rows
         wanted = most_kept = 0
     learner = Learner(
         config, world, policy, reference, build_optimizer(policy, config.optim), dims, loss, teacher,

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from pgrpo.attention.hook import current
-from pgrpo.model.recompute import TrainingLayout
+from pgrpo.model.recompute import is_training
 from pgrpo.planning.dims import mlp_of
 from pgrpo.types import Recompute
 
@@ -48,7 +48,7 @@ class HostInputs:
 
     def run(self, forward: Callable[..., Tensor], hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``forward(hidden, ...)``. Where autograd would keep ``hidden``, it keeps a copy in host memory."""
-        if not torch.is_grad_enabled() or not isinstance(current.layout, TrainingLayout):
+        if not torch.is_grad_enabled() or not is_training(current.layout):
             return forward(hidden, *args, **kwargs)
         address, size = hidden.data_ptr(), hidden.numel()
 
@@ -110,7 +110,7 @@ def _in_chunks(mlp: nn.Module, chunks: int, hidden_1TE: Tensor) -> Any:
     """The MLP in parts of the rows. Its backward computes a part again, so that the activations of one part alone exist at a
     time. Compiled code needs no checkpoint for that: a layer that is recomputed whole recomputes each part where it is needed."""
     run: Callable[..., Any] = partial(type(mlp).forward, mlp)
-    if not isinstance(current.layout, TrainingLayout):
+    if not is_training(current.layout):
         return run(hidden_1TE)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         run = partial(checkpoint, run, use_reentrant=False)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pgrpo.admission.fits import check_positions
+from pgrpo.admission.fits import check_heads, check_positions
 from pgrpo.admission.linear import check_linear
 from pgrpo.admission.models import check_model
+from pgrpo.admission.rows import check_rows
 from pgrpo.config import Config, ConfigError
 from pgrpo.model.policy import load_error, load_hf_config
 from pgrpo.planning.flops import ModelDims
@@ -57,6 +58,11 @@ def check_teacher(
             f"{name}: its vocabulary of {size} ids is smaller than the policy's, {vocab_size}; name a teacher of the same family"
         )
     dims = ModelDims.from_config(hf_config)
+    try:
+        check_heads(together := config.model.sequence_parallel_size, dims)
+        check_rows(model.path, hf_config, longest, together)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
     own = attention_choice(config, ModelDims.from_config(load_hf_config(config.model)), device).kernel
     if (kernel := attention_choice(config, dims, device).kernel) != own:
         raise ConfigError(

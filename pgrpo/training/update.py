@@ -203,6 +203,8 @@ def refresh_reference(learner: Learner) -> None:
     with torch.no_grad():
         for ours, new in zip(learner.reference.parameters(), learner.policy.parameters(), strict=True):
             shard_of(ours).tensor.copy_(shard_of(new).tensor)  # sharded alike; the reference may be in host memory
+    if learner.reference.vision is not None:
+        learner.reference.vision.forget()
 
 
 def is_sound(learner: Learner, progress: Progress, loss: float, grad_norm: float) -> bool:

@@ -41,6 +41,9 @@ def image_reader(
             "one of them out"
         )
     if config.has_tools or not (prompt.images_column or prompt.messages_column):
+        for key in ("train_vision", "train_projector"):
+            if getattr(model, key):
+                raise ConfigError(f"model.{key}: true has no effect on prompts without images; leave it out")
         return None  # image parts of messages are then an error
     if config.loss.teacher is not None:
         raise ConfigError(

@@ -123,9 +123,10 @@ def test_what_was_trained_is_exported_and_nothing_else_changed(folder, tmp_path,
 
 
 def test_a_run_with_images_resumes_to_the_bit(folder, tmp_path):
-    keys = ("checkpoint.every=1", "model.train_vision=true")
+    """The reference too is that of the step before, with its tower."""
+    keys = ("checkpoint.every=1", "model.train_vision=true", "loss.kl_coef=0.1", "loss.ref_refresh_every=1", "train.steps=3")
     whole = pgrpo.train(config_of(folder, tmp_path / "whole", *keys))
-    part = pgrpo.train(config_of(folder, tmp_path / "part", *keys, "train.steps=1"))
+    part = pgrpo.train(config_of(folder, tmp_path / "part", *keys, "train.steps=2"))
     pgrpo.train(config_of(folder, part, *keys), resume="auto")
     a, b = weights_of(whole), weights_of(part)
     assert a.keys() == b.keys()
@@ -168,6 +169,10 @@ def test_check_shows_images_and_compares_with_the_untouched_model(folder, tmp_pa
         (
             (CALCULATOR, "prompt.images_column=null", "prompt.messages=[]", "prompt.messages_column=chat", "data.path=CHATS"),
             "row 0, column `chat`: it has an image, which needs a vision-language model in model.path and a run without tools",
+        ),
+        (
+            ("prompt.images_column=null", "model.train_vision=true"),
+            "model.train_vision: true has no effect on prompts without images",
         ),
         (("model.sequence_parallel_size=2",), "model.sequence_parallel_size: 2"),
         (("model.lora_rank=2", "model.train_vision=true"), "model.train_vision: true together with model.lora_rank=2"),

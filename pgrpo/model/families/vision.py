@@ -109,6 +109,10 @@ class Vision:
             )
         return output[0].squeeze(0)
 
+    def forget(self) -> None:
+        """Drop kept features: call this when weights of a frozen tower change."""
+        self._kept.clear()
+
     def features(self, images: ImageRows) -> Features:
         """Features of the distinct images, in order."""
         if self._is_trained():
