@@ -86,7 +86,10 @@ _proven: dict[str, Proof] = {}
 def cache_file(config: PretrainedConfig, *more: str) -> Path:
     """Where a proof is kept. The name is a hash of all that it depends on: the config (and ``more``), libraries, this package, and
     the code of a remote model."""
-    folders = [Path(__file__).parents[1] / name for name in ("admission", "attention", "packing", "model", "planning", "vision")]
+    folders = [
+        Path(__file__).parents[1] / name
+        for name in ("admission", "attention", "packing", "model", "planning", "vision")
+    ]
     if getattr(config, "auto_map", None):
         folders.append(Path(str(sys.modules[type(config).__module__].__file__)).parent)
     code = hashlib.sha256()

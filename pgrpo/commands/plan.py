@@ -57,7 +57,7 @@ def plan_text(config: Config) -> str:
     prompt, completion = config.data.max_prompt_tokens, config.max_sampled_tokens
     ranks, together = planned_ranks(config), config.model.sequence_parallel_size
     hf_config = load_hf_config(config.model)
-    check_model(config.model.path, hf_config, prompt + completion)
+    keeps = check_model(config.model.path, hf_config, prompt + completion).keeps
     check_positions(config.model, hf_config, prompt + completion)
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)
@@ -93,7 +93,7 @@ def plan_text(config: Config) -> str:
         f"(rho {rho(prompt, completions):.2f})\n"
         f"micro-batches {math.ceil(packed * together / ranks / budget)} a step and {each}, of at most {budget:,} tokens "
         f"(train.token_budget), if every prompt and completion is as long as allowed\n"
-        f"{_kept(config, dims, world)}"
+        f"{_kept(config, dims, world) if keeps else ''}"
         f"layers        {_layers(config, dims, device, chosen)}\n"
         f"sampling      {engine_choice(config, planned).text}{elsewhere}{vllm}\n"
         f"compiled code {cache_root(config.cache_dir)}\n"

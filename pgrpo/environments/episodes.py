@@ -190,8 +190,11 @@ class ToolLoop:
         for group in groups:
             for episode in group.episodes:
                 if self.kinds:
-                    is_lost = episode.finish_reason == "timeout" or not is_usable(episode.environment)
-                    pool[self._name_of(group.prompt)].append(None if is_lost else episode.environment)
+                    name = self._name_of(group.prompt)
+                    # One that leads may still be in the middle of its `converse`.
+                    is_broken_off = episode.finish_reason == "environment" and self.kinds[name].is_long
+                    is_lost = episode.finish_reason == "timeout" or is_broken_off or not is_usable(episode.environment)
+                    pool[name].append(None if is_lost else episode.environment)
                 episode.environment = None
         for name, free in self._pool.items():
             pool[name] += free[len(pool[name]) :]

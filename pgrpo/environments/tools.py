@@ -13,7 +13,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 from pgrpo.config import ConfigError
 from pgrpo.environments.calls import CallFailed, Function
 from pgrpo.environments.parsing import Text
-from pgrpo.environments.signatures import abilities, function_of, methods_of
+from pgrpo.environments.signatures import OWN, abilities, function_of, methods_of
 from pgrpo.environments.workers import LOOK_S, Nursery, RemoteClass, RemoteTool, ToolPool, Worker
 
 
@@ -177,7 +177,7 @@ def kind_of(factory: Callable[..., Any], args: Mapping[str, Any], key: str) -> K
         raise ConfigError(f"{key}: cannot be made with environment.args={dict(args)}: {error!r:.400}") from error
     tools = [tool_of(method, f"{key}, method {method.__name__}", is_method=True) for method in methods_of(probe)]
     if hasattr(type(probe), "tool_schemas"):
-        tools += _named_by_itself(probe.tool_schemas())
+        tools += _named_by_itself(probe.tool_schemas(), key)
     kind = _kind(type(probe).__name__, lambda: factory(**args), tools, abilities(probe), key)
     if callable(close := getattr(probe, "close", None)):
         close()
@@ -190,14 +190,27 @@ def remote_kind(nursery: Nursery, name: str, args: Mapping[str, Any], key: str) 
     found = _look(worker, "environment", name=name, args=dict(args), key=key)
     worker.kill()
     tools = [tool_of(function_of(said), f"{key}, method {said['name']}", is_method=True) for said in found.pop("tools")]
-    tools += _named_by_itself(found.pop("schemas"))
+    tools += _named_by_itself(found.pop("schemas"), key)
     own, name_of_class = RemoteClass(nursery, name, args, [tool.name for tool in tools]), found.pop("name")
     return _kind(name_of_class, own, tools, found, key)
 
 
-def _named_by_itself(schemas: Sequence[dict[str, Any]]) -> list[Tool]:
+def _named_by_itself(schemas: Sequence[dict[str, Any]], key: str) -> list[Tool]:
     """Tools of an environment that gives their JSON schemas."""
-    return [Tool(schema["function"]["name"], schema) for schema in schemas]
+    found = []
+    for schema in schemas:
+        name = schema.get("function", {}).get("name") if isinstance(schema, Mapping) else None
+        if not isinstance(name, str) or not isinstance(schema["function"].get("parameters"), Mapping):
+            raise ConfigError(
+                f'{key}: tool_schemas gave {schema!r:.80}; a schema is {{"type": "function", "function": {{"name", "description", '
+                '"parameters"}}'
+            )
+        if name in OWN or name.startswith("_"):
+            raise ConfigError(
+                f"{key}: tool_schemas names a tool `{name}`, which pgrpo calls itself; give it another name"
+            )
+        found.append(Tool(name, schema))
+    return found
 
 
 def _kind(name: str, make: Any, tools: list[Tool], has: Mapping[str, bool], key: str) -> Kind:
@@ -226,7 +239,10 @@ def load_kinds(
     for name, value in named.items():
         key = f"environment.factory.{name}" if name else "environment.factory"
         if isinstance(value, str):
-            assert nursery is not None
+            if nursery is None:
+                raise ConfigError(
+                    f"{key}: environment={value!r} from Python is a name; set environment.factory={value}, or pass the class"
+                )
             kinds[name] = remote_kind(nursery, value, args, key)
         else:
             kinds[name] = kind_of(value, args, key)

@@ -19,12 +19,13 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from pgrpo.config.fields import ConfigError
 from pgrpo.config.functions import load_function
 from pgrpo.environments.calls import CallFailed, Loop, describe, text_of
-from pgrpo.environments.long_form import Conversation, lead
+from pgrpo.environments.long_form import Conversation, Ended, lead
 from pgrpo.environments.signatures import abilities, methods_of, said_of
 from pgrpo.types import Messages
 
@@ -75,7 +76,11 @@ class Server:
                 answer = {"error": describe(error)}
             else:
                 answer = self._answer(operation, arguments)
-            send(self._connection, _json(answer))
+            try:
+                message = _json(answer)
+            except (TypeError, ValueError, RecursionError) as error:  # keys that are no texts, a circle
+                message = _json({"error": f"its result is not JSON: {describe(error)}"})
+            send(self._connection, message)
 
     def _answer(self, operation: str, arguments: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -128,7 +133,7 @@ class Server:
     def converse(self, messages: Messages) -> str:
         """Let the environment lead the conversation; what it asks of the model goes to the trainer and comes back. Returns why the
         episode ended."""
-        one_at_a_time = asyncio.Lock()  # branches may ask at the same time
+        one_at_a_time, is_over = asyncio.Lock(), False  # branches may ask at the same time
 
         def exchange(question: dict[str, Any]) -> Any:
             send(self._connection, _json({"ask": question}))
@@ -138,11 +143,25 @@ class Server:
                 send(self._connection, _json(self._answer(*message)))
             return message
 
-        async def ask(question: dict[str, Any]) -> Any:
+        async def put(question: dict[str, Any]) -> Any:
             async with one_at_a_time:
+                if is_over:
+                    raise Ended("stop")
                 return await asyncio.to_thread(exchange, question)
 
-        return self._async.finish(lead(self._environment.converse, Conversation(ask, messages)))
+        async def ask(question: dict[str, Any]) -> Any:
+            return await asyncio.shield(put(question))  # what was sent is answered, even if nobody waits any more
+
+        async def whole() -> str:
+            nonlocal is_over
+            try:
+                return await lead(self._environment.converse, Conversation(ask, messages))
+            finally:
+                is_over = True
+                async with one_at_a_time:  # the last word is the reason: no branch is still asking
+                    pass
+
+        return self._async.finish(whole())
 
     def close(self) -> None:
         if callable(close := getattr(self._environment, "close", None)):
@@ -173,16 +192,34 @@ def _said(function: Any, key: str) -> dict[str, Any]:
     return said
 
 
+def _is_there(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
 def nursery(control: socket.socket) -> None:
     """Fork a worker for each socket that arrives. Returns when the trainer has ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps them
+    groups: list[int] = []
     while True:
         data, sockets, _, _ = socket.recv_fds(control, 1, 1)
         if not data:
+            for group in filter(_is_there, groups):  # with what they started
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(group, signal.SIGKILL)
             return
-        if os.fork() == 0:
-            control.close()
-            _live(socket.socket(fileno=sockets[0]))
+        try:
+            pid = os.fork()
+        except OSError as error:  # no more processes are allowed: those that there are go on
+            print(f"pgrpo: a worker process cannot be forked: {error}", file=sys.stderr)
+        else:
+            if pid == 0:
+                control.close()
+                _live(socket.socket(fileno=sockets[0]))
+            groups = [*filter(_is_there, groups), pid]  # the number of a group that is gone may be another's
         for fd in sockets:
             os.close(fd)
 

@@ -45,7 +45,7 @@ def variables(secrets: Sequence[str]) -> dict[str, str]:
             f"environment.secrets: the environment variable {missing[0]} is not set; set it, or leave it out"
         )
     for name in secrets:
-        remember(os.environ[name])  # what a tool prints or tells is redacted in logs
+        remember(os.environ[name])  # redacted in what this process writes; what a tool prints goes to stderr as it is
     passed = {n: v for n, v in os.environ.items() if n in (*PASSED, *secrets) or n.startswith(("LC_", "PYTHON"))}
     return {"OMP_NUM_THREADS": "1"} | passed  # there are many of them
 
@@ -106,7 +106,7 @@ class Nursery:
         )
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-c", code],
+                [sys.executable, "-u", "-c", code],
                 pass_fds=[theirs.fileno()],
                 env=self._variables,
                 stdin=subprocess.DEVNULL,

@@ -110,7 +110,9 @@ class Policy(nn.Module):
         fronts: list[KeysAndValues] = []
         hidden_PE = self._hidden({name: x[..., :rows] for name, x in batch.inputs.items()}, layout, None, keep=fronts)
         if len(fronts) != self.model.config.get_text_config().num_hidden_layers:
-            raise RuntimeError(f"a model whose layers do not call attention once each ({len(fronts)} calls) cannot keep a prefix")
+            raise RuntimeError(
+                f"a model whose layers do not call attention once each ({len(fronts)} calls) cannot keep a prefix"
+            )
         self.kept = Kept(hidden_PE[-1:].clone(), fronts)
         return self.kept.last_1E
 

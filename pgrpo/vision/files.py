@@ -66,8 +66,9 @@ def find(value: Any, where: str, config: ImageConfig, folder: Path) -> Source:
         named = value.get("path") if isinstance(value.get("path"), str) else None
         return Source(source.content, named or source.name, source.key)
     if isinstance(value, Image.Image):
-        pixels = hashlib.sha256(f"{value.mode}{value.size}".encode() + value.tobytes())
-        return Source(value, f"a {value.mode} image", pixels.hexdigest())
+        name = f"a {value.mode} image"
+        shown = open_image(Source(value, name, ""), where, config)  # equal indices with two palettes are two images
+        return Source(value, name, hashlib.sha256(f"{shown.size}".encode() + shown.tobytes()).hexdigest())
     if isinstance(value, bytes | bytearray):
         return Source(bytes(value), "bytes", hashlib.sha256(value).hexdigest())
     if not isinstance(value, str | Path) or not str(value):
@@ -77,10 +78,16 @@ def find(value: Any, where: str, config: ImageConfig, folder: Path) -> Source:
         data = _fetch(text, where, config)
         return Source(data, text, hashlib.sha256(data).hexdigest())
     candidates = [Path(text).expanduser()] if Path(text).expanduser().is_absolute() else [folder / text, Path(text)]
-    for path in candidates:
-        if path.is_file():
-            return Source(path, text, hashlib.sha256(path.read_bytes()).hexdigest())
-    raise ConfigError(f"{where}: no file {text}")
+    try:
+        for path in candidates:
+            if path.is_file():
+                return Source(path, text, hashlib.sha256(path.read_bytes()).hexdigest())
+    except (OSError, ValueError) as error:  # no permission, a name that is too long
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{where}: {text!r:.80} cannot be read: {reason}; give a path, bytes or a PIL image"
+        ) from error
+    raise ConfigError(f"{where}: no file {text:.200}")
 
 
 def open_image(source: Source, where: str, config: ImageConfig) -> Image:
@@ -109,6 +116,10 @@ def open_image(source: Source, where: str, config: ImageConfig) -> Image:
             if getattr(image, "n_frames", 1) > 1:
                 raise ConfigError(f"{said}: it is animated ({image.n_frames} frames); give one frame")  # pyright: ignore[reportAttributeAccessIssue]
             image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # Pillow would clip it to white
+                image = image.point(lambda value: value / 256, "L")
+            elif image.mode in ("I", "F"):
+                raise ConfigError(f"{said}: mode {image.mode} has numbers without a largest one; save it with 8 bits")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")

@@ -144,7 +144,7 @@ GREETED = TOOLED | {"environment.factory": "{tmp}/own.py:Greeting"}
 LOUD = TOOLED | {"tools": ["{tmp}/own.py:loud"], "environment.max_episode_tokens": 60}
 SLOW = TOOLED | {"tools": ["{tmp}/own.py:slow"], "train.steps": 1}
 FAILING = TOOLED | {"tools": ["{tmp}/own.py:fails"]}
-SEEING = TOOLED | {"tools": ["{tmp}/own.py:sees"]}
+PEEKING = TOOLED | {"tools": ["{tmp}/own.py:sees"]}
 REWRITING = TOOLED | {"prompt.chat_template_kwargs": {"chat_template": REWRITES}}
 OTHER = TOOLED | {"tools": ["{tmp}/own.py:other"]}
 SEEING = {
@@ -330,7 +330,7 @@ EFFECTS = dict(
         effect("environment.episode_timeout_s", 0.3, "completions", base=SLOW),
         effect("environment.on_error", "end", "completions", base=FAILING),
         effect("environment.on_bad_call", "end", "completions", base=OTHER),
-        effect("environment.secrets", ["PYTEST_VERSION"], "completions", base=SEEING),
+        effect("environment.secrets", ["PYTEST_VERSION"], "completions", base=PEEKING),
         effect("environment.history", "fork", "tokens", base=REWRITING),
     ]
 )  # fmt: skip
@@ -492,6 +492,8 @@ def test_key_has_an_effect(key, observe, known):
     after = observe(2, wanted.base, wanted.changes)
     if wanted.seen != ("error",):
         assert before.get("error") is None
+    if "error" not in wanted.seen:  # a refusal changes everything else
+        assert after.get("error") is None
     for name in wanted.seen:
         assert before.get(name) != after.get(name), f"{key}: {name} does not change"
     if "loaded" in wanted.seen:  # config, tokenizer and weights alike

@@ -256,6 +256,18 @@ def test_what_a_led_conversation_does_wrong_ends_its_episode(tmp_path, where, bo
         assert [m["content"] for m in episode.messages] == ["one", "more", "two"] and len(episode.samples) == 2
 
 
+def test_a_worker_whose_branches_ask_together_when_a_limit_comes_gives_its_own_reward(tmp_path):
+    path: Path = tmp_path / "led.py"
+    path.write_text(
+        "import asyncio\nclass Led:\n    async def converse(self, conversation):\n        await conversation.generate()\n"
+        "        conversation.say('more')\n        other, third = await conversation.fork(), await conversation.fork()\n"
+        "        await asyncio.gather(*(c.generate() for c in (conversation, other, third)))\n"
+        "    def get_reward(self): return 0.25\n"
+    )
+    (episodes,), _ = play(turns("one<|im_end|>", "two"), environment=f"{path}:Led", tokenizer=THINKING, size=3)
+    assert [(e.finish_reason, e.own_rewards) for e in episodes] == [("length", {"Led": 0.25})] * 3
+
+
 def test_a_long_form_that_is_not_async_is_refused():
     class Sync:
         def converse(self, conversation) -> None: ...

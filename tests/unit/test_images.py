@@ -222,6 +222,15 @@ def png_of_size(width: int, height: int) -> bytes:
     return bytes(content)
 
 
+def test_palettes_are_part_of_an_image_and_its_bits_are_not_clipped():
+    red, blue = (find(picture(colour).quantize(), "", ImageConfig(), Path()) for colour in ("red", "blue"))
+    assert red.key != blue.key
+    grey = open_image(find(png(Image.new("I;16", (4, 4), 30000)), "", ImageConfig(), Path()), "", ImageConfig())
+    assert grey.getpixel((0, 0)) == (117, 117, 117)
+    with pytest.raises(ConfigError, match=r"here: 'data:image/png.* cannot be read: File name too long; give"):
+        find("data:image/png;base64," + "A" * 5000, "here", ImageConfig(), Path())
+
+
 def test_black_and_transparent_images_are_taken(folder, caplog):
     """A black one with a warning; what is transparent lies on white; grey, palette and 16-bit images become RGB."""
     limits = ImageConfig()

@@ -39,6 +39,7 @@ def test_a_model_of_each_mechanism_is_exact_and_seeded_bugs_are_seen(model_type)
     assert proof.logprob < 1e-11 and proof.gradient < 1e-11
     assert len(proof.bugs) >= 3 and min(proof.bugs.values()) > 1e-2
     assert proof.seconds < 10
+    assert proof.keeps == (not set(model_type.split("_")) & {"5", "hybrid", "lfm3", "next"})
 
 
 def test_every_length_lies_inside_the_proofs_samples_unless_no_sample_of_the_run_reaches_it():

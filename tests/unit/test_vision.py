@@ -18,6 +18,7 @@ from transformers import (
 
 from pgrpo.admission import proof
 from pgrpo.admission.proof import prove, reference_inputs
+from pgrpo.admission.shrink import few_layers
 from pgrpo.admission.vision import RandomImages, image_bugs
 from pgrpo.config import ModelConfig
 from pgrpo.model.families.vision import WholeImages, freeze, tower_parameters
@@ -54,7 +55,7 @@ def test_grouped_attention_is_exact_with_images(name):
     assert found.bugs.keys() >= image_bugs(CONFIGS[name]).keys()
     assert min(found.bugs.values()) > 1e-2
     assert not found.keeps  # images are rows of a prompt, which passes would have to skip
-    assert len(decoder_layers(proof.twins(few_layers(shrink(CONFIGS[name])), 0)[1])) <= 2
+    assert len(decoder_layers(proof.twins(few_layers(proof.shrink(CONFIGS[name])), 0)[1])) <= 2
 
 
 @pytest.mark.parametrize("window", [True, False])

@@ -124,7 +124,13 @@ def test_what_was_trained_is_exported_and_nothing_else_changed(folder, tmp_path,
 
 def test_a_run_with_images_resumes_to_the_bit(folder, tmp_path):
     """The reference too is that of the step before, with its tower."""
-    keys = ("checkpoint.every=1", "model.train_vision=true", "loss.kl_coef=0.1", "loss.ref_refresh_every=1", "train.steps=3")
+    keys = (
+        "checkpoint.every=1",
+        "model.train_vision=true",
+        "loss.kl_coef=0.1",
+        "loss.ref_refresh_every=1",
+        "train.steps=3",
+    )
     whole = pgrpo.train(config_of(folder, tmp_path / "whole", *keys))
     part = pgrpo.train(config_of(folder, tmp_path / "part", *keys, "train.steps=2"))
     pgrpo.train(config_of(folder, part, *keys), resume="auto")

@@ -286,6 +286,48 @@ def test_a_class_that_cannot_be_made_is_refused(own):
         load_toolbox(Config(environment=EnvironmentConfig(factory=f"{path}:Less")))
 
 
+def test_names_and_schemas_that_cannot_be_used_are_refused(own):
+    with pytest.raises(ConfigError, match=r"environment.factory: environment='.*:Game' from Python is a name; set"):
+        load_toolbox(Config(), environment=f"{own}:Game")
+
+    schemas: list[dict] = []
+
+    class Named:
+        def reset(self) -> None: ...
+
+        def tool_schemas(self):
+            return schemas
+
+    bare, taken = (
+        {"name": "move", "parameters": {}},
+        {"type": "function", "function": {"name": "close", "parameters": {}}},
+    )
+    for schema, said in ((bare, "tool_schemas gave"), (taken, "names a tool `close`")):
+        schemas[:] = [schema]
+        with pytest.raises(ConfigError, match=said):
+            load_toolbox(Config(), environment=Named)
+
+
+def test_a_result_that_is_no_json_is_named(tmp_path):
+    path = tmp_path / "odd.py"
+    path.write_text("class Odd:\n    def reset(self, **row): return ''\n    def get_reward(self): return {(1, 2): 3}\n")
+    reward = one(turns("ok<|im_end|>"), environment=f"{path}:Odd").own_rewards["Odd"]
+    assert "its result is not JSON: TypeError" in str(reward)
+
+
+def test_what_a_worker_started_ends_with_the_run(own, tmp_path):
+    path = tmp_path / "starts.py"
+    path.write_text(
+        "import subprocess\nclass Starts:\n    def __init__(self): self.child = subprocess.Popen(['sleep', '300'])\n"
+        "    def reset(self, **row): return ''\n    def get_reward(self): return float(self.child.pid)\n"
+    )
+    pid = int(one(turns("ok<|im_end|>"), environment=f"{path}:Starts").own_rewards["Starts"])
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_what_needs_the_object_itself_is_refused(own):
     def judge(completions, environments):
         return [1.0 for _ in completions]
