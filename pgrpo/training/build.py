@@ -35,7 +35,6 @@ from pgrpo.planning.placement import (
     keepable_tokens,
     kept_text,
     longest_kept,
-    teacher_model,
 )
 from pgrpo.process.caches import use_caches
 from pgrpo.process.rng import seed_all
@@ -139,8 +138,7 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     vocab_size = hf_config.get_text_config().vocab_size
     check_vocabulary(tokenizer, vocab_size, config)
     if config.loss.teacher is not None:
-        check_teacher(config, tokenizer, vocab_size, world.device)
-        keeps &= check_model(config.loss.teacher, load_hf_config(teacher_model(config)), max_sample).keeps
+        keeps &= check_teacher(config, tokenizer, vocab_size, world.device)
     toolbox = load_toolbox(config, given.tools, given.environment)
     toolbox.check_rewards(given.rewards)
     prompts = training_prompts(config, tokenizer, given.dataset, toolbox.schemas_of, reader)

@@ -15,16 +15,14 @@ from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.placement import attention_choice, teacher_model
 
 
-def check_teacher(
-    config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: torch.device
-) -> ModelDims:
+def check_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: torch.device) -> bool:
     """The teacher reads the batch that is packed for the policy, so it must have the same tokens, and run on the same kernel.
 
     Args:
         tokenizer, vocab_size: the policy's. The teacher's vocabulary may be larger, as some models pad it, but not smaller.
 
     Returns:
-        The teacher's sizes.
+        Whether it can keep a prefix for several passes (``Proof.keeps``).
 
     Raises:
         ConfigError: names what differs.
@@ -34,7 +32,7 @@ def check_teacher(
         hf_config = load_hf_config(model)
         check_positions(model, hf_config, longest)
         check_linear(model.path, hf_config, device)
-        check_model(model.path, hf_config, longest)
+        proof = check_model(model.path, hf_config, longest)
     except ConfigError as error:
         raise ConfigError(
             str(error).partition(", or set model.")[0].replace("model.path", "loss.teacher", 1)
@@ -69,4 +67,4 @@ def check_teacher(
             f"{name}: its head dim {dims.head_dim} needs the attention kernel {kernel}, the policy's is {own}; "
             f"set model.attention_kernel={'builtin' if 'builtin' in (kernel, own) else kernel}"
         )
-    return dims
+    return proof.keeps
