@@ -6,7 +6,6 @@ token sequence that is trained on: an episode has one, or several where its hist
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -19,31 +18,6 @@ Recompute = Literal["none", "attention", "full", "offload"]
 """What the backward recomputes in a layer: nothing, all but attention, or everything, from an input that is on the GPU or waits in
 host memory."""
 Messages = list[dict[str, Any]]
-
-
-def value_of(row: Mapping[str, Any], name: str) -> Any:
-    """The value of a column. ``a.b`` is the field ``b`` of column ``a`` (a mapping, or a list, by position), unless a column has
-    that very name. Of null, every field is null.
-
-    Raises:
-        KeyError: there is none; the message says what there is.
-    """
-    if name in row:
-        return row[name]
-    value: Any = row
-    seen = ""
-    for field_name in name.split("."):
-        if to_list := getattr(value, "tolist", None):  # of numpy
-            value = to_list()
-        if isinstance(value, Mapping) and field_name in value:
-            value = value[field_name]
-        elif isinstance(value, list | tuple) and field_name.isdecimal() and int(field_name) < len(value):
-            value = value[int(field_name)]
-        elif value is not None:
-            there = ", ".join(map(str, value)) if isinstance(value, Mapping) else f"a {type(value).__name__}"
-            raise KeyError(f"the data has no column `{name}`; {seen or 'it'} has {there}")
-        seen = f"{seen}.{field_name}".strip(".")
-    return value
 
 
 class Image(NamedTuple):

@@ -11,10 +11,11 @@ from string import Formatter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pgrpo.config import ConfigError, PromptConfig
+from pgrpo.config.columns import value_of
 from pgrpo.data.chats import ImagePart, read_chat
 from pgrpo.data.control import MARK, Control, unmarked
 from pgrpo.data.images import images_of, place
-from pgrpo.types import Messages, PromptImages, value_of
+from pgrpo.types import Messages, PromptImages
 from pgrpo.vision import reader as vision
 
 if TYPE_CHECKING:

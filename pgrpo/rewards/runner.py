@@ -16,10 +16,11 @@ from typing import Any, Literal, Self
 from pebble import ProcessExpired
 
 from pgrpo.config import ConfigError, RewardConfig
+from pgrpo.config.columns import value_of
 from pgrpo.rewards.call import Caller, Reward, Unusable, describe, from_callable, from_config, work
 from pgrpo.rewards.pool import Workers
 from pgrpo.rewards.scoring import Fault, Outcome, RewardError, RewardReport, Scored, Scoring
-from pgrpo.types import Episode, Group, Prompt, value_of
+from pgrpo.types import Episode, Group, Prompt
 
 LARGEST = 1e100
 """The largest magnitude of a reward: sums and standard deviations of such rewards do not overflow in float64."""
