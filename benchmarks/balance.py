@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pgrpo.admission.compare import tokens_as_samples
 from pgrpo.commands.bench import random_model
 from pgrpo.config import load_config
 from pgrpo.distributed.world import World
-from pgrpo.model.proof import tokens_as_samples
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Each, Forest

@@ -15,9 +15,10 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pgrpo.admission.compare import difference, gradients, reference_logprobs, tokens_as_samples
+from pgrpo.admission.seeded_bugs import SEEDED_BUGS
 from pgrpo.config import ModelConfig
 from pgrpo.model.policy import Policy, load_model
-from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_samples
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 

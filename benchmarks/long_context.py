@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from pgrpo.admission.compare import tokens_as_groups
 from pgrpo.commands.bench import random_model, random_tokens
 from pgrpo.commands.bench_report import Shape
 from pgrpo.config import Config, load_config
@@ -31,7 +32,6 @@ from pgrpo.distributed.fsdp import place
 from pgrpo.distributed.world import World, start
 from pgrpo.grpo import backward, update_policy
 from pgrpo.model.lora import add_adapters
-from pgrpo.model.proof import tokens_as_groups
 from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import GIB, ModelDims, mfu, peak_flops, update_flops
 from pgrpo.planning.memory import memory_plan

@@ -26,12 +26,12 @@ import torch
 import transformers
 from methods import METHODS, make_job, why_not
 
+from pgrpo.admission.compare import tokens_as_samples
 from pgrpo.commands.bench import load, random_tokens, time_jobs
 from pgrpo.commands.bench_report import Row, Shape, print_rows
 from pgrpo.config import Config, load_config
 from pgrpo.distributed.world import World, start
 from pgrpo.model.policy import Policy
-from pgrpo.model.proof import tokens_as_samples
 from pgrpo.planning.flops import GIB
 from pgrpo.planning.placement import is_compiled
 from pgrpo.types import Recompute

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from transformers import Qwen3Config
 
+from pgrpo.admission.compare import tokens_as_groups
 from pgrpo.commands.bench import random_model, random_tokens
 from pgrpo.commands.bench_report import Shape
 from pgrpo.config import Config, load_config
@@ -30,7 +31,6 @@ from pgrpo.distributed.fsdp import no_gradient, place
 from pgrpo.distributed.world import World, start
 from pgrpo.grpo import update_policy
 from pgrpo.model.policy import Policy
-from pgrpo.model.proof import tokens_as_groups
 from pgrpo.planning.dims import ModelDims, decoder_layers
 from pgrpo.planning.flops import GIB, forward_flops
 from pgrpo.planning.placement import compute_dtype, teacher_model

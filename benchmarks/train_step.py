@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
+from pgrpo.admission.compare import tokens_as_groups
 from pgrpo.commands.bench import random_model, random_tokens
 from pgrpo.commands.bench_report import Shape
 from pgrpo.config import Config, load_config
 from pgrpo.distributed.fsdp import place
 from pgrpo.distributed.world import World, start
 from pgrpo.grpo import update_policy
-from pgrpo.model.proof import tokens_as_groups
 from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import GIB, ModelDims, forward_flops
 from pgrpo.planning.placement import compute_dtype, layer_plan

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from pgrpo.admission.compare import gradients, reference_logprobs, tokens_as_samples, untouched_model
 from pgrpo.admission.linear import release
 from pgrpo.admission.models import cache_file
 from pgrpo.admission.shrink import few_layers
@@ -24,8 +25,7 @@ from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.config import ConfigError
 from pgrpo.model.families.linear import has_state, plain_functions
-from pgrpo.model.policy import Policy, untouched_model
-from pgrpo.model.proof import gradients, reference_logprobs, tokens_as_samples
+from pgrpo.model.policy import Policy
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.types import Sample

@@ -20,18 +20,27 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
+from pgrpo.admission.compare import (
+    Difference,
+    difference,
+    first_difference,
+    gradients,
+    reference_logprobs,
+    tokens_as_samples,
+    untouched_model,
+)
+from pgrpo.admission.seeded_bugs import SEEDED_BUGS
 from pgrpo.admission.shrink import Small, shrink
 from pgrpo.admission.vision import RandomImages, image_bugs
 from pgrpo.attention.hook import ATTENTION_NAME, attention_forward
 from pgrpo.model.families.vision import Vision
-from pgrpo.model.policy import Policy, untouched_model
-from pgrpo.model.proof import SEEDED_BUGS, Difference, difference, gradients, reference_logprobs, tokens_as_samples
+from pgrpo.model.policy import Policy
 from pgrpo.packing.batch import GroupedBatch, build_batch
-from pgrpo.packing.forest import Forest, length
+from pgrpo.packing.forest import Forest
 from pgrpo.planning.dims import decoder_layers
 from pgrpo.types import Sample
 from pgrpo.vision.families import attention_names, auto_class, family_of
@@ -197,37 +206,6 @@ def _refusal(
     )
 
 
-def first_difference(
-    untouched: nn.Module,
-    policy: Policy,
-    samples: Sequence[Sample],
-    batch: GroupedBatch,
-    more: Callable[[Sample], dict[str, Any]] = lambda _: {},
-) -> str:
-    """Name the first module, in the order in which they finish, whose outputs differ between both models."""
-    with torch.no_grad():
-        with _outputs(policy.model) as ours:
-            policy(batch)
-        parts: dict[str, list[Tensor]] = {}
-        for sample in samples:
-            if sample.token_ids:
-                start = len(sample.prompt_ids)
-                with _outputs(untouched) as theirs:
-                    ids = torch.tensor([sample.prompt_ids + sample.token_ids])
-                    untouched(input_ids=ids, use_cache=False, **more(sample))
-                for name, x in theirs.items():
-                    if x.ndim >= 2 and x.shape[:2] == (1, length(sample)):
-                        parts.setdefault(name, []).append(x[0, start - 1 : -1])
-    for name, x in ours.items():
-        if x.ndim < 2 or x.shape[:2] != (1, batch.packed_tokens) or name not in parts:
-            continue
-        wanted = torch.cat(parts[name])
-        got = x[0].index_select(0, batch.logit_index)
-        if wanted.shape != got.shape or not (got - wanted).abs().max() <= 1e-6 * (1 + wanted.abs().max()):
-            return f"hidden states part in {name} ({type(policy.model.get_submodule(name)).__name__})"
-    return "hidden states are equal"
-
-
 @contextmanager
 def _hook_calls() -> Iterator[list[nn.Module]]:
     """Collects the modules that call the attention function."""
@@ -242,26 +220,6 @@ def _hook_calls() -> Iterator[list[nn.Module]]:
         yield calls
     finally:
         AttentionInterface.register(ATTENTION_NAME, attention_forward)
-
-
-@contextmanager
-def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Collects the first output of every module by its name, in the order in which modules finish."""
-    found: dict[str, Tensor] = {}
-
-    def keep(name: str, output: Any) -> None:
-        first = output[0] if isinstance(output, tuple) and output else output
-        if isinstance(first, Tensor):
-            found[name] = first
-
-    hooks = [
-        m.register_forward_hook(lambda *a, name=name: keep(name, a[-1])) for name, m in model.named_modules() if name
-    ]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def twins(config: PretrainedConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedModel]:

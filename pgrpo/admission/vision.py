@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from pgrpo.admission.compare import tokens_as_groups
 from pgrpo.model.families.vision import Pixels
-from pgrpo.model.proof import tokens_as_groups
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.types import Image, PromptImages, Sample
 from pgrpo.vision.families import FAMILIES, image_token_id

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pgrpo.admission.compare import tokens_as_samples
 from pgrpo.admission.fits import check_lora
 from pgrpo.admission.linear import check_linear
 from pgrpo.admission.models import check_model
@@ -22,7 +23,6 @@ from pgrpo.config import Config, ConfigError, fit_world_size
 from pgrpo.distributed.world import World, start
 from pgrpo.model.lora import adapter_parameters, add_adapters
 from pgrpo.model.policy import Policy, load_hf_config, load_model
-from pgrpo.model.proof import tokens_as_samples
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest

@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from pgrpo.admission.compare import difference, gradients, reference_logprobs, tokens_as_samples, untouched_model
 from pgrpo.admission.models import check_model
+from pgrpo.admission.seeded_bugs import SEEDED_BUGS
 from pgrpo.admission.vision import image_bugs, rows_in_another_order
 from pgrpo.commands.plan import plan_text
 from pgrpo.config import Config, check_world_size, fit_world_size, redact
@@ -20,8 +22,7 @@ from pgrpo.data import load_prompts
 from pgrpo.distributed.world import start, world_size
 from pgrpo.environments.chat import Transition
 from pgrpo.model.families.vision import Vision
-from pgrpo.model.policy import Policy, load_hf_config, load_model, untouched_model
-from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_samples
+from pgrpo.model.policy import Policy, load_hf_config, load_model
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.rollout.base import sample_seeds, sampling_params

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -181,14 +181,6 @@ def load_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTr
         attn_implementation=attention_names(hf_config, ATTENTION_NAME),
     )
     return model.train()
-
-
-def untouched_model(make: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
-    """What ``make`` makes of the name of an attention: sdpa, or eager for a model that has no sdpa."""
-    try:
-        return make("sdpa")
-    except ValueError:
-        return make("eager")
 
 
 def load_hf_config(config: ModelConfig) -> PretrainedConfig:

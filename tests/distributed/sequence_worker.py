@@ -8,12 +8,12 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 from worker import long_tailed_groups, one_update, together
 
+from pgrpo.admission.compare import gradients, reference_logprobs
 from pgrpo.admission.proof import True64
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.distributed.sequence import Ulysses
 from pgrpo.model import recompute
 from pgrpo.model.policy import Policy
-from pgrpo.model.proof import gradients, reference_logprobs
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 

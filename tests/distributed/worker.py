@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from tensors import copy_full, full_tensor
 
+from pgrpo.admission.compare import tokens_as_groups
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import start
 from pgrpo.grpo import backward, update_policy
 from pgrpo.model.kept import kept_prefix
 from pgrpo.model.policy import Policy
-from pgrpo.model.proof import tokens_as_groups
 from pgrpo.packing import balance
 from pgrpo.planning.flops import ModelDims
 from pgrpo.process.exit import run_and_leave

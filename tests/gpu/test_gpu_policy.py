@@ -8,13 +8,13 @@ import pytest
 import torch
 import transformers
 
+from pgrpo.admission.compare import reference_logprobs, tokens_as_samples
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.kernels.flash import choose_kernel
 from pgrpo.distributed.fsdp import place
 from pgrpo.distributed.world import World, start
 from pgrpo.model import recompute as layers
 from pgrpo.model.policy import ATTENTION_NAME, Policy
-from pgrpo.model.proof import reference_logprobs, tokens_as_samples
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.training import offload

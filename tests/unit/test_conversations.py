@@ -14,12 +14,12 @@ from making import group
 from playing import END, call, ids, play, thinking_tokenizer, turns
 from transformers import AutoConfig
 
+from pgrpo.admission.compare import difference, gradients, reference_logprobs
 from pgrpo.admission.proof import True64, default_dtype, twins
 from pgrpo.config import ConfigError, LossConfig
 from pgrpo.environments.returns import give_returns, returns_to_go
 from pgrpo.environments.tools import kind_of
 from pgrpo.model.policy import Policy
-from pgrpo.model.proof import difference, gradients, reference_logprobs
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.types import Episode, Sample

@@ -7,13 +7,14 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
+from pgrpo.admission.compare import difference, gradients, reference_logprobs, tokens_as_samples
 from pgrpo.admission.fits import check_positions
 from pgrpo.admission.models import check_model
+from pgrpo.admission.seeded_bugs import SEEDED_BUGS
 from pgrpo.attention.hook import ATTENTION_NAME, UnsupportedAttentionError, attending
 from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.model.logprobs import LOGITS_PER_CHUNK
 from pgrpo.model.policy import Policy, load_model
-from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs, tokens_as_samples
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest

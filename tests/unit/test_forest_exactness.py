@@ -6,12 +6,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from pgrpo.admission.compare import difference, gradients, reference_logprobs
 from pgrpo.admission.proof import True64, default_dtype
 from pgrpo.admission.proof import twins as small_twins
+from pgrpo.admission.seeded_bugs import SEEDED_BUGS
 from pgrpo.admission.shrink import shrink
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.model.policy import Policy
-from pgrpo.model.proof import SEEDED_BUGS, difference, gradients, reference_logprobs
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.types import Sample

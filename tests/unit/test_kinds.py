@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_resume import assert_equal_checkpoints, metrics, train
 from transformers import AutoModelForCausalLM
 
+from pgrpo.admission.compare import reference_logprobs, tokens_as_groups
 from pgrpo.admission.fits import check_lora
 from pgrpo.admission.models import check_model
 from pgrpo.commands.export import export
@@ -17,7 +18,6 @@ from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.distributed.world import World
 from pgrpo.model.families import experts
 from pgrpo.model.policy import Policy, load_model
-from pgrpo.model.proof import reference_logprobs, tokens_as_groups
 from pgrpo.model.weights import full_weights, weight_names
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest

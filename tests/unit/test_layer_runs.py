@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 
+from pgrpo.admission.compare import tokens_as_samples
 from pgrpo.config import ModelConfig
 from pgrpo.model import recompute as layers
 from pgrpo.model.lora import add_adapters, without_adapters
 from pgrpo.model.policy import ATTENTION_NAME, Policy
-from pgrpo.model.proof import tokens_as_samples
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 

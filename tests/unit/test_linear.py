@@ -15,6 +15,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 
 from pgrpo.admission import linear as admission
 from pgrpo.admission import on_device
+from pgrpo.admission.compare import difference, gradients, reference_logprobs, tokens_as_samples
 from pgrpo.admission.linear import check_linear
 from pgrpo.admission.on_device import check_on_device
 from pgrpo.admission.proof import True64, default_dtype
@@ -25,7 +26,6 @@ from pgrpo.attention.layout import PackedLayout
 from pgrpo.config import ConfigError
 from pgrpo.model.families import linear
 from pgrpo.model.policy import Policy
-from pgrpo.model.proof import difference, gradients, reference_logprobs, tokens_as_samples
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from pgrpo import checkpoint
+from pgrpo.admission.compare import gradients, reference_logprobs, tokens_as_samples
 from pgrpo.admission.fits import check_lora
 from pgrpo.checkpoint import CheckpointError
 from pgrpo.commands.evaluate import evaluate
@@ -25,7 +26,6 @@ from pgrpo.distributed.world import start
 from pgrpo.grpo import grpo_step
 from pgrpo.model.lora import add_adapters, merge_adapters, without_adapters
 from pgrpo.model.policy import Policy, load_model
-from pgrpo.model.proof import gradients, reference_logprobs, tokens_as_samples
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.planning.flops import ModelDims

@@ -6,9 +6,9 @@ from transformers import AutoConfig
 
 from pgrpo.admission import on_device
 from pgrpo.admission.on_device import check_on_device
+from pgrpo.admission.seeded_bugs import SEEDED_BUGS
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.config import ConfigError
-from pgrpo.model.proof import SEEDED_BUGS
 from pgrpo.packing.batch import build_batch
 
 CPU = torch.device("cpu")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pgrpo.admission.compare import tokens_as_samples
 from pgrpo.config import load_config
 from pgrpo.distributed.world import World, start
-from pgrpo.model.proof import tokens_as_samples
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.planning.flops import ModelDims

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pgrpo.admission.compare import reference_logprobs, tokens_as_groups
 from pgrpo.algorithm.advantages import has_spread, step_advantages
 from pgrpo.algorithm.loss import policy_loss
 from pgrpo.algorithm.metrics import group_metrics
@@ -18,7 +19,6 @@ from pgrpo.config import LossConfig, load_config
 from pgrpo.distributed.world import World
 from pgrpo.grpo import backward, grpo_step, sample_groups, update_policy
 from pgrpo.model.policy import Policy
-from pgrpo.model.proof import reference_logprobs, tokens_as_groups
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.training import update

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from pgrpo.admission import proof
+from pgrpo.admission.compare import difference, gradients, reference_logprobs
 from pgrpo.admission.proof import prove, reference_inputs
 from pgrpo.admission.shrink import few_layers
 from pgrpo.admission.vision import RandomImages, image_bugs
@@ -24,7 +25,6 @@ from pgrpo.config import ModelConfig
 from pgrpo.model.families.vision import WholeImages, freeze, tower_parameters
 from pgrpo.model.lora import add_adapters
 from pgrpo.model.policy import Policy
-from pgrpo.model.proof import difference, gradients, reference_logprobs
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.planning.dims import decoder_layers

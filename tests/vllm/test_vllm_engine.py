@@ -11,10 +11,10 @@ import pytest
 import torch
 import transformers
 
+from pgrpo.admission.compare import tokens_as_samples
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import start
 from pgrpo.model.policy import Policy, load_model
-from pgrpo.model.proof import tokens_as_samples
 from pgrpo.model.weights import full_weights, weight_names
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest

@@ -1,19 +1,20 @@
-"""Proves that grouped attention is exact on a model: compares it with the untouched model, and with seeded bugs that the same
-comparison must detect.
-"""
+"""Compares log-probs and gradients of a policy with those of the untouched model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from pgrpo.attention.layout import PackedLayout
 from pgrpo.model.head import NEVER
+from pgrpo.model.policy import Policy
 from pgrpo.packing.batch import GroupedBatch
+from pgrpo.packing.forest import length
 from pgrpo.types import Episode, Group, Prompt, Sample
 from pgrpo.vision.families import never_sampled
 
@@ -33,6 +34,14 @@ class Difference:
 
     logprob: float
     gradient: float
+
+
+def untouched_model(make: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
+    """What ``make`` makes of the name of an attention: sdpa, or eager for a model that has no sdpa."""
+    try:
+        return make("sdpa")
+    except ValueError:
+        return make("eager")
 
 
 def reference_logprobs(
@@ -84,61 +93,55 @@ def difference(
     return Difference(largest.item(), (error / size).sqrt().item())  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def sees_its_neighbour(batch: GroupedBatch) -> GroupedBatch | None:
-    """Seeded bug: a child of at least two rows attends to the child before it."""
-    nodes = batch.layout.nodes
-    lengths, parents = [node.length for node in nodes], [node.parent for node in nodes]
-    for second in range(1, len(nodes)):
-        if parents[second] == parents[second - 1] >= 0 and lengths[second] > 1:
-            lengths[second - 1 : second + 1] = [lengths[second - 1] + lengths[second]]
-            parents = [p - (p >= second) for i, p in enumerate(parents) if i != second]
-            return replace(batch, layout=PackedLayout(lengths, parents, batch.logit_index.device))
-    return None
+def first_difference(
+    untouched: nn.Module,
+    policy: Policy,
+    samples: Sequence[Sample],
+    batch: GroupedBatch,
+    more: Callable[[Sample], dict[str, Any]] = _nothing,
+) -> str:
+    """Name the first module, in the order in which they finish, whose outputs differ between both models."""
+    with torch.no_grad():
+        with _outputs(policy.model) as ours:
+            policy(batch)
+        parts: dict[str, list[Tensor]] = {}
+        for sample in samples:
+            if sample.token_ids:
+                start = len(sample.prompt_ids)
+                with _outputs(untouched) as theirs:
+                    ids = torch.tensor([sample.prompt_ids + sample.token_ids])
+                    untouched(input_ids=ids, use_cache=False, **more(sample))
+                for name, x in theirs.items():
+                    if x.ndim >= 2 and x.shape[:2] == (1, length(sample)):
+                        parts.setdefault(name, []).append(x[0, start - 1 : -1])
+    for name, x in ours.items():
+        if x.ndim < 2 or x.shape[:2] != (1, batch.packed_tokens) or name not in parts:
+            continue
+        wanted = torch.cat(parts[name])
+        got = x[0].index_select(0, batch.logit_index)
+        if wanted.shape != got.shape or not (got - wanted).abs().max() <= 1e-6 * (1 + wanted.abs().max()):
+            return f"hidden states part in {name} ({type(policy.model.get_submodule(name)).__name__})"
+    return "hidden states are equal"
 
 
-def wrong_parent(batch: GroupedBatch) -> GroupedBatch | None:
-    """Seeded bug: the last child of a node, of at least two rows, is below the node's neighbour."""
-    nodes = batch.layout.nodes
-    parents = [node.parent for node in nodes]
-    for parent, child in {parent: i for i, parent in enumerate(parents) if parent >= 0}.items():
-        if nodes[child].length > 1 and nodes[parent + 1].depth == nodes[parent].depth:
-            parents[child] += 1
-            layout = PackedLayout([node.length for node in nodes], parents, batch.logit_index.device)
-            return replace(batch, layout=layout)
-    return None
+@contextmanager
+def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collects the first output of every module by its name, in the order in which modules finish."""
+    found: dict[str, Tensor] = {}
 
+    def keep(name: str, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(first, Tensor):
+            found[name] = first
 
-def positions_go_on(batch: GroupedBatch) -> GroupedBatch:
-    """Seeded bug: position ids do not restart."""
-    rows = torch.arange(batch.packed_tokens, device=batch.logit_index.device)
-    return replace(batch, inputs=batch.inputs | {"position_ids": rows})
-
-
-def position_off(batch: GroupedBatch) -> GroupedBatch | None:
-    """Seeded bug: every node begins one position behind the end of its parent."""
-    shifts = [torch.full((node.length,), node.depth) for node in batch.layout.nodes]
-    positions = batch.inputs["position_ids"] + torch.cat(shifts).to(batch.logit_index.device)
-    has_children = batch.layout.nodes[-1].depth > 0
-    return replace(batch, inputs=batch.inputs | {"position_ids": positions}) if has_children else None
-
-
-def wrong_first_row(batch: GroupedBatch) -> GroupedBatch:
-    """Seeded bug: a token is predicted by the row in front of the one that does."""
-    wrong = batch.logit_index.clone()
-    wrong[int((wrong > 0).int().argmax())] -= 1
-    return replace(batch, logit_index=wrong)
-
-
-SEEDED_BUGS: dict[str, Callable[[GroupedBatch], GroupedBatch | None]] = {
-    "a completion sees its neighbour": sees_its_neighbour,
-    "a wrong parent": wrong_parent,
-    "positions do not restart": positions_go_on,
-    "a position off": position_off,
-    "wrong row for a token": wrong_first_row,
-}
-"""A comparison that does not detect each of these proves nothing. None where a batch has no place for the bug: two prompts with two
-completions each have one for all, if these are of at least two tokens and differ from the first on. (The last row of a completion
-predicts nothing, so a bug in the attention of its only row would not show.)"""
+    hooks = [
+        m.register_forward_hook(lambda *a, name=name: keep(name, a[-1])) for name, m in model.named_modules() if name
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def tokens_as_samples(prompts: Sequence[list[int]], completions: Sequence[Sequence[list[int]]]) -> list[Sample]:
