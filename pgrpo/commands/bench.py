@@ -21,13 +21,14 @@ from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.commands.bench_report import Row, Shape, print_rows
 from pgrpo.config import Config, ConfigError, fit_world_size
 from pgrpo.distributed.world import World, start
-from pgrpo.model.lora import adapter_parameters, add_adapters
-from pgrpo.model.policy import Policy, load_hf_config, load_model
+from pgrpo.model.lora import add_adapters
+from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.planning.dims import decoder_layers
-from pgrpo.planning.flops import GIB, ModelDims, flop_ratio, forward_flops, mfu, rho, update_flops
+from pgrpo.planning.flops import GIB, ModelDims, adapter_parameters, flop_ratio, forward_flops, mfu, rho, update_flops
+from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.placement import check_device, compute_dtype, is_compiled
 from pgrpo.process.caches import use_caches
 from pgrpo.training.place import wrap

@@ -22,9 +22,10 @@ from pgrpo.data import load_prompts
 from pgrpo.distributed.world import start, world_size
 from pgrpo.environments.chat import Transition
 from pgrpo.model.families.vision import Vision
-from pgrpo.model.policy import Policy, load_hf_config, load_model
+from pgrpo.model.policy import Policy, load_model
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
+from pgrpo.planning.hub import load_hf_config
 from pgrpo.rollout.base import sample_seeds, sampling_params
 from pgrpo.tracking import printable
 from pgrpo.tracking.live import showing

@@ -19,7 +19,7 @@ from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.model.families.experts import untrained_text
 from pgrpo.model.families.vision import freeze
 from pgrpo.model.lora import add_adapters, merge_adapters
-from pgrpo.model.policy import load_hf_config
+from pgrpo.planning.hub import load_hf_config
 from pgrpo.vision.families import auto_class
 
 

@@ -14,9 +14,8 @@ from pgrpo.admission.models import check_model
 from pgrpo.admission.rows import check_rows
 from pgrpo.config import Config, ConfigError, check_world_size, to_yaml
 from pgrpo.distributed.world import World, world_size
-from pgrpo.model.lora import adapter_parameters
-from pgrpo.model.policy import load_hf_config
-from pgrpo.planning.flops import GIB, ModelDims, flat_work, rho, update_flops
+from pgrpo.planning.flops import GIB, ModelDims, adapter_parameters, flat_work, rho, update_flops
+from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.memory import LayerPlan, memory_plan
 from pgrpo.planning.placement import (
     attention_choice,

@@ -12,15 +12,9 @@ from transformers import PreTrainedModel
 from pgrpo.config import ModelConfig
 from pgrpo.model.logprobs import TokenLogprobs
 from pgrpo.packing.batch import GroupedBatch
-from pgrpo.planning.dims import decoder_layers
-from pgrpo.planning.flops import ModelDims, lora_parameter_count
+from pgrpo.planning.dims import ModelDims, decoder_layers
 
 LogprobsOf = Callable[[GroupedBatch], TokenLogprobs]
-
-
-def adapter_parameters(config: ModelConfig, dims: ModelDims) -> int:
-    """Number of parameters of the adapters; 0 without LoRA."""
-    return lora_parameter_count(dims, config.lora_rank, _targets(config, dims)) if config.lora_rank else 0
 
 
 def add_adapters(model: PreTrainedModel, config: ModelConfig, seed: int) -> None:
@@ -34,10 +28,9 @@ def add_adapters(model: PreTrainedModel, config: ModelConfig, seed: int) -> None
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    wanted = _targets(config, ModelDims.from_config(model.config))
-    inside = {
-        id(module) for layer in decoder_layers(model) for module in layer.modules()
-    }  # not those of a vision tower
+    wanted = config.lora_targets or ModelDims.from_config(model.config).linear_layers
+    # Not those of a vision tower.
+    inside = {id(module) for layer in decoder_layers(model) for module in layer.modules()}
     targets = [n for n, m in model.named_modules() if id(m) in inside and n.rpartition(".")[2] in wanted]
     lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)  # pyright: ignore[reportArgumentType]
     with torch.random.fork_rng(devices=[]):
@@ -75,7 +68,3 @@ def adapters_off(policy: nn.Module) -> AbstractContextManager[None]:
     from peft.helpers import rescale_adapter_scale
 
     return rescale_adapter_scale(policy, 0.0)
-
-
-def _targets(config: ModelConfig, dims: ModelDims) -> list[str]:
-    return config.lora_targets or list(dims.linear_layers)

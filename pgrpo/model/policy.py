@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,19 +9,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AutoConfig,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, PreTrainedModel
 
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.grouped import KeysAndValues
 from pgrpo.attention.hook import ATTENTION_NAME, AttentionLayout, attending, attention_forward
 from pgrpo.attention.layout import PackedLayout
-from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.config import ModelConfig
 from pgrpo.distributed.sequence import Ulysses
 from pgrpo.model.families.linear import follow_states
 from pgrpo.model.families.vision import Vision
@@ -30,10 +23,10 @@ from pgrpo.model.head import Head
 from pgrpo.model.logprobs import TeacherRows, TokenLogprobs, token_logprobs
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.planning.dims import windows
+from pgrpo.planning.hub import load_hf_config
 from pgrpo.vision.families import attention_names, auto_class
 from pgrpo.vision.rows import ImageRows
 
-log = logging.getLogger(__name__)
 AttentionInterface.register(ATTENTION_NAME, attention_forward)
 
 
@@ -181,34 +174,3 @@ def load_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTr
         attn_implementation=attention_names(hf_config, ATTENTION_NAME),
     )
     return model.train()
-
-
-def load_hf_config(config: ModelConfig) -> PretrainedConfig:
-    """The model's config.json.
-
-    Raises:
-        ConfigError: ``model.path`` has none.
-    """
-    try:
-        return AutoConfig.from_pretrained(
-            config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={config.path}: cannot load this model: {load_error(error)}") from error
-
-
-def generation_eos(config: ModelConfig, hf_config: PretrainedConfig) -> int | list[int] | None:
-    """Ids that end a completion, by the model's generation_config.json, or config.json where there is none."""
-    try:
-        generation = GenerationConfig.from_pretrained(config.path, revision=config.revision or "main")
-    except OSError:
-        generation = GenerationConfig.from_model_config(hf_config)
-    return generation.eos_token_id
-
-
-def load_error(error: Exception) -> str:
-    """Why ``from_pretrained`` failed, in one line, with the config key that changes it."""
-    if "trust_remote_code" in str(error):
-        return "it comes with Python code of its own; read that, and set model.trust_remote_code=true to run it"
-    reason = str(error).strip().splitlines()[0].removesuffix(".")
-    return f"{reason}; give a folder that from_pretrained loads, or a hub name"

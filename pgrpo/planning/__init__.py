@@ -1,3 +1,4 @@
 """Predicts the cost of a step before it runs: FLOPs (``flops.py``) and GPU memory (``memory.py``). ``placement.py`` uses both
-to choose kernel, compilation and activation checkpointing, and puts the model on its device. Begin with ``flops.py``.
+to choose kernel, compilation and activation checkpointing; ``hub.py`` reads a model's config, ``dims.py`` its sizes. Begin with
+``flops.py``.
 """

@@ -12,6 +12,7 @@ from typing import overload
 
 import numpy as np
 
+from pgrpo.config import ModelConfig
 from pgrpo.packing.forest import Each, Work
 from pgrpo.planning.dims import ModelDims
 
@@ -28,6 +29,15 @@ PEAK_TFLOPS = {
     "GeForce RTX 5090": 210, "GeForce RTX 4090": 165, "GeForce RTX 3090": 71,
 }  # fmt: skip
 """Dense bfloat16 rate in TFLOP/s, from data sheets, by the whole name that CUDA gives the device, without "NVIDIA "."""
+
+
+def adapter_parameters(config: ModelConfig, dims: ModelDims) -> int:
+    """Parameters of a run's LoRA adapters; 0 without LoRA."""
+    return (
+        lora_parameter_count(dims, config.lora_rank, config.lora_targets or dims.linear_layers)
+        if config.lora_rank
+        else 0
+    )
 
 
 def lora_parameter_count(dims: ModelDims, rank: int, targets: Iterable[str]) -> int:

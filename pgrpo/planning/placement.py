@@ -19,9 +19,8 @@ from pgrpo.config import Config, ConfigError, ModelConfig
 from pgrpo.distributed.sequence import key_value_copies
 from pgrpo.distributed.world import World
 from pgrpo.model.logprobs import chunk_bytes
-from pgrpo.model.lora import adapter_parameters
-from pgrpo.model.policy import load_hf_config
-from pgrpo.planning.flops import GIB, ModelDims
+from pgrpo.planning.flops import GIB, ModelDims, adapter_parameters
+from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.memory import LayerPlan, MemoryPlan, fewest_recomputed_layers, memory_plan
 from pgrpo.rollout.vllm import start as vllm_start
 

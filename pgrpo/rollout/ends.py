@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import TemplateError
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from pgrpo.config import ConfigError, PromptConfig
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from pgrpo.config import ConfigError, ModelConfig, PromptConfig
 
 log = logging.getLogger(__name__)
 CONTENT = "END-OF-TURN-PROBE"
+
+
+def generation_eos(config: ModelConfig, hf_config: PretrainedConfig) -> int | list[int] | None:
+    """Ids that end a completion, by the model's generation_config.json, or config.json where there is none."""
+    try:
+        generation = GenerationConfig.from_pretrained(config.path, revision=config.revision or "main")
+    except OSError:
+        generation = GenerationConfig.from_model_config(hf_config)
+    return generation.eos_token_id
 
 
 def end_token_ids(

@@ -26,8 +26,9 @@ from pgrpo.environments.toolbox import load_toolbox
 from pgrpo.model.families.experts import experts_text, untrained_text
 from pgrpo.model.families.linear import states_text
 from pgrpo.model.lora import LogprobsOf, without_adapters
-from pgrpo.model.policy import Policy, generation_eos, load_error, load_hf_config
+from pgrpo.model.policy import Policy
 from pgrpo.planning.flops import ModelDims
+from pgrpo.planning.hub import load_error, load_hf_config
 from pgrpo.planning.placement import (
     attention_choice,
     check_device,
@@ -40,7 +41,7 @@ from pgrpo.process.caches import use_caches
 from pgrpo.process.rng import seed_all
 from pgrpo.rewards.runner import RewardRunner
 from pgrpo.rollout.base import RolloutEngine
-from pgrpo.rollout.ends import check_turn_end, end_token_ids
+from pgrpo.rollout.ends import check_turn_end, end_token_ids, generation_eos
 from pgrpo.tracking.live import counting
 from pgrpo.training.caller import Given
 from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine, check_pushable

@@ -10,10 +10,11 @@ from pgrpo.distributed.sequence import Ulysses
 from pgrpo.distributed.world import World
 from pgrpo.model.families.vision import freeze
 from pgrpo.model.lora import add_adapters
-from pgrpo.model.policy import Policy, load_hf_config, load_model
+from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import ModelDims
+from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.memory import LayerPlan
 from pgrpo.planning.placement import attention_choice, compute_dtype, is_compiled, layer_plan, teacher_model
 from pgrpo.training.long_samples import set_up_long_samples

@@ -10,8 +10,8 @@ from pgrpo.admission.linear import check_linear
 from pgrpo.admission.models import check_model
 from pgrpo.admission.rows import check_rows
 from pgrpo.config import Config, ConfigError
-from pgrpo.model.policy import load_error, load_hf_config
 from pgrpo.planning.flops import ModelDims
+from pgrpo.planning.hub import load_error, load_hf_config
 from pgrpo.planning.placement import attention_choice, teacher_model
 
 

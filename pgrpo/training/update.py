@@ -19,12 +19,11 @@ from pgrpo.distributed.fsdp import no_gradient
 from pgrpo.distributed.shards import shard_of
 from pgrpo.distributed.world import World
 from pgrpo.model.kept import kept_prefix
-from pgrpo.model.lora import adapter_parameters
 from pgrpo.model.policy import Policy
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import GroupedBatch, build_batch
 from pgrpo.packing.forest import Forest, Work
-from pgrpo.planning.flops import forest_update_flops
+from pgrpo.planning.flops import adapter_parameters, forest_update_flops
 from pgrpo.tracking.live import watched
 from pgrpo.training.build import Learner
 from pgrpo.training.progress import Progress

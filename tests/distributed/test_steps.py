@@ -12,8 +12,8 @@ from stepping import forwards_without_a_gradient, sampled_step
 from pgrpo.config import load_config
 from pgrpo.distributed import world as distributed
 from pgrpo.distributed.world import World
-from pgrpo.model.policy import load_hf_config
 from pgrpo.planning.flops import ModelDims
+from pgrpo.planning.hub import load_hf_config
 from pgrpo.rollout.base import sample_seeds
 from pgrpo.training.update import micro_batches
 from pgrpo.types import Prompt
