@@ -12,13 +12,14 @@ Cases:
                 73,728: the forest against a packed row of its own for every path
     kept        one prompt of 32,768 tokens, 16 completions of 4,096, budget 49,152: the prompt kept for several passes against
                 computed again in every micro-batch
-    flat        three shapes of benchmarks/policy.py: this checkout against another one, each in processes of its own, in turn
+    flat        three shapes of benchmarks/policy.py: this checkout against another one (a folder with its pgrpo/ and benchmarks/),
+                two processes of each in turn. A time is the mean of two medians of ``--repeats`` updates.
 
 ``--shape-of`` is a folder with a config.json, for a CPU that of a small model with at least 100 tokens. ``--scale`` divides all
 lengths. An update is a forward and a backward of all micro-batches; there is no optimizer. Both ways run
 in turn, ``--repeats`` times, after two runs of each that compile; times are medians, on a GPU by device events. Prints for each
-case rows, FLOPs and their ratio, seconds and their ratio, and MFU against a matrix product timed in the same run. The rows are
-written after each case.
+case but flat rows, FLOPs and their ratio, seconds and their ratio, and MFU against a matrix product timed in the same run. The
+rows are written after each case.
 """
 
 from __future__ import annotations
@@ -82,6 +83,8 @@ def kept(ids: Any, scale: int) -> tuple[list[Sample], int]:
 CASES = {"beginning": beginning, "branches": branches, "kept": kept}
 FLAT = [(16_384, 1024, 8, 1), (2048, 2048, 8, 1), (8192, 1024, 4, 1)]
 """Prompt, completion, group size and groups, of rows in h100_policy.json."""
+TURNS = ("here", "against", "against", "here")
+"""One process each. In this order a device that grows slower or faster over time favours neither."""
 
 
 def by_prompt_alone(policy: Policy, samples: Sequence[Sample], budget: int, dims: ModelDims) -> list[GroupedBatch]:
@@ -166,34 +169,36 @@ def measure(case: str, policy: Policy, config: Config, args: argparse.Namespace)
 
 
 def flat(args: argparse.Namespace, keys: Sequence[str]) -> dict[str, Any]:
-    """Seconds of an update of each shape, here and in ``--against``, medians over the runs of ``benchmarks/policy.py``."""
-    shapes = [shape for p, r, g, n in FLAT for shape in ("--shape", f"{p // args.scale},{r // args.scale},{g},{n}")]
-    sides = {"here": Path(__file__).resolve().parents[1], "against": args.against.resolve()}
+    """Seconds of an update of each shape, here and in ``--against``. Both read this checkout's config and recipe."""
+    here = Path(__file__).resolve().parents[1]
+    shapes = [(p // args.scale, r // args.scale, g, n) for p, r, g, n in FLAT]
+    sides = {"here": here, "against": args.against.resolve()}
     times: dict[str, list[list[float]]] = {side: [] for side in sides}
-    for _ in range(args.repeats):
-        for side, checkout in sides.items():
-            with tempfile.TemporaryDirectory() as folder:
-                command = [sys.executable, str(checkout / "benchmarks" / "policy.py"), "--config", "qwen3_4b.yaml"]
-                command += [
-                    *shapes,
-                    "--methods",
-                    "grouped",
-                    "--random-weights",
-                    "--repeats",
-                    "3",
-                    "--checkpointing",
-                    "attention",
-                ]
-                command += ["--json", f"{folder}/rows.json", "--", *keys]
-                environment = os.environ | {"PYTHONPATH": str(checkout)}
-                subprocess.run(command, cwd=checkout, env=environment, check=True, stdout=subprocess.DEVNULL)
-                rows = json.loads(Path(folder, "rows.json").read_text())["rows"]
-                times[side].append([row["update_ms"] / 1e3 for row in rows if row["method"] == "grouped"])
-    medians = {side: [statistics.median(x) for x in zip(*runs, strict=True)] for side, runs in times.items()}
-    ratios = [a / b for a, b in zip(*medians.values(), strict=True)]
-    for shape, ratio in zip(shapes[1::2], ratios, strict=True):
+    for side in TURNS:
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, str(sides[side] / "benchmarks" / "policy.py"), "--random-weights"]
+            command += ["--config", str(here / "configs" / "qwen3_4b.yaml"), "--json", f"{folder}/rows.json"]
+            for shape in shapes:
+                command += ["--shape", ",".join(map(str, shape))]
+            command += ["--methods", "grouped", "--checkpointing", "attention", "--repeats", str(args.repeats), "--"]
+            command += [f"recipe={here / 'recipes' / 'gsm8k.yaml'}", "optim.offload=none", *keys]
+            environment = os.environ | {"PYTHONPATH": str(sides[side])}
+            done = subprocess.run(command, cwd=sides[side], env=environment, text=True, capture_output=True)
+            if done.returncode:
+                raise SystemExit(
+                    f"flat, {sides[side]}: exit {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+                )
+            rows = json.loads(Path(folder, "rows.json").read_text())["rows"]
+        by_shape = {(r["prompt"], r["completion"], r["group_size"], r["groups"]): r["update_ms"] / 1e3 for r in rows}
+        times[side].append([by_shape[shape] for shape in shapes])
+        print(f"flat, {side}: {', '.join(f'{x:.3f}' for x in times[side][-1])} s", flush=True)
+    means = {side: [statistics.mean(x) for x in zip(*runs, strict=True)] for side, runs in times.items()}
+    ratios = [a / b for a, b in zip(*means.values(), strict=True)]
+    for shape, ratio in zip(shapes, ratios, strict=True):
         print(f"flat {shape}: {ratio:.3f} of the time of {args.against}", flush=True)
-    return {"case": "flat", "shapes": shapes[1::2], "seconds": medians, "all_seconds": times, "ratios": ratios}
+    return {
+        "case": "flat", "shapes": shapes, "seconds": means, "all_seconds": times, "ratios": ratios, "repeats": args.repeats
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -207,11 +212,15 @@ def main() -> None:
     args = parser.parse_args()
     if "flat" in args.cases and args.against is None:
         parser.error("flat: name another checkout with --against")
+    if args.against and not (args.against / "benchmarks" / "policy.py").is_file():
+        parser.error(
+            f"--against {args.against}: has no benchmarks/policy.py; give a checkout, or its pgrpo/ and benchmarks/"
+        )
     on_gpu = torch.cuda.is_available()
     keys = [f"model.path={Path(args.shape_of).resolve()}", "rollout.engine=embedded"]
     keys += [] if on_gpu else ["model.dtype=float32", "model.compile=false"]
     rows, policy = [], None
-    for case in args.cases:
+    for case in sorted(args.cases, key=lambda case: case != "flat"):  # its processes need the device's memory
         if case == "flat":
             rows.append(flat(args, keys))
         else:
