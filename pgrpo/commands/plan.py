@@ -27,6 +27,7 @@ from pgrpo.planning.placement import (
     kept_text,
     layer_plan,
     longest_kept,
+    most_image_tokens,
     plan_sizes,
     vllm_memory,
     vllm_text,
@@ -96,7 +97,7 @@ def plan_text(config: Config) -> str:
         f"layers        {_layers(config, dims, device, chosen)}\n"
         f"sampling      {engine_choice(config, planned).text}{elsewhere}{vllm}\n"
         f"compiled code {cache_root(config.cache_dir)}\n"
-        f"work          {flops / 1e12:,.3g} TFLOP for a step's forward and backward\n"
+        f"work          {flops / 1e12:,.3g} TFLOP for a step's forward and backward{_images(config, dims)}\n"
         f"memory        {memory.peak:.1f} GiB{gpu} a rank (estimate): rollout {memory.rollout:.1f}, update {memory.update:.1f}, "
         f"optimizer step {memory.optimizer_step:.1f}{host}"
     )
@@ -123,6 +124,17 @@ def _kept(config: Config, dims: ModelDims, world: World) -> str:
 
 def _teacher(config: Config, dims: ModelDims | None) -> str:
     return f"teacher       {config.loss.teacher}: {dims.parameters:,} parameters, frozen\n" if dims else ""
+
+
+def _images(config: Config, dims: ModelDims) -> str:
+    """What images take of a step's work, at most; nothing where prompts have none."""
+    if dims.tower is None or not most_image_tokens(config, dims):
+        return ""
+    model, work = config.model, dims.tower.work_of_tokens(config.data.max_prompt_tokens)
+    one = dims.tower.flops(work, tower=model.train_vision, projector=model.train_projector)
+    times = config.train.epochs_per_step if model.train_vision or model.train_projector else 1
+    flops = times * config.rollout.prompts_per_step * one
+    return f"; up to {flops / 1e12:,.3g} more for images, if prompts were nothing else"
 
 
 def _layers(config: Config, dims: ModelDims, here: torch.device, chosen: LayerPlan) -> str:

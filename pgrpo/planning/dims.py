@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from pgrpo.vision.families import auto_class
+from pgrpo.planning.tower import TowerDims
+from pgrpo.vision.families import auto_class, family_of
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_total_experts")
 STATEFUL = ("linear_attention", "conv")
@@ -45,6 +46,7 @@ class ModelDims:
         linear_layers: (inputs, outputs) of every linear layer, by the last part of its name.
         stacked: names of parameters that have the matrices of all experts of a layer.
         has_mlp: whether ``mlp_of`` finds one in every layer.
+        tower: of a model that sees images, the tower's sizes; its parameters are part of ``parameters``.
     """
 
     layers: int
@@ -69,6 +71,7 @@ class ModelDims:
     linear_layers: Mapping[str, tuple[tuple[int, int], ...]]
     stacked: tuple[str, ...] = ()
     has_mlp: bool = True
+    tower: TowerDims | None = None
 
     @classmethod
     def from_config(cls, config: PretrainedConfig | Mapping[str, Any]) -> ModelDims:
@@ -166,6 +169,7 @@ def _count(key: _Key) -> ModelDims:
         linear_layers={name: tuple(shapes) for name, shapes in linear.items()},
         stacked=tuple(sorted(stacked)),
         has_mlp=all(mlp_of(layer) is not None for layer in layers),
+        tower=TowerDims.of(model, family) if (family := family_of(config)) else None,
     )
 
 

@@ -41,6 +41,8 @@ class MemoryPlan:
         adam_scratch: temporaries of the optimizer step: none with fused AdamW (GPU); as large as the trained parameters on a CPU;
             the pieces in transit where the moments are in host memory.
         kv_cache: keys, values and states of the embedded engine, with all completions at full length.
+        tower: features of a micro-batch's images, and what a trained tower and projector keep for their backward.
+        tower_forward: one layer of the tower with all images that it computes at once, before there are activations.
         offloaded: weights and moments that are in host memory while vLLM samples.
         host: inputs of layers that wait in host memory for their backward (``offload``); not on the device.
     """
@@ -59,6 +61,8 @@ class MemoryPlan:
     reductions: float
     adam_scratch: float
     kv_cache: float
+    tower: float
+    tower_forward: float
     offloaded: float
     host: float
 
@@ -69,13 +73,14 @@ class MemoryPlan:
 
     @property
     def rollout(self) -> float:
-        return self.resting + self.gathered + self.kv_cache
+        return self.resting + self.gathered + self.kv_cache + (self.tower_forward if self.kv_cache else 0)
 
     @property
     def update(self) -> float:
         held = self.weights + self.gradients + self.moments + self.reference + self.teacher
         begin = self.activations + self.kept + max(self.logprobs, self.layer_backward)
-        own = self.gathered + max(begin, self.reductions + self.layer_backward)
+        # Features are there from the tower's forward to its backward, which is the last one.
+        own = self.gathered + self.tower + max(begin, self.reductions + self.layer_backward, self.tower_forward)
         return held + max(own, self.teacher_forward)
 
     @property
@@ -111,6 +116,10 @@ def memory_plan(
     prompt_tokens: int = 0,
     completion_tokens: int = 0,
     logit_chunk_bytes: int = 2**30,
+    image_tokens: int = 0,
+    train_vision: bool = False,
+    train_projector: bool = False,
+    recompute_vision: bool = False,
     offloaded: Sequence[str] = (),
 ) -> MemoryPlan:
     """Estimate the memory of a run.
@@ -133,9 +142,14 @@ def memory_plan(
         offload: whether the moments are in host memory.
         concurrent, group_size, prompt_tokens, completion_tokens: of the embedded engine; concurrent is 0 for another engine.
         logit_chunk_bytes: logits (and temporaries of their size) that the log-prob head holds at once.
+        image_tokens: the most rows of images in a micro-batch.
+        train_vision, train_projector: what is trained of what makes these rows. ``recompute_vision``: the backward computes layers
+            of the tower again.
         offloaded: which of ``weights`` and ``moments`` are in host memory while vLLM samples.
     """
-    weights = trained = 4 * dims.parameters / ranks
+    weights = 4 * dims.parameters / ranks
+    tower = _tower(dims, dtype_bytes, image_tokens, train_vision, train_projector, recompute_vision)
+    trained = weights - 4 * tower.frozen / ranks
     embedding = dims.vocab * dims.hidden
     # FSDP's root keeps embedding and head gathered. Of the layers, one is in use while the next one is gathered.
     is_sharded = ranks > 1 or dtype_bytes != 4
@@ -178,10 +192,13 @@ def memory_plan(
         logprobs=logit_chunk_bytes
         + head * (4 + dtype_bytes)
         + (teacher.hidden * dtype_bytes * rows if teacher and full_kl else 0),
-        layer_backward=recomputed * rows + (gradients + head) * dtype_bytes,
+        layer_backward=recomputed * rows
+        + (gradients + head + (0 if adapters else root and tower.trained)) * dtype_bytes,
         reductions=trained if replicas > 1 else 0,
         adam_scratch=OFFLOAD_SCRATCH if offload else trained if dtype_bytes == 4 else 0,
         kv_cache=kv_row * kv_rows + 4 * dims.state_elements * concurrent,
+        tower=tower.kept,
+        tower_forward=tower.forward,
         offloaded=0,
         host=list(recompute).count("offload") * one_input * rows,
     )
@@ -235,8 +252,34 @@ def fewest_recomputed_layers(
 
 
 def _root(dims: ModelDims) -> int:
-    """Elements of the embedding and the head."""
-    return dims.vocab * dims.hidden * (1 if dims.tied else 2)
+    """Elements of the embedding, the head, and the vision tower."""
+    tower = dims.tower.parameters + dims.tower.projector_parameters if dims.tower else 0
+    return dims.vocab * dims.hidden * (1 if dims.tied else 2) + tower
+
+
+class _Tower(NamedTuple):
+    """Parameters that are frozen and trained; bytes that are kept, and that the forward takes meanwhile."""
+
+    frozen: int = 0
+    trained: int = 0
+    kept: int = 0
+    forward: int = 0
+
+
+def _tower(
+    dims: ModelDims, dtype_bytes: int, image_tokens: int, train_vision: bool, train_projector: bool, recompute: bool
+) -> _Tower:
+    if (tower := dims.tower) is None:
+        return _Tower()
+    both = (tower.parameters, train_vision), (tower.projector_parameters, train_projector)
+    trained = sum(size for size, is_trained in both if is_trained)
+    rows, layer = image_tokens * tower.rows_a_token, tower.layer_activations(dtype_bytes)
+    kept = image_tokens * dims.hidden * (1 + tower.deep) * dtype_bytes
+    if train_projector or train_vision:  # the projector's input, normalised, and around its activation function
+        kept += 4 * rows * tower.hidden * (1 + tower.deep) * dtype_bytes
+    if train_vision:
+        kept += rows * tower.layers * (tower.hidden * dtype_bytes if recompute else layer)
+    return _Tower(sum(size for size, _ in both) - trained, trained, kept, rows * layer)
 
 
 def _frozen(dims: ModelDims, dtype_bytes: int, ranks: int, offload: bool, is_sharded: bool) -> float:

@@ -312,4 +312,21 @@ def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.devi
         "prompt_tokens": config.data.max_prompt_tokens,
         "completion_tokens": config.max_sampled_tokens,
         "logit_chunk_bytes": chunk_bytes(device.type),
+        "image_tokens": most_image_tokens(config, dims),
+        "train_vision": config.model.train_vision,
+        "train_projector": config.model.train_projector,
+        "recompute_vision": recomputes_tower(config, device),
     }
+
+
+def most_image_tokens(config: Config, dims: ModelDims) -> int:
+    """The most rows of images that a micro-batch may have: prompts may be hardly more than images."""
+    sees = dims.tower is not None and (config.prompt.images_column or config.prompt.messages_column)
+    prompts = config.rollout.prompts_per_step * config.data.max_prompt_tokens
+    return min(config.train.token_budget, prompts) if sees else 0
+
+
+def recomputes_tower(config: Config, device: torch.device) -> bool:
+    """Whether the backward of a trained vision tower computes its layers again."""
+    mode = config.model.activation_checkpointing
+    return config.model.train_vision and (device.type == "cuda" if mode == "auto" else mode != "none")

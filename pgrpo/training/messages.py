@@ -140,6 +140,8 @@ class StepClock:
     def sampled(self) -> None:
         """Call this between scoring and the update."""
         self._sampled = time.perf_counter()
+        if vision := self._parts.policy.vision:
+            vision.flops = 0
         if self._parts.engine.counted_bytes:  # a separate engine's memory in the rollout does not count
             self._reset_peak()
 

@@ -16,7 +16,14 @@ from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.memory import LayerPlan
-from pgrpo.planning.placement import attention_choice, compute_dtype, is_compiled, layer_plan, teacher_model
+from pgrpo.planning.placement import (
+    attention_choice,
+    compute_dtype,
+    is_compiled,
+    layer_plan,
+    recomputes_tower,
+    teacher_model,
+)
 from pgrpo.training.long_samples import set_up_long_samples
 
 
@@ -72,5 +79,7 @@ def wrap(model: PreTrainedModel, config: Config, world: World, frozen_chunks: in
         plan = layer_plan(config, dims, world)
     compiled = is_compiled(config, world.device) and not (policy.vision and policy.vision.family.sees_whole_images)
     set_up_layers(layers, plan.recompute, compiled=compiled)
+    if policy.vision and frozen_chunks is None and recomputes_tower(config, world.device):
+        policy.vision.recompute()
     set_up_long_samples(layers, *plan)
     return policy

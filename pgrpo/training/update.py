@@ -298,10 +298,12 @@ def _token_means(learner: Learner, sums: UpdateSums) -> dict[str, float]:
 
 
 def _token_counts(learner: Learner, batches: Iterable[GroupedBatch]) -> dict[str, float]:
-    """Sums over all ranks; ``perf/flops`` are those of the updates' forwards and backwards."""
+    """Sums over all ranks; ``perf/flops`` are those of the updates' forwards and backwards, and of a vision tower since the
+    rollout."""
     world = learner.world
     sums = [[*astuple(b.counts), work_flops(learner, b.work)] for b in batches]
-    totals = torch.tensor([[0, 0, 0, 0], *sums], dtype=torch.float64, device=world.device).sum(0)
+    tower = learner.policy.vision.flops if learner.policy.vision else 0
+    totals = torch.tensor([[0, 0, 0, tower], *sums], dtype=torch.float64, device=world.device).sum(0)
     packed, repeated, above, flops = world.sum(totals).tolist()
     return {
         "tokens/packed": packed,

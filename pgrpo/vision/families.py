@@ -31,6 +31,12 @@ class Family:
     tiles_dim: int = 0
     image_token: str = "image_token_id"
 
+    def is_projector(self, name: str) -> bool | None:
+        """Whether the parameter of this name below ``base_model`` is the projector's; None for one of the language model."""
+        if any(name == part or name.startswith(f"{part}.") for part in self.projector):
+            return True
+        return False if name.startswith(f"{self.tower}.") else None
+
 
 FAMILIES = {
     "qwen2_5_vl": Family("visual", ("visual.merger",), positions_3d=True),

@@ -15,9 +15,11 @@ import pgrpo
 from pgrpo import checkpoint
 from pgrpo.commands.check import check
 from pgrpo.commands.export import export
+from pgrpo.commands.plan import plan_text
 from pgrpo.config import ConfigError, load_config, to_yaml
 from pgrpo.model.families.vision import Vision
 from pgrpo.model.policy import Policy
+from pgrpo.training import update
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "make_tiny_vision_model.py"))
@@ -96,6 +98,38 @@ def test_a_run_computes_each_image_once_a_step_and_samples_what_it_scores(folder
     policy, reference = ({i: sum(n for j, n in ran if j == i) for i, _ in ran}).values()
     assert (policy, reference) == (6, 6)  # images of six prompts, however many micro-batches there were
     assert len(weights_of(run)) == len([n for n, _ in loaded(folder / "model") if "visual" not in n])
+
+
+@pytest.mark.parametrize(
+    ("keys", "forwards"),
+    [((), (0, 0)), (("model.train_projector=true",), (1, 3)), (("model.train_vision=true",), (3, 3))],
+)
+def test_flops_of_a_step_are_also_those_of_its_images(folder, tmp_path, monkeypatch, keys, forwards):
+    """Of six images of 64 patches, 16 tokens, in the update: a frozen tower ran in the rollout. Layers that the backward computes
+    again are not counted again."""
+    monkeypatch.setattr(update, "work_flops", lambda *_: 0)
+    keys = (*keys, "data.shuffle=false", "train.steps=1", "model.activation_checkpointing=full")
+    run = pgrpo.train(config_of(folder, tmp_path / "run", *keys))
+    (row,) = metrics_of(run)
+    layers = 2 * (48 * 144 + 48 * 48 + 2 * 48 * 96)
+    tower = 2 * 64 * (layers + 3 * 2 * 8 * 8 * 48) + 2 * 4 * 48 * 64 * 64
+    mergers = 2 * 16 * 2 * (192 * 192 + 192 * 64)  # one for deepstack
+    flops = row["perf/tflops"] * 1e12 * (row["time/update"] + row["time/old_logprobs"])
+    assert flops == pytest.approx(6 * (forwards[0] * tower + forwards[1] * mergers), rel=1e-6)
+
+
+def test_a_dry_run_counts_images(folder, tmp_path):
+    """Six prompts of 49 tokens: of one square image of 196 patches each, at most."""
+    keys = ("data.max_prompt_tokens=49", "rollout.prompts_per_step=6")
+    frozen, trained = (
+        plan_text(config_of(folder, tmp_path, *keys, key)) for key in ("train.steps=2", "model.train_vision=true")
+    )
+    layers = 2 * (48 * 144 + 48 * 48 + 2 * 48 * 96)
+    one = 2 * 196 * (layers + 3 * 2 * 8 * 8 * 48) + 2 * 4 * 48 * 196 * 196 + 2 * 49 * 2 * (192 * 192 + 192 * 64)
+    assert f"; up to {6 * one / 1e12:.3g} more for images" in frozen
+    assert f"; up to {18 * one / 1e12:.3g} more for images" in trained
+    text = plan_text(config_of(folder, tmp_path, "prompt.images_column=null"))
+    assert "for images" not in text
 
 
 def loaded(path: Path) -> list[tuple[str, torch.nn.Parameter]]:

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pgrpo.attention.grouped import grouped_attention
 from pgrpo.attention.hook import AttentionLayout, attending
 from pgrpo.attention.layout import PackedLayout
+from pgrpo.planning.tower import TowerDims, TowerWork, tower_layers
 from pgrpo.types import Sample
 from pgrpo.vision.families import Family, family_of
 from pgrpo.vision.rows import Block, ImageRows
@@ -66,10 +69,13 @@ class Vision:
         pixels: gives the processor's output for an image, by its key.
         dummy: pixels of any image, for ranks without one while the tower is trained.
         calls: number of times that the tower ran so far; ``images``: number of images in these calls.
+        flops: of these forwards, and of the backwards that follow them; dummies are not counted.
     """
 
     def __init__(self, model: PreTrainedModel, family: Family) -> None:
         self.model, self.family = model, family
+        self.dims = TowerDims.of(model, family)
+        self.flops = 0
         self.pixels: Callable[[str], Pixels] = _no_pixels
         self.dummy: Callable[[], Pixels] | None = None
         self.calls = self.images = 0
@@ -89,7 +95,8 @@ class Vision:
         if images is None:
             embeds_TE = embedding(ids_T)
             if self.dummy is not None and torch.is_grad_enabled() and self._is_trained():
-                dummy = self._run([self.dummy()])
+                flops, dummy = self.flops, self._run([self.dummy()])
+                self.flops = flops
                 embeds_TE = embeds_TE + 0.0 * sum(x.sum() for x in (dummy.rows, *dummy.deep))
         else:
             features = self.features(images).take(images.features)
@@ -150,12 +157,21 @@ class Vision:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _is_trained(self) -> bool:
-        return any(p.requires_grad for _, p in tower_parameters(self.model, self.family))
+    def recompute(self) -> None:
+        """From now on the backward of the tower computes its layers again, and keeps their inputs alone."""
+        for layer in tower_layers(self.model, self.family):
+            layer.forward = partial(_recomputed, layer)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _is_trained(self, *, projector: bool | None = None) -> bool:
+        """Whether tower or projector are trained; ``projector``: one of them."""
+        parts = tower_parameters(self.model, self.family)
+        return any(p.requires_grad for which, p in parts if projector is None or which == projector)
 
     def _run(self, pixels: Sequence[Pixels]) -> Features:
         self.calls += 1
         self.images += len(pixels)
+        tower, projector = (torch.is_grad_enabled() and self._is_trained(projector=part) for part in (False, True))
+        self.flops += self.dims.flops(TowerWork.sum(map(self.dims.work, pixels)), tower=tower, projector=projector)
         base: Any = self.model.base_model
         output = base.get_image_features(**self._join(pixels), return_dict=True)
         deep = getattr(output, "deepstack_features", None) or ()
@@ -220,12 +236,8 @@ class WholeImages:
 
 def tower_parameters(model: PreTrainedModel, family: Family) -> list[tuple[bool, nn.Parameter]]:
     """(whether it is the projector's, parameter) of everything between pixels and the language model."""
-    found = []
-    for name, parameter in model.base_model.named_parameters():
-        is_projector = any(name == part or name.startswith(f"{part}.") for part in family.projector)
-        if is_projector or name.startswith(f"{family.tower}."):
-            found.append((is_projector, parameter))
-    return found
+    named = [(family.is_projector(name), parameter) for name, parameter in model.base_model.named_parameters()]
+    return [(is_projector, parameter) for is_projector, parameter in named if is_projector is not None]
 
 
 def freeze(model: PreTrainedModel, *, tower: bool, projector: bool) -> None:
@@ -233,6 +245,13 @@ def freeze(model: PreTrainedModel, *, tower: bool, projector: bool) -> None:
     if family := family_of(model.config):
         for is_projector, parameter in tower_parameters(model, family):
             parameter.requires_grad_(parameter.requires_grad and not (projector if is_projector else tower))
+
+
+def _recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    run = partial(type(layer).forward, layer)
+    if not torch.is_grad_enabled():
+        return run(*args, **kwargs)
+    return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
 
 def _flat(found: Any) -> Tensor:
