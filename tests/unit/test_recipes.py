@@ -44,6 +44,7 @@ def test_all_are_here() -> None:
         "code_repair",
         "countdown",
         "gsm8k",
+        "guess_number",
         "jsonl",
         "math",
         "multiple_choice",
@@ -128,7 +129,7 @@ def test_reasoning_gym_recipe_renders_and_scores_its_rows(monkeypatch: pytest.Mo
 
 
 def test_every_recipe_has_a_sample() -> None:
-    played = {"code_repair", "twenty_questions", "shapes"}  # test_tool_recipes.py, test_images.py
+    played = {"code_repair", "guess_number", "twenty_questions", "shapes"}  # test_tool_recipes.py, test_images.py
     assert set(SAMPLES) | {"reasoning_gym"} | played == set(RECIPES)
 
 

@@ -81,6 +81,34 @@ def test_a_game_of_twenty_questions():
     assert won[0].counts["turns"] == 6 and won[0].prompt is not None
 
 
+def test_a_number_is_guessed_in_a_conversation_that_the_environment_leads():
+    row, shipped = {"low": 10, "high": 40, "number": 23}, as_shipped("guess_number")
+    script = turns("20<|im_end|>", "is it 25?<|im_end|>", "22 or 23<|im_end|>", "23<|im_end|>")
+    ((won,),), _ = play(script, rows=[row], **shipped)
+    assert [m["content"] for m in won.messages if m["role"] == "user"] == ["Higher.", "Lower.", "Write one number."]
+    assert won.own_rewards == {"GuessNumber": pytest.approx(0.85)} and won.finish_reason == "stop"
+    script = turns(*[f"{n}<|im_end|>" for n in (25, 30, 20, 22, 9, 23)])
+    ((lost,),), _ = play(script, rows=[row | {"number": 24}], **shipped)
+    assert [m["role"] for m in lost.messages] == ["assistant", "user"] * 5 + ["assistant"]
+    # 30 and 9 were out of the range that was left.
+    assert lost.own_rewards == {"GuessNumber": pytest.approx(0.3 * 4 / 6)} and lost.counts["turns"] == 6
+
+
+def test_halving_finds_every_number_of_guess_number_in_five_guesses():
+    module = load_function(f"{RECIPES}/guess_number.py:rows", "test").__globals__
+    worth = []
+    for row in rows_of("guess_number", "eval")[:31]:
+        game, low, high = module["GuessNumber"](), row["low"], row["high"]
+        game.reset(**row)
+        while not game.found:
+            middle = (low + high) // 2
+            said = game.answer(str(middle))
+            low, high = (middle + 1, high) if said == "Higher." else (low, middle - 1)
+        assert game.guesses <= 5
+        worth.append((game.get_reward(), 1 - 0.05 * (game.guesses - 1)))
+    assert all(a == pytest.approx(b) for a, b in worth)
+
+
 def test_no_two_animals_are_alike_and_questions_end():
     module = load_function(f"{RECIPES}/twenty_questions.py:rows", "test").__globals__
     assert len(set(module["ANIMALS"].values())) == len(module["ANIMALS"])
@@ -131,11 +159,11 @@ def test_every_mistake_of_code_repair_fails_a_test_and_every_program_passes():
         assert passes(row["program"], row["hidden"]) < len(row["hidden"]), row["program"]
 
 
-@pytest.mark.parametrize("name", ["search_notes", "twenty_questions", "code_repair"])
+@pytest.mark.parametrize("name", ["search_notes", "twenty_questions", "code_repair", "guess_number"])
 def test_rows_are_the_same_each_time_and_disjoint(name):
     train, held_out = rows_of(name, "train"), rows_of(name, "eval")
     assert train == rows_of(name, "train") and len(train) >= 64 and len(held_out) >= 8
-    key = {"search_notes": "question", "twenty_questions": "animal", "code_repair": "program"}[name]
+    key = {"search_notes": "question", "twenty_questions": "animal", "code_repair": "program", "guess_number": "low"}[name]
     assert not {row[key] for row in train} & {row[key] for row in held_out}
     with pytest.raises(ValueError, match="train and eval"):
         rows_of(name, "test")
