@@ -1,7 +1,7 @@
 """Tokens a second of multi-turn rollouts with a tool that takes time, and with one that does not.
 
-Each episode has four turns; every turn is read as a call of the tool, whatever the model wrote, so that the lengths of both runs
-are alike. Prints one JSON line a wait.
+Each episode has four turns of the same length: the end token ends none, and every turn is read as a call of the tool, whatever
+the model wrote. Prints one JSON line a wait.
 
     python benchmarks/tools_rollout.py --model PATH [--episodes 512] [--turn 128] [--slots 256] [--waits 0 0.5 0]
 """
@@ -13,7 +13,10 @@ import asyncio
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
+
+import torch
 
 from pgrpo.config import load_config
 from pgrpo.distributed.world import start
@@ -22,6 +25,8 @@ from pgrpo.environments.episodes import ToolLoop
 from pgrpo.environments.parsing import Call, Reply
 from pgrpo.environments.tools import tool_of
 from pgrpo.rollout.base import sample_seeds, sampling_params
+from pgrpo.rollout.embedded.engine import EmbeddedEngine
+from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.training.build import build
 from pgrpo.training.caller import Given
 
@@ -42,6 +47,16 @@ async def wait(number: int = 0) -> str:
     """
     await asyncio.sleep(SECONDS)
     return "done"
+
+
+def end_no_turn(engine: Any) -> None:
+    """Let the engine sample on behind an end token."""
+    if isinstance(engine, EmbeddedEngine):
+        engine.end_ids, engine.eos_token_ids = set(), torch.tensor([], dtype=torch.long, device=engine.policy.device)
+        return
+    engine.eos_token_ids = []
+    package = vllm_start.package()
+    package.SamplingParams = partial(package.SamplingParams, ignore_eos=True)
 
 
 def main() -> None:
@@ -91,6 +106,7 @@ def main() -> None:
             engine_sample(requests, params, finished, more)
 
         loop.engine.sample = sample  # pyright: ignore[reportAttributeAccessIssue]
+        end_no_turn(parts.engine)
         with parts.engine.awake(0):
             for seconds in args.waits:
                 SECONDS = seconds

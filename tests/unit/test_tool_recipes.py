@@ -163,7 +163,9 @@ def test_every_mistake_of_code_repair_fails_a_test_and_every_program_passes():
 def test_rows_are_the_same_each_time_and_disjoint(name):
     train, held_out = rows_of(name, "train"), rows_of(name, "eval")
     assert train == rows_of(name, "train") and len(train) >= 64 and len(held_out) >= 8
-    key = {"search_notes": "question", "twenty_questions": "animal", "code_repair": "program", "guess_number": "low"}[name]
+    key = {"search_notes": "question", "twenty_questions": "animal", "code_repair": "program", "guess_number": "low"}[
+        name
+    ]
     assert not {row[key] for row in train} & {row[key] for row in held_out}
     with pytest.raises(ValueError, match="train and eval"):
         rows_of(name, "test")
