@@ -17,6 +17,7 @@ from pgrpo.attention.hook import ATTENTION_NAME, AttentionLayout, attending, att
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.config import ModelConfig
 from pgrpo.distributed.sequence import Ulysses
+from pgrpo.model.families.expert_products import use_products
 from pgrpo.model.families.linear import follow_states
 from pgrpo.model.families.vision import Vision
 from pgrpo.model.head import Head
@@ -61,6 +62,7 @@ class Policy(nn.Module):
         self.attention = replace(attention or AttentionChoice(), windows=sliding_windows(model))
         self.head = Head(model)
         follow_states(model)
+        use_products(model)
         self.vision = Vision.of(model)
         self.kept: Kept | None = None
         """Set while ``kept.kept_prefix`` runs."""

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, revert_weight_conversion
 
+from pgrpo.model.families.expert_products import NAME
 from pgrpo.planning.dims import ACTIVE_EXPERTS, EXPERTS, first_of
 
 PREDICTORS = ("mtp_num_hidden_layers", "num_nextn_predict_layers", "num_mtp_layers")
@@ -52,7 +53,8 @@ def experts_text(model: PreTrainedModel) -> str:
     if not count:
         return ""
     how = getattr(text, "_experts_implementation", None) or "eager"
-    return f"a mixture of {count} experts, {active} for a token, computed by transformers' {how} experts"
+    by = "in grouped products" if how == NAME else f"by transformers' {how} experts"
+    return f"a mixture of {count} experts, {active} for a token, computed {by}"
 
 
 def untrained_text(config: PretrainedConfig) -> str:
