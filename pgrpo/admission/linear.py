@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from importlib.metadata import PackageNotFoundError, version
 
@@ -37,12 +38,23 @@ def check_linear(path: str, config: PretrainedConfig, device: torch.device) -> N
     triton = release("triton")
     hopper = torch.cuda.get_device_capability(device)[0] == 9
     first, fixed = WRONG_ON_HOPPER
-    if hopper and first <= triton < fixed and importlib.util.find_spec("tilelang") is None:
+    if hopper and first <= triton < fixed and (lacks := _lacks_for_tilelang()):
         raise ConfigError(
             f"model.path={path}: the backward of its linear attention is wrong on Hopper with Triton "
-            f"{'.'.join(map(str, triton))} ({'.'.join(map(str, first))} to before {'.'.join(map(str, fixed))}): install tilelang "
-            f"({INSTALL}), or a PyTorch with a newer Triton"
+            f"{'.'.join(map(str, triton))} ({'.'.join(map(str, first))} to before {'.'.join(map(str, fixed))}): {lacks}, "
+            "or install a PyTorch with a newer Triton"
         )
+
+
+def _lacks_for_tilelang() -> str:
+    """What to do so that fla-core takes tilelang's backward; empty if it will."""
+    if importlib.util.find_spec("tilelang") is None:
+        return f"install tilelang ({INSTALL})"
+    if os.environ.get("FLA_TILELANG") == "0" or os.environ.get("FLA_DISABLE_BACKEND_DISPATCH") == "1":
+        return "unset FLA_TILELANG and FLA_DISABLE_BACKEND_DISPATCH, which keep fla-core from tilelang"
+    from fla.utils import has_usable_nvcc  # pyright: ignore[reportMissingImports]
+
+    return "" if has_usable_nvcc() else "install CUDA's compiler nvcc for tilelang (pip install nvidia-cuda-nvcc)"
 
 
 def release(package: str) -> tuple[int, ...]:

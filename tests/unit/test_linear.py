@@ -157,8 +157,9 @@ def fake_fla(calls):
     rule = _torch_rule()
 
     def chunk_gated_delta_rule(
-        q, k, v, g, beta, initial_state, output_final_state, cu_seqlens, use_qk_l2norm_in_kernel=False
+        q, k, v, g, beta, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu, use_qk_l2norm_in_kernel=False
     ):
+        assert cu_seqlens_cpu.device == CPU and cu_seqlens_cpu.equal(cu_seqlens)
         assert cu_seqlens.dtype == torch.int64 and initial_state.dtype != torch.bfloat16
         assert len(q) == 1 and len(initial_state) == len(cu_seqlens) - 1 and cu_seqlens[-1] == q.shape[1]
         calls.append(len(initial_state))
@@ -190,27 +191,36 @@ def test_the_gpus_way_is_one_call_a_depth(twins, monkeypatch):
     assert len(calls) == 2 * depths and sum(calls) == 2 * len(batch.layout.nodes)
 
 
+WRONG = r"wrong on Hopper with Triton 3\.6\.0 \(3\.4\.0 to before 3\.7\.1\): "
+
+
 @pytest.mark.parametrize(
-    ("installed", "triton", "capability", "message"),
+    ("installed", "triton", "capability", "nvcc", "environment", "message"),
     [
-        ({"fla"}, "3.7.1", (9, 0), None),
-        ({"fla", "tilelang"}, "3.6.0", (9, 0), None),
-        ({"fla"}, "3.6.0", (8, 0), None),
-        ({"fla"}, "3.3.1", (9, 0), None),
-        (set(), "3.7.1", (9, 0), r"needs fla-core on a GPU: pip install -e '\.\[linear\]'"),
-        (
-            {"fla"},
-            "3.6.0",
-            (9, 0),
-            r"wrong on Hopper with Triton 3\.6\.0 \(3\.4\.0 to before 3\.7\.1\): install tilelang",
-        ),
+        ({"fla"}, "3.7.1", (9, 0), False, {}, None),
+        ({"fla", "tilelang"}, "3.6.0", (9, 0), True, {}, None),
+        ({"fla"}, "3.6.0", (8, 0), False, {}, None),
+        ({"fla"}, "3.3.1", (9, 0), False, {}, None),
+        (set(), "3.7.1", (9, 0), True, {}, r"needs fla-core on a GPU: pip install -e '\.\[linear\]'"),
+        ({"fla"}, "3.6.0", (9, 0), True, {}, WRONG + "install tilelang"),
+        ({"fla", "tilelang"}, "3.6.0", (9, 0), False, {}, WRONG + "install CUDA's compiler nvcc for tilelang"),
+        ({"fla", "tilelang"}, "3.6.0", (9, 0), True, {"FLA_TILELANG": "0"}, WRONG + "unset FLA_TILELANG"),
+        ({"fla", "tilelang"}, "3.6.0", (9, 0), True, {"FLA_DISABLE_BACKEND_DISPATCH": "1"}, WRONG + "unset FLA_"),
     ],
 )
-def test_a_gpu_that_cannot_train_linear_attention_is_refused(installed, triton, capability, message, monkeypatch):
+def test_a_gpu_that_cannot_train_linear_attention_is_refused(
+    installed, triton, capability, nvcc, environment, message, monkeypatch
+):
     monkeypatch.setattr(
         admission, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: name in installed or None))
     )
     monkeypatch.setattr(admission, "version", lambda _: triton)
+    utils: Any = ModuleType("fla.utils")
+    utils.has_usable_nvcc = lambda: nvcc
+    monkeypatch.setitem(sys.modules, "fla", ModuleType("fla"))
+    monkeypatch.setitem(sys.modules, "fla.utils", utils)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     hybrid, gpu = AutoConfig.for_model("qwen3_5_text"), torch.device("cuda")
     check_linear("m", hybrid, CPU)

@@ -213,7 +213,7 @@ class Depth(NamedTuple):
         parents: [N] int64, their parents' numbers in the depth above; None for roots.
         count: N.
         filled: [N'] int64, the numbers of those that have rows.
-        cu_seqlens: [N' + 1] int64, where these begin.
+        cu_seqlens, cu_seqlens_cpu: [N' + 1] int64, where these begin, on the device and on the CPU.
         buckets: how a CPU computes them; none on a GPU.
         row_order, node_order: where each row and node of the depth is in the results of all buckets.
     """
@@ -223,6 +223,7 @@ class Depth(NamedTuple):
     count: int
     filled: Tensor
     cu_seqlens: Tensor
+    cu_seqlens_cpu: Tensor
     buckets: list[Bucket]
     row_order: Tensor
     node_order: Tensor
@@ -261,13 +262,15 @@ def _depth(nodes: tuple[Node, ...], parents: list[int] | None, device: torch.dev
         )
         rows.append(np.concatenate(own))
         order += members
+    cu_seqlens = cumulative([nodes[i].length for i in filled], torch.device("cpu")).long()
     row_order = np.argsort(np.concatenate([np.zeros(0, dtype=np.int64), *rows]))
     return Depth(
         slice(first, nodes[-1].end),
         None if parents is None else torch.tensor(parents, device=device),
         len(nodes),
         torch.tensor(filled, dtype=torch.int64, device=device),
-        cumulative([nodes[i].length for i in filled], device).long(),
+        cu_seqlens.to(device),
+        cu_seqlens,
         buckets,
         torch.from_numpy(row_order).to(device),
         torch.tensor(order).argsort().to(device),
@@ -358,6 +361,6 @@ def _on_gpu(
     q, k, v, g, beta = (x.unsqueeze(0).contiguous() for x in xs)
     out, states = chunk_gated_delta_rule(
         q, k, v, g=g, beta=beta, initial_state=initial.index_select(0, depth.filled), output_final_state=final,
-        cu_seqlens=depth.cu_seqlens, **options,
+        cu_seqlens=depth.cu_seqlens, cu_seqlens_cpu=depth.cu_seqlens_cpu, **options,
     )  # fmt: skip
     return out[0], initial.index_copy(0, depth.filled, states.to(initial.dtype)) if final else None
