@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pgrpo.attention.grouped import grouped_attention
+from pgrpo.attention.hook import AttentionLayout
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.distributed.world import World
 
@@ -58,17 +59,20 @@ class Ulysses:
                 f"model.sequence_parallel_size: {other[0]} is not a row of numbers, which ranks could divide"
             )
 
-        def own(x: Tensor) -> Tensor:
-            most = -(-x.shape[-1] // self.size)
-            return pad(x, (0, self.size * most - x.shape[-1]))[..., self.rank * most : (self.rank + 1) * most]
-
-        return {name: own(x) for name, x in inputs.items()}
+        first, end = self.bounds(total)
+        padding = self.size * (end - first) - total
+        return {name: pad(x, (0, padding))[..., first:end] for name, x in inputs.items()}
 
     def owned(self, rows_U: Tensor, total: int) -> tuple[Tensor, Tensor]:
         """Which of these packed rows, of ``total``, are this rank's: their numbers in ``rows_U``, and in its own rows."""
+        first, end = self.bounds(total)
+        numbers = ((first <= rows_U) & (rows_U < end)).nonzero().flatten()
+        return numbers, rows_U.index_select(0, numbers) - first
+
+    def bounds(self, total: int) -> tuple[int, int]:
+        """The first of this rank's rows of ``total``, and their end, with padding."""
         most = -(-total // self.size)
-        numbers = (rows_U // most == self.rank).nonzero().flatten()
-        return numbers, rows_U.index_select(0, numbers) - self.rank * most
+        return self.rank * most, (self.rank + 1) * most
 
     def all_values(self, own: Tensor, numbers: Tensor, count: int) -> Tensor:
         """[U] the values of all ranks. Gradients flow through this rank's ``own``, at ``numbers``, alone. A collective call."""
@@ -93,11 +97,11 @@ class SplitLayout:
     """A layout whose rows lie on several ranks.
 
     Attributes:
-        whole: the layout of all rows.
+        whole: the layout of all rows; of a model whose images' rows see each other, around that.
         like_T: a tensor of T. Its length tells T to compiled code, in which a number would be a constant.
     """
 
-    whole: PackedLayout
+    whole: AttentionLayout
     like_T: Tensor
     ranks: Ulysses
 
@@ -129,7 +133,10 @@ class SplitLayout:
         )
         if sinks_H is not None:
             sinks_H = sinks_H.unflatten(0, (size, -1))[rank]
-        out_ThD = grouped_attention(q, k, v, self.whole, scale, sinks_H=sinks_H, **options)
+        if isinstance(self.whole, PackedLayout):
+            out_ThD = grouped_attention(q, k, v, self.whole, scale, sinks_H=sinks_H, **options)
+        else:
+            out_ThD = self.whole.attend(q, k, v, scale, module=module, sinks_H=sinks_H, **options)
         out = pad(out_ThD.flatten(1), (0, 0, 0, size * rows - total))
         back = self.ranks.exchange(out).unflatten(0, (size, rows))  # [S, t, heads of a rank * Dv]
         return back.transpose(0, 1).reshape(rows, q_THD.shape[1], -1)

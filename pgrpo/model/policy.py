@@ -117,7 +117,8 @@ class Policy(nn.Module):
         rows_U, ids_T, numbers_U = batch.logit_index.index_select(0, batch.distinct), batch.inputs["input_ids"], None
         if self.ranks is not None:
             numbers_U, rows_U = self.ranks.owned(rows_U, len(ids_T))
-            hidden_TE = self._hidden(self.ranks.rows(batch.inputs), self.ranks.split(batch.layout, ids_T), None)
+            images = batch.images and batch.images.between(*self.ranks.bounds(len(ids_T)))
+            hidden_TE = self._hidden(self.ranks.rows(batch.inputs), self.ranks.split(batch.layout, ids_T), images)
         elif self.kept is not None and batch.kept is not None:
             first, layout = batch.kept
             inputs = {name: x[..., first:] for name, x in batch.inputs.items()}

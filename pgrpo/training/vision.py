@@ -59,11 +59,6 @@ def _check_model(config: Config, hf_config: PretrainedConfig, family: Family, wo
             f"rollout.engine={config.rollout.engine}: vLLM does not sample for a {hf_config.model_type} model here; set "
             "rollout.engine=embedded"
         )
-    if model.sequence_parallel_size > 1:
-        raise ConfigError(
-            f"model.sequence_parallel_size: {model.sequence_parallel_size} ranks cannot divide rows of a {hf_config.model_type} "
-            "model, whose images would part; set it to 1"
-        )
     for key in ("train_vision", "train_projector"):
         if getattr(model, key) and model.lora_rank:
             raise ConfigError(

@@ -8,7 +8,7 @@ row of an image or behind its last.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +64,12 @@ class ImageRows:
     features: Tensor
     blocks: list[Block]
     position_ids: Tensor | None
+
+    def between(self, first: int, end: int) -> ImageRows:
+        """For a part of the packed rows: which of them are images, counted from ``first``. Images, and what a row of them sees, are
+        those of all rows."""
+        at = ((first <= self.rows) & (self.rows < end)).nonzero().flatten()
+        return replace(self, rows=self.rows.index_select(0, at) - first, features=self.features.index_select(0, at))
 
 
 def image_rows(pieces: Sequence[Piece], device: torch.device | str) -> ImageRows | None:

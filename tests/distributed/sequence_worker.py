@@ -5,11 +5,14 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from seeing import CONFIGS
 from transformers import AutoModelForCausalLM
 from worker import long_tailed_groups, one_update, together
 
 from pgrpo.admission.compare import gradients, reference_logprobs
-from pgrpo.admission.proof import True64
+from pgrpo.admission.proof import True64, reference_inputs, twins
+from pgrpo.admission.shrink import shrink
+from pgrpo.admission.vision import RandomImages
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.distributed.sequence import Ulysses
 from pgrpo.model import recompute
@@ -39,6 +42,59 @@ class Found(NamedTuple):
     gradient: float
     rows: int
     owned: int
+
+
+class Seen(NamedTuple):
+    """Differences of log-probs and gradients, of all parameters and of tower and projector alone; calls of the tower; image rows
+    of this rank; whether an image goes on on the next."""
+
+    logprob: float
+    gradient: float
+    tower: float
+    calls: int
+    owned: int
+    is_cut: bool
+
+
+def images_in_float64(world, name, size, shared):
+    """A small vision-language model, all of which is trained, as ``in_float64`` does. Every rank makes it and its images from the
+    same seed. ``shared``: prompts are."""
+    world = together(world, size)
+    with torch.random.fork_rng(), True64():
+        untouched, grouped = twins(shrink(CONFIGS[name]), 0)
+        images = RandomImages(grouped.config, untouched, 0)
+        samples = images.samples(grouped.config.get_text_config().vocab_size)
+        pack = Forest.of if shared else Forest.repeated
+        if pack(samples).rows % size == 0:
+            samples = samples[:-1]
+        policy = Policy(grouped, ranks=Ulysses.of(world))
+        assert policy.vision is not None
+        policy.vision.pixels = images.pixels
+        wanted = reference_logprobs(untouched, samples, more=reference_inputs(untouched, images))
+        want = gradients(wanted, untouched)
+        batch = build_batch(pack(samples))
+        logprobs = policy(batch).logprobs
+        got = gradients(logprobs, grouped)
+    for gradient in got:
+        dist.all_reduce(gradient)
+        gradient /= world.dp_size
+    family = policy.vision.family
+    names = [family.is_projector(n.removeprefix("model.")) is not None for n, _ in grouped.named_parameters()]
+    ranks = Ulysses.of(world)
+    assert ranks is not None and batch.images is not None and sum(names) > 10
+    first, end = ranks.bounds(batch.packed_tokens)
+    owned = len(batch.images.between(first, end).rows)
+    is_cut = any(block.start < end < block.end for block in batch.images.blocks)
+
+    def apart(of):
+        whole, found = (
+            torch.cat([g.flatten() for g, is_tower in zip(gradient, names, strict=True) if is_tower in of])
+            for gradient in (want, got)
+        )
+        return ((found - whole).norm() / whole.norm()).item()
+
+    far = (logprobs - wanted).abs().max().item()
+    return Seen(far, apart({True, False}), apart({True}), policy.vision.calls, owned, is_cut)
 
 
 def in_float64(world, model, size, beginning):

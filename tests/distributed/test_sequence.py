@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 import transformers
-from sequence_worker import compiled, in_float64
+from seeing import CONFIGS
+from sequence_worker import compiled, images_in_float64, in_float64
 from test_ranks import LOSSES, assert_same, gradient_error, make_model
 
 from pgrpo import checkpoint
@@ -56,6 +57,20 @@ def test_the_untouched_model_in_float64(processes, models, model, ranks, size, b
         assert one.logprob < 1e-9 and one.gradient < 1e-9
     assert found[0].rows % size  # padded
     assert (found[0].owned == 0) == (beginning == 90)
+
+
+@pytest.mark.parametrize(("ranks", "shared"), [(2, False), (4, True)])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_images(processes, name, ranks, shared):
+    """Their rows lie on several ranks, each of which computes every image once."""
+    found = processes(ranks)(images_in_float64, name, ranks, shared)
+    for one in found:
+        assert one.logprob < 1e-11 and one.gradient < 1e-11 and one.tower < 1e-11
+        assert one.calls == 1
+    assert sum(one.owned > 0 for one in found) > 1
+    if shared:
+        assert any(one.is_cut for one in found)  # an image whose rows are those of two ranks
+        assert name == "llava_next" or any(one.owned == 0 for one in found)
 
 
 @pytest.fixture(scope="module")

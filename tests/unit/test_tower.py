@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_vision import CONFIGS
+from seeing import CONFIGS
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 

@@ -7,14 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    Gemma3Config,
-    Idefics3Config,
-    LlavaNextConfig,
-    Qwen2_5_VLConfig,
-    Qwen3VLConfig,
-    SmolVLMConfig,
-)
+from seeing import CONFIGS
 
 from pgrpo.admission import proof
 from pgrpo.admission.compare import difference, gradients, reference_logprobs
@@ -33,15 +26,6 @@ from pgrpo.vision.processors import positions_3d
 from pgrpo.vision.rows import placeholder_runs, token_keys
 
 ROOT = Path(__file__).resolve().parents[2]
-MROPE = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
-CONFIGS = {
-    "qwen2_5_vl": Qwen2_5_VLConfig(text_config={"rope_parameters": MROPE}),
-    "qwen3_vl": Qwen3VLConfig(text_config={"rope_parameters": MROPE | {"mrope_interleaved": True}}),
-    "gemma3": Gemma3Config(),
-    "idefics3": Idefics3Config(),
-    "smolvlm": SmolVLMConfig(),
-    "llava_next": LlavaNextConfig(),
-}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -173,15 +173,17 @@ def test_a_run_with_images_resumes_to_the_bit(folder, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_rank_without_images_keeps_in_step(folder, tmp_path, launch):
-    """Two ranks, of which one has prompts of text only: the same weights as one rank, with a tower that is trained."""
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_rank_without_images_keeps_in_step(folder, tmp_path, launch, size):
+    """Two ranks, of which one has prompts of text only, or the last rows of all: the same weights as one rank, with a tower that is
+    trained."""
     keys = (
         f"data.path={folder / 'own.py'}:mixed", "data.shuffle=false", "rollout.prompts_per_step=2", "optim.lr=1e-3",
         "model.train_vision=true", "model.train_projector=true", "loss.scale_advantages=none", "optim.eps=1e-3",
     )  # fmt: skip
     alone = pgrpo.train(config_of(folder, tmp_path / "alone", *keys))
     file = tmp_path / "two.yaml"
-    file.write_text(to_yaml(config_of(folder, tmp_path / "two", *keys)))
+    file.write_text(to_yaml(config_of(folder, tmp_path / "two", *keys, f"model.sequence_parallel_size={size}")))
     result = launch(["-m", "pgrpo", "train", "--config", file], 2)
     assert result.returncode == 0, result.stderr
     wanted, got = weights_of(alone), weights_of(tmp_path / "two")
@@ -214,7 +216,6 @@ def test_check_shows_images_and_compares_with_the_untouched_model(folder, tmp_pa
             ("prompt.images_column=null", "model.train_vision=true"),
             "model.train_vision: true has no effect on prompts without images",
         ),
-        (("model.sequence_parallel_size=2",), "model.sequence_parallel_size: 2"),
         (("model.lora_rank=2", "model.train_vision=true"), "model.train_vision: true together with model.lora_rank=2"),
         (("data.image.max_pixels=100", "data.image.min_pixels=200"), "min_pixels: 200 is more than the largest image, 100"),
         (("prompt.images_column=pictures",), "the data has no column `pictures`"),

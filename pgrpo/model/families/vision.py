@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 from pgrpo.attention.grouped import grouped_attention
 from pgrpo.attention.hook import AttentionLayout, attending
 from pgrpo.attention.layout import PackedLayout
+from pgrpo.distributed.sequence import SplitLayout
 from pgrpo.planning.tower import TowerDims, TowerWork, tower_layers
 from pgrpo.types import Sample
 from pgrpo.vision.families import Family, family_of
@@ -107,7 +109,10 @@ class Vision:
                 is_image_T = torch.zeros_like(ids_T, dtype=torch.bool).index_fill(0, images.rows, True)
                 more = {"visual_pos_masks": is_image_T[None], "deepstack_visual_embeds": list(features.deep)}
             if self.family.sees_whole_images:
-                layout = WholeImages(layout, images.blocks)
+                if isinstance(layout, SplitLayout):  # attention has all rows
+                    layout = replace(layout, whole=WholeImages(layout.whole, images.blocks))
+                else:
+                    layout = WholeImages(layout, images.blocks)
         if self.family.positions_3d and positions.ndim == 1:
             positions = positions.expand(3, -1)
         with attending(layout):
