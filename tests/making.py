@@ -54,7 +54,7 @@ CALLER_TEMPLATE = (
 )
 
 
-def save_caller(folder):
+def save_caller(folder, hidden_size=64, head_dim=16):
     """Save a Qwen3 and its tokenizer whose turns are mostly a call of ``f`` with ``n`` = 1: each token says the next one."""
     words = [*CALL, "<|im_start|>", "<pad>", "<unk>", *"0234567890+- abcdeghijklmopqrstuvwxyz{}[]:,.\"'_"]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
@@ -69,13 +69,13 @@ def save_caller(folder):
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(
         Qwen3Config(
-            vocab_size=len(vocabulary), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=16, max_position_embeddings=512, tie_word_embeddings=False,
+            vocab_size=len(vocabulary), hidden_size=hidden_size, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=head_dim, max_position_embeddings=512, tie_word_embeddings=False,
             pad_token_id=vocabulary["<pad>"], eos_token_id=vocabulary["<|im_end|>"], bos_token_id=None,
         )
     )  # fmt: skip
     with torch.no_grad():
-        shown = torch.nn.functional.normalize(torch.randn(len(vocabulary), 64), dim=-1)
+        shown = torch.nn.functional.normalize(torch.randn(len(vocabulary), hidden_size), dim=-1)
         model.model.embed_tokens.weight.copy_(shown)
         model.lm_head.weight.mul_(0.1)
         for word, following in zip(["<|im_start|>", *CALL], CALL, strict=False):
