@@ -182,7 +182,8 @@ def flat(args: argparse.Namespace, keys: Sequence[str]) -> dict[str, Any]:
                 command += ["--shape", ",".join(map(str, shape))]
             command += ["--methods", "grouped", "--checkpointing", "attention", "--repeats", str(args.repeats), "--"]
             command += [f"recipe={here / 'recipes' / 'gsm8k.yaml'}", "optim.offload=none", *keys]
-            environment = os.environ | {"PYTHONPATH": str(sides[side])}
+            packages = os.pathsep.join([str(sides[side]), os.environ.get("PYTHONPATH", "")])
+            environment = os.environ | {"PYTHONPATH": packages}
             done = subprocess.run(command, cwd=sides[side], env=environment, text=True, capture_output=True)
             if done.returncode:
                 raise SystemExit(

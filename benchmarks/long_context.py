@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 4 benchmarks/long_context.py --shape-of benchmarks/qwen3_4b --together 4 --prompt 131072 ...
 
 Float32 masters, AdamW, random tokens and weights; needs the model's config.json only. All ranks together compute the same group
-whatever ``--together`` is, so seconds of 1, 2 and 4 ranks compare. The first update of a shape, which compiles, is not counted.
+whatever ``--together`` is, so seconds of 1, 2 and 4 ranks compare. An update with a short prompt, which compiles, is not counted.
 ``--gradients FILE`` writes some gradients, and ``--compare FILE`` says how far those of this run are from them (relative norm);
 ``--reverse`` puts the completions into another order, which changes rounding alone: what a difference is to be compared with.
 The whole step with its rollout: ``benchmarks/full_step.py`` with ``model.sequence_parallel_size``.
@@ -42,6 +42,9 @@ from pgrpo.training.place import wrap
 from pgrpo.training.progress import Progress
 from pgrpo.training.update import count, micro_batches
 
+SHORT = 16_384
+"""Tokens of the prompt of the update that compiles: long enough for the attention passes of longer ones."""
+
 
 def configure(args: argparse.Namespace, prompt: int, lora: int) -> Config:
     keys = [f"model.path={args.shape_of}", f"model.sequence_parallel_size={args.together}", f"model.lora_rank={lora}"]
@@ -75,7 +78,10 @@ def measure(args: argparse.Namespace, prompt: int, lora: int, world: World) -> d
     )
     prompts, completions = random_tokens(shape, learner.policy.model.config.vocab_size)
     groups = tokens_as_groups(prompts, [own[::-1] for own in completions] if args.reverse else completions)
-    for group, ids in zip(groups, completions, strict=True):  # of a completion, wherever it is
+    short = tokens_as_groups([prompt[:SHORT] for prompt in prompts], completions)
+    for group, ids in zip(
+        [*groups, *short], [*completions, *completions], strict=True
+    ):  # of a completion, wherever it is
         for episode in group.episodes:
             for sample in episode.samples:
                 place_of = ids.index(sample.token_ids) - (len(ids) - 1) / 2
@@ -90,8 +96,9 @@ def measure(args: argparse.Namespace, prompt: int, lora: int, world: World) -> d
     row |= gradients(args, learner, groups, world)
     seconds, metrics = [], {}
     try:
-        for step in range(args.steps + 1):
-            if step == 1 and world.device.type == "cuda":
+        update_policy(learner, Progress(), short)  # compiles
+        for step in range(args.steps):
+            if step == 0 and world.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             world.synchronize()
             started = time.perf_counter()
@@ -100,7 +107,7 @@ def measure(args: argparse.Namespace, prompt: int, lora: int, world: World) -> d
             seconds.append(time.perf_counter() - started)
     except torch.OutOfMemoryError as error:
         return row | {"error": str(error).splitlines()[0]}
-    median = statistics.median(seconds[1:])
+    median = statistics.median(seconds)
     flops = shape.groups * update_flops(
         dims, prompt, [args.completion] * args.group_size, adapters=adapter_parameters(config.model, dims)
     )

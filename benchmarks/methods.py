@@ -44,13 +44,14 @@ def why_not(method: str, device: torch.device, model: PreTrainedModel | None = N
     return None
 
 
-def make_job(policy: Policy, method: str, samples: list[Sample]) -> Job:
+def make_job(policy: Policy, method: str, samples: list[Sample], repeated_parts: int = 1) -> Job:
     """A method of ``METHODS``, ready to run. All share one copy of the weights, so that each one's peak memory is its own.
 
     ``grouped``, ``repeated_packed`` and ``concat`` (every completion's own copy of its prompt's keys and values, the method of
     PrefixGrouper) run on our kernels, layers and log-probs. ``repeated_padded`` is a right-padded batch through transformers' own
     sdpa; ``prefix_grouper`` the package as verl called it: eager layers, full logits; ``prefix_grouper_ours`` the package given our
-    kernel, compiled layers and chunked log-probs. These three checkpoint whole layers if at all.
+    kernel, compiled layers and chunked log-probs. These three checkpoint whole layers if at all. ``repeated_packed`` is computed in
+    ``repeated_parts`` micro-batches: one of long prompts would not fit.
     """
     if method == "repeated_padded":
         return TheirLayers(policy.model, "sdpa", _Padded(samples, policy.device).logprobs)
@@ -60,7 +61,9 @@ def make_job(policy: Policy, method: str, samples: list[Sample]) -> Job:
         logprobs = partial(_PrefixGrouper(samples, policy.device).chunked_logprobs, kernel=policy.attention.kernel)
         return TheirLayers(policy.model, PEER_ATTENTION, logprobs, torch.compile(_run, dynamic=False))
     attention = replace(policy.attention, way="copied_keys") if method == "concat" else None
-    return Packed(policy, samples, is_shared=method != "repeated_packed", attention=attention)
+    if method == "repeated_packed":
+        return Packed(policy, samples, is_shared=False, parts=repeated_parts)
+    return Packed(policy, samples, is_shared=True, attention=attention)
 
 
 class TheirLayers:

@@ -47,6 +47,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--checkpointing", nargs="+", choices=get_args(Recompute), default=["none"])
     parser.add_argument("--random-weights", action="store_true", help="made up from the model's config.json alone")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeated-parts", type=int, default=1, help="micro-batches of repeated_packed")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--profile", type=Path, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -70,7 +71,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
                 if why := why_not(method, world.device, policy.model):
                     print(f"{method} is left out: {why}")
                 else:
-                    makers[method] = partial(make_job, policy, method, samples)
+                    makers[method] = partial(make_job, policy, method, samples, args.repeated_parts)
             for recompute in args.checkpointing:
                 timed, rate = time_jobs(makers, policy, shape, recompute, config, args.repeats)
                 for row in timed:

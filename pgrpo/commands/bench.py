@@ -53,23 +53,27 @@ class Job(Protocol):
 
 
 class Packed:
-    """pgrpo's packed batch: each prompt once, or a copy of the prompt in front of every completion."""
+    """pgrpo's packed batch: each prompt once, or a copy of the prompt in front of every completion. In ``parts`` micro-batches of
+    equally many samples."""
 
     def __init__(
-        self, policy: Policy, samples: list[Sample], *, is_shared: bool, attention: AttentionChoice | None = None
-    ) -> None:
+        self, policy: Policy, samples: list[Sample], *, is_shared: bool, attention: AttentionChoice | None = None,
+        parts: int = 1,
+    ) -> None:  # fmt: skip
         self.policy, self.layers = policy, list(decoder_layers(policy.model))
-        attention = attention or policy.attention
-        forest = Forest.of(samples) if is_shared else Forest.repeated(samples)
-        self.batch = build_batch(forest, device=policy.device, attention=attention)
+        attention, size = attention or policy.attention, -(-len(samples) // parts)
+        forest = Forest.of if is_shared else Forest.repeated
+        cut = [samples[i : i + size] for i in range(0, len(samples), size)]
+        self.batches = [build_batch(forest(part), device=policy.device, attention=attention) for part in cut]
 
     def old(self) -> Tensor:
         with torch.no_grad():
-            return self.policy(self.batch).logprobs
+            return torch.cat([self.policy(batch).logprobs for batch in self.batches])
 
     def update(self, recompute: Recompute, compiled: bool) -> None:
         set_up_layers(self.layers, [recompute for _ in self.layers], compiled=compiled)
-        self.policy(self.batch).logprobs.mean().backward()
+        for batch in self.batches:
+            self.policy(batch).logprobs.mean().backward()
         self.policy.zero_grad(set_to_none=True)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def set_up_long_samples(layers: Iterable[nn.Module], recompute: Sequence[Recompu
             layer.forward = partial(host.run, layer.forward)
         mlp = mlp_of(layer)
         if mlp_chunks > 1 and mlp is not None and mode in ("full", "offload"):
-            mlp.forward = partial(_in_chunks, mlp, mlp_chunks)
+            mlp.__class__ = _in_parts(getattr(mlp, "whole", type(mlp)), mlp_chunks)
 
 
 class HostInputs:
@@ -106,17 +106,23 @@ class _Kept:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
 
-def _in_chunks(mlp: nn.Module, chunks: int, hidden_1TE: Tensor) -> Any:
-    """The MLP in parts of the rows. Its backward computes a part again, so that the activations of one part alone exist at a
-    time. Compiled code needs no checkpoint for that: a layer that is recomputed whole recomputes each part where it is needed."""
-    run: Callable[..., Any] = partial(type(mlp).forward, mlp)
-    if not is_training(current.layout):
-        return run(hidden_1TE)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        run = partial(checkpoint, run, use_reentrant=False)
-    parts = [run(rows) for rows in hidden_1TE.tensor_split(chunks, 1)]
-    if isinstance(parts[0], Tensor):
-        return torch.cat(parts, 1)
-    return tuple(
-        torch.cat(each, each[0].ndim - 2) for each in zip(*parts, strict=True)
-    )  # with what a router says of each row
+@cache
+def _in_parts(whole: type[nn.Module], chunks: int) -> type[nn.Module]:
+    """That class of MLPs, computed in parts of the rows. Its backward computes a part again, so that the activations of one part
+    alone exist at a time. Compiled code needs no checkpoint for that: a layer that is recomputed whole recomputes each part where
+    it is needed. This is a class, and no function of each MLP, because layers of one class share what is compiled."""
+
+    def forward(mlp: nn.Module, hidden_1TE: Tensor) -> Any:
+        run: Callable[..., Any] = partial(whole.forward, mlp)
+        if not is_training(current.layout):
+            return run(hidden_1TE)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            run = partial(checkpoint, run, use_reentrant=False)
+        parts = [run(rows) for rows in hidden_1TE.tensor_split(chunks, 1)]
+        if isinstance(parts[0], Tensor):
+            return torch.cat(parts, 1)
+        return tuple(
+            torch.cat(each, each[0].ndim - 2) for each in zip(*parts, strict=True)
+        )  # with what a router says of each row
+
+    return type(whole.__name__, (whole,), {"forward": forward, "whole": whole, "__doc__": whole.__doc__})

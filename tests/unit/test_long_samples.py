@@ -88,6 +88,8 @@ def test_an_mlp_in_parts(recompute, compiled, lora, monkeypatch):
         with torch.no_grad():
             assert torch.equal(policy(batch).logprobs, got[0])
         assert len(rows) == 11
+    else:
+        assert compilations() == {"_everything": 1}  # for all layers
     layers._runner.cache_clear()
 
 
