@@ -100,8 +100,8 @@ class RolloutConfig:
     """Run vLLM without compilation and CUDA graphs: it starts sooner and samples more slowly."""
     shared_decode: Literal["auto", "always", "never"] = "auto"
     """vLLM reads the keys and values of a group's prompt once a decode step, not once a completion. `auto` does so where it was
-    measured to pay (large groups, prompts of 512 tokens or more that are not short beside completions) and was tried (with no
-    vLLM release yet), and logs why if not; `always` tries it with vLLM 0.26, and fails where it cannot run."""
+    measured to pay (large groups, prompts of 512 tokens or more that are not short beside completions), with vLLM 0.26, on which
+    this ran on a GPU, and logs why if not; `always` tries it with later releases too, and fails where it cannot run."""
     canary_every: int = number(10, least=0, most=MOST_STEPS)
     """Steps between checks of vLLM's log-probs that detect stale weights. Needs 16 different completions in a step. 0 is off."""
     vllm_deadline_s: float = number(1800.0, above=0, most=MOST_SECONDS)

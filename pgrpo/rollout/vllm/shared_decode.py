@@ -18,7 +18,7 @@ from pgrpo.config import Config, ConfigError
 
 log = logging.getLogger(__name__)
 PLAIN = "each completion reads its prompt for itself: {}"
-KNOWN, RAN = ("0.26", "0.28", "0.29", "0.30", "0.31", "0.32"), ()
+KNOWN, RAN = ("0.26", "0.28", "0.29", "0.30", "0.31", "0.32"), ("0.26",)
 """Releases of vLLM whose parts below were read, which ``always`` needs; those with which this code ran on a GPU, which ``auto``
 needs."""
 FLASH_ATTN, BACKEND = "v1/attention/backends/flash_attn.py", "v1/attention/backend.py"
