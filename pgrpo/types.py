@@ -40,11 +40,13 @@ class PromptImages:
         images: at least one.
         unexpanded_ids: the prompt's token ids with one placeholder an image, which vLLM expands itself.
         positions: [3][P] position ids where a model has three dimensions of them; else None, and they count tokens.
+        where: the row in the data, for errors.
     """
 
     images: tuple[Image, ...]
     unexpanded_ids: list[int]
     positions: list[list[int]] | None = None
+    where: str = ""
 
 
 @dataclass(slots=True)

@@ -50,7 +50,7 @@ from pgrpo.training.optim import build_optimizer
 from pgrpo.training.own_loss import loss_function
 from pgrpo.training.place import place_policy, place_reference, place_teacher
 from pgrpo.training.teacher import check_teacher
-from pgrpo.training.vision import image_reader, see
+from pgrpo.training.vision import engine_images, image_reader, see
 from pgrpo.types import Prompt
 from pgrpo.vision.reader import ImageReader
 
@@ -192,7 +192,8 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
                 log.info("%s", text)
         check_turn_end(tokenizer, config.prompt, end_ids)
     with counting("starting the sampler"):
-        engine = build_engine(config, world, policy, learner.optimizer, tokenizer, end_ids)
+        images = engine_images(hf_config, reader, [*prompts, *held_out])
+        engine = build_engine(config, world, policy, learner.optimizer, tokenizer, end_ids, images)
     canary = build_canary(config, world, policy, engine)
     episodes = toolbox.episodes(config, engine, chats, world)
     return Parts(config, world, stream, held_out, runner, learner, engine, episodes, canary, toolbox.transitions)

@@ -30,9 +30,11 @@ from pgrpo.rollout.embedded.engine import EmbeddedEngine
 from pgrpo.rollout.vllm import canary
 from pgrpo.rollout.vllm import engine as vllm
 from pgrpo.rollout.vllm import start as vllm_start
+from pgrpo.rollout.vllm.images import EngineImages
 from pgrpo.rollout.vllm.offload import Offload
 from pgrpo.training.offload import MOMENTS
 from pgrpo.types import Group, Sample
+from pgrpo.vision.families import never_sampled
 
 log = logging.getLogger(__name__)
 VLLM_KEYS = (
@@ -109,8 +111,9 @@ def build_engine(
     optimizer: torch.optim.Optimizer,
     tokenizer: PreTrainedTokenizerBase,
     eos_token_ids: Sequence[int],
+    images: EngineImages | None = None,
 ) -> RolloutEngine:
-    """The configured engine, which ``check_engine`` accepted. A collective call.
+    """The configured engine, which ``check_engine`` accepted. A collective call. ``images``: of the data, for vLLM.
 
     Raises:
         ConfigError: the policy leaves too little memory for vLLM.
@@ -134,6 +137,8 @@ def build_engine(
         weight_names(policy.model),
         memory_share=memory.share,
         offload=Offload(lambda: resting_tensors(policy, optimizer, memory.offloaded)),
+        images=images,
+        banned=never_sampled(policy.model.config),
     )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NoReturn
+
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pgrpo.admission.models import is_dropout
@@ -9,8 +12,13 @@ from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World
 from pgrpo.model.policy import Policy
 from pgrpo.planning.placement import engine_name
+from pgrpo.rollout.vllm.images import EngineImages
+from pgrpo.types import Prompt
 from pgrpo.vision.families import FAMILIES, Family, family_of
 from pgrpo.vision.reader import ImageReader
+
+IN_VLLM = ("qwen2_5_vl", "qwen3_vl")
+"""Families for which vLLM passed its contract tests."""
 
 
 def image_reader(
@@ -54,10 +62,10 @@ def image_reader(
 
 def _check_model(config: Config, hf_config: PretrainedConfig, family: Family, world: World) -> None:
     model = config.model
-    if engine_name(config, world.device) == "vllm":
+    if engine_name(config, world.device) == "vllm" and hf_config.model_type not in IN_VLLM:
         raise ConfigError(
-            f"rollout.engine={config.rollout.engine}: vLLM does not sample for a {hf_config.model_type} model here; set "
-            "rollout.engine=embedded"
+            f"rollout.engine={config.rollout.engine}: vLLM was not tested to sample what a {hf_config.model_type} model computes "
+            f"({', '.join(IN_VLLM)} were); set rollout.engine=embedded"
         )
     for key in ("train_vision", "train_projector"):
         if getattr(model, key) and model.lora_rank:
@@ -76,6 +84,22 @@ def _check_model(config: Config, hf_config: PretrainedConfig, family: Family, wo
                 f"model.path={model.path}: vision_config.{name}={value}: features that samples share cannot have dropout: "
                 "set it to 0 in its config.json"
             )
+
+
+def engine_images(
+    config: PretrainedConfig, reader: ImageReader | None, prompts: Iterable[Prompt]
+) -> EngineImages | None:
+    """What vLLM needs of the images of these prompts; None for a model without a vision tower."""
+    if family_of(config) is None:
+        return None
+    if reader is None:
+        return EngineImages(_no_picture, 0)
+    most = max((len(prompt.images.images) for prompt in prompts if prompt.images), default=0)
+    return EngineImages(reader.picture, most, reader.processor.size)
+
+
+def _no_picture(key: str) -> NoReturn:
+    raise KeyError(f"no image {key} was read")
 
 
 def see(model: Policy, reader: ImageReader | None) -> None:

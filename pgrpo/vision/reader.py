@@ -102,7 +102,7 @@ class ImageReader:
             raise ConfigError(f"{where}: {error}") from error
         found = tuple(Image(image.key, own) for image, own in zip(images, runs, strict=True))
         grids = [grid for image in images if (grid := image.expansion.grid)]
-        return PromptImages(found, unexpanded, positions_3d(len(ids), found, grids) if grids else None)
+        return PromptImages(found, unexpanded, positions_3d(len(ids), found, grids) if grids else None, where)
 
     def pixels(self, key: str) -> dict[str, Tensor]:
         """The tower's arguments for an image."""

@@ -325,7 +325,7 @@ def test_ranks_that_share_an_engine_exchange_requests_on_the_cpu(together, reque
     world, tokenizer = World(2, 4, CPU, sequence_parallel_size=together), SimpleNamespace()
     one: Any = vllm.VLLMEngine(settings, world, tokenizer, [0], lambda: iter(()), set(), memory_share=0.5)  # pyright: ignore[reportArgumentType]
     one.is_awake = True
-    one.requests = SimpleNamespace(run_all=lambda requests, *_: asked.append([ids for ids, _ in requests]))
+    one.requests = SimpleNamespace(run_all=lambda made, *_: asked.append([p["prompt_token_ids"] for p, _ in made]))
     one._sample([Request([7], [0])], SamplingParams(max_completion_tokens=4), lambda *_: None, no_more)
     assert gathered == [((2, 3), "gloo")] and asked == [requests]
     assert one.tp_group == ((2, 3), None)

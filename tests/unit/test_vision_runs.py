@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 import pgrpo
 from pgrpo import checkpoint
@@ -17,9 +17,14 @@ from pgrpo.commands.check import check
 from pgrpo.commands.export import export
 from pgrpo.commands.plan import plan_text
 from pgrpo.config import ConfigError, load_config, to_yaml
+from pgrpo.data import load_prompts
+from pgrpo.distributed.world import World
 from pgrpo.model.families.vision import Vision
 from pgrpo.model.policy import Policy
-from pgrpo.training import update
+from pgrpo.rollout.vllm.images import EngineImages, as_prompt, check_expanded, start_arguments
+from pgrpo.rollout.vllm.requests import EngineError
+from pgrpo.training import update, vision
+from pgrpo.types import Image, PromptImages, Request
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "make_tiny_vision_model.py"))
@@ -206,7 +211,6 @@ def test_check_shows_images_and_compares_with_the_untouched_model(folder, tmp_pa
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        (("rollout.engine=vllm",), "rollout.engine=vllm: vLLM does not sample for a qwen3_vl model here"),
         ((CALCULATOR,), "prompt.images_column: images: images together with tools or an environment"),
         (
             (CALCULATOR, "prompt.images_column=null", "prompt.messages=[]", "prompt.messages_column=chat", "data.path=CHATS"),
@@ -227,6 +231,47 @@ def test_what_does_not_go_with_images_is_refused_before_weights_are_loaded(folde
         pgrpo.train(
             config_of(folder, tmp_path / "run", *(k.replace("CHATS", f"{folder / 'own.py'}:chats") for k in keys))
         )
+
+
+def test_vllm_is_refused_for_families_that_it_was_not_tested_on(folder, tmp_path):
+    config = config_of(folder, tmp_path / "run", "rollout.engine=vllm")
+    said = "rollout.engine=vllm: vLLM was not tested to sample what a llava_next model computes (qwen2_5_vl, qwen3_vl were)"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        vision.image_reader(config, AutoConfig.for_model("llava_next"), None, World(0, 1, torch.device("cpu")))  # pyright: ignore[reportArgumentType]
+
+
+def test_vllm_may_be_given_as_many_images_as_the_data_has(folder, tmp_path):
+    config = config_of(folder, tmp_path / "run", "data.image.max_pixels=4096")
+    hf_config, tokenizer = AutoConfig.from_pretrained(folder / "model"), SCRIPT["make_tokenizer"]()
+    reader = vision.image_reader(config, hf_config, tokenizer, World(0, 1, torch.device("cpu")))
+    prompts = load_prompts(config.data, config.prompt, tokenizer, reader=reader).prompts
+    made = vision.engine_images(hf_config, reader, prompts)
+    first = prompts[0].images
+    assert made is not None and reader is not None and first is not None
+    assert (made.most, made.processor) == (2, reader.processor.size)
+    assert made.picture(first.images[0].key).size == (64, 64)
+    known = ["mm_processor_kwargs", "mm_device_do_normalize"]
+    given = start_arguments(made, known)
+    assert given["limit_mm_per_prompt"] == {"image": 2, "video": 0} and given["mm_device_do_normalize"] is False
+    assert given["mm_processor_kwargs"] == {"size": {"shortest_edge": 1024, "longest_edge": 4096}}
+    text = vision.engine_images(hf_config, None, [])
+    assert text is not None and start_arguments(text, [])["limit_mm_per_prompt"] == {"image": 0, "video": 0}
+    assert vision.engine_images(AutoConfig.for_model("qwen3"), None, []) is None and start_arguments(None, known) == {}
+
+
+def test_what_vllm_is_given_of_a_prompt_with_images():
+    images = PromptImages(
+        (Image("a", ((1, 4),)), Image("b", ((5, 7),))), [1, 9, 2, 9, 3], None, "row 3, column `images`"
+    )
+    request = Request([1, 9, 9, 9, 2, 9, 9, 3], [0], images=images)
+    assert as_prompt(request, EngineImages(str.upper, 2)) == {
+        "prompt_token_ids": [1, 9, 2, 9, 3], "multi_modal_data": {"image": ["A", "B"]}, "multi_modal_uuids": {"image": ["a", "b"]},
+    }  # fmt: skip
+    check_expanded(request, request.token_ids)
+    said = "row 3, column `images`: vLLM makes 7 tokens of this prompt with its images, the trainer 8; they differ from token 3 on"
+    with pytest.raises(EngineError, match=re.escape(said)):
+        check_expanded(request, [1, 9, 9, 2, 9, 9, 3])
+    check_expanded(Request([1, 2], [0]), [1, 2, 3])  # without images vLLM expands nothing
 
 
 def test_a_model_without_a_tower_takes_no_images(tiny_model, folder, tmp_path):

@@ -1,7 +1,5 @@
 """vLLM samples what the trainer computes, on tiny random models with windows; what it cannot be given is noticed."""
 
-import importlib.util
-import os
 from functools import partial
 
 import pytest
@@ -47,31 +45,7 @@ IN_BFLOAT16 = ("qwen3_5_text",)
 
 
 @pytest.fixture
-def without_images(monkeypatch, tmp_path_factory):
-    """vLLM's file of Qwen3.5 imports transformers' image processors, and these torchvision, which nothing here needs. vLLM imports
-    it in a process of its own, too."""
-    if importlib.util.find_spec("torchvision") is None:
-        site = tmp_path_factory.mktemp("site")
-        for name in (
-            "",
-            "io",
-            "ops",
-            "transforms",
-            "transforms/functional",
-            "transforms/v2",
-            "transforms/v2/functional",
-        ):
-            folder = site / "torchvision" / name
-            folder.mkdir(exist_ok=True)
-            (folder / "__init__.py").write_text(
-                "from unittest.mock import MagicMock\n\n\ndef __getattr__(name):\n    return MagicMock()\n"
-            )
-        monkeypatch.syspath_prepend(site)
-        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]))
-
-
-@pytest.fixture
-def started(request, tmp_path, without_images):
+def started(request, tmp_path):
     """An engine on a tiny random model of that type, asleep, and the policy."""
     torch.manual_seed(0)
     hf_config = transformers.AutoConfig.for_model(request.param, **SIZES | MODELS[request.param])

@@ -96,7 +96,8 @@ def check(slope: Slope) -> None:
 
 def pick(groups: Sequence[Group], most_tokens: int = TOKENS) -> list[Sample]:
     """Choose the samples to score: the longest of every prompt first, then the next distinct ones, up to ``SAMPLES``. Each is cut
-    to its first ``most_tokens`` tokens behind the end of its prompt: any text serves whose log-probs the update changes."""
+    to its first ``most_tokens`` tokens behind the end of its prompt without images: any text serves whose log-probs the update
+    changes."""
     ranked: list[list[Sample]] = []
     for group in groups:
         by_prompt: dict[tuple[int, ...], dict[tuple[int, ...], Sample]] = {}
@@ -107,6 +108,15 @@ def pick(groups: Sequence[Group], most_tokens: int = TOKENS) -> list[Sample]:
     for turn in range(max(map(len, ranked), default=0)):
         for samples in ranked:
             if turn < len(samples) and len(picked) < SAMPLES:
-                ids, prompt_ids = samples[turn].token_ids[:most_tokens], samples[turn].prompt_ids[-CONTEXT:]
-                picked.append(Sample(prompt_ids, ids, [True] * len(ids), [0.0] * len(ids)))
+                ids = samples[turn].token_ids[:most_tokens]
+                picked.append(Sample(_context(samples[turn]), ids, [True] * len(ids), [0.0] * len(ids)))
     return picked
+
+
+def _context(sample: Sample) -> list[int]:
+    """The last tokens of the prompt that are text: an image has too many tokens to score."""
+    ids = list(sample.prompt_ids)
+    for image in reversed(sample.images.images if sample.images else ()):
+        for start, end in reversed(image.runs):
+            del ids[start:end]
+    return ids[-CONTEXT:] or sample.prompt_ids[:1]

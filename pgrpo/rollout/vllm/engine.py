@@ -31,10 +31,11 @@ from pgrpo.config import Config
 from pgrpo.distributed.world import World
 from pgrpo.process.deadline import deadline
 from pgrpo.process.stopping import Stopped
-from pgrpo.rollout.base import More, OnFinished, no_more
+from pgrpo.rollout.base import More, OnFinished, Wait, no_more
 from pgrpo.rollout.text import Tokenizer, make_completions
 from pgrpo.rollout.vllm import start as vllm_start
-from pgrpo.rollout.vllm.loading import divide_logits, load
+from pgrpo.rollout.vllm.images import EngineImages, as_prompt, check_expanded
+from pgrpo.rollout.vllm.loading import load, shape_logits
 from pgrpo.rollout.vllm.offload import Offload
 from pgrpo.rollout.vllm.requests import DEADLINE, Asked, EngineError, Requests, vllm_errors
 from pgrpo.types import Completion, Request, Sample, SamplingParams
@@ -57,6 +58,8 @@ class VLLMEngine:
         weight_names: all names that ``weights`` must yield.
         memory_share: fraction of the GPU's memory for weights, keys and values (vLLM's ``gpu_memory_utilization``).
         offload: tensors whose GPU memory vLLM may use from a push to the end of the rollout.
+        images: of a model with a vision tower.
+        banned: ids that are never sampled and have no probability, as in the trainer.
 
     Raises:
         ConfigError: the installed version of vLLM is not supported.
@@ -74,6 +77,8 @@ class VLLMEngine:
         *,
         memory_share: float,
         offload: Offload | None = None,
+        images: EngineImages | None = None,
+        banned: Sequence[int] = (),
     ) -> None:
         self.world, self.tokenizer, self.eos_token_ids = world, tokenizer, sorted(eos_token_ids)
         self.weights, self.weight_names = weights, weight_names
@@ -83,7 +88,7 @@ class VLLMEngine:
         self.is_awake = False
         self.divisor = 1.0
         self.metrics: dict[str, float] = {}
-        self.offload = offload or Offload()
+        self.offload, self.images = offload or Offload(), images
         vllm_start.prepare(config, world)
         # Ranks that share an engine have one group for tensors, and one on the CPU for objects: an awake vLLM leaves no GPU memory.
         self.tp_size, self.tp_group, self.tp_control = config.tensor_parallel_size, None, None
@@ -97,9 +102,9 @@ class VLLMEngine:
                 self.tp_group, self.tp_control = groups
         allocated = self._allocated()
         with self.offload.away():  # vLLM refuses a share of memory that is not free when it starts
-            self.llm, self.notes = vllm_start.start(config, world, memory_share)
+            self.llm, self.notes = vllm_start.start(config, world, memory_share, images)
             self.requests = Requests(self.llm, self.seconds, self._stop_signal)
-            divide_logits(self._model(), lambda: self.divisor)
+            shape_logits(self._model(), lambda: self.divisor, banned)
             self._fall_asleep()
         self.counted_bytes = self._allocated() - allocated
 
@@ -165,7 +170,7 @@ class VLLMEngine:
         settings: Any = partial(
             vllm_start.package().SamplingParams,
             n=1 if greedy else group_size,  # vLLM refuses n > 1 when greedy: sample once, copy below
-            temperature=0.0 if greedy else 1.0,  # divide_logits applies the temperature
+            temperature=0.0 if greedy else 1.0,  # shape_logits applies the temperature
             top_p=params.top_p,
             top_k=params.top_k,
             stop=list(params.stop),
@@ -178,20 +183,20 @@ class VLLMEngine:
         )
 
         def take(position: int, output: Any) -> None:
+            check_expanded(requests[position], output.prompt_token_ids)
             if self.tp_group is None or place <= position < place + count:
                 completions = self._completions(output, params)
                 on_finished(position - place, completions * group_size if greedy else completions)
+
+        def others(wait: Wait) -> list[Asked]:
+            requests.extend(new := more(wait))
+            return [self._request(r, params, settings) for r in new]
 
         self._check_awake()
         self.divisor = 1.0 if greedy else params.temperature
         try:
             seed = _joint_seed([r.seeds for r in requests])
-            self.requests.run_all(
-                [self._request(r, params, settings) for r in requests],
-                seed,
-                take,
-                lambda wait: [self._request(r, params, settings) for r in more(wait)],
-            )
+            self.requests.run_all([self._request(r, params, settings) for r in requests], seed, take, others)
         finally:
             self.divisor = 1.0
 
@@ -203,7 +208,7 @@ class VLLMEngine:
                 f"a prompt of {len(request.token_ids)} tokens and a completion of up to {limit} exceed the engine's "
                 f"{self.max_model_len} (data.max_prompt_tokens + rollout.max_completion_tokens, or those of an episode)"
             )
-        return request.token_ids, settings(max_tokens=limit)
+        return as_prompt(request, self.images), settings(max_tokens=limit)
 
     def _completions(self, output: Any, params: SamplingParams) -> list[Completion]:
         samples = sorted(output.outputs, key=lambda sample: sample.index)
@@ -224,7 +229,8 @@ class VLLMEngine:
         self._check_awake()
         outputs: dict[int, Any] = {}
         prompts = [sample.prompt_ids + sample.token_ids for sample in samples]
-        self._together(lambda: self.requests.run([(prompt, request) for prompt in prompts], 0, outputs.__setitem__))
+        asked = [({"prompt_token_ids": prompt}, request) for prompt in prompts]
+        self._together(lambda: self.requests.run(asked, 0, outputs.__setitem__))
         return [
             outputs[i].prompt_logprobs[at][outputs[i].prompt_token_ids[at]].logprob
             for i, sample in enumerate(samples)
@@ -254,6 +260,8 @@ class VLLMEngine:
             self.llm, self._model(), self.weights(), self.weight_names, self._call,
             is_packed=not self.sleeps, ranks=self.tp_size, sum_over_ranks=self._sum_over_engine,
         )  # fmt: skip
+        if self.images is not None:
+            self.llm.llm_engine.reset_encoder_cache()  # features of the tower's weights before
 
     def _sum_over_engine(self, values: Tensor) -> Tensor:
         if self.tp_group is not None:

@@ -11,12 +11,14 @@ This file depends on these internals of vLLM:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from pgrpo.model.head import NEVER
 from pgrpo.rollout.vllm.delivery import Delivery, added_up
 
 
@@ -78,22 +80,27 @@ def load(
 
 def _pack_again(model: Any) -> None:
     """What vLLM packs at its start only."""
-    embedding = getattr(model.model, "embed_tokens", None)
-    if embedding is not None and model.lm_head.weight is embedding.weight:
-        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+    embeddings = {id(layer.weight) for layer in model.modules() if type(layer).__name__ == "VocabParallelEmbedding"}
     for layer in model.modules():
+        if type(layer).__name__ == "ParallelLMHead" and id(layer.weight) in embeddings:
+            layer.quant_method.process_weights_after_loading(layer)
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
         if kernel is not None:
             kernel.fused_experts.process_weights_after_loading(layer)
 
 
-def divide_logits(model: Any, divisor: Callable[[], float]) -> None:
-    """Let the model itself divide its logits by the temperature. vLLM's raw log-probs (before top-k and top-p) are then those of
-    the trainer's distribution."""
-    compute_logits = model.compute_logits
+def shape_logits(model: Any, divisor: Callable[[], float], banned: Sequence[int] = ()) -> None:
+    """Let the model itself divide its logits by the temperature, and leave out banned ids. vLLM's raw log-probs (before top-k and
+    top-p) are then those of the trainer's distribution."""
+    compute_logits, ids = model.compute_logits, torch.tensor(banned, dtype=torch.long)
 
-    def divided(*args: Any, **kwargs: Any) -> Any:
+    def shaped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal ids
         logits = compute_logits(*args, **kwargs)
-        return logits if divisor() == 1.0 else logits.float() / divisor()
+        logits = logits if divisor() == 1.0 else logits.float() / divisor()
+        if banned:
+            ids = ids.to(logits.device)
+            logits.index_fill_(-1, ids, NEVER)
+        return logits
 
-    model.compute_logits = divided
+    model.compute_logits = shaped

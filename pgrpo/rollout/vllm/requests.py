@@ -20,8 +20,8 @@ from pgrpo.rollout.vllm.delivery import DeliveryError
 DEADLINE = "rollout.vllm_deadline_s"
 RETRIES = 2
 """Number of times that a prompt is sampled again if vLLM aborts its completions."""
-Asked = tuple[list[int], Any]
-"""A prompt's token ids and vLLM's ``SamplingParams``."""
+Asked = tuple[dict[str, Any], Any]
+"""A prompt as vLLM takes it (``prompt_token_ids``, and images), and vLLM's ``SamplingParams``."""
 OnOutput = Callable[[int, Any], None]
 """Called with a prompt's position and vLLM's output for it."""
 log = logging.getLogger(__name__)
@@ -113,8 +113,8 @@ class Requests:
             engine, ids = self.llm.llm_engine, []
 
             def enqueue(requests: Sequence[Asked]) -> bool:
-                for token_ids, settings in requests:
-                    ids.extend(self.llm.enqueue([{"prompt_token_ids": token_ids}], settings, use_tqdm=False))
+                for prompt, settings in requests:
+                    ids.extend(self.llm.enqueue([prompt], settings, use_tqdm=False))
                 return bool(requests)
 
             try:

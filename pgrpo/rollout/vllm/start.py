@@ -19,6 +19,7 @@ import importlib.util
 import logging
 import math
 import os
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from pgrpo.process.caches import keeping_caches
 from pgrpo.process.deadline import deadline
 from pgrpo.process.rng import rng_state, set_rng_state
 from pgrpo.rollout.vllm import shared_decode
+from pgrpo.rollout.vllm.images import EngineImages, start_arguments
 from pgrpo.rollout.vllm.requests import DEADLINE, vllm_errors
 
 log = logging.getLogger(__name__)
@@ -108,11 +110,12 @@ class Started(NamedTuple):
     notes: list[str]
 
 
-def start(config: Config, world: World, memory_share: float) -> Started:
+def start(config: Config, world: World, memory_share: float, images: EngineImages | None = None) -> Started:
     """Start vLLM, on a GPU with sleep mode. A collective call.
 
     Args:
         memory_share: of the GPU's memory, for weights, keys and values (vLLM's ``gpu_memory_utilization``).
+        images: of a model with a vision tower.
 
     Raises:
         EngineError: it cannot be started as configured.
@@ -142,6 +145,7 @@ def start(config: Config, world: World, memory_share: float) -> Started:
             enable_sleep_mode=world.device.type == "cuda",
             logprobs_mode="raw_logprobs",
             generation_config="vllm",  # no sampling defaults from the model's folder
+            **start_arguments(images, _arguments() if images else ()),
         )
         if backend is not None and (reason := backend.why_not(llm.llm_engine.vllm_config)):
             shared_decode.plainly(config, reason)
@@ -151,7 +155,21 @@ def start(config: Config, world: World, memory_share: float) -> Started:
         if prefill(config):
             room += f"; prompts are computed in parts of {prefill(config)['max_num_batched_tokens']:,} tokens"
     set_rng_state(state)
-    return Started(llm, [room, decoding])
+    return Started(llm, [room, decoding, *([_images_text(llm)] if images and images.most else [])])
+
+
+def _arguments() -> list[str]:
+    """What ``LLM`` takes beside its own arguments."""
+    return [one.name for one in fields(importlib.import_module("vllm.engine.arg_utils").EngineArgs)]
+
+
+def _images_text(llm: Any) -> str:
+    """How much of images vLLM keeps."""
+    model = llm.llm_engine.vllm_config.model_config
+    rows = llm.llm_engine.engine_core.engine_core.scheduler.encoder_cache_manager.cache_size
+    deep = len(getattr(model.hf_config.vision_config, "deepstack_visual_indexes", None) or ())
+    mib = rows * model.hf_text_config.hidden_size * (1 + deep) * model.dtype.itemsize / 2**20
+    return f"vLLM keeps features of {rows:,} tokens of images ({mib:,.0f} MiB) while it samples"
 
 
 def _warm_up_this_model_only(device: torch.device) -> None:
