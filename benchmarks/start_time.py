@@ -33,29 +33,39 @@ def run(args: argparse.Namespace, began: float) -> dict[str, float]:
     from pgrpo.rollout.vllm import start as vllm_start
     from pgrpo.training import build as building
     from pgrpo.training.caller import Given
+    from pgrpo.training.compile_ahead import CompileAhead
     from pgrpo.training.progress import Progress
 
     parts = {"imports": time.time() - began}
 
-    def timed(module: Any, name: str) -> None:
+    def timed(module: Any, name: str, title: str) -> None:
         function = getattr(module, name)
 
         def wrapped(*given: Any, **named: Any) -> Any:
             started = time.perf_counter()
             result = function(*given, **named)
-            parts[name] = time.perf_counter() - started
+            parts[title] = parts.get(title, 0.0) + time.perf_counter() - started
             return result
 
         setattr(module, name, wrapped)
 
-    timed(building, "place_policy")
-    timed(building, "build_engine")
-    timed(vllm_start, "start")
+    timed(vllm_start, "package", "importing vLLM")
+    timed(building, "check_model", "the proof")
+    timed(building, "check_on_device", "the check on the device")
+    timed(building, "load_prompts", "reading prompts")
+    timed(building, "place_policy", "loading the policy")
+    timed(CompileAhead, "wait", "waiting for the compiling process")
+    timed(building, "build_engine", "building the engine")
+    timed(vllm_start, "start", "of that, starting vLLM")
     args.steps = 2
     full_step.clear_up(args)
     config, rows = full_step.settings(args)
     made = time.time()  # the model's folder, which a user has already
-    with start() as world, building.build(config, world, Given([full_step.spread], rows)) as built:
+    with (
+        start() as world,
+        CompileAhead(config, world) as ahead,
+        building.build(config, world, Given([full_step.spread], rows), ahead) as built,
+    ):
         parts["build"] = time.time() - made
         progress, steps = Progress(), []
         for _ in range(args.steps):
@@ -68,6 +78,10 @@ def run(args: argparse.Namespace, began: float) -> dict[str, float]:
         parts |= {f"first step, {name}": first[name] - later.get(name, 0.0) for name in STEP_PARTS if name in first}
         parts["a later step"] = later["step"]
         parts["start"] = parts["imports"] + parts["build"] + first["step"] - later["step"]
+        if world.device.type == "cuda":
+            parts["pinning host memory"] = torch.cuda.memory.host_memory_stats()["host_alloc_time.total"] / 1e6
+        compiling = torch._dynamo.utils.calculate_time_spent()  # of the policy's layers, and of vLLM's model
+        parts |= {f"compiling, {name}": seconds for name, seconds in compiling.items()}
         counters = torch._dynamo.utils.counters
         parts |= {
             name: float(n)

@@ -33,6 +33,7 @@ from pgrpo.grpo import update_policy
 from pgrpo.model.policy import Policy
 from pgrpo.planning.dims import ModelDims, decoder_layers
 from pgrpo.planning.flops import GIB, forward_flops
+from pgrpo.planning.memory import LayerPlan
 from pgrpo.planning.placement import compute_dtype, teacher_model
 from pgrpo.training.build import Learner
 from pgrpo.training.optim import build_optimizer
@@ -48,7 +49,8 @@ def placed(config: Config, world: World, *, frozen: bool) -> Policy:
     """A model of random weights: frozen in the compute dtype, or trained in float32."""
     dtype = config.model.dtype if frozen else "float32"
     model = random_model(replace(config, model=replace(config.model, dtype=dtype)), world.device)
-    policy = wrap(model, config, world, 1 if frozen else None)
+    plan = LayerPlan(["full"] * len(decoder_layers(model))) if frozen else None
+    policy = wrap(model, config, world, plan)
     policy.requires_grad_(not frozen)
     place(policy, decoder_layers(model), world, compute_dtype(config), methods=("teacher_rows",))
     return policy

@@ -84,8 +84,8 @@ def bfloat16_errors(
     few = few_layers(config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
-        untouched = untouched_model(partial(_make, few)).eval()
-        grouped = _make(few, ATTENTION_NAME).eval()
+        untouched = untouched_model(partial(random_model, few)).eval()
+        grouped = random_model(few, ATTENTION_NAME).eval()
     policy = Policy(grouped, attention=attention)
     has_states = any(map(has_state, grouped.modules()))
 
@@ -109,11 +109,12 @@ def bfloat16_errors(
     return tuple(errors)
 
 
-def _make(config: PretrainedConfig, attention: str) -> PreTrainedModel:
+def random_model(config: PretrainedConfig, attention: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of that shape with random weights, on the default device."""
     own = copy.deepcopy(config)  # from_config writes into it
     return auto_class(own).from_config(
         own,
         attn_implementation=attention_names(own, attention),
         trust_remote_code=bool(getattr(own, "auto_map", None)),
-        dtype=torch.float32,
+        dtype=dtype,
     )

@@ -126,6 +126,13 @@ def _capacity_gib(config: Config, world: World) -> float:
     return capacity - (SLEEPING_VLLM_GIB if engine_name(config, world.device) == "vllm" else 0)
 
 
+def free_beside_policy(config: Config, dims: ModelDims, world: World) -> float:
+    """GiB of this GPU that the policy leaves free between updates."""
+    sizes = plan_sizes(config, dims, world, world.device)
+    resting = memory_plan(dims, **sizes, recompute=["none"] * dims.layers).resting
+    return USABLE_SHARE * gpu_memory(world.device) / GIB - resting
+
+
 def keepable_tokens(config: Config, dims: ModelDims, world: World) -> int:
     """Tokens of the longest prefix that may be kept for several passes: on a GPU as many as the memory plan has room for."""
     sizes = plan_sizes(config, dims, world, world.device)

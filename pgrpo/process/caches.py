@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
 log = logging.getLogger(__name__)
 FOLDERS = {
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
@@ -26,14 +28,17 @@ def cache_root(folder: str | None) -> Path:
 
 
 def use_caches(folder: str | None) -> None:
-    """Let this process and its children keep compiled code in ``cache_root``. Variables that are set already stay as they are. If
-    the folder cannot be made, packages use their own, most of them temporary."""
+    """Let this process and its children keep compiled code in ``cache_root``. Variables that are set already stay as they are,
+    unless it was PyTorch who set them: importing torch._dynamo sets inductor's to its default, a temporary folder. If the folder
+    cannot be made, packages use their own, most of them temporary."""
     root = cache_root(folder)
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         log.warning("cache_dir: %s cannot be made (%s): the next run compiles again", root, error)
         return
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") == default_cache_dir():
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
     for name, part in FOLDERS.items():
         os.environ.setdefault(name, str(root / part))
     os.environ.setdefault(FLASH4, "1")

@@ -44,6 +44,7 @@ from pgrpo.rollout.base import RolloutEngine
 from pgrpo.rollout.ends import check_turn_end, end_token_ids, generation_eos
 from pgrpo.tracking.live import counting
 from pgrpo.training.caller import Given
+from pgrpo.training.compile_ahead import CompileAhead
 from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine, check_pushable
 from pgrpo.training.evaluation import check_keep_best
 from pgrpo.training.optim import build_optimizer
@@ -111,8 +112,11 @@ class Parts:
             self.engine.close()
 
 
-def build(config: Config, world: World, given: Given = Given()) -> Parts:
+def build(config: Config, world: World, given: Given = Given(), ahead: CompileAhead | None = None) -> Parts:
     """All parts of a run; use ``with`` to close them.
+
+    Args:
+        ahead: compiles the first update meanwhile.
 
     Raises:
         ConfigError: the input is wrong. Cheap checks come first.
@@ -124,6 +128,8 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
     max_sample = config.max_sample_tokens
     check_positions(config.model, hf_config, max_sample)
     check_linear(config.model.path, hf_config, world.device)
+    if ahead is not None:
+        ahead.begin(hf_config)
     keeps = check_model(config.model.path, hf_config, max_sample).keeps
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)
@@ -191,6 +197,9 @@ def build(config: Config, world: World, given: Given = Given()) -> Parts:
             if text:
                 log.info("%s", text)
         check_turn_end(tokenizer, config.prompt, end_ids)
+    if ahead is not None:
+        with counting("compiling"):
+            ahead.wait()
     with counting("starting the sampler"):
         images = engine_images(hf_config, reader, [*prompts, *held_out])
         engine = build_engine(config, world, policy, learner.optimizer, tokenizer, end_ids, images)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from transformers import PreTrainedModel
 
 from pgrpo.config import Config, ModelConfig
@@ -27,20 +30,29 @@ from pgrpo.planning.placement import (
 from pgrpo.training.long_samples import set_up_long_samples
 
 
-def place_policy(config: Config, world: World) -> Policy:
+def place_policy(
+    config: Config,
+    world: World,
+    load: Callable[[ModelConfig, torch.dtype], PreTrainedModel] = load_model,
+    plan: LayerPlan | None = None,
+) -> Policy:
     """The model on this rank's device, sharded if there are several ranks. With LoRA the model is frozen in the compute dtype and
     gets new adapters.
+
+    Args:
+        load: makes the model, with weights of a dtype.
+        plan: of its layers; None is the config's.
 
     Raises:
         ConfigError: the model cannot run on this device as configured.
     """
     if config.model.lora_rank:
-        model = load_model(config.model, compute_dtype(config))
+        model = load(config.model, compute_dtype(config))
         add_adapters(model, config.model, config.seed)
     else:
-        model = load_model(config.model)
+        model = load(config.model, torch.float32)  # master weights
         freeze(model, tower=not config.model.train_vision, projector=not config.model.train_projector)
-    policy = wrap(model, config, world)
+    policy = wrap(model, config, world, plan)
     fsdp.place(policy, decoder_layers(model), world, compute_dtype(config), methods=("next_logits", "keep"))
     return policy
 
@@ -61,22 +73,23 @@ def place_teacher(config: Config, world: World) -> Policy:
 def _place_frozen(which: ModelConfig, config: Config, world: World, *, offload: bool) -> Policy:
     model = load_model(which, compute_dtype(config))
     policys = layer_plan(config, ModelDims.from_config(load_hf_config(config.model)), world)
-    frozen = wrap(model, config, world, policys.mlp_chunks).requires_grad_(False)
+    plan = LayerPlan(
+        ["full"] * len(decoder_layers(model)), policys.mlp_chunks
+    )  # without a backward nothing is recomputed
+    frozen = wrap(model, config, world, plan).requires_grad_(False)
     fsdp.place(
         frozen, decoder_layers(model), world, compute_dtype(config), methods=("teacher_rows", "keep"), offload=offload
     )
     return frozen
 
 
-def wrap(model: PreTrainedModel, config: Config, world: World, frozen_chunks: int | None = None) -> Policy:
-    """A policy with attention, compilation and recomputation as configured. Does not move the weights. ``frozen_chunks``: the model
-    is frozen, so nothing is recomputed, and MLPs are computed in so many parts."""
+def wrap(model: PreTrainedModel, config: Config, world: World, plan: LayerPlan | None = None) -> Policy:
+    """A policy with attention, compilation and recomputation as configured, or with another plan of its layers. Does not move the
+    weights."""
     dims = ModelDims.from_config(model.config)
     ranks = Ulysses.of(world)
     policy = Policy(model, config.rollout.temperature, attention_choice(config, dims, world.device), ranks)
-    layers, plan = decoder_layers(model), LayerPlan(["full"] * dims.layers, frozen_chunks or 1)
-    if frozen_chunks is None:
-        plan = layer_plan(config, dims, world)
+    layers, plan = decoder_layers(model), plan or layer_plan(config, dims, world)
     compiled = is_compiled(config, world.device) and not (policy.vision and policy.vision.family.sees_whole_images)
     set_up_layers(layers, plan.recompute, compiled=compiled)
     if policy.vision and frozen_chunks is None and recomputes_tower(config, world.device):

@@ -27,6 +27,7 @@ from pgrpo.tracking.record import replacing
 from pgrpo.training.build import Parts, build
 from pgrpo.training.caller import Callback, Given, Run
 from pgrpo.training.checkpointing import Checkpoints
+from pgrpo.training.compile_ahead import CompileAhead
 from pgrpo.training.evaluation import evaluate_held_out
 from pgrpo.training.messages import closing_summary, out_of_memory, summary
 from pgrpo.training.progress import Progress
@@ -257,9 +258,9 @@ def _written_to_the_end(checkpoints: Checkpoints) -> Iterator[None]:
 def _built(config: Config, world: World, given: Given) -> Parts:
     """Build the parts. A stop signal ends this at once, as there is nothing to save yet."""
     try:
-        with world.stop.breaking_off():
+        with world.stop.breaking_off(), CompileAhead(config, world) as ahead:
             world.together(lambda: check_services(config) if world.is_main else None)
-            return build(config, world, given)
+            return build(config, world, given, ahead)
     except Stopped as stopped:
         raise SystemExit(128 + stopped.signum) from None
 

@@ -1,9 +1,12 @@
 """Compiled code of all kinds is kept in one folder, which nobody else moves."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from pgrpo.process.caches import FLASH4, FOLDERS, cache_root, keeping_caches, use_caches
 
@@ -28,6 +31,16 @@ def test_what_a_user_has_set_stays(tmp_path, monkeypatch):
     monkeypatch.setenv(FLASH4, "0")
     use_caches(str(tmp_path))
     assert (os.environ["TRITON_CACHE_DIR"], os.environ[FLASH4]) == ("/elsewhere", "0")
+
+
+def test_the_folder_that_pytorch_sets_when_it_is_imported_gives_way(tmp_path):
+    """In a process that nobody told where to compile, as importing pgrpo.grpo imports torch._dynamo."""
+    code = "import os, sys, torch._dynamo; before = os.environ['TORCHINDUCTOR_CACHE_DIR']\n"
+    code += "from pgrpo.process.caches import use_caches; use_caches(sys.argv[1])\n"
+    code += "print(before, os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    before, after = result.stdout.split()
+    assert (before, after) == (default_cache_dir(), str(tmp_path / "inductor"))
 
 
 def test_without_a_key_it_is_in_the_users_cache_folder(tmp_path, monkeypatch):

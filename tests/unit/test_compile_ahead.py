@@ -1,0 +1,193 @@
+"""A second process compiles what the first update needs; whatever goes wrong there, the run goes on."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from pgrpo.config import load_config
+from pgrpo.distributed.world import World
+from pgrpo.grpo import backward
+from pgrpo.model import recompute
+from pgrpo.model.policy import load_hf_config
+from pgrpo.model.proof import tokens_as_groups
+from pgrpo.planning.dims import ModelDims
+from pgrpo.planning.memory import memory_plan
+from pgrpo.planning.placement import GIB, USABLE_SHARE, free_beside_policy, gpu_memory, plan_sizes
+from pgrpo.process.pinned import SETTING, pin_with_threads
+from pgrpo.training import compile_ahead
+from pgrpo.training.build import Learner
+from pgrpo.training.compile_ahead import CompileAhead, compile_update, longest_samples
+from pgrpo.training.optim import build_optimizer
+from pgrpo.training.place import place_policy
+from pgrpo.training.update import count, micro_batches
+
+WORLD = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def make(tiny_model, tmp_path):
+    keys = [
+        f"model.path={tiny_model}",
+        f"cache_dir={tmp_path / 'caches'}",
+        "model.compile=true",
+        "train.token_budget=128",
+    ]
+    return lambda *more: load_config("quickstart.yaml", [*keys, *more])
+
+
+def test_the_update_of_a_run_compiles_nothing_that_was_not_compiled_ahead(make, monkeypatch):
+    """With old log-probs, whose forward has no gradient, an entropy term, and batches of other sizes."""
+    torch._dynamo.reset()
+    recompute._runner.cache_clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    config = make("train.updates_per_step=2", "loss.entropy_coef=0.01")
+
+    def graphs():
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    begun = graphs()
+    compile_update(config, WORLD)
+    ahead = graphs()
+    assert ahead == begun + 2  # with a gradient and without
+    policy = place_policy(config, WORLD)
+    dims = ModelDims.from_config(policy.model.config)
+    learner = Learner(config, WORLD, policy, None, build_optimizer(policy, config.optim), dims)
+    for sizes in ((3, 4, 5), (9, 2, 7)):
+        groups = tokens_as_groups([[5] * sizes[0], [6] * 4], [[[7] * sizes[1], [8] * sizes[2]], [[9, 9], [10]]])
+        for batch in micro_batches(learner, groups):
+            with torch.no_grad():
+                policy(batch)
+            backward(learner, batch, count(groups))
+    assert graphs() == ahead
+
+
+def test_its_batch_is_as_long_as_a_micro_batch_may_be(make):
+    config = make("data.max_prompt_tokens=40", "rollout.max_completion_tokens=20", "rollout.group_size=8")
+    (first, *_), samples = longest_samples(config, 50), longest_samples(config, 50)
+    assert (len(first.prompt_ids), len(first.token_ids), len(samples)) == (40, 20, 4)  # 40 + 4 * 20 of 128
+    assert len({tuple(sample.token_ids) for sample in samples}) == 4
+
+
+def begun(config, monkeypatch, code):
+    monkeypatch.setattr(compile_ahead, "CODE", code)
+    ahead = CompileAhead(config, WORLD)
+    ahead.begin(load_hf_config(config.model))
+    return ahead
+
+
+def test_it_is_done_once(make, monkeypatch, caplog):
+    with begun(make(), monkeypatch, "import sys; assert len(sys.stdin.buffer.read()) > 1000") as ahead:
+        ahead.wait()
+    assert not caplog.records
+    for config, again in ((make(), False), (make("optim.lr=1e-6"), False), (make("loss.kl_coef=0.1"), True)):
+        with begun(config, monkeypatch, "pass") as ahead:
+            assert (ahead._process is not None) == again
+
+
+def test_a_failure_is_said_once_and_tried_again_in_the_next_run(make, monkeypatch, caplog):
+    for _ in range(2):
+        with begun(make(), monkeypatch, "raise MemoryError('no room')") as ahead:
+            ahead.wait()
+    assert [record.message for record in caplog.records] == [
+        "compiling ahead failed (MemoryError: no room): the first update compiles what is missing"
+    ] * 2
+
+
+def code(ahead):
+    return ahead._process.returncode
+
+
+@pytest.mark.parametrize("error", [False, True])
+def test_a_process_that_hangs_is_ended(make, monkeypatch, caplog, error):
+    monkeypatch.setattr(compile_ahead, "PATIENCE_S", 0.05)
+    ahead = begun(make(), monkeypatch, "import time; time.sleep(60)")
+    try:
+        with ahead:
+            if error:
+                raise KeyError
+            ahead.wait()
+            assert "was not done" in caplog.text
+            assert code(ahead) == -9, "it would still have the GPU's memory when vLLM starts"
+    except KeyError:
+        assert code(ahead) == -9
+
+
+@pytest.mark.parametrize(("world", "key"), [(World(0, 2, torch.device("cpu")), "true"), (WORLD, "false")])
+def test_there_is_none_for_several_ranks_and_layers_that_run_uncompiled(make, world, key):
+    config = make(f"model.compile={key}")
+    with CompileAhead(config, world) as ahead:
+        ahead.begin(load_hf_config(config.model))
+        assert ahead._process is None
+        ahead.wait()
+
+
+def test_what_the_policy_leaves_free(make):
+    config = make("model.dtype=float32")
+    dims = ModelDims.from_config(load_hf_config(config.model))
+    sizes: Any = plan_sizes(config, dims, WORLD, WORLD.device)
+    sizes["recompute"] = ["none"] * dims.layers
+    plan = memory_plan(dims, **sizes)
+    used = plan.weights + plan.moments
+    assert free_beside_policy(config, dims, WORLD) == pytest.approx(
+        USABLE_SHARE * gpu_memory(WORLD.device) / GIB - used
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("PYTORCH_CUDA_ALLOC_CONF", None, SETTING),
+        ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64", f"max_split_size_mb:64,{SETTING}"),
+        ("PYTORCH_ALLOC_CONF", "max_split_size_mb:64", f"max_split_size_mb:64,{SETTING}"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "pinned_num_register_threads:2", "pinned_num_register_threads:2"),
+    ],
+)
+def test_pinned_memory_is_mapped_by_threads_unless_the_user_says_how(monkeypatch, name, before, after):
+    for other in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.setenv(other, "")  # so that it is put back after the test
+        monkeypatch.delenv(other)
+    if before:
+        os.environ[name] = before
+    pin_with_threads()
+    assert os.environ.get(name) == after
+
+
+HITS = """
+import runpy, sys, torch
+import pgrpo
+from pgrpo.training.caller import Callback
+class Stop(Callback):
+    def on_step_end(self, run): run.is_stopping = True
+pgrpo.train("quickstart.yaml", sys.argv[1:], callbacks=[Stop()])
+print({name: n for name, n in torch._dynamo.utils.counters["aot_autograd"].items() if name.startswith("autograd_cache_")})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("script", ["import torch", ""], ids=["a main module with torch", "one without"])
+def test_a_run_finds_in_the_caches_what_the_second_process_compiled(tiny_model, tmp_path, script):
+    keys = [
+        f"model.path={tiny_model}",
+        f"cache_dir={tmp_path / 'caches'}",
+        f"run_dir={tmp_path / 'run'}",
+        "eval.every=0",
+    ]
+    code = (
+        script + HITS
+        if script
+        else HITS.replace("import runpy, sys, torch", "import runpy, sys").replace(
+            "torch._dynamo", "sys.modules['torch']._dynamo"
+        )
+    )
+    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    command = [sys.executable, "-c", code, *keys, "model.compile=true"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "'autograd_cache_hit': 1" in result.stdout and "miss" not in result.stdout
