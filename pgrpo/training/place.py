@@ -73,9 +73,7 @@ def place_teacher(config: Config, world: World) -> Policy:
 def _place_frozen(which: ModelConfig, config: Config, world: World, *, offload: bool) -> Policy:
     model = load_model(which, compute_dtype(config))
     policys = layer_plan(config, ModelDims.from_config(load_hf_config(config.model)), world)
-    plan = LayerPlan(
-        ["full"] * len(decoder_layers(model)), policys.mlp_chunks
-    )  # without a backward nothing is recomputed
+    plan = LayerPlan(["full"] * len(decoder_layers(model)), policys.mlp_chunks)  # there is no backward to recompute for
     frozen = wrap(model, config, world, plan).requires_grad_(False)
     fsdp.place(
         frozen, decoder_layers(model), world, compute_dtype(config), methods=("teacher_rows", "keep"), offload=offload
@@ -84,15 +82,16 @@ def _place_frozen(which: ModelConfig, config: Config, world: World, *, offload: 
 
 
 def wrap(model: PreTrainedModel, config: Config, world: World, plan: LayerPlan | None = None) -> Policy:
-    """A policy with attention, compilation and recomputation as configured, or with another plan of its layers. Does not move the
-    weights."""
+    """A policy with attention, compilation and recomputation as configured. Does not move the weights. ``plan``: of the layers of
+    a model that is not the one that is trained."""
+    is_trained = plan is None
     dims = ModelDims.from_config(model.config)
     ranks = Ulysses.of(world)
     policy = Policy(model, config.rollout.temperature, attention_choice(config, dims, world.device), ranks)
     layers, plan = decoder_layers(model), plan or layer_plan(config, dims, world)
     compiled = is_compiled(config, world.device) and not (policy.vision and policy.vision.family.sees_whole_images)
     set_up_layers(layers, plan.recompute, compiled=compiled)
-    if policy.vision and frozen_chunks is None and recomputes_tower(config, world.device):
+    if policy.vision and is_trained and recomputes_tower(config, world.device):
         policy.vision.recompute()
     set_up_long_samples(layers, *plan)
     return policy

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from pgrpo.model.proof import tokens_as_groups
 
 from pgrpo.config import load_config
 from pgrpo.distributed.world import World
 from pgrpo.grpo import backward
 from pgrpo.model import recompute
 from pgrpo.model.policy import load_hf_config
-from pgrpo.model.proof import tokens_as_groups
 from pgrpo.planning.dims import ModelDims
 from pgrpo.planning.memory import memory_plan
 from pgrpo.planning.placement import GIB, USABLE_SHARE, free_beside_policy, gpu_memory, plan_sizes
@@ -163,7 +163,8 @@ import pgrpo
 from pgrpo.training.caller import Callback
 class Stop(Callback):
     def on_step_end(self, run): run.is_stopping = True
-pgrpo.train("quickstart.yaml", sys.argv[1:], callbacks=[Stop()])
+def spread(completions): return list(range(len(completions)))
+pgrpo.train("quickstart.yaml", sys.argv[1:], callbacks=[Stop()], rewards=[spread])
 print({name: n for name, n in torch._dynamo.utils.counters["aot_autograd"].items() if name.startswith("autograd_cache_")})
 """
 
