@@ -24,6 +24,7 @@ from typing import IO, Any, Self
 import torch
 from transformers import PretrainedConfig
 
+from pgrpo.admission.compare import tokens_as_samples
 from pgrpo.admission.models import cache_file
 from pgrpo.admission.on_device import random_model
 from pgrpo.admission.shrink import few_layers
@@ -32,7 +33,6 @@ from pgrpo.config import Config
 from pgrpo.distributed.fsdp import no_gradient
 from pgrpo.distributed.world import World, start
 from pgrpo.model.policy import load_hf_config
-from pgrpo.model.proof import tokens_as_samples
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.planning.flops import GIB, ModelDims

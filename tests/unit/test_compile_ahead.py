@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from pgrpo.model.proof import tokens_as_groups
 
+from pgrpo.admission.compare import tokens_as_groups
 from pgrpo.config import load_config
 from pgrpo.distributed.world import World
 from pgrpo.grpo import backward
