@@ -76,12 +76,14 @@ class Request(NamedTuple):
     Attributes:
         max_tokens: limit of a completion, below ``SamplingParams.max_completion_tokens``; None: that.
         images: of the tokens, as ``Prompt.images``.
+        continued: of the tokens, those that an earlier request of the same rollout and its completion had.
     """
 
     token_ids: list[int]
     seeds: list[int]
     max_tokens: int | None = None
     images: PromptImages | None = None
+    continued: int = 0
 
 
 @dataclass(frozen=True, slots=True)

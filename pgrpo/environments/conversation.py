@@ -67,6 +67,7 @@ class Transcript:
         self._names: list[str] = []  # of the tools that the last turn called
         self._first_call = 0  # the number of the first of them in the episode
         self._told: Messages = []  # what the model has yet to read
+        self._read = 0  # tokens of the last sample with which the model's last turn ended
 
     @property
     def sample(self) -> Sample:
@@ -85,6 +86,7 @@ class Transcript:
         other.messages, other.counts, other.text = list(self.messages), self.counts, self.text
         other.inherited = len(self.messages)
         other._names, other._first_call, other._told = list(self._names), self._first_call, list(self._told)
+        other._read = self._read
         return other
 
     def behind(self, prompt: Prompt) -> Transcript:
@@ -108,10 +110,11 @@ class Transcript:
         if room <= 0:
             raise Ended("length")
         ids = sample.prompt_ids + sample.token_ids
-        request = Request(ids, [self._turn_seed()], min(room, self._lengths.turn))
+        request = Request(ids, [self._turn_seed()], min(room, self._lengths.turn), continued=self._read)
         assert self._complete is not None
         completion = await self._complete(request)
         sample.token_ids += completion.token_ids
+        self._read = len(ids) + len(completion.token_ids)
         sample.mask += [True] * len(completion.token_ids)
         sample.rollout_logprobs += completion.rollout_logprobs
         sample.weights_version = completion.weights_version
@@ -193,6 +196,7 @@ class Transcript:
         # Samples of a group share one list; a template that writes the prompt in another way now shares less.
         prompt_ids = prompt if same == len(prompt) else whole[: max(1, same)]
         self.samples.append(_context(prompt_ids, whole[len(prompt_ids) :]))
+        self._read = 0
         self.counts["rewritten"] += 1
 
     def _fitting(self, make: Callable[[], list[int]], used: int) -> list[int]:

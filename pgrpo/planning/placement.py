@@ -314,8 +314,11 @@ def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.devi
         "teacher_offload": config.loss.teacher_offload == "cpu",
         "full_kl": config.loss.teacher_kl == "full",
         "offload": config.optim.offload == "cpu",
-        "concurrent": 0 if engine_name(config, device) == "vllm" else min(rollout.max_concurrent, samples),
-        "group_size": rollout.group_size,
+        # An episode's turns have a prompt each, and what they computed is kept for its next turn.
+        "concurrent": 0
+        if engine_name(config, device) == "vllm"
+        else min(rollout.max_concurrent, samples) << config.has_tools,
+        "group_size": 1 if config.has_tools else rollout.group_size,
         "prompt_tokens": config.data.max_prompt_tokens,
         "completion_tokens": config.max_sampled_tokens,
         "logit_chunk_bytes": chunk_bytes(device.type),

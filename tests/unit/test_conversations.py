@@ -80,6 +80,7 @@ def test_a_rewritten_history_is_another_sample_as_the_template_writes_it():
     for sample, request in zip(episode.samples, engine.requests, strict=True):  # what the engine was shown
         assert request.token_ids == sample.prompt_ids + sample.token_ids[: sample.mask.index(True)]
         assert sample.rollout_logprobs == [-0.5 if sampled else 0.0 for sampled in sample.mask]
+        assert request.continued == 0  # no turn before it was read like this
     assert [s.turns[-1] for s in episode.samples] == [0, 1, 2] and set(third.turns) == {-1, 2}
     assert episode.counts["rewritten"] == 2 and episode.own_rewards == {"Asks": 5.0}
     assert [m["content"] for m in episode.messages] == ["one", "more", "two", "again", "three"]
@@ -90,8 +91,13 @@ def test_a_rewritten_history_is_another_sample_as_the_template_writes_it():
 
 
 def test_append_keeps_what_was_sampled():
-    ((episode,),), _ = play(turns(*ANSWERS), environment=Asks, tokenizer=THINKING, history="append")
+    ((episode,),), engine = play(turns(*ANSWERS), environment=Asks, tokenizer=THINKING, history="append")
     (sample,) = episode.samples
+    starts, count = [], len(sample.prompt_ids)
+    for request in engine.requests:  # each goes on behind the turn before
+        assert request.continued == (starts[-1] if starts else 0)
+        starts.append(len(request.token_ids) + len(engine.said[request.seeds[0]][0]))
+    assert starts[-1] == count + len(sample.token_ids)
     assert shown(sample) == [
         (True, ANSWERS[0]), (False, user("more")), (True, ANSWERS[1]), (False, user("again")), (True, ANSWERS[2])
     ]  # fmt: skip

@@ -17,7 +17,8 @@ from pgrpo.config import Config, ConfigError, ModelConfig
 from pgrpo.distributed.world import World
 from pgrpo.planning import placement
 from pgrpo.planning.flops import ModelDims
-from pgrpo.planning.placement import attention_choice, check_device, is_compiled, layer_plan
+from pgrpo.planning.memory import memory_plan
+from pgrpo.planning.placement import attention_choice, check_device, is_compiled, layer_plan, plan_sizes
 
 DIMS = ModelDims.from_config(
     json.loads((Path(__file__).parents[2] / "benchmarks" / "qwen3_4b" / "config.json").read_text())
@@ -230,3 +231,18 @@ def test_each_depth_is_copied_or_read_where_it_is_by_its_own_cost():
         < replace(choice, way="between_depths").choose(depths).ns
         < replace(choice, way="copied_keys").choose(depths).ns
     )
+
+
+def test_the_plan_of_episodes_has_a_prompt_for_each_and_what_is_kept_for_their_next_turns():
+    chosen = config()
+    chosen.train.steps, chosen.rollout.max_concurrent = 1, 40
+    chosen.environment.max_episode_tokens = chosen.rollout.max_completion_tokens = 100
+    chosen.data.max_prompt_tokens = 50
+    row = 2 * 36 * 8 * 128 * 2 / 2**30
+
+    def kv_cache():
+        return memory_plan(DIMS, recompute=["full"] * 36, **plan_sizes(chosen, DIMS, World(0, 1, CPU), CPU)).kv_cache
+
+    assert kv_cache() == pytest.approx(row * (40 * 100 + 5 * 50))
+    chosen.tools = ["own.py:f"]
+    assert kv_cache() == pytest.approx(row * 2 * 40 * (100 + 50))

@@ -178,6 +178,54 @@ def test_rollout_logprobs_are_those_of_the_untouched_model(models, temperature):
             torch.testing.assert_close(torch.tensor(completion.rollout_logprobs), wanted, rtol=1e-5, atol=1e-5)
 
 
+def three_turns(policy, asked, eos, *, goes_on, **settings):
+    """Two episodes of three turns behind each prompt, with two tokens told in between: all tokens in front of each turn with its
+    completion, and the rows of each round's first call."""
+    counting, requests, found = Counting(policy), [], []
+    waiting = [Request(prompt.token_ids, [seed]) for prompt in asked for seed in (0, 1)]
+    starts = []
+
+    def more(wait):
+        starts.append(len(counting.calls))
+        new = waiting.copy()
+        requests.extend(new)
+        waiting.clear()
+        return new
+
+    def finished(position, completions):
+        request = requests[position]
+        found.append((request.token_ids, completions[0]))
+        whole = request.token_ids + completions[0].token_ids
+        if request.seeds[0] < 20:
+            waiting.append(
+                Request(
+                    [*whole, 40 + request.seeds[0] % 2, 42], [request.seeds[0] + 10], continued=len(whole) * goes_on
+                )
+            )
+
+    EmbeddedEngine(counting, Letters(), eos, **settings).sample((), SamplingParams(LIMIT), finished, more)
+    return found, [counting.calls[i][0] for i in starts[:-1]]
+
+
+@pytest.mark.parametrize("at_once", [256, 4])
+def test_a_turn_costs_its_new_tokens_and_its_logprobs_are_those_of_the_untouched_model(models, at_once):
+    policy, untouched = models
+    asked = prompts()
+    eos = likely_eos(policy, asked)
+    found, rows = three_turns(policy, asked, eos, goes_on=True, max_concurrent=at_once)
+    whole, whole_rows = three_turns(policy, asked, eos, goes_on=False, max_concurrent=at_once)
+    assert len(found) == 3 * 2 * len(asked)
+    for ids, completion in found:
+        wanted = wanted_logprobs(untouched, Prompt(0, "", ids), completion.token_ids)
+        torch.testing.assert_close(torch.tensor(completion.rollout_logprobs), wanted, rtol=1e-5, atol=1e-5)
+    assert [(ids, completion.token_ids) for ids, completion in found] == [(ids, c.token_ids) for ids, c in whole]
+    if untouched.config.model_type in ("qwen3_5_text", "lfm2"):  # whose states are not kept
+        assert rows == whole_rows
+    else:  # the two tokens that are told, and the last of the turn before, which no step fed
+        turns = min(at_once, 2 * len(asked))
+        assert rows[1:] == [3 * turns] * 2 and min(whole_rows[1:]) > 2 * rows[1]
+
+
 def test_a_sample_does_not_depend_on_its_company(policy):
     asked = prompts()
     params = SamplingParams(LIMIT, top_p=0.9)

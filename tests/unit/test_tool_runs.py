@@ -132,9 +132,20 @@ def test_rounds_go_on_until_no_rank_has_a_turn():
     first = [Request([2, 3], [0]), Request([2, 3], [1]), Request([4], [2])]
     found, policy = rounds([first, [Request([2, 3, 1, 4], [3])]], others=0)
     assert [position for position, _ in found] == [0, 1, 2, 3]
-    assert policy.rows == [3, 4]  # the shared prompt once; each round reads its whole history
+    assert policy.rows == [3, 4]  # the shared prompt once
     found, policy = rounds([first], others=3)  # this rank is done, another has two more rounds
     assert [position for position, _ in found] == [0, 1, 2] and policy.rows == [3, 1, 1]
+
+
+def test_a_turn_that_goes_on_costs_its_new_tokens_and_the_last_that_was_sampled():
+    first = [Request([2, 3], [0]), Request([2, 3], [1]), Request([4], [2])]
+    second = [Request([2, 3, 1, 4, 4], [3], continued=3), Request([4, 1, 4], [4], continued=2), Request([4, 1], [5])]
+    _, policy = rounds([first, second, [Request([2, 3, 1, 4, 4, 1, 2], [6], continued=6)]], others=0)
+    assert policy.rows == [3, 3 + 2 + 2, 2]  # one that does not say that it goes on is read whole
+    _, policy = rounds([first, [Request([2, 3, 4, 4], [3], continued=3)]], others=0)
+    assert policy.rows == [3, 4]  # nobody sampled that
+    _, policy = rounds([first, second[1:2], [Request([2, 3, 1, 4], [3], continued=3)]], others=0)
+    assert policy.rows == [3, 2, 4]  # kept for one round
 
 
 def test_the_limit_of_a_request_is_below_that_of_all():

@@ -1,7 +1,8 @@
 """Keys and values of a rollout: each prompt's are stored once and shared by its group, as in training.
 
 A decoding step has the same two attention calls and merge as a training step: each row attends to its own completion so far (a
-dense batch, as all have the same length), and all rows of a group attend to the group's prompt.
+dense batch, as all have the same length), and all rows of a group attend to the group's prompt. A prompt that goes on from an
+earlier one and its completion computes its new tokens only, behind their keys and values (``Front``).
 
 N prompts, B rows in the batch (completions still running), K key/value heads, D head dim, C capacity in tokens.
 """
@@ -10,15 +11,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pgrpo.attention.grouped import KeysAndValues
 from pgrpo.attention.kernels.flash import dense_forward, varlen_forward
 from pgrpo.attention.kernels.segments import Scores, Segments
 from pgrpo.attention.layout import PackedLayout, cumulative
 from pgrpo.attention.merge import add_sinks_, merge_
+
+
+class Front(NamedTuple):
+    """The first ``rows`` tokens of a prompt: layer -> K, V [rows, K, D]."""
+
+    rows: int
+    layers: dict[int, KeysAndValues]
+
+
+NOTHING = Front(0, {})
 
 
 class DecodeCache:
@@ -28,14 +40,24 @@ class DecodeCache:
         prompt_lens: N prompt lengths.
         rows_of: N numbers of rows; rows are ordered by prompt.
         capacity: the most tokens of a completion.
+        fronts: of each prompt, what the first call leaves out (default: nothing); not for models with states.
     """
 
-    def __init__(self, prompt_lens: Sequence[int], rows_of: Sequence[int], capacity: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        prompt_lens: Sequence[int],
+        rows_of: Sequence[int],
+        capacity: int,
+        device: torch.device,
+        fronts: Sequence[Front] = (),
+    ) -> None:
         self.capacity = capacity
         self.length = 0  # completion tokens in the cache, the same for every row
         self._device = device
         self._cu_prefix = cumulative(prompt_lens, device)
         self._prompt_lens, self._max_prefix = list(prompt_lens), max(prompt_lens)
+        self._fronts = fronts or [NOTHING for _ in prompt_lens]
+        self._new_lens = [n - front.rows for n, front in zip(prompt_lens, self._fronts, strict=True)]
         self._group_of_row = torch.arange(len(prompt_lens)).repeat_interleave(torch.tensor(rows_of))
         self._prefixes: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> K, V [prompt rows, K, D]
         self._suffixes: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> K, V [B, C, K, D]
@@ -65,10 +87,11 @@ class DecodeCache:
         scores = Scores(scale, softcap=softcap or 0.0)
         kernel = "flash4" if softcap and q_THD.device.type == "cuda" else "builtin"  # which cannot soft-cap on a GPU
         if layer not in self._prefixes:
-            self._prefixes[layer] = k_TKD.contiguous(), v_TKD.contiguous()
-            within = Segments(self._cu_prefix, self._cu_prefix, self._max_prefix, self._max_prefix)
+            keys = self._prefixes[layer] = self._behind_fronts(layer, 0, k_TKD), self._behind_fronts(layer, 1, v_TKD)
+            new = cumulative(self._new_lens, self._device)
+            within = Segments(new, self._cu_prefix, max(self._new_lens), self._max_prefix)
             causal = scores._replace(causal=True, window=window or 0)
-            out_THD, lse_HT = varlen_forward(q_THD, k_TKD, v_TKD, within, causal, kernel)
+            out_THD, lse_HT = varlen_forward(q_THD, *keys, within, causal, kernel)
         else:
             k_BCKD, v_BCKD = self._suffix_buffers(layer, k_TKD, v_TKD)
             k_BCKD[:, self.length], v_BCKD[:, self.length] = k_TKD, v_TKD
@@ -103,6 +126,25 @@ class DecodeCache:
         self.states = {name: x.index_select(0, rows) for name, x in self.states.items()}
         self._across = self._suffix_segments()
         self._last.clear()
+
+    def front(self, row: int, count: int) -> Front:
+        """A copy of a row's prompt and of the first ``count`` tokens behind it."""
+        start, end = self._cu_prefix[self._group_of_row[row] :][:2].tolist()
+        layers: dict[int, KeysAndValues] = {}
+        for layer, prefix in self._prefixes.items():
+            own = [x[row, :count] for x in self._suffixes[layer]] if count else [x[:0] for x in prefix]
+            k, v = (torch.cat([x[start:end], y]) for x, y in zip(prefix, own, strict=True))
+            layers[layer] = k, v
+        return Front(end - start + count, layers)
+
+    def _behind_fronts(self, layer: int, which: int, new_TKD: Tensor) -> Tensor:
+        """Keys (0) or values (1) of whole prompts, from those of their new tokens."""
+        if not any(front.rows for front in self._fronts):
+            return new_TKD.contiguous()
+        pieces = []
+        for front, new_nKD in zip(self._fronts, new_TKD.split(self._new_lens), strict=True):
+            pieces += [front.layers[layer][which], new_nKD] if front.rows else [new_nKD]
+        return torch.cat(pieces)
 
     def _suffix_buffers(self, layer: int, *like_BKD: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in self._suffixes:

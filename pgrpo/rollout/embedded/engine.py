@@ -1,6 +1,7 @@
 """Samples with the policy's own transformers model, in the trainer's process: no weights are copied.
 
-Each prompt is computed once and its group shares the keys and values. Nothing is padded, and finished completions leave the batch.
+Each prompt is computed once and its group shares the keys and values; the next turn of an episode goes on from those of its last.
+Nothing is padded, and finished completions leave the batch.
 vLLM is faster on a GPU.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from pgrpo.distributed.fsdp import Root, no_gradient
 from pgrpo.rollout.base import More, OnFinished, no_more
-from pgrpo.rollout.embedded.cache import DecodeCache
+from pgrpo.rollout.embedded.cache import NOTHING, DecodeCache, Front
 from pgrpo.rollout.embedded.sampling import draw, uniforms
 from pgrpo.rollout.text import Tokenizer, make_completions
 from pgrpo.types import Completion, PromptImages, Request, SamplingParams
@@ -87,8 +88,13 @@ class EmbeddedEngine:
     ) -> None:
         """Sample all requests in waves of at most ``max_concurrent`` completions. Each completion's seed alone decides its random
         numbers. More requests are asked for when none is left, and all that come are awaited, so that waves do not depend on how
-        long something took. A rank without requests decodes one that nobody asked for while others have some."""
-        rest, start = list(requests) or list(more("all")), 0
+        long something took. A rank without requests decodes one that nobody asked for while others have some.
+
+        What a completion computed is kept for requests of the next round that continue it: of ``max_concurrent`` completions at
+        most, and not in models with states, of which a batch has those behind its newest tokens alone."""
+        rest, start, self._keeps = list(requests) or list(more("all")), 0, more is not no_more
+        fronts: dict[tuple[int, ...], Front] = {}
+        self._kept: dict[tuple[int, ...], Front] = {}
         while self.any_rank(bool(rest)):
             count = completions = 0
             while count < len(rest) and (not count or completions + len(rest[count].seeds) <= self.max_concurrent):
@@ -100,21 +106,26 @@ class EmbeddedEngine:
                 if position < count:
                     on_finished(start + position, completions)
 
+            behind = [fronts.get(tuple(r.token_ids[: r.continued]), NOTHING) for r in wave] or [NOTHING]
             with no_gradient(self.policy):
-                self._sample_wave(wave or [self.filler], params, finished)
+                self._sample_wave(wave or [self.filler], behind, params, finished)
             start += count
-            rest = rest or list(more("all"))
+            if not rest:
+                rest, fronts, self._kept = list(more("all")), self._kept, {}
 
-    def _sample_wave(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
+    def _sample_wave(
+        self, requests: Sequence[Request], behind: Sequence[Front], params: SamplingParams, on_finished: OnFinished
+    ) -> None:
         device = self.policy.device
         limit = params.max_completion_tokens
         sizes = [len(request.seeds) for request in requests]
         first = [0, *accumulate(sizes)]  # of each request, its first completion
         total = first[-1]
+        request_of = [request for request in requests for _ in request.seeds]
         # Neighbours with the same prompt share its keys and values: the first turns of a group, say.
-        prompts = [list(same) for _, same in groupby(requests, key=lambda r: (r.token_ids, r.images))]
-        rows_of = [sum(len(request.seeds) for request in same) for same in prompts]
-        asked = [(same[0].token_ids, same[0].images) for same in prompts]
+        groups = groupby(zip(requests, behind, strict=True), key=lambda pair: (pair[0].token_ids, pair[0].images))
+        asked, prompts = zip(*((prompt, list(same)) for prompt, same in groups), strict=True)
+        rows_of, fronts = [sum(len(r.seeds) for r, _ in same) for same in prompts], [same[0][1] for same in prompts]
         prompt_lens = [len(ids) for ids, _ in asked]
         limits = torch.tensor([min(r.max_tokens or limit, limit) for r in requests for _ in r.seeds], device=device)
         uniform = uniforms([seed for request in requests for seed in request.seeds], limit).to(device)
@@ -137,11 +148,11 @@ class EmbeddedEngine:
             )
             on_finished(position, made)
 
-        cache = DecodeCache(prompt_lens, rows_of, limit, device)
+        cache = DecodeCache(prompt_lens, rows_of, limit, device, fronts)
         rows = torch.arange(total, device=device)  # the completion of each row of the batch
         repeats = torch.tensor(rows_of, device=device)
         positions = torch.tensor([next_position(*one) for one in asked], device=device).repeat_interleave(repeats)
-        logits = self._prefill(asked, cache).repeat_interleave(repeats, dim=0)
+        logits = self._prefill(asked, fronts, cache).repeat_interleave(repeats, dim=0)
         for t in range(limit):
             if t % CHECK_EVERY == 0:
                 self.check_stop()
@@ -151,9 +162,14 @@ class EmbeddedEngine:
             newly_ended = rows[ended & ~done[rows]]
             stopped[newly_ended] = True
             lengths[newly_ended] = t + 1
-            newly_done = rows[(ended | (limits[rows] == t + 1)) & ~done[rows]]
+            is_new = (ended | (limits[rows] == t + 1)) & ~done[rows]
+            newly_done = rows[is_new]
             done[newly_done] = True
             if len(newly_done):
+                new_rows = is_new.nonzero().flatten().tolist() if self._keeps and not cache.states else ()
+                for row in new_rows[: self.max_concurrent - len(self._kept)]:
+                    own = int(rows[row])
+                    self._kept[*request_of[own].token_ids, *tokens[own, : t + 1].tolist()] = cache.front(row, t)
                 finished = done.tolist()
                 for position in sorted(waiting):
                     if all(finished[first[position] : first[position + 1]]):
@@ -171,13 +187,19 @@ class EmbeddedEngine:
             logits = self.policy.next_logits(inputs, cache, torch.arange(len(rows), device=device))
             cache.advance()
 
-    def _prefill(self, prompts: Sequence[tuple[list[int], PromptImages | None]], cache: DecodeCache) -> Tensor:
+    def _prefill(
+        self, prompts: Sequence[tuple[list[int], PromptImages | None]], fronts: Sequence[Front], cache: DecodeCache
+    ) -> Tensor:
         """Logits [N, V] of the first token behind each prompt."""
-        device = self.policy.device
+        device, firsts = self.policy.device, [front.rows for front in fronts]
         prompt_lens = [len(ids) for ids, _ in prompts]
-        input_ids = torch.tensor([t for ids, _ in prompts for t in ids], device=device)
-        position_ids = torch.cat([torch.arange(n, device=device) for n in prompt_lens])
-        last_rows = torch.tensor(prompt_lens, device=device).cumsum(0) - 1
+        input_ids = torch.tensor(
+            [t for (ids, _), first in zip(prompts, firsts, strict=True) for t in ids[first:]], device=device
+        )
+        position_ids = torch.cat(
+            [torch.arange(first, n, device=device) for first, n in zip(firsts, prompt_lens, strict=True)]
+        )
+        last_rows = (torch.tensor(prompt_lens, device=device) - torch.tensor(firsts, device=device)).cumsum(0) - 1
         images = image_rows(prompt_pieces(prompts), device)
         if images is not None and images.position_ids is not None:
             position_ids = images.position_ids
