@@ -76,6 +76,7 @@ def run(args: argparse.Namespace, began: float) -> dict[str, float]:
             steps.append(metrics | {"step": time.perf_counter() - started})
         first, later = steps[0], steps[-1]
         parts |= {f"first step, {name}": first[name] - later.get(name, 0.0) for name in STEP_PARTS if name in first}
+        parts |= {f"a later step, {name}": later[name] for name in (*STEP_PARTS, *full_step.OTHERS) if name in later}
         parts["a later step"] = later["step"]
         parts["start"] = parts["imports"] + parts["build"] + first["step"] - later["step"]
         if world.device.type == "cuda":
