@@ -104,6 +104,9 @@ class RolloutConfig:
     this ran on a GPU, and logs why if not; `always` tries it with later releases too, and fails where it cannot run."""
     canary_every: int = number(10, least=0, most=MOST_STEPS)
     """Steps between checks of vLLM's log-probs that detect stale weights. Needs 16 different completions in a step. 0 is off."""
+    compare_experts: bool = False
+    """Let the canary count, too, how often vLLM chooses other experts than the policy with the same weights
+    (`canary/expert_difference`). vLLM then records its choices in every step, which makes it slower by some percent."""
     vllm_deadline_s: float = number(1800.0, above=0, most=MOST_SECONDS)
     """Maximum seconds of one vLLM call (start, push, rollout, sleep); a longer one ends the run with a message."""
     allow_untested_vllm: bool = False

@@ -17,12 +17,14 @@ from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.fsdp import no_gradient
 from pgrpo.distributed.shards import shard_of
 from pgrpo.distributed.world import World
+from pgrpo.model.families.expert_products import recorded_choices
 from pgrpo.model.families.experts import can_unstack
 from pgrpo.model.policy import Policy
 from pgrpo.model.recompute import not_compiled
 from pgrpo.model.weights import full_weights, weight_names
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
+from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.placement import compute_dtype, engine_choice, engine_name, vllm_memory
 from pgrpo.rollout.base import RolloutEngine
@@ -44,6 +46,7 @@ VLLM_KEYS = (
     "enforce_eager",
     "shared_decode",
     "canary_every",
+    "compare_experts",
     "vllm_deadline_s",
     "allow_untested_vllm",
 )
@@ -79,8 +82,21 @@ def check_engine(config: Config, dims: ModelDims, world: World) -> None:
                 str(n) for n in range(1, world.size + 1) if not (world.size % n or dims.heads % n or dims.kv_heads % n)
             ]
             raise ConfigError(f"{key}: {size} does not divide {count} {what}; it may be {', '.join(valid)}{why}")
+    if rollout.compare_experts and (lacks := _cannot_compare_experts(config, dims)):
+        raise ConfigError(f"rollout.compare_experts: true: {lacks}; leave it out")
     vllm_start.check_version(config, world.device)
     vllm_memory(config, dims, world)  # refuses prompts that do not fit
+
+
+def _cannot_compare_experts(config: Config, dims: ModelDims) -> str:
+    """Why choices of experts cannot be compared; empty if they can."""
+    if not dims.stacked:
+        return f"{config.model.path} has no experts that transformers stacks"
+    if not config.rollout.canary_every:
+        return "the canary compares them, and rollout.canary_every=0 is off"
+    if config.model.sequence_parallel_size > 1:
+        return "with model.sequence_parallel_size no rank has all rows of a sample"
+    return ""
 
 
 def check_pushable(config: Config, hf_config: PretrainedConfig, world: World) -> None:
@@ -155,7 +171,7 @@ def resting_tensors(policy: nn.Module, optimizer: torch.optim.Optimizer, parts: 
 class ScoringEngine(Protocol):
     """The part of ``VLLMEngine`` that the canary needs."""
 
-    def score(self, samples: Sequence[Sample]) -> list[float]: ...
+    def score(self, samples: Sequence[Sample]) -> vllm.Scores: ...
 
 
 class Canary:
@@ -172,6 +188,7 @@ class Canary:
         self._samples: list[Sample] = []
         self._old: list[float] = []
         self._new: list[float] | None = None
+        self._experts: list[Tensor | None] = []
 
     def before_update(self, step: int, groups: Sequence[Group]) -> None:
         """Record some of the step's samples and their log-probs. ``groups`` are rank 0's. A collective call."""
@@ -183,7 +200,7 @@ class Canary:
     def after_update(self) -> None:
         """Record the log-probs of these samples again. A collective call."""
         if self._samples:
-            self._new = self._logprobs()
+            self._new = self._logprobs(record=True)
 
     def look(self) -> dict[str, float]:
         """Score these samples with the engine, which is awake with the new weights, and compare. Returns metrics, if there was an
@@ -195,18 +212,27 @@ class Canary:
         if self._new is None:
             return {}
         lengths = [len(sample.token_ids) for sample in self._samples]
-        slope = canary.regress(self._old, self._new, self.engine.score(self._samples), lengths)
+        scores = self.engine.score(self._samples)
+        slope = canary.regress(self._old, self._new, scores.logprobs, lengths)
         self._new = None
         self.world.together(lambda: canary.check(slope))
         metrics = {"canary/logp_difference": slope.noise}
         if math.isfinite(slope.error):
             metrics |= {"canary/slope": slope.slope, "canary/slope_error": slope.error}
+        if scores.experts is not None:
+            metrics["canary/expert_difference"] = canary.other_experts(self._experts, scores.experts)
         return metrics
 
-    def _logprobs(self) -> list[float]:
+    def _logprobs(self, *, record: bool = False) -> list[float]:
+        """Log-probs of the samples' completion tokens. ``record``: keep the experts of the rows that predict these."""
         batch = build_batch(Forest.of(self._samples), device=self.world.device, attention=self.policy.attention)
-        with no_gradient(self.policy), not_compiled():
-            return self.policy(batch, temperature=1.0).logprobs.tolist()
+        with no_gradient(self.policy), not_compiled(), recorded_choices() as choices:
+            found = self.policy(batch, temperature=1.0).logprobs.tolist()
+        if record:
+            of_module = {module: experts.index_select(0, batch.logit_index).cpu() for module, experts in choices}
+            layers = decoder_layers(self.policy.model)
+            self._experts = [next((of_module[m] for m in layer.modules() if m in of_module), None) for layer in layers]
+        return found
 
 
 def build_canary(config: Config, world: World, policy: Policy, engine: RolloutEngine) -> Canary | None:

@@ -252,6 +252,7 @@ EFFECTS = dict(
         effect("rollout.enforce_eager", True, "error"),
         effect("rollout.shared_decode", "never", "error"),
         effect("rollout.canary_every", 5, "error"),
+        effect("rollout.compare_experts", True, "error"),
         effect("rollout.vllm_deadline_s", 60.0, "error"),
         effect("rollout.allow_untested_vllm", True, "error"),
         effect("rewards.functions", [{"function": "exact_match"}]),

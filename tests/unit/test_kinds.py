@@ -23,6 +23,7 @@ from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.planning.flops import ModelDims
 from pgrpo.rollout.vllm.canary import CanaryError
+from pgrpo.rollout.vllm.engine import Scores
 from pgrpo.training.engine import Canary
 
 SCRIPT = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "make_tiny_model.py"))
@@ -75,7 +76,7 @@ class Pushed:
 
     @torch.no_grad()
     def score(self, samples):
-        return reference_logprobs(self.model, samples).tolist()
+        return Scores(reference_logprobs(self.model, samples).tolist())
 
 
 def test_the_canary_knows_new_weights_from_old(folder, tmp_path):

@@ -167,7 +167,7 @@ def test_logprobs_are_of_the_whole_distribution_whatever_top_k_and_top_p_cut(awa
     assert max(reported) < -0.01, "there is something to cut"
     if params.top_k == 1 or params.top_p < 0.1:
         assert all(g.samples[0].token_ids == g.samples[1].token_ids for g in groups)
-    scored = engine.score(samples_of(groups))  # at temperature 1, right after another one
+    scored = engine.score(samples_of(groups)).logprobs  # at temperature 1, right after another one
     assert scored == pytest.approx(logprobs(policy, samples_of(groups)), abs=tolerance(policy))
 
 
@@ -250,7 +250,7 @@ def test_an_overlong_prompt_is_refused(awake):
 def test_scores_are_the_policys_logprobs(awake):
     engine, policy = awake
     samples = tokens_as_samples([[3, 4, 5], [6]], [[[7, 8, 9], [10]], [[11, 12], []]])
-    assert engine.score(samples) == pytest.approx(logprobs(policy, samples), abs=tolerance(policy))
+    assert engine.score(samples).logprobs == pytest.approx(logprobs(policy, samples), abs=tolerance(policy))
 
 
 def slope(engine, policy, samples, push=True):
@@ -259,7 +259,7 @@ def slope(engine, policy, samples, push=True):
     if push:
         engine.push()
     lengths = [len(sample.token_ids) for sample in samples]
-    return canary.regress(old, logprobs(policy, samples), engine.score(samples), lengths)
+    return canary.regress(old, logprobs(policy, samples), engine.score(samples).logprobs, lengths)
 
 
 @pytest.mark.faults
@@ -282,7 +282,7 @@ def test_waking_pushes(engine):
     perturb(policy, 0.05)
     samples = tokens_as_samples([[3, 4, 5]], [[[7, 8, 9], [10, 11]]])
     with vllm.awake(0):
-        assert vllm.score(samples) == pytest.approx(logprobs(policy, samples), abs=tolerance(policy))
+        assert vllm.score(samples).logprobs == pytest.approx(logprobs(policy, samples), abs=tolerance(policy))
     with pytest.raises(EngineError, match="the engine is asleep"):
         vllm.score(samples)
     assert {"time/wake", "time/weight_sync", "time/sleep"} <= vllm.metrics.keys()

@@ -12,11 +12,12 @@ I width inside an expert (twice that for gate and up).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise, starmap
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -34,8 +35,26 @@ def use_products(model: PreTrainedModel) -> None:
         model.set_experts_implementation(NAME)
 
 
+class _Recorded:
+    """Modules and the experts of their rows, in the order of calls; None: these are not kept."""
+
+    choices: list[tuple[nn.Module, Tensor]] | None = None
+
+
+@contextmanager
+def recorded_choices() -> Iterator[list[tuple[nn.Module, Tensor]]]:
+    """Collects, of forwards inside this block that are not compiled, the experts of all rows: [T, A] of every module of experts."""
+    _Recorded.choices = found = []
+    try:
+        yield found
+    finally:
+        _Recorded.choices = None
+
+
 def forward(module: Any, hidden_TE: Tensor, experts_TA: Tensor, weights_TA: Tensor) -> Tensor:
     """transformers' interface for experts: [T, E] hidden states, each row's experts and their weights -> [T, E]."""
+    if not torch.compiler.is_compiling() and _Recorded.choices is not None:
+        _Recorded.choices.append((module, experts_TA))
     active, turned = experts_TA.shape[-1], bool(module.is_transposed)
     experts_S, order_S = experts_TA.flatten().sort(stable=True)
     place_S = torch.empty_like(order_S).scatter(0, order_S, torch.arange(len(order_S), device=order_S.device))

@@ -18,6 +18,10 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from pgrpo.tracking.intervals import student_t
 from pgrpo.types import Group, Sample
 
@@ -48,6 +52,22 @@ class Slope(NamedTuple):
     slope: float
     error: float
     noise: float
+
+
+def other_experts(ours: Sequence[Tensor | None], theirs: Sequence[np.ndarray]) -> float:
+    """The share of the policy's choices of experts that the engine did not make, over rows and layers.
+
+    Args:
+        ours: [L, A] a layer, of L rows; None for a layer without experts.
+        theirs: L arrays [layers, A].
+    """
+    engine_LNA = torch.from_numpy(np.stack(theirs).astype(np.int64))
+    same = [
+        (experts_LA.unsqueeze(-1) == engine_LNA[:, layer].unsqueeze(1)).any(-1).float().mean().item()
+        for layer, experts_LA in enumerate(ours)
+        if experts_LA is not None
+    ]
+    return 1 - statistics.fmean(same)
 
 
 def regress(old: Sequence[float], new: Sequence[float], engine: Sequence[float], lengths: Sequence[int]) -> Slope:

@@ -21,8 +21,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -41,6 +42,21 @@ from pgrpo.rollout.vllm.requests import DEADLINE, Asked, EngineError, Requests, 
 from pgrpo.types import Completion, Request, Sample, SamplingParams
 
 T = TypeVar("T")
+
+
+class Scores(NamedTuple):
+    """What an engine computes of given samples.
+
+    Attributes:
+        logprobs: at temperature 1, of all completion tokens, in order.
+        experts: [layers, A] of the rows that predict these, one after the other: the experts that vLLM chose. None unless
+            ``rollout.compare_experts``.
+    """
+
+    logprobs: list[float]
+    experts: list[np.ndarray] | None = None
+
+
 CHECK_EVERY = 16
 """Ranks that share an engine exchange the stop signal once in this many decoding steps."""
 
@@ -82,7 +98,7 @@ class VLLMEngine:
     ) -> None:
         self.world, self.tokenizer, self.eos_token_ids = world, tokenizer, sorted(eos_token_ids)
         self.weights, self.weight_names = weights, weight_names
-        self.seconds = config.rollout.vllm_deadline_s
+        self.seconds, self.compares_experts = config.rollout.vllm_deadline_s, config.rollout.compare_experts
         self.sleeps = world.device.type == "cuda"
         self.max_model_len = config.max_sample_tokens
         self.is_awake = False
@@ -221,8 +237,8 @@ class VLLMEngine:
             self.tokenizer, ids, logprobs, stopped, self.eos_token_ids, params, self.weights_version
         )
 
-    def score(self, samples: Sequence[Sample]) -> list[float]:
-        """Log-probs at temperature 1 of all completion tokens, in order. Ranks that share an engine must pass the same samples."""
+    def score(self, samples: Sequence[Sample]) -> Scores:
+        """Log-probs of samples, and the experts that computed them. Ranks that share an engine must pass the same samples."""
         request = vllm_start.package().SamplingParams(
             max_tokens=1, prompt_logprobs=0, top_p=1.0, temperature=1.0, detokenize=False
         )
@@ -231,11 +247,11 @@ class VLLMEngine:
         prompts = [sample.prompt_ids + sample.token_ids for sample in samples]
         asked = [({"prompt_token_ids": prompt}, request) for prompt in prompts]
         self._together(lambda: self.requests.run(asked, 0, outputs.__setitem__))
-        return [
-            outputs[i].prompt_logprobs[at][outputs[i].prompt_token_ids[at]].logprob
-            for i, sample in enumerate(samples)
-            for at in range(len(sample.prompt_ids), len(prompts[i]))
-        ]
+        tokens = [(i, at) for i, s in enumerate(samples) for at in range(len(s.prompt_ids), len(prompts[i]))]
+        logprobs = [outputs[i].prompt_logprobs[at][prompts[i][at]].logprob for i, at in tokens]
+        if not self.compares_experts:
+            return Scores(logprobs)
+        return Scores(logprobs, [outputs[i].outputs[0].routed_experts[at - 1] for i, at in tokens])
 
     def close(self) -> None:
         """Shut the engine down. This destroys the process group, so it must be the last thing that a rank does."""

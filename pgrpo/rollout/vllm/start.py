@@ -143,6 +143,7 @@ def start(config: Config, world: World, memory_share: float, images: EngineImage
             enforce_eager=rollout.enforce_eager,
             enable_prefix_caching=True,
             enable_sleep_mode=world.device.type == "cuda",
+            **({"enable_return_routed_experts": True} if rollout.compare_experts else {}),
             logprobs_mode="raw_logprobs",
             generation_config="vllm",  # no sampling defaults from the model's folder
             **start_arguments(images, _arguments() if images else ()),

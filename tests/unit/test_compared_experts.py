@@ -1,0 +1,157 @@
+"""How often the engine chooses other experts than the policy: what the canary says of it, and who may ask."""
+
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pgrpo.admission.compare import reference_logprobs, tokens_as_groups
+from pgrpo.config import Config, ConfigError, ModelConfig, RolloutConfig
+from pgrpo.distributed.world import World
+from pgrpo.model.policy import Policy, load_model
+from pgrpo.model.weights import full_weights
+from pgrpo.planning.dims import ModelDims
+from pgrpo.rollout.vllm import start
+from pgrpo.rollout.vllm.engine import EngineError, Scores, VLLMEngine
+from pgrpo.training.engine import Canary, check_engine
+from pgrpo.types import Sample
+
+FAKES = Path(__file__).resolve().parents[1] / "fakes"
+WORLD = World(0, 1, torch.device("cpu"))
+EXPERTS, DENSE = 8, 1
+
+
+@pytest.fixture
+def policy(tmp_path):
+    """Three layers; the second has no experts."""
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=40, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=3,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, num_experts=EXPERTS, num_experts_per_tok=2,
+        mlp_only_layers=[DENSE], initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    return Policy(load_model(ModelConfig(path=str(tmp_path / "model"))))
+
+
+class Untouched:
+    """An engine that is transformers' own model, sample by sample: given what a push carries, it says what its routers choose.
+    ``change`` is done to the choices [R, layers, 2] of a sample."""
+
+    def __init__(self, policy, folder, change=lambda choices: choices):
+        policy.model.config.save_pretrained(folder)
+        save_file(dict(full_weights(policy.model, torch.float32)), folder / "model.safetensors")
+        self.model, self.change = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager"), change
+
+    @torch.no_grad()
+    def score(self, samples):
+        rows = []
+        for sample in samples:
+            found, hooks = {}, []
+            for i, layer in enumerate(self.model.model.layers):
+                if i != DENSE:
+                    keep = partial(lambda i, found, *out: found.update({i: out[2][2]}), i, found)
+                    hooks.append(layer.mlp.gate.register_forward_hook(keep))
+            self.model(torch.tensor([sample.prompt_ids + sample.token_ids]))
+            for hook in hooks:
+                hook.remove()
+            found[DENSE] = torch.zeros_like(found[0])
+            first = len(sample.prompt_ids) - 1
+            choices = torch.stack([found[i] for i in range(3)], 1)[first:-1].numpy()
+            rows += list(self.change(choices.astype(np.uint8)))
+        return Scores(reference_logprobs(self.model, samples).tolist(), rows)
+
+
+def looked(policy, engine):
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(n):
+        return torch.randint(2, 40, (n,), generator=generator).tolist()
+
+    groups = tokens_as_groups([ids(6) for _ in range(8)], [[ids(5), ids(3)] for _ in range(8)])
+    canary = Canary(WORLD, policy, engine, every=1, most_tokens=4)
+    canary.before_update(0, groups)
+    canary.after_update()
+    return canary.look()
+
+
+def test_a_sampler_with_the_same_weights_chooses_the_same_experts(policy, tmp_path):
+    assert looked(policy, Untouched(policy, tmp_path))["canary/expert_difference"] == 0.0
+
+
+def test_other_choices_are_counted_whatever_their_order(policy, tmp_path):
+    def change(choices):
+        changed = choices[:, :, ::-1].copy()  # the same experts in another order
+        others = [next(x for x in range(EXPERTS) if x not in row[2]) for row in choices]
+        changed[:, 2, 0] = others  # one of two choices, in one of two layers with experts
+        changed[:, DENSE] = 99
+        return changed
+
+    assert looked(policy, Untouched(policy, tmp_path, change))["canary/expert_difference"] == pytest.approx(0.25)
+
+
+def test_the_engine_gives_the_choices_of_the_rows_that_predict_completions():
+    engine: Any = VLLMEngine.__new__(VLLMEngine)
+    engine.is_awake, engine.tp_group, engine.world, engine.compares_experts = True, None, WORLD, True
+
+    def run(asked, seed, take):
+        for i, (given, _) in enumerate(asked):
+            prompt = given["prompt_token_ids"]
+            logprobs = [None, *({t: SimpleNamespace(logprob=-t)} for t in prompt[1:])]
+            choices = np.array(prompt, dtype=np.uint8)[:, None, None]  # of each row, what it reads
+            take(i, SimpleNamespace(prompt_logprobs=logprobs, outputs=[SimpleNamespace(routed_experts=choices)]))
+
+    engine.requests = SimpleNamespace(run=run)
+    samples = [Sample([7, 8], [9, 10], [True] * 2, [0.0] * 2), Sample([3], [4], [True], [0.0])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(start, "package", lambda: SimpleNamespace(SamplingParams=dict))
+        scores = engine.score(samples)
+        engine.compares_experts = False
+        assert engine.score(samples) == Scores([-9, -10, -4], None)
+    assert scores.logprobs == [-9, -10, -4] and [x.item() for x in scores.experts] == [8, 9, 3]
+
+
+@pytest.mark.parametrize("compares", [True, False])
+def test_vllm_is_asked_for_its_choices_only_if_they_are_compared(compares, monkeypatch):
+    asked = {}
+
+    def llm(**options):
+        asked.update(options)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(start, "package", lambda: SimpleNamespace(LLM=llm, __version__="0.32.0"))
+    config = Config(model=ModelConfig(path="m"), rollout=RolloutConfig(engine="vllm", compare_experts=compares))
+    with pytest.raises(EngineError, match="enough"):
+        start.start(config, WORLD, 0.5)
+    assert asked.get("enable_return_routed_experts", False) is compares
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("qwen3", {}, "m has no experts that transformers stacks"),
+        ("qwen3_moe", {"canary_every": 0}, r"the canary compares them, and rollout\.canary_every=0 is off"),
+        ("qwen3_moe", {"engine": "embedded"}, "True has no effect on the embedded engine"),
+        ("qwen3_moe", {}, None),
+    ],
+)
+def test_who_cannot_compare_is_told_why(kind, changes, reason, monkeypatch):
+    monkeypatch.syspath_prepend(FAKES)
+    dims = ModelDims.from_config(AutoConfig.for_model(kind, num_hidden_layers=1))
+    config = Config(model=ModelConfig(path="m"))
+    config.rollout = RolloutConfig(**{"engine": "vllm", "compare_experts": True, **changes})
+    try:
+        if reason is None:
+            check_engine(config, dims, WORLD)
+        else:
+            with pytest.raises(ConfigError, match=rf"^rollout\.compare_experts: .*{reason}"):
+                check_engine(config, dims, WORLD)
+    finally:
+        sys.modules.pop("vllm", None)
