@@ -29,7 +29,7 @@ from pgrpo.config import load_config
 from pgrpo.distributed.world import World
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import build_batch
-from pgrpo.packing.forest import Each, Forest
+from pgrpo.packing.forest import Forest, Work
 from pgrpo.planning.flops import ModelDims, forest_update_flops
 from pgrpo.training.place import wrap
 from pgrpo.types import Sample
@@ -81,11 +81,11 @@ def measure(
     """Means and the worst of ``args.steps`` steps, by FLOPs and, where ``seconds`` times a micro-batch, by the clock."""
     generator = torch.Generator().manual_seed(args.seed)
 
-    def cost(each: Each) -> np.ndarray:
+    def cost(each: Work) -> np.ndarray:
         return forest_update_flops(dims, each)
 
     def flops(forest: Forest) -> float:
-        return forest_update_flops(dims, build_batch(forest).work)
+        return int(forest_update_flops(dims, build_batch(forest).work).sum())
 
     kinds = {"": flops} | ({"seconds_": seconds} if seconds else {})
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}

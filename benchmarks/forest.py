@@ -48,7 +48,7 @@ from pgrpo.model.kept import kept_prefix
 from pgrpo.model.policy import Policy
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import GroupedBatch, build_batch
-from pgrpo.packing.forest import Each
+from pgrpo.packing.forest import Work
 from pgrpo.planning.flops import GIB, ModelDims, forest_update_flops
 from pgrpo.training.place import wrap
 from pgrpo.training.update import spans
@@ -100,7 +100,7 @@ def by_prompt_alone(policy: Policy, samples: Sequence[Sample], budget: int, dims
 def micro_batches(
     policy: Policy, samples: Sequence[Sample], budget: int, dims: ModelDims, **how: Any
 ) -> list[GroupedBatch]:
-    def cost(each: Each) -> np.ndarray:
+    def cost(each: Work) -> np.ndarray:
         return forest_update_flops(dims, each)
 
     (plan,) = share_out(samples, 1, budget, cost, policy.attention, **how)
@@ -147,15 +147,18 @@ def measure(case: str, policy: Policy, config: Config, args: argparse.Namespace)
     rate = max(rate, _matmul_flops(policy.device, config))
     row: dict[str, Any] = {"case": case, "budget": budget, "matmul_tflops": rate / 1e12, "repeats": args.repeats}
     for way, batches in ways.items():
-        flops, seconds = sum(forest_update_flops(dims, b.work) for b in batches), statistics.median(times[way])
+        flops, seconds = (
+            int(sum(forest_update_flops(dims, b.work).sum() for b in batches)),
+            statistics.median(times[way]),
+        )
         print(
-            f"{case}, {way}: {len(batches)} micro-batches of {sum(b.work.rows for b in batches)} rows in all, "
+            f"{case}, {way}: {len(batches)} micro-batches of {int(sum(b.work.rows.sum() for b in batches))} rows in all, "
             f"{[len(b.layout.passes(None).unpack()) for b in batches]} passes, {seconds:.3f} s, {peaks[way]:.1f} GiB, "
             f"MFU {flops / seconds / rate:.2f}",
             flush=True,
         )
         row[way] = {
-            "rows": sum(b.work.rows for b in batches), "micro_batches": len(batches), "flops": flops, "seconds": seconds,
+            "rows": int(sum(b.work.rows.sum() for b in batches)), "micro_batches": len(batches), "flops": flops, "seconds": seconds,
             "all_seconds": times[way], "peak_gib": peaks[way], "mfu": flops / seconds / rate,
         }  # fmt: skip
     row["flop_ratio"] = row["less shared"]["flops"] / row["forest"]["flops"]

@@ -37,7 +37,7 @@ from pgrpo.model.families.vision import freeze
 from pgrpo.model.policy import Policy
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import GroupedBatch, build_batch
-from pgrpo.packing.forest import Each
+from pgrpo.packing.forest import Work
 from pgrpo.planning.flops import GIB, UPDATE_OVER_FORWARD, ModelDims, forest_update_flops
 from pgrpo.training.place import wrap
 from pgrpo.types import Image, PromptImages, Sample
@@ -111,7 +111,7 @@ def measure(policy: Policy, config: Config, images: int, args: argparse.Namespac
     ways: dict[str, list[GroupedBatch]] = {}
     for way in ("grouped", "repeated"):
 
-        def cost(each: Each) -> np.ndarray:
+        def cost(each: Work) -> np.ndarray:
             return forest_update_flops(dims, each)
 
         (plan,) = share_out(samples, 1, args.token_budget, cost, policy.attention, is_shared=way == "grouped")
@@ -140,9 +140,9 @@ def measure(policy: Policy, config: Config, images: int, args: argparse.Namespac
         "matmul_tflops": rate / 1e12, "tower_flops_an_image": an_image, "repeats": args.repeats,
     }  # fmt: skip
     for way, batches in ways.items():
-        text = sum(int(forest_update_flops(dims, b.work)) for b in batches)
+        text = sum(int(forest_update_flops(dims, b.work).sum()) for b in batches)
         tower = ran[way] * an_image * (UPDATE_OVER_FORWARD if config.model.train_vision else 1)
-        seconds, rows = statistics.median(times[way]), sum(b.work.rows for b in batches)
+        seconds, rows = statistics.median(times[way]), int(sum(b.work.rows.sum() for b in batches))
         row[way] = {
             "rows": rows, "micro_batches": len(batches), "images_in_the_tower": ran[way], "flops": text + tower,
             "tower_flops": tower, "seconds": seconds, "all_seconds": times[way], "peak_gib": peaks[way],

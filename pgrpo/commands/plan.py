@@ -66,8 +66,8 @@ def plan_text(config: Config) -> str:
     check_rows(config.model.path, hf_config, prompt + completion, together)
     completions = [completion] * rollout.group_size
     shared = config.model.attention == "grouped"
-    packed = rollout.prompts_per_step * flat_work(prompt, completions, shared=shared).rows
-    repeated = rollout.prompts_per_step * flat_work(prompt, completions, shared=False).rows
+    packed = rollout.prompts_per_step * int(flat_work(prompt, completions, shared=shared).rows.sum())
+    repeated = rollout.prompts_per_step * int(flat_work(prompt, completions, shared=False).rows.sum())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     planned = torch.device("cpu" if config.model.dtype == "float32" else "cuda")  # the device that the config is for
     world = World(0, ranks, planned, fsdp_size=config.model.fsdp_size, sequence_parallel_size=together)

@@ -11,7 +11,7 @@ import numpy as np
 
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.layout import ancestry, nodes_of
-from pgrpo.packing.forest import Each, Forest, Sorted, length
+from pgrpo.packing.forest import Forest, Sorted, Work, length
 from pgrpo.types import Sample
 
 LEAST_SHARED = (1, 4, 16, 64, 256, 1024, 4096, 2**62)
@@ -25,8 +25,8 @@ def share_out(
     samples: Sequence[Sample],
     dp_size: int,
     token_budget: int,
-    cost: Callable[[Each], np.ndarray],
-    attention: AttentionChoice | None = None,
+    cost: Callable[[Work], np.ndarray],
+    attention: AttentionChoice = AttentionChoice(),
     *,
     is_shared: bool = True,
     most_kept: int = 0,
@@ -57,9 +57,9 @@ def share_out(
             "raise train.token_budget or lower data.max_prompt_tokens or rollout.max_completion_tokens"
         )
     whole = Sorted.of(samples)
-    divisions = _divisions(
-        whole, dp_size, token_budget, cost, attention or AttentionChoice(), is_shared, most_kept if is_shared else 0
-    )
+    if not is_shared:  # as if no two samples began alike
+        whole = replace(whole, shared=np.zeros_like(whole.shared))
+    divisions = _divisions(whole, dp_size, token_budget, cost, attention, most_kept)
     best = min(divisions, key=lambda division: division.seconds)
     filler = replace(Forest.of([weightless(min(samples, key=length))]), is_filler=True)
     plan = [
@@ -101,17 +101,15 @@ def _divisions(
     whole: Sorted,
     dp_size: int,
     budget: int,
-    cost: Callable[[Each], np.ndarray],
+    cost: Callable[[Work], np.ndarray],
     attention: AttentionChoice,
-    is_shared: bool,
     most_kept: int,
 ) -> Iterator[_Division]:
     tried: list[np.ndarray] = []
     longest = int(whole.shared.max())  # above it all leasts are alike
     leasts = [n for n in LEAST_SHARED[:-1] if n <= longest] + [LEAST_SHARED[-1]]
-    leasts = leasts if attention.flops_per_ns else LEAST_SHARED[:1]
-    for least in leasts if is_shared else (0,):
-        runs = list(whole.runs(least)) if is_shared else []
+    for least in leasts if attention.flops_per_ns else LEAST_SHARED[:1]:
+        runs = list(whole.runs(least))
         kept = whole.kept(runs)
         if any(np.array_equal(kept, other) for other in tried):
             continue
@@ -140,20 +138,19 @@ def _divisions(
 class _Trees:
     """Samples as trees: rows and cost of each sample behind what is kept, and of each as the first of a piece."""
 
-    lengths: np.ndarray
+    whole: Sorted
     kept: np.ndarray
-    prompts: np.ndarray
-    cost: Callable[[Each], np.ndarray]
+    cost: Callable[[Work], np.ndarray]
     behind: tuple[np.ndarray, np.ndarray]
     first: tuple[np.ndarray, np.ndarray]
 
     @staticmethod
-    def of(whole: Sorted, kept: np.ndarray, cost: Callable[[Each], np.ndarray]) -> _Trees:
+    def of(whole: Sorted, kept: np.ndarray, cost: Callable[[Work], np.ndarray]) -> _Trees:
         def each(starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             scored = np.maximum(whole.lengths - np.maximum(whole.prompts, starts), 0)
-            return whole.lengths - starts, cost(Each(starts, whole.lengths, scored))
+            return whole.lengths - starts, cost(Work(starts, whole.lengths, scored))
 
-        return _Trees(whole.lengths, kept, whole.prompts, cost, each(kept), each(np.zeros_like(kept)))
+        return _Trees(whole, kept, cost, each(kept), each(np.zeros_like(kept)))
 
     def sizes(self) -> np.ndarray:
         """Rows of each tree."""
@@ -175,8 +172,8 @@ class _Trees:
         parts = self._between(self._cut(piece.first, piece.end, budget))
         inside = slice(piece.first + 1, piece.end)
         # Nothing in the kept rows is in the loss, except the last row's prediction.
-        kept = min(int(self.kept[inside].min()), int(self.prompts[piece.first : piece.end].min()), most_kept)
-        saved = float(self.cost(Each(*(np.array([n]) for n in (0, kept, 0))))[0])
+        kept = min(int(self.kept[inside].min()), int(self.whole.prompts[piece.first : piece.end].min()), most_kept)
+        saved = float(self.cost(Work(*(np.array([n]) for n in (0, kept, 0))))[0])
         if (len(parts) - 1) * saved <= keeping or min(part.rows for part in parts) <= kept:
             return parts
         passes = [
@@ -186,9 +183,7 @@ class _Trees:
         return [Piece(piece.first, piece.end, rows, sum(p.cost for p in passes) + keeping, passes=tuple(passes))]
 
     def _cut(self, first: int, end: int, limit: int) -> list[int]:
-        kept = self.kept[first:end].copy()
-        kept[0] = 0
-        return [first + cut for cut in cut_tree(self.lengths[first:end], kept, limit)]
+        return [first + cut for cut in cut_tree(self.whole.lengths[first:end], self.kept[first:end], limit)]
 
     def _between(self, cuts: list[int]) -> list[Piece]:
         found = []
@@ -201,8 +196,8 @@ class _Trees:
 
 def cut_tree(lengths: np.ndarray, kept: np.ndarray, limit: int) -> list[int]:
     """Where to cut the samples of a tree, both ends included: pieces of at most ``limit`` rows, with as few rows computed again as
-    possible, and of these the most even. ``kept[0]`` is 0."""
-    count = len(lengths)
+    possible, and of these the most even."""
+    count, kept = len(lengths), np.append(0, kept[1:])
     before = np.concatenate([[0], np.cumsum(lengths - kept)])
     starts = before[:-1] - kept  # rows of a piece i to j: before[j] - starts[i]; never falls with i
     best = np.zeros(count + 1)
@@ -250,8 +245,6 @@ def _assign(
 
 def _forest(whole: Sorted, pieces: Sequence[Piece], least: int, budget: int) -> Forest:
     taken = whole.take(np.sort(np.concatenate([np.arange(piece.first, piece.end) for piece in pieces])))
-    if not least:
-        return Forest.repeated(taken.forest().samples)
     forest, first = taken.forest(least), pieces[0]
     # With fewer samples other nodes may be too short, and there may be more rows; not if everything is shared.
     if forest.rows > budget or (first.kept and forest.parents.count(-1) > 1):

@@ -45,7 +45,7 @@ class GroupedBatch:
         advantages: [B, R] float32, 0 where there is no token.
         rollout_logprobs: [B, R] float32, 0 where there is no token.
         counts: numbers of tokens, all 0 for a filler.
-        work: what the forward computes; nothing for a filler.
+        work: what the forward computes of each node; nothing for a filler.
         images: the rows of images; None if there are none.
         old_logprobs: [B, R] float32; None until computed, if the current weights are those that sampled.
         teacher_logprobs, ref_logprobs: [B, R] float32 of a teacher and of the reference, for all epochs; None until computed.
@@ -140,7 +140,8 @@ def build_batch(
     starts = np.array([node.offset for node in nodes], dtype=np.int64)
     ends = starts + np.array(forest.lengths, dtype=np.int64)
     starts[:1] += forest.kept * forest.is_again
-    work = Work(starts, ends, len(distinct))
+    node_of_row = np.repeat(np.arange(len(nodes)), forest.lengths)
+    work = Work(starts, ends, np.bincount(node_of_row[logit_index[distinct]], minlength=len(nodes)))
     return GroupedBatch(
         inputs={
             "input_ids": torch.tensor(list(input_ids), dtype=torch.long, device=device),
@@ -156,7 +157,7 @@ def build_batch(
         advantages=rows((s.advantages or [0.0] * len(s.token_ids) for s in samples), torch.float32),
         rollout_logprobs=rows((s.rollout_logprobs for s in samples), torch.float32),
         counts=TokenCounts() if forest.is_filler else TokenCounts.of(forest, nodes),
-        work=Work.nothing() if forest.is_filler else work,
+        work=Work(*(x[: 0 if forest.is_filler else None] for x in work)),
         images=images,
         kept=_kept_rows(forest, device, attention) if forest.kept else None,
         span=forest.span,

@@ -83,27 +83,8 @@ class Run(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a forest costs: rows at positions ``starts[i]`` to ``ends[i]`` of samples, and ``scored`` tokens with a log-prob."""
-
-    starts: np.ndarray
-    ends: np.ndarray
-    scored: int
-
-    @staticmethod
-    def nothing() -> Work:
-        return Work(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), 0)
-
-    @property
-    def rows(self) -> int:
-        return int((self.ends - self.starts).sum())
-
-    def pairs(self, window: int | None = None) -> int:
-        """Pairs of a query and a key that it sees; with a sliding window only the last ``window`` keys."""
-        return int(_pairs(self.starts, self.ends, window).sum())
-
-
-class Each(NamedTuple):
-    """``Work`` of many single runs of rows at once: arrays where ``Work`` has a number."""
+    """What runs of rows cost: rows at positions ``starts[i]`` to ``ends[i]`` of samples, ``scored[i]`` of their tokens with a
+    log-prob."""
 
     starts: np.ndarray
     ends: np.ndarray
@@ -114,16 +95,16 @@ class Each(NamedTuple):
         return self.ends - self.starts
 
     def pairs(self, window: int | None = None) -> np.ndarray:
-        return _pairs(self.starts, self.ends, window)
+        """Pairs of a query and a key that it sees; with a sliding window only the last ``window`` keys."""
 
+        def before(position: np.ndarray) -> np.ndarray:
+            seen = position * (position + 1) // 2
+            if window is not None:  # a row at position p sees p + 1 keys, of which p + 1 - window are hidden
+                hidden = np.maximum(position - window, 0)
+                seen -= hidden * (hidden + 1) // 2
+            return seen
 
-def _pairs(starts: np.ndarray, ends: np.ndarray, window: int | None) -> np.ndarray:
-    starts, ends = starts.astype(np.int64), ends.astype(np.int64)
-    pairs = (ends * (ends + 1) - starts * (starts + 1)) // 2
-    if window is not None:  # a row at position p sees p + 1 keys, of which p + 1 - window are hidden
-        hidden_s, hidden_e = (np.maximum(x - window, 0) for x in (starts, ends))
-        pairs -= (hidden_e * (hidden_e + 1) - hidden_s * (hidden_s + 1)) // 2
-    return pairs
+        return before(self.ends) - before(self.starts)
 
 
 @dataclass(frozen=True)
@@ -181,20 +162,14 @@ class Sorted:
     def _diverge(self, first: int, end: int) -> tuple[int, int, list[tuple[int, int]]]:
         """Where the samples of a run diverge, their shortest prompt, and the runs they part into, each in the order of first
         appearance. A sample that is the beginning of the next one does not diverge from it."""
-        if (first, end) not in self._known:
-            order, lengths, prompts, shared = self._lists
-            live = first
-            while live + 1 < end and lengths[live] <= shared[live + 1]:
-                live += 1
-            stop = min(shared[live + 1 : end], default=lengths[live])
-            cuts = [first, *(i for i in range(live + 1, end) if shared[i] == stop), end]
-            parts = sorted(pairwise(cuts), key=lambda part: min(order[part[0] : part[1]])) if live + 1 < end else []
-            self._known[first, end] = stop, min(prompts[first:end]), parts
-        return self._known[first, end]
-
-    @cached_property
-    def _known(self) -> dict[tuple[int, int], tuple[int, int, list[tuple[int, int]]]]:
-        return {}
+        order, lengths, prompts, shared = self._lists
+        live = first
+        while live + 1 < end and lengths[live] <= shared[live + 1]:
+            live += 1
+        stop = min(shared[live + 1 : end], default=lengths[live])
+        cuts = [first, *(i for i in range(live + 1, end) if shared[i] == stop), end]
+        parts = sorted(pairwise(cuts), key=lambda part: min(order[part[0] : part[1]])) if live + 1 < end else []
+        return stop, min(prompts[first:end]), parts
 
     @cached_property
     def _lists(self) -> list[list[int]]:
@@ -204,11 +179,10 @@ class Sorted:
         """The forest; its samples are in the order that they had before they were sorted."""
         runs = list(self.runs(least))
         rank = self.order.argsort()  # where each sample of the old order is now
+        place = rank.argsort()  # and where each was
         leaves = np.zeros(len(self.samples), dtype=np.int64)
         for node, run in enumerate(runs):
             leaves[run.first : run.end] = node
-        place = np.empty_like(rank)
-        place[rank] = np.arange(len(rank))
         return Forest(
             [self.samples[i] for i in rank],
             [run.stop - run.start for run in runs],

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import overload
 
 import numpy as np
 
 from pgrpo.config import ModelConfig
-from pgrpo.packing.forest import Each, Work
+from pgrpo.packing.forest import Work
 from pgrpo.planning.dims import ModelDims
 
 GIB = 2**30
@@ -47,20 +46,15 @@ def lora_parameter_count(dims: ModelDims, rank: int, targets: Iterable[str]) -> 
 
 def flat_work(prompt: int, completions: Sequence[int], *, shared: bool = True) -> Work:
     """The work of one prompt and completions of the given lengths."""
+    scored = np.array(completions, dtype=np.int64)
     if not shared:
-        return Work(
-            np.zeros(len(completions), dtype=np.int64), prompt + np.array(completions, dtype=np.int64), sum(completions)
-        )
+        return Work(np.zeros_like(scored), prompt + scored, scored)
     starts = np.array([0, *(prompt for _ in completions)])
-    return Work(starts, np.array([prompt, *(prompt + n for n in completions)]), sum(completions))
+    return Work(starts, np.array([prompt, *(prompt + scored)]), np.array([0, *scored]))
 
 
-@overload
-def forest_forward_flops(dims: ModelDims, work: Work, *, adapters: int = 0) -> int: ...
-@overload
-def forest_forward_flops(dims: ModelDims, work: Each, *, adapters: int = 0) -> np.ndarray: ...
-def forest_forward_flops(dims: ModelDims, work: Work | Each, *, adapters: int = 0) -> int | np.ndarray:
-    """FLOPs of the log-probs of a forest, or of each run of rows; a multiplication and an addition are two FLOPs.
+def forest_forward_flops(dims: ModelDims, work: Work, *, adapters: int = 0) -> np.ndarray:
+    """FLOPs of the log-probs of each run of rows; a multiplication and an addition are two FLOPs.
 
     Counts linear layers (with ``adapters`` parameters of LoRA) and recurrences for each row, attention for each pair, and the head
     for tokens with a log-prob only.
@@ -69,12 +63,8 @@ def forest_forward_flops(dims: ModelDims, work: Work | Each, *, adapters: int = 
     return 2 * (dims.matrices + adapters) * work.rows + _attention_flops(dims, work) + head
 
 
-@overload
-def forest_update_flops(dims: ModelDims, work: Work, *, adapters: int = 0) -> int: ...
-@overload
-def forest_update_flops(dims: ModelDims, work: Each, *, adapters: int = 0) -> np.ndarray: ...
-def forest_update_flops(dims: ModelDims, work: Work | Each, *, adapters: int = 0) -> int | np.ndarray:
-    """FLOPs of the forward and backward of a forest, or of each run of rows: ``UPDATE_OVER_FORWARD`` times the forward's. With LoRA
+def forest_update_flops(dims: ModelDims, work: Work, *, adapters: int = 0) -> np.ndarray:
+    """FLOPs of the forward and backward of each run of rows: ``UPDATE_OVER_FORWARD`` times the forward's. With LoRA
     (``adapters``: number of trained parameters) the frozen weights have no gradient, so that their backward is one product, as
     large as the forward's."""
     forward = forest_forward_flops(dims, work, adapters=adapters)
@@ -88,17 +78,17 @@ def forward_flops(
     dims: ModelDims, prompt: int, completions: Sequence[int], *, shared: bool = True, adapters: int = 0
 ) -> int:
     """``forest_forward_flops`` of one group."""
-    return forest_forward_flops(dims, flat_work(prompt, completions, shared=shared), adapters=adapters)
+    return int(forest_forward_flops(dims, flat_work(prompt, completions, shared=shared), adapters=adapters).sum())
 
 
 def update_flops(
     dims: ModelDims, prompt: int, completions: Sequence[int], *, shared: bool = True, adapters: int = 0
 ) -> int:
     """``forest_update_flops`` of one group."""
-    return forest_update_flops(dims, flat_work(prompt, completions, shared=shared), adapters=adapters)
+    return int(forest_update_flops(dims, flat_work(prompt, completions, shared=shared), adapters=adapters).sum())
 
 
-def _attention_flops(dims: ModelDims, work: Work | Each) -> int | np.ndarray:
+def _attention_flops(dims: ModelDims, work: Work) -> np.ndarray:
     pairs = sum(count * work.pairs(window or None) for window, count in Counter(dims.windows).items())
     # scores and weighted values; recurrences, which have no weights either
     return 2 * dims.heads * (dims.head_dim + dims.value_dim) * pairs + dims.state_flops * work.rows
@@ -106,7 +96,7 @@ def _attention_flops(dims: ModelDims, work: Work | Each) -> int | np.ndarray:
 
 def rho(prompt: int, completions: Sequence[int]) -> float:
     """Tokens computed with repeated prompts over tokens computed with shared prompts."""
-    return flat_work(prompt, completions, shared=False).rows / flat_work(prompt, completions).rows
+    return flat_work(prompt, completions, shared=False).rows.sum() / flat_work(prompt, completions).rows.sum()
 
 
 def flop_ratio(dims: ModelDims, prompt: int, completions: Sequence[int]) -> float:

@@ -177,7 +177,7 @@ def _is_masked(episode: Episode, loss: LossConfig) -> bool:
 def work_flops(learner: Learner, work: Work) -> float:
     """FLOPs of a forest's forward and backward."""
     model, dims = learner.config.model, learner.dims
-    return forest_update_flops(dims, work, adapters=adapter_parameters(model, dims))
+    return float(forest_update_flops(dims, work, adapters=adapter_parameters(model, dims)).sum())
 
 
 def count(groups: Sequence[Group]) -> Counts:

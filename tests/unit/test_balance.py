@@ -15,18 +15,18 @@ from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.reference import attention_mask
 from pgrpo.packing.balance import Piece, _first_fit, cut_tree, fill_micro_batches, share_out
 from pgrpo.packing.batch import build_batch
-from pgrpo.packing.forest import Each, Forest, Sorted, length
+from pgrpo.packing.forest import Forest, Sorted, Work, length
 from pgrpo.types import Sample
 
 H100 = AttentionChoice("flash4", 32, 8, 128, "auto", flops_per_ns=36 * 450e3)
 QWEN3_4B = 2 * 36 * 100_900_000  # FLOPs of a row's matrices in a forward
 
 
-def rows(work: Each) -> np.ndarray:
+def rows(work: Work) -> np.ndarray:
     return work.rows.astype(float)
 
 
-def flops(work: Each) -> np.ndarray:
+def flops(work: Work) -> np.ndarray:
     return 3.0 * (QWEN3_4B * work.rows + 4 * 36 * 4096 * work.pairs())
 
 

@@ -45,7 +45,8 @@ def test_the_worked_example():
     assert batch.rollout_logprobs.dtype == batch.advantages.dtype == torch.float32
     counts = batch.counts
     assert (counts.packed, counts.repeated, counts.shared_above_prompt, batch.packed_tokens) == (10, 5 + 4 + 6, 2, 10)
-    assert (batch.work.rows, batch.work.scored, batch.work.pairs()) == (10, 5, int(attention_mask(batch.layout).sum()))
+    work = batch.work
+    assert (work.rows.sum(), work.scored.sum(), work.pairs().sum()) == (10, 5, attention_mask(batch.layout).sum())
     assert batch.distinct.tolist() == batch.pair_index.tolist() == [0, 1, 2, 3, 4]
     assert batch.old_logprobs is None
 
@@ -100,7 +101,7 @@ def test_samples_that_end_inside_others_and_equal_ones_have_no_rows_of_their_own
     assert batch.mask.sum(1).tolist() == [0, 1, 4, 0, 4]
     assert batch.distinct.tolist() == [0, 1, 3, 4]  # of nine tokens, four have a log-prob of their own
     assert batch.pair_index.tolist() == [0, 1, 0, 2, 3, 1, 0, 2, 3]
-    assert batch.work.scored == 4
+    assert batch.work.scored.sum() == 4
 
 
 def random_samples(rnd: random.Random) -> list[Sample]:
@@ -148,8 +149,8 @@ def test_a_thousand_random_forests_store_every_distinct_prefix_once_and_predict_
             children.setdefault(node.parent, []).append(ids[node.start])
         assert all(len(first) == len(set(first)) for first in children.values())
         assert all(len(first) > 1 for parent, first in children.items() if parent >= 0)
-        assert batch.work.pairs() == int(mask.sum())
-        assert batch.work.pairs(3) == int(attention_mask(batch.layout, 3).sum())
+        assert batch.work.pairs().sum() == int(mask.sum())
+        assert batch.work.pairs(3).sum() == int(attention_mask(batch.layout, 3).sum())
 
 
 def paths(forest: Forest) -> list[set[int]]:

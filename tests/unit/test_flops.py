@@ -206,8 +206,8 @@ def test_attention_pairs_by_counting(prompt: int, completions: list[int], shared
         name += [(sample, prompt + i) for i in range(length)]
         seen |= {(name[i], name[j]) for i in range(len(name)) for j in range(i + 1) if i - j < (window or 99)}
     work = flops.flat_work(prompt, completions, shared=shared)
-    assert work.pairs(window or None) == len(seen)
-    assert work.rows == len({query for query, _ in seen})
+    assert work.pairs(window or None).sum() == len(seen)
+    assert work.rows.sum() == len({query for query, _ in seen})
 
 
 def test_head_counts_completion_tokens_only_and_update_is_three_forwards() -> None:

@@ -30,7 +30,7 @@ from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing import balance
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import build_batch
-from pgrpo.packing.forest import Each, length
+from pgrpo.packing.forest import Work, length
 from pgrpo.planning.dims import ModelDims, decoder_layers
 from pgrpo.planning.memory import memory_plan
 from pgrpo.planning.placement import kept_text
@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECOMPUTE: list[Recompute] = ["none", "attention", "full"]
 
 
-def rows(each: Each) -> np.ndarray:
+def rows(each: Work) -> np.ndarray:
     return each.rows.astype(float)
 
 
@@ -233,7 +233,7 @@ def test_a_prefix_is_kept_where_that_saves_more_than_it_costs():
     work = [build_batch(f).work for f in kept_plan]
     assert (
         sum(c.packed for c in counts)
-        == sum(w.rows for w in work)
+        == sum(w.rows.sum() for w in work)
         == sum(f.rows for f in kept_plan) - 9 * (len(kept_plan) - 1)
     )
     assert sum(c.packed for c in counts) < sum(f.rows for f in again)
