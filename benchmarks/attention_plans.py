@@ -56,10 +56,13 @@ def main() -> None:
         groups = min(4, MOST_TOKENS // (prompt + size * completion))
         if not groups:
             continue
-        lengths = [prompt] * groups, [[completion] * size] * groups
+        forest = (
+            [prompt] * groups + [completion] * size * groups,
+            [-1] * groups + [i // size for i in range(size * groups)],
+        )
         plans: tuple[Way, ...] = ("between_depths", "copied_keys")
         two_calls, concat = (
-            milliseconds(PackedLayout.flat(*lengths, "cuda", AttentionChoice(kernel, way=plan)), args) for plan in plans
+            milliseconds(PackedLayout(*forest, "cuda", AttentionChoice(kernel, way=plan)), args) for plan in plans
         )
         mib = 2 * args.head_dim / 2**20
         queries = groups * size * completion * args.heads * mib

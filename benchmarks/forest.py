@@ -41,6 +41,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pgrpo.attention.layout import unpack_calls
 from pgrpo.commands.bench import _matmul_flops, _milliseconds, random_model
 from pgrpo.config import Config, load_config
 from pgrpo.distributed.world import World
@@ -153,7 +154,7 @@ def measure(case: str, policy: Policy, config: Config, args: argparse.Namespace)
         )
         print(
             f"{case}, {way}: {len(batches)} micro-batches of {int(sum(b.work.rows.sum() for b in batches))} rows in all, "
-            f"{[len(b.layout.passes(None).unpack()) for b in batches]} passes, {seconds:.3f} s, {peaks[way]:.1f} GiB, "
+            f"{[len(unpack_calls(b.layout.passes(None).table)) for b in batches]} passes, {seconds:.3f} s, {peaks[way]:.1f} GiB, "
             f"MFU {flops / seconds / rate:.2f}",
             flush=True,
         )

@@ -4,6 +4,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from pgrpo.attention.choose import AttentionChoice
+from pgrpo.attention.layout import PackedLayout
 from pgrpo.types import Episode, FinishReason, Group, Prompt, Sample
 
 
@@ -32,6 +34,13 @@ def group(prompt, *episodes):
         for sample in one.samples:
             sample.prompt_ids = prompt.token_ids
     return Group(prompt, list(episodes))
+
+
+def flat_layout(prefix_lens, suffix_lens, device="cpu", choice=AttentionChoice()):
+    """The layout of groups with these prompt lengths [N] and completion lengths [N][G]."""
+    lengths = [*prefix_lens, *(n for group in suffix_lens for n in group)]
+    parents = [-1 for _ in prefix_lens] + [i for i, group in enumerate(suffix_lens) for _ in group]
+    return PackedLayout(lengths, parents, device, choice)
 
 
 CALL = [

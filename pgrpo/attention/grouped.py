@@ -31,9 +31,6 @@ from pgrpo.attention.kernels.segments import Scores
 from pgrpo.attention.layout import Call, PackedLayout, unpack_calls
 from pgrpo.attention.merge import add_sinks_, copy_rows, merge_, sink_gradient, sum_copies
 
-KeysAndValues = tuple[Tensor, Tensor]
-"""[P, K, D] and [P, K, Dv]."""
-
 
 def grouped_attention(
     q_THD: Tensor,
@@ -45,21 +42,19 @@ def grouped_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
-    front: KeysAndValues | None = None,
 ) -> Tensor:
     """Attention over a packed batch, differentiable in q, k, v and sinks.
 
     Args:
         q_THD: [T, H, D] queries.
-        k_TKD: [T, K, D] keys; H must be a multiple of K.
+        k_TKD: [T, K, D] keys; H must be a multiple of K. Of a kept first node (``layout.front``) there are keys and values, in
+            front of the others, but no queries.
         v_TKD: [T, K, Dv] values.
         layout: who attends to whom.
         scale: factor of the scores, usually D ** -0.5.
         window: a row sees this many keys of its sample, its own included; None is all before it.
         softcap: scores become ``softcap * tanh(score / softcap)``.
         sinks_H: [H] scores of the sinks.
-        front: [P, K, D] keys and [P, K, Dv] values of a kept first node (``layout.front``), which has no row in q, k and v.
-            Differentiable too.
 
     Returns:
         [T, H, Dv], equal to ``reference_attention(...)[0]`` up to rounding.
@@ -67,7 +62,7 @@ def grouped_attention(
     passes = layout.passes(window)
     copies = passes.copies
     out_THD, _ = _grouped_attention(
-        q_THD, k_TKD, v_TKD, sinks_H, *(front or (None, None)),
+        q_THD, k_TKD, v_TKD, sinks_H,
         passes.table, passes.cu_seqlens, copies.source, copies.order, copies.offsets,
         scale, softcap or 0.0, layout.kernel,
     )  # fmt: skip
@@ -79,12 +74,11 @@ def grouped_attention(
 
 @torch.library.custom_op("pgrpo::grouped_attention", mutates_args=())
 def _grouped_attention(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, front_k: Tensor | None, front_v: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
     table: Tensor, cu_seqlens: Tensor, source: Tensor, order: Tensor, offsets: Tensor,
     scale: float, softcap: float, kernel: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     first, *others = unpack_calls(table)
-    k, v = _behind(front_k, k), _behind(front_v, v)
     keys = _keys_of(first, k, v, source)
     out_THD, lse_HT = varlen_forward(q, *keys, first.on(cu_seqlens), _scores(first, scale, softcap), kernel)
     for call in others:
@@ -100,19 +94,17 @@ def _grouped_attention(
 
 @torch.library.custom_op("pgrpo::grouped_attention_backward", mutates_args=())
 def _grouped_attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, front_k: Tensor | None, front_v: Tensor | None,
-    out: Tensor, lse: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor,
     table: Tensor, cu_seqlens: Tensor, source: Tensor, order: Tensor, offsets: Tensor,
     scale: float, softcap: float, kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     first, *others = unpack_calls(table)
-    k, v = _behind(front_k, k), _behind(front_v, v)
     keys = _keys_of(first, k, v, source)
     dq, dk, dv = varlen_backward(dout, q, *keys, out, lse, first.on(cu_seqlens), _scores(first, scale, softcap), kernel)
     if first.copied:
         dk, dv = sum_copies(dk, dv, source, order, offsets)
     elif first.k_start:
-        dk, dv = (_behind(x.new_zeros(first.k_start, *x.shape[1:]), x) for x in (dk, dv))
+        dk, dv = (torch.cat([x.new_zeros(first.k_start, *x.shape[1:]), x]) for x in (dk, dv))
     for call in others:
         rows, front = slice(call.q_start, call.q_end), slice(call.k_start, call.k_end)
         dq_p, dk_p, dv_p = varlen_backward(
@@ -124,10 +116,6 @@ def _grouped_attention_backward(
         dv[front] += dv_p
     dsinks = dout.new_empty(0) if sinks is None else sink_gradient(dout, out, lse, sinks)
     return dq.contiguous(), dk.contiguous(), dv.contiguous(), dsinks
-
-
-def _behind(front: Tensor | None, x: Tensor) -> Tensor:
-    return x if front is None else torch.cat([front, x])
 
 
 def _keys_of(first: Call, k: Tensor, v: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,24 +133,21 @@ def _(q, k, v, sinks, *geometry):
 
 
 @_grouped_attention_backward.register_fake
-def _(dout, q, k, v, sinks, front_k, front_v, out, lse, *geometry):
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = (_behind(front, x).new_empty(_behind(front, x).shape) for front, x in ((front_k, k), (front_v, v)))
+def _(dout, q, k, v, sinks, *others):
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     return dq, dk, dv, dout.new_empty(0) if sinks is None else torch.empty_like(sinks)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.scale, ctx.softcap, ctx.kernel = inputs
-    ctx.save_for_backward(*tensors[:6], *output, *tensors[6:])
+    ctx.save_for_backward(*tensors[:4], *output, *tensors[4:])
 
 
 def _backward(ctx, dout: Tensor, dlse: Tensor):
     tensors = ctx.saved_tensors  # once: with recomputation, reading them recomputes them
     dq, dk, dv, dsinks = _grouped_attention_backward(dout, *tensors, ctx.scale, ctx.softcap, ctx.kernel)
-    _, _, _, sinks, front_k, *_ = tensors
-    front = 0 if front_k is None else len(front_k)
-    fronts = (dk[:front], dv[:front]) if front else (None, None)
-    return dq, dk[front:], dv[front:], None if sinks is None else dsinks, *fronts, *[None] * 8
+    has_sinks = tensors[3] is not None
+    return dq, dk, dv, dsinks if has_sinks else None, *[None] * 8
 
 
 _grouped_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from pgrpo.attention.grouped import KeysAndValues, grouped_attention
+from pgrpo.attention.grouped import grouped_attention
 from pgrpo.attention.layout import PackedLayout
 
 ATTENTION_NAME = "pgrpo"
+KeysAndValues = tuple[Tensor, Tensor]
+"""[P, K, D] and [P, K, Dv]."""
 
 
 class AttendingLayout(Protocol):
@@ -125,7 +128,9 @@ def attention_forward(
     if isinstance(attention_layout, PackedLayout):
         if current.keep is not None:
             current.keep.append((k_TKD, v_TKD))
-        out_THD = grouped_attention(q_THD, k_TKD, v_TKD, attention_layout, scale, front=current.front, **options)
+        if current.front is not None:
+            k_TKD, v_TKD = (torch.cat(pair) for pair in zip(current.front, (k_TKD, v_TKD), strict=True))
+        out_THD = grouped_attention(q_THD, k_TKD, v_TKD, attention_layout, scale, **options)
     else:
         out_THD = attention_layout.attend(q_THD, k_TKD, v_TKD, scale, module=module, **options)
     return out_THD.unsqueeze(0), None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import Any, NamedTuple
@@ -56,32 +56,20 @@ class PackedLayout:
         lengths: Sequence[int],
         parents: Sequence[int],
         device: torch.device | str = "cpu",
-        choice: AttentionChoice | None = None,
+        choice: AttentionChoice = AttentionChoice(),
         *,
         has_front: bool = False,
     ) -> None:
-        choice = choice or AttentionChoice()
         self.nodes = nodes_of(lengths, parents)
         self.front = lengths[0] if has_front else 0
         self.max_sample = max((node.offset + node.length for node in self.nodes), default=0)
         self.kernel = choice.kernel
         self.kept: dict[Any, Any] = {}
         self._device = device
-        self._passes: dict[int | None, Passes] = {None: Passes.of(self.nodes, choice, device, self.front)}
+        copied = choice.choose(ancestry(self.nodes)).copied
+        self._passes: dict[int | None, Passes] = {None: Passes.of(self.nodes, copied, device, self.front)}
         for window in choice.windows:
             self.passes(window)
-
-    @staticmethod
-    def flat(
-        prefix_lens: Sequence[int],
-        suffix_lens: Sequence[Sequence[int]],
-        device: torch.device | str = "cpu",
-        choice: AttentionChoice | None = None,
-    ) -> PackedLayout:
-        """The layout of groups with these prompt lengths [N] and completion lengths [N][G]."""
-        lengths = [*prefix_lens, *(n for group in suffix_lens for n in group)]
-        parents = [-1 for _ in prefix_lens] + [i for i, group in enumerate(suffix_lens) for _ in group]
-        return PackedLayout(lengths, parents, device, choice)
 
     def passes(self, window: int | None) -> Passes:
         """The calls of a layer with this sliding window (None: without one).
@@ -95,7 +83,8 @@ class PackedLayout:
             if window is None or window >= self.max_sample:
                 self._passes[window] = self._passes[None]
             else:
-                self._passes[window] = Passes.windowed(self.nodes, window, self._device, self.front)
+                every_depth = range(len(self.nodes))
+                self._passes[window] = Passes.of(self.nodes, every_depth, self._device, self.front, window)
         return self._passes[window]
 
 
@@ -156,37 +145,23 @@ class Passes:
     copies: Copies
 
     @staticmethod
-    def of(nodes: Sequence[Node], choice: AttentionChoice, device: torch.device | str, front: int = 0) -> Passes:
-        """A causal call of all nodes with themselves and the copied ancestors, and a call for each pair of depths whose ancestors
-        are not copied."""
+    def of(
+        nodes: Sequence[Node], copied: Container[int], device: torch.device | str, front: int, window: int | None = None
+    ) -> Passes:
+        """A causal call of all nodes with themselves behind copies of their ancestors of the depths ``copied``, and a call for each
+        pair of depths whose ancestors are not copied. With a window only the last ``window - 1`` rows are copied, all that a node's
+        first row sees."""
         depths = [list(group) for _, group in groupby(range(len(nodes)), key=lambda i: nodes[i].depth)]
         ancestors = _ancestors(nodes)
-        copied = choice.choose(ancestry(nodes)).copied
         calls = _Calls(nodes, front)
-        calls.within([[nodes[i][:2] for i in above if nodes[i].depth in copied] for above in ancestors])
+        calls.within(
+            [_last([nodes[i] for i in above if nodes[i].depth in copied], window) for above in ancestors], window
+        )
         for d, deeper in enumerate(depths):
             for a in range(d):
                 if a not in copied:
                     calls.between(depths[a], deeper, [above[a] for above in ancestors[deeper[0] : deeper[-1] + 1]])
         return calls.passes(device)
-
-    @staticmethod
-    def windowed(nodes: Sequence[Node], window: int, device: torch.device | str, front: int = 0) -> Passes:
-        """One call: the ancestors' last ``window - 1`` keys are copied in front of each node, whose first row sees all of them."""
-        fronts = []
-        for above in _ancestors(nodes):
-            missing, last = window - 1, []
-            for node in (nodes[i] for i in reversed(above)):
-                taken = min(missing, node.length)
-                last.append((node.end - taken, taken))
-                missing -= taken
-            fronts.append(last[::-1])
-        calls = _Calls(nodes, front)
-        calls.within(fronts, window)
-        return calls.passes(device)
-
-    def unpack(self) -> list[Call]:
-        return unpack_calls(self.table)
 
 
 def unpack_calls(table: Tensor) -> list[Call]:
@@ -214,17 +189,28 @@ def _ancestors(nodes: Sequence[Node]) -> list[list[int]]:
     return paths
 
 
+def _last(nodes: Sequence[Node], window: int | None) -> list[tuple[int, int]]:
+    """(first row, rows) of each node; with a window of their last ``window - 1`` rows together."""
+    missing = sum(node.length for node in nodes) if window is None else window - 1
+    ranges = []
+    for node in reversed(nodes):
+        taken = min(missing, node.length)
+        ranges.append((node.end - taken, taken))
+        missing -= taken
+    return ranges[::-1]
+
+
 @dataclass
 class _Calls:
-    """Collects the calls of a layer."""
+    """Collects the calls of a layer. ``copies``: the copied keys' rows, and of how many; placeholders until there are some."""
 
     nodes: Sequence[Node]
     front: int
     table: list[Call] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
-    copies: tuple[np.ndarray, int] | None = None
+    copies: tuple[np.ndarray, int] = (np.zeros(2, dtype=np.int64), 1)
 
-    def within(self, fronts: Sequence[Sequence[tuple[int, int]]], window: int = 0) -> None:
+    def within(self, fronts: Sequence[Sequence[tuple[int, int]]], window: int | None) -> None:
         """Every node with itself, causal, behind copies of the given (first row, rows) of its ancestors."""
         nodes = self.nodes[self.front > 0 :]  # a kept first node has no rows here
         fronts = fronts[self.front > 0 :]
@@ -235,7 +221,7 @@ class _Calls:
             self.copies = rows_of(ranges), self.front + sum(own)
         keys = [a + b for a, b in zip(front, own, strict=True)]
         every = self.front, self.front + sum(own)
-        self._add(every, every, own, keys, causal=1, window=window, copied=int(copied))
+        self._add(every, every, own, keys, causal=1, window=window or 0, copied=int(copied))
 
     def between(self, shallow: Sequence[int], deep: Sequence[int], ancestor: Sequence[int]) -> None:
         """The nodes ``deep`` of one depth with their ancestors among the nodes ``shallow`` of another."""
@@ -266,7 +252,7 @@ class _Calls:
         if len(table) == 1:
             table = table.repeat(2, 1)  # no rows at all: one call that does nothing
         starts = torch.tensor(self.starts or [0, 0], dtype=torch.int32).to(device)
-        return Passes(table, starts, Copies.of(*self.copies, device) if self.copies else Copies.none(device))
+        return Passes(table, starts, Copies.of(*self.copies, device))
 
 
 def rows_of(ranges: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -296,12 +282,6 @@ class Copies:
         order = source.argsort(kind="stable")
         made = (torch.from_numpy(source), torch.from_numpy(order).int(), torch.from_numpy(offsets).int())
         return Copies(*(x.to(device) for x in made))
-
-    @staticmethod
-    def none(device: torch.device | str) -> Copies:
-        """Placeholders."""
-        index = torch.zeros(2, dtype=torch.int32, device=device)
-        return Copies(index.long(), index, index.clone())
 
 
 def cumulative(lengths: Sequence[int], device: torch.device | str) -> Tensor:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from pgrpo.attention.choose import AttentionChoice
-from pgrpo.attention.grouped import KeysAndValues
-from pgrpo.attention.hook import ATTENTION_NAME, AttentionLayout, attending, attention_forward
+from pgrpo.attention.hook import ATTENTION_NAME, AttentionLayout, KeysAndValues, attending, attention_forward
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.config import ModelConfig
 from pgrpo.distributed.sequence import Ulysses
@@ -53,13 +52,13 @@ class Policy(nn.Module):
         self,
         model: PreTrainedModel,
         temperature: float = 1.0,
-        attention: AttentionChoice | None = None,
+        attention: AttentionChoice = AttentionChoice(),
         ranks: Ulysses | None = None,
     ) -> None:
         super().__init__()
         self.model, self.ranks = model, ranks
         self.temperature = temperature
-        self.attention = replace(attention or AttentionChoice(), windows=sliding_windows(model))
+        self.attention = replace(attention, windows=sliding_windows(model))
         self.head = Head(model)
         follow_states(model)
         use_products(model)

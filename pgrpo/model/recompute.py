@@ -14,8 +14,7 @@ import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from pgrpo.attention.grouped import KeysAndValues
-from pgrpo.attention.hook import current
+from pgrpo.attention.hook import KeysAndValues, current
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.distributed.sequence import SplitLayout
 from pgrpo.model.families.linear import has_state

@@ -111,7 +111,7 @@ class TokenCounts:
 
 
 def build_batch(
-    forest: Forest, *, device: torch.device | str = "cpu", attention: AttentionChoice | None = None
+    forest: Forest, *, device: torch.device | str = "cpu", attention: AttentionChoice = AttentionChoice()
 ) -> GroupedBatch:
     """Pack a forest. ``attention`` chooses the kernel and the passes (default: PyTorch's own kernel and passes between depths)."""
     layout = PackedLayout(forest.lengths, forest.parents, device, attention)
@@ -164,7 +164,7 @@ def build_batch(
     )
 
 
-def _kept_rows(forest: Forest, device: torch.device | str, attention: AttentionChoice | None) -> KeptRows:
+def _kept_rows(forest: Forest, device: torch.device | str, attention: AttentionChoice) -> KeptRows:
     """The kept rows are a node; what the first node has more is a child of it."""
     kept, (first, *lengths), parents = forest.kept, forest.lengths, forest.parents
     if first > kept:

@@ -9,6 +9,7 @@ import torch
 from making import episode, group
 from stepping import forwards_without_a_gradient, sampled_step
 
+from pgrpo.attention.choose import AttentionChoice
 from pgrpo.config import load_config
 from pgrpo.distributed import world as distributed
 from pgrpo.distributed.world import World
@@ -76,7 +77,7 @@ def test_a_rank_is_sent_no_text(tiny_model):
             return sent[0]
 
     learner: Any = SimpleNamespace(
-        config=config, world=Sending(0, 1, torch.device("cpu")), policy=SimpleNamespace(attention=None), most_kept=0,
+        config=config, world=Sending(0, 1, torch.device("cpu")), policy=SimpleNamespace(attention=AttentionChoice()), most_kept=0,
         dims=ModelDims.from_config(load_hf_config(config.model)),
     )  # fmt: skip
     micro_batches(learner, [both])

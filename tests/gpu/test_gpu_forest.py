@@ -3,6 +3,7 @@ twice as far off as a plain bfloat16 computation."""
 
 import pytest
 import torch
+from making import flat_layout
 
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.grouped import grouped_attention
@@ -13,7 +14,7 @@ from pgrpo.attention.reference import reference_attention
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
-FLAT = PackedLayout.flat([300, 77], [[40, 1, 129], [64, 300]])
+FLAT = flat_layout([300, 77], [[40, 1, 129], [64, 300]])
 DEEP = PackedLayout([260, 31, 40, 1, 129, 64, 200, 3, 150, 90], [-1, -1, 0, 0, 1, 2, 2, 3, 6, 6])
 CASES = {
     "a forest": (DEEP, 128, 128, {}),

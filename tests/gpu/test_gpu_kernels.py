@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from making import flat_layout
 
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.grouped import grouped_attention
 from pgrpo.attention.kernels.flash import FASTEST_FIRST, choose_kernel, why_not
-from pgrpo.attention.layout import PackedLayout
 from pgrpo.attention.merge import copy_rows, merge_, sum_copies
 from pgrpo.attention.reference import reference_attention
 from pgrpo.model.logprobs import TeacherRows, token_logprobs
@@ -36,7 +36,7 @@ def test_attention(prefix_lens, suffix_lens, kernel, way, head_dim):
     if why := why_not(kernel, GPU, torch.bfloat16, head_dim):
         pytest.skip(why)
     torch.manual_seed(0)
-    layout = PackedLayout.flat(prefix_lens, suffix_lens, GPU, AttentionChoice(kernel, way=way))
+    layout = flat_layout(prefix_lens, suffix_lens, GPU, AttentionChoice(kernel, way=way))
     total = layout.nodes[-1].end
     q, k, v, dout = (torch.randn(total, h, head_dim, device=GPU).bfloat16() for h in (8, 2, 2, 8))
     scale = head_dim**-0.5

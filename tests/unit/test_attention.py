@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
+from making import flat_layout
 from torch.fx.experimental import _config as fx_config
 
 from pgrpo.attention.choose import AttentionChoice, Chosen
@@ -15,7 +16,7 @@ from pgrpo.attention.grouped import grouped_attention
 from pgrpo.attention.hook import UnsupportedAttentionError, attending, attention_forward
 from pgrpo.attention.kernels import cpu_flash
 from pgrpo.attention.kernels.segments import Scores, Segments
-from pgrpo.attention.layout import PackedLayout
+from pgrpo.attention.layout import PackedLayout, unpack_calls
 from pgrpo.attention.merge import merge_
 from pgrpo.attention.reference import attention_mask, reference_attention
 from pgrpo.rollout.embedded.cache import NOTHING, DecodeCache
@@ -107,7 +108,7 @@ def assert_equal(got, want, limit=1e-13):
 
 def test_rows_of_the_mask_by_hand():
     """Groups A (3; completions of 2 and 3) and B (2; of 1 and 2): the last token of a' sees A (0-2) and a' (7-9), nothing else."""
-    mask = attention_mask(PackedLayout.flat([3, 2], [[2, 3], [1, 2]]))
+    mask = attention_mask(flat_layout([3, 2], [[2, 3], [1, 2]]))
     assert mask[9].nonzero().flatten().tolist() == [0, 1, 2, 7, 8, 9]
     assert mask[11].nonzero().flatten().tolist() == [3, 4, 11]
     # S S | A | B B b b | a a | a': a' is below A, which is below S
@@ -127,9 +128,9 @@ def test_rows_of_the_mask_by_hand():
 @pytest.mark.parametrize("way", ["between_depths", "copied_keys"])
 @pytest.mark.parametrize(("prefix_lens", "suffix_lens"), FLAT)
 def test_flat_groups_equal_the_dense_reference_in_fp64(prefix_lens, suffix_lens, way):
-    layout = PackedLayout.flat(prefix_lens, suffix_lens, choice=AttentionChoice(way=way))
+    layout = flat_layout(prefix_lens, suffix_lens, choice=AttentionChoice(way=way))
     is_shared = any(p and any(s) for p, s in zip(prefix_lens, suffix_lens, strict=True))
-    calls = layout.passes(None).unpack()
+    calls = unpack_calls(layout.passes(None).table)
     assert len(calls) == (2 if way == "between_depths" and any(prefix_lens) and any(map(any, suffix_lens)) else 1)
     assert bool(calls[0].copied) == (way == "copied_keys" and is_shared)
     *tensors, dout = inputs(layout.nodes[-1].end, torch.float64)
@@ -167,14 +168,14 @@ def test_depths_are_mixed_by_their_cost():
     lengths, parents = [40, 2, 3, 6, 5, 4], [-1, 0, 0, 1, 1, 2]
     choice = AttentionChoice("builtin", 32, 8, 128, "auto")
     layout = PackedLayout([8192, 64, 64, 512, 512, 512], parents, choice=choice)
-    assert [bool(call.copied) for call in layout.passes(None).unpack()] == [True, False, False]
+    assert [bool(call.copied) for call in unpack_calls(layout.passes(None).table)] == [True, False, False]
 
     class SecondDepth(AttentionChoice):
         def choose(self, depths):
             return Chosen(frozenset({1}), 0.0)
 
     layout = PackedLayout(lengths, parents, choice=SecondDepth())
-    assert [bool(call.copied) for call in layout.passes(None).unpack()] == [True, False, False]
+    assert [bool(call.copied) for call in unpack_calls(layout.passes(None).table)] == [True, False, False]
     *tensors, dout = inputs(sum(lengths), torch.float64)
     assert_equal(run(grouped(layout), tensors, dout), run(reference(layout), tensors, dout))
 
@@ -186,7 +187,7 @@ def test_depths_are_mixed_by_their_cost():
 def test_low_precision_error_is_at_most_twice_that_of_a_plain_computation(
     dtype, prefix_lens, suffix_lens, way, options
 ):
-    layout = PackedLayout.flat(prefix_lens, suffix_lens, choice=AttentionChoice(way=way))
+    layout = flat_layout(prefix_lens, suffix_lens, choice=AttentionChoice(way=way))
     *tensors, dout = inputs(layout.nodes[-1].end, dtype)
     exact = run(reference(layout, **options), [x.double() for x in tensors], dout.double())
     plain = run(reference(layout, **options), tensors, dout)
@@ -218,29 +219,27 @@ def test_rows_without_keys_do_not_change_a_merge():
 @pytest.mark.parametrize("has_sinks", [False, True])
 def test_the_op_is_well_formed_for_compile_and_autograd(has_sinks):
     """PyTorch's own checks of a custom op: schema, fake tensors, autograd registration."""
-    layout = PackedLayout.flat([3, 2], [[2, 3], [1, 2]])
+    layout = flat_layout([3, 2], [[2, 3], [1, 2]])
     q, k, v, sinks, _ = (x.requires_grad_() for x in inputs(13, torch.float64, heads=2, kv_heads=1, dim=4, value_dim=3))
     passes = layout.passes(2)
     geometry = passes.table, passes.cu_seqlens, passes.copies.source, passes.copies.order, passes.copies.offsets
     op = torch.ops.pgrpo.grouped_attention.default
-    torch.library.opcheck(op, (q, k, v, sinks if has_sinks else None, None, None, *geometry, 0.25, 2.0, "builtin"))
+    torch.library.opcheck(op, (q, k, v, sinks if has_sinks else None, *geometry, 0.25, 2.0, "builtin"))
     function = grouped(layout, window=2, softcap=2.0, has_sinks=has_sinks)
     torch.autograd.gradcheck(function, (q, k, v, sinks) if has_sinks else (q, k, v, sinks.detach()))
 
 
 @pytest.mark.parametrize("window", [None, 2])
 def test_the_op_behind_a_kept_node_is_well_formed(window):
-    """The first node's keys and values, 3 rows, are inputs of their own, with gradients of their own."""
+    """The first node, 3 rows, has keys and values but no queries."""
     layout = PackedLayout([3, 2, 3, 1], [-1, 0, 0, 1], has_front=True)
-    q, k, v, _, _ = (x.requires_grad_() for x in inputs(6, torch.float64, heads=2, kv_heads=1, dim=4, value_dim=3))
-    front = tuple(torch.randn(3, 1, dim, dtype=torch.float64, requires_grad=True) for dim in (4, 3))
+    q, k, v, _, _ = (x.requires_grad_() for x in inputs(9, torch.float64, heads=2, kv_heads=1, dim=4, value_dim=3))
+    q = q.detach()[3:].requires_grad_()
     passes = layout.passes(window)
     geometry = passes.table, passes.cu_seqlens, passes.copies.source, passes.copies.order, passes.copies.offsets
     op = torch.ops.pgrpo.grouped_attention.default
-    torch.library.opcheck(op, (q, k, v, None, *front, *geometry, 0.25, 0.0, "builtin"))
-    torch.autograd.gradcheck(
-        lambda q, k, v, *front: grouped_attention(q, k, v, layout, 0.25, window=window, front=front), (q, k, v, *front)
-    )
+    torch.library.opcheck(op, (q, k, v, None, *geometry, 0.25, 0.0, "builtin"))
+    torch.autograd.gradcheck(lambda q, k, v: grouped_attention(q, k, v, layout, 0.25, window=window), (q, k, v))
 
 
 def test_forests_of_any_shape_share_one_compilation_for_each_window():
@@ -322,7 +321,7 @@ def test_a_turn_behind_kept_keys_equals_the_packed_forest(options):
 def test_decoding_step_by_step_equals_the_packed_forest(options):
     """Two prompts with two completions each; one completion leaves on the way."""
     prompts, steps, heads = [5, 3], 4, 4
-    layout = PackedLayout.flat(prompts, [[steps, steps]] * 2)
+    layout = flat_layout(prompts, [[steps, steps]] * 2)
     q, k, v, sinks, _ = inputs(layout.nodes[-1].end, torch.float64, value_dim=12)
     want = reference(layout, **options)(q, k, v, sinks)
     options = dict(options)

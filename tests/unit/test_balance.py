@@ -63,7 +63,7 @@ GROUPS = st.lists(
 @settings(max_examples=60, deadline=None)
 @given(GROUPS, st.integers(1, 5), st.integers(32, 90), st.sampled_from(["all", "by cost", "repeated"]))
 def test_every_sample_goes_to_one_rank_once_and_no_forest_is_larger_than_the_budget(samples, ranks, budget, how):
-    attention = replace(H100, flops_per_ns=1e5) if how == "by cost" else None
+    attention = replace(H100, flops_per_ns=1e5) if how == "by cost" else AttentionChoice()
     plan = share_out(samples, ranks, budget, rows, attention, is_shared=how != "repeated")
     assert len(plan) == ranks
     assert len({len(batches) for batches in plan}) == 1  # equal rounds: collectives stay in step

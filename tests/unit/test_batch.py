@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from pgrpo.attention.layout import unpack_calls
 from pgrpo.attention.reference import attention_mask
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest, Sorted, length
@@ -62,7 +63,7 @@ def test_a_flat_group_is_a_prompt_with_its_completions_in_two_calls():
     batch = build_batch(Forest.of(samples))
     assert batch.inputs["input_ids"].tolist() == [11, 12, 13, 14, 15, 21, 22, 31, 32, 33, 41, 51, 52]
     assert batch.logit_index.tolist() == [2, 5, 2, 7, 8, 4, 4, 11]
-    within, across = batch.layout.passes(None).unpack()
+    within, across = unpack_calls(batch.layout.passes(None).table)
     cu_seqlens = batch.layout.passes(None).cu_seqlens
     assert cu_seqlens.dtype == torch.int32
     assert [x.tolist() for x in within.on(cu_seqlens)[:2]] == [[0, 3, 5, 7, 10, 11, 13]] * 2

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from making import flat_layout
 
-from pgrpo.attention.layout import PackedLayout
 from pgrpo.attention.reference import attention_mask
 from pgrpo.cli import app
 from pgrpo.config import load_config
@@ -89,7 +89,7 @@ def test_the_figure_is_what_its_script_draws_and_its_mask_is_that_of_the_packed_
         drawn, shown = ((folder / f"method_{theme}.svg").read_bytes() for folder in (tmp_path, ROOT / "docs"))
         assert drawn == shown or not locked, "run python scripts/make_figure.py"
     lengths = [prompt for _, prompt, _ in script["GROUPS"]], [list(completions) for *_, completions in script["GROUPS"]]
-    computed = attention_mask(PackedLayout.flat(*lengths))
+    computed = attention_mask(flat_layout(*lengths))
     assert (script["mask"]()[..., 3] > 0).tolist() == computed.tolist()
     assert len(computed) == script["PACKED"]
 

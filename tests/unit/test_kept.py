@@ -71,7 +71,7 @@ def weighted(rows_of_logprobs, batch):
     return (rows_of_logprobs * batch.advantages.to(rows_of_logprobs)).sum()
 
 
-def plan_of(samples, budget, ranks=1, most_kept=99, attention=None):
+def plan_of(samples, budget, ranks=1, most_kept=99, attention=AttentionChoice()):
     return share_out(samples, ranks, budget, rows, attention, most_kept=most_kept)
 
 
@@ -204,7 +204,7 @@ def test_a_gradient_that_is_lost_is_noticed(twins, wanted, bug, monkeypatch):
 
 
 def test_attention_behind_a_front_is_that_of_the_reference():
-    """Keys and values of the first node apart, in both ways and with a window; gradients too, and those of the front."""
+    """The first node has no queries, in both ways and with a window; gradients too, and those of its keys and values."""
     torch.manual_seed(0)
     lengths, parents = [7, 3, 2, 4, 1], [-1, 0, 0, 1, 2]
     for way in ("between_depths", "copied_keys"):
@@ -214,7 +214,7 @@ def test_attention_behind_a_front_is_that_of_the_reference():
         for window in (None, 5):
             q, k, v = (torch.randn(17, h, 8, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2))
             wanted = reference_attention(q, k, v, whole, 0.3, window=window)[0][7:]
-            out = grouped_attention(q[7:], k[7:], v[7:], behind, 0.3, window=window, front=(k[:7], v[:7]))
+            out = grouped_attention(q[7:], k, v, behind, 0.3, window=window)
             assert torch.allclose(out, wanted, rtol=0, atol=1e-12)
             weights = torch.randn_like(out)
             for a, b in zip(

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from pgrpo.admission.compare import tokens_as_samples
+from pgrpo.attention.layout import unpack_calls
 from pgrpo.config import ModelConfig
 from pgrpo.model import recompute as layers
 from pgrpo.model.lora import add_adapters, without_adapters
@@ -71,7 +72,7 @@ def test_checkpointing_changes_no_bit_and_attention_is_recomputed_only_under_ful
 ):
     batch = random_batch(random.Random(0))
     logprobs, gradients = update(make_policy(recompute, lora=lora), batch)
-    passes = len(batch.layout.passes(None).unpack())
+    passes = len(unpack_calls(batch.layout.passes(None).table))
     assert kernel_calls == {"varlen_forward": passes * LAYERS * forwards, "varlen_backward": passes * LAYERS}
     wanted_logprobs, wanted = update(make_policy(lora=lora), batch)
     assert torch.equal(logprobs, wanted_logprobs)

@@ -44,7 +44,7 @@ def twins():
         yield twins_of(config, 0)
 
 
-def compared(twins, samples, mode: Any = True64, attention=None):
+def compared(twins, samples, mode: Any = True64, attention=AttentionChoice()):
     untouched, grouped = twins
     with mode():
         policy = Policy(grouped, attention=attention)
