@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 from pgrpo.config import LossConfig
 from pgrpo.types import Group
@@ -12,8 +11,6 @@ from pgrpo.types import Group
 EPS = 1e-4
 """Added to the standard deviation, so that nearly equal rewards do not give huge advantages."""
 
-Scale = Literal["group", "batch", "none"]
-Baseline = Literal["group_mean", "leave_one_out"]
 Rewards = Sequence[float | None]
 
 
@@ -29,15 +26,12 @@ def compare(groups: Sequence[Group], config: LossConfig, weights: Mapping[str, f
         config: the section ``loss``.
         weights: name of each reward function -> its weight.
     """
-    scale, baseline = config.scale_advantages, config.advantage_baseline
     if config.combine_rewards == "sum_then_normalize" or not any(weights.values()):
-        return step_advantages([group.rewards for group in groups], scale, baseline)
-    parts = [
-        step_advantages([_part(g, name) for g in groups], scale, baseline) for name, weight in weights.items() if weight
-    ]
-    used = [weight for weight in weights.values() if weight]
+        return step_advantages([group.rewards for group in groups], config)
+    used = {name: weight for name, weight in weights.items() if weight}
+    parts = [step_advantages([_part(group, name) for group in groups], config) for name in used]
     sums = [
-        [math.fsum(w * a for w, a in zip(used, values, strict=True)) for values in zip(*group, strict=True)]
+        [math.fsum(w * a for w, a in zip(used.values(), values, strict=True)) for values in zip(*group, strict=True)]
         for group in zip(*parts, strict=True)
     ]
     counted = [
@@ -62,25 +56,21 @@ def _part(group: Group, name: str) -> list[float | None]:
     return [None if total is None else value for total, value in pairs]
 
 
-def step_advantages(
-    rewards: Sequence[Rewards], scale: Scale = "group", baseline: Baseline = "group_mean"
-) -> list[list[float]]:
-    """``group_advantages`` of each group of a step. The scale ``batch`` is the standard deviation of all rewards of the step."""
+def step_advantages(rewards: Sequence[Rewards], config: LossConfig) -> list[list[float]]:
+    """``group_advantages`` of each group of a step."""
     together = standard_deviation([r for group in rewards for r in group if r is not None])
-    return [group_advantages(group, scale, baseline, batch_std=together) for group in rewards]
+    return [group_advantages(group, config, together) for group in rewards]
 
 
-def group_advantages(
-    rewards: Rewards, scale: Scale = "group", baseline: Baseline = "group_mean", *, batch_std: float = 0.0
-) -> list[float]:
+def group_advantages(rewards: Rewards, config: LossConfig, batch_std: float = 0.0) -> list[float]:
     """Advantage of each sample: its reward minus the group's baseline, scaled.
 
     Args:
         rewards: one total a sample; None leaves the sample out, and its advantage is 0.
-        scale: ``group`` divides by the group's standard deviation (n - 1 in the denominator) plus 1e-4; ``batch`` by
-            ``batch_std`` plus 1e-4 (arXiv 2508.08221); ``none`` does not divide (Dr. GRPO, arXiv 2503.20783, section 3.2).
-        baseline: ``group_mean``, or ``leave_one_out``: the mean of the group's other samples (RLOO, arXiv 2402.14740); the
-            difference to it is n / (n - 1) times as large.
+        config: the section ``loss``. ``scale_advantages``: ``group`` divides by the group's standard deviation (n - 1 in the
+            denominator) plus 1e-4; ``batch`` by ``batch_std`` plus 1e-4 (arXiv 2508.08221); ``none`` does not divide (Dr. GRPO,
+            arXiv 2503.20783, section 3.2). ``advantage_baseline``: ``group_mean``, or ``leave_one_out``: the mean of the group's
+            other samples (RLOO, arXiv 2402.14740); the difference to it is n / (n - 1) times as large.
         batch_std: standard deviation of the rewards of all samples of the step, on all ranks.
 
     Returns:
@@ -91,9 +81,9 @@ def group_advantages(
     if not has_spread(rewards):
         return [0.0] * len(rewards)
     mean, divisor = math.fsum(present) / len(present), 1.0
-    if scale != "none":
-        divisor = (standard_deviation(present) if scale == "group" else batch_std) + EPS
-    if baseline == "leave_one_out":
+    if config.scale_advantages != "none":
+        divisor = (standard_deviation(present) if config.scale_advantages == "group" else batch_std) + EPS
+    if config.advantage_baseline == "leave_one_out":
         divisor *= (len(present) - 1) / len(present)
     return [0.0 if r is None else (r - mean) / divisor for r in rewards]
 
@@ -103,9 +93,8 @@ def standard_deviation(values: Sequence[float]) -> float:
     if len(values) < 2:
         return 0.0
     mean = math.fsum(values) / len(values)
-    return math.hypot(*(v - mean for v in values)) / math.sqrt(
-        len(values) - 1
-    )  # hypot: squares of large rewards would overflow
+    # Squares of large rewards would overflow.
+    return math.hypot(*(v - mean for v in values)) / math.sqrt(len(values) - 1)
 
 
 def has_spread(rewards: Rewards) -> bool:

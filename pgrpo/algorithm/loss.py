@@ -7,17 +7,12 @@ B samples of the micro-batch, R tokens of the longest completion.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pgrpo.config import LossConfig
-
-Ratio = Literal["token", "sequence"]
-Objective = Literal["clip", "cispo"]
-Aggregate = Literal["token", "sample", "constant"]
-KlEstimator = Literal["k1", "k2", "k3"]
 
 
 class Counts(NamedTuple):
@@ -88,7 +83,7 @@ def policy_loss(
     """
     # Mask before exp: an overflow would give nan gradients even if it were masked afterwards.
     token_log_ratio_BR = torch.where(mask_BR, logprobs_BR - old_logprobs_BR, 0.0)
-    log_ratio_BR = log_importance_ratio(token_log_ratio_BR, mask_BR, config.ratio)
+    log_ratio_BR = log_importance_ratio(token_log_ratio_BR, mask_BR, config)
     advantages_BR = torch.where(mask_BR, advantages_BR, 0.0)
     distance_BR = torch.zeros_like(log_ratio_BR)
     if config.teacher is not None and config.teacher_kl == "sampled":
@@ -117,7 +112,7 @@ def policy_loss(
         if ref_logprobs_BR is None:
             raise ValueError(f"kl_coef={config.kl_coef} needs ref_logprobs")
         d_BR = torch.where(mask_BR, ref_logprobs_BR - logprobs_BR, 0.0)
-        kl_BR = kl_estimate(d_BR, config.kl_estimator, token_log_ratio_BR if config.kl_correction else None)
+        kl_BR = kl_estimate(d_BR, token_log_ratio_BR, config)
         objective_BR = objective_BR - config.kl_coef * kl_BR
     if config.teacher is not None and config.teacher_kl == "full":
         if teacher_kl_BR is None:
@@ -129,7 +124,7 @@ def policy_loss(
             raise ValueError(f"entropy_coef={config.entropy_coef} needs entropy")
         objective_BR = objective_BR + config.entropy_coef * torch.where(mask_BR, entropy_BR, 0.0)
 
-    weights_BR = token_weights(mask_BR, counts, config.aggregate, max_completion_tokens).to(objective_BR.dtype)
+    weights_BR = token_weights(mask_BR, counts, config, max_completion_tokens).to(objective_BR.dtype)
     with torch.no_grad():
         ratio_BR = log_ratio_BR.exp()
         # Clipping has an effect on one sign of the advantage; in CISPO on both.
@@ -150,13 +145,13 @@ def policy_loss(
     )
 
 
-def log_importance_ratio(log_ratio_BR: Tensor, mask_BR: Tensor, ratio: Ratio) -> Tensor:
+def log_importance_ratio(log_ratio_BR: Tensor, mask_BR: Tensor, config: LossConfig) -> Tensor:
     """[B, R] logarithm of the ratio r that is clipped; ``log_ratio_BR`` is ``logprobs - old_logprobs``, 0 off the mask.
 
     ``token``: each token's own ratio (GRPO). ``sequence``: the geometric mean over the sample's tokens, for each of them (GSPO,
     arXiv 2507.18071, equation 7).
     """
-    if ratio == "token":
+    if config.ratio == "token":
         return log_ratio_BR
     tokens_B1 = mask_BR.sum(-1, keepdim=True).clamp(min=1)
     return (log_ratio_BR.sum(-1, keepdim=True) / tokens_B1).expand_as(log_ratio_BR)
@@ -183,7 +178,7 @@ def surrogate(log_ratio_BR: Tensor, logprobs_BR: Tensor, advantages_BR: Tensor, 
     return torch.where(is_clipped_BR, clipped_BR, free_BR) * advantages_BR
 
 
-def kl_estimate(d_BR: Tensor, estimator: KlEstimator, log_ratio_BR: Tensor | None = None) -> Tensor:
+def kl_estimate(d_BR: Tensor, log_ratio_BR: Tensor, config: LossConfig) -> Tensor:
     """[B, R] one-sample estimates of KL(policy || reference), with ``d = ref_logprobs - logprobs``.
 
     ``k1``: ``-d``. ``k2``: ``d^2 / 2``. ``k3``: ``exp(d) - d - 1`` (DeepSeekMath, arXiv 2402.03300, equation 4; the names are
@@ -193,18 +188,18 @@ def kl_estimate(d_BR: Tensor, estimator: KlEstimator, log_ratio_BR: Tensor | Non
     subtracted from the reward, ``stop_gradient(k1) * d logprob``, which is also the gradient of k2. That of k3 is another one,
     whose expectation is the gradient of KL(reference || policy).
 
-    With ``log_ratio_BR`` (``logprobs - old_logprobs``) each estimate is weighted by the token's ratio r, and all have the gradient
-    ``r * k1 * d logprob``: that of KL(policy || reference), also after the weights have moved from those that sampled
+    With ``kl_correction`` each estimate is weighted by the token's ratio r (``log_ratio_BR`` is its logarithm), and all have the
+    gradient ``r * k1 * d logprob``: that of KL(policy || reference), also after the weights have moved from those that sampled
     (DeepSeek-V3.2, arXiv 2512.02556, equation 7). For k3 that is the derivative of ``r * k3``, through both factors.
     """
-    if estimator == "k1":
+    if config.kl_estimator == "k1":
         k1_BR = -d_BR.detach()
         kl_BR = k1_BR - k1_BR * (d_BR - d_BR.detach())
     else:
-        kl_BR = d_BR.square() / 2 if estimator == "k2" else d_BR.exp() - d_BR - 1
-    if log_ratio_BR is None:
+        kl_BR = d_BR.square() / 2 if config.kl_estimator == "k2" else d_BR.exp() - d_BR - 1
+    if not config.kl_correction:
         return kl_BR
-    return kl_BR * (log_ratio_BR if estimator == "k3" else log_ratio_BR.detach()).exp()
+    return kl_BR * (log_ratio_BR if config.kl_estimator == "k3" else log_ratio_BR.detach()).exp()
 
 
 def rollout_correction(
@@ -249,7 +244,7 @@ def sequence_drift(logprobs_BR: Tensor, rollout_logprobs_BR: Tensor, mask_BR: Te
     return drift_BR.sum(-1, keepdim=True) / mask_BR.sum(-1, keepdim=True).clamp(min=1)
 
 
-def token_weights(mask_BR: Tensor, counts: Counts, aggregate: Aggregate, max_completion_tokens: int) -> Tensor:
+def token_weights(mask_BR: Tensor, counts: Counts, config: LossConfig, max_completion_tokens: int) -> Tensor:
     """[B, R] float64 weight of each token in the loss, 0 outside the mask. ``counts.samples`` includes samples without tokens.
 
     ``token``: mean over all tokens of the update (DAPO, arXiv 2503.14476, equation 12). ``sample``: mean over a sample's tokens,
@@ -257,8 +252,8 @@ def token_weights(mask_BR: Tensor, counts: Counts, aggregate: Aggregate, max_com
     ``max_completion_tokens``, then mean over samples (Dr. GRPO, arXiv 2503.20783, section 3.2).
     """
     mask = mask_BR.double()
-    if aggregate == "token":
+    if config.aggregate == "token":
         return mask / max(counts.tokens, 1)
-    if aggregate == "sample":
+    if config.aggregate == "sample":
         return mask / mask.sum(-1, keepdim=True).clamp(min=1) / max(counts.samples, 1)
     return mask / max_completion_tokens / max(counts.samples, 1)

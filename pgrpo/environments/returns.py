@@ -20,9 +20,8 @@ def give_returns(groups: Sequence[Group], config: LossConfig) -> None:
     """
     returns = [[returns_to_go(episode, config.turn_discount) for episode in group.episodes] for group in groups]
     turns = max((len(own) for group in returns for own in group), default=0)
-    scale, baseline = config.scale_advantages, config.advantage_baseline
     by_turn = [
-        step_advantages([[own[t] if t < len(own) else None for own in group] for group in returns], scale, baseline)
+        step_advantages([[own[t] if t < len(own) else None for own in group] for group in returns], config)
         for t in range(turns)
     ]
     for g, group in enumerate(groups):

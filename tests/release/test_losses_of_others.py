@@ -340,7 +340,8 @@ def test_verl_kl() -> None:
         pairs = []
         for seed in range(5):
             given = inputs(seed)
-            got = theirs(given, lambda leaf, g=given, e=estimator: kl_estimate(g["ref"] - leaf, e).sum())  # pyright: ignore
+            config = LossConfig(kl_estimator=estimator, kl_correction=False)  # pyright: ignore[reportArgumentType]
+            got = theirs(given, lambda leaf, g=given, c=config: kl_estimate(g["ref"] - leaf, leaf, c).sum())
             pairs.append((got, theirs(given, lambda leaf, g=given, n=name: kl_penalty(leaf, g["ref"], n).sum())))
         report(f"verl kl_loss_type={name}", pairs)
 

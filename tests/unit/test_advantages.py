@@ -1,5 +1,7 @@
 """Advantages by hand and against torch."""
 
+from typing import Any
+
 import making
 import pytest
 import torch
@@ -16,12 +18,18 @@ from pgrpo.algorithm.advantages import (
 from pgrpo.config import LossConfig
 
 
+def scaled(scale, baseline: Any = "group_mean"):
+    return LossConfig(scale_advantages=scale, advantage_baseline=baseline)
+
+
 def test_by_hand():
     # Mean 2, deviations -1 0 1, standard deviation with n - 1: 1.
-    assert group_advantages([1.0, 2.0, 3.0]) == pytest.approx([-1 / 1.0001, 0, 1 / 1.0001], rel=1e-15)
-    assert group_advantages([1.0, 2.0, 3.0], "none") == [-1, 0, 1]
+    assert group_advantages([1.0, 2.0, 3.0], LossConfig()) == pytest.approx([-1 / 1.0001, 0, 1 / 1.0001], rel=1e-15)
+    assert group_advantages([1.0, 2.0, 3.0], scaled("none")) == [-1, 0, 1]
     # One of four is right: mean 1/4, variance (1/16 * 3 + 9/16) / 3 = 1/4.
-    assert group_advantages([0, 0, 1, 0]) == pytest.approx([-0.25 / 0.5001] * 2 + [0.75 / 0.5001, -0.25 / 0.5001])
+    assert group_advantages([0, 0, 1, 0], LossConfig()) == pytest.approx(
+        [-0.25 / 0.5001] * 2 + [0.75 / 0.5001, -0.25 / 0.5001]
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -29,8 +37,10 @@ def test_against_torch(seed):
     rewards = torch.randn(8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 10**seed
     wanted = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
     assert EPS == 1e-4
-    assert group_advantages(rewards.tolist()) == pytest.approx(wanted.tolist(), rel=1e-10)
-    assert group_advantages(rewards.tolist(), "none") == pytest.approx((rewards - rewards.mean()).tolist(), rel=1e-10)
+    assert group_advantages(rewards.tolist(), LossConfig()) == pytest.approx(wanted.tolist(), rel=1e-10)
+    assert group_advantages(rewards.tolist(), scaled("none")) == pytest.approx(
+        (rewards - rewards.mean()).tolist(), rel=1e-10
+    )
 
 
 STEP = [[1.0, 0.0, 0.25, None], [3.0, 3.0, 3.0, 3.0], [None, -1.0, 0.5, 2.0], [None] * 4, [None, 7.0, None, None]]
@@ -64,7 +74,7 @@ def paper_advantages(groups, scale, baseline):
 @pytest.mark.parametrize("baseline", ["group_mean", "leave_one_out"])
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_a_step_against_the_papers(scale, baseline):
-    got = step_advantages(STEP, scale, baseline)
+    got = step_advantages(STEP, scaled(scale, baseline))
     for mine, wanted in zip(got, paper_advantages(STEP, scale, baseline), strict=True):
         assert mine == pytest.approx(wanted, rel=1e-12, abs=1e-12)
     assert got[1] == [0.0] * 4
@@ -73,7 +83,7 @@ def test_a_step_against_the_papers(scale, baseline):
 
 def test_leave_one_out_by_hand():
     # The others' means: 2.5, 2, 1.5.
-    assert group_advantages([1.0, 2.0, 3.0], "none", "leave_one_out") == pytest.approx([-1.5, 0, 1.5])
+    assert group_advantages([1.0, 2.0, 3.0], scaled("none", "leave_one_out")) == pytest.approx([-1.5, 0, 1.5])
 
 
 def test_standard_deviation_of_fewer_than_two_is_zero():
@@ -87,19 +97,21 @@ def test_standard_deviation_of_fewer_than_two_is_zero():
 @pytest.mark.parametrize("size", [1, 3, 7, 8])
 def test_equal_rewards_give_advantages_of_exactly_zero(scale, value, size, baseline):
     assert not has_spread([value] * size)
-    assert step_advantages([[value] * size, [0.5] * size], scale, baseline)[0] == [0.0] * size
+    assert step_advantages([[value] * size, [0.5] * size], scaled(scale, baseline))[0] == [0.0] * size
 
 
 def test_a_sample_without_a_reward_takes_no_part():
-    assert group_advantages([1.0, None, 2.0, 3.0, None]) == pytest.approx([-1 / 1.0001, 0, 0, 1 / 1.0001, 0])
-    assert group_advantages([None, None]) == [0.0, 0.0]
-    assert group_advantages([None, 4.0]) == [0.0, 0.0]
-    assert group_advantages([2.0, None, 2.0]) == [0.0, 0.0, 0.0]
+    assert group_advantages([1.0, None, 2.0, 3.0, None], LossConfig()) == pytest.approx(
+        [-1 / 1.0001, 0, 0, 1 / 1.0001, 0]
+    )
+    assert group_advantages([None, None], LossConfig()) == [0.0, 0.0]
+    assert group_advantages([None, 4.0], LossConfig()) == [0.0, 0.0]
+    assert group_advantages([2.0, None, 2.0], LossConfig()) == [0.0, 0.0, 0.0]
     assert [has_spread(r) for r in ([], [None], [None, 1.0], [1.0, None, 2.0])] == [False, False, False, True]
 
 
 def test_nearly_equal_rewards_are_not_blown_up():
-    first, second = group_advantages([1.0, 1.0 + 1e-9])
+    first, second = group_advantages([1.0, 1.0 + 1e-9], LossConfig())
     assert -1e-5 < first < 0 < second < 1e-5
 
 

@@ -65,7 +65,7 @@ def make_groups(number=4):
 
 def compare(groups):
     """The groups, with advantages."""
-    for group, values in zip(groups, step_advantages([g.rewards for g in groups]), strict=True):
+    for group, values in zip(groups, step_advantages([g.rewards for g in groups], LossConfig()), strict=True):
         set_advantages(group, values)
     return groups
 
@@ -504,7 +504,7 @@ def test_a_step_of_equal_rewards_skips_the_update_and_logs_it(build, caplog):
     (groups, _, _), before = sample(parts), weights(parts)
     assert sum([0.1] * 8) / 8 != 0.1
     assert [group.rewards for group in groups] == [[0.1] * 8] * 4
-    assert step_advantages([group.rewards for group in groups]) == [[0.0] * 8] * 4
+    assert step_advantages([group.rewards for group in groups], LossConfig()) == [[0.0] * 8] * 4
     metrics = group_metrics(groups) | step(parts, compare(groups))
     assert metrics["frac_reward_zero_std"] == 1 and metrics["grad_norm"] == metrics["tokens/packed"] == 0
     assert metrics["loss"] == 0 and not {name for name in metrics if name.startswith(("entropy", "clip", "sampling"))}
