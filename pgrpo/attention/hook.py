@@ -21,23 +21,14 @@ KeysAndValues = tuple[Tensor, Tensor]
 
 class AttendingLayout(Protocol):
     """A layout with an attention of its own: a packed batch of which this process has some rows
-    (``distributed.sequence.SplitLayout``), or a rollout."""
+    (``distributed.sequence.SplitLayout``), or a rollout, which keeps keys, values and states between calls
+    (``rollout.embedded.cache.DecodeCache``)."""
 
     @property
     def attend(self) -> Callable[..., Tensor]:
         """As ``grouped_attention``, with the calling module instead of a layout: ``attend(q, k, v, scale, module=attention,
         window=None, softcap=None, sinks_H=None)``."""
         ...
-
-
-class DecodingLayout(AttendingLayout, Protocol):
-    """A rollout in progress (``rollout.embedded.cache.DecodeCache``): keeps every layer's keys and values between calls, and the
-    ``states`` of layers that have one. ``prompts`` is the layout of its first call."""
-
-    states: dict[Any, Tensor]
-    prompts: PackedLayout
-
-    def for_rows(self, states_N: Tensor) -> Tensor: ...
 
 
 AttentionLayout = PackedLayout | AttendingLayout

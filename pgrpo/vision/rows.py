@@ -7,7 +7,7 @@ row of an image or behind its last.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -108,15 +108,6 @@ def forest_pieces(samples: Sequence[Sample], through: Sequence[int], nodes: Sequ
         Piece(samples[b].images, node.start, node.offset, node.length, rows)
         for b, node, rows in zip(through, nodes, above, strict=True)
     ]
-
-
-def prompt_pieces(prompts: Iterable[tuple[Sequence[int], PromptImages | None]]) -> list[Piece]:
-    """A piece a prompt (token ids, images), one behind the other."""
-    pieces, row = [], 0
-    for ids, images in prompts:
-        pieces.append(Piece(images, row, 0, len(ids)))
-        row += len(ids)
-    return pieces
 
 
 def next_position(prompt: Sequence[int], images: PromptImages | None) -> int:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pgrpo.attention.grouped import KeysAndValues
+from pgrpo.attention.hook import KeysAndValues
 from pgrpo.attention.kernels.flash import dense_forward, varlen_forward
 from pgrpo.attention.kernels.segments import Scores, Segments
 from pgrpo.attention.layout import PackedLayout, cumulative
@@ -34,36 +34,35 @@ NOTHING = Front(0, {})
 
 
 class DecodeCache:
-    """A layout (``attention.hook.DecodingLayout``). Its first call has all prompts, packed; later calls have one token a row.
+    """A layout. Its first call has all prompts, packed; later calls have one token a row. Layers with a state keep it here, too.
 
     Args:
-        prompt_lens: N prompt lengths.
+        prompts: the layout of the first call, of N nodes, with the rows that it leaves out.
         rows_of: N numbers of rows; rows are ordered by prompt.
         capacity: the most tokens of a completion.
-        fronts: of each prompt, what the first call leaves out (default: nothing); not for models with states.
+        fronts: of each prompt, what the first call leaves out; not for models with states.
     """
 
     def __init__(
         self,
-        prompt_lens: Sequence[int],
+        prompts: PackedLayout,
         rows_of: Sequence[int],
         capacity: int,
         device: torch.device,
         fronts: Sequence[Front] = (),
     ) -> None:
-        self.capacity = capacity
+        self.prompts, self.capacity = prompts, capacity
+        self._prompt_lens = [node.length for node in prompts.nodes]
+        self._fronts = fronts or [NOTHING for _ in self._prompt_lens]
+        self._new_lens = [n - front.rows for n, front in zip(self._prompt_lens, self._fronts, strict=True)]
         self.length = 0  # completion tokens in the cache, the same for every row
         self._device = device
-        self._cu_prefix = cumulative(prompt_lens, device)
-        self._prompt_lens, self._max_prefix = list(prompt_lens), max(prompt_lens)
-        self._fronts = fronts or [NOTHING for _ in prompt_lens]
-        self._new_lens = [n - front.rows for n, front in zip(prompt_lens, self._fronts, strict=True)]
-        self._group_of_row = torch.arange(len(prompt_lens)).repeat_interleave(torch.tensor(rows_of))
+        self._cu_prefix, self._max_prefix = cumulative(self._prompt_lens, device), prompts.max_sample
+        self._group_of_row = torch.arange(len(rows_of)).repeat_interleave(torch.tensor(rows_of))
         self._prefixes: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> K, V [prompt rows, K, D]
         self._suffixes: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> K, V [B, C, K, D]
         self._across = self._suffix_segments()
         self._last: dict[int, tuple[Tensor, Segments]] = {}
-        self.prompts = PackedLayout(prompt_lens, [-1 for _ in prompt_lens], device)
         self.states: dict[Any, Tensor] = {}  # of layers with a state, [B, ...]
 
     def for_rows(self, states_N: Tensor) -> Tensor:
@@ -99,9 +98,8 @@ class DecodeCache:
             out_B1HD, lse_BH1 = dense_forward(q_THD.unsqueeze(1), k_BCKD[:, seen], v_BCKD[:, seen], scores)
             out_THD, lse_HT = out_B1HD.squeeze(1), lse_BH1.squeeze(-1).T
             keys, across = self._prefixes[layer], self._across
-            if (
-                window is not None and (left := window - self.length - 1) < self._max_prefix
-            ):  # prompt rows still in the window
+            # With a window, the prompt's rows that are still in it.
+            if window is not None and (left := window - self.length - 1) < self._max_prefix:
                 rows, across = self._last_rows(max(0, left))
                 keys = keys[0].index_select(0, rows), keys[1].index_select(0, rows)
             if len(keys[0]):

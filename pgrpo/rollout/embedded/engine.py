@@ -15,13 +15,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pgrpo.attention.layout import rows_of
 from pgrpo.distributed.fsdp import Root, no_gradient
+from pgrpo.packing.batch import build_batch
+from pgrpo.packing.forest import Forest
 from pgrpo.rollout.base import More, OnFinished, no_more
 from pgrpo.rollout.embedded.cache import NOTHING, DecodeCache, Front
 from pgrpo.rollout.embedded.sampling import draw, uniforms
 from pgrpo.rollout.text import Tokenizer, make_completions
-from pgrpo.types import Completion, PromptImages, Request, SamplingParams
-from pgrpo.vision.rows import ImageRows, image_rows, next_position, prompt_pieces
+from pgrpo.types import Completion, Request, Sample, SamplingParams
+from pgrpo.vision.rows import ImageRows, next_position
 
 LEAVE_FRACTION = 0.25
 """Finished completions leave the batch when they are this fraction of it, as the cache of the others is copied then."""
@@ -93,7 +96,7 @@ class EmbeddedEngine:
         What a completion computed is kept for requests of the next round that continue it: of ``max_concurrent`` completions at
         most, and not in models with states, of which a batch has those behind its newest tokens alone."""
         rest, start, self._keeps = list(requests) or list(more("all")), 0, more is not no_more
-        fronts: dict[tuple[int, ...], Front] = {}
+        self._fronts: dict[tuple[int, ...], Front] = {}
         self._kept: dict[tuple[int, ...], Front] = {}
         while self.any_rank(bool(rest)):
             count = completions = 0
@@ -106,75 +109,71 @@ class EmbeddedEngine:
                 if position < count:
                     on_finished(start + position, completions)
 
-            behind = [fronts.get(tuple(r.token_ids[: r.continued]), NOTHING) for r in wave] or [NOTHING]
             with no_gradient(self.policy):
-                self._sample_wave(wave or [self.filler], behind, params, finished)
+                self._sample_wave(wave or [self.filler], params, finished)
             start += count
             if not rest:
-                rest, fronts, self._kept = list(more("all")), self._kept, {}
+                rest, self._fronts, self._kept = list(more("all")), self._kept, {}
 
-    def _sample_wave(
-        self, requests: Sequence[Request], behind: Sequence[Front], params: SamplingParams, on_finished: OnFinished
-    ) -> None:
-        device = self.policy.device
-        limit = params.max_completion_tokens
-        sizes = [len(request.seeds) for request in requests]
-        first = [0, *accumulate(sizes)]  # of each request, its first completion
-        total = first[-1]
-        request_of = [request for request in requests for _ in request.seeds]
+    def _sample_wave(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
+        device, limit = self.policy.device, params.max_completion_tokens
         # Neighbours with the same prompt share its keys and values: the first turns of a group, say.
-        groups = groupby(zip(requests, behind, strict=True), key=lambda pair: (pair[0].token_ids, pair[0].images))
-        asked, prompts = zip(*((prompt, list(same)) for prompt, same in groups), strict=True)
-        rows_of, fronts = [sum(len(r.seeds) for r, _ in same) for same in prompts], [same[0][1] for same in prompts]
-        prompt_lens = [len(ids) for ids, _ in asked]
-        limits = torch.tensor([min(r.max_tokens or limit, limit) for r in requests for _ in r.seeds], device=device)
-        uniform = uniforms([seed for request in requests for seed in request.seeds], limit).to(device)
-        tokens = torch.zeros(total, limit, dtype=torch.long, device=device)
-        logprobs = torch.zeros(total, limit, device=device)
-        lengths = limits.clone()
-        stopped = torch.zeros(total, dtype=torch.bool, device=device)
-        done = torch.zeros(total, dtype=torch.bool, device=device)  # stopped, or at its limit
-        waiting = set(range(len(requests)))  # requests with a completion that still decodes
+        prompts = [list(same) for _, same in groupby(requests, key=lambda r: (r.token_ids, r.images))]
+        asked = [Sample(same[0].token_ids, [], [], [], images=same[0].images) for same in prompts]
+        fronts = [self._fronts.get(tuple(first.token_ids[: first.continued]), NOTHING) for first, *_ in prompts]
+        counts = [sum(len(request.seeds) for request in same) for same in prompts]
+        request_of = [request for request in requests for _ in request.seeds]  # of each completion
+        seeds = [seed for request in requests for seed in request.seeds]
+        first = [0, *accumulate(len(request.seeds) for request in requests)]  # of each request, its first completion
+        uniform = uniforms(seeds, limit).to(device)
+        tokens = torch.zeros(len(seeds), limit, dtype=torch.long, device=device)
+        logprobs = torch.zeros(len(seeds), limit, device=device)
+        # Lengths of completions: their limits until they stop. One is done when it has as many tokens.
+        lengths = torch.tensor([min(r.max_tokens or limit, limit) for r in request_of], device=device)
+        stopped = torch.zeros(len(seeds), dtype=torch.bool, device=device)
+        waiting = list(range(len(requests)))  # requests with a completion that still decodes
 
-        def hand_over(position: int) -> None:
-            waiting.remove(position)
-            own = slice(first[position], first[position + 1])
+        def completions(own: slice) -> list[Completion]:
             ids, sampled_at = (
                 [row[:n] for row, n in zip(x[own].tolist(), lengths[own].tolist(), strict=True)]
                 for x in (tokens, logprobs)
             )
-            made = make_completions(
+            return make_completions(
                 self.tokenizer, ids, sampled_at, stopped[own].tolist(), self.end_ids, params, self.weights_version
             )
-            on_finished(position, made)
 
-        cache = DecodeCache(prompt_lens, rows_of, limit, device, fronts)
-        rows = torch.arange(total, device=device)  # the completion of each row of the batch
-        repeats = torch.tensor(rows_of, device=device)
-        positions = torch.tensor([next_position(*one) for one in asked], device=device).repeat_interleave(repeats)
-        logits = self._prefill(asked, fronts, cache).repeat_interleave(repeats, dim=0)
+        batch = build_batch(Forest.repeated(asked), device=device)
+        pairs = zip(batch.layout.nodes, fronts, strict=True)
+        new = [(node.start + front.rows, node.length - front.rows) for node, front in pairs]
+        new_rows = torch.from_numpy(rows_of(new)).to(device)
+        inputs = {name: x.index_select(-1, new_rows) for name, x in batch.inputs.items()}
+        cache = DecodeCache(batch.layout, counts, limit, device, fronts)
+        rows = torch.arange(len(seeds), device=device)  # the completion of each row of the batch
+        repeats = torch.tensor(counts, device=device)
+        positions = [next_position(prompt.prompt_ids, prompt.images) for prompt in asked]
+        positions = torch.tensor(positions, device=device).repeat_interleave(repeats)
+        last_rows = torch.tensor([count for _, count in new], device=device).cumsum(0) - 1
+        logits = self.policy.next_logits(inputs, cache, last_rows, batch.images).repeat_interleave(repeats, dim=0)
         for t in range(limit):
             if t % CHECK_EVERY == 0:
                 self.check_stop()
             drawn, drawn_logprobs = draw(logits, params, uniform[rows, t])
             tokens[rows, t], logprobs[rows, t] = drawn, drawn_logprobs
             ended = torch.isin(drawn, self.eos_token_ids) | self._ends_in_stop_string(tokens[rows, : t + 1], params)
-            newly_ended = rows[ended & ~done[rows]]
+            newly_ended = rows[ended & (lengths[rows] > t)]
             stopped[newly_ended] = True
             lengths[newly_ended] = t + 1
-            is_new = (ended | (limits[rows] == t + 1)) & ~done[rows]
-            newly_done = rows[is_new]
-            done[newly_done] = True
-            if len(newly_done):
-                new_rows = is_new.nonzero().flatten().tolist() if self._keeps and not cache.states else ()
-                for row in new_rows[: self.max_concurrent - len(self._kept)]:
+            is_new = lengths[rows] == t + 1
+            if is_new.any():
+                keepable = is_new.nonzero().flatten().tolist() if self._keeps and not cache.states else ()
+                for row in keepable[: self.max_concurrent - len(self._kept)]:
                     own = int(rows[row])
                     self._kept[*request_of[own].token_ids, *tokens[own, : t + 1].tolist()] = cache.front(row, t)
-                finished = done.tolist()
-                for position in sorted(waiting):
-                    if all(finished[first[position] : first[position + 1]]):
-                        hand_over(position)
-            running = ~done[rows]
+                done = (lengths <= t + 1).tolist()
+                for position in [p for p in waiting if all(done[first[p] : first[p + 1]])]:
+                    waiting.remove(position)
+                    on_finished(position, completions(slice(first[position], first[position + 1])))
+            running = lengths[rows] > t + 1
             if t + 1 == limit or not self.any_rank(bool(running.any())):
                 break
             if running.sum() <= (1 - LEAVE_FRACTION) * len(rows):
@@ -186,25 +185,6 @@ class EmbeddedEngine:
             inputs = {"input_ids": drawn, "position_ids": positions[rows] + t}
             logits = self.policy.next_logits(inputs, cache, torch.arange(len(rows), device=device))
             cache.advance()
-
-    def _prefill(
-        self, prompts: Sequence[tuple[list[int], PromptImages | None]], fronts: Sequence[Front], cache: DecodeCache
-    ) -> Tensor:
-        """Logits [N, V] of the first token behind each prompt."""
-        device, firsts = self.policy.device, [front.rows for front in fronts]
-        prompt_lens = [len(ids) for ids, _ in prompts]
-        input_ids = torch.tensor(
-            [t for (ids, _), first in zip(prompts, firsts, strict=True) for t in ids[first:]], device=device
-        )
-        position_ids = torch.cat(
-            [torch.arange(first, n, device=device) for first, n in zip(firsts, prompt_lens, strict=True)]
-        )
-        last_rows = (torch.tensor(prompt_lens, device=device) - torch.tensor(firsts, device=device)).cumsum(0) - 1
-        images = image_rows(prompt_pieces(prompts), device)
-        if images is not None and images.position_ids is not None:
-            position_ids = images.position_ids
-        inputs = {"input_ids": input_ids, "position_ids": position_ids}
-        return self.policy.next_logits(inputs, cache, last_rows, images)
 
     def _ends_in_stop_string(self, tokens_BT: Tensor, params: SamplingParams) -> Tensor:
         """[B] bool: the newest token completed a stop string."""
