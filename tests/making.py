@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.layout import PackedLayout
+from pgrpo.environments.episodes import SingleTurn
 from pgrpo.types import Episode, FinishReason, Group, Prompt, Sample
 
 
@@ -41,6 +42,11 @@ def flat_layout(prefix_lens, suffix_lens, device="cpu", choice=AttentionChoice()
     lengths = [*prefix_lens, *(n for group in suffix_lens for n in group)]
     parents = [-1 for _ in prefix_lens] + [i for i, group in enumerate(suffix_lens) for _ in group]
     return PackedLayout(lengths, parents, device, choice)
+
+
+def generate(engine, prompts, params, seeds, on_group=lambda *_: None):
+    """A group a prompt, with an episode of one turn for each of its seeds."""
+    return SingleTurn(engine).generate(prompts, params, seeds, len(prompts), on_group)
 
 
 CALL = [

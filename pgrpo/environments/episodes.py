@@ -20,8 +20,8 @@ from pgrpo.environments.player import Player, Stage
 from pgrpo.environments.tools import Kind, Tool, kind_name
 from pgrpo.environments.turns import Turns
 from pgrpo.environments.workers import Nursery, close_all, is_usable
-from pgrpo.rollout.base import RolloutEngine, generate
-from pgrpo.types import Group, Prompt, SamplingParams
+from pgrpo.rollout.base import RolloutEngine
+from pgrpo.types import Completion, Episode, Group, Prompt, Request, SamplingParams
 
 MOST_FAILURES = 32
 """Episodes in a row that an environment or tool may fail or hold up too long; then the run stops."""
@@ -72,12 +72,17 @@ class SingleTurn:
         on_group: OnGroup,
     ) -> list[Group]:
         """See ``Episodes``."""
+        groups = [Group(prompt, []) for prompt in prompts]
 
-        def finished(position: int, group: Group) -> None:
+        def finished(position: int, completions: list[Completion]) -> None:
+            group = groups[position]
+            group.episodes = [Episode.of(group.prompt, completion) for completion in completions]
             if position < count:
                 on_group(position, group)
 
-        return generate(self.engine, prompts, params, seeds, finished)[:count]
+        requests = [Request(p.token_ids, list(own), images=p.images) for p, own in zip(prompts, seeds, strict=True)]
+        self.engine.sample(requests, params, finished)
+        return groups[:count]
 
     def release(self, groups: Sequence[Group]) -> None:
         """See ``Episodes``; there are no environments."""

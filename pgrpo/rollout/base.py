@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Literal, Protocol
 
 from pgrpo.config import Config
-from pgrpo.types import Completion, Episode, Group, Prompt, Request, SamplingParams
+from pgrpo.types import Completion, Request, SamplingParams
 
 OnFinished = Callable[[int, list[Completion]], None]
 Wait = Literal["no", "any", "all"]
@@ -56,27 +56,6 @@ class RolloutEngine(Protocol):
         share an engine call this with the same number of requests, which have as many seeds each.
         """
         ...
-
-
-def generate(
-    engine: RolloutEngine,
-    prompts: Sequence[Prompt],
-    params: SamplingParams,
-    seeds: Sequence[Sequence[int]],
-    on_group: Callable[[int, Group], None] = lambda *_: None,
-) -> list[Group]:
-    """One group a prompt, in order, with an episode of one turn for each of its seeds, once all of them are finished.
-    ``on_group`` is called with each group and its position as soon as it is finished, while others decode. It must not raise."""
-    groups = [Group(prompt, []) for prompt in prompts]
-
-    def finished(position: int, completions: list[Completion]) -> None:
-        group = groups[position]
-        group.episodes = [Episode.of(group.prompt, completion) for completion in completions]
-        on_group(position, group)
-
-    requests = [Request(p.token_ids, list(own), images=p.images) for p, own in zip(prompts, seeds, strict=True)]
-    engine.sample(requests, params, finished)
-    return groups
 
 
 def sample_seeds(*path: int | str, group_size: int) -> list[int]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
+from making import generate
 from torch.distributed.tensor import DTensor
 
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig, load_config
@@ -14,7 +15,7 @@ from pgrpo.environments.episodes import SingleTurn
 from pgrpo.grpo import backward, sample_groups
 from pgrpo.model.weights import full_weights
 from pgrpo.rewards.runner import RewardReport
-from pgrpo.rollout.base import generate, sample_seeds, sampling_params
+from pgrpo.rollout.base import sample_seeds, sampling_params
 from pgrpo.training.build import build
 from pgrpo.training.caller import Given
 from pgrpo.training.engine import Canary

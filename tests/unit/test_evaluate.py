@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from making import episode, group
+from making import episode, generate, group
 
 from pgrpo.commands import check
 from pgrpo.config import Config, RewardConfig
 from pgrpo.distributed.world import World
 from pgrpo.environments.episodes import SingleTurn
 from pgrpo.rewards.runner import RewardReport, RewardRunner
-from pgrpo.rollout.base import generate
 from pgrpo.tracking.intervals import mean_interval, wilson
 from pgrpo.training.evaluation import evaluate, numbers_of_samples, own_folder, save_results
 from pgrpo.types import Completion, Group, Prompt, SamplingParams

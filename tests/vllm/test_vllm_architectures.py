@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from making import generate
 from test_vllm_engine import EOS, LETTERS, logprobs, make_tokenizer, perturb, prompts, seeds, tolerance
 
 from pgrpo.admission.models import check_model
@@ -12,7 +13,6 @@ from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import start
 from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.weights import full_weights, weight_names
-from pgrpo.rollout.base import generate
 from pgrpo.rollout.vllm.delivery import DeliveryError
 from pgrpo.rollout.vllm.engine import VLLMEngine
 from pgrpo.types import SamplingParams

@@ -10,6 +10,7 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from making import generate
 
 from pgrpo.admission.compare import tokens_as_samples
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
@@ -19,7 +20,7 @@ from pgrpo.model.weights import full_weights, weight_names
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.process.stopping import Stopped
-from pgrpo.rollout.base import generate, sample_seeds
+from pgrpo.rollout.base import sample_seeds
 from pgrpo.rollout.vllm import canary, offload
 from pgrpo.rollout.vllm.delivery import DeliveryError
 from pgrpo.rollout.vllm.engine import EngineError, VLLMEngine
