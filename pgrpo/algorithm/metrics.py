@@ -29,13 +29,5 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
     return metrics
 
 
-def pass_at_k(correct: int, samples: int, k: int) -> float:
-    """Unbiased estimate of the probability that at least one of k samples is correct (Codex, arXiv 2107.03374, equation 1)."""
-    failure = 1.0
-    for i in range(k):
-        failure *= max(samples - correct - i, 0) / (samples - i)
-    return 1.0 - failure
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else float("nan")

@@ -45,6 +45,8 @@ class Current:
     """The same of all layers (``model/recompute.py`` picks from it)."""
     keep: list[KeysAndValues] | None = None
     """Layers append their keys and values to it."""
+    is_eager = False
+    """Whether layers run as they are, not compiled (``model/recompute.py``)."""
 
 
 current = Current()

@@ -80,10 +80,6 @@ class Ulysses:
         dist.all_reduce(values_U, group=self.group)
         return values_U.index_copy(0, numbers, own)
 
-    def split(self, layout: PackedLayout, like_T: Tensor) -> SplitLayout:
-        """The layout for this rank's rows. ``like_T``: any tensor of T."""
-        return SplitLayout(layout, like_T, self)
-
     def exchange(self, x_SN: Tensor) -> Tensor:
         """[S * n, ...] -> [S * n, ...]: part i of n goes to rank i, and part i comes from it. A collective call, also in the
         backward, which is the same exchange."""

@@ -15,7 +15,7 @@ from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.hook import ATTENTION_NAME, AttentionLayout, KeysAndValues, attending, attention_forward
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.config import ModelConfig
-from pgrpo.distributed.sequence import Ulysses
+from pgrpo.distributed.sequence import SplitLayout, Ulysses
 from pgrpo.model.families.expert_products import use_products
 from pgrpo.model.families.linear import follow_states
 from pgrpo.model.families.vision import Vision
@@ -117,7 +117,8 @@ class Policy(nn.Module):
         if self.ranks is not None:
             numbers_U, rows_U = self.ranks.owned(rows_U, len(ids_T))
             images = batch.images and batch.images.between(*self.ranks.bounds(len(ids_T)))
-            hidden_TE = self._hidden(self.ranks.rows(batch.inputs), self.ranks.split(batch.layout, ids_T), images)
+            layout = SplitLayout(batch.layout, ids_T, self.ranks)
+            hidden_TE = self._hidden(self.ranks.rows(batch.inputs), layout, images)
         elif self.kept is not None and batch.kept is not None:
             first, layout = batch.kept
             inputs = {name: x[..., first:] for name, x in batch.inputs.items()}

@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from pgrpo.attention.hook import KeysAndValues, current
+from pgrpo.attention.hook import AttentionLayout, KeysAndValues, current
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.distributed.sequence import SplitLayout
 from pgrpo.model.families.linear import has_state
@@ -22,6 +21,14 @@ from pgrpo.model.families.vision import WholeImages
 from pgrpo.types import Recompute
 
 TrainingLayout = PackedLayout | SplitLayout
+
+
+class Seen(NamedTuple):
+    """What rows of a layer attend to: keys of the layout, and those of a kept first node. An argument of what is compiled, which
+    then has it as an input, and no guard on its identity."""
+
+    layout: AttentionLayout
+    front: KeysAndValues | None
 
 
 def is_training(layout: object) -> bool:
@@ -50,28 +57,25 @@ def _forward(layer: nn.Module, number: int, mode: Recompute, compiled: bool, *ar
     if not is_training(layout):
         return type(layer).forward(layer, *args, **kwargs)
     if not torch.is_grad_enabled():
-        mode, compiled = "none", compiled and not _is_eager.get()
+        mode, compiled = "none", compiled and not current.is_eager
     # Compiled code cannot hand out the keys and values that a checkpoint inside it makes.
     run = _runner(mode, compiled and current.keep is None)
     front = current.fronts[number] if current.fronts else None
     try:
-        return run(layer, layout, front, *args, **kwargs)
+        return run(layer, Seen(layout, front), *args, **kwargs)
     finally:
         current.layout = layout
-
-
-_is_eager: ContextVar[bool] = ContextVar("_is_eager", default=False)
 
 
 @contextmanager
 def not_compiled() -> Iterator[None]:
     """Forwards without gradients inside this block run as they are: for few tokens, which compiled code makes faster by less than
     its compilation takes."""
-    token = _is_eager.set(True)
+    current.is_eager = True
     try:
         yield
     finally:
-        _is_eager.reset(token)
+        current.is_eager = False
 
 
 @cache
@@ -92,45 +96,39 @@ def _runner(mode: Recompute, compiled: bool) -> Callable[..., Tensor]:
     return run_compiled
 
 
-def _plain(layer: nn.Module, layout: TrainingLayout, front: KeysAndValues | None, *args: Any, **kwargs: Any) -> Tensor:
-    return _attending(layout, front, partial(type(layer).forward, layer), *args, **kwargs)
+def _plain(layer: nn.Module, seen: Seen, *args: Any, **kwargs: Any) -> Tensor:
+    return _attending(seen, partial(type(layer).forward, layer), *args, **kwargs)
 
 
 # PyTorch warns about in-place ops in every checkpointed region. Our layers have none, so silence that logger.
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 
-def _all_but_attention(
-    layer: nn.Module, layout: TrainingLayout, front: KeysAndValues | None, *args: Any, **kwargs: Any
-) -> Tensor:
+def _all_but_attention(layer: nn.Module, seen: Seen, *args: Any, **kwargs: Any) -> Tensor:
     run = partial(checkpoint, _again, use_reentrant=False, context_fn=SAVE_ATTENTION)
-    return _attending(layout, front, run, layer, layout, front, *args, **kwargs)
+    return _attending(seen, run, layer, seen, *args, **kwargs)
 
 
-def _everything(
-    layer: nn.Module, layout: TrainingLayout, front: KeysAndValues | None, *args: Any, **kwargs: Any
-) -> Tensor:
+def _everything(layer: nn.Module, seen: Seen, *args: Any, **kwargs: Any) -> Tensor:
     run = partial(checkpoint, _again, use_reentrant=False)
-    return _attending(layout, front, run, layer, layout, front, *args, **kwargs)
+    return _attending(seen, run, layer, seen, *args, **kwargs)
 
 
-def _attending(
-    layout: TrainingLayout, front: KeysAndValues | None, run: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Tensor:
-    """``hook.attending`` where the layout is an argument: compiled code then has it as an input, and no guard on its identity."""
-    current.layout, current.front = layout, front
+def _attending(seen: Seen, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    """``hook.attending`` for a layer."""
+    current.layout, current.front = seen
     try:
         return run(*args, **kwargs)
     finally:
         current.layout = current.front = None
 
 
-def _again(layer: nn.Module, layout: TrainingLayout, front: KeysAndValues | None, *args: Any, **kwargs: Any) -> Tensor:
+def _again(layer: nn.Module, seen: Seen, *args: Any, **kwargs: Any) -> Tensor:
     """The part of a layer that a checkpoint runs, and runs again in the backward. Compiled code has no side effects in here, and
     needs none: its backward does not run Python again."""
     if torch.compiler.is_compiling():
         return type(layer).forward(layer, *args, **kwargs)
-    return _plain(layer, layout, front, *args, **kwargs)
+    return _plain(layer, seen, *args, **kwargs)
 
 
 def _save_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

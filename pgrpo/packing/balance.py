@@ -61,7 +61,9 @@ def share_out(
         whole = replace(whole, shared=np.zeros_like(whole.shared))
     divisions = _divisions(whole, dp_size, token_budget, cost, attention, most_kept)
     best = min(divisions, key=lambda division: division.seconds)
-    filler = replace(Forest.of([weightless(min(samples, key=length))]), is_filler=True)
+    shortest = min(samples, key=length)
+    nothing = [False] * len(shortest.token_ids)
+    filler = replace(Forest.of([replace(shortest, mask=nothing, advantages=[0.0 for _ in nothing])]), is_filler=True)
     plan = [
         [_forest(whole, pieces, best.least, token_budget) if pieces else filler for pieces in batches]
         for batches in best.plan
@@ -120,15 +122,16 @@ def _divisions(
         # A tree that holds most samples may be cut finer than the budget, so that no rank waits for another: into about one, a half
         # or a quarter of a piece a rank, as each piece computes the tree's beginning again.
         fair = -(-int((whole.lengths - kept).sum()) // dp_size)
-        largest = int(trees.sizes().max())
-        limits = [budget, *(share * fair for share in (1, 2, 4) if dp_size > 1), *([largest] if most_kept else [])]
+        most = int(trees.sizes().max())
+        limits = [budget, fair, 2 * fair, 4 * fair]
+        if most_kept:
+            limits.append(most)  # whole trees, in passes
+        else:
+            most = min(most, budget)
         keeping = attention.flops_per_ns * KEEP_NS
-        for limit in sorted({min(max(n, int(whole.lengths.max())), largest) for n in limits}):
-            if limit > budget and not most_kept:
-                continue
-            pieces = trees.pieces(limit)
-            if limit > budget:
-                pieces = [part for piece in pieces for part in trees.passes(piece, budget, most_kept, keeping)]
+        for limit in sorted({min(max(n, int(whole.lengths.max())), most) for n in limits}):
+            cut = trees.pieces(limit)
+            pieces = [part for piece in cut for part in trees.passes(piece, budget, most_kept, keeping)]
             plan, spans = _assign(pieces, dp_size, budget)
             rounds = zip(*([sum(p.cost for p in batch) for batch in batches] for batches in plan), strict=True)
             yield _Division(least, plan, spans, passes + sum(map(max, rounds)) + keeping * len(spans))
@@ -222,24 +225,23 @@ def _assign(
     for piece in sorted(pieces, key=lambda piece: -piece.cost):
         min(ranks, key=lambda rank: rank.cost).add(piece)
     owned = [rank.pieces for rank in ranks]
-    rest = [fill_micro_batches([piece for piece in own if not piece.passes], budget) for own in owned]
-    for batches in rest:  # ranks wait for each other: equal costs at a time
-        batches.sort(key=lambda batch: -sum(piece.cost for piece in batch))
+    filled = [fill_micro_batches([piece for piece in own if not piece.passes], budget) for own in owned]
+    # Ranks wait for each other: equal costs at a time.
+    rest = [sorted(batches, key=lambda batch: -sum(piece.cost for piece in batch)) for batches in filled]
     # Spans, the longest first. A rank without one has other micro-batches meanwhile, as it keeps next to nothing.
     plan: list[list[list[Piece]]] = [[] for _ in owned]
     spans: list[tuple[int, int]] = []
     parts = [sorted((piece.passes for piece in own if piece.passes), key=len, reverse=True) for own in owned]
-    for span in zip_longest(*parts, fillvalue=()):
-        count = max(map(len, span))
-        spans.append((len(plan[0]), count))
-        for batches, passes, more in zip(plan, span, rest, strict=True):
-            taken = [[part] for part in passes] or more[:count]
-            del more[: 0 if passes else count]
+
+    def extend(count: int, passes: Sequence[Sequence[Piece]]) -> None:
+        for batches, own, more in zip(plan, passes, rest, strict=True):
+            taken = [[part] for part in own] or [more.pop(0) for _ in more[:count]]
             batches += [*taken, *([] for _ in range(count - len(taken)))]
-    rounds = len(plan[0]) + max(map(len, rest))
-    for batches, more in zip(plan, rest, strict=True):
-        batches += more
-        batches += [[] for _ in range(rounds - len(batches))]
+
+    for span in zip_longest(*parts, fillvalue=()):
+        spans.append((len(plan[0]), max(map(len, span))))
+        extend(spans[-1][1], span)
+    extend(max(map(len, rest)), [()] * len(owned))
     return plan, spans
 
 
@@ -253,12 +255,6 @@ def _forest(whole: Sorted, pieces: Sequence[Piece], least: int, budget: int) -> 
         return forest
     goes_on = first.is_again and whole.samples[first.first].prompt_ids == whole.samples[first.first - 1].prompt_ids
     return replace(forest, kept=first.kept, is_again=first.is_again, goes_on=goes_on)
-
-
-def weightless(sample: Sample) -> Sample:
-    """The sample with no token in the loss."""
-    count = len(sample.token_ids)
-    return replace(sample, mask=[False] * count, advantages=[0.0] * count)
 
 
 def fill_micro_batches(pieces: Sequence[Piece], token_budget: int) -> list[list[Piece]]:

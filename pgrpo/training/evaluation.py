@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pgrpo.algorithm.metrics import group_metrics, pass_at_k
+from pgrpo.algorithm.metrics import group_metrics
 from pgrpo.config import Config, ConfigError, to_json
 from pgrpo.distributed.world import World
 from pgrpo.environments.episodes import Episodes
@@ -187,3 +187,11 @@ def result_rows(mode: str, groups: Sequence[Group], rewards: RewardRunner) -> It
 
 def _known(values: Sequence[T | None]) -> list[T]:
     return [value for value in values if value is not None]
+
+
+def pass_at_k(correct: int, samples: int, k: int) -> float:
+    """Unbiased estimate of the probability that at least one of k samples is correct (Codex, arXiv 2107.03374, equation 1)."""
+    failure = 1.0
+    for i in range(k):
+        failure *= max(samples - correct - i, 0) / (samples - i)
+    return 1.0 - failure

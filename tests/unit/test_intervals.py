@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from pgrpo.algorithm.metrics import pass_at_k
 from pgrpo.tracking.intervals import mean_interval, rate_interval, student_t, wilson
+from pgrpo.training.evaluation import pass_at_k
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 8, 20, 127, 1000])

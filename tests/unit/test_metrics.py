@@ -6,7 +6,8 @@ import math
 import pytest
 from making import episode, group
 
-from pgrpo.algorithm.metrics import group_metrics, pass_at_k
+from pgrpo.algorithm.metrics import group_metrics
+from pgrpo.training.evaluation import pass_at_k
 
 
 def make_group(rewards, lengths, reasons, **parts):
