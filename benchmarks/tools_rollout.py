@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from pgrpo.config import load_config
+from pgrpo.config.sampling import sampling_params
 from pgrpo.distributed.world import start
 from pgrpo.environments.chat import Chat
 from pgrpo.environments.episodes import ToolLoop
 from pgrpo.environments.parsing import Call, Reply
 from pgrpo.environments.tools import tool_of
-from pgrpo.rollout.base import sample_seeds, sampling_params
+from pgrpo.rollout.base import sample_seeds
 from pgrpo.rollout.embedded.engine import EmbeddedEngine
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.training.build import build

@@ -22,11 +22,12 @@ from pgrpo.algorithm.advantages import compare, rewards_differ
 from pgrpo.algorithm.loss import Counts
 from pgrpo.algorithm.metrics import group_metrics
 from pgrpo.config import Config
+from pgrpo.config.sampling import sampling_params
 from pgrpo.environments.metrics import turn_metrics
 from pgrpo.environments.returns import give_returns
 from pgrpo.model.kept import kept_prefix
 from pgrpo.packing.batch import GroupedBatch
-from pgrpo.rollout.base import sample_seeds, sampling_params
+from pgrpo.rollout.base import sample_seeds
 from pgrpo.tracking.live import watched
 from pgrpo.training import update
 from pgrpo.training.build import Learner, Parts
@@ -119,19 +120,16 @@ def sample_groups(parts: Parts, step: int) -> tuple[list[Group], list[Group], Me
     def is_flat(group: Group) -> bool:
         return update.is_masked(group, config.loss) or not rewards_differ(group, config.loss, parts.rewards.weights)
 
-    wanted = config.rollout.prompts_per_step
+    wanted, most_rounds = config.rollout.prompts_per_step, config.rollout.resample_limit
     groups = sample(wanted)
     all_groups = list(groups)
-    while rounds < config.rollout.resample_limit:
-        flat = world.from_main([i for i, group in enumerate(groups) if is_flat(group)])
-        if not flat:
-            break
+    while rounds < most_rounds and (flat := world.from_main([i for i, g in enumerate(groups) if is_flat(g)])):
         fresh = sample(len(flat))
         for i, group in zip(flat, fresh, strict=world.is_main):
             groups[i] = group
         all_groups += fresh
         rounds += 1
-    if config.rollout.resample_limit:
+    if most_rounds:
         metrics["resampling/rounds"], metrics["resampling/groups"] = rounds, count - wanted
         metrics["resampling/frac_reward_zero_std"] = sum(map(is_flat, groups)) / wanted
     return groups, all_groups, metrics

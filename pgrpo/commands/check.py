@@ -18,6 +18,7 @@ from pgrpo.admission.seeded_bugs import SEEDED_BUGS
 from pgrpo.admission.vision import image_bugs, rows_in_another_order
 from pgrpo.commands.plan import plan_text
 from pgrpo.config import Config, check_world_size, fit_world_size, redact
+from pgrpo.config.sampling import sampling_params
 from pgrpo.data import load_prompts
 from pgrpo.distributed.world import start, world_size
 from pgrpo.environments.chat import Transition
@@ -26,7 +27,7 @@ from pgrpo.model.policy import Policy, load_model
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.planning.hub import load_hf_config
-from pgrpo.rollout.base import sample_seeds, sampling_params
+from pgrpo.rollout.base import sample_seeds
 from pgrpo.tracking import printable
 from pgrpo.tracking.live import showing
 from pgrpo.training.build import Parts, build, load_tokenizer

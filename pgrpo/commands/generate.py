@@ -12,11 +12,12 @@ from rich.console import Console
 
 from pgrpo.commands.evaluate import built
 from pgrpo.config import PYTHON, Config, ConfigError, PromptConfig, redact, to_json
+from pgrpo.config.sampling import sampling_params
 from pgrpo.config.task import EnvironmentConfig
 from pgrpo.data import load_prompts
 from pgrpo.distributed.world import start, world_size
 from pgrpo.process.lock import run_folder
-from pgrpo.rollout.base import sample_seeds, sampling_params
+from pgrpo.rollout.base import sample_seeds
 from pgrpo.tracking import printable
 from pgrpo.tracking.live import showing
 from pgrpo.tracking.record import replacing

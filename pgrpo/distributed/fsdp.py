@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -50,12 +49,9 @@ def place(
     if not dist.is_initialized():
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    if world.shards == world.size:
-        mesh = init_device_mesh(world.device.type, (world.size,))
-    else:
-        mesh = init_device_mesh(
-            world.device.type, (world.size // world.shards, world.shards), mesh_dim_names=("replicate", "shard")
-        )
+    names = ("shard",) if world.shards == world.size else ("replicate", "shard")
+    sizes = {"replicate": world.size // world.shards, "shard": world.shards}
+    mesh = init_device_mesh(world.device.type, tuple(sizes[name] for name in names), mesh_dim_names=names)
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     home = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
     for layer in layers:
@@ -65,14 +61,8 @@ def place(
         register_fsdp_forward_method(module, name)
 
 
-class Root(Protocol):
-    """A module that ``place`` was given."""
-
-    def modules(self) -> Iterator[nn.Module]: ...
-
-
 @contextmanager
-def no_gradient(root: Root) -> Iterator[None]:
+def no_gradient(root: nn.Module) -> Iterator[None]:
     """Run forwards without gradients inside this block. FSDP2 keeps the root's parameters gathered from a forward to its
     backward. Without a backward they would stay gathered and take memory from vLLM, so this reshards them at the end."""
     with torch.no_grad():
@@ -83,7 +73,7 @@ def no_gradient(root: Root) -> Iterator[None]:
 
 
 @contextmanager
-def expect_backwards(root: Root) -> Iterator[None]:
+def expect_backwards(root: nn.Module) -> Iterator[None]:
     """The backwards inside this block are not the last: FSDP2 keeps the order of earlier forwards, by which it prefetches."""
     sharded = root if isinstance(root, FSDPModule) else None
     if sharded:
@@ -95,7 +85,7 @@ def expect_backwards(root: Root) -> Iterator[None]:
             sharded.set_is_last_backward(True)
 
 
-def reshard(root: Root) -> None:
+def reshard(root: nn.Module) -> None:
     """Free the gathered parameters. Afterwards ``parameters()`` gives the shards that the optimizer has, in their own dtype;
     gathered parameters are other tensors, in the compute dtype."""
     for part in root.modules():

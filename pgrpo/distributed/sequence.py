@@ -12,6 +12,7 @@ S ranks, T packed rows, t rows of one rank (S * t >= T); H query heads, K key/va
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,10 +31,7 @@ from pgrpo.distributed.world import World
 
 def key_value_copies(kv_heads: int, size: int) -> int:
     """How many ranks need each key/value head: 1 if the heads divide over the ranks."""
-    copies = 1
-    while kv_heads * copies % size:
-        copies += 1
-    return copies
+    return size // math.gcd(kv_heads, size)
 
 
 @dataclass(frozen=True)

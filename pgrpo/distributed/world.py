@@ -128,13 +128,7 @@ class World:
 
     def check_stop(self) -> None:
         """Raise ``Stopped`` on all ranks if a stop signal reached any of them. A collective call on CPUs."""
-        signum = self.stop.signum
-        if self.size > 1:
-            largest = torch.tensor([signum])
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
-            signum = int(largest.item())
-        if signum:
-            raise Stopped(signum)
+        self.together(lambda: None)
 
     def together(self, work: Callable[[], T], *, break_off: bool = False) -> T:
         """Run ``work``, in which nothing is collective, and wait for all ranks to finish theirs. If one fails, all raise. A
@@ -212,10 +206,9 @@ def start(fsdp_size: int | None = None, sequence_parallel_size: int = 1) -> Iter
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     control = dist.new_group(backend="gloo") if size > 1 and device.type == "cuda" else None
     together = dist.new_subgroups(sequence_parallel_size)[0] if sequence_parallel_size > 1 else None
-    shape = fsdp_size, sequence_parallel_size, together
     try:
         with yielding_cores() if device.type == "cpu" else nullcontext():
-            yield World(rank, size, device, StopFlag(), control, *shape)
+            yield World(rank, size, device, StopFlag(), control, fsdp_size, sequence_parallel_size, together)
     finally:
         if is_ours and dist.is_initialized():
             dist.destroy_process_group()

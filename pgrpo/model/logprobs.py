@@ -26,11 +26,6 @@ TEACHER_COPIES = 2
 """A teacher's logits are in memory beside the policy's: chunks of half as many rows take as much memory."""
 
 
-def chunk_bytes(device_type: str) -> int:
-    """The most memory that one chunk takes, temporaries included."""
-    return LOGITS_PER_CHUNK[device_type] * {"cpu": 16, "cuda": 2}[device_type]
-
-
 class TokenLogprobs(NamedTuple):
     """``logprobs`` [L], ``entropy`` [L] and ``kl`` [L] to the teacher (None unless asked for), float32 (float64 for float64
     inputs), in nats."""
@@ -65,10 +60,6 @@ class TeacherRows(NamedTuple):
         return self.hidden_LE[rows] @ self.head.weight[:vocabulary].T
 
 
-def _all(logits_CV: Tensor) -> Tensor:
-    return logits_CV
-
-
 def token_logprobs(
     hidden_LE: Tensor,
     head: Tensor | Head,
@@ -77,7 +68,7 @@ def token_logprobs(
     *,
     entropy: bool = False,
     teacher: TeacherRows | None = None,
-    ban: Callable[[Tensor], Tensor] = _all,
+    ban: Callable[[Tensor], Tensor] = lambda logits_CV: logits_CV,
 ) -> TokenLogprobs:
     """Log-softmax of ``scale * logits`` at the target ids.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -10,11 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pgrpo.config import ModelConfig
-from pgrpo.model.logprobs import TokenLogprobs
-from pgrpo.packing.batch import GroupedBatch
 from pgrpo.planning.dims import ModelDims, decoder_layers
-
-LogprobsOf = Callable[[GroupedBatch], TokenLogprobs]
 
 
 def add_adapters(model: PreTrainedModel, config: ModelConfig, seed: int) -> None:
@@ -52,19 +47,8 @@ def merge_adapters(model: PreTrainedModel) -> None:
     del model.peft_config
 
 
-def without_adapters(policy: LogprobsOf) -> LogprobsOf:
-    """The initial model without a second copy of its weights: ``policy`` (a module) with the output of its adapters times 0."""
-    assert isinstance(policy, nn.Module)
-
-    def run(batch: GroupedBatch) -> TokenLogprobs:
-        with adapters_off(policy):
-            return policy(batch)
-
-    return run
-
-
 def adapters_off(policy: nn.Module) -> AbstractContextManager[None]:
-    """Forwards inside this block are those of the initial model."""
+    """Forwards inside this block are those of the initial model, without a second copy of its weights: adapters add 0."""
     from peft.helpers import rescale_adapter_scale
 
     return rescale_adapter_scale(policy, 0.0)

@@ -54,7 +54,7 @@ def set_up_layers(layers: Iterable[nn.Module], recompute: Sequence[Recompute], *
 
 def _forward(layer: nn.Module, number: int, mode: Recompute, compiled: bool, *args: Any, **kwargs: Any) -> Tensor:
     layout = current.layout
-    if not is_training(layout):
+    if layout is None or not is_training(layout):
         return type(layer).forward(layer, *args, **kwargs)
     if not torch.is_grad_enabled():
         mode, compiled = "none", compiled and not current.is_eager

@@ -94,18 +94,6 @@ class Work(NamedTuple):
     def rows(self) -> np.ndarray:
         return self.ends - self.starts
 
-    def pairs(self, window: int | None = None) -> np.ndarray:
-        """Pairs of a query and a key that it sees; with a sliding window only the last ``window`` keys."""
-
-        def before(position: np.ndarray) -> np.ndarray:
-            seen = position * (position + 1) // 2
-            if window is not None:  # a row at position p sees p + 1 keys, of which p + 1 - window are hidden
-                hidden = np.maximum(position - window, 0)
-                seen -= hidden * (hidden + 1) // 2
-            return seen
-
-        return before(self.ends) - before(self.starts)
-
 
 @dataclass(frozen=True)
 class Sorted:

@@ -88,10 +88,23 @@ def update_flops(
     return int(forest_update_flops(dims, flat_work(prompt, completions, shared=shared), adapters=adapters).sum())
 
 
+def pairs(work: Work, window: int | None = None) -> np.ndarray:
+    """Pairs of a query and a key that it sees, of each run of rows; with a sliding window only the last ``window`` keys."""
+
+    def before(position: np.ndarray) -> np.ndarray:
+        seen = position * (position + 1) // 2
+        if window is not None:  # a row at position p sees p + 1 keys, of which p + 1 - window are hidden
+            hidden = np.maximum(position - window, 0)
+            seen -= hidden * (hidden + 1) // 2
+        return seen
+
+    return before(work.ends) - before(work.starts)
+
+
 def _attention_flops(dims: ModelDims, work: Work) -> np.ndarray:
-    pairs = sum(count * work.pairs(window or None) for window, count in Counter(dims.windows).items())
+    seen = sum(count * pairs(work, window or None) for window, count in Counter(dims.windows).items())
     # scores and weighted values; recurrences, which have no weights either
-    return 2 * dims.heads * (dims.head_dim + dims.value_dim) * pairs + dims.state_flops * work.rows
+    return 2 * dims.heads * (dims.head_dim + dims.value_dim) * seen + dims.state_flops * work.rows
 
 
 def rho(prompt: int, completions: Sequence[int]) -> float:

@@ -18,7 +18,7 @@ from pgrpo.attention.kernels.flash import choose_kernel
 from pgrpo.config import Config, ConfigError, ModelConfig
 from pgrpo.distributed.sequence import key_value_copies
 from pgrpo.distributed.world import World
-from pgrpo.model.logprobs import chunk_bytes
+from pgrpo.model.logprobs import LOGITS_PER_CHUNK
 from pgrpo.planning.flops import GIB, ModelDims, adapter_parameters
 from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.memory import LayerPlan, MemoryPlan, fewest_recomputed_layers, memory_plan
@@ -321,7 +321,8 @@ def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.devi
         "group_size": 1 if config.has_tools else rollout.group_size,
         "prompt_tokens": config.data.max_prompt_tokens,
         "completion_tokens": config.max_sampled_tokens,
-        "logit_chunk_bytes": chunk_bytes(device.type),
+        # Temporaries included.
+        "logit_chunk_bytes": LOGITS_PER_CHUNK[device.type] * {"cpu": 16, "cuda": 2}[device.type],
         "image_tokens": most_image_tokens(config, dims),
         "train_vision": config.model.train_vision,
         "train_projector": config.model.train_projector,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Literal, Protocol
 
-from pgrpo.config import Config
 from pgrpo.types import Completion, Request, SamplingParams
 
 OnFinished = Callable[[int, list[Completion]], None]
@@ -43,7 +42,6 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None:
         """Shut the engine down, at the end of the process."""
-        ...
 
     def sample(
         self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished, more: More = no_more
@@ -55,7 +53,6 @@ class RolloutEngine(Protocol):
         The seeds decide the random numbers; in the embedded engine a completion's own seed alone does. Ranks that
         share an engine call this with the same number of requests, which have as many seeds each.
         """
-        ...
 
 
 def sample_seeds(*path: int | str, group_size: int) -> list[int]:
@@ -68,16 +65,3 @@ def sample_seeds(*path: int | str, group_size: int) -> list[int]:
         key = "/".join(map(str, (*path, sample))).encode()
         seeds.append(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
     return seeds
-
-
-def sampling_params(config: Config, temperature: float | None = None) -> SamplingParams:
-    """The config's sampling parameters; ``temperature`` replaces the rollout's."""
-    rollout = config.rollout
-    return SamplingParams(
-        max_completion_tokens=rollout.max_completion_tokens,
-        temperature=rollout.temperature if temperature is None else temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        stop=tuple(rollout.stop),
-        keep_special_tokens=rollout.keep_special_tokens,
-    )

@@ -25,7 +25,6 @@ from pgrpo.environments.episodes import Episodes
 from pgrpo.environments.toolbox import load_toolbox
 from pgrpo.model.families.experts import experts_text, untrained_text
 from pgrpo.model.families.linear import states_text
-from pgrpo.model.lora import LogprobsOf, without_adapters
 from pgrpo.model.policy import Policy
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.hub import load_error, load_hf_config
@@ -64,7 +63,8 @@ class Learner:
 
     Attributes:
         policy: the model that is trained.
-        reference: log-probs of the reference model for the KL term; None without that term.
+        reference: the initial model for the KL term, with LoRA the policy itself, whose adapters are then off; None without that
+            term.
         teacher: the model of ``loss.teacher``.
         optimizer: of the policy's parameters.
         dims: sizes of the model, for cost estimates.
@@ -75,7 +75,7 @@ class Learner:
     config: Config
     world: World
     policy: Policy
-    reference: LogprobsOf | None
+    reference: Policy | None
     optimizer: torch.optim.Optimizer
     dims: ModelDims
     loss: Callable[..., LossOutput] = policy_loss
@@ -177,7 +177,7 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
         reference = initial_model(policy, config, world) if config.loss.kl_coef else None
         teacher = place_teacher(config, world) if config.loss.teacher is not None else None
     see(policy, reader)
-    if isinstance(reference, Policy):
+    if reference is not None and reference is not policy:
         see(reference, reader)
     wanted, most_kept = longest_kept(config, dims, world), keepable_tokens(config, dims, world)
     if not keeps:  # of the policy or of the teacher, which keeps the same rows
@@ -208,11 +208,9 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
     return Parts(config, world, stream, held_out, runner, learner, engine, episodes, canary, toolbox.transitions)
 
 
-def initial_model(policy: Policy, config: Config, world: World) -> LogprobsOf:
-    """The reference for the KL term: with LoRA the policy without its adapters, otherwise a second copy of the model."""
-    if config.model.lora_rank:
-        return without_adapters(policy)
-    return place_reference(config, world)
+def initial_model(policy: Policy, config: Config, world: World) -> Policy:
+    """The reference for the KL term: with LoRA the policy, otherwise a second copy of the model."""
+    return policy if config.model.lora_rank else place_reference(config, world)
 
 
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:

@@ -51,7 +51,7 @@ class Checkpoints:
         self._stream, self._progress = stream, progress
         # A reference that is never refreshed is not saved: it has the initial weights.
         self._reference: Policy | None = None
-        if learner.config.loss.ref_refresh_every and isinstance(learner.reference, Policy):
+        if learner.config.loss.ref_refresh_every and learner.reference is not learner.policy:
             self._reference = learner.reference
         self._writer: checkpoint.Writer | None = None
         self._saved = -1

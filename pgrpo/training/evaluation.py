@@ -11,12 +11,13 @@ from typing import Any, TypeVar
 
 from pgrpo.algorithm.metrics import group_metrics
 from pgrpo.config import Config, ConfigError, to_json
+from pgrpo.config.sampling import sampling_params
 from pgrpo.distributed.world import World
 from pgrpo.environments.episodes import Episodes
 from pgrpo.environments.metrics import turn_metrics
 from pgrpo.process.lock import refuse_links, run_folder
 from pgrpo.rewards.runner import RewardRunner
-from pgrpo.rollout.base import sample_seeds, sampling_params
+from pgrpo.rollout.base import sample_seeds
 from pgrpo.tracking.intervals import mean_interval, rate_interval
 from pgrpo.tracking.record import TRAINING, replacing, shown, writing
 from pgrpo.training.rollout import sample_and_score

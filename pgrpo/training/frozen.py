@@ -13,7 +13,6 @@ from pgrpo.distributed.fsdp import no_gradient, reshard
 from pgrpo.model.kept import kept_prefix
 from pgrpo.model.logprobs import TeacherRows
 from pgrpo.model.lora import adapters_off
-from pgrpo.model.policy import Policy
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.training.build import Learner
 
@@ -53,9 +52,8 @@ def record_frozen_logprobs(learner: Learner, span: Sequence[GroupedBatch]) -> No
     keeps the prefix: with LoRA the reference is the same module."""
     reference, teacher = learner.reference, learner.teacher
     if reference is not None and span[0].ref_logprobs is None:
-        model = reference if isinstance(reference, Policy) else learner.policy
-        off = adapters_off(model) if model is learner.policy else nullcontext()
-        with no_gradient(model), off, kept_prefix(model, span):
+        off = adapters_off(reference) if reference is learner.policy else nullcontext()
+        with no_gradient(reference), off, kept_prefix(reference, span):
             for batch in span:
                 batch.ref_logprobs = batch.unpack(reference(batch).logprobs)
     if teacher is not None and learner.config.loss.teacher_kl != "full" and span[0].teacher_logprobs is None:

@@ -19,7 +19,6 @@ from pgrpo.distributed.fsdp import no_gradient
 from pgrpo.distributed.shards import shard_of
 from pgrpo.distributed.world import World
 from pgrpo.model.kept import kept_prefix
-from pgrpo.model.policy import Policy
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import GroupedBatch, build_batch
 from pgrpo.packing.forest import Forest, Work
@@ -198,7 +197,7 @@ def record_old_logprobs(learner: Learner, batches: Sequence[GroupedBatch]) -> No
 
 def refresh_reference(learner: Learner) -> None:
     """Copy the policy's current weights to the reference."""
-    assert isinstance(learner.reference, Policy)
+    assert learner.reference is not None
     with torch.no_grad():
         for ours, new in zip(learner.reference.parameters(), learner.policy.parameters(), strict=True):
             shard_of(ours).tensor.copy_(shard_of(new).tensor)  # sharded alike; the reference may be in host memory

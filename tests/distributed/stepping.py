@@ -10,12 +10,13 @@ from making import generate
 from torch.distributed.tensor import DTensor
 
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig, load_config
+from pgrpo.config.sampling import sampling_params
 from pgrpo.distributed.fsdp import reshard
 from pgrpo.environments.episodes import SingleTurn
 from pgrpo.grpo import backward, sample_groups
 from pgrpo.model.weights import full_weights
 from pgrpo.rewards.runner import RewardReport
-from pgrpo.rollout.base import sample_seeds, sampling_params
+from pgrpo.rollout.base import sample_seeds
 from pgrpo.training.build import build
 from pgrpo.training.caller import Given
 from pgrpo.training.engine import Canary

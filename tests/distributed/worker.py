@@ -14,7 +14,6 @@ from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import start
 from pgrpo.grpo import backward, update_policy
 from pgrpo.model.kept import kept_prefix
-from pgrpo.model.policy import Policy
 from pgrpo.packing import balance
 from pgrpo.planning.flops import ModelDims
 from pgrpo.process.exit import run_and_leave
@@ -106,7 +105,7 @@ def one_update(world, model, changes):
                 copy_full(p, full_tensor(p) + 0.05 * torch.randn(p.shape, generator=generator))
     if config.loss.kl_coef:
         reference = initial_model(policy, config, world)
-    if isinstance(reference, Policy):
+    if reference is not None and reference is not policy:
         with torch.no_grad():
             for p in reference.parameters():
                 p.mul_(1.02)

@@ -16,6 +16,7 @@ from pgrpo.attention.reference import attention_mask
 from pgrpo.packing.balance import Piece, _first_fit, cut_tree, fill_micro_batches, share_out
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest, Sorted, Work, length
+from pgrpo.planning.flops import pairs
 from pgrpo.types import Sample
 
 H100 = AttentionChoice("flash4", 32, 8, 128, "auto", flops_per_ns=36 * 450e3)
@@ -27,7 +28,7 @@ def rows(work: Work) -> np.ndarray:
 
 
 def flops(work: Work) -> np.ndarray:
-    return 3.0 * (QWEN3_4B * work.rows + 4 * 36 * 4096 * work.pairs())
+    return 3.0 * (QWEN3_4B * work.rows + 4 * 36 * 4096 * pairs(work))
 
 
 def group(index, prompt, lengths, beginning=()):

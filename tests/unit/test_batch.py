@@ -9,6 +9,7 @@ from pgrpo.attention.layout import unpack_calls
 from pgrpo.attention.reference import attention_mask
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest, Sorted, length
+from pgrpo.planning.flops import pairs
 from pgrpo.types import Sample
 
 
@@ -47,7 +48,7 @@ def test_the_worked_example():
     counts = batch.counts
     assert (counts.packed, counts.repeated, counts.shared_above_prompt, batch.packed_tokens) == (10, 5 + 4 + 6, 2, 10)
     work = batch.work
-    assert (work.rows.sum(), work.scored.sum(), work.pairs().sum()) == (10, 5, attention_mask(batch.layout).sum())
+    assert (work.rows.sum(), work.scored.sum(), pairs(work).sum()) == (10, 5, attention_mask(batch.layout).sum())
     assert batch.distinct.tolist() == batch.pair_index.tolist() == [0, 1, 2, 3, 4]
     assert batch.old_logprobs is None
 
@@ -150,8 +151,8 @@ def test_a_thousand_random_forests_store_every_distinct_prefix_once_and_predict_
             children.setdefault(node.parent, []).append(ids[node.start])
         assert all(len(first) == len(set(first)) for first in children.values())
         assert all(len(first) > 1 for parent, first in children.items() if parent >= 0)
-        assert batch.work.pairs().sum() == int(mask.sum())
-        assert batch.work.pairs(3).sum() == int(attention_mask(batch.layout, 3).sum())
+        assert pairs(batch.work).sum() == int(mask.sum())
+        assert pairs(batch.work, 3).sum() == int(attention_mask(batch.layout, 3).sum())
 
 
 def paths(forest: Forest) -> list[set[int]]:

@@ -206,7 +206,7 @@ def test_attention_pairs_by_counting(prompt: int, completions: list[int], shared
         name += [(sample, prompt + i) for i in range(length)]
         seen |= {(name[i], name[j]) for i in range(len(name)) for j in range(i + 1) if i - j < (window or 99)}
     work = flops.flat_work(prompt, completions, shared=shared)
-    assert work.pairs(window or None).sum() == len(seen)
+    assert flops.pairs(work, window or None).sum() == len(seen)
     assert work.rows.sum() == len({query for query, _ in seen})
 
 

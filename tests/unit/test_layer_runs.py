@@ -11,7 +11,7 @@ from pgrpo.admission.compare import tokens_as_samples
 from pgrpo.attention.layout import unpack_calls
 from pgrpo.config import ModelConfig
 from pgrpo.model import recompute as layers
-from pgrpo.model.lora import add_adapters, without_adapters
+from pgrpo.model.lora import adapters_off, add_adapters
 from pgrpo.model.policy import ATTENTION_NAME, Policy
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
@@ -131,8 +131,8 @@ def test_compiled_layers_are_exact_and_compiled_once_for_each_gradient_mode(reco
         with torch.no_grad():
             assert (compiled(batch).logprobs - wanted[0]).abs().max() < 1e-5
             if lora:
-                initial = without_adapters(compiled)(batch).logprobs
-                assert (initial - without_adapters(plain)(batch).logprobs).abs().max() < 1e-5
+                with adapters_off(compiled), adapters_off(plain):
+                    assert (compiled(batch).logprobs - plain(batch).logprobs).abs().max() < 1e-5
 
     compare(random_batch(rnd))
     # With a gradient and without; layers that keep attention run as plain ones where there is no gradient. With LoRA the first

@@ -24,7 +24,7 @@ from pgrpo.config import Config, ConfigError, ModelConfig, load_config
 from pgrpo.distributed.fsdp import place, reshard
 from pgrpo.distributed.world import start
 from pgrpo.grpo import grpo_step
-from pgrpo.model.lora import add_adapters, merge_adapters, without_adapters
+from pgrpo.model.lora import adapters_off, add_adapters, merge_adapters
 from pgrpo.model.policy import Policy, load_model
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
@@ -131,7 +131,8 @@ def test_without_adapters_is_the_initial_model_bit_for_bit(tmp_path):
     policy, batch = adapted_policy(path, []), build_batch(Forest.of(samples()))
     before = policy(batch).logprobs
     initial = Policy(load_model(ModelConfig(path=path), dtype=torch.float64))
-    assert torch.equal(without_adapters(policy)(batch).logprobs, initial(batch).logprobs)
+    with adapters_off(policy):
+        assert torch.equal(policy(batch).logprobs, initial(batch).logprobs)
     assert torch.equal(policy(batch).logprobs, before)
 
 
@@ -219,7 +220,8 @@ def test_a_run_trains_saves_and_exports_adapters_on_frozen_weights(dtype, tiny, 
             assert torch.equal(weight, initial[name.replace(".base_layer", "")]), name
         sample = tokens_as_samples([[4, 6, 12, 5]], [[[3, 4], [7, 7, 1]]])
         adapted = parts.policy(build_batch(Forest.of(sample))).logprobs.detach()
-        off = without_adapters(parts.policy)(build_batch(Forest.of(sample))).logprobs.detach()
+        with adapters_off(parts.policy):
+            off = parts.policy(build_batch(Forest.of(sample))).logprobs.detach()
     assert steps[0]["kl"] == 0 < steps[1]["kl"] < steps[2]["kl"]
     # The engine samples with the adapters: its log-probs are the policy's after two updates.
     assert steps[2]["sampling/sampling_logp_difference/max"] < {"float32": 1e-4, "bfloat16": 0.05}[dtype]

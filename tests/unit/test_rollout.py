@@ -280,7 +280,8 @@ def script(text):
 def scripted(texts, params):
     policy = Scripted([script(t) for t in texts])
     asked = [Prompt(i, "", [40 + i]) for i in range(len(texts))]
-    groups = completions_of(EmbeddedEngine(policy, Letters(), (EOS,)), asked, params, [[i] for i in range(len(texts))])
+    engine = EmbeddedEngine(policy, Letters(), (EOS,))  # pyright: ignore[reportArgumentType]
+    groups = completions_of(engine, asked, params, [[i] for i in range(len(texts))])
     return [g[0] for g in groups], policy
 
 
@@ -322,7 +323,7 @@ def test_the_earliest_stop_string_cuts_the_text():
             return ["".join(letter(t) * 2 if t == 3 else "pqr" for t in ids) for ids in sequences]
 
     policy = Scripted([[3, 4, 3]])
-    engine = EmbeddedEngine(policy, Syllables(), (EOS,))
+    engine = EmbeddedEngine(policy, Syllables(), (EOS,))  # pyright: ignore[reportArgumentType]
     groups = completions_of(engine, [Prompt(0, "", [40])], SamplingParams(5, stop=("r", "q")), [[0]])
     assert groups[0][0].text == "aap"
     assert groups[0][0].token_ids == [3, 4]
@@ -347,7 +348,7 @@ def test_a_request_is_handed_over_when_its_last_completion_ends_with_the_numbers
     asked, params = prompts(), SamplingParams(LIMIT)
     eos = likely_eos(policy, asked)
     counting, order, found = Counting(policy), [], {}
-    engine = EmbeddedEngine(counting, Letters(), eos)
+    engine = EmbeddedEngine(counting, Letters(), eos)  # pyright: ignore[reportArgumentType]
     requests = [Request(prompt.token_ids, own) for prompt, own in zip(asked, seeds(asked, group_size=2), strict=True)]
 
     def finished(position, completions):

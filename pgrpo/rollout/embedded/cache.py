@@ -60,7 +60,7 @@ class DecodeCache:
         self._cu_prefix, self._max_prefix = cumulative(self._prompt_lens, device), prompts.max_sample
         self._group_of_row = torch.arange(len(rows_of)).repeat_interleave(torch.tensor(rows_of))
         self._prefixes: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> K, V [prompt rows, K, D]
-        self._suffixes: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> K, V [B, C, K, D]
+        self._suffixes: dict[int, list[Tensor]] = {}  # layer -> K, V [B, C, K, D]
         self._across = self._suffix_segments()
         self._last: dict[int, tuple[Tensor, Segments]] = {}
         self.states: dict[Any, Tensor] = {}  # of layers with a state, [B, ...]
@@ -92,7 +92,9 @@ class DecodeCache:
             causal = scores._replace(causal=True, window=window or 0)
             out_THD, lse_HT = varlen_forward(q_THD, *keys, within, causal, kernel)
         else:
-            k_BCKD, v_BCKD = self._suffix_buffers(layer, k_TKD, v_TKD)
+            if layer not in self._suffixes:
+                self._suffixes[layer] = [x.new_empty(len(x), self.capacity, *x.shape[1:]) for x in (k_TKD, v_TKD)]
+            k_BCKD, v_BCKD = self._suffixes[layer]
             k_BCKD[:, self.length], v_BCKD[:, self.length] = k_TKD, v_TKD
             seen = slice(max(0, self.length + 1 - window) if window else 0, self.length + 1)
             out_B1HD, lse_BH1 = dense_forward(q_THD.unsqueeze(1), k_BCKD[:, seen], v_BCKD[:, seen], scores)
@@ -117,10 +119,9 @@ class DecodeCache:
         """Drop all rows except these (ascending indices into the current rows)."""
         self._group_of_row = self._group_of_row[rows.cpu()]
         for layer, buffers in self._suffixes.items():
-            kept = tuple(x.new_empty(len(rows), *x.shape[1:]) for x in buffers)
-            for new, old in zip(kept, buffers, strict=True):
+            self._suffixes[layer] = [x.new_empty(len(rows), *x.shape[1:]) for x in buffers]
+            for new, old in zip(self._suffixes[layer], buffers, strict=True):
                 new[:, : self.length] = old[rows, : self.length]
-            self._suffixes[layer] = kept[0], kept[1]
         self.states = {name: x.index_select(0, rows) for name, x in self.states.items()}
         self._across = self._suffix_segments()
         self._last.clear()
@@ -143,12 +144,6 @@ class DecodeCache:
         for front, new_nKD in zip(self._fronts, new_TKD.split(self._new_lens), strict=True):
             pieces += [front.layers[layer][which], new_nKD] if front.rows else [new_nKD]
         return torch.cat(pieces)
-
-    def _suffix_buffers(self, layer: int, *like_BKD: Tensor) -> tuple[Tensor, Tensor]:
-        if layer not in self._suffixes:
-            k, v = (x.new_empty(len(x), self.capacity, *x.shape[1:]) for x in like_BKD)
-            self._suffixes[layer] = k, v
-        return self._suffixes[layer]
 
     def _suffix_segments(self) -> Segments:
         rows = self._group_of_row.bincount(minlength=len(self._cu_prefix) - 1).tolist()

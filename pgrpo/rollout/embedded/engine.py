@@ -7,16 +7,18 @@ vLLM is faster on a GPU.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import KW_ONLY, dataclass, field
 from itertools import accumulate, groupby
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pgrpo.attention.layout import rows_of
-from pgrpo.distributed.fsdp import Root, no_gradient
+from pgrpo.distributed.fsdp import no_gradient
+from pgrpo.model.policy import Policy
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.rollout.base import More, OnFinished, no_more
@@ -24,7 +26,7 @@ from pgrpo.rollout.embedded.cache import NOTHING, DecodeCache, Front
 from pgrpo.rollout.embedded.sampling import draw, uniforms
 from pgrpo.rollout.text import Tokenizer, make_completions
 from pgrpo.types import Completion, Request, Sample, SamplingParams
-from pgrpo.vision.rows import ImageRows, next_position
+from pgrpo.vision.rows import next_position
 
 LEAVE_FRACTION = 0.25
 """Finished completions leave the batch when they are this fraction of it, as the cache of the others is copied then."""
@@ -32,17 +34,7 @@ CHECK_EVERY = 8
 """Tokens between two checks of the stop signal, which are collective calls."""
 
 
-class DecodingPolicy(Root, Protocol):
-    """The part of ``policy.Policy`` that sampling needs."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def next_logits(
-        self, inputs: dict[str, Tensor], layout: DecodeCache, rows_B: Tensor, images: ImageRows | None = None
-    ) -> Tensor: ...
-
-
+@dataclass(eq=False)
 class EmbeddedEngine:
     """A ``RolloutEngine`` on the policy itself.
 
@@ -55,28 +47,17 @@ class EmbeddedEngine:
         check_stop: called every few tokens on all ranks; an exception of it ends the rollout.
     """
 
-    def __init__(
-        self,
-        policy: DecodingPolicy,
-        tokenizer: Tokenizer,
-        eos_token_ids: Sequence[int],
-        *,
-        max_concurrent: int = 256,
-        any_rank: Callable[[bool], bool] = bool,
-        check_stop: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.policy = policy
-        self.tokenizer = tokenizer
-        self.end_ids = set(eos_token_ids)
-        self.eos_token_ids = torch.tensor(sorted(eos_token_ids), device=policy.device)
-        self.max_concurrent = max_concurrent
-        self.any_rank = any_rank
-        self.check_stop = check_stop
-        self.metrics: dict[str, float] = {"time/weight_sync": 0.0}  # no weights to push
-        self.notes: list[str] = []
-        self.counted_bytes = 0
-        self.filler = Request([min(eos_token_ids, default=0)], [0], max_tokens=1)
-        self.weights_version = 0
+    policy: Policy
+    tokenizer: Tokenizer
+    eos_token_ids: Sequence[int]
+    _: KW_ONLY
+    max_concurrent: int = 256
+    any_rank: Callable[[bool], bool] = bool
+    check_stop: Callable[[], None] = lambda: None
+    metrics: dict[str, float] = field(default_factory=lambda: {"time/weight_sync": 0.0})  # no weights to push
+    notes: list[str] = field(default_factory=list)
+    counted_bytes: int = 0
+    weights_version: int = 0
 
     def awake(self, version: int) -> nullcontext[None]:
         """See ``RolloutEngine``; nothing to wake."""
@@ -98,24 +79,21 @@ class EmbeddedEngine:
         rest, start, self._keeps = list(requests) or list(more("all")), 0, more is not no_more
         self._fronts: dict[tuple[int, ...], Front] = {}
         self._kept: dict[tuple[int, ...], Front] = {}
+        filler = Request([min(self.eos_token_ids, default=0)], [0], max_tokens=1)
         while self.any_rank(bool(rest)):
-            count = completions = 0
-            while count < len(rest) and (not count or completions + len(rest[count].seeds) <= self.max_concurrent):
-                completions += len(rest[count].seeds)
-                count += 1
+            together = list(accumulate(len(request.seeds) for request in rest))
+            count = max(1, bisect_right(together, self.max_concurrent))
             wave, rest = rest[:count], rest[count:]
-
-            def finished(position: int, completions: list[Completion], start: int = start, count: int = count) -> None:
-                if position < count:
-                    on_finished(start + position, completions)
-
             with no_gradient(self.policy):
-                self._sample_wave(wave or [self.filler], params, finished)
-            start += count
+                self._sample_wave(wave or [filler], start, params, on_finished if wave else lambda *_: None)
+            start += len(wave)
             if not rest:
                 rest, self._fronts, self._kept = list(more("all")), self._kept, {}
 
-    def _sample_wave(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished) -> None:
+    def _sample_wave(
+        self, requests: Sequence[Request], start: int, params: SamplingParams, on_finished: OnFinished
+    ) -> None:
+        """``start``: the position of the first request."""
         device, limit = self.policy.device, params.max_completion_tokens
         # Neighbours with the same prompt share its keys and values: the first turns of a group, say.
         prompts = [list(same) for _, same in groupby(requests, key=lambda r: (r.token_ids, r.images))]
@@ -125,6 +103,7 @@ class EmbeddedEngine:
         request_of = [request for request in requests for _ in request.seeds]  # of each completion
         seeds = [seed for request in requests for seed in request.seeds]
         first = [0, *accumulate(len(request.seeds) for request in requests)]  # of each request, its first completion
+        end_ids = torch.tensor(sorted(self.eos_token_ids), device=device)
         uniform = uniforms(seeds, limit).to(device)
         tokens = torch.zeros(len(seeds), limit, dtype=torch.long, device=device)
         logprobs = torch.zeros(len(seeds), limit, device=device)
@@ -139,7 +118,7 @@ class EmbeddedEngine:
                 for x in (tokens, logprobs)
             )
             return make_completions(
-                self.tokenizer, ids, sampled_at, stopped[own].tolist(), self.end_ids, params, self.weights_version
+                self.tokenizer, ids, sampled_at, stopped[own].tolist(), self.eos_token_ids, params, self.weights_version
             )
 
         batch = build_batch(Forest.repeated(asked), device=device)
@@ -159,7 +138,7 @@ class EmbeddedEngine:
                 self.check_stop()
             drawn, drawn_logprobs = draw(logits, params, uniform[rows, t])
             tokens[rows, t], logprobs[rows, t] = drawn, drawn_logprobs
-            ended = torch.isin(drawn, self.eos_token_ids) | self._ends_in_stop_string(tokens[rows, : t + 1], params)
+            ended = torch.isin(drawn, end_ids) | self._ends_in_stop_string(tokens[rows, : t + 1], params)
             newly_ended = rows[ended & (lengths[rows] > t)]
             stopped[newly_ended] = True
             lengths[newly_ended] = t + 1
@@ -172,7 +151,7 @@ class EmbeddedEngine:
                 done = (lengths <= t + 1).tolist()
                 for position in [p for p in waiting if all(done[first[p] : first[p + 1]])]:
                     waiting.remove(position)
-                    on_finished(position, completions(slice(first[position], first[position + 1])))
+                    on_finished(start + position, completions(slice(first[position], first[position + 1])))
             running = lengths[rows] > t + 1
             if t + 1 == limit or not self.any_rank(bool(running.any())):
                 break
