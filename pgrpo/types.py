@@ -162,16 +162,6 @@ class Episode:
     prompt: Prompt | None = None
     turn_rewards: list[float] = field(default_factory=list)
 
-    @staticmethod
-    def of(prompt: Prompt, completion: Completion) -> Episode:
-        """The episode of a single turn."""
-        c = completion
-        mask = [True] * len(c.token_ids)
-        sample = Sample(
-            prompt.token_ids, c.token_ids, mask, c.rollout_logprobs, c.weights_version, images=prompt.images
-        )
-        return Episode([sample], c.text, c.finish_reason)
-
     @property
     def token_ids(self) -> list[int]:
         """The tokens behind the prompt, of all samples."""

@@ -21,7 +21,7 @@ from pgrpo.environments.tools import Kind, Tool, kind_name
 from pgrpo.environments.turns import Turns
 from pgrpo.environments.workers import Nursery, close_all, is_usable
 from pgrpo.rollout.base import RolloutEngine
-from pgrpo.types import Completion, Episode, Group, Prompt, Request, SamplingParams
+from pgrpo.types import Completion, Episode, Group, Prompt, Request, Sample, SamplingParams
 
 MOST_FAILURES = 32
 """Episodes in a row that an environment or tool may fail or hold up too long; then the run stops."""
@@ -57,6 +57,16 @@ class Episodes(Protocol):
     def close(self) -> None: ...
 
 
+def single_turn(prompt: Prompt, completion: Completion) -> Episode:
+    """The episode that is one completion."""
+    ids = completion.token_ids
+    sample = Sample(
+        prompt.token_ids, ids, [True] * len(ids), completion.rollout_logprobs, completion.weights_version,
+        images=prompt.images,
+    )  # fmt: skip
+    return Episode([sample], completion.text, completion.finish_reason)
+
+
 class SingleTurn:
     """Episodes of one completion."""
 
@@ -76,7 +86,7 @@ class SingleTurn:
 
         def finished(position: int, completions: list[Completion]) -> None:
             group = groups[position]
-            group.episodes = [Episode.of(group.prompt, completion) for completion in completions]
+            group.episodes = [single_turn(group.prompt, completion) for completion in completions]
             if position < count:
                 on_group(position, group)
 
