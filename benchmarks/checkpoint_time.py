@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from pgrpo.checkpoint import Writer, save
+from pgrpo.checkpoint.shards import shard_of
 from pgrpo.config import load_config
-from pgrpo.distributed.shards import shard_of
 from pgrpo.distributed.world import start
 from pgrpo.training.optim import build_optimizer, optimizer_shards
 from pgrpo.training.place import place_policy

@@ -38,6 +38,7 @@ from pgrpo.training.optim import clip_gradients, learning_rate, set_learning_rat
 from pgrpo.training.progress import Progress
 from pgrpo.training.rollout import sample_and_score, to_main
 from pgrpo.training.session import open_session
+from pgrpo.training.sums import Outcome, UpdateSums, update_metrics
 from pgrpo.types import Group
 
 Metrics = dict[str, float]
@@ -151,19 +152,17 @@ def update_policy(learner: Learner, progress: Progress, groups: Sequence[Group])
     world.synchronize()
     old_logprobs_s = time.perf_counter() - started
 
-    outcomes: list[update.Outcome] = []
+    outcomes: list[Outcome] = []
     for _ in range(config.epochs_per_step):
         for share, counted in zip(batches, counts, strict=True):
             outcomes.append(optimizer_step(learner, progress, share, counted))
     trained = [batch for share in batches for batch in share] * config.epochs_per_step
-    return update.update_metrics(learner, groups, outcomes, trained) | {"time/old_logprobs": old_logprobs_s}
+    return update_metrics(learner, groups, outcomes, trained) | {"time/old_logprobs": old_logprobs_s}
 
 
-def optimizer_step(
-    learner: Learner, progress: Progress, batches: Sequence[GroupedBatch], counts: Counts
-) -> update.Outcome:
+def optimizer_step(learner: Learner, progress: Progress, batches: Sequence[GroupedBatch], counts: Counts) -> Outcome:
     """One optimizer step on the summed gradients of all micro-batches; skipped if there are none or a number is not finite."""
-    world, sums = learner.world, update.UpdateSums.zero(learner.world.device)
+    world, sums = learner.world, UpdateSums.zero(learner.world.device)
     for span in watched("update", update.spans(batches), "micro-batches"):
         if not progress.has_moved:  # until weights change, a stop signal may drop the step and save the one before
             world.check_stop()
@@ -178,10 +177,10 @@ def optimizer_step(
         progress.has_moved = True
         learner.optimizer.step()
     learner.optimizer.zero_grad()
-    return update.Outcome(sums, grad_norm, is_skipped=not sound)
+    return Outcome(sums, grad_norm, is_skipped=not sound)
 
 
-def backward(learner: Learner, batch: GroupedBatch, counts: Counts) -> update.UpdateSums:
+def backward(learner: Learner, batch: GroupedBatch, counts: Counts) -> UpdateSums:
     """Forward and backward of one micro-batch; gradients accumulate. Returns sums over its tokens."""
     config = learner.config
     with frozen_scores(learner, batch) as frozen:  # of the reference and the teacher, if there are any
@@ -198,4 +197,4 @@ def backward(learner: Learner, batch: GroupedBatch, counts: Counts) -> update.Up
         )  # fmt: skip
         # FSDP averages gradients over ranks, and the loss is their sum. Ranks with the same data add disjoint parts of it.
         (output.loss * learner.world.size).backward()
-    return update.UpdateSums.of(output, batch.mask, entropy_BR, batch.old_logprobs, batch.rollout_logprobs)
+    return UpdateSums.of(output, batch.mask, entropy_BR, batch.old_logprobs, batch.rollout_logprobs)

@@ -11,9 +11,9 @@
 A checkpoint is written under a hidden name, synced to the disk and renamed, so a ``step_N`` that exists was complete; the
 manifest shows whether it still is. Nothing is pickled: tensors are safetensors, the rest is JSON.
 
-Begin with ``files.py``, which writes and reads one folder. ``folder.py`` manages the folders of a run, ``writer.py`` writes in the
-background while training continues. The lock of the run folder (``process/lock.py``) keeps a second run out, so that cleaning
-up after a killed write is safe.
+Begin with ``files.py``, which writes and reads one folder; ``shards.py`` says what part of a tensor a rank holds and writes.
+``folder.py`` manages the folders of a run, ``writer.py`` writes in the background while training continues. The lock of the run
+folder (``process/lock.py``) keeps a second run out, so that cleaning up after a killed write is safe.
 
 Why not ``torch.distributed.checkpoint``: its safetensors writer communicates over the process group from the writing thread, and
 takes a tensor's shape from the shards it finds, so a lost shard makes the tensor smaller. It has no checksums and no renaming.

@@ -21,8 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pgrpo.checkpoint.forms import COUNT, CheckpointError, parse
+from pgrpo.checkpoint.shards import Shard
 from pgrpo.config import ConfigError
-from pgrpo.distributed.shards import Shard
 
 PREFIX = "step_"
 MANIFEST, SCALARS = "manifest.json", "scalars.json"

@@ -25,8 +25,8 @@ from pgrpo.checkpoint.files import (
     write_shards,
 )
 from pgrpo.checkpoint.forms import CheckpointError
+from pgrpo.checkpoint.shards import whole
 from pgrpo.config import ConfigError
-from pgrpo.distributed.shards import whole
 
 log = logging.getLogger(__name__)
 

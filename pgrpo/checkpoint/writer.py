@@ -18,7 +18,7 @@ from torch.torch_version import TorchVersion
 from pgrpo.checkpoint.files import Files, dump_scalars, write_shards
 from pgrpo.checkpoint.folder import abandon, begin, prune, publish
 from pgrpo.checkpoint.forms import CheckpointError
-from pgrpo.distributed.shards import Shard
+from pgrpo.checkpoint.shards import Shard
 from pgrpo.distributed.world import World
 
 log = logging.getLogger(__name__)

@@ -1,3 +1,3 @@
 """Training on several GPUs: the ranks of a run and what they exchange (``world.py``, begin there), FSDP2 around a policy
-(``fsdp.py``), and the part of a tensor that a rank holds (``shards.py``).
+(``fsdp.py``), and ranks that compute one batch together (``sequence.py``).
 """

@@ -11,10 +11,10 @@ import torch
 
 from pgrpo import checkpoint
 from pgrpo.checkpoint import COUNT, CheckpointError, Saved
+from pgrpo.checkpoint.shards import Shard, shard_of, whole
 from pgrpo.config import ConfigError, to_yaml
 from pgrpo.data import PromptStream
 from pgrpo.distributed import fsdp
-from pgrpo.distributed.shards import Shard, shard_of, whole
 from pgrpo.distributed.world import World
 from pgrpo.model.policy import Policy
 from pgrpo.process.rng import rng_state, set_rng_state

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from pgrpo.checkpoint.shards import shard_of
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.fsdp import no_gradient
-from pgrpo.distributed.shards import shard_of
 from pgrpo.distributed.world import World
 from pgrpo.model.families.expert_products import recorded_choices
 from pgrpo.model.families.experts import can_unstack

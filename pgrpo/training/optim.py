@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pgrpo.checkpoint.shards import Shard, shard_of, whole
 from pgrpo.config import OptimConfig
-from pgrpo.distributed.shards import Shard, shard_of, whole
 from pgrpo.training.offload import MOMENTS, OffloadedAdamW
 
 

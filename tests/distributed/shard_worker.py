@@ -11,9 +11,9 @@ from tensors import copy_full, full_tensor
 from torch import nn
 
 from pgrpo import checkpoint
+from pgrpo.checkpoint.shards import shard_of, whole
 from pgrpo.config import OptimConfig
 from pgrpo.distributed.fsdp import place
-from pgrpo.distributed.shards import shard_of, whole
 from pgrpo.distributed.world import start
 from pgrpo.process.exit import run_and_leave
 from pgrpo.training.optim import build_optimizer, load_optimizer_shards, optimizer_shards

@@ -23,7 +23,8 @@ from pgrpo.training.offload import local
 from pgrpo.training.optim import build_optimizer
 from pgrpo.training.place import place_policy, place_teacher
 from pgrpo.training.progress import Progress
-from pgrpo.training.update import UpdateSums, count, micro_batches, spans
+from pgrpo.training.sums import UpdateSums
+from pgrpo.training.update import count, micro_batches, spans
 
 KEEP_NS = balance.KEEP_NS
 

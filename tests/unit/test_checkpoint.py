@@ -35,8 +35,8 @@ from pgrpo.checkpoint import (
 )
 from pgrpo.checkpoint.files import dump_scalars, write_shards
 from pgrpo.checkpoint.folder import begin, publish
+from pgrpo.checkpoint.shards import Shard, whole
 from pgrpo.config import Config, ConfigError
-from pgrpo.distributed.shards import Shard, whole
 from pgrpo.process.lock import check_shared, open_run_dir
 from pgrpo.training.evaluation import own_folder
 

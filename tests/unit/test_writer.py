@@ -16,8 +16,8 @@ import pgrpo
 from pgrpo.checkpoint import CheckpointError, Writer, latest, list_steps, load, tidy, verify
 from pgrpo.checkpoint import files as files_module
 from pgrpo.checkpoint import writer as writer_module
+from pgrpo.checkpoint.shards import whole
 from pgrpo.config import ConfigError
-from pgrpo.distributed.shards import whole
 from pgrpo.distributed.world import World
 
 WORLD = World(0, 1, torch.device("cpu"))
@@ -140,7 +140,7 @@ KILLED = """
     from pathlib import Path
     from pgrpo.checkpoint import Writer
     from pgrpo.distributed.world import World
-    from pgrpo.distributed.shards import whole
+    from pgrpo.checkpoint.shards import whole
 
     def killing(function, left):
         def call(*args, **kwargs):
