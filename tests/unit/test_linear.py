@@ -1,6 +1,7 @@
 """Gated DeltaNet and short convolutions over forests: against the untouched model in float64, with controls that must fail, through
 the plumbing of the GPU's kernels, and where a machine is refused."""
 
+import inspect
 import sys
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
@@ -24,7 +25,7 @@ from pgrpo.admission.shrink import shrink
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.config import ConfigError
-from pgrpo.model.families import linear
+from pgrpo.model.families import convolution, delta_rule, linear
 from pgrpo.model.policy import Policy
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing.batch import build_batch
@@ -93,18 +94,18 @@ def test_it_is_float32_that_rounds_without_true64(twins):
 
 
 def no_parents_state(monkeypatch):
-    depth = linear._depth
-    monkeypatch.setattr(linear, "_depth", lambda nodes, parents, device: depth(nodes, None, device))
+    depth = delta_rule._depth
+    monkeypatch.setattr(delta_rule, "_depth", lambda nodes, parents, device: depth(nodes, None, device))
 
 
 def no_tail(monkeypatch):
-    monkeypatch.setattr(linear, "_first_rows", lambda layout, width: (np.zeros(0, dtype=np.int64), None))
+    monkeypatch.setattr(convolution, "_first_rows", lambda layout, width: (np.zeros(0, dtype=np.int64), None))
 
 
 def a_parent_off(monkeypatch):
-    depth = linear._depth
+    depth = delta_rule._depth
     monkeypatch.setattr(
-        linear, "_depth", lambda nodes, parents, device: depth(nodes, parents and [0 for _ in parents], device)
+        delta_rule, "_depth", lambda nodes, parents, device: depth(nodes, parents and [0 for _ in parents], device)
     )
 
 
@@ -139,7 +140,7 @@ def test_nodes_without_rows_hand_their_parents_state_down():
     # rows 0-2 | none | 3-5, 6-8: the middle node is empty
     layout = PackedLayout([3, 0, 3, 3], [-1, 0, 1, 1])
     with True64():
-        out, states = linear._forest_rule(layout, _torch_rule(), xs, {}, final=True)
+        out, states = delta_rule._forest_rule(layout, _torch_rule(), xs, {}, final=True)
         for i, rows in enumerate(([0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7, 8])):
             q, k, v, g, beta = (x[:, rows] for x in xs)
             want, state = _torch_rule()(q, k, v, g=g, beta=beta, output_final_state=True)
@@ -149,7 +150,7 @@ def test_nodes_without_rows_hand_their_parents_state_down():
 
 def _torch_rule():
     """transformers' own, of another file than the one whose functions were replaced."""
-    return linear.inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
+    return inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
 
 
 def fake_fla(calls):
@@ -184,7 +185,7 @@ def test_the_gpus_way_is_one_call_a_depth(twins, monkeypatch):
     calls = []
     for name, module in fake_fla(calls).items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(linear, "_in_buckets", linear._on_gpu)
+    monkeypatch.setattr(delta_rule, "_in_buckets", delta_rule._on_gpu)
     found, batch = compared(twins, random_samples(5))
     assert found.logprob < 1e-12 and found.gradient < 1e-12
     depths = batch.layout.nodes[-1].depth + 1
@@ -241,14 +242,14 @@ def test_gradients_in_bfloat16_are_compared_too_before_a_model_is_trained_on_a_d
     check_on_device("m", config, prompts, AttentionChoice(), CPU)
     assert "; gradients of layers with a state " in caplog.text
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    run = linear._in_buckets
+    run = delta_rule._in_buckets
 
     def wrong_backward(depth, function, xs, *rest):
         """Outputs are right; keys get no gradient."""
         q, k, *others = xs
         return run(depth, function, (q, k.detach(), *others), *rest)
 
-    monkeypatch.setattr(linear, "_in_buckets", wrong_backward)
+    monkeypatch.setattr(delta_rule, "_in_buckets", wrong_backward)
     with pytest.raises(ConfigError, match=r"gradients .* \(relative\), .* more than twice"):
         check_on_device("m", config, prompts, AttentionChoice(), CPU)
 

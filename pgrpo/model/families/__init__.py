@@ -1,3 +1,4 @@
-"""What some families of models need beside attention: ``linear.py`` (states and short convolutions over a forest), ``experts.py``
-(mixtures: how they are computed, named and pushed), ``vision.py`` (images: towers, their features, rows that see each other).
+"""What some families of models need beside attention: ``linear.py`` (layers with a state, over a forest: ``convolution.py`` and
+``delta_rule.py``), ``experts.py`` (mixtures: how they are computed, named, pushed), ``vision.py`` (images: towers, their features,
+rows that see each other).
 """
