@@ -326,12 +326,11 @@ def test_ctrl_c_while_functions_hang_ends_at_once(tmp_path: Path, names: list[st
     script = tmp_path / "script.py"
     script.write_text(
         "from pgrpo.config import RewardConfig\nfrom pgrpo.rewards import RewardRunner\nfrom pgrpo.types import *\n"
-        "from pgrpo.environments.episodes import single_turn\n"
         "if __name__ == '__main__':\n"
         f"    configs = [RewardConfig(name) for name in {functions!r}]\n"
-        "    prompt, completion = Prompt(0, 'a', [1], {'answer': 1}), Completion([1], [0.0], 'stop', '1.0')\n"
+        "    prompt, sample = Prompt(0, 'a', [1], {'answer': 1}), Sample([1], [1], [True], [0.0])\n"
         "    with RewardRunner(configs, on_error='raise') as runner:\n"
-        "        runner.score([Group(prompt, [single_turn(prompt, completion)])])\n"
+        "        runner.score([Group(prompt, [Episode([sample], '1.0', 'stop')])])\n"
     )
     process = subprocess.Popen(
         [sys.executable, script],
@@ -360,10 +359,9 @@ def test_a_script_without_a_main_guard_stops_with_the_reason(
     script = tmp_path / "script.py"
     script.write_text(
         "from pgrpo.config import RewardConfig\nfrom pgrpo.rewards import RewardRunner\nfrom pgrpo.types import *\n"
-        "from pgrpo.environments.episodes import single_turn\n"
         f"runner = RewardRunner([RewardConfig({function!r})], on_error='raise')\n"
-        "prompt, completion = Prompt(0, 'a', [1], {'answer': 1}), Completion([1], [0.0], 'stop', '1.0')\n"
-        "runner.score([Group(prompt, [single_turn(prompt, completion)])])\n"
+        "prompt, sample = Prompt(0, 'a', [1], {'answer': 1}), Sample([1], [1], [True], [0.0])\n"
+        "runner.score([Group(prompt, [Episode([sample], '1.0', 'stop')])])\n"
     )
     done = subprocess.run(
         [sys.executable, script], cwd=REPOSITORY, env={"PYTHONPATH": "."}, capture_output=True, text=True

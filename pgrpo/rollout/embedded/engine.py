@@ -19,7 +19,7 @@ from torch import Tensor
 from pgrpo.attention.layout import rows_of
 from pgrpo.distributed.fsdp import no_gradient
 from pgrpo.model.policy import Policy
-from pgrpo.packing.batch import build_batch
+from pgrpo.packing.batch import GroupedBatch, build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.rollout.base import More, OnFinished, no_more
 from pgrpo.rollout.embedded.cache import NOTHING, DecodeCache, Front
@@ -121,18 +121,13 @@ class EmbeddedEngine:
                 self.tokenizer, ids, sampled_at, stopped[own].tolist(), self.eos_token_ids, params, self.weights_version
             )
 
-        batch = build_batch(Forest.repeated(asked), device=device)
-        pairs = zip(batch.layout.nodes, fronts, strict=True)
-        new = [(node.start + front.rows, node.length - front.rows) for node, front in pairs]
-        new_rows = torch.from_numpy(rows_of(new)).to(device)
-        inputs = {name: x.index_select(-1, new_rows) for name, x in batch.inputs.items()}
-        cache = DecodeCache(batch.layout, counts, limit, device, fronts)
         rows = torch.arange(len(seeds), device=device)  # the completion of each row of the batch
         repeats = torch.tensor(counts, device=device)
         positions = [next_position(prompt.prompt_ids, prompt.images) for prompt in asked]
         positions = torch.tensor(positions, device=device).repeat_interleave(repeats)
-        last_rows = torch.tensor([count for _, count in new], device=device).cumsum(0) - 1
-        logits = self.policy.next_logits(inputs, cache, last_rows, batch.images).repeat_interleave(repeats, dim=0)
+        batch = build_batch(Forest.repeated(asked), device=device)
+        cache = DecodeCache(batch.layout, counts, limit, device, fronts)
+        logits = self._prefill(batch, fronts, cache).repeat_interleave(repeats, dim=0)
         for t in range(limit):
             if t % CHECK_EVERY == 0:
                 self.check_stop()
@@ -164,6 +159,15 @@ class EmbeddedEngine:
             inputs = {"input_ids": drawn, "position_ids": positions[rows] + t}
             logits = self.policy.next_logits(inputs, cache, torch.arange(len(rows), device=device))
             cache.advance()
+
+    def _prefill(self, batch: GroupedBatch, fronts: Sequence[Front], cache: DecodeCache) -> Tensor:
+        """Logits [N, V] of the first token behind each prompt, whose first rows may be there already."""
+        pairs = zip(batch.layout.nodes, fronts, strict=True)
+        new = [(node.start + front.rows, node.length - front.rows) for node, front in pairs]
+        rows = torch.from_numpy(rows_of(new)).to(self.policy.device)
+        inputs = {name: x.index_select(-1, rows) for name, x in batch.inputs.items()}
+        last_rows = torch.tensor([count for _, count in new], device=self.policy.device).cumsum(0) - 1
+        return self.policy.next_logits(inputs, cache, last_rows, batch.images)
 
     def _ends_in_stop_string(self, tokens_BT: Tensor, params: SamplingParams) -> Tensor:
         """[B] bool: the newest token completed a stop string."""
