@@ -50,9 +50,15 @@ class Features(NamedTuple):
         parts = zip(*(x.split(list(counts)) for x in (self.rows, *self.deep)), strict=True)
         return [Features(rows, tuple(deep)) for rows, *deep in parts]
 
-    def copy(self, device: torch.device | str) -> Features:
-        """Copies: a part of a tensor would keep all of it alive."""
-        return Features(self.rows.to(device, copy=True), tuple(x.to(device, copy=True) for x in self.deep))
+    def to(self, device: torch.device | str) -> Features:
+        return Features(
+            self.rows.to(device, non_blocking=True), tuple(x.to(device, non_blocking=True) for x in self.deep)
+        )
+
+    def to_host(self) -> Features:
+        """Copies: a part of a tensor would keep all of it alive. From a GPU to pinned memory, so that the host does not wait: only
+        the GPU may read them."""
+        return Features(_to_host(self.rows), tuple(map(_to_host, self.deep)))
 
     @staticmethod
     def cat(parts: Sequence[Features]) -> Features:
@@ -130,16 +136,17 @@ class Vision:
         if self._is_trained():
             self._kept.clear()  # of other weights
             return self._checked(self._run([self.pixels(key) for key in images.keys]), images.counts)
-        missing = [key for key in images.keys if key not in self._kept]
+        missing, fresh = [key for key in images.keys if key not in self._kept], dict[str, Features]()
         if missing:
             counts = [count for key, count in zip(images.keys, images.counts, strict=True) if key in missing]
             with torch.no_grad():
                 found = self._checked(self._run([self.pixels(key) for key in missing]), counts)
-            parts = [part.copy("cpu") for part in found.split(counts)]
-            self._kept |= zip(missing, parts, strict=True)
+            fresh |= zip(missing, found.split(counts), strict=True)
+            self._kept |= {key: part.to_host() for key, part in fresh.items()}
         for key in images.keys:
             self._kept.move_to_end(key)
-        result = Features.cat([self._kept[key] for key in images.keys]).copy(images.rows.device)
+        device = images.rows.device
+        result = Features.cat([fresh.get(key) or self._kept[key].to(device) for key in images.keys])
         total = sum(part.bytes for part in self._kept.values())
         while total > KEPT_BYTES and len(self._kept) > 1:
             total -= self._kept.popitem(last=False)[1].bytes
@@ -191,9 +198,10 @@ class Vision:
             most = max(x.shape[1] for x in parts)
             parts = [F.pad(x, (0, 0) * 3 + (0, most - x.shape[1])) for x in parts]
         # Only pixels have the tiles in a dimension of their own: grids and sizes are a row an image.
-        joined = torch.cat(parts, self.family.tiles_dim if parts[0].ndim >= 4 else 0).to(self._device)
         dtype = next(p for _, p in tower_parameters(self.model, self.family)).dtype
-        return joined.to(dtype) if joined.is_floating_point() else joined
+        parts = [x.to(self._device) for x in parts]  # one by one, as joining them on the host would copy them once more
+        parts = [x.to(dtype) if x.is_floating_point() else x for x in parts]
+        return torch.cat(parts, self.family.tiles_dim if parts[0].ndim >= 4 else 0)
 
     def _checked(self, found: Features, counts: Sequence[int]) -> Features:
         if len(found.rows) != sum(counts):
@@ -257,6 +265,10 @@ def _recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return run(*args, **kwargs)
     return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+
+def _to_host(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type == "cuda").copy_(x, non_blocking=True)
 
 
 def _flat(found: Any) -> Tensor:
