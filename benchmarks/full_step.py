@@ -4,8 +4,13 @@
         --completion 1024 --group-size 8 [--attention grouped repeated] [--steps 2] [--plain] [--json FILE] [key=value ...]
     torchrun --nproc-per-node 2 benchmarks/full_step.py ... optim.offload=none
 
+    python benchmarks/full_step.py --shape-of benchmarks/qwen3_vl_4b --config qwen3_4b.yaml --images 2 --prompt 200 \
+        --completion 300 ... train.token_budget=49152
+
 Creates a model folder beside the run folder from config.json alone, trains on random prompts, and prints the median time of each
 part of a step, for grouped and repeated prompts in turn. A small step of each runs first, to compile, and is not counted.
+``--images`` puts as many square images of noise into each prompt, of ``--image-tokens`` tokens each, in front of its ``--prompt``
+tokens of text; no image occurs twice. It needs Pillow, and with vLLM torchvision.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from pgrpo.config import Config, load_config
 from pgrpo.distributed.world import start
@@ -32,12 +37,21 @@ from pgrpo.grpo import grpo_step
 from pgrpo.planning.flops import GIB
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.rollout.vllm.engine import VLLMEngine
+from pgrpo.rollout.vllm.images import as_prompt
 from pgrpo.training.build import Parts, build
 from pgrpo.training.caller import Given
 from pgrpo.training.progress import Progress
+from pgrpo.types import Request
+from pgrpo.vision.families import auto_class
 
 WARM_UP_PROMPTS = 4
 WORDS = [f"w{i}" for i in range(1000)]
+MARKS = {name: f"<|{name}|>" for name in ("vision_start", "image", "video", "vision_end")}
+TEMPLATE = """\
+{%- if messages[0].content is string %}{{ messages[0].content }}{% else %}{% for part in messages[0].content %}
+{%- if part.type == 'image' %}{{ '<|vision_start|><|image|><|vision_end|>' }}{% else %}{{ part.text }}{% endif %}
+{%- endfor %}{% endif %}{{ '' if enable_thinking }}"""
+"""``enable_thinking`` is a key of qwen3_4b.yaml's."""
 PARTS = (
     "time/wake",
     "time/weight_sync",
@@ -68,17 +82,34 @@ OTHERS = (
 def make_model(shape_of: Path, folder: Path) -> None:
     """Random weights in bfloat16, and a tokenizer that makes one token of each word."""
     config = AutoConfig.from_pretrained(shape_of)
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = None, 0, 0  # the tokenizer's, below
+    vocab = {word: i for i, word in enumerate(["<end>", *MARKS.values(), *WORDS])}
+    for part in (config, config.get_text_config()):
+        part.bos_token_id, part.eos_token_id, part.pad_token_id = None, 0, 0
+    has_images = getattr(config, "vision_config", None) is not None
+    if has_images:
+        for name, mark in MARKS.items():
+            setattr(config, f"{name}_token_id", vocab[mark])
+        shutil.copytree(shape_of, folder, ignore=lambda _, names: {*names} - {"preprocessor_config.json"})
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = auto_class(config).from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
-    vocab = {"<end>": 0} | {word: i + 1 for i, word in enumerate(WORDS)}
     core = Tokenizer(models.WordLevel(vocab, unk_token="<end>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", pad_token="<end>")
-    tokenizer.chat_template = "{{ messages[0].content }}{{ '' if enable_thinking }}"  # a key of qwen3_4b.yaml's
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<end>", pad_token="<end>",
+        extra_special_tokens=list(MARKS.values()) if has_images else [], chat_template=TEMPLATE,
+    )  # fmt: skip
     tokenizer.save_pretrained(folder)
+
+
+def noise(args: argparse.Namespace, rnd: random.Random) -> Any:
+    """A square image that the model's image processor leaves as large as it is."""
+    from PIL import Image
+
+    sizes = json.loads((args.shape_of / "preprocessor_config.json").read_text())
+    side = round(args.image_tokens**0.5) * sizes["patch_size"] * sizes["merge_size"]
+    return Image.frombytes("RGB", (side, side), rnd.randbytes(3 * side * side))
 
 
 def spread(completions: list[str], completion_ids: list[list[int]]) -> list[float]:
@@ -100,14 +131,21 @@ def clear_up(args: argparse.Namespace) -> None:
 def settings(args: argparse.Namespace) -> tuple[Config, list[dict[str, str]]]:
     """The config, and rows of random words."""
     rnd = random.Random(0)
-    rows = [{"text": " ".join(rnd.choices(WORDS, k=args.prompt))} for _ in range(args.prompts * (args.steps + 1) * 3)]
+    count, prompt = args.prompts * (args.steps + 1) * 3, args.prompt + args.images * (args.image_tokens + 2)
+    if args.images:  # which take time: as many as there are steps for
+        count = len(args.attention) * (WARM_UP_PROMPTS + args.prompts * args.steps) + args.plain * 2 * args.prompts
+    rows: list[dict[str, Any]] = [{"text": " ".join(rnd.choices(WORDS, k=args.prompt))} for _ in range(count)]
+    for row in rows if args.images else ():
+        row["images"] = [noise(args, rnd) for _ in range(args.images)]
     keys = {
         "model.path": model_folder(args), "run_dir": args.run_dir,
         "rollout.prompts_per_step": args.prompts, "rollout.group_size": args.group_size,
-        "rollout.max_completion_tokens": args.completion, "data.max_prompt_tokens": args.prompt,
-        "train.token_budget": args.prompt + args.group_size * args.completion, "eval.every": 0, "checkpoint.every": 0,
+        "rollout.max_completion_tokens": args.completion, "data.max_prompt_tokens": prompt,
+        "train.token_budget": prompt + args.group_size * args.completion, "eval.every": 0, "checkpoint.every": 0,
         "prompt.messages": "[{role: user, content: '{text}'}]", "rewards.functions": "[]",
     }  # fmt: skip
+    if args.images:
+        keys |= {"prompt.images_column": "images"}
     overrides = [f"{key}={value}" for key, value in keys.items()] + args.overrides
     return load_config(args.config, overrides, rewards_from_python=True, data_from_python=True), rows
 
@@ -183,7 +221,8 @@ def plain_rate(parts: Parts, args: argparse.Namespace, detokenize: bool) -> floa
         params = vllm_start.package().SamplingParams(
             n=args.group_size, max_tokens=args.completion, detokenize=detokenize
         )
-        prompts: list[Any] = [{"prompt_token_ids": p.token_ids} for p in parts.stream.take(args.prompts)]
+        asked = [Request(p.token_ids, [], images=p.images) for p in parts.stream.take(args.prompts)]
+        prompts: list[Any] = [as_prompt(request, parts.engine.images) for request in asked]
         started = time.perf_counter()
         outputs = parts.engine.llm.generate(prompts, params, use_tqdm=False)
         return sum(len(c.token_ids) for o in outputs for c in o.outputs) / (time.perf_counter() - started)
@@ -196,6 +235,8 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/full_step"))
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=4096)
+    parser.add_argument("--images", type=int, default=0, help="of a prompt")
+    parser.add_argument("--image-tokens", type=int, default=1024, help="of an image: a square number")
     parser.add_argument("--completion", type=int, default=1024)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--attention", nargs="+", choices=["grouped", "repeated"], default=["grouped", "repeated"])
@@ -204,7 +245,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows are added to this file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
-    shape = {name: getattr(args, name) for name in ("prompts", "prompt", "completion", "group_size")}
+    shape = {name: getattr(args, name) for name in ("prompts", "prompt", "images", "completion", "group_size")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     before = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
 
