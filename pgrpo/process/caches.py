@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,10 @@ def use_caches(folder: str | None) -> None:
     for name, part in FOLDERS.items():
         os.environ.setdefault(name, str(root / part))
     os.environ.setdefault(FLASH4, "1")
+    # vLLM sets the precision of float32 matrix products to the default, "highest". The keys of PyTorch's caches tell a default that
+    # was set from one that was not, and processes without vLLM have the same code.
+    if torch.backends.cuda.matmul.fp32_precision == "none":
+        torch.set_float32_matmul_precision("highest")
 
 
 @contextmanager

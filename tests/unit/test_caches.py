@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from pgrpo.process.caches import FLASH4, FOLDERS, cache_root, keeping_caches, use_caches
@@ -64,3 +65,18 @@ def test_what_vllm_sets_is_taken_back(tmp_path):
     with keeping_caches():
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.environ["TRITON_CACHE_DIR"] = "vllm's"
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(("given", "kept"), [("none", "ieee"), ("tf32", "tf32")])
+def test_keys_of_cached_code_are_those_that_they_are_beside_vllm(tmp_path, given, kept):
+    """vLLM calls ``set_float32_matmul_precision("highest")``. What a user has set stays."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, given
+    try:
+        use_caches(str(tmp_path))
+        assert matmul.fp32_precision == kept
+        if given == "none":
+            torch.set_float32_matmul_precision("highest")
+            assert matmul.fp32_precision == kept
+    finally:
+        matmul.fp32_precision = before
