@@ -36,13 +36,18 @@ def check_model(path: str, config: PretrainedConfig, max_sample: int) -> Proof:
         max_sample: the longest sample of the run.
 
     Raises:
-        ConfigError: it has dropout, asks for a load-balancing term, or the proof failed; with the reason.
+        ConfigError: its weights are quantized, it has dropout, asks for a load-balancing term, or its proof failed.
     """
     for name, value in config.get_text_config().to_dict().items():
         if is_dropout(name) and isinstance(value, float) and value > 0:
             raise ConfigError(
                 f"model.path={path}: {name}={value}: rows that samples share cannot have dropout: set it to 0 in its config.json"
             )
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ConfigError(
+            f"model.path={path}: its checkpoint's weights are quantized ({method}), which cannot be trained: give one in bfloat16"
+        )
     if refusal := balance_refusal(config):
         raise ConfigError(f"model.path={path}: {refusal}")
     proof = _kept_proof(config, max_sample)

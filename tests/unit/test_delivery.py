@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pgrpo.rollout.vllm.delivery import Delivery, DeliveryError, added_up, bit_sum, sources_of
+from pgrpo.rollout.vllm.loading import sinks_aside
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 
@@ -116,6 +117,60 @@ def test_every_expert_is_in_the_engines_stacks(up, gate, down, around):
             check(sent, stacks(stale))
     with pytest.raises(DeliveryError, match=rf"l\.1\.experts\.2\.{up}\.weight \(1 in all\) were not sent"):
         check({n: t for n, t in sent.items() if n != f"l.1.experts.2.{up}.weight"}, stacks(sent))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sinks_of_gpt_oss_go_to_the_ranks_of_their_heads_and_biases_of_experts_to_the_first(ranks):
+    generator = torch.Generator().manual_seed(2)
+    sent = {
+        name: torch.randn(shape, generator=generator)
+        for name, shape in {"l.sinks": (4,), "l.experts.down_proj_bias": (3, 2), "l.norm": (2,)}.items()
+    }
+
+    def rename(values):
+        return {n.replace("down_proj", "w2").replace("l.sinks", "l.attn.sinks"): value for n, value in values.items()}
+
+    class Engine(torch.nn.Module):
+        """One rank's, with sinks of its heads, and vLLM's way with the bias."""
+
+        def __init__(self, rank):
+            super().__init__()
+            self.rank, self.l = rank, torch.nn.Module()
+            self.l.attn, self.l.norm = torch.nn.Module(), torch.nn.Parameter(torch.zeros(2))
+            self.l.attn.sinks = torch.nn.Parameter(torch.zeros(4 // ranks))
+            self.l.attn.sinks.weight_loader = lambda parameter, value: parameter.data.copy_(value)
+            self.l.experts = torch.nn.Module()
+            self.l.experts.w2_bias = torch.nn.Parameter(torch.zeros(3, 2))
+
+        def load(self, weights):
+            for name, value in weights:
+                if "bias" in name and self.rank:
+                    value.zero_()
+                self.get_parameter(*rename({name: value})).data.copy_(value)
+
+    engines, deliveries = [Engine(rank) for rank in range(ranks)], [Delivery(sent.items()) for _ in range(ranks)]
+    before = {name: value.clone() for name, value in sent.items()}
+    for rank, (engine, delivery) in enumerate(zip(engines, deliveries, strict=True)):
+        written = set()
+        engine.load(sinks_aside(engine, iter(delivery), rename, rank, written))
+        assert written == {"l.attn.sinks"}
+    assert all(torch.equal(value, before[name]) for name, value in sent.items())
+    assert torch.equal(torch.cat([engine.l.attn.sinks for engine in engines]), sent["l.sinks"])
+
+    def check():
+        parts = [dict(engine.named_parameters()) for engine in engines]
+        sums = sum(torch.stack([bit_sum(p) for p in part.values()]) for part in parts)
+        names = set(parts[0])
+        deliveries[0].check(set(sent), names, parts[0], {}, rename=rename, ranks=ranks, sum_over_ranks=lambda own: sums)
+
+    check()
+    for name in ("l.attn.sinks", "l.experts.w2_bias", "l.norm"):
+        at = engines[0].get_parameter(name).data.view(-1)
+        whole = at.clone()
+        at[0] += 0.5
+        with pytest.raises(DeliveryError, match=rf"checksums of {name} \(1 in all\)"):
+            check()
+        at.copy_(whole)
 
 
 def test_bit_sums_are_of_bits():

@@ -75,8 +75,10 @@ class Delivery:
                 raise DeliveryError(
                     f"weight push: the engine's {name} is made of {sources}, which the policy does not have"
                 )
-            # A parameter that is whole on each rank is counted once a rank. Zero padding (of a vocabulary) adds nothing.
-            copies = ranks if parameter.numel() >= sum(int(sizes[source]) for source in sources) else 1
+            # A parameter that is whole on each rank is counted once a rank. Zero padding (of a vocabulary) adds nothing, and biases
+            # of experts' down projections are zero on all ranks but the first.
+            is_whole = parameter.numel() >= sum(int(sizes[source]) for source in sources)
+            copies = ranks if is_whole and not name.endswith("experts.w2_bias") else 1
             compared.append(name)
             wanted.append(copies * torch.stack([sent[source] for source in sources]).sum())
             found.append(bit_sum(parameter))

@@ -274,7 +274,8 @@ class VLLMEngine:
     def _push(self) -> None:
         load(
             self.llm, self._model(), self.weights(), self.weight_names, self._call,
-            is_packed=not self.sleeps, ranks=self.tp_size, sum_over_ranks=self._sum_over_engine,
+            is_packed=not self.sleeps, ranks=self.tp_size, rank=self.world.rank % self.tp_size,
+            sum_over_ranks=self._sum_over_engine,
         )  # fmt: skip
         if self.images is not None:
             self.llm.llm_engine.reset_encoder_cache()  # features of the tower's weights before

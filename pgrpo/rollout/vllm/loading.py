@@ -5,6 +5,9 @@ This file depends on these internals of vLLM:
   names of the model's own parameters that it wrote; vLLM only warns about the others. ``packed_modules_mapping`` lists fused ones,
   and ``hf_to_vllm_mapper``, where a model has it, renames Hugging Face names to its own.
 - The model runners compute logits with the model's ``compute_logits``, outside CUDA graphs, for sampling and for prompt log-probs.
+- ``reload_weights`` puts the parameters on the meta device, calls ``load_weights`` with loaders (``weight_loader``) that record
+  what they get, and loads a layer once it is complete (``reload.layerwise``, 0.26 to 0.32). What ``load_weights`` copies into a
+  parameter itself is lost: in gpt-oss sinks (``param.data.copy_``) and experts (``param.copy_``).
 - On a CPU, vLLM repacks a linear layer's weight after loading, so it cannot be read back. A head tied to the embedding is repacked
   once, and a reload does not update that copy. Experts are packed in place, once: a reload leaves them as they are in a checkpoint.
 """
@@ -16,10 +19,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgrpo.model.head import NEVER
 from pgrpo.rollout.vllm.delivery import Delivery, added_up
+from pgrpo.rollout.vllm.start import recording_loader
+
+COPIED = {"GptOssForCausalLM": ("w13_weight", "w13_bias", "w2_weight", "w2_bias")}
+"""Models of vLLM whose ``load_weights`` copies past the recording loaders -> their parameters of experts. The sinks are others."""
 
 
 def load(
@@ -31,6 +38,7 @@ def load(
     *,
     is_packed: bool,
     ranks: int,
+    rank: int,
     sum_over_ranks: Callable[[Tensor], Tensor],
 ) -> None:
     """A collective call of the ranks that share an engine, and of those that share the weights.
@@ -41,6 +49,7 @@ def load(
         call: calls a function of vLLM, whose name in errors is its first argument, with a deadline.
         is_packed: whether vLLM packed its weights at its start, on a CPU.
         ranks, sum_over_ranks: see ``Delivery.check``.
+        rank: this process among those that share the engine.
 
     Raises:
         DeliveryError: not every weight arrived on this rank.
@@ -49,8 +58,13 @@ def load(
     written: set[str] = set()
     load_weights, delivery = model.load_weights, Delivery(weights)
     sending = iter(delivery)
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    rename = dict if mapper is None else partial(added_up, mapper.apply_dict)
 
     def load_and_note(weights: Iterator[tuple[str, Tensor]]) -> set[str]:
+        if copied := COPIED.get(type(model).__name__):
+            _record_copies(model, copied)
+            weights = sinks_aside(model, weights, rename, rank, written)
         written.update(names := load_weights(weights))
         return names
 
@@ -65,17 +79,53 @@ def load(
         del model.load_weights
     if is_packed:
         _pack_again(model)
-    mapper = getattr(model, "hf_to_vllm_mapper", None)
     delivery.check(
         names,
         written,
         dict(model.named_parameters()),
         getattr(model, "packed_modules_mapping", {}),
-        rename=dict if mapper is None else partial(added_up, mapper.apply_dict),
+        rename=rename,
         ranks=ranks,
         sum_over_ranks=sum_over_ranks,
     )
     llm.reset_prefix_cache()
+
+
+def _record_copies(model: nn.Module, names: Sequence[str]) -> None:
+    """Let the next ``copy_`` of parameters with these names, which are on the meta device, record its argument as loaders do."""
+
+    def record(parameter: Any, value: Tensor) -> None:
+        del parameter.copy_  # with which vLLM copies what it loaded into what its kernels read
+        parameter.weight_loader(parameter, value)
+
+    for layer in model.modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            if name in names:
+                parameter: Any
+                recording_loader(layer, name)
+                parameter.copy_ = partial(record, parameter)
+
+
+def sinks_aside(
+    model: nn.Module,
+    weights: Iterator[tuple[str, Tensor]],
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    rank: int,
+    written: set[str],
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights but for the sinks, which their recording loaders get: each rank those of its heads.
+
+    Biases of experts' down projections are copies: ranks other than the first one add none, and vLLM zeroes what it is given there.
+    """
+    parameters: dict[str, Any] = dict(model.named_parameters())
+    for name, tensor in weights:
+        if name.endswith(".sinks"):
+            ((own, _),) = rename({name: tensor}).items()
+            heads = parameters[own].numel()
+            parameters[own].weight_loader(parameters[own], tensor.narrow(0, rank * heads, heads))
+            written.add(own)
+        else:
+            yield name, tensor.clone() if rank and name.endswith(".down_proj_bias") else tensor
 
 
 def _pack_again(model: Any) -> None:

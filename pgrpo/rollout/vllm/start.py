@@ -72,6 +72,15 @@ def release(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
+def recording_loader(layer: Any, name: str) -> None:
+    """During a reload, let the ``weight_loader`` of a parameter record a whole tensor (``loading.py`` says which need it)."""
+    from vllm.model_executor.model_loader.reload import layerwise  # pyright: ignore[reportMissingImports]
+
+    parameter = getattr(layer, name)
+    parameter.weight_loader = layerwise.default_weight_loader  # which the recording one wraps
+    parameter.weight_loader = layerwise.make_online_process_loader(layer, name)
+
+
 def check_version(config: Config, device: torch.device) -> None:
     """Refuse a vLLM that was not tested, or that cannot share prompts though it must.
 
