@@ -57,7 +57,7 @@ class TeacherRows(NamedTuple):
         """[C, V] logits of the first ``vocabulary`` ids: a teacher may have more, which no token has."""
         if self.head.scale is None:
             return self.head.logits(self.hidden_LE[rows])[:, :vocabulary].clone()
-        return self.hidden_LE[rows] @ self.head.weight[:vocabulary].T
+        return self.head.ban(self.hidden_LE[rows] @ self.head.weight[:vocabulary].T)
 
 
 def token_logprobs(

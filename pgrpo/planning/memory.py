@@ -26,8 +26,8 @@ class MemoryPlan:
         reference: weights of the frozen initial model in the compute dtype, and its gathered embedding and head. 0 without a KL
             term, and 0 with LoRA, where the policy's own weights are the initial model.
         teacher: the same of the model of ``loss.teacher``, also with LoRA.
-        teacher_forward: of the teacher's pass over a micro-batch before the policy's: two gathered layers, one layer's activations
-            and a chunk of logits.
+        teacher_forward: of the teacher's pass over a micro-batch before the policy's: two gathered layers, one layer's activations,
+            images, and a chunk of logits.
         gathered: unsharded copies of weights in the compute dtype, while in use: the embedding and head, and two layers.
         activations: tensors that the forward of a full micro-batch keeps for the backward. With LoRA there are up to a fifth
             less, which this ignores.
@@ -183,6 +183,7 @@ def memory_plan(
         teacher=_frozen(teacher, dtype_bytes, ranks, teacher_offload, is_sharded) if teacher else 0,
         teacher_forward=_layer_activations(teacher, dtype_bytes, compiled=compiled, together=together) * rows
         + 2 * teacher.layer_matrix * dtype_bytes * is_sharded
+        + sum(_tower(teacher, dtype_bytes, image_tokens, False, False, False)[2:])
         + logit_chunk_bytes
         if teacher
         else 0,

@@ -179,6 +179,9 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
     see(policy, reader)
     if reference is not None and reference is not policy:
         see(reference, reader)
+    if teacher is not None:
+        teacher.head.banned = policy.head.banned  # a distribution of the same ids
+        see(teacher, reader, teaches=True)
     wanted, most_kept = longest_kept(config, dims, world), keepable_tokens(config, dims, world)
     if not keeps:  # of the policy or of the teacher, which keeps the same rows
         wanted = most_kept = 0

@@ -11,10 +11,12 @@ from pgrpo.admission.models import is_dropout
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World
 from pgrpo.model.policy import Policy
-from pgrpo.planning.placement import engine_name
+from pgrpo.planning.hub import load_hf_config
+from pgrpo.planning.placement import engine_name, teacher_model
 from pgrpo.rollout.vllm.images import EngineImages
 from pgrpo.types import Prompt
-from pgrpo.vision.families import FAMILIES, Family, family_of
+from pgrpo.vision.families import FAMILIES, Family, family_of, image_token_id
+from pgrpo.vision.processors import Processor
 from pgrpo.vision.reader import ImageReader
 
 IN_VLLM = ("qwen2_5_vl", "qwen3_vl")
@@ -53,11 +55,25 @@ def image_reader(
             if getattr(model, key):
                 raise ConfigError(f"model.{key}: true has no effect on prompts without images; leave it out")
         return None  # image parts of messages are then an error
+    reader = ImageReader(model, hf_config, tokenizer, config.data.image)
     if config.loss.teacher is not None:
+        reader.teacher = _teacher(config, hf_config, tokenizer)
+    return reader
+
+
+def _teacher(config: Config, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Processor:
+    """What makes pixels for the model of ``loss.teacher``, which reads the batch that is packed for the policy."""
+    model = teacher_model(config)
+    theirs = load_hf_config(model)
+    if theirs.model_type != hf_config.model_type or image_token_id(theirs) != image_token_id(hf_config):
         raise ConfigError(
-            f"loss.teacher: {config.loss.teacher}: a teacher does not see images yet that the policy sees; leave it out"
+            f"loss.teacher={model.path}: a {theirs.model_type} model does not read prompts with images as the "
+            f"{hf_config.model_type} model in model.path does; name a teacher of the same family"
         )
-    return ImageReader(model, hf_config, tokenizer, config.data.image)
+    try:
+        return Processor(model, theirs, tokenizer, config.data.image)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.path", "loss.teacher", 1)) from error
 
 
 def _check_model(config: Config, hf_config: PretrainedConfig, family: Family, world: World) -> None:
@@ -102,7 +118,7 @@ def _no_picture(key: str) -> NoReturn:
     raise KeyError(f"no image {key} was read")
 
 
-def see(model: Policy, reader: ImageReader | None) -> None:
-    """Give the model the images of the data."""
+def see(model: Policy, reader: ImageReader | None, *, teaches: bool = False) -> None:
+    """Give the model the images of the data. ``teaches``: it is that of ``loss.teacher``."""
     if model.vision is not None and reader is not None:
-        model.vision.pixels, model.vision.dummy = reader.pixels, reader.dummy
+        model.vision.pixels, model.vision.dummy = reader.teacher_pixels if teaches else reader.pixels, reader.dummy

@@ -74,6 +74,11 @@ class Processor:
         self.expansion: Callable[[tuple[int, int]], Expansion] = lru_cache(maxsize=2**16)(self._expansion)
         """Of an image of this (width, height)."""
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Two processors with equal settings make equal pixels of an image."""
+        return self.images.to_dict()
+
     def pixels(self, image: Picture) -> dict[str, Tensor]:
         """The tower's arguments for one image.
 

@@ -52,8 +52,10 @@ class ImageReader:
         check_pillow()
         self.limits = limits
         self.processor = Processor(model, config, tokenizer, limits)
+        self.teacher: Processor | None = None
+        """Of the model of ``loss.teacher``, which must make as many tokens of an image."""
         self._sources: dict[str, tuple[Source, str]] = {}
-        self._kept: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, bool], dict[str, Tensor]] = OrderedDict()
 
     @property
     def placeholder(self) -> str:
@@ -106,14 +108,23 @@ class ImageReader:
 
     def pixels(self, key: str) -> dict[str, Tensor]:
         """The tower's arguments for an image."""
-        if key not in self._kept:
+        return self._pixels(key, self.processor)
+
+    def teacher_pixels(self, key: str) -> dict[str, Tensor]:
+        """Those of the teacher's tower."""
+        assert self.teacher is not None
+        return self._pixels(key, self.processor if self.teacher.settings == self.processor.settings else self.teacher)
+
+    def _pixels(self, key: str, processor: Processor) -> dict[str, Tensor]:
+        name = key, processor is self.processor
+        if name not in self._kept:
             source, where = self._sources[key]
-            self._kept[key] = self.processor.pixels(open_image(source, where, self.limits))
-        self._kept.move_to_end(key)
+            self._kept[name] = processor.pixels(open_image(source, where, self.limits))
+        self._kept.move_to_end(name)
         total = sum(map(_bytes, self._kept.values()))
         while total > KEPT_BYTES and len(self._kept) > 1:
             total -= _bytes(self._kept.popitem(last=False)[1])
-        return self._kept[key]
+        return self._kept[name]
 
     def dummy(self) -> dict[str, Tensor]:
         """Pixels of a small gray image."""
@@ -133,10 +144,18 @@ class ImageReader:
             log.warning("%s, %s: the image is all black", where, source.name)
         self._sources.setdefault(source.key, (source, where))
         try:
-            return Read(source.key, image.size, self.processor.expansion(image.size))
+            expansion = self.processor.expansion(image.size)
+            theirs = self.teacher.expansion(image.size) if self.teacher else expansion
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{where}, {source.name}: the model's image processor refuses it: {reason}") from error
+        if theirs != expansion:
+            raise ConfigError(
+                f"{where}, {source.name}: loss.teacher makes {sum(theirs.counts)} tokens of an image of {image.size[0]} x "
+                f"{image.size[1]} pixels, the policy {sum(expansion.counts)}: name a teacher whose preprocessor_config.json has "
+                "the policy's sizes"
+            )
+        return Read(source.key, image.size, expansion)
 
 
 def _bytes(pixels: dict[str, Tensor]) -> int:

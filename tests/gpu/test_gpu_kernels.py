@@ -149,6 +149,9 @@ class Teacher:
     def __init__(self, hidden, weight):
         self.hidden, self.weight = hidden, weight
 
+    def ban(self, logits):
+        return logits
+
 
 def test_auto_says_why():
     with pytest.raises(ValueError, match=r"not flash4: .*; not builtin: head dim 264"):
