@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from making import generate
 from test_vllm_engine import logprobs, perturb, samples_of, seeds, tolerance
 
 from pgrpo.config import Config, DataConfig, ModelConfig, PromptConfig, RolloutConfig
@@ -21,7 +22,6 @@ from pgrpo.distributed.world import start
 from pgrpo.model.families.vision import tower_parameters
 from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.weights import full_weights, weight_names
-from pgrpo.rollout.base import generate
 from pgrpo.rollout.vllm import canary
 from pgrpo.rollout.vllm.delivery import DeliveryError
 from pgrpo.rollout.vllm.engine import EngineError, VLLMEngine
