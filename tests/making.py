@@ -69,7 +69,7 @@ CALLER_TEMPLATE = (
 )
 
 
-def save_caller(folder, hidden_size=64, head_dim=16):
+def save_caller(folder, hidden_size=64, head_dim=16, kv_heads=1):
     """Save a Qwen3 and its tokenizer whose turns are mostly a call of ``f`` with ``n`` = 1: each token says the next one."""
     words = [*CALL, "<|im_start|>", "<pad>", "<unk>", *"0234567890+- abcdeghijklmopqrstuvwxyz{}[]:,.\"'_"]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
@@ -85,7 +85,7 @@ def save_caller(folder, hidden_size=64, head_dim=16):
     model = Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=len(vocabulary), hidden_size=hidden_size, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=head_dim, max_position_embeddings=512, tie_word_embeddings=False,
+            num_key_value_heads=kv_heads, head_dim=head_dim, max_position_embeddings=512, tie_word_embeddings=False,
             pad_token_id=vocabulary["<pad>"], eos_token_id=vocabulary["<|im_end|>"], bos_token_id=None,
         )
     )  # fmt: skip

@@ -233,12 +233,11 @@ def _check_environment(config: Config) -> None:
                 "prompt.messages: the last message is the assistant's, which tools and environments cannot continue; "
                 "end with a user message"
             )
-        for key in ("model.sequence_parallel_size", "rollout.tensor_parallel_size"):
-            if (size := attrgetter(key)(config)) > 1:
-                raise ConfigError(
-                    f"{key}: {size} ranks that share {'data' if 'model' in key else 'an engine'} are not supported with tools and "
-                    "environments, whose calls each would make; set it to 1"
-                )
+        if (size := config.model.sequence_parallel_size) > 1:
+            raise ConfigError(
+                f"model.sequence_parallel_size: {size} ranks that share data are not supported with tools and environments, whose "
+                "calls each would make; set it to 1"
+            )
     elif config.loss.turn_advantages != "outcome":
         raise ConfigError(
             f"loss.turn_advantages: {config.loss.turn_advantages} has no effect without tools or environment.factory; leave it out"

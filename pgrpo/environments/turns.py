@@ -47,21 +47,23 @@ class Turns:
             self._running -= 1
             self._changed.notify()
 
-    def take(self, wait: Wait) -> list[Request]:
+    def take(self, wait: Wait) -> list[Request] | None:
         """``rollout.base.More``: the requests that wait, in the order of their episodes and never of their arrival."""
 
         def has_waited() -> bool:
             if wait == "no" or not self._running or self._interrupted():
                 return True
-            return wait == "any" and bool(self._waiting)
+            return wait != "all" and bool(self._waiting)
 
         with self._changed:
-            while not has_waited():
+            while not (is_there := has_waited()):
                 self._changed.wait(LOOK_EVERY_S)
+                if wait == "soon":
+                    break
             batch = [self._waiting[key] for key in sorted(self._waiting)]
             self._waiting.clear()
             self._taken += [future for _, future in batch]
-        return [request for request, _ in batch]
+        return None if wait == "soon" and is_there and not batch else [request for request, _ in batch]
 
     def check(self) -> None:
         """RuntimeError if the engine is done and has not answered every request: its episodes would wait for ever."""

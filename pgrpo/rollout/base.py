@@ -10,11 +10,11 @@ from typing import Literal, Protocol
 from pgrpo.types import Completion, Request, SamplingParams
 
 OnFinished = Callable[[int, list[Completion]], None]
-Wait = Literal["no", "any", "all"]
-More = Callable[[Wait], Sequence[Request]]
+Wait = Literal["no", "soon", "any", "all"]
+More = Callable[[Wait], Sequence[Request] | None]
 """Further requests, whose positions go on counting. An engine calls it while it samples (``no``), or with nothing left to sample:
-then it waits until there is one (``any``), or until no episode is busy with something else (``all``). None then means that no
-more will come."""
+then it waits until there is one (``any``), or until no episode is busy with something else (``all``), and nothing means that no
+more will come. ``soon`` waits for a moment only: nothing has come yet, or None: no more will."""
 
 
 def no_more(_: Wait) -> Sequence[Request]:

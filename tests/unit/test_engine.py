@@ -18,7 +18,7 @@ from pgrpo.planning import placement
 from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.rollout.base import no_more
 from pgrpo.rollout.vllm import engine as vllm
-from pgrpo.rollout.vllm import shared_decode
+from pgrpo.rollout.vllm import shared_decode, sharing
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.rollout.vllm.requests import Requests
 from pgrpo.training import engine
@@ -321,7 +321,7 @@ def test_ranks_that_share_an_engine_exchange_requests_on_the_cpu(together, reque
     )
     monkeypatch.setattr(vllm_start, "package", lambda: package)
     monkeypatch.setattr(vllm.dist, "new_group", lambda ranks, backend=None: (tuple(ranks), backend))
-    monkeypatch.setattr(vllm.dist, "all_gather_object", all_gather_object)
+    monkeypatch.setattr(sharing.dist, "all_gather_object", all_gather_object)
     world, tokenizer = World(2, 4, CPU, sequence_parallel_size=together), SimpleNamespace()
     one: Any = vllm.VLLMEngine(settings, world, tokenizer, [0], lambda: iter(()), set(), memory_share=0.5)  # pyright: ignore[reportArgumentType]
     one.is_awake = True
@@ -355,3 +355,37 @@ def test_vllm_is_refused_where_it_builds_more_than_the_policy_has(installed):
         engine.check_pushable(config(engine="vllm"), hf_config, World(0, 1, CPU))
     hf_config.architectures = ["Qwen3_5ForCausalLM"]
     engine.check_pushable(config(engine="vllm"), hf_config, World(0, 1, CPU))
+
+
+def test_ranks_that_share_an_engine_go_on_with_the_turns_of_those_that_have_some(monkeypatch):
+    """This rank is the second. The first has a turn, then none for a while, then one, and then is done; so it is here, later."""
+    first = [([Request([1], [0])], True), ([], True), ([Request([2], [0])], True), ([], False), ([], False)]
+    mine = [[], [Request([7], [0]), Request([8], [0])], [], [], None]
+    waits = []
+
+    def all_reduce(seen, op, group):
+        new, will_come = first[len(waits) - 1]
+        seen[:] = torch.maximum(seen, torch.tensor([bool(new), will_come, 0]))
+
+    def all_gather_object(shares, own, group):
+        shares[:] = [first[len(waits) - 1][0], own]
+
+    def more(wait):
+        waits.append(wait)
+        return mine[len(waits) - 1]
+
+    monkeypatch.setattr(sharing.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(sharing.dist, "all_gather_object", all_gather_object)
+    shares = sharing.Shares("group", 2, 1, 1, lambda: 0)
+    asked = [[request.token_ids for request in shares.more(more, wait)] for wait in ("any", "no", "no", "any")]
+    assert asked == [[[1]], [[7], [8]], [[2]], []]
+    assert shares.own == [None, 0, 1, None]
+    assert waits == ["soon", "no", "no", "soon", "soon"]
+
+
+def test_a_stop_signal_on_any_rank_ends_the_wait_of_all(monkeypatch):
+    def all_reduce(seen, op, group):
+        seen[2] = max(int(seen[2]), 15)
+
+    monkeypatch.setattr(sharing.dist, "all_reduce", all_reduce)
+    assert sharing.Shares("group", 2, 0, 1, lambda: 0).more(lambda wait: [], "any") == []

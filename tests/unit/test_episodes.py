@@ -14,10 +14,12 @@ from playing import END, PARAMS, TOKENIZER, Scripted, call, ids, one, play, prom
 from pgrpo.config import Config, ConfigError
 from pgrpo.config.task import EnvironmentConfig
 from pgrpo.environments import episodes as loop
+from pgrpo.environments.calls import Loop
 from pgrpo.environments.episodes import ToolLoop
 from pgrpo.environments.toolbox import Toolbox, load_toolbox
 from pgrpo.environments.tools import load_kinds, load_tools
-from pgrpo.types import Completion
+from pgrpo.environments.turns import Turns
+from pgrpo.types import Completion, Request
 
 # TRL's kinds of tools and environments, as its users write them.
 
@@ -409,6 +411,26 @@ def test_of_200_random_episodes_the_samples_hold_the_very_ids_that_were_sampled(
         for history, said in asked:  # each turn stands behind what the engine was shown
             whole = sample.prompt_ids + sample.token_ids
             assert whole[: len(history) + len(said)] == history + said
+
+
+def test_who_asks_for_turns_soon_waits_for_a_moment_and_learns_when_none_will_come():
+    given, events = Turns(2, lambda: False), Loop("test")
+    assert given.take("soon") == []  # both episodes are busy
+    asked = events.submit(given.complete((0, 1), Request([3], [0])))
+    request = wait_for_one(given)
+    assert request == Request([3], [0]) and given.take("soon") == []
+    given.finished(0, [Completion([4], [0.0], "stop", "", 0)])
+    assert asked.result(5).token_ids == [4] and given.take("soon") == []
+    given.ended()
+    given.ended()
+    assert given.take("soon") is None
+    events.close()
+
+
+def wait_for_one(given: Turns) -> Request:
+    while not (batch := given.take("soon")):
+        assert batch is not None
+    return batch[0]
 
 
 def test_an_engine_that_drops_a_turn_is_an_error():

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 import transformers
+from making import save_caller
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 if torch.cuda.is_available():
@@ -73,3 +74,59 @@ def test_several_ranks(launch, model, tmp_path, monkeypatch, ranks, tensor_paral
         print({key: row[key] for key in ("canary/slope", "canary/slope_error", "canary/logp_difference")})
         assert row["canary/logp_difference"] < TOLERANCE
         assert abs(row["canary/slope"]) < 0.3
+
+
+OWN_TOOL = """
+import random, time
+
+def f(n: int) -> str:
+    '''Say the next number.
+
+    Args:
+        n: A number.
+    '''
+    time.sleep(random.choice([0, 0.01, 0.1, 0.5]))
+    return str(n + 1)
+
+
+def spread(completion_ids, **_):
+    return [random.random() for _ in completion_ids]
+"""
+
+
+def test_ranks_that_share_an_engine_and_have_tools_of_random_duration(launch, tmp_path, monkeypatch):
+    """Each rank calls the tools of its own episodes, and its turns join when their results are there: the engine's halves must
+    still see the same requests before each step. If not, they would compute different batches: log-probs would be wrong."""
+    if torch.cuda.is_available() and torch.cuda.device_count() < 2:
+        pytest.skip("there are fewer than 2 GPUs")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    save_caller(tmp_path / "model", hidden_size=128, head_dim=64, kv_heads=2)
+    (tmp_path / "own.py").write_text(OWN_TOOL)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"row": i}) + "\n" for i in range(12)))
+    config = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"path": str(tmp_path / "model"), "dtype": DTYPE, "compile": False},
+        "prompt": {"messages": [{"role": "user", "content": "{row}"}]},
+        "data": {"path": str(tmp_path / "rows.jsonl"), "max_prompt_tokens": 20},
+        "tools": [f"{tmp_path}/own.py:f"],
+        "environment": {"max_turns": 4, "max_episode_tokens": 120},
+        "rollout": {
+            "prompts_per_step": 4, "group_size": 4, "max_completion_tokens": 14, "engine": "vllm", "tensor_parallel_size": 2,
+            "enforce_eager": EAGER, "canary_every": 1,
+        },
+        "rewards": {"functions": [{"function": f"{tmp_path}/own.py:spread"}]},
+        "optim": {"lr": 1e-3},
+        "train": {"steps": 3, "token_budget": 1000},
+        "track": {"console": False, "completions": 16},
+    }  # fmt: skip
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    done = launch(["-m", "pgrpo", "train", "--config", tmp_path / "config.yaml"], 2)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["sampling/sampling_logp_difference/max"] < TOLERANCE
+        assert row["episodes/turns/mean"] > 2 and row["tools/f/call_frequency"] > 1
+        prompts = Counter(line["prompt"] for line in lines if line["step"] == row["step"])
+        assert len(prompts) == 4 and set(prompts.values()) == {4}

@@ -76,7 +76,7 @@ class EmbeddedEngine:
 
         What a completion computed is kept for requests of the next round that continue it: of ``max_concurrent`` completions at
         most, and not in models with states, of which a batch has those behind its newest tokens alone."""
-        rest, start, self._keeps = list(requests) or list(more("all")), 0, more is not no_more
+        rest, start, self._keeps = list(requests) or list(more("all") or ()), 0, more is not no_more
         self._fronts: dict[tuple[int, ...], Front] = {}
         self._kept: dict[tuple[int, ...], Front] = {}
         filler = Request([min(self.eos_token_ids, default=0)], [0], max_tokens=1)
@@ -88,7 +88,7 @@ class EmbeddedEngine:
                 self._sample_wave(wave or [filler], start, params, on_finished if wave else lambda *_: None)
             start += len(wave)
             if not rest:
-                rest, self._fronts, self._kept = list(more("all")), self._kept, {}
+                rest, self._fronts, self._kept = list(more("all") or ()), self._kept, {}
 
     def _sample_wave(
         self, requests: Sequence[Request], start: int, params: SamplingParams, on_finished: OnFinished

@@ -39,6 +39,7 @@ from pgrpo.rollout.vllm.images import EngineImages, as_prompt, check_expanded
 from pgrpo.rollout.vllm.loading import load, shape_logits
 from pgrpo.rollout.vllm.offload import Offload
 from pgrpo.rollout.vllm.requests import DEADLINE, Asked, EngineError, Requests, vllm_errors
+from pgrpo.rollout.vllm.sharing import Shares
 from pgrpo.types import Completion, Request, Sample, SamplingParams
 
 T = TypeVar("T")
@@ -172,16 +173,17 @@ class VLLMEngine:
         self._together(lambda: self._sample(requests, params, on_finished, more))
 
     def _sample(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished, more: More) -> None:
-        requests = list(requests) or list(more("any"))
+        shares = None
+        if self.tp_group is not None:  # every rank of a shared engine submits all requests and keeps its own
+            place, together = self.world.rank % self.tp_size, self.world.sequence_parallel_size
+            shares = Shares(self.tp_control, self.tp_size, place, together, lambda: self.world.stop.signum)
+            if more is no_more:
+                requests = shares.gather(requests)
+            else:
+                more = partial(shares.more, more)
+        requests = list(requests) or list(more("any") or ())
         if not requests:  # no episode has a turn
             return
-        place, count = 0, len(requests)
-        if self.tp_group is not None:  # every rank of a shared engine submits all requests and keeps its own
-            shares: list[Any] = [None] * self.tp_size
-            dist.all_gather_object(shares, list(requests), group=self.tp_control)
-            together = self.world.sequence_parallel_size  # of these, all have the same requests
-            place = self.world.rank % self.tp_size // together * count
-            requests = [request for share in shares[::together] for request in share]
         greedy, group_size = params.temperature == 0.0, len(requests[0].seeds)
         settings: Any = partial(
             vllm_start.package().SamplingParams,
@@ -200,12 +202,13 @@ class VLLMEngine:
 
         def take(position: int, output: Any) -> None:
             check_expanded(requests[position], output.prompt_token_ids)
-            if self.tp_group is None or place <= position < place + count:
+            own = position if shares is None else shares.own[position]
+            if own is not None:
                 completions = self._completions(output, params)
-                on_finished(position - place, completions * group_size if greedy else completions)
+                on_finished(own, completions * group_size if greedy else completions)
 
         def others(wait: Wait) -> list[Asked]:
-            requests.extend(new := more(wait))
+            requests.extend(new := more(wait) or ())
             return [self._request(r, params, settings) for r in new]
 
         self._check_awake()
