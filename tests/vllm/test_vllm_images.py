@@ -257,8 +257,7 @@ def test_the_canary_scores_prompts_with_images_by_their_text(awake):
         perturb(policy, 0.01)
         if is_pushed:
             awake.vllm.push()
-        scored = [x for own in awake.vllm.score(samples) for x in own]
-        slope = canary.regress(old, logprobs(policy, samples), scored, lengths)
+        slope = canary.regress(old, logprobs(policy, samples), awake.vllm.score(samples).logprobs, lengths)
         print(f"slope {'after a push' if is_pushed else 'without one'}: {slope}")
         assert slope.slope == pytest.approx(wanted, abs=0.2)
     for parameter, value in zip(policy.parameters(), weights, strict=True):
