@@ -16,8 +16,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-
 from pgrpo.config import load_config
 from pgrpo.config.sampling import sampling_params
 from pgrpo.distributed.world import start
@@ -53,7 +51,7 @@ async def wait(number: int = 0) -> str:
 def end_no_turn(engine: Any) -> None:
     """Let the engine sample on behind an end token."""
     if isinstance(engine, EmbeddedEngine):
-        engine.end_ids, engine.eos_token_ids = set(), torch.tensor([], dtype=torch.long, device=engine.policy.device)
+        engine.eos_token_ids = {-1}
         return
     engine.eos_token_ids = []
     package = vllm_start.package()

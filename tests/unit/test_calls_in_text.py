@@ -5,6 +5,7 @@ TRL ships the templates of many models as files: ``pip install --no-deps trl`` f
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from pgrpo.config import ConfigError
+from pgrpo.config.task import EnvironmentConfig
 from pgrpo.data.control import MARK, Control
 from pgrpo.environments.chat import Chat, call_id
+from pgrpo.environments.conversation import Lengths, Transcript
 from pgrpo.environments.parsing import FAMILIES
+from pgrpo.types import Completion, Prompt, Request
 
 HERMES, XML, GLM, LLAMA, HARMONY, GEMMA, LFM = FAMILIES.values()
 GOOD = '<tool_call>\n{"name": "f", "arguments": {"x": 7}}\n</tool_call>'
@@ -264,3 +268,83 @@ def test_guarded_text_has_no_control_token_and_decodes_to_itself(text):
     assert tokenizer.decode(ids) == text.replace(MARK, "")
     if "<" not in text:
         assert ids == tokenizer(text.replace(MARK, ""), add_special_tokens=False)["input_ids"]
+
+
+def said_in(chat: Chat, turns: list[str], told: list[dict[str, Any]]) -> Transcript:
+    """A conversation of these turns of the model, with a message in between; its history is forked where it is rewritten."""
+    tokenizer, waiting = chat.tokenizer, iter(turns)
+
+    async def complete(request: Request) -> Completion:
+        ids = tokenizer(next(waiting), add_special_tokens=False)["input_ids"]
+        return Completion(ids, [-0.5] * len(ids), "stop", "", 0)  # pyright: ignore
+
+    async def talk() -> Transcript:
+        messages = [{"role": "user", "content": "go"}]
+        text, ids = chat.prompt_with(messages, [])
+        prompt = Prompt(0, text, ids, {}, messages)
+        transcript = Transcript(prompt, 0, chat, EnvironmentConfig(history="fork"), Lengths(500, 5000), complete)
+        for message in told:
+            reply = await transcript.generate()
+            transcript.answer(0, "f", message["content"]) if reply.calls else transcript.say(message)
+        await transcript.generate()
+        return transcript
+
+    return asyncio.run(talk())
+
+
+CALLED = {
+    "qwen3": '<think>\nlook\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {"x": 3}}\n</tool_call><|im_end|>',
+    "gptoss": (
+        "<|channel|>analysis<|message|>look<|end|><|start|>assistant to=functions.f<|channel|>commentary json<|message|>"
+        '{"x": 3}<|call|>'
+    ),
+}
+FORKS = {
+    "qwen3": (
+        "<think>\n{0}\n</think>\n\n{1}<|im_end|>",
+        "<|im_start|>user\ngo<|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n",
+        '<tool_call>\n{"name": "f", "arguments": {"x": 3}}\n</tool_call><|im_end|>\n<|im_start|>user\n<tool_response>\nRES\n'
+        "</tool_response><|im_end|>\n<|im_start|>assistant\n4<|im_end|>\n<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "gptoss": (
+        "<|channel|>analysis<|message|>{0}<|end|><|start|>assistant<|channel|>final<|message|>{1}<|return|>",
+        "<|start|>user<|message|>go<|end|><|start|>assistant<|channel|>final<|message|>4<|end|><|start|>user<|message|>more<|end|>"
+        "<|start|>assistant",
+        '<|start|>assistant to=functions.f<|channel|>commentary json<|message|>{"x": 3}<|call|><|start|>functions.f to=assistant'
+        '<|channel|>commentary<|message|>"RES"<|end|><|start|>assistant<|channel|>final<|message|>4<|end|><|start|>user<|message|>'
+        "more<|end|><|start|>assistant",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORKS)
+def test_forks_of_real_templates_are_what_a_server_renders(name):
+    """The old reasoning is gone in the second sample, and what is left is what the template makes of the messages."""
+    ends = REAL[name][0]
+    answer, after_answer, after_call = FORKS[name]
+    tokenizer = byte_tokenizer(trl_template(name))
+    chat = Chat(tokenizer, tokenizer.convert_tokens_to_ids(ends), [SCHEMA], {})
+    chat.check("tools", "fork", is_led=True)
+    user, last = {"role": "user", "content": "more"}, answer.format("now", "5")
+    for turns, told, tail, samples in (
+        ([answer.format("easy", "4"), last], [user], after_answer, 2),
+        ([CALLED[name], answer.format("so", "4"), last], [{"content": "RES"}, user], after_call, None),
+    ):
+        said = said_in(chat, turns, told)
+        sample = said.sample
+        assert samples is None or len(said.samples) == samples
+        whole = sample.prompt_ids + sample.token_ids
+        context = whole[: len(sample.prompt_ids) + sample.mask.index(True)]
+        assert tokenizer.decode(context).endswith(tail)
+        server = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "go"}, *[_thinking(m) for m in said.messages[:-1]]], tools=[SCHEMA], tokenize=False,
+            add_generation_prompt=True,
+        )  # fmt: skip
+        assert context == tokenizer(server, add_special_tokens=False)["input_ids"]
+        assert (
+            tokenizer.decode([t for t, sampled in zip(sample.token_ids, sample.mask, strict=True) if sampled]) == last
+        )
+
+
+def _thinking(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "thinking": message["reasoning_content"]} if "reasoning_content" in message else message
