@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pgrpo.admission.compare import tokens_as_samples
 from pgrpo.admission.models import cache_file
 from pgrpo.admission.on_device import random_model
 from pgrpo.admission.shrink import few_layers
 from pgrpo.attention.hook import ATTENTION_NAME
-from pgrpo.config import Config
+from pgrpo.config import Config, ModelConfig
 from pgrpo.distributed.fsdp import no_gradient
 from pgrpo.distributed.world import World, start
 from pgrpo.model.policy import load_hf_config
@@ -137,10 +137,15 @@ def compile_update(config: Config, world: World) -> None:
         share = free_beside_policy(config, dims, world) * GIB / gpu_memory(world.device)
         torch.cuda.set_per_process_memory_fraction(max(0.0, share), world.device)
     modes: list[Recompute] = sorted(set(plan.recompute))
+
+    def load(_: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+        with world.device:  # for the random numbers alone: what else a policy is made of is drawn on the CPU
+            return random_model(few, ATTENTION_NAME, dtype).train()
+
     for mode in modes:
-        with world.device:
-            own = LayerPlan([mode] * ModelDims.from_config(few).layers, plan.mlp_chunks)
-            policy = place_policy(config, world, lambda _, dtype: random_model(few, ATTENTION_NAME, dtype).train(), own)
+        policy = place_policy(
+            config, world, load, LayerPlan([mode] * ModelDims.from_config(few).layers, plan.mlp_chunks)
+        )
         batch = build_batch(Forest.of(samples), device=world.device, attention=policy.attention)
         if wanted["without_gradient"]:
             with no_gradient(policy):

@@ -16,7 +16,7 @@ from pgrpo.grpo import backward
 from pgrpo.model import recompute
 from pgrpo.model.policy import load_hf_config
 from pgrpo.planning.dims import ModelDims
-from pgrpo.planning.memory import memory_plan
+from pgrpo.planning.memory import LayerPlan, memory_plan
 from pgrpo.planning.placement import GIB, USABLE_SHARE, free_beside_policy, gpu_memory, plan_sizes
 from pgrpo.process.pinned import SETTING, pin_with_threads
 from pgrpo.training import compile_ahead
@@ -64,6 +64,20 @@ def test_the_update_of_a_run_compiles_nothing_that_was_not_compiled_ahead(make, 
                 policy(batch)
             backward(learner, batch, count(groups))
     assert graphs() == ahead
+
+
+def test_only_the_weights_are_made_on_the_device(make, monkeypatch):
+    """A policy draws probes with generators of the CPU, which a default device of another kind refuses."""
+
+    def place(config, world, load, plan):
+        assert torch.empty(1).device.type == "cpu"
+        assert next(load(config.model, torch.float32).parameters()).device.type == "meta"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compile_ahead, "place_policy", place)
+    monkeypatch.setattr(compile_ahead, "layer_plan", lambda *_: LayerPlan(["full"], 1))
+    with pytest.raises(KeyboardInterrupt):
+        compile_update(make(), World(0, 1, torch.device("meta")))
 
 
 def test_its_batch_is_as_long_as_a_micro_batch_may_be(make):
