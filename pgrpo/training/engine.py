@@ -18,7 +18,7 @@ from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.fsdp import no_gradient
 from pgrpo.distributed.world import World
 from pgrpo.model.families.expert_products import recorded_choices
-from pgrpo.model.families.experts import can_unstack
+from pgrpo.model.families.experts import can_unstack, has_prefix
 from pgrpo.model.policy import Policy
 from pgrpo.model.recompute import not_compiled
 from pgrpo.model.weights import full_weights, weight_names
@@ -101,7 +101,8 @@ def _cannot_compare_experts(config: Config, dims: ModelDims) -> str:
 
 def check_pushable(config: Config, hf_config: PretrainedConfig, world: World) -> None:
     """Refuse vLLM for a model that transformers holds in other tensors than its checkpoint has, unless these are stacked experts,
-    which a push takes apart; and for one of which it builds more than the policy has (a model with images, as text only).
+    which a push takes apart; and for one of which it builds more than the policy has (a model with images, as text only), unless
+    transformers can say what the language model's tensors are called there.
 
     Raises:
         ConfigError: with the key and what to do.
@@ -113,7 +114,8 @@ def check_pushable(config: Config, hf_config: PretrainedConfig, world: World) ->
         )
     theirs, ours = (hf_config.architectures or [None])[0], MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(hf_config.model_type)
     whole = "ForConditionalGeneration"
-    if engine_name(config, world.device) == "vllm" and ours and whole not in ours and whole in (theirs or ""):
+    builds_more = ours and whole not in ours and whole in (theirs or "")
+    if engine_name(config, world.device) == "vllm" and builds_more and not has_prefix(hf_config):
         raise ConfigError(
             f"rollout.engine={config.rollout.engine}: of this config.json vLLM builds a {theirs}, which has parts that the policy, "
             f"a {ours}, does not have; set rollout.engine=embedded, or give model.path a folder of the language model alone"

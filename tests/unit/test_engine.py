@@ -347,14 +347,16 @@ def test_vllm_takes_a_model_whose_tensors_are_its_checkpoint_s_or_stacks_of_them
 
 
 def test_vllm_is_refused_where_it_builds_more_than_the_policy_has(installed):
-    hf_config = AutoConfig.for_model("qwen3_5", architectures=["Qwen3_5ForConditionalGeneration"])
+    hf_config = AutoConfig.for_model("qwen3", architectures=["Qwen3ForConditionalGeneration"])
     engine.check_pushable(config(engine="embedded"), hf_config, World(0, 1, CPU))
-    with pytest.raises(
-        ConfigError, match=r"vLLM builds a Qwen3_5ForConditionalGeneration, .* a Qwen3_5ForCausalLM, does"
-    ):
+    with pytest.raises(ConfigError, match=r"vLLM builds a Qwen3ForConditionalGeneration, .* a Qwen3ForCausalLM, does"):
         engine.check_pushable(config(engine="vllm"), hf_config, World(0, 1, CPU))
-    hf_config.architectures = ["Qwen3_5ForCausalLM"]
-    engine.check_pushable(config(engine="vllm"), hf_config, World(0, 1, CPU))
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe"])
+def test_vllm_takes_the_language_model_of_a_checkpoint_whose_names_for_it_are_known(kind, installed):
+    name = {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}[kind] + "ForConditionalGeneration"
+    engine.check_pushable(config(engine="vllm"), AutoConfig.for_model(kind, architectures=[name]), World(0, 1, CPU))
 
 
 def test_ranks_that_share_an_engine_go_on_with_the_turns_of_those_that_have_some(monkeypatch):

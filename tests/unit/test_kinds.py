@@ -1,5 +1,6 @@
 """Models with windows, sinks, experts and states through whole runs: resume, LoRA, export, what a push carries, the canary."""
 
+import json
 import runpy
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_resume import assert_equal_checkpoints, metrics, train
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from pgrpo.admission.compare import reference_logprobs, tokens_as_groups
 from pgrpo.admission.fits import check_lora
@@ -61,6 +62,37 @@ def test_a_run_is_resumed_bit_for_bit_and_its_export_is_what_a_push_carries(fold
     untouched = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager")
     got = Policy(model)(build_batch(Forest.of(prompts.samples))).logprobs
     assert (got - reference_logprobs(untouched, prompts.samples)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "qwen3_5_moe"])
+def test_the_language_model_of_a_published_checkpoint_trains_under_its_names(kind, tmp_path):
+    """Qwen3.5 is published with a vision tower, which a run on text leaves out."""
+    text = SCRIPT["make_model"](kind="qwen3_5_text").config.to_dict() | {"model_type": f"{kind}_text"}
+    text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "tie_word_embeddings": False}
+    text["vocab_size"] = 16  # the tokenizer of this type has a token more
+    tower = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": 4}
+    tower["out_hidden_size"] = text["hidden_size"]
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=tower, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path / "model")
+    SCRIPT["make_tokenizer"]().save_pretrained(tmp_path / "model")
+    published = load_file(tmp_path / "model" / "model.safetensors")
+    of_text = {name for name in published if "visual" not in name}
+    assert len(published) > len(of_text) and "model.language_model.embed_tokens.weight" in of_text
+    model = load_model(ModelConfig(path=str(tmp_path / "model")))
+    pushed = dict(full_weights(model, torch.float32))
+    assert pushed.keys() == weight_names(model) == of_text
+    assert all(torch.equal(tensor, published[name]) for name, tensor in pushed.items())
+    run = train(tmp_path / "model", tmp_path / "run", steps=4, **{"optim.lr": 1e-2})
+    assert any(row.get("grad_norm", 0.0) > 0 for row in metrics(run))
+    out = export(run, tmp_path / "out")  # a language model alone, whose names need no prefix
+    exported = load_file(out / "model.safetensors")
+    assert exported.keys() == {name.replace("model.language_model.", "model.") for name in of_text}
+    name = "layers.0.linear_attn.in_proj_qkv.weight"
+    assert not torch.equal(exported[f"model.{name}"], published[f"model.language_model.{name}"])
+    assert json.loads((out / "config.json").read_text())["architectures"] == [type(model).__name__]
+    again = dict(full_weights(load_model(ModelConfig(path=str(out))), torch.float32))
+    assert all(torch.equal(again[name], tensor) for name, tensor in exported.items())
 
 
 class Pushed:
@@ -129,6 +161,12 @@ def test_what_a_mixture_cannot_have_is_refused(tmp_path, caplog):
     assert not caplog.text
     check_lora(ModelConfig(path="m", lora_rank=2), dims)
     assert "LoRA: the experts (down_proj, gate_up_proj) are not trained" in caplog.text
+    for coefficient in (
+        0.001,
+        0.02,
+    ):  # as published, of Qwen3-30B-A3B and Mixtral-8x7B: without the router's logits no term
+        config.output_router_logits, config.router_aux_loss_coef = False, coefficient
+        assert experts.balance_refusal(config) == ""
     config.output_router_logits, config.router_aux_loss_coef = True, 0.0
     assert experts.balance_refusal(config) == ""
     config.router_aux_loss_coef = 0.01

@@ -42,6 +42,16 @@ MODELS = {
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "tie_word_embeddings": False,
     },
 }  # fmt: skip
+TOWER = {
+    "depth": 1,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 128,
+    "patch_size": 4,
+}
+PUBLISHED = {"qwen3_5": "qwen3_5_text"}
+"""Types as they are published: with a vision tower, and a language model of the other type inside."""
 
 
 @pytest.fixture
@@ -52,8 +62,13 @@ def started(request, tmp_path):
     if request.param == "gpt_oss" and float(release(package().__version__)) < 0.32:
         pytest.skip("this release has sinks on a CPU in bfloat16 only")
     torch.manual_seed(0)
-    hf_config = transformers.AutoConfig.for_model(kind, **SIZES | MODELS[kind])
-    transformers.AutoModelForCausalLM.from_config(hf_config).save_pretrained(tmp_path)
+    text = SIZES | MODELS[PUBLISHED.get(kind, kind)]
+    if kind in PUBLISHED:
+        hf_config = transformers.AutoConfig.for_model(kind, text_config=text, vision_config=TOWER)
+        transformers.AutoModelForImageTextToText.from_config(hf_config).save_pretrained(tmp_path)
+    else:
+        hf_config = transformers.AutoConfig.for_model(kind, **text)
+        transformers.AutoModelForCausalLM.from_config(hf_config).save_pretrained(tmp_path)
     tokenizer = make_tokenizer(tmp_path)
     check_model(str(tmp_path), hf_config, max_sample=48)
     config = Config(
@@ -89,7 +104,9 @@ def test_samples_have_the_policys_log_probs_before_and_after_a_push(started):
 
 
 @ON_A_CPU
-@pytest.mark.parametrize("started", ["qwen3_5_text in bfloat16", "gpt_oss in bfloat16"], indirect=True)
+@pytest.mark.parametrize(
+    "started", ["qwen3_5_text in bfloat16", "qwen3_5 in bfloat16", "gpt_oss in bfloat16"], indirect=True
+)
 def test_a_push_arrives_in_bfloat16(started):
     """vLLM's Gated DeltaNet on a CPU computes in bfloat16 only."""
     engine, policy = started

@@ -11,7 +11,13 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, revert_weight_conversion
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    PrefixChange,
+    WeightConverter,
+    revert_weight_conversion,
+)
 
 from pgrpo.model.families.expert_products import NAME
 from pgrpo.planning.dims import ACTIVE_EXPERTS, EXPERTS, first_of
@@ -27,6 +33,11 @@ def has_other_tensors(config: PretrainedConfig) -> bool:
     return any(isinstance(one, WeightConverter) for one in _conversions(config))
 
 
+def has_prefix(config: PretrainedConfig) -> bool:
+    """Whether the language model may come out of a checkpoint with images, where its names have a prefix (Qwen3.5 as published)."""
+    return any(isinstance(one, PrefixChange) for one in _conversions(config.get_text_config()))
+
+
 def can_unstack(config: PretrainedConfig) -> bool:
     """Whether these can be made again from one tensor at a time: stacks of experts can. Not so other concatenations, whose parts
     may have different sizes (the convolutions of OLMo hybrid)."""
@@ -40,8 +51,9 @@ def can_unstack(config: PretrainedConfig) -> bool:
 
 
 def to_checkpoint(model: nn.Module) -> Convert:
-    """Makes a parameter of the model (name, whole tensor) the tensors that a checkpoint has for it."""
-    if not isinstance(model, PreTrainedModel) or not has_other_tensors(model.config):
+    """Makes a parameter of the model (name, whole tensor) the tensors that a checkpoint has for it: the one that the model came
+    from, as far as prefixes go."""
+    if not isinstance(model, PreTrainedModel) or not (has_other_tensors(model.config) or has_prefix(model.config)):
         return lambda name, tensor: iter([(name, tensor)])
     return lambda name, tensor: iter(revert_weight_conversion(model, {name: tensor}).items())
 

@@ -155,6 +155,7 @@ def start(config: Config, world: World, memory_share: float, images: EngineImage
             **({"enable_return_routed_experts": True} if rollout.compare_experts else {}),
             logprobs_mode="raw_logprobs",
             generation_config="vllm",  # no sampling defaults from the model's folder
+            language_model_only=images is None,  # of a model with images that is trained as text
             **start_arguments(images, _arguments() if images else ()),
         )
         if backend is not None and (reason := backend.why_not(llm.llm_engine.vllm_config)):
