@@ -128,7 +128,24 @@ def _read_hub(path: str, name: str | None, split: str, revision: str | None, key
     except (DatasetsError, ValueError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{key}={path} (name {name}, split {split}): cannot be loaded: {reason}") from error
-    return check_rows(dataset, f"{key}={path}")
+    return check_rows(dataset.cast(_undecoded(dataset.features)), f"{key}={path}")
+
+
+def _undecoded(feature: Any) -> Any:
+    """The features of a data set with its images as the files they are: decoded, all of them would lie in memory at once, and a
+    huge one before its size is checked."""
+    from datasets import Features, Image, LargeList, List
+
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, List):
+        return List(_undecoded(feature.feature), length=feature.length)
+    if isinstance(feature, LargeList):
+        return LargeList(_undecoded(feature.feature))
+    if isinstance(feature, dict):
+        found = {name: _undecoded(part) for name, part in feature.items()}
+        return Features(found) if isinstance(feature, Features) else found
+    return feature
 
 
 def _call(name: str, split: str, key: str) -> list[Row]:

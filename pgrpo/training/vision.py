@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pgrpo.admission.models import is_dropout
 from pgrpo.config import Config, ConfigError
+from pgrpo.config.task import ImageConfig
 from pgrpo.distributed.world import World
 from pgrpo.model.policy import Policy
 from pgrpo.planning.hub import load_hf_config
@@ -37,6 +38,7 @@ def image_reader(
             ("prompt.images_column", prompt.images_column),
             ("model.train_vision", model.train_vision),
             ("model.train_projector", model.train_projector),
+            *_image_keys(config),
         ):
             if value:
                 raise ConfigError(
@@ -54,11 +56,19 @@ def image_reader(
         for key in ("train_vision", "train_projector"):
             if getattr(model, key):
                 raise ConfigError(f"model.{key}: true has no effect on prompts without images; leave it out")
+        for key, value in _image_keys(config):
+            raise ConfigError(f"{key}: {value} has no effect on prompts without images; leave it out")
         return None  # image parts of messages are then an error
     reader = ImageReader(model, hf_config, tokenizer, config.data.image)
     if config.loss.teacher is not None:
         reader.teacher = _teacher(config, hf_config, tokenizer)
     return reader
+
+
+def _image_keys(config: Config) -> list[tuple[str, Any]]:
+    """Keys of images that are not at their defaults, with their values."""
+    ours, default = config.data.image, ImageConfig()
+    return [(f"data.image.{key}", value) for key, value in vars(ours).items() if value != getattr(default, key)]
 
 
 def _teacher(config: Config, hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Processor:

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, Features, List, Value
+from datasets import Image as Images
 from PIL import Image
 from transformers import AutoConfig
 
 from pgrpo.config import ConfigError, DataConfig, MessageConfig, ModelConfig, PromptConfig
 from pgrpo.config.task import ImageConfig
 from pgrpo.data import PromptStream, load_prompts
+from pgrpo.data.sources import read_rows
 from pgrpo.vision import files
 from pgrpo.vision.files import find, open_image
 from pgrpo.vision.reader import ImageReader
@@ -278,6 +281,35 @@ def test_urls_are_read_from_allowed_hosts_alone(monkeypatch):
     with pytest.raises(ConfigError, match="more than 40 bytes"):
         find("http://a.org/2", "here", ImageConfig(allowed_hosts=["a.org"], max_file_pixels=10), Path())
     assert files.MOST_REDIRECTS == 3
+
+
+def test_images_of_a_hub_data_set_are_not_decoded_before_their_size_is_checked(folder, tmp_path, monkeypatch):
+    """In a column of images, in lists, and within other columns. One is small as a file and has 400 million pixels."""
+    huge = {"bytes": png(Image.new("1", (20_000, 20_000))), "path": "huge.png"}
+    rows = [
+        {
+            "images": [picture("red")],
+            "image": picture("blue"),
+            "more": {"of": [picture()]},
+            "question": "which colour?",
+        },
+        {"images": [huge], "image": None, "more": None, "question": "?"},
+    ]
+    kinds = {"images": List(Images()), "image": Images(), "more": {"of": List(Images())}, "question": Value("string")}
+    Dataset.from_list(rows, features=Features(kinds)).to_parquet(tmp_path / "hub" / "train-00000-of-00001.parquet")
+    monkeypatch.setattr(Images, "decode_example", lambda *_, **__: pytest.fail("decoded"))
+    read, _ = read_rows(DataConfig(path=str(tmp_path / "hub")), held_out=False)
+    assert [row["question"] for row in read] == ["which colour?", "?"]
+    found = [read[0]["images"][0], read[0]["image"], read[0]["more"]["of"][0]]
+    assert [open_image(find(one, "", ImageConfig(), folder), "", ImageConfig()).getpixel((0, 0)) for one in found] == [
+        (255, 0, 0), (0, 0, 255), (255, 0, 0)
+    ]  # fmt: skip
+    (prompt,) = load(folder, read[:1])
+    assert prompt.token_ids.count(PAD) == 16
+    with pytest.raises(
+        ConfigError, match=r"^row 1, column `images`, huge.png: it has more pixels than data.image.max_file"
+    ):
+        load(folder, read)
 
 
 def test_shapes_are_the_same_each_time_and_their_answers_right():

@@ -16,6 +16,7 @@ from pgrpo.config import load_config
 from pgrpo.config.functions import load_function
 from pgrpo.data import load_prompts
 from pgrpo.rewards import RewardRunner
+from pgrpo.types import Prompt
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
@@ -40,9 +41,11 @@ def test_all_are_here() -> None:
         "addition",
         "arithmetic",
         "calculator",
+        "clevr_count",
         "code",
         "code_repair",
         "countdown",
+        "geometry3k",
         "gsm8k",
         "guess_number",
         "jsonl",
@@ -98,6 +101,18 @@ SAMPLES = {
 }
 
 
+PICTURES = {
+    "clevr_count": (
+        {"problem": "How many items are there in the image?", "solution": "<answer> 3 </answer>"},
+        ("<think>Two and one.</think><answer> 3 </answer>", 1.1), ("<answer>4</answer>", 0.1), ("none", 0.0),
+    ),
+    "geometry3k": (
+        {"problem": "<image>Find x.", "answer": r"2 \sqrt { 221 }"},
+        (r"So \boxed{2\sqrt{221}}", 1.1), (r"\boxed{\sqrt{221}}", 0.1), ("none", 0.0),
+    ),
+}  # fmt: skip
+
+
 def rendered_and_scored(name: str, row: dict, *completions: str) -> list[float | None]:
     """The totals of the completions; the row goes through the recipe's template and its reward functions."""
     config = load_config("smollm2_135m", [f"recipe={name}", "train.token_budget=8192"])
@@ -129,8 +144,24 @@ def test_reasoning_gym_recipe_renders_and_scores_its_rows(monkeypatch: pytest.Mo
 
 
 def test_every_recipe_has_a_sample() -> None:
-    played = {"code_repair", "guess_number", "twenty_questions", "shapes"}  # test_tool_recipes.py, test_images.py
-    assert set(SAMPLES) | {"reasoning_gym"} | played == set(RECIPES)
+    played = {"code_repair", "guess_number", "twenty_questions"}  # test_tool_recipes.py
+    seen = {"shapes", *PICTURES}  # test_images.py
+    assert set(SAMPLES) | {"reasoning_gym"} | played | seen == set(RECIPES)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", PICTURES)
+def test_recipes_with_pictures_score_their_rows(name: str) -> None:
+    """Without the picture: rewards read the other columns."""
+    row, *samples = PICTURES[name]
+    config = load_config("smollm2_135m", [f"recipe={name}", "train.token_budget=8192"])
+    prompt = Prompt(0, "", [5], row)
+    scored = group(prompt, *(episode([5] * 9, logprobs=[-1.0] * 9, text=text) for text, _ in samples))
+    with RewardRunner(config.rewards.functions, on_error=config.rewards.on_error) as runner:
+        runner.check(prompt)
+        assert runner.bad_golds([prompt]) == {}
+        assert runner.score([scored]).first_error is None
+    assert scored.rewards == pytest.approx([total for _, total in samples], abs=1e-12)
 
 
 def test_math_recipe_masks_an_answer_that_is_no_mathematics() -> None:

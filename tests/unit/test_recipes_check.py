@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -36,6 +38,18 @@ ROWS = {
         for i in range(6)
     ],
 }
+# The same with pictures, of hub data sets.
+PICTURES = {
+    "clevr_count": [
+        {"image": Image.new("RGB", (64, 48), "gray"), "problem": "How many items are there?", "solution": f"<answer> {i} </answer>"}
+        for i in range(6)
+    ],
+    "geometry3k": [
+        {"images": [Image.new("L", (50 + 8 * i, 64), 40 * i + 20)], "problem": f"<image>{word} x.", "answer": rf"{i} \sqrt {{ 2 }}"}
+        for i, word in enumerate(("how many", "which colour", "corner", "red", "2 shapes", "top"))
+    ],
+}  # fmt: skip
+SEEING = {"shapes", *PICTURES}
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 
 
@@ -86,13 +100,19 @@ def overrides(name: str, model: Path, tmp_path: Path) -> list[str]:
     # A character is a token here: prompts are four times as long as the recipe's model would have them.
     keys += [
         "rollout.max_completion_tokens=12",
-        f"data.max_prompt_tokens={200 if name == 'shapes' else 4096}",
+        f"data.max_prompt_tokens={200 if name in SEEING else 4096}",
         "train.token_budget=12288",
     ]
     if name in ROWS:
         rows = tmp_path / "rows.jsonl"
         rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[name]))
         keys += [f"data.path={rows}", f"data.eval_path={rows}"]
+    if name in PICTURES:
+        config = load_config("smollm2_135m", keys)
+        for split in {config.data.split.partition("[")[0], (config.data.eval_split or "").partition("[")[0]}:
+            Dataset.from_list(PICTURES[name]).to_parquet(tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
+        keys += [f"data.path={tmp_path / 'hub'}"]
+        keys += ["data.split=train[:4]", "data.eval_split=train[4:]"] if name == "clevr_count" else []
     return keys
 
 
@@ -102,7 +122,7 @@ def test_recipe_passes_check(
     name: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.set_num_threads(1)
-    model = request.getfixturevalue("seeing_model" if name == "shapes" else "model")
+    model = request.getfixturevalue("seeing_model" if name in SEEING else "model")
     if name == "reasoning_gym":
         pytest.importorskip("reasoning_gym")
     config = load_config("smollm2_135m", overrides(name, model, tmp_path))
@@ -122,7 +142,7 @@ def test_recipe_passes_check(
 
 def test_every_recipe_that_reads_a_data_set_says_its_columns() -> None:
     """In the comment of ``data.path``; they are those of the rows here, which the check passes with."""
-    for name, rows in ROWS.items():
+    for name, rows in (ROWS | PICTURES).items():
         lines = (ROOT / "recipes" / f"{name}.yaml").read_text().splitlines()
         at = next(i for i, line in enumerate(lines) if line.strip().startswith("path:"))
         said = " ".join(lines[at - 2 : at + 1])

@@ -221,6 +221,10 @@ def test_check_shows_images_and_compares_with_the_untouched_model(folder, tmp_pa
             "model.train_vision: true has no effect on prompts without images",
         ),
         (("model.lora_rank=2", "model.train_vision=true"), "model.train_vision: true together with model.lora_rank=2"),
+        (
+            ("prompt.images_column=null", "data.image.max_pixels=4096"),
+            "data.image.max_pixels: 4096 has no effect on prompts without images; leave it out",
+        ),
         (("data.image.max_pixels=100", "data.image.min_pixels=200"), "min_pixels: 200 is more than the largest image, 100"),
         (("prompt.images_column=pictures",), "the data has no column `pictures`"),
     ],
@@ -275,7 +279,8 @@ def test_what_vllm_is_given_of_a_prompt_with_images():
 
 
 def test_a_model_without_a_tower_takes_no_images(tiny_model, folder, tmp_path):
-    for key in ("prompt.images_column=images", "model.train_vision=true", "model.train_projector=true"):
+    hosts = "data.image.allowed_hosts=[a.org]"
+    for key in ("prompt.images_column=images", "model.train_vision=true", "model.train_projector=true", hosts):
         change = [key] if "images" in key else ["prompt.images_column=null", key]
         with pytest.raises(ConfigError, match=f"^{key.partition('=')[0]}: .* is a qwen3 model, without a vision tower"):
             pgrpo.train(config_of(folder, tmp_path / "run", f"model.path={tiny_model}", *change))
