@@ -20,7 +20,7 @@ RUNS = runpy.run_path(str(ROOT / "tests" / "unit" / "test_vision_runs.py"))
 def test_ranks_that_share_an_engine_sample_prompts_with_images(launch, tmp_path, monkeypatch, together):
     """A trained tower: its weights arrive in every step."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    make_model("qwen3_vl", tmp_path / "model")
+    make_model("qwen3_vl", tmp_path / "model", vocabulary=128)  # which ranks can divide
     (tmp_path / "own.py").write_text(RUNS["ROWS"].format(recipe=str(ROOT / "recipes" / "shapes.py")))
     keys = [
         f"model.path={tmp_path / 'model'}", f"model.dtype={DTYPE}", f"run_dir={tmp_path / 'run'}",

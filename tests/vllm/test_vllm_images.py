@@ -46,9 +46,10 @@ PARAMS = SamplingParams(max_completion_tokens=8)
 LIMITS = ImageConfig(min_pixels=32 * 32, max_pixels=64 * 64)
 
 
-def make_model(name: str, folder: Path) -> transformers.PretrainedConfig:
+def make_model(name: str, folder: Path, vocabulary: int = len(TINY["VOCABULARY"])) -> transformers.PretrainedConfig:
     """Sizes that vLLM's attention takes."""
     config = TINY["make_config"]()
+    config.text_config.vocab_size = vocabulary
     text = {"hidden_size": 128, "head_dim": 64, "initializer_range": 0.1, "max_position_embeddings": 256}
     sections = [16, 8, 8]
     for key, value in text.items():
