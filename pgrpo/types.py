@@ -172,11 +172,6 @@ class Episode:
         """Number of tokens that the policy sampled."""
         return sum(sum(sample.mask) for sample in self.samples)
 
-    @property
-    def advantage(self) -> float | None:
-        """The first token's advantage: the episode's, where the comparison gives all of its tokens the same."""
-        return next((sample.advantages[0] for sample in self.samples if sample.advantages), None)
-
 
 @dataclass(slots=True)
 class Group:

@@ -46,6 +46,7 @@ class PackedLayout:
     Attributes:
         nodes: the forest.
         max_sample: the longest sample, in tokens.
+        device: of its tensors.
         kernel: name of the flash kernel to use.
         kept: what other layers than attention compute once a batch.
         front: rows of the first node if only its keys and values are there (``model/kept.py``); 0 if it is computed with the rest.
@@ -65,7 +66,7 @@ class PackedLayout:
         self.max_sample = max((node.offset + node.length for node in self.nodes), default=0)
         self.kernel = choice.kernel
         self.kept: dict[Any, Any] = {}
-        self._device = device
+        self.device = device
         copied = choice.choose(ancestry(self.nodes)).copied
         self._passes: dict[int | None, Passes] = {None: Passes.of(self.nodes, copied, device, self.front)}
         for window in choice.windows:
@@ -84,7 +85,7 @@ class PackedLayout:
                 self._passes[window] = self._passes[None]
             else:
                 every_depth = range(len(self.nodes))
-                self._passes[window] = Passes.of(self.nodes, every_depth, self._device, self.front, window)
+                self._passes[window] = Passes.of(self.nodes, every_depth, self.device, self.front, window)
         return self._passes[window]
 
 

@@ -99,7 +99,7 @@ class Policy(nn.Module):
     def keep(self, batch: GroupedBatch) -> Tensor:
         """Compute a batch's kept rows, or its first row if it has none, into ``kept``; returns the last row's hidden state, by
         which FSDP learns of the backward."""
-        rows = batch.kept.rows if batch.kept else 1
+        rows = batch.kept.front if batch.kept else 1
         layout = PackedLayout([rows], [-1], batch.logit_index.device, self.attention)
         fronts: list[KeysAndValues] = []
         hidden_PE = self._hidden({name: x[..., :rows] for name, x in batch.inputs.items()}, layout, None, keep=fronts)
@@ -120,10 +120,10 @@ class Policy(nn.Module):
             layout = SplitLayout(batch.layout, ids_T, self.ranks)
             hidden_TE = self._hidden(self.ranks.rows(batch.inputs), layout, images)
         elif self.kept is not None and batch.kept is not None:
-            first, layout = batch.kept
-            inputs = {name: x[..., first:] for name, x in batch.inputs.items()}
-            hidden_TE = torch.cat([self.kept.last_1E, self._hidden(inputs, layout, None, self.kept.fronts)])
-            rows_U = rows_U - (first - 1)
+            front = batch.kept.front
+            inputs = {name: x[..., front:] for name, x in batch.inputs.items()}
+            hidden_TE = torch.cat([self.kept.last_1E, self._hidden(inputs, batch.kept, None, self.kept.fronts)])
+            rows_U = rows_U - (front - 1)
         else:
             hidden_TE = self._hidden(batch.inputs, batch.layout, batch.images)
         # The last prompt row occurs once for each completion. The backward of index_select adds up its gradients in a fixed order;

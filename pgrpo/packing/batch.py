@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,13 +18,6 @@ from pgrpo.attention.layout import Node, PackedLayout, rows_of
 from pgrpo.packing.forest import Forest, Work, length
 from pgrpo.types import Sample
 from pgrpo.vision.rows import ImageRows, forest_pieces, image_rows
-
-
-class KeptRows(NamedTuple):
-    """The first rows of a batch, which all passes of a kept prefix have, and the layout of the rows behind them."""
-
-    rows: int
-    layout: PackedLayout
 
 
 @dataclass(slots=True)
@@ -49,7 +41,7 @@ class GroupedBatch:
         images: the rows of images; None if there are none.
         old_logprobs: [B, R] float32; None until computed, if the current weights are those that sampled.
         teacher_logprobs, ref_logprobs: [B, R] float32 of a teacher and of the reference, for all epochs; None until computed.
-        kept: set if the first rows need not be computed where ``model/kept.py`` keeps them.
+        kept: the layout of the other rows, if the first need not be computed where ``model/kept.py`` keeps them.
         span: batches from this one on that are passes of one kept prefix, on some rank at least.
     """
 
@@ -69,7 +61,7 @@ class GroupedBatch:
     old_logprobs: Tensor | None = None
     teacher_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
-    kept: KeptRows | None = None
+    kept: PackedLayout | None = None
     span: int = 1
 
     @property
@@ -159,17 +151,17 @@ def build_batch(
         counts=TokenCounts() if forest.is_filler else TokenCounts.of(forest, nodes),
         work=Work(*(x[: 0 if forest.is_filler else None] for x in work)),
         images=images,
-        kept=_kept_rows(forest, device, attention) if forest.kept else None,
+        kept=_behind_kept(forest, device, attention) if forest.kept else None,
         span=forest.span,
     )
 
 
-def _kept_rows(forest: Forest, device: torch.device | str, attention: AttentionChoice) -> KeptRows:
-    """The kept rows are a node; what the first node has more is a child of it."""
+def _behind_kept(forest: Forest, device: torch.device | str, attention: AttentionChoice) -> PackedLayout:
+    """The layout of the rows behind the kept ones. These are a node; what the first node has more is a child of it."""
     kept, (first, *lengths), parents = forest.kept, forest.lengths, forest.parents
     if first > kept:
         lengths, parents = [first - kept, *lengths], [-1, *(parent + 1 for parent in parents)]
-    return KeptRows(kept, PackedLayout([kept, *lengths], parents, device, attention, has_front=True))
+    return PackedLayout([kept, *lengths], parents, device, attention, has_front=True)
 
 
 def _tokens(sample: Sample, start: int, stop: int) -> list[int]:

@@ -192,11 +192,13 @@ def _pick(groups: Sequence[Group], count: int) -> Iterator[Row]:
     episodes = [(group.prompt, episode) for group in groups for episode in group.episodes]
     count = min(count, len(episodes))
     for prompt, episode in (episodes[k * len(episodes) // count] for k in range(count)):
+        # Of the first token: the episode's, where the comparison gives all of its tokens the same.
+        advantage = next((sample.advantages[0] for sample in episode.samples if sample.advantages), None)
         yield {
             **shown(prompt, episode),
             "reward": _finite(episode.reward),
             "parts": {name: _finite(value) for name, value in episode.reward_parts.items()},
-            "advantage": _finite(episode.advantage),
+            "advantage": _finite(advantage),
             "finish_reason": episode.finish_reason,
         }
 

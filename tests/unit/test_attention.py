@@ -300,7 +300,7 @@ def test_a_turn_behind_kept_keys_equals_the_packed_forest(options):
     def attend(cache, rows):
         return cache.attend(q[rows], k[rows], v[rows], 0.25, module=layer, sinks_H=sinks, **options)
 
-    first = DecodeCache(PackedLayout([3, 4], [-1, -1]), [1, 1], 5, torch.device("cpu"))
+    first = DecodeCache(PackedLayout([3, 4], [-1, -1]), [1, 1], 5)
     attend(first, [12, 13, 14, *range(4)])
     for t in range(4):
         attend(first, [15, 4 + t])
@@ -308,7 +308,7 @@ def test_a_turn_behind_kept_keys_equals_the_packed_forest(options):
     front = first.front(1, 4)
     assert front.rows == 8 and torch.equal(front.layers[0][0], k[:8]) and torch.equal(front.layers[0][1], v[:8])
     assert first.front(1, 0).rows == 4
-    cache = DecodeCache(PackedLayout([12, 3], [-1, -1]), [1, 1], 2, torch.device("cpu"), [front, NOTHING])
+    cache = DecodeCache(PackedLayout([12, 3], [-1, -1]), [1, 1], 2, [front, NOTHING])
     got = attend(cache, [*range(8, 12), 12, 13, 14])
     assert (got - want[8:15]).abs().max() < 1e-13
     for t in range(2):
@@ -326,7 +326,7 @@ def test_decoding_step_by_step_equals_the_packed_forest(options):
     want = reference(layout, **options)(q, k, v, sinks)
     options = dict(options)
     sinks = sinks if options.pop("has_sinks", False) else None
-    cache = DecodeCache(PackedLayout(prompts, [-1, -1]), [2, 2], steps, torch.device("cpu"))
+    cache = DecodeCache(PackedLayout(prompts, [-1, -1]), [2, 2], steps)
     layer: Any = SimpleNamespace(layer_idx=0)
     got = cache.attend(q[:8], k[:8], v[:8], 0.25, module=layer, sinks_H=sinks, **options)
     assert (got - want[:8]).abs().max() < 1e-13

@@ -275,8 +275,8 @@ def test_spans_begin_and_end_at_the_same_micro_batch_on_all_ranks(ranks):
     kept_somewhere = False
     for batches in plan:
         for span in spans([build_batch(f) for f in batches]):
-            fronts = {b.kept.rows for b in span if b.kept}
-            prefixes = {tuple(b.inputs["input_ids"][: b.kept.rows].tolist()) for b in span if b.kept}
+            fronts = {b.kept.front for b in span if b.kept}
+            prefixes = {tuple(b.inputs["input_ids"][: b.kept.front].tolist()) for b in span if b.kept}
             assert len(fronts) <= 1 and len(prefixes) <= 1 and (len(span) > 1 or not fronts)
             kept_somewhere |= bool(fronts)
         assert all(f.rows <= 30 for f in batches)
@@ -302,7 +302,7 @@ def test_a_training_is_that_of_a_larger_budget(tiny_model, tmp_path, monkeypatch
     """Three steps of the quick start with prompts that begin alike: old log-probs and the reference keep prefixes too."""
     monkeypatch.setattr(balance, "KEEP_NS", 0.0)
     kept_rows, keep = [], Policy.keep
-    monkeypatch.setattr(Policy, "keep", lambda self, batch: kept_rows.append(batch.kept.rows) or keep(self, batch))
+    monkeypatch.setattr(Policy, "keep", lambda self, batch: kept_rows.append(batch.kept.front) or keep(self, batch))
     logged, counts = [], []
     for budget in (40, 4000):
         keys = [f"model.path={tiny_model}", f"run_dir={tmp_path / str(budget)}", "rewards.functions=[]", "eval.every=0"]

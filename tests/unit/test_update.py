@@ -185,7 +185,7 @@ def test_tokens_that_the_policy_did_not_sample_are_read_and_neither_in_the_loss_
             logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
             logp = logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0][mask]
             weight = 1 / kept if aggregate == "token" else 1 / max(len(logp), 1) / len(masks)
-            loss = loss - weight * (episode.advantage * (logp - logp.detach()).exp()).sum()
+            loss = loss - weight * (episode.samples[0].advantages[0] * (logp - logp.detach()).exp()).sum()
     loss.backward()
     assert_close(
         gradients(parts, groups), {n: p.grad for n, p in Policy(model).named_parameters() if p.grad is not None}
@@ -235,7 +235,9 @@ def test_a_masked_completion_has_no_gradient_and_stays_in_every_count(build, agg
     without = copy.deepcopy(groups)
     for group in without:
         kept = [episode.finish_reason == "stop" for episode in group.episodes]
-        set_advantages(group, [e.advantage if stays else 0.0 for e, stays in zip(group.episodes, kept, strict=True)])
+        set_advantages(
+            group, [e.samples[0].advantages[0] if stays else 0.0 for e, stays in zip(group.episodes, kept, strict=True)]
+        )
         for episode in group.episodes:
             episode.finish_reason = "stop"
     assert_close(got, gradients(parts, without))

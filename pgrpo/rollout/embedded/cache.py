@@ -44,20 +44,14 @@ class DecodeCache:
     """
 
     def __init__(
-        self,
-        prompts: PackedLayout,
-        rows_of: Sequence[int],
-        capacity: int,
-        device: torch.device,
-        fronts: Sequence[Front] = (),
+        self, prompts: PackedLayout, rows_of: Sequence[int], capacity: int, fronts: Sequence[Front] = ()
     ) -> None:
         self.prompts, self.capacity = prompts, capacity
         self._prompt_lens = [node.length for node in prompts.nodes]
         self._fronts = fronts or [NOTHING for _ in self._prompt_lens]
         self._new_lens = [n - front.rows for n, front in zip(self._prompt_lens, self._fronts, strict=True)]
         self.length = 0  # completion tokens in the cache, the same for every row
-        self._device = device
-        self._cu_prefix, self._max_prefix = cumulative(self._prompt_lens, device), prompts.max_sample
+        self._cu_prefix, self._max_prefix = cumulative(self._prompt_lens, prompts.device), prompts.max_sample
         self._group_of_row = torch.arange(len(rows_of)).repeat_interleave(torch.tensor(rows_of))
         self._prefixes: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> K, V [prompt rows, K, D]
         self._suffixes: dict[int, list[Tensor]] = {}  # layer -> K, V [B, C, K, D]
@@ -67,7 +61,7 @@ class DecodeCache:
 
     def for_rows(self, states_N: Tensor) -> Tensor:
         """A copy of its prompt's state for each row of the batch: [N, ...] -> [B, ...]."""
-        return states_N.index_select(0, self._group_of_row.to(self._device))
+        return states_N.index_select(0, self._group_of_row.to(self.prompts.device))
 
     def attend(
         self,
@@ -87,7 +81,7 @@ class DecodeCache:
         kernel = "flash4" if softcap and q_THD.device.type == "cuda" else "builtin"  # which cannot soft-cap on a GPU
         if layer not in self._prefixes:
             keys = self._prefixes[layer] = self._behind_fronts(layer, 0, k_TKD), self._behind_fronts(layer, 1, v_TKD)
-            new = cumulative(self._new_lens, self._device)
+            new = cumulative(self._new_lens, self.prompts.device)
             within = Segments(new, self._cu_prefix, max(self._new_lens), self._max_prefix)
             causal = scores._replace(causal=True, window=window or 0)
             out_THD, lse_HT = varlen_forward(q_THD, *keys, within, causal, kernel)
@@ -138,8 +132,6 @@ class DecodeCache:
 
     def _behind_fronts(self, layer: int, which: int, new_TKD: Tensor) -> Tensor:
         """Keys (0) or values (1) of whole prompts, from those of their new tokens."""
-        if not any(front.rows for front in self._fronts):
-            return new_TKD.contiguous()
         pieces = []
         for front, new_nKD in zip(self._fronts, new_TKD.split(self._new_lens), strict=True):
             pieces += [front.layers[layer][which], new_nKD] if front.rows else [new_nKD]
@@ -147,7 +139,7 @@ class DecodeCache:
 
     def _suffix_segments(self) -> Segments:
         rows = self._group_of_row.bincount(minlength=len(self._cu_prefix) - 1).tolist()
-        return Segments(cumulative(rows, self._device), self._cu_prefix, max(rows), self._max_prefix)
+        return Segments(cumulative(rows, self.prompts.device), self._cu_prefix, max(rows), self._max_prefix)
 
     def _last_rows(self, most: int) -> tuple[Tensor, Segments]:
         """The last ``most`` rows of each prompt, and who attends to them. The same for all layers of one window, so kept."""
@@ -155,6 +147,6 @@ class DecodeCache:
             kept = [min(most, n) for n in self._prompt_lens]
             ends = accumulate(self._prompt_lens)
             rows = torch.cat([torch.arange(end - n, end) for end, n in zip(ends, kept, strict=True)])
-            across = self._across._replace(cu_k=cumulative(kept, self._device), max_k=max(kept))
-            self._last[most] = rows.to(self._device), across
+            across = self._across._replace(cu_k=cumulative(kept, self.prompts.device), max_k=max(kept))
+            self._last[most] = rows.to(self.prompts.device), across
         return self._last[most]

@@ -126,7 +126,7 @@ class EmbeddedEngine:
         positions = [next_position(prompt.prompt_ids, prompt.images) for prompt in asked]
         positions = torch.tensor(positions, device=device).repeat_interleave(repeats)
         batch = build_batch(Forest.repeated(asked), device=device)
-        cache = DecodeCache(batch.layout, counts, limit, device, fronts)
+        cache = DecodeCache(batch.layout, counts, limit, fronts)
         logits = self._prefill(batch, fronts, cache).repeat_interleave(repeats, dim=0)
         for t in range(limit):
             if t % CHECK_EVERY == 0:
