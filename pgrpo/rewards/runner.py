@@ -26,7 +26,7 @@ LARGEST = 1e100
 """The largest magnitude of a reward: sums and standard deviations of such rewards do not overflow in float64."""
 
 GOLDS_AT_ONCE = 10_000
-"""Rows of a call that only reads right answers: bounds its memory."""
+"""Rows in one call that only reads right answers; bounds the memory of the call."""
 NO_EPISODE = Episode([], "", "stop")
 
 
@@ -67,7 +67,7 @@ class RewardRunner:
 
     def correct(self, group: Group) -> list[bool | None]:
         """Whether each episode of a scored group is right: every reward that applies to it gave 1 or more. Penalties (rewards of
-        negative weight and the built-in ones for length) have no say. None if no other reward applies, or one failed on it.
+        negative weight and the built-in ones for length) do not count. None if no other reward applies, or if one failed on it.
         """
         judges = [r.name for r in self._rewards if r.weight >= 0 and not r.is_penalty]
         flags: list[bool | None] = []
@@ -94,7 +94,7 @@ class RewardRunner:
                     raise ConfigError(f"{reward.key}: reward `{reward.name}`: {error.args[0]}") from None
 
     def bad_golds(self, prompts: Sequence[Prompt]) -> dict[int, str]:
-        """Row number -> why a built-in reward cannot read its right answer. They read it even for an empty completion."""
+        """Row number -> why a built-in reward cannot read the row's right answer. Calls the rewards with empty completions."""
         bad: dict[int, str] = {}
         for reward in self._rewards:
             for start in range(0, len(prompts) if reward.reads_gold else 0, GOLDS_AT_ONCE):
@@ -132,7 +132,7 @@ class RewardRunner:
         return [fault] if len(samples) == 1 else self._one_by_one(reward, samples, fault)
 
     def _one_by_one(self, reward: Reward, samples: Sequence[Scored], fault: Fault) -> list[Outcome]:
-        """A call on all samples failed: call once per sample to find those at fault."""
+        """After a call on all samples failed, call the function once per sample, to find those that it fails on."""
         outcomes: list[Outcome] = []
         for sample in samples:
             outcomes += self._evaluate(reward, [sample])
@@ -206,7 +206,7 @@ class _CallError(Exception):
 
 
 def _hint(reward: Reward, raised: BaseException | str) -> str:
-    """What to write, for a function that takes completions for TRL's lists of messages."""
+    """A hint for a function that was written for TRL's lists of messages; empty for other errors."""
     if reward.style == "messages" or "string indices must be integers" not in str(raised):
         return ""
     how = f"set {reward.key}.style: messages" if reward.worker else "set the function's attribute style to 'messages'"
@@ -244,7 +244,7 @@ def _field(prompt: Prompt, name: str) -> Any:
 
 
 def _outcome(value: Any) -> Outcome:
-    """Turn one entry of a function's list into an outcome."""
+    """The outcome that one entry of a function's list stands for."""
     if value is None:
         return None
     magnitude: Any = abs(value) if isinstance(value, Real) else None

@@ -18,8 +18,8 @@ Position = tuple[int, int]
 AT_ONCE = 8
 """Concurrent calls of one built-in function: a slow completion must not delay the groups behind it."""
 TOGETHER_S = 0.25
-"""Seconds that a call waits for more groups while sampling goes on: groups often finish together, and one call is
-cheaper than two."""
+"""Seconds that a call waits for more groups while sampling goes on. Groups often finish together, and one call is cheaper than
+two."""
 
 
 class RewardError(RuntimeError):
@@ -45,7 +45,7 @@ class RewardReport:
 
 
 class Scoring:
-    """Scores one rollout; made by ``RewardRunner.begin``. ``RewardRunner.close`` ends calls that its threads wait for.
+    """Scores one rollout. ``RewardRunner.begin`` makes it, and ``RewardRunner.close`` ends the calls that its threads wait for.
 
     Functions that ``may_run_beside_sampling`` score a group in a thread as soon as it is added. ``finish`` calls the others, with
     all groups at once. Results and errors do not depend on the order in which groups are added.
@@ -83,7 +83,7 @@ class Scoring:
         self._all_added.set()
         samples = {(n, i): (g.prompt, episode) for n, g in everything.items() for i, episode in enumerate(g.episodes)}
         with counting("grading", len(self._calls) * len(samples), "rewards", self._done):
-            # Functions that need this thread run last, while the others run in threads of their own.
+            # Functions that must run in this thread come last: the others run in threads of their own meanwhile.
             for calls in sorted(self._calls, key=lambda calls: not calls.reward.may_run_beside_others):
                 calls.add(rest if calls.reward.may_run_beside_sampling else everything)
             ended = [(calls.reward, calls.outcomes()) for calls in self._calls]
@@ -117,7 +117,7 @@ class _Calls:
 
     def __init__(self, reward: Reward, evaluate: Evaluate, all_added: Event) -> None:
         self.reward, self._evaluate, self._all_added = reward, evaluate, all_added
-        # A worker process runs one call at a time, so let waiting groups gather into one call.
+        # A worker process runs one call at a time. Groups that wait for it go into one call.
         self._turn = Semaphore(AT_ONCE if reward.worker is None else 1)
         self._lock = Lock()
         self._waiting: dict[int, Group] = {}
@@ -125,9 +125,10 @@ class _Calls:
         self._outcomes: dict[Position, Outcome] = {}
 
     def add(self, groups: Mapping[int, Group]) -> None:
-        """``groups``: position -> group. A function that may not run beside others runs now, in this thread."""
+        """Call the function for these groups (position -> group), in a thread; in this thread, now, if it may not run beside
+        others."""
         with self._lock:
-            has_thread = bool(self._waiting)  # it has not started yet and will take these groups too
+            has_thread = bool(self._waiting)  # a thread that has not called yet takes these groups too
             self._waiting |= groups
         if not self.reward.may_run_beside_others:
             self._call()

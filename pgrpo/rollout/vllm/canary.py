@@ -116,8 +116,8 @@ def check(slope: Slope) -> None:
 
 def pick(groups: Sequence[Group], most_tokens: int = TOKENS) -> list[Sample]:
     """Choose the samples to score: the longest of every prompt first, then the next distinct ones, up to ``SAMPLES``. Each is cut
-    to its first ``most_tokens`` tokens behind the end of its prompt without images: any text serves whose log-probs the update
-    changes."""
+    to its first ``most_tokens`` tokens behind the end of its prompt, without images: any text whose log-probs the update changes
+    will do."""
     ranked: list[list[Sample]] = []
     for group in groups:
         by_prompt: dict[tuple[int, ...], dict[tuple[int, ...], Sample]] = {}
