@@ -111,10 +111,8 @@ class VLLMEngine:
         self.tp_size, self.tp_group, self.tp_control = config.tensor_parallel_size, None, None
         for first in range(0, world.size if self.tp_size > 1 else 0, self.tp_size):
             ranks = list(range(first, first + self.tp_size))
-            groups = (
-                dist.new_group(ranks),
-                dist.new_group(ranks, backend="gloo"),
-            )  # collective: every rank makes every group
+            # Collective: every rank makes every group.
+            groups = dist.new_group(ranks), dist.new_group(ranks, backend="gloo")
             if world.rank in ranks:
                 self.tp_group, self.tp_control = groups
         allocated = self._allocated()
@@ -159,8 +157,8 @@ class VLLMEngine:
     def sample(
         self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished, more: More = no_more
     ) -> None:
-        """Sample every request, as one request of vLLM each. Those of ``more`` join as soon as they are there, so that such a run
-        is not the same each time.
+        """Sample every request, as one request of vLLM each. Requests of ``more`` join as soon as they arrive, so a rollout with
+        such requests is not reproducible.
 
         The random numbers depend on all seeds of the call together: repeating a call with the same weights gives the same
         completions, but calling with some of its requests may give others.
@@ -281,7 +279,7 @@ class VLLMEngine:
             sum_over_ranks=self._sum_over_engine,
         )  # fmt: skip
         if self.images is not None:
-            self.llm.llm_engine.reset_encoder_cache()  # features of the tower's weights before
+            self.llm.llm_engine.reset_encoder_cache()  # its features are those of the tower before this push
 
     def _sum_over_engine(self, values: Tensor) -> Tensor:
         if self.tp_group is not None:
@@ -303,8 +301,8 @@ class VLLMEngine:
         return int(flag.item())
 
     def _together(self, work: Callable[[], T]) -> T:
-        """Run ``work`` and raise on all ranks if it fails on one. Not so for ranks that share an engine: the others are still
-        inside the engine's collective calls, so the failing rank exits alone and the launcher ends the others."""
+        """Run ``work`` and raise on all ranks if it fails on one. With a shared engine only the failing rank raises: the others are
+        still inside the engine's collective calls, and the launcher ends them when this rank exits."""
         if self.tp_group is None:
             return self.world.together(work)
         try:
