@@ -122,12 +122,9 @@ def _divisions(
         # A tree that holds most samples may be cut finer than the budget, so that no rank waits for another: into about one, a half
         # or a quarter of a piece a rank, as each piece computes the tree's beginning again.
         fair = -(-int((whole.lengths - kept).sum()) // dp_size)
-        most = int(trees.sizes().max())
-        limits = [budget, fair, 2 * fair, 4 * fair]
-        if most_kept:
-            limits.append(most)  # whole trees, in passes
-        else:
-            most = min(most, budget)
+        # Where beginnings are kept, a tree may also be whole, in passes.
+        most = int(trees.sizes().max()) if most_kept else min(int(trees.sizes().max()), budget)
+        limits = budget, fair, 2 * fair, 4 * fair, most
         keeping = attention.flops_per_ns * KEEP_NS
         for limit in sorted({min(max(n, int(whole.lengths.max())), most) for n in limits}):
             cut = trees.pieces(limit)
