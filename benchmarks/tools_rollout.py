@@ -50,12 +50,10 @@ async def wait(number: int = 0) -> str:
 
 def end_no_turn(engine: Any) -> None:
     """Let the engine sample on behind an end token."""
-    if isinstance(engine, EmbeddedEngine):
-        engine.eos_token_ids = {-1}
-        return
     engine.eos_token_ids = []
-    package = vllm_start.package()
-    package.SamplingParams = partial(package.SamplingParams, ignore_eos=True)
+    if not isinstance(engine, EmbeddedEngine):
+        package = vllm_start.package()
+        package.SamplingParams = partial(package.SamplingParams, ignore_eos=True)
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def group(prompt, *episodes):
     return Group(prompt, list(episodes))
 
 
-def flat_layout(prefix_lens, suffix_lens, device="cpu", choice=AttentionChoice()):
+def flat_layout(prefix_lens, suffix_lens, device: str | torch.device = "cpu", choice=AttentionChoice()):
     """The layout of groups with these prompt lengths [N] and completion lengths [N][G]."""
     lengths = [*prefix_lens, *(n for group in suffix_lens for n in group)]
     parents = [-1 for _ in prefix_lens] + [i for i, group in enumerate(suffix_lens) for _ in group]

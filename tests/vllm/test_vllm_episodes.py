@@ -13,8 +13,9 @@ from making import CALLER_TEMPLATE, save_caller
 from transformers import AutoModelForCausalLM
 
 from pgrpo.config import load_config
+from pgrpo.config.sampling import sampling_params
 from pgrpo.distributed.world import start
-from pgrpo.rollout.base import sample_seeds, sampling_params
+from pgrpo.rollout.base import sample_seeds
 from pgrpo.training.build import build
 from pgrpo.training.caller import Given
 
