@@ -1,7 +1,9 @@
-"""Sessions of OpenEnv, by a stand-in of its harness that talks to a local server."""
+"""Sessions of OpenEnv: a stand-in of its harness that talks to a local server, and its own adapter of step environments, where the
+package is installed (``pip install openenv``)."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -98,3 +100,51 @@ def test_a_session_is_an_episode(server, tmp_path):
     verified = next(body for path, body in asked if path == "/verify" and body["task"] == 3)
     assert [m["role"] for m in verified["transcript"]][:3] == ["user", "user", "assistant"]
     assert [path for path, _ in asked].count("/close") == 3  # two, and the one that listed the tools
+
+
+REAL = """
+from types import SimpleNamespace as Has
+from openenv.core.client_types import StepResult
+from openenv.core.env_server.mcp_types import Tool
+from openenv.core.harness import ResourceSessionFactory, StepEnvSessionAdapter, ToolResult
+
+SCHEMA = {"type": "object", "properties": {"by": {"type": "integer"}}, "required": ["by"]}
+
+class Client:
+    def reset(self, seed=None):
+        self.total = 0
+        return StepResult(observation="0", reward=None, done=False)
+
+    def step(self, action):
+        self.total += action
+        return StepResult(observation=str(self.total), reward=self.total / 4, done=self.total >= 3)
+
+    def state(self):
+        return {"step_count": 1}
+
+class Factory(ResourceSessionFactory):
+    def create(self, task, seed=None, episode_id=None):
+        return StepEnvSessionAdapter(
+            Client(), task=task, seed=seed, tool_specs=[Tool(name="increment", description="Add.", input_schema=SCHEMA)],
+            action_builder=lambda name, arguments: arguments["by"],
+            initial_messages_builder=lambda result, task: [{"role": "user", "content": f"count to {task}"}],
+            tool_result_builder=lambda name, arguments, result, state: ToolResult(data=result.observation, done=result.done),
+        )
+
+def make():
+    return Factory()
+"""
+
+
+def test_an_adapter_of_the_package_itself_is_an_episode(tmp_path):
+    if importlib.util.find_spec("openenv") is None:
+        pytest.skip("OpenEnv is not installed")
+    (tmp_path / "sessions.py").write_text(REAL)
+    script = turns(*[f"{call('increment', by=by)}<|im_end|>" for by in (1, 2, 5)], "done<|im_end|>")
+    ((three,),), _ = play(
+        script, environment="pgrpo.environments.openenv:OpenEnv", rows=[{"task": 3, "seed": 1}],
+        args={"factory": f"{tmp_path}/sessions.py:make"},
+    )  # fmt: skip
+    assert three.prompt is not None and "count to 3<|im_end|>" in three.prompt.text
+    assert [m["content"] for m in three.messages if m["role"] == "tool"] == ["1", "3", "the episode is over"]
+    assert three.own_rewards == {"OpenEnv": 0.75} and three.finish_reason == "stop"
