@@ -18,7 +18,9 @@ from typing import Any
 AT_ONCE = 512
 """Sync calls at a time, as each takes a thread."""
 START_S = 120.0
-"""Seconds until a worker process is ready to be called."""
+"""Seconds until a worker process is ready to be called, with the module that it is to call."""
+CLOSE_S = 2.0
+"""Seconds for coroutines that still run at the end to end."""
 
 
 class CallFailed(Exception):
@@ -57,7 +59,8 @@ class Loop:
 
     def __init__(self, name: str) -> None:
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self.loop.run_forever, name=name, daemon=True)
+        self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(work, self.loop)
@@ -67,7 +70,20 @@ class Loop:
         return self.submit(_contained(lambda: work, {})).result()
 
     def close(self) -> None:
-        self.loop.call_soon_threadsafe(self.loop.stop)
+        """End what still runs here. A coroutine that blocks its loop is left behind, as a thread is."""
+        self.loop.call_soon_threadsafe(lambda: self.loop.create_task(_end_all(self.loop)))
+        self._thread.join(CLOSE_S)
+        if not self._thread.is_alive():
+            self.loop.close()
+
+
+async def _end_all(loop: asyncio.AbstractEventLoop) -> None:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others, timeout=CLOSE_S / 2)
+    loop.stop()
 
 
 class Calls:

@@ -19,7 +19,7 @@ from pgrpo.environments.conversation import Lengths
 from pgrpo.environments.player import Player, Stage
 from pgrpo.environments.tools import Kind, Tool, kind_name
 from pgrpo.environments.turns import Turns
-from pgrpo.environments.workers import Nursery, close_all, is_usable
+from pgrpo.environments.workers import Nursery, abandon, close_all, is_usable
 from pgrpo.rollout.base import RolloutEngine
 from pgrpo.types import Completion, Episode, Group, Prompt, Request, Sample, SamplingParams
 
@@ -209,6 +209,8 @@ class ToolLoop:
                     # One that leads may still be in the middle of its `converse`.
                     is_broken_off = episode.finish_reason == "environment" and self.kinds[name].is_long
                     is_lost = episode.finish_reason == "timeout" or is_broken_off or not is_usable(episode.environment)
+                    if is_lost:
+                        abandon(episode.environment)
                     pool[name].append(None if is_lost else episode.environment)
                 episode.environment = None
         for name, free in self._pool.items():

@@ -131,6 +131,7 @@ class Worker:
 
     def __init__(self, connection: socket.socket, pid: int) -> None:
         self._connection, self.pid, self.is_alive = connection, pid, True
+        self._loaded: set[str] = set()
         connection.settimeout(None)
 
     def ask(self, operation: str, /, **arguments: Any) -> Any:
@@ -160,6 +161,19 @@ class Worker:
         if "refused" in answer:
             raise ConfigError(answer["refused"])
         return answer["ask"] if "ask" in answer else answer["value"]
+
+    def load(self, name: str, key: str) -> None:
+        """Have it import a function or class; a worker that cannot is killed."""
+        if name in self._loaded:
+            return
+        self.limit(START_S)
+        try:
+            self.ask("load", name=name, key=key)
+        except BaseException:
+            self.kill()
+            raise
+        self.limit(None)
+        self._loaded.add(name)
 
     def limit(self, seconds: float | None) -> None:
         """Give up after so many seconds without an answer."""
@@ -203,7 +217,9 @@ class RemoteTool(Remote):
         self._pool, self._name = pool, name
 
     def begin(self) -> Worker:
-        return self._pool.take()
+        worker = self._pool.take()
+        worker.load(self._name, "tools")
+        return worker
 
     def run(self, worker: Worker, arguments: Mapping[str, Any]) -> str:
         return worker.ask("call", name=self._name, arguments=dict(arguments))
@@ -219,7 +235,9 @@ class RemoteClass(Remote):
         self._nursery, self._name, self._args, self._tools = nursery, name, dict(args), frozenset(tools)
 
     def begin(self) -> Worker:
-        return self._nursery.worker()
+        worker = self._nursery.worker()
+        worker.load(self._name, "environment.factory")
+        return worker
 
     def run(self, worker: Worker, arguments: Mapping[str, Any]) -> RemoteEnvironment:
         try:
@@ -287,6 +305,12 @@ def step_of(instance: Any, messages: Messages) -> Function:
 def is_usable(instance: Any) -> bool:
     """Whether an environment may begin another episode."""
     return instance is not None and not (isinstance(instance, RemoteEnvironment) and not instance._worker.is_alive)
+
+
+def abandon(instance: Any) -> None:
+    """An environment that begins no other episode: its process ends, whatever it is in the middle of."""
+    if isinstance(instance, RemoteEnvironment):
+        instance._worker.kill()
 
 
 def close_all(instances: Sequence[Any]) -> None:

@@ -90,6 +90,19 @@ def test_a_rewritten_history_is_another_sample_as_the_template_writes_it():
     assert [(said.content, said.reasoning) for said in episode.environment.heard][1] == ("two", "but")
 
 
+def test_what_still_runs_at_the_end_is_ended_with_its_loop():
+    """Else the interpreter complains of a closed event loop when it ends."""
+    left = []
+
+    class Leaves:
+        async def converse(self, conversation) -> None:
+            left.append(asyncio.ensure_future(asyncio.sleep(600)))
+            await conversation.generate()
+
+    play(turns("ok<|im_end|>"), environment=Leaves)
+    assert left[0].cancelled() and left[0].get_loop().is_closed()
+
+
 def test_append_keeps_what_was_sampled():
     ((episode,),), engine = play(turns(*ANSWERS), environment=Asks, tokenizer=THINKING, history="append")
     (sample,) = episode.samples

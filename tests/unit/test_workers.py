@@ -17,6 +17,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 from pgrpo.config import Config, ConfigError, redact
 from pgrpo.config.task import EnvironmentConfig
 from pgrpo.environments import episodes as loop
+from pgrpo.environments.calls import CallFailed
 from pgrpo.environments.signatures import function_of, said_of
 from pgrpo.environments.toolbox import load_toolbox
 from pgrpo.environments.workers import Nursery
@@ -43,7 +44,8 @@ def leave(x: int) -> str:
     if x == 2:
         os.kill(os.getpid(), signal.SIGSEGV)
     if x == 3:
-        subprocess.Popen(["sleep", "77.125"])
+        child = subprocess.Popen(["sleep", "77.125"])
+        open(os.path.join(os.path.dirname(__file__), f"child_{child.pid}"), "w").close()
         time.sleep(60)
     if x == 4:
         raise SystemExit(4)
@@ -178,7 +180,10 @@ def test_a_crash_or_hang_ends_its_episode_alone_and_the_process_is_replaced(own,
     assert error in first[0].messages[-1]["content"] and first[0].messages[-1]["role"] == "environment"
     said = [m["content"] for m in second[0].messages if m["role"] == "tool"]
     assert len(said) == 3 and all(pid.isdecimal() for pid in said)
-    assert not os.popen("pgrep -f '[s]leep 77.125'").read()  # what the tool had started ended with it
+    children = [int(path.name.removeprefix("child_")) for path in Path(own).parent.glob("child_*")]
+    assert bool(children) == (how == 3)
+    for pid in children:  # what the tool had started ends with it
+        wait_for_the_end_of(pid)
 
 
 def test_system_exit_is_told(own):
@@ -245,6 +250,61 @@ def test_an_environment_whose_process_died_is_made_anew(own):
     made.close()
     assert reasons == ["environment", "stop", "stop"]
     assert pids[0] != pids[1] == pids[2]  # a sound one is used again
+
+
+def wait_for_the_end_of(pid: int) -> None:
+    deadline = time.monotonic() + 20
+    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_an_environment_still_inside_its_converse_is_made_anew_and_its_process_ends(tmp_path):
+    path = tmp_path / "leads.py"
+    path.write_text(
+        "class Leads:\n    def reset(self, row, **_): self.row = row\n"
+        "    async def converse(self, conversation):\n        await conversation.generate()\n"
+        "    def move(self) -> str:\n        'Move.'\n        if self.row == 1: raise ValueError('stuck')\n        return 'ok'\n"
+    )
+    settings = EnvironmentConfig(factory=f"{path}:Leads", on_error="end")
+    toolbox = load_toolbox(Config(environment=settings))
+    chats, engine = toolbox.chats(TOKENIZER, [END], {}), Scripted(turns(f"{call('move')}<|im_end|>", "ok<|im_end|>"))
+    more: Any = (settings, 600, 300, lambda: False)
+    made = loop.ToolLoop(engine, [], toolbox.kinds, chats, *more, toolbox.nursery)  # pyright: ignore
+    reasons, pids = [], []
+    for row in (1, 2, 2):
+        groups = made.generate([prompt_of(toolbox, row=row)], PARAMS, [[1]], 1, lambda *_: None)
+        pids.append(groups[0].episodes[0].environment._worker.pid)
+        made.release(groups)
+        reasons.append(groups[0].episodes[0].finish_reason)
+    wait_for_the_end_of(pids[0])
+    made.close()
+    assert reasons == ["environment", "stop", "stop"] and pids[0] != pids[1] == pids[2]
+
+
+def test_a_slow_import_is_not_a_slow_call(tmp_path):
+    path = tmp_path / "slow.py"
+    path.write_text(
+        "import time\ntime.sleep(1.2)\ndef f() -> str:\n    'Say.'\n    return 'ok'\n"
+        "class Slow:\n    def reset(self, **row): return None\n"
+    )
+    script = turns(f"{call('f')}<|im_end|>", "done<|im_end|>")
+    episode = one(script, tools=[f"{path}:f"], environment=f"{path}:Slow", call_timeout_s=1.0)
+    assert episode.finish_reason == "stop" and [m["content"] for m in episode.messages][1] == "ok"
+
+
+def test_a_fork_that_fails_is_a_failed_call_and_the_next_may_succeed(tmp_path, monkeypatch, capfd):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nfork, tries = os.fork, []\ndef failing():\n    tries.append(1)\n    if len(tries) == 1:\n"
+        "        raise BlockingIOError(11, 'no more processes')\n    return fork()\nos.fork = failing\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    nursery = Nursery()
+    with pytest.raises(CallFailed, match="a worker process could not be started"):
+        nursery.worker()
+    assert nursery.worker().pid
+    nursery.close()
+    assert "a worker process cannot be forked: [Errno 11] no more processes" in capfd.readouterr().err
 
 
 def test_a_nursery_that_was_killed_is_started_again():
@@ -322,10 +382,7 @@ def test_what_a_worker_started_ends_with_the_run(own, tmp_path):
         "    def reset(self, **row): return ''\n    def get_reward(self): return float(self.child.pid)\n"
     )
     pid = int(one(turns("ok<|im_end|>"), environment=f"{path}:Starts").own_rewards["Starts"])
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{pid}").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z":
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_the_end_of(pid)
 
 
 def test_what_needs_the_object_itself_is_refused(own):
