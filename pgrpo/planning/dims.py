@@ -45,6 +45,7 @@ class ModelDims:
         layer_matrix: elements of all matrices of the largest layer.
         linear_layers: (inputs, outputs) of every linear layer, by the last part of its name.
         stacked: names of parameters that have the matrices of all experts of a layer.
+        active: experts of a layer that compute a token; 0 without experts.
         has_mlp: whether ``mlp_of`` finds one in every layer.
         tower: of a model that sees images, the tower's sizes; its parameters are part of ``parameters``.
     """
@@ -70,6 +71,7 @@ class ModelDims:
     layer_matrix: int
     linear_layers: Mapping[str, tuple[tuple[int, int], ...]]
     stacked: tuple[str, ...] = ()
+    active: int = 0
     has_mlp: bool = True
     tower: TowerDims | None = None
 
@@ -168,6 +170,7 @@ def _count(key: _Key) -> ModelDims:
         layer_matrix=whole,
         linear_layers={name: tuple(shapes) for name, shapes in linear.items()},
         stacked=tuple(sorted(stacked)),
+        active=active if experts else 0,
         has_mlp=all(mlp_of(layer) is not None for layer in layers),
         tower=TowerDims.of(model, family) if (family := family_of(config)) else None,
     )

@@ -34,8 +34,8 @@ class MemoryPlan:
         kept: keys and values of a prefix that is kept for several passes (``model/kept.py``), and their gradients.
         logprobs: a chunk of logits, and the head's float32 gradient if it has one. The backward begins with them. With the full KL
             to a teacher, whose chunks of logits are half the size, also its hidden states.
-        layer_backward: the rest of the backward, one layer at a time: recomputed activations, gradients of its gathered copies,
-            and the head's gradient.
+        layer_backward: the rest of the backward, one layer at a time: recomputed activations, a mixture's copies of rows,
+            gradients of its gathered copies, and the head's gradient.
         reductions: with hybrid sharding, a micro-batch's float32 gradients that are reduced over the replicas. FSDP2 holds all of
             them until the backward ends, when the activations are freed. 0 with one replica.
         adam_scratch: temporaries of the optimizer step: none with fused AdamW (GPU); as large as the trained parameters on a CPU;
@@ -163,6 +163,7 @@ def memory_plan(
     rows = -(-token_budget // together)
     layer = _layer_activations(dims, dtype_bytes, compiled=compiled, together=together)
     one_input = dims.hidden * dtype_bytes
+    copies = 2 * dims.active * one_input  # of a row for its experts, and what these give back
     kept: dict[Recompute, int] = {"none": layer, "full": one_input, "offload": 0}
     # Attention outputs with their float32 log-sum-exps, and the layer's input.
     kept["attention"] = one_input + dims.heads * (dims.value_dim * dtype_bytes + 4)
@@ -193,7 +194,7 @@ def memory_plan(
         logprobs=logit_chunk_bytes
         + head * (4 + dtype_bytes)
         + (teacher.hidden * dtype_bytes * rows if teacher and full_kl else 0),
-        layer_backward=recomputed * rows
+        layer_backward=(recomputed + copies) * rows
         + (gradients + head + (0 if adapters else root and tower.trained)) * dtype_bytes,
         reductions=trained if replicas > 1 else 0,
         adam_scratch=OFFLOAD_SCRATCH if offload else trained if dtype_bytes == 4 else 0,
@@ -304,7 +305,8 @@ def _layer_activations(
     norms = dims.norms * dims.hidden * (4 + 2 * dtype_bytes)  # the float32 input, the normalised and the scaled output
     attention = max(q + _projections(dims, together), dims.state_width) * dtype_bytes
     head_norms = (q + kv) * (4 + dtype_bytes) if dims.head_norms else 0
-    mlp = 4 * dims.intermediate * dtype_bytes  # gate, its silu, up, their product
+    # Gate, its silu, up, their product; and of experts that times the routing weights.
+    mlp = (5 if dims.active else 4) * dims.intermediate * dtype_bytes
     if compiled:
         norms = dims.norms * dims.hidden * 2 * dtype_bytes  # input and output
         head_norms = (q + kv) * dtype_bytes if dims.head_norms else 0  # input

@@ -145,6 +145,11 @@ def test_a_token_passes_its_active_experts_and_memory_holds_all(model_type, size
         model = AutoModelForCausalLM.from_config(config)
     assert dims.parameters == model.num_parameters() > dims.matrices * 2
     assert dims.stacked == stacked
+    run: Any = {"token_budget": 1000, "dtype_bytes": 2, "recompute": ["full"] * dims.layers, "compiled": True}
+    with_copies, without = (memory.memory_plan(d, **run) for d in (dims, replace(dims, active=0)))
+    # a copy of each row for each of its experts, and what comes back for it
+    copies = 1000 * 2 * 2 * dims.active * dims.hidden / memory.GIB
+    assert dims.active == 2 and with_copies.layer_backward - without.layer_backward == pytest.approx(copies)
     assert plan(dims).weights == 4 * dims.parameters / 2**30
 
 
