@@ -125,6 +125,32 @@ def test_a_short_common_stretch_is_read_by_each() -> None:
     assert sorted(made.shared.tolist()) == [0, 0, 20, 20]
 
 
+@pytest.mark.parametrize(("common", "members", "shared"), [(39, [3, 0, 0], 39), (20, [2, 0, 1], 40)])
+def test_a_sequence_joins_a_group_if_it_has_almost_as_much_in_common(
+    common: int, members: list[int], shared: int
+) -> None:
+    """Two share 40 blocks, the third has so many in common with them; at most 8 read together."""
+    first = list(range(40))
+    rows = [[*first, 40, 41], [*first, 42, 43], [*first[:common], *range(50, 92 - common)]]
+    made = layout(3)
+    made.update(torch.tensor([row[:42] for row in rows]).int(), torch.full((3,), 42 * PAGE).int())
+    assert (made.members.tolist(), made.shared[0].item()) == (members, shared * PAGE)
+
+
+def test_the_block_that_is_being_written_is_never_shared() -> None:
+    made = layout(2, shared_tokens=PAGE)
+    made.update(torch.arange(3).repeat(2, 1).int(), torch.full((2,), 3 * PAGE).int())
+    assert made.shared.tolist() == [2 * PAGE] * 2
+
+
+@pytest.mark.parametrize(("tokens", "lengths"), [(16, [16]), (20, [12, 8]), (28, [16, 12])])
+def test_items_are_about_as_long_as_the_least(tokens: int, lengths: list[int]) -> None:
+    """12 tokens, also where there are more programs than that leaves items for: tokens are cut into the nearest number of items."""
+    made = layout(1, item_tokens=12)
+    made.update(*batch([(tokens - 1, [1])], PAGE))
+    assert (items(made)[:, 3] - items(made)[:, 2]).tolist() == lengths
+
+
 def test_another_batch_in_the_same_arrays() -> None:
     """As a captured graph meets it: same shapes, other groups, lengths and order."""
     torch.manual_seed(0)
