@@ -1,8 +1,6 @@
 """A second process compiles what the first update needs; whatever goes wrong there, the run goes on."""
 
 import os
-import subprocess
-import sys
 from functools import partial
 from typing import Any
 
@@ -169,40 +167,3 @@ def test_pinned_memory_is_mapped_by_threads_unless_the_user_says_how(monkeypatch
         os.environ[name] = before
     pin_with_threads()
     assert os.environ.get(name) == after
-
-
-HITS = """
-import runpy, sys, torch
-import pgrpo
-from pgrpo.training.caller import Callback
-class Stop(Callback):
-    def on_step_end(self, run): run.is_stopping = True
-def spread(completions): return list(range(len(completions)))
-pgrpo.train("quickstart.yaml", sys.argv[1:], callbacks=[Stop()], rewards=[spread])
-print({name: n for name, n in torch._dynamo.utils.counters["aot_autograd"].items() if name.startswith("autograd_cache_")})
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("script", ["import torch", ""], ids=["a main module with torch", "one without"])
-def test_a_run_finds_in_the_caches_what_the_second_process_compiled(tiny_model, tmp_path, script):
-    keys = [
-        f"model.path={tiny_model}",
-        f"cache_dir={tmp_path / 'caches'}",
-        f"run_dir={tmp_path / 'run'}",
-        "eval.every=0",
-    ]
-    code = (
-        script + HITS
-        if script
-        else HITS.replace("import runpy, sys, torch", "import runpy, sys").replace(
-            "torch._dynamo", "sys.modules['torch']._dynamo"
-        )
-    )
-    names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    command = [sys.executable, "-c", code, *keys, "model.compile=true"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "'autograd_cache_hit': 1" in result.stdout and "miss" not in result.stdout
