@@ -21,15 +21,17 @@ Messages = list[dict[str, Any]]
 
 
 class Image(NamedTuple):
-    """An image in a prompt, without its pixels, which ``vision.ImageStore`` has by its key.
+    """An image in a prompt, without its pixels, which ``vision.ImageReader`` has by its key.
 
     Attributes:
         key: hash of its content.
         runs: (start, end) of the prompt's tokens that stand for it; several where text separates its tiles.
+        size: (width, height) of its file, for people.
     """
 
     key: str
     runs: tuple[tuple[int, int], ...]
+    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

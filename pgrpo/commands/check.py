@@ -119,11 +119,12 @@ def _show_samples(groups: list[Group], tokenizer: PreTrainedTokenizerBase, conso
 
 
 def _images(prompt: Prompt) -> str:
-    """The tokens of each image."""
-    counts = [
-        sum(end - start for start, end in image.runs) for image in (prompt.images.images if prompt.images else ())
-    ]
-    return f", images of {', '.join(map(str, counts))}" if counts else ""
+    """The tokens of each image, and its size in pixels."""
+    shown = []
+    for image in prompt.images.images if prompt.images else ():
+        size = f" ({image.size[0]} x {image.size[1]})" if image.size else ""
+        shown.append(f"{sum(end - start for start, end in image.runs)}{size}")
+    return f", images of {', '.join(shown)}" if shown else ""
 
 
 def _masked(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Text:

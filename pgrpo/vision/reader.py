@@ -102,7 +102,7 @@ class ImageReader:
             runs = placeholder_runs(ids, self.processor.token_id, [image.expansion.counts for image in images])
         except ValueError as error:
             raise ConfigError(f"{where}: {error}") from error
-        found = tuple(Image(image.key, own) for image, own in zip(images, runs, strict=True))
+        found = tuple(Image(image.key, own, image.size) for image, own in zip(images, runs, strict=True))
         grids = [grid for image in images if (grid := image.expansion.grid)]
         return PromptImages(found, unexpanded, positions_3d(len(ids), found, grids) if grids else None, where)
 

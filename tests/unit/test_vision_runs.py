@@ -203,7 +203,7 @@ def test_a_rank_without_images_keeps_in_step(folder, tmp_path, launch, size):
 def test_check_shows_images_and_compares_with_the_untouched_model(folder, tmp_path, capsys):
     check(config_of(folder, tmp_path / "run", "data.shuffle=false"))
     shown = capsys.readouterr().out
-    assert "tokens, images of 16)" in shown
+    assert "tokens, images of 16 (64 x 64))" in shown
     assert "seeded bug, an image of the neighbour: " in shown
     assert "all checks passed" in shown
 
