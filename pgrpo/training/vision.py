@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -92,6 +93,11 @@ def _check_model(config: Config, hf_config: PretrainedConfig, family: Family, wo
         raise ConfigError(
             f"rollout.engine={config.rollout.engine}: vLLM was not tested to sample what a {hf_config.model_type} model computes "
             f"({', '.join(IN_VLLM)} were); set rollout.engine=embedded"
+        )
+    if engine_name(config, world.device) == "vllm" and find_spec("torchvision") is None:
+        raise ConfigError(
+            f"rollout.engine={config.rollout.engine}: vLLM needs torchvision for a {hf_config.model_type} model: install the build "
+            "that fits this PyTorch, or set rollout.engine=embedded"
         )
     for key in ("train_vision", "train_projector"):
         if getattr(model, key) and model.lora_rank:

@@ -244,6 +244,18 @@ def test_vllm_is_refused_for_families_that_it_was_not_tested_on(folder, tmp_path
         vision.image_reader(config, AutoConfig.for_model("llava_next"), None, World(0, 1, torch.device("cpu")))  # pyright: ignore[reportArgumentType]
 
 
+def test_vllm_needs_torchvision_for_images(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(vision, "find_spec", lambda _: None)
+    config, world = config_of(folder, tmp_path / "run", "rollout.engine=vllm"), World(0, 1, torch.device("cpu"))
+    hf_config, tokenizer = AutoConfig.from_pretrained(folder / "model"), SCRIPT["make_tokenizer"]()
+    with pytest.raises(
+        ConfigError, match=r"^rollout\.engine=vllm: vLLM needs torchvision for a qwen3_vl model: install"
+    ):
+        vision.image_reader(config, hf_config, tokenizer, world)
+    monkeypatch.setattr(vision, "find_spec", lambda _: object())
+    assert vision.image_reader(config, hf_config, tokenizer, world) is not None
+
+
 def test_vllm_may_be_given_as_many_images_as_the_data_has(folder, tmp_path):
     config = config_of(folder, tmp_path / "run", "data.image.max_pixels=4096")
     hf_config, tokenizer = AutoConfig.from_pretrained(folder / "model"), SCRIPT["make_tokenizer"]()
