@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", choices=["cold", "warm"], default=["cold", "warm"])
     parser.add_argument("--caches", type=Path, default=Path("runs/start_time_caches"), help="emptied before a cold run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows are added to this file")
+    parser.add_argument("--commit", help="that is measured; goes into the rows")
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)  # in the processes that this one starts
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
@@ -117,7 +118,7 @@ def main() -> None:
             shutil.rmtree(args.caches, ignore_errors=True)
         environment = os.environ | {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO")}
         command = [sys.executable, *sys.argv[:1], "--began", str(time.time()), *sys.argv[1:]]
-        row: dict[str, Any] = {"run": kind, "config": args.config}
+        row: dict[str, Any] = {"run": kind, "config": args.config, "commit": args.commit}
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout or ():
                 if line.startswith(PREFIX):
