@@ -151,6 +151,8 @@ class Sorted:
         """Where the samples of a run diverge, their shortest prompt, and the runs they part into, each in the order of first
         appearance. A sample that is the beginning of the next one does not diverge from it."""
         order, lengths, prompts, shared = self._lists
+        if end - first == 1:
+            return lengths[first], prompts[first], []
         live = first
         while live + 1 < end and lengths[live] <= shared[live + 1]:
             live += 1

@@ -7,6 +7,7 @@ row of an image or behind its last.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -119,9 +120,11 @@ def token_keys(samples: Sequence[Sample]) -> list[np.ndarray]:
     """[P + R] uint32 of each sample: token ids, and numbers of images in place of their placeholders. Equal where, and only where,
     the same tokens and images are."""
     numbers: dict[str, int] = {}
+    prompts = {id(sample.prompt_ids): sample.prompt_ids for sample in samples}  # a group has one list
+    arrays = {number: array("I", ids) for number, ids in prompts.items()}  # reads a list in half of numpy's time
     keys = []
     for sample in samples:
-        key = np.array(sample.prompt_ids + sample.token_ids, dtype=np.uint32)
+        key = np.array(arrays[id(sample.prompt_ids)] + array("I", sample.token_ids), dtype=np.uint32)
         for image in sample.images.images if sample.images else ():
             for start, end in image.runs:
                 key[start:end] = numbers.setdefault(image.key, FIRST_KEY + len(numbers))

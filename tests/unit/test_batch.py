@@ -1,13 +1,14 @@
 """Samples -> forest -> tensors: the worked example by hand, random samples against a plain dictionary of prefixes, counts."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pgrpo.attention.layout import unpack_calls
 from pgrpo.attention.reference import attention_mask
-from pgrpo.packing.batch import build_batch
+from pgrpo.packing.batch import TokenCounts, build_batch
 from pgrpo.packing.forest import Forest, Sorted, length
 from pgrpo.planning.flops import pairs
 from pgrpo.types import Sample
@@ -233,3 +234,12 @@ def test_what_prompts_share_with_each_other_is_counted(prompts, saved):
     ]
     assert build_batch(Forest.of(samples)).counts.shared_above_prompt == saved
     assert build_batch(Forest.repeated(samples)).counts.shared_above_prompt == 0
+
+
+def test_a_filler_is_counted_nowhere():
+    forest = Forest.of([Sample([1, 2, 3], [4, 5], [False] * 2, [0.0] * 2)])
+    assert build_batch(forest).counts.packed == 5 and int(build_batch(forest).work.rows.sum()) == 5
+    filler = build_batch(replace(forest, is_filler=True))
+    assert filler.counts == TokenCounts()
+    assert len(filler.work.rows) == len(filler.work.scored) == 0
+    assert filler.packed_tokens == 5, "it is computed all the same"
