@@ -23,6 +23,7 @@ from pgrpo.planning.flops import GIB, ModelDims, adapter_parameters
 from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.memory import LayerPlan, MemoryPlan, fewest_recomputed_layers, memory_plan
 from pgrpo.rollout.vllm import start as vllm_start
+from pgrpo.types import Recompute
 
 USABLE_SHARE = 0.92
 """Share of a GPU's memory that may be planned. The rest is for the CUDA context, libraries and fragmentation."""
@@ -129,7 +130,8 @@ def _capacity_gib(config: Config, world: World) -> float:
 def free_beside_policy(config: Config, dims: ModelDims, world: World) -> float:
     """GiB of this GPU that the policy leaves free between updates."""
     sizes = plan_sizes(config, dims, world, world.device)
-    resting = memory_plan(dims, **sizes, recompute=["none"] * dims.layers).resting
+    recompute: list[Recompute] = ["none"] * dims.layers
+    resting = memory_plan(dims, **sizes, recompute=recompute).resting
     return USABLE_SHARE * gpu_memory(world.device) / GIB - resting
 
 

@@ -19,6 +19,7 @@ from pgrpo.planning import placement
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.memory import memory_plan
 from pgrpo.planning.placement import attention_choice, check_device, is_compiled, layer_plan, plan_sizes
+from pgrpo.types import Recompute
 
 DIMS = ModelDims.from_config(
     json.loads((Path(__file__).parents[2] / "benchmarks" / "qwen3_4b" / "config.json").read_text())
@@ -233,6 +234,9 @@ def test_each_depth_is_copied_or_read_where_it_is_by_its_own_cost():
     )
 
 
+FULL: list[Recompute] = ["full"] * 36
+
+
 def test_the_plan_of_episodes_has_a_prompt_for_each_and_what_is_kept_for_their_next_turns():
     chosen = config()
     chosen.train.steps, chosen.rollout.max_concurrent = 1, 40
@@ -241,7 +245,7 @@ def test_the_plan_of_episodes_has_a_prompt_for_each_and_what_is_kept_for_their_n
     row = 2 * 36 * 8 * 128 * 2 / 2**30
 
     def kv_cache():
-        return memory_plan(DIMS, recompute=["full"] * 36, **plan_sizes(chosen, DIMS, World(0, 1, CPU), CPU)).kv_cache
+        return memory_plan(DIMS, recompute=FULL, **plan_sizes(chosen, DIMS, World(0, 1, CPU), CPU)).kv_cache
 
     assert kv_cache() == pytest.approx(row * (40 * 100 + 5 * 50))
     chosen.tools = ["own.py:f"]

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -181,7 +182,8 @@ def test_rollout_logprobs_are_those_of_the_untouched_model(models, temperature):
 def three_turns(policy, asked, eos, *, goes_on, **settings):
     """Two episodes of three turns behind each prompt, with two tokens told in between: all tokens in front of each turn with its
     completion, and the rows of each round's first call."""
-    counting, requests, found = Counting(policy), [], []
+    counting: Any = Counting(policy)
+    requests, found = [], []
     waiting = [Request(prompt.token_ids, [seed]) for prompt in asked for seed in (0, 1)]
     starts = []
 
