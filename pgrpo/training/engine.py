@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Protocol
 
@@ -22,7 +23,7 @@ from pgrpo.model.families.experts import can_unstack, has_prefix
 from pgrpo.model.policy import Policy
 from pgrpo.model.recompute import not_compiled
 from pgrpo.model.weights import full_weights, weight_names
-from pgrpo.packing.batch import build_batch
+from pgrpo.packing.batch import GroupedBatch, build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import ModelDims
@@ -182,11 +183,21 @@ class Canary:
     Args:
         every: steps between two checks, beginning with the first step.
         most_tokens: the most tokens of a completion that are scored.
+        compare_experts: also compares which experts the two choose. Not with sequence parallelism.
     """
 
-    def __init__(self, world: World, policy: Policy, engine: ScoringEngine, every: int, most_tokens: int) -> None:
+    def __init__(
+        self,
+        world: World,
+        policy: Policy,
+        engine: ScoringEngine,
+        every: int,
+        most_tokens: int,
+        *,
+        compare_experts: bool,
+    ) -> None:
         self.world, self.policy, self.engine = world, policy, engine
-        self.every, self.most_tokens = every, most_tokens
+        self.every, self.most_tokens, self.compare_experts = every, most_tokens, compare_experts
         self._samples: list[Sample] = []
         self._old: list[float] = []
         self._new: list[float] | None = None
@@ -202,7 +213,7 @@ class Canary:
     def after_update(self) -> None:
         """Record the log-probs of these samples again. A collective call."""
         if self._samples:
-            self._new = self._logprobs(record=True)
+            self._new = self._logprobs(record=self.compare_experts)
 
     def look(self) -> dict[str, float]:
         """Score these samples with the engine, which is awake with the new weights, and compare. Returns metrics, if there was an
@@ -228,13 +239,26 @@ class Canary:
     def _logprobs(self, *, record: bool = False) -> list[float]:
         """Log-probs of the samples' completion tokens. ``record``: keep the experts of the rows that predict these."""
         batch = build_batch(Forest.of(self._samples), device=self.world.device, attention=self.policy.attention)
-        with no_gradient(self.policy), not_compiled(), recorded_choices() as choices:
+        with no_gradient(self.policy), not_compiled(), recorded_choices() if record else nullcontext(()) as choices:
             found = self.policy(batch, temperature=1.0).logprobs.tolist()
         if record:
-            of_module = {module: experts.index_select(0, batch.logit_index).cpu() for module, experts in choices}
-            layers = decoder_layers(self.policy.model)
-            self._experts = [next((of_module[m] for m in layer.modules() if m in of_module), None) for layer in layers]
+            self._experts = self._of_layers(choices, batch)
         return found
+
+    def _of_layers(self, choices: Iterable[tuple[nn.Module, Tensor]], batch: GroupedBatch) -> list[Tensor | None]:
+        """[A, experts] of each layer: what its experts' calls chose for the rows that predict; None of a layer without experts."""
+        calls: dict[nn.Module, list[Tensor]] = {}  # in order: with ``mlp_chunks`` one for each part of the rows
+        for module, experts in choices:
+            calls.setdefault(module, []).append(experts)
+        of_module = {module: torch.cat(parts) for module, parts in calls.items()}
+        rows = batch.packed_tokens
+        if wrong := [len(experts) for experts in of_module.values() if len(experts) != rows]:
+            raise RuntimeError(
+                f"the canary saw experts of {wrong[0]} rows of a batch of {rows}: set rollout.compare_experts=false"
+            )
+        chosen = {module: experts.index_select(0, batch.logit_index).cpu() for module, experts in of_module.items()}
+        layers = decoder_layers(self.policy.model)
+        return [next((chosen[m] for m in layer.modules() if m in chosen), None) for layer in layers]
 
 
 def build_canary(config: Config, world: World, policy: Policy, engine: RolloutEngine) -> Canary | None:
@@ -242,4 +266,6 @@ def build_canary(config: Config, world: World, policy: Policy, engine: RolloutEn
     most_tokens = min(canary.TOKENS, config.max_sampled_tokens - 1)  # vLLM samples one more to score
     if not config.rollout.canary_every or not most_tokens or not isinstance(engine, vllm.VLLMEngine):
         return None
-    return Canary(world, policy, engine, config.rollout.canary_every, most_tokens)
+    return Canary(
+        world, policy, engine, config.rollout.canary_every, most_tokens, compare_experts=config.rollout.compare_experts
+    )

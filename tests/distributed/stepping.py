@@ -121,7 +121,7 @@ def forwards_without_a_gradient(world, model, run_dir):
                 episode.reward = float(i % 2)
                 for sample in episode.samples:
                     sample.advantages = [2.0 * episode.reward - 1.0] * len(sample.token_ids)
-        canary = Canary(world, policy, engine, every=1, most_tokens=8)  # pyright: ignore[reportArgumentType]
+        canary = Canary(world, policy, engine, every=1, most_tokens=8, compare_experts=False)  # pyright: ignore[reportArgumentType]
         canary.before_update(0, groups)
         look("the canary")
         batches = micro_batches(learner, groups)

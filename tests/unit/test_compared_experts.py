@@ -1,6 +1,7 @@
 """How often the engine chooses other experts than the policy: what the canary says of it, and who may ask."""
 
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +16,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pgrpo.admission.compare import reference_logprobs, tokens_as_groups
 from pgrpo.config import Config, ConfigError, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import World
+from pgrpo.model.families.expert_products import recorded_choices
 from pgrpo.model.policy import Policy, load_model
+from pgrpo.model.recompute import set_up_layers
 from pgrpo.model.weights import full_weights
-from pgrpo.planning.dims import ModelDims
+from pgrpo.planning.dims import ModelDims, decoder_layers
 from pgrpo.rollout.vllm import start
 from pgrpo.rollout.vllm.engine import EngineError, Scores, VLLMEngine
+from pgrpo.training import engine
 from pgrpo.training.engine import Canary, check_engine
-from pgrpo.types import Sample
+from pgrpo.training.long_samples import set_up_long_samples
+from pgrpo.types import Recompute, Sample
 
 FAKES = Path(__file__).resolve().parents[1] / "fakes"
 WORLD = World(0, 1, torch.device("cpu"))
@@ -69,24 +74,63 @@ class Untouched:
         return Scores(reference_logprobs(self.model, samples).tolist(), rows)
 
 
-def looked(policy, engine):
+def in_parts(policy, chunks):
+    """The policy with its MLPs computed in so many parts of the rows."""
+    layers = decoder_layers(policy.model)
+    recompute: list[Recompute] = ["full"] * len(layers)
+    set_up_layers(layers, recompute, compiled=False)
+    set_up_long_samples(layers, recompute, chunks)
+    return policy
+
+
+def looked(policy, sampler, compare_experts=True):
     generator = torch.Generator().manual_seed(0)
 
     def ids(n):
         return torch.randint(2, 40, (n,), generator=generator).tolist()
 
     groups = tokens_as_groups([ids(6) for _ in range(8)], [[ids(5), ids(3)] for _ in range(8)])
-    canary = Canary(WORLD, policy, engine, every=1, most_tokens=4)
+    canary = Canary(WORLD, policy, sampler, every=1, most_tokens=4, compare_experts=compare_experts)
     canary.before_update(0, groups)
     canary.after_update()
     return canary.look()
 
 
-def test_a_sampler_with_the_same_weights_chooses_the_same_experts(policy, tmp_path):
-    assert looked(policy, Untouched(policy, tmp_path))["canary/expert_difference"] == 0.0
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_sampler_with_the_same_weights_chooses_the_same_experts(chunks, policy, tmp_path):
+    assert looked(in_parts(policy, chunks), Untouched(policy, tmp_path))["canary/expert_difference"] == 0.0
 
 
-def test_other_choices_are_counted_whatever_their_order(policy, tmp_path):
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_nothing_is_recorded_unless_it_is_compared(chunks, policy, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("experts were recorded")
+
+    monkeypatch.setattr(engine, "recorded_choices", refuse)
+
+    class Logprobs(Untouched):
+        def score(self, samples):
+            return Scores(super().score(samples).logprobs)
+
+    found = looked(in_parts(policy, chunks), Logprobs(policy, tmp_path), compare_experts=False)
+    assert found["canary/logp_difference"] < 1e-4 and "canary/expert_difference" not in found
+
+
+def test_choices_of_some_of_the_rows_are_refused(policy, tmp_path, monkeypatch):
+    @contextmanager
+    def of_half_the_rows():
+        found = []
+        with recorded_choices() as choices:
+            yield found
+        found += [(module, experts[::2]) for module, experts in choices]
+
+    monkeypatch.setattr(engine, "recorded_choices", of_half_the_rows)
+    with pytest.raises(RuntimeError, match=r"^the canary saw experts of \d+ rows of a batch of \d+"):
+        looked(policy, Untouched(policy, tmp_path))
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_other_choices_are_counted_whatever_their_order(chunks, policy, tmp_path):
     def change(choices):
         changed = choices[:, :, ::-1].copy()  # the same experts in another order
         others = [next(x for x in range(EXPERTS) if x not in row[2]) for row in choices]
@@ -94,7 +138,9 @@ def test_other_choices_are_counted_whatever_their_order(policy, tmp_path):
         changed[:, DENSE] = 99
         return changed
 
-    assert looked(policy, Untouched(policy, tmp_path, change))["canary/expert_difference"] == pytest.approx(0.25)
+    assert looked(in_parts(policy, chunks), Untouched(policy, tmp_path, change))[
+        "canary/expert_difference"
+    ] == pytest.approx(0.25)
 
 
 def test_the_engine_gives_the_choices_of_the_rows_that_predict_completions():
