@@ -316,13 +316,14 @@ def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.devi
         "teacher_offload": config.loss.teacher_offload == "cpu",
         "full_kl": config.loss.teacher_kl == "full",
         "offload": config.optim.offload == "cpu",
-        # An episode's turns have a prompt each, and what they computed is kept for its next turn.
+        # An episode's turns have a prompt each. What they computed is kept for its next turn, in a copy beside the batch, which
+        # has room for a turn more behind each row (half a turn in each of the two).
         "concurrent": 0
         if engine_name(config, device) == "vllm"
         else min(rollout.max_concurrent, samples) << config.has_tools,
         "group_size": 1 if config.has_tools else rollout.group_size,
         "prompt_tokens": config.data.max_prompt_tokens,
-        "completion_tokens": config.max_sampled_tokens,
+        "completion_tokens": config.max_sampled_tokens + config.has_tools * -(-rollout.max_completion_tokens // 2),
         # Temporaries included.
         "logit_chunk_bytes": LOGITS_PER_CHUNK[device.type] * {"cpu": 16, "cuda": 2}[device.type],
         "image_tokens": most_image_tokens(config, dims),

@@ -240,13 +240,18 @@ FULL: list[Recompute] = ["full"] * 36
 def test_the_plan_of_episodes_has_a_prompt_for_each_and_what_is_kept_for_their_next_turns():
     chosen = config()
     chosen.train.steps, chosen.rollout.max_concurrent = 1, 40
-    chosen.environment.max_episode_tokens = chosen.rollout.max_completion_tokens = 100
+    chosen.environment.max_episode_tokens = 100
+    chosen.rollout.max_completion_tokens = 30
     chosen.data.max_prompt_tokens = 50
     row = 2 * 36 * 8 * 128 * 2 / 2**30
 
     def kv_cache():
         return memory_plan(DIMS, recompute=FULL, **plan_sizes(chosen, DIMS, World(0, 1, CPU), CPU)).kv_cache
 
-    assert kv_cache() == pytest.approx(row * (40 * 100 + 5 * 50))
+    assert kv_cache() == pytest.approx(row * (40 * 30 + 5 * 50))
     chosen.tools = ["own.py:f"]
-    assert kv_cache() == pytest.approx(row * 2 * 40 * (100 + 50))
+    kept, batch = (
+        40 * (50 + 100),
+        40 * (50 + 100 + 30),
+    )  # a batch has room for a whole turn behind its longest prompts, too
+    assert kv_cache() == pytest.approx(row * (kept + batch))

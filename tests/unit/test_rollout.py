@@ -1,6 +1,7 @@
 """The embedded engine on tiny random models, against the untouched transformers model, one prompt a call."""
 
 import copy
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.model.policy import Policy
 from pgrpo.rollout.base import sample_seeds
+from pgrpo.rollout.embedded.cache import DecodeCache
 from pgrpo.rollout.embedded.engine import EmbeddedEngine
 from pgrpo.types import Prompt, Request, SamplingParams
 
@@ -226,6 +228,27 @@ def test_a_turn_costs_its_new_tokens_and_its_logprobs_are_those_of_the_untouched
     else:  # the two tokens that are told, and the last of the turn before, which no step fed
         turns = min(at_once, 2 * len(asked))
         assert rows[1:] == [3 * turns] * 2 and min(whole_rows[1:]) > 2 * rows[1]
+
+
+@pytest.mark.parametrize("at_once", [10, 4])
+def test_no_more_is_kept_than_a_batch_holds_and_nothing_after_the_rollout(policy, at_once, monkeypatch):
+    """Also at the end of a round, when its last turns are there beside those of the next one's prompts."""
+    made, alive, copy_of = [], [], DecodeCache.front
+
+    def count():
+        return sum(keys() is not None for keys in made)
+
+    def front(cache, row, length):
+        found = copy_of(cache, row, length)
+        made.append(weakref.ref(found.layers[0][0]))
+        alive.append(count())
+        return found
+
+    monkeypatch.setattr(DecodeCache, "front", front)
+    asked = prompts()
+    found, _ = three_turns(policy, asked, likely_eos(policy, asked), goes_on=True, max_concurrent=at_once)
+    assert len(found) == 3 * 2 * len(asked)
+    assert max(alive) == at_once and count() == 0
 
 
 def test_a_sample_does_not_depend_on_its_company(policy):

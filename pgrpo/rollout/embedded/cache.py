@@ -40,7 +40,8 @@ class DecodeCache:
         prompts: the layout of the first call, of N nodes, with the rows that it leaves out.
         rows_of: N numbers of rows; rows are ordered by prompt.
         capacity: the most tokens of a completion.
-        fronts: of each prompt, what the first call leaves out; not for models with states.
+        fronts: of each prompt, what the first call leaves out; not for models with states. That call copies it; clear the list
+            behind it to free what it was copied from.
     """
 
     def __init__(

@@ -74,10 +74,9 @@ class EmbeddedEngine:
         numbers. More requests are asked for when none is left, and all that come are awaited, so that waves do not depend on how
         long something took. A rank without requests decodes one that nobody asked for while others have some.
 
-        What a completion computed is kept for requests of the next round that continue it: of ``max_concurrent`` completions at
-        most, and not in models with states, of which a batch has those behind its newest tokens alone."""
+        What a completion computed is kept until a request of the next round continues it: of ``max_concurrent`` completions at most
+        at any time, and not in models with states, of which a batch has those behind its newest tokens alone."""
         rest, start, self._keeps = list(requests) or list(more("all") or ()), 0, more is not no_more
-        self._fronts: dict[tuple[int, ...], Front] = {}
         self._kept: dict[tuple[int, ...], Front] = {}
         filler = Request([min(self.eos_token_ids, default=0)], [0], max_tokens=1)
         while self.any_rank(bool(rest)):
@@ -88,7 +87,9 @@ class EmbeddedEngine:
                 self._sample_wave(wave or [filler], start, params, on_finished if wave else lambda *_: None)
             start += len(wave)
             if not rest:
-                rest, self._fronts, self._kept = list(more("all") or ()), self._kept, {}
+                rest = list(more("all") or ())
+                goes_on = {tuple(request.token_ids[: request.continued]) for request in rest}
+                self._kept = {ids: self._kept[ids] for ids in self._kept.keys() & goes_on}
 
     def _sample_wave(
         self, requests: Sequence[Request], start: int, params: SamplingParams, on_finished: OnFinished
@@ -98,7 +99,9 @@ class EmbeddedEngine:
         # Neighbours with the same prompt share its keys and values: the first turns of a group, say.
         prompts = [list(same) for _, same in groupby(requests, key=lambda r: (r.token_ids, r.images))]
         asked = [Sample(same[0].token_ids, [], [], [], images=same[0].images) for same in prompts]
-        fronts = [self._fronts.get(tuple(first.token_ids[: first.continued]), NOTHING) for first, *_ in prompts]
+        read = [tuple(first.token_ids[: first.continued]) for first, *_ in prompts]
+        fronts = [self._kept.get(ids, NOTHING) for ids in read]
+        self._kept = {ids: self._kept[ids] for ids in self._kept.keys() - read}
         counts = [sum(len(request.seeds) for request in same) for same in prompts]
         request_of = [request for request in requests for _ in request.seeds]  # of each completion
         seeds = [seed for request in requests for seed in request.seeds]
@@ -128,6 +131,7 @@ class EmbeddedEngine:
         batch = build_batch(Forest.repeated(asked), device=device)
         cache = DecodeCache(batch.layout, counts, limit, fronts)
         logits = self._prefill(batch, fronts, cache).repeat_interleave(repeats, dim=0)
+        fronts.clear()  # the cache, which has this list, has copies of what is in it
         for t in range(limit):
             if t % CHECK_EVERY == 0:
                 self.check_stop()
