@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -88,12 +89,12 @@ def _kept_proof(config: PretrainedConfig, max_sample: int) -> Proof:
 _proven: dict[str, Proof] = {}
 
 
-def cache_file(config: PretrainedConfig, *more: str) -> Path:
-    """Where a proof is kept. The name is a hash of all that it depends on: the config (and ``more``), libraries, this package, and
-    the code of a remote model."""
+def cache_file(config: PretrainedConfig, *more: str, also: Sequence[str] = ()) -> Path:
+    """Where a proof is kept. The name is a hash of all that it depends on: the config (and ``more``), libraries, this package
+    (of its folders those of a proof, and ``also``), and the code of a remote model."""
     folders = [
         Path(__file__).parents[1] / name
-        for name in ("admission", "attention", "packing", "model", "planning", "vision")
+        for name in ("admission", "attention", "packing", "model", "planning", "vision", *also)
     ]
     if getattr(config, "auto_map", None):
         folders.append(Path(str(sys.modules[type(config).__module__].__file__)).parent)

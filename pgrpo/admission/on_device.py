@@ -55,8 +55,7 @@ def check_on_device(
         ConfigError: with both errors.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    kernels = [f"{package} {release(package)}" for package in ("triton", "fla-core", "tilelang", "flash-attn-4")]
-    file = cache_file(config, f"{name} {attention.kernel}", *kernels)
+    file = cache_file(config, f"{name} {attention.kernel}", *kernel_releases())
     if file.is_file():
         return
     vocab = config.get_text_config().vocab_size
@@ -74,6 +73,11 @@ def check_on_device(
     log.info("on %s, in a layer of each kind: %s", name, found)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"ours": ours, "theirs": theirs}))
+
+
+def kernel_releases() -> list[str]:
+    """Packages that kernels come from, with their releases."""
+    return [f"{package} {release(package)}" for package in ("triton", "fla-core", "tilelang", "flash-attn-4")]
 
 
 def bfloat16_errors(

@@ -2,43 +2,45 @@
 
 The second process does an update of a model with few layers and random weights, at the sizes of the run. What it compiles
 (torch.compile, Triton, flash-attn-4) is in the run's cache folder (``process/caches.py``) when the first update looks there. It has
-ended before vLLM starts, which measures the GPU's free memory. Once for a model, its settings and a device: a file in the cache
-folder tells that it was done. Whatever goes wrong here, the first update compiles.
+ended before vLLM starts, which measures the GPU's free memory. Once for a model, its settings and a device: a file in the folder of
+torch.compile's code tells that it was done. Whatever goes wrong here, the first update compiles. So it does with what this leaves
+out: the forwards of a teacher, and those of passes over a kept prefix.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
+import os
 import pickle
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Self
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pgrpo.admission.compare import tokens_as_samples
 from pgrpo.admission.models import cache_file
-from pgrpo.admission.on_device import random_model
+from pgrpo.admission.on_device import kernel_releases, random_model
 from pgrpo.admission.shrink import few_layers
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.config import Config, ModelConfig
 from pgrpo.distributed.fsdp import no_gradient
 from pgrpo.distributed.world import World, start
+from pgrpo.model.lora import adapters_off
 from pgrpo.model.policy import load_hf_config
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.planning.memory import LayerPlan
 from pgrpo.planning.placement import free_beside_policy, gpu_memory, is_compiled, layer_plan
-from pgrpo.process.caches import cache_root, use_caches
+from pgrpo.process.caches import FOLDERS, use_caches
 from pgrpo.process.exit import run_and_leave
 from pgrpo.training.place import place_policy
 from pgrpo.types import Recompute, Sample
@@ -47,7 +49,19 @@ from pgrpo.vision.families import family_of
 log = logging.getLogger(__name__)
 PATIENCE_S = 180.0
 """Seconds that the run waits for the second process, after all that it does meanwhile."""
-CODE = f"import {__name__} as ahead\nahead.main()"
+BEGIN = """
+import sys
+sys.path[:] = sys.argv[2:]
+import ctypes, os, signal
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]):
+    os._exit(1)
+del ctypes, os, signal, sys
+"""
+"""First code of the second process, whose arguments are the run's process and ``sys.path``. The path is set before any import: else
+modules in the current folder come first. The process ends with the run (1 is PR_SET_PDEATHSIG), also if that has ended by now."""
+CODE = f"import {__name__} as ahead\nahead.main()\n"
 INSTEAD = "the first update compiles what is missing"
 
 
@@ -75,23 +89,26 @@ class CompileAhead:
             self._process.wait()
 
     def begin(self, hf_config: PretrainedConfig) -> None:
-        """Start the process, unless such a one was done before."""
+        """Start the process, unless such a one was done before. Logs what prevents it."""
+        try:
+            self._begin(hf_config)
+        except Exception as error:  # of files, of pickle, or of the config, which the run's own checks refuse
+            log.warning("compiling ahead did not begin (%s: %s): %s", type(error).__name__, error, INSTEAD)
+
+    def _begin(self, hf_config: PretrainedConfig) -> None:
         config, device = self.config, self.world.device
         if self.world.size > 1 or family_of(hf_config) or not is_compiled(config, device):
             return
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        settings = [config.model, forwards(config), config.train.token_budget]
-        done = cache_file(hf_config, name, *map(repr, settings)).name
-        self._done = cache_root(config.cache_dir) / "compiled" / done
+        self._done = done_file(config, hf_config, self.world)
         if self._done.exists():
             return
         # The keys of PyTorch's caches differ where the main module has an attribute torch.
-        code = ("import torch\n" if hasattr(sys.modules["__main__"], "torch") else "") + CODE
+        code = BEGIN + ("import torch\n" if hasattr(sys.modules["__main__"], "torch") else "") + CODE
         self._output = self._files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
         with tempfile.TemporaryFile() as given:
             given.write(pickle.dumps(config))
             given.seek(0)
-            command = [sys.executable, "-c", code]
+            command = [sys.executable, "-c", code, str(os.getpid()), *sys.path]
             self._process = subprocess.Popen(command, stdin=given, stdout=self._output, stderr=subprocess.STDOUT)
 
     def wait(self) -> None:
@@ -118,12 +135,32 @@ class CompileAhead:
             self._done.touch()
 
 
-def forwards(config: Config) -> dict[str, Any]:
-    """What the forwards of a step are compiled for: with entropy's gradient, and without any gradient (old log-probs of later
-    updates, and those of the reference)."""
+def done_file(config: Config, hf_config: PretrainedConfig, world: World) -> Path:
+    """Tells that this process was done, by all that decides what it compiles. It is gone when torch.compile's code is."""
+    device, dims = world.device, ModelDims.from_config(hf_config)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    plan = layer_plan(config, dims, world)
+    settings = [
+        config.model,
+        forwards(config),
+        config.train.token_budget,
+        (sorted(set(plan.recompute)), plan.mlp_chunks),
+        [os.environ.get(folder) for folder in FOLDERS if folder != "VLLM_CACHE_ROOT"],
+    ]
+    key = cache_file(
+        hf_config, name, *kernel_releases(), *map(repr, settings), also=("training", "distributed", "process")
+    )
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()) / "compiled_ahead" / key.stem
+
+
+def forwards(config: Config) -> dict[str, bool]:
+    """What the forwards of a step are compiled for: with entropy's gradient, without any gradient (old log-probs of later updates,
+    and those of a reference that is a model of its own), and without gradient and adapters (of a reference with LoRA)."""
+    old, reference, lora = config.train.updates_per_step > 1, bool(config.loss.kl_coef), bool(config.model.lora_rank)
     return {
         "entropy_gradient": bool(config.loss.entropy_coef),
-        "without_gradient": config.train.updates_per_step > 1 or bool(config.loss.kl_coef),
+        "without_gradient": old or (reference and not lora),
+        "without_adapters": reference and lora,
     }
 
 
@@ -150,6 +187,9 @@ def compile_update(config: Config, world: World) -> None:
         if wanted["without_gradient"]:
             with no_gradient(policy):
                 policy(batch)
+        if wanted["without_adapters"]:
+            with no_gradient(policy), adapters_off(policy):
+                policy(batch)
         found = policy(batch, entropy=True)
         loss = found.logprobs.sum()
         if wanted["entropy_gradient"]:
@@ -175,8 +215,6 @@ def main() -> None:
 
 
 def _main() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not without the run
     config: Config = pickle.load(sys.stdin.buffer)
     use_caches(config.cache_dir)
     with start() as world:

@@ -1,7 +1,12 @@
 """A second process compiles what the first update needs; whatever goes wrong there, the run goes on."""
 
 import os
+import signal
+import sys
+import tempfile
+import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +23,9 @@ from pgrpo.planning.memory import LayerPlan, memory_plan
 from pgrpo.planning.placement import GIB, USABLE_SHARE, free_beside_policy, gpu_memory, plan_sizes
 from pgrpo.process.pinned import SETTING, pin_with_threads
 from pgrpo.training import compile_ahead
-from pgrpo.training.build import Learner
+from pgrpo.training.build import Learner, initial_model
 from pgrpo.training.compile_ahead import CompileAhead, compile_update, longest_samples
+from pgrpo.training.frozen import frozen_scores
 from pgrpo.training.optim import build_optimizer
 from pgrpo.training.place import place_policy
 from pgrpo.training.update import count, micro_batches
@@ -28,7 +34,8 @@ WORLD = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
-def make(tiny_model, tmp_path):
+def make(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     keys = [
         f"model.path={tiny_model}",
         f"cache_dir={tmp_path / 'caches'}",
@@ -38,12 +45,20 @@ def make(tiny_model, tmp_path):
     return lambda *more: load_config("quickstart.yaml", [*keys, *more])
 
 
-def test_the_update_of_a_run_compiles_nothing_that_was_not_compiled_ahead(make, monkeypatch):
-    """With old log-probs, whose forward has no gradient, an entropy term, and batches of other sizes."""
+@pytest.mark.parametrize(
+    ("keys", "count_of_graphs"),
+    [
+        (["train.updates_per_step=2", "loss.entropy_coef=0.01"], 2),  # with a gradient and without
+        # with a gradient of the first layer's input and without, and without any gradient and adapters
+        (["model.lora_rank=2", "model.lora_targets=[q_proj]", "loss.kl_coef=0.1"], 3),
+    ],
+)
+def test_the_update_of_a_run_compiles_nothing_that_was_not_compiled_ahead(make, monkeypatch, keys, count_of_graphs):
+    """With old log-probs, whose forward has no gradient, an entropy term, a reference that is the policy, and other sizes."""
     torch._dynamo.reset()
     recompute._runner.cache_clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    config = make("train.updates_per_step=2", "loss.entropy_coef=0.01")
+    config = make(*keys)
 
     def graphs():
         return torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -51,16 +66,19 @@ def test_the_update_of_a_run_compiles_nothing_that_was_not_compiled_ahead(make, 
     begun = graphs()
     compile_update(config, WORLD)
     ahead = graphs()
-    assert ahead == begun + 2  # with a gradient and without
+    assert ahead == begun + count_of_graphs
     policy = place_policy(config, WORLD)
     dims = ModelDims.from_config(policy.model.config)
-    learner = Learner(config, WORLD, policy, None, build_optimizer(policy, config.optim), dims)
+    reference = initial_model(policy, config, WORLD) if config.loss.kl_coef else None
+    learner = Learner(config, WORLD, policy, reference, build_optimizer(policy, config.optim), dims)
     for sizes in ((3, 4, 5), (9, 2, 7)):
         groups = tokens_as_groups([[5] * sizes[0], [6] * 4], [[[7] * sizes[1], [8] * sizes[2]], [[9, 9], [10]]])
         for batch in micro_batches(learner, groups):
-            with torch.no_grad():
-                policy(batch)
-            backward(learner, batch, count(groups))
+            if config.train.updates_per_step > 1:
+                with torch.no_grad():
+                    policy(batch)
+            with frozen_scores(learner, batch):
+                backward(learner, batch, count(groups))
     assert graphs() == ahead
 
 
@@ -99,6 +117,124 @@ def test_it_is_done_once(make, monkeypatch, caplog):
     for config, again in ((make(), False), (make("optim.lr=1e-6"), False), (make("loss.kl_coef=0.1"), True)):
         with begun(config, monkeypatch, "pass") as ahead:
             assert (ahead._process is not None) == again
+
+
+@pytest.mark.parametrize("name", ["TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"])
+def test_it_is_done_again_for_other_folders_of_code(make, monkeypatch, tmp_path, name):
+    def is_begun():
+        with begun(make(), monkeypatch, "pass") as ahead:
+            ahead.wait()
+            return ahead._process is not None
+
+    assert [is_begun(), is_begun()] == [True, False]
+    monkeypatch.setenv(name, str(tmp_path / "other"))
+    assert [is_begun(), is_begun()] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "name", ["place.py", "long_samples.py", "compile_ahead.py", "fsdp.py", "caches.py", "policy.py"]
+)
+def test_it_is_done_again_for_other_code_of_this_package(make, monkeypatch, name):
+    config = make()
+    hf_config, read = load_hf_config(config.model), Path.read_bytes
+    before = compile_ahead.done_file(config, hf_config, WORLD)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + (b"#" if path.name == name else b""))
+    assert compile_ahead.done_file(config, hf_config, WORLD) != before
+
+
+def test_the_plan_of_the_layers_is_of_the_key_and_not_only_the_config(make, monkeypatch):
+    """What ``auto`` means depends on the GPU's memory and on keys outside of the key's sections."""
+    config = make()
+    hf_config = load_hf_config(config.model)
+
+    def key(plan):
+        monkeypatch.setattr(compile_ahead, "layer_plan", lambda *_: plan)
+        return compile_ahead.done_file(config, hf_config, WORLD)
+
+    full = key(LayerPlan(["full", "none"], 1))
+    assert key(LayerPlan(["none", "full"], 1)) == full
+    assert len({full, key(LayerPlan(["full", "full"], 1)), key(LayerPlan(["full", "none"], 2))}) == 3
+
+
+def refuse(*_, **__):
+    raise PermissionError(13, "Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value"),
+    [
+        (Path, "exists", refuse),
+        (tempfile, "tempdir", "/no/such/folder"),
+        (sys, "executable", "/no/such/python"),
+        (compile_ahead, "begun_by", lambda: None),  # pickle cannot find it
+    ],
+)
+def test_what_prevents_its_begin_is_said_once(make, monkeypatch, caplog, where, name, value):
+    config = make()
+    if where is compile_ahead:
+        config.rewards.functions = value
+    hf_config = load_hf_config(config.model)
+    with monkeypatch.context() as patch, CompileAhead(config, WORLD) as ahead:
+        patch.setattr(where, name, value, raising=False)
+        ahead.begin(hf_config)
+        ahead.wait()
+    (said,) = caplog.messages
+    assert said.startswith("compiling ahead did not begin (") and said.endswith(compile_ahead.INSTEAD)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux ends it with the run")
+@pytest.mark.filterwarnings("ignore:.*fork")
+@pytest.mark.parametrize("when", ["at once", "before its imports are done"])
+def test_it_ends_with_a_run_that_is_killed(make, monkeypatch, tmp_path, when):
+    config, file = make(), tmp_path / "runs"
+    hf_config = load_hf_config(config.model)
+    ModelDims.from_config(hf_config)  # is kept
+    monkeypatch.setattr(compile_ahead, "CODE", f"open({str(file)!r}, 'x'); import time; time.sleep(60)")
+    read, write = os.pipe()
+    if not (run := os.fork()):
+        try:  # this is a copy of the tests' process, of which nothing may go on
+            ahead = CompileAhead(config, WORLD)
+            ahead.begin(hf_config)
+            assert ahead._process is not None
+            os.write(write, str(ahead._process.pid).encode())
+            until = time.monotonic() + 20
+            while when != "at once" and not file.exists() and time.monotonic() < until:
+                time.sleep(0.01)
+        finally:
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.close(write)
+    process = int(os.read(read, 20))
+    os.close(read)
+    os.waitpid(run, 0)
+    try:
+        until = time.monotonic() + 20
+        while lives(process):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+    finally:
+        if lives(process):
+            os.kill(process, signal.SIGKILL)
+
+
+def lives(process):
+    """Not a zombie either, of which nobody has asked for the exit code."""
+    try:
+        return bool(Path(f"/proc/{process}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+def test_it_imports_what_the_run_imports_and_nothing_from_the_current_folder(make, monkeypatch, caplog, tmp_path):
+    for name in ("ctypes", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('of the current folder')")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "only_here.py").touch()
+    config = make()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "own")
+    with begun(config, monkeypatch, "import json, only_here") as ahead:
+        ahead.wait()
+    assert not caplog.records
 
 
 def test_a_failure_is_said_once_and_tried_again_in_the_next_run(make, monkeypatch, caplog):
