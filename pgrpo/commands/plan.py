@@ -16,6 +16,7 @@ from pgrpo.config import Config, ConfigError, check_world_size, to_yaml
 from pgrpo.distributed.world import World, world_size
 from pgrpo.planning.flops import GIB, ModelDims, adapter_parameters, flat_work, rho, update_flops
 from pgrpo.planning.hub import load_hf_config
+from pgrpo.planning.kept import kept_text, longest_kept, why_none_kept
 from pgrpo.planning.memory import LayerPlan, memory_plan
 from pgrpo.planning.placement import (
     attention_choice,
@@ -24,9 +25,7 @@ from pgrpo.planning.placement import (
     gpu_memory,
     is_compiled,
     keepable_tokens,
-    kept_text,
     layer_plan,
-    longest_kept,
     most_image_tokens,
     plan_sizes,
     vllm_memory,
@@ -118,8 +117,8 @@ def _vllm(config: Config, dims: ModelDims, world: World) -> tuple[tuple[str, ...
 def _kept(config: Config, dims: ModelDims, world: World) -> str:
     """Whether prefixes are kept for several passes."""
     wanted = longest_kept(config, dims, world)
-    text = kept_text(wanted, keepable_tokens(config, dims, world))
-    return f"kept prefixes {text}\n" if wanted else ""
+    text = kept_text(wanted, keepable_tokens(config, dims, world)) if wanted else why_none_kept(config, dims, world)
+    return f"kept prefixes {text}\n" if text else ""
 
 
 def _teacher(config: Config, dims: ModelDims | None) -> str:

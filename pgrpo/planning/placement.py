@@ -21,6 +21,7 @@ from pgrpo.distributed.world import World
 from pgrpo.model.logprobs import LOGITS_PER_CHUNK
 from pgrpo.planning.flops import GIB, ModelDims, adapter_parameters
 from pgrpo.planning.hub import load_hf_config
+from pgrpo.planning.kept import longest_kept
 from pgrpo.planning.memory import LayerPlan, MemoryPlan, fewest_recomputed_layers, memory_plan
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.types import Recompute
@@ -145,23 +146,6 @@ def keepable_tokens(config: Config, dims: ModelDims, world: World) -> int:
     none, one = (memory_plan(dims, recompute=recompute, mlp_chunks=chunks, **sizes, kept_tokens=n) for n in (0, 1))
     room = _capacity_gib(config, world) - none.update
     return max(0, min(wanted, int(room / one.kept)))
-
-
-def kept_text(wanted: int, tokens: int) -> str:
-    """What is kept, for the dry run and the log."""
-    if tokens:
-        less = f" (not {wanted:,}: the memory plan has room for no more)" if tokens < wanted else ""
-        return f"up to {tokens:,} tokens that samples share are computed once for several micro-batches where that saves time{less}"
-    return "none: the memory plan has no room for their keys and values; lower train.token_budget to make some"
-
-
-def longest_kept(config: Config, dims: ModelDims, world: World) -> int:
-    """Tokens of the longest prefix that it may make sense to keep: none if a step is one micro-batch. Layers with a state keep
-    none, nor do ranks that hold parts of a sample, nor prompts with images."""
-    rollout, prompt, budget = config.rollout, config.data.max_prompt_tokens, config.train.token_budget
-    step = rollout.prompts_per_step * (prompt + rollout.group_size * config.max_sampled_tokens)
-    cannot = dims.state_elements or world.sequence_parallel_size > 1 or config.prompt.images_column
-    return 0 if step <= budget or config.model.attention != "grouped" or cannot else min(prompt, budget)
 
 
 class EngineChoice(NamedTuple):

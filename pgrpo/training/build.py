@@ -28,13 +28,12 @@ from pgrpo.model.families.linear import states_text
 from pgrpo.model.policy import Policy
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.hub import load_error, load_hf_config
+from pgrpo.planning.kept import kept_text, longest_kept, why_none_kept
 from pgrpo.planning.placement import (
     attention_choice,
     check_device,
     is_compiled,
     keepable_tokens,
-    kept_text,
-    longest_kept,
 )
 from pgrpo.process.caches import use_caches
 from pgrpo.process.rng import seed_all
@@ -196,6 +195,7 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
             experts_text(policy.model),
             untrained_text(hf_config),
             f"kept prefixes: {kept_text(wanted, most_kept)}" if most_kept < wanted else "",
+            f"kept prefixes: {none}" if (none := why_none_kept(config, dims, world, keeps=keeps)) else "",
         ):
             if text:
                 log.info("%s", text)

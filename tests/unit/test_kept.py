@@ -32,8 +32,8 @@ from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Work, length
 from pgrpo.planning.dims import ModelDims, decoder_layers
+from pgrpo.planning.kept import kept_text, longest_kept, why_none_kept
 from pgrpo.planning.memory import memory_plan
-from pgrpo.planning.placement import kept_text
 from pgrpo.training.build import build
 from pgrpo.training.caller import Given
 from pgrpo.training.progress import Progress
@@ -331,3 +331,29 @@ def test_the_memory_plan_says_how_much_is_kept():
     assert some.update - none.update == pytest.approx(9.0) and some.optimizer_step == none.optimizer_step
     assert "up to 7 tokens" in kept_text(7, 7) and "not 9" in kept_text(9, 7)
     assert kept_text(9, 0).startswith("none: the memory plan has no room")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, ""),
+        ({"states": 5}, "layers have a state"),
+        ({"ranks": 2}, "model.sequence_parallel_size is above 1"),
+        ({"images": "images"}, "prompts have images"),
+        ({"keeps": False}, "layers call attention more than once"),
+        ({"states": 5, "budget": 64}, ""),  # a whole group fits
+        ({"states": 5, "attention": "repeated"}, ""),
+    ],
+)
+def test_a_run_that_cannot_keep_a_prefix_says_why(changes, reason):
+    """For groups of a prompt of 32 tokens and 4 completions of 8, in micro-batches of 48 unless said otherwise."""
+    config = load_config("quickstart.yaml")
+    config.data.max_prompt_tokens, config.rollout.max_completion_tokens, config.rollout.group_size = 32, 8, 4
+    config.rollout.prompts_per_step, config.train.token_budget = 2, changes.get("budget", 48)
+    config.model.attention, config.prompt.images_column = changes.get("attention", "grouped"), changes.get("images")
+    shape = json.loads((ROOT / "benchmarks" / "qwen3_4b" / "config.json").read_text())
+    dims = replace(ModelDims.from_config(shape), state_elements=changes.get("states", 0))
+    world = World(0, 2, torch.device("cpu"), sequence_parallel_size=changes.get("ranks", 1))
+    text = why_none_kept(config, dims, world, keeps=changes.get("keeps", True))
+    assert reason in text and bool(text) == bool(reason)
+    assert longest_kept(config, dims, world) == (32 if not changes or "keeps" in changes else 0)
