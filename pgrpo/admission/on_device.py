@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pgrpo.admission.compare import gradients, reference_logprobs, tokens_as_samples, untouched_model
@@ -24,6 +24,7 @@ from pgrpo.admission.shrink import few_layers
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.config import ConfigError
+from pgrpo.model.families.expert_products import is_stack
 from pgrpo.model.families.linear import has_state, plain_functions
 from pgrpo.model.policy import Policy
 from pgrpo.packing.batch import build_batch
@@ -65,7 +66,9 @@ def check_on_device(
     ours, theirs, *of_gradients = bfloat16_errors(config, tokens_as_samples(chosen, completions), attention, device)
     found = f"log-probs in bfloat16 are {ours:.1e} nats from float32 (rms), the untouched model's {theirs:.1e}"
     if of_gradients:
-        found += f"; gradients of layers with a state {of_gradients[0]:.1e} (relative), the untouched model's {of_gradients[1]:.1e}"
+        found += "; gradients of linear attention and experts {:.1e} (relative), the untouched model's {:.1e}".format(
+            *of_gradients
+        )
     if not ours <= MOST_ERROR * theirs or (of_gradients and not of_gradients[0] <= MOST_ERROR * of_gradients[1]):
         raise ConfigError(
             f"model.path={path}: on {name}, with the {attention.kernel} attention kernel, {found}: more than twice"
@@ -84,20 +87,25 @@ def bfloat16_errors(
     config: PretrainedConfig, samples: Sequence[Sample], attention: AttentionChoice, device: torch.device
 ) -> tuple[float, ...]:
     """Root mean square of the log-probs' errors in bfloat16 against float32: grouped, and untouched. Of a model with linear
-    attention also the relative errors of those layers' gradients: their kernels are another package's, and were wrong once."""
+    attention or stacked experts also the relative errors of these modules' gradients, which the proof computes by other code: the
+    kernels are another package's and were wrong once, or compute in half precision alone."""
     few = few_layers(config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(0)
         untouched = untouched_model(partial(random_model, few)).eval()
         grouped = random_model(few, ATTENTION_NAME).eval()
     policy = Policy(grouped, attention=attention)
-    has_states = any(map(has_state, grouped.modules()))
+
+    def own_backward(part: nn.Module) -> bool:
+        return has_state(part) or is_stack(part)
+
+    compares_gradients = any(map(own_backward, grouped.modules()))
 
     def measured(model: PreTrainedModel, logprobs: Callable[[], Tensor]) -> tuple[Tensor, list[Tensor]]:
-        with nullcontext() if has_states else torch.no_grad():
+        with nullcontext() if compares_gradients else torch.no_grad():
             found = logprobs()
-            own = {id(p) for part in model.modules() if has_state(part) for p in part.parameters()}
-            pairs = zip(model.parameters(), gradients(found, model), strict=True) if has_states else ()
+            own = {id(p) for part in model.modules() if own_backward(part) for p in part.parameters()}
+            pairs = zip(model.parameters(), gradients(found, model), strict=True) if compares_gradients else ()
             return found.detach().float(), [gradient.float() for p, gradient in pairs if id(p) in own]
 
     with plain_functions():
@@ -107,7 +115,7 @@ def bfloat16_errors(
     batch = build_batch(Forest.of(samples), device=device, attention=policy.attention)
     ours = measured(grouped, lambda: policy(batch).logprobs)
     errors = [(x - wanted[0]).square().mean().sqrt().item() for x, _ in (ours, theirs)]
-    for _, found in (ours, theirs) if has_states else ():
+    for _, found in (ours, theirs) if compares_gradients else ():
         off = sum((a - b).square().sum() for a, b in zip(found, wanted[1], strict=True))
         errors.append((off / sum(g.square().sum() for g in wanted[1])).sqrt().item())  # pyright: ignore[reportAttributeAccessIssue]
     return tuple(errors)

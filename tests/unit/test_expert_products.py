@@ -85,6 +85,16 @@ def test_frozen_experts_have_no_gradient(module, monkeypatch):
     assert all((a - b).abs().max() < 1e-13 * b.abs().max() for a, b in zip(got, want, strict=True))
 
 
+def test_biases_of_frozen_matrices_have_a_gradient():
+    (experts,) = [m for m in make("gpt_oss").modules() if hasattr(m, "_apply_gate")]
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    experts.requires_grad_(False).gate_up_proj_bias.requires_grad_()
+    got, want = outputs_and_gradients(experts, ours(experts)), outputs_and_gradients(experts, experts)
+    assert len(got) == len(want) == 4
+    assert all((a - b).abs().max() < 1e-13 * b.abs().max() for a, b in zip(got, want, strict=True))
+
+
 def test_a_compiler_is_told_the_shapes(module):
     hidden, experts, _ = random_inputs()
     experts, order = experts.flatten().sort(stable=True)

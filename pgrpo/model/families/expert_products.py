@@ -51,6 +51,11 @@ def recorded_choices() -> Iterator[list[tuple[nn.Module, Tensor]]]:
         _Recorded.choices = None
 
 
+def is_stack(module: torch.nn.Module) -> bool:
+    """Whether it is the stacked experts of a layer, by what transformers gives to these."""
+    return hasattr(module, "is_transposed") and hasattr(module, "num_experts")
+
+
 def forward(module: Any, hidden_TE: Tensor, experts_TA: Tensor, weights_TA: Tensor) -> Tensor:
     """transformers' interface for experts: [T, E] hidden states, each row's experts and their weights -> [T, E]."""
     if not torch.compiler.is_compiling() and _Recorded.choices is not None:
@@ -90,7 +95,7 @@ def expert_inputs(
 
 @torch.library.custom_op("pgrpo::expert_inputs_backward", mutates_args=())
 def _expert_inputs_backward(
-    d_SI: Tensor, x_TE: Tensor, weight: Tensor, has_bias: bool,
+    d_SI: Tensor, x_TE: Tensor, weight: Tensor, bias_trained: bool,
     rows_S: Tensor, place_S: Tensor, ends_X: Tensor, active: int, turned: bool, trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     d_SI = d_SI.contiguous()
@@ -99,7 +104,7 @@ def _expert_inputs_backward(
     if trained:
         x_SE = x_TE.index_select(0, rows_S)
         dweight = _outer(x_SE, d_SI, ends_X) if turned else _outer(d_SI, x_SE, ends_X)
-    if trained and has_bias:
+    if bias_trained:
         dbias = _outer(d_SI.new_ones(len(d_SI), ALIGNMENT), d_SI, ends_X)[:, 0].contiguous()
     return dx_TE, dweight, dbias
 
@@ -158,12 +163,12 @@ def _(x, weight, bias, rows, place, experts, ends, active, turned):
 
 
 @_expert_inputs_backward.register_fake
-def _(d, x, weight, has_bias, rows, place, ends, active, turned, trained):
+def _(d, x, weight, bias_trained, rows, place, ends, active, turned, trained):
     dweight = weight.new_empty(weight.shape) if trained else d.new_empty(0)
     return (
         x.new_empty(x.shape),
         dweight,
-        d.new_empty(len(weight), d.shape[1]) if trained and has_bias else d.new_empty(0),
+        d.new_empty(len(weight), d.shape[1]) if bias_trained else d.new_empty(0),
     )
 
 
@@ -178,18 +183,17 @@ def _(d, y, weight, rows, ends, turned, trained):
 
 
 def _set_up_inputs(ctx: Any, inputs: Any, output: Any) -> None:
-    x, weight, bias, rows, place, _, ends, ctx.active, ctx.turned = inputs
-    ctx.has_bias = bias is not None
+    x, weight, _, rows, place, _, ends, ctx.active, ctx.turned = inputs
     ctx.save_for_backward(x, weight, rows, place, ends)
 
 
 def _inputs_backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, rows, place, ends = ctx.saved_tensors
-    trained = ctx.needs_input_grad[1]
+    _, trained, bias_trained, *_ = ctx.needs_input_grad
     dx, dweight, dbias = _expert_inputs_backward(
-        d, x, weight, ctx.has_bias, rows, place, ends, ctx.active, ctx.turned, trained
+        d, x, weight, bias_trained, rows, place, ends, ctx.active, ctx.turned, trained
     )
-    return dx, dweight if trained else None, dbias if trained and ctx.has_bias else None, *[None] * 6
+    return dx, dweight if trained else None, dbias if bias_trained else None, *[None] * 6
 
 
 def _set_up_outputs(ctx: Any, inputs: Any, output: Any) -> None:
