@@ -15,6 +15,7 @@ import argparse
 import json
 import multiprocessing
 import platform
+import subprocess
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
     parser.add_argument("--random-weights", action="store_true", help="made up from the model's config.json alone")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--repeated-parts", type=int, default=1, help="micro-batches of repeated_packed")
+    parser.add_argument("--commit", help="for the rows, where there is no git")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--profile", type=Path, metavar="FILE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -80,7 +82,7 @@ def main(arguments: list[str] | None = None) -> list[Row]:
                 if timed:
                     print_rows(timed, rate, config)
                 if args.json:
-                    write_report(make_report(timed, world.device), args.json)
+                    write_report(make_report(timed, world.device, args.commit or head()), args.json)
         if args.profile:
             _profile(policy, args.shape[-1], args.checkpointing[-1], config, args.profile)
     return rows
@@ -134,7 +136,13 @@ def _profile(policy: Policy, shape: Shape, recompute: Recompute, config: Config,
     file.write_text(profile.key_averages().table(sort_by=order, row_limit=60, max_name_column_width=100))
 
 
-def make_report(rows: list[Row], device: torch.device) -> dict[str, Any]:
+def head() -> str:
+    """The commit of this checkout; nothing without git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def make_report(rows: list[Row], device: torch.device, commit: str) -> dict[str, Any]:
     """Where the rows were measured, and the rows."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     versions = {
@@ -147,7 +155,7 @@ def make_report(rows: list[Row], device: torch.device) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    return {"device": name, "versions": versions, "rows": [asdict(row) for row in rows]}
+    return {"device": name, "versions": versions, "rows": [asdict(row) | {"commit": commit} for row in rows]}
 
 
 def write_report(report: dict[str, Any], file: Path) -> None:

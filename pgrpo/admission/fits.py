@@ -14,8 +14,11 @@ from pgrpo.planning.dims import ModelDims
 log = logging.getLogger(__name__)
 
 
-def check_positions(config: ModelConfig, hf_config: PretrainedConfig, max_sample: int) -> None:
+def check_positions(config: ModelConfig, hf_config: PretrainedConfig, max_sample: int, limits: str) -> None:
     """Refuse a run whose longest sample has more tokens than the model has positions, by config.json or ``model.max_positions``.
+
+    Args:
+        limits: what sets ``max_sample``, for the message (``Config.sampled_limit``).
 
     Raises:
         ConfigError: names both lengths.
@@ -27,7 +30,7 @@ def check_positions(config: ModelConfig, hf_config: PretrainedConfig, max_sample
     if most is not None and max_sample > most:
         raise ConfigError(
             f"model.path={config.path}: it has {most} positions, the longest sample {max_sample} tokens (data.max_prompt_tokens + "
-            "rollout.max_completion_tokens): lower those, or set model.max_positions if the model can take more"
+            f"{limits}): lower those, or set model.max_positions if the model can take more"
         )
 
 

@@ -32,6 +32,7 @@ from pgrpo.planning.placement import (
     vllm_text,
 )
 from pgrpo.process.caches import cache_root
+from pgrpo.training.engine import check_engine
 from pgrpo.types import Recompute
 
 
@@ -57,7 +58,7 @@ def plan_text(config: Config) -> str:
     ranks, together = planned_ranks(config), config.model.sequence_parallel_size
     hf_config = load_hf_config(config.model)
     keeps = check_model(config.model.path, hf_config, prompt + completion).keeps
-    check_positions(config.model, hf_config, prompt + completion)
+    check_positions(config.model, hf_config, prompt + completion, config.sampled_limit)
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)
     check_chunks(config.model, dims)
@@ -70,6 +71,8 @@ def plan_text(config: Config) -> str:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     planned = torch.device("cpu" if config.model.dtype == "float32" else "cuda")  # the device that the config is for
     world = World(0, ranks, planned, fsdp_size=config.model.fsdp_size, sequence_parallel_size=together)
+    if planned.type == device.type:  # else vLLM is somewhere else
+        check_engine(config, dims, world)
     offloaded, vllm = _vllm(config, dims, world)
     chosen, sizes = layer_plan(config, dims, world), plan_sizes(config, dims, world, planned)
     memory = memory_plan(dims, recompute=chosen.recompute, mlp_chunks=chosen.mlp_chunks, **sizes, offloaded=offloaded)

@@ -175,15 +175,10 @@ def _check_sizes(config: Config) -> None:
             "same data share an engine; leave it out"
         )
     longest = config.max_sample_tokens
-    behind = (
-        f"environment.max_episode_tokens, or environment.max_turns turns {config.max_sampled_tokens}"
-        if config.has_tools
-        else f"rollout.max_completion_tokens {config.rollout.max_completion_tokens}"
-    )
     if longest > config.train.token_budget:
         raise ConfigError(
             f"train.token_budget: {config.train.token_budget} is less than the longest sample, {longest} tokens "
-            f"(data.max_prompt_tokens {config.data.max_prompt_tokens} + {behind}); "
+            f"(data.max_prompt_tokens {config.data.max_prompt_tokens} + {config.sampled_limit}); "
             f"set train.token_budget to at least {longest}, or lower those"
         )
     mode, chunks = config.model.activation_checkpointing, config.model.mlp_chunks or 1

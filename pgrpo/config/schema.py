@@ -314,6 +314,13 @@ class Config:
         return environment.max_episode_tokens or turn * environment.max_turns
 
     @property
+    def sampled_limit(self) -> str:
+        """What sets ``max_sampled_tokens``, for messages."""
+        if self.has_tools:
+            return f"environment.max_episode_tokens, or environment.max_turns turns {self.max_sampled_tokens}"
+        return f"rollout.max_completion_tokens {self.rollout.max_completion_tokens}"
+
+    @property
     def max_sample_tokens(self) -> int:
         """The most tokens of a sample, with its prompt."""
         return self.data.max_prompt_tokens + self.max_sampled_tokens

@@ -5,6 +5,7 @@ In a chat the texts of rows never become control tokens (``control.py``); a raw 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Formatter
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
+log = logging.getLogger(__name__)
 
 
 class Rendered(NamedTuple):
@@ -136,6 +138,8 @@ def _read_images(
     named = f"column `{column}`" if column else "messages"
     values = [_column(row, column, "prompt.images_column", i) if column else None for i, row in enumerate(rows)]
     found = [images_of(v, own, f"row {i}, {named}") for i, (v, own) in enumerate(zip(values, parts, strict=True))]
+    if column and (lacking := sum(not own for own in found)):
+        log.warning("%d of %d rows have no image in %s", lacking, len(found), named)
     return reader.read(found, lambda i: f"row {i}, {named}", folder)
 
 

@@ -125,7 +125,7 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
     tokenizer = load_tokenizer(config)
     hf_config = load_hf_config(config.model)
     max_sample = config.max_sample_tokens
-    check_positions(config.model, hf_config, max_sample)
+    check_positions(config.model, hf_config, max_sample, config.sampled_limit)
     check_linear(config.model.path, hf_config, world.device)
     if ahead is not None:
         ahead.begin(hf_config)

@@ -83,13 +83,13 @@ def check_engine(config: Config, dims: ModelDims, world: World) -> None:
                 str(n) for n in range(1, world.size + 1) if not (world.size % n or dims.heads % n or dims.kv_heads % n)
             ]
             raise ConfigError(f"{key}: {size} does not divide {count} {what}; it may be {', '.join(valid)}{why}")
-    if rollout.compare_experts and (lacks := _cannot_compare_experts(config, dims)):
+    if rollout.compare_experts and (lacks := _cannot_compare_experts(config, dims, world)):
         raise ConfigError(f"rollout.compare_experts: true: {lacks}; leave it out")
     vllm_start.check_version(config, world.device)
     vllm_memory(config, dims, world)  # refuses prompts that do not fit
 
 
-def _cannot_compare_experts(config: Config, dims: ModelDims) -> str:
+def _cannot_compare_experts(config: Config, dims: ModelDims, world: World) -> str:
     """Why choices of experts cannot be compared; empty if they can."""
     if not dims.stacked:
         return f"{config.model.path} has no experts that transformers stacks"
@@ -97,6 +97,8 @@ def _cannot_compare_experts(config: Config, dims: ModelDims) -> str:
         return "the canary compares them, and rollout.canary_every=0 is off"
     if config.model.sequence_parallel_size > 1:
         return "with model.sequence_parallel_size no rank has all rows of a sample"
+    if world.device.type == "cpu":
+        return "vLLM does not tell its choices on a CPU"
     return ""
 
 

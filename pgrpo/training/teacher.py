@@ -30,7 +30,7 @@ def check_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size
     model, longest = teacher_model(config), config.max_sample_tokens
     try:
         hf_config = load_hf_config(model)
-        check_positions(model, hf_config, longest)
+        check_positions(model, hf_config, longest, config.sampled_limit)
         check_linear(model.path, hf_config, device)
         proof = check_model(model.path, hf_config, longest)
     except ConfigError as error:

@@ -89,6 +89,12 @@ def test_a_dry_run_plans_for_ranks_that_compute_together(model, tmp_path, capsys
         plan(config(model, tmp_path, *keys))
 
 
+def test_a_dry_run_refuses_an_engine_that_cannot_run_here(model, tmp_path, capsys):
+    with pytest.raises(ConfigError, match=r"rollout\.compare_experts: True has no effect on the embedded engine"):
+        plan(config(model, tmp_path, "rollout.compare_experts=true", "rollout.engine=embedded"))
+    assert capsys.readouterr().out == ""
+
+
 def test_a_dry_run_shows_nothing_of_what_it_refuses(tmp_path, capsys):
     message = r"model.path=.*no-model: cannot load this model: .*[^.]; give a folder that from_pretrained loads, or a hub name$"
     with pytest.raises(ConfigError, match=message):

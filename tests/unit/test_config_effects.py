@@ -428,7 +428,9 @@ def observe(folder, tmp_path, monkeypatch, caplog, capsys):
 
     for loader in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
         monkeypatch.setattr(loader, "from_pretrained", record("loaded", loader.from_pretrained))
-    monkeypatch.setattr(datasets, "load_dataset", record("datasets", lambda path, name, **_: sums))
+    monkeypatch.setattr(
+        datasets, "load_dataset", record("datasets", lambda path, name, **_: datasets.Dataset.from_list(sums))
+    )
     monkeypatch.setattr(wandb, "init", record("wandb", lambda **_: FakeWandb()))
     monkeypatch.setenv("WANDB_MODE", "offline")  # else it would ask for a login
     recompute._runner.cache_clear()

@@ -248,17 +248,15 @@ def test_samples_longer_than_the_models_positions_are_refused(model_type, stated
         model_type, max_position_embeddings=stated, rope_parameters=rope_parameters
     )
     caplog.clear()  # of what transformers says of such a config
-    check_positions(ModelConfig(path="m"), config, most)
-    message = (
-        rf"model.path=m: it has {most} positions, the longest sample {most + 1} tokens \(data.max_prompt_tokens \+"
-    )
+    check_positions(ModelConfig(path="m"), config, most, "a limit")
+    message = rf"model.path=m: it has {most} positions, the longest sample {most + 1} tokens \(data.max_prompt_tokens \+ a limit\)"
     with pytest.raises(ConfigError, match=message):
-        check_positions(ModelConfig(path="m"), config, most + 1)
+        check_positions(ModelConfig(path="m"), config, most + 1, "a limit")
     assert not caplog.records
-    check_positions(ModelConfig(path="m", max_positions=most + 1), config, most + 1)
+    check_positions(ModelConfig(path="m", max_positions=most + 1), config, most + 1, "a limit")
     assert caplog.messages == [f"model.max_positions={most + 1} instead of {most}, by the model's config.json"]
     with pytest.raises(ConfigError, match="it has 5 positions, the longest sample 6 tokens"):
-        check_positions(ModelConfig(path="m", max_positions=5), config, 6)
+        check_positions(ModelConfig(path="m", max_positions=5), config, 6, "a limit")
 
 
 def test_the_bare_model_and_padded_batches_are_refused(tmp_path):

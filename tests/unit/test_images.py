@@ -98,7 +98,7 @@ def test_an_image_is_the_same_however_a_row_has_it(folder, monkeypatch):
     assert torch.equal(a, b)
 
 
-def test_images_stand_where_marks_are(folder):
+def test_images_stand_where_marks_are(folder, caplog):
     """Two images in a text, three in front of one without marks, and image parts of a conversation, with their image or without."""
     red, blue = str(folder / "red.png"), str(folder / "blue.png")
     reader = reader_of(folder)
@@ -123,6 +123,7 @@ def test_images_stand_where_marks_are(folder):
     text_only = loaded({"images": None, "question": "a"})
     assert text_only.images is None
     assert PAD not in text_only.token_ids
+    assert [r.getMessage() for r in caplog.records] == ["1 of 1 rows have no image in column `images`"]
     raw = loaded({"images": red, "question": "a"}, PromptConfig(template="<image>{question}", images_column="images"))
     assert raw.token_ids.count(PAD) == 16
 

@@ -23,7 +23,7 @@ from pgrpo.model.families.vision import Vision
 from pgrpo.model.policy import Policy
 from pgrpo.rollout.vllm.images import EngineImages, as_prompt, check_expanded, start_arguments
 from pgrpo.rollout.vllm.requests import EngineError
-from pgrpo.training import update, vision
+from pgrpo.training import sums, vision
 from pgrpo.types import Image, PromptImages, Request
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,7 +112,7 @@ def test_a_run_computes_each_image_once_a_step_and_samples_what_it_scores(folder
 def test_flops_of_a_step_are_also_those_of_its_images(folder, tmp_path, monkeypatch, keys, forwards):
     """Of six images of 64 patches, 16 tokens, in the update: a frozen tower ran in the rollout. Layers that the backward computes
     again are not counted again."""
-    monkeypatch.setattr(update, "work_flops", lambda *_: 0)
+    monkeypatch.setattr(sums, "work_flops", lambda *_: 0)
     keys = (*keys, "data.shuffle=false", "train.steps=1", "model.activation_checkpointing=full")
     run = pgrpo.train(config_of(folder, tmp_path / "run", *keys))
     (row,) = metrics_of(run)
