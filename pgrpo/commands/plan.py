@@ -119,8 +119,8 @@ def _vllm(config: Config, dims: ModelDims, world: World) -> tuple[tuple[str, ...
 
 def _kept(config: Config, dims: ModelDims, world: World) -> str:
     """Whether prefixes are kept for several passes."""
-    wanted = longest_kept(config, dims, world)
-    text = kept_text(wanted, keepable_tokens(config, dims, world)) if wanted else why_none_kept(config, dims, world)
+    wanted = longest_kept(config, dims)
+    text = kept_text(wanted, keepable_tokens(config, dims, world)) if wanted else why_none_kept(config, dims)
     return f"kept prefixes {text}\n" if text else ""
 
 

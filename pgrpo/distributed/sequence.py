@@ -12,7 +12,6 @@ S ranks, T packed rows, t rows of one rank (S * t >= T); H query heads, K key/va
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +30,8 @@ from pgrpo.distributed.world import World
 
 def key_value_copies(kv_heads: int, size: int) -> int:
     """How many ranks need each key/value head: 1 if the heads divide over the ranks."""
-    return size // math.gcd(kv_heads, size)
+    # Not by ``math.gcd``, which torch.compile does not trace.
+    return next(copies for copies in range(1, size + 1) if kv_heads * copies % size == 0)
 
 
 @dataclass(frozen=True)

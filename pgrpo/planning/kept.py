@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 from pgrpo.config import Config
-from pgrpo.distributed.world import World
 from pgrpo.planning.flops import ModelDims
 
 
-def longest_kept(config: Config, dims: ModelDims, world: World) -> int:
+def longest_kept(config: Config, dims: ModelDims) -> int:
     """Tokens of the longest prefix that it may make sense to keep: none if a step is one micro-batch."""
     rollout, prompt, budget = config.rollout, config.data.max_prompt_tokens, config.train.token_budget
     step = rollout.prompts_per_step * (prompt + rollout.group_size * config.max_sampled_tokens)
-    return (
-        0
-        if step <= budget or config.model.attention != "grouped" or _cannot(config, dims, world)
-        else min(prompt, budget)
-    )
+    return 0 if step <= budget or config.model.attention != "grouped" or _cannot(config, dims) else min(prompt, budget)
 
 
-def _cannot(config: Config, dims: ModelDims, world: World) -> str:
+def _cannot(config: Config, dims: ModelDims) -> str:
     reasons = {
         "layers have a state": dims.state_elements,
-        "model.sequence_parallel_size is above 1": world.sequence_parallel_size > 1,
+        "model.sequence_parallel_size is above 1": config.model.sequence_parallel_size > 1,
         "prompts have images": config.prompt.images_column,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
-def why_none_kept(config: Config, dims: ModelDims, world: World, *, keeps: bool = True) -> str:
+def why_none_kept(config: Config, dims: ModelDims, *, keeps: bool = True) -> str:
     """What a user should know whose groups may be cut into several micro-batches, none of which may keep a prefix; else nothing.
 
     Args:
         keeps: whether each layer of policy and teacher calls attention once.
     """
     group = config.data.max_prompt_tokens + config.rollout.group_size * config.max_sampled_tokens
-    reason = _cannot(config, dims, world) or ("" if keeps else "layers call attention more than once")
+    reason = _cannot(config, dims) or ("" if keeps else "layers call attention more than once")
     if config.model.attention != "grouped" or group <= config.train.token_budget or not reason:
         return ""
     return f"none, as {reason}: a group that train.token_budget cuts computes its prompt in each of its micro-batches"

@@ -287,7 +287,7 @@ def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.devi
     samples = rollout.prompts_per_step * rollout.group_size
     return {
         "token_budget": config.train.token_budget,
-        "kept_tokens": longest_kept(config, dims, world),
+        "kept_tokens": longest_kept(config, dims),
         "dtype_bytes": compute_dtype(config).itemsize,
         "compiled": is_compiled(config, device),
         "ranks": world.shards,

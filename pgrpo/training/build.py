@@ -181,7 +181,7 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
     if teacher is not None:
         teacher.head.banned = policy.head.banned  # a distribution of the same ids
         see(teacher, reader, teaches=True)
-    wanted, most_kept = longest_kept(config, dims, world), keepable_tokens(config, dims, world)
+    wanted, most_kept = longest_kept(config, dims), keepable_tokens(config, dims, world)
     if not keeps:  # of the policy or of the teacher, which keeps the same rows
         wanted = most_kept = 0
     learner = Learner(
@@ -195,7 +195,7 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
             experts_text(policy.model),
             untrained_text(hf_config),
             f"kept prefixes: {kept_text(wanted, most_kept)}" if most_kept < wanted else "",
-            f"kept prefixes: {none}" if (none := why_none_kept(config, dims, world, keeps=keeps)) else "",
+            f"kept prefixes: {none}" if (none := why_none_kept(config, dims, keeps=keeps)) else "",
         ):
             if text:
                 log.info("%s", text)
