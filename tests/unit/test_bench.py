@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,8 @@ def test_the_script_times_every_method_that_runs_on_this_machine(tiny_model, tmp
     report = json.loads(file.read_text())
     assert report.keys() == {"device", "versions", "rows"}
     assert report["versions"].keys() == {"python", "torch", "transformers"}
+    commits = [row.pop("commit") for row in report["rows"]]
+    assert len(set(commits)) == 1 and re.fullmatch(r"[0-9a-f]{7,}|", commits[0])  # nothing where there is no git
     assert [replace(Row(**row), peak_gib=0.0) for row in report["rows"]] == [replace(row, peak_gib=0.0) for row in rows]
 
 
