@@ -235,18 +235,24 @@ def test_timeouts_in_a_row_stop_the_run_too(own):
         )
 
 
-def test_an_environment_whose_process_died_is_made_anew(own):
-    toolbox = load_toolbox(Config(environment=EnvironmentConfig(factory=f"{own}:Game", args={"bad": 1, "how": "die"})))
-    script = turns(*[f"{call('move', by=10)}<|im_end|>"] * 3, "ok<|im_end|>")
-    chats, engine = toolbox.chats(TOKENIZER, [END], {}), Scripted(script)
-    settings: Any = (EnvironmentConfig(), 600, 300, lambda: False)
-    made = loop.ToolLoop(engine, [], toolbox.kinds, chats, *settings, toolbox.nursery)  # pyright: ignore
+def three_episodes(made, toolbox):
+    """Of rows 1, 2 and 2, one after the other: why each ended, and the process of its environment."""
     reasons, pids = [], []
     for row in (1, 2, 2):
         groups = made.generate([prompt_of(toolbox, row=row)], PARAMS, [[1]], 1, lambda *_: None)
         pids.append(groups[0].episodes[0].environment._worker.pid)
         made.release(groups)
         reasons.append(groups[0].episodes[0].finish_reason)
+    return reasons, pids
+
+
+def test_an_environment_whose_process_died_is_made_anew(own):
+    toolbox = load_toolbox(Config(environment=EnvironmentConfig(factory=f"{own}:Game", args={"bad": 1, "how": "die"})))
+    script = turns(*[f"{call('move', by=10)}<|im_end|>"] * 3, "ok<|im_end|>")
+    chats, engine = toolbox.chats(TOKENIZER, [END], {}), Scripted(script)
+    settings: Any = (EnvironmentConfig(), 600, 300, lambda: False)
+    made = loop.ToolLoop(engine, [], toolbox.kinds, chats, *settings, toolbox.nursery)  # pyright: ignore
+    reasons, pids = three_episodes(made, toolbox)
     made.close()
     assert reasons == ["environment", "stop", "stop"]
     assert pids[0] != pids[1] == pids[2]  # a sound one is used again
@@ -271,12 +277,7 @@ def test_an_environment_still_inside_its_converse_is_made_anew_and_its_process_e
     chats, engine = toolbox.chats(TOKENIZER, [END], {}), Scripted(turns(f"{call('move')}<|im_end|>", "ok<|im_end|>"))
     more: Any = (settings, 600, 300, lambda: False)
     made = loop.ToolLoop(engine, [], toolbox.kinds, chats, *more, toolbox.nursery)  # pyright: ignore
-    reasons, pids = [], []
-    for row in (1, 2, 2):
-        groups = made.generate([prompt_of(toolbox, row=row)], PARAMS, [[1]], 1, lambda *_: None)
-        pids.append(groups[0].episodes[0].environment._worker.pid)
-        made.release(groups)
-        reasons.append(groups[0].episodes[0].finish_reason)
+    reasons, pids = three_episodes(made, toolbox)
     wait_for_the_end_of(pids[0])
     made.close()
     assert reasons == ["environment", "stop", "stop"] and pids[0] != pids[1] == pids[2]
