@@ -21,17 +21,19 @@ Messages = list[dict[str, Any]]
 
 
 class Image(NamedTuple):
-    """An image in a prompt, without its pixels, which ``vision.ImageReader`` has by its key.
+    """An image in a sample, without its pixels, which ``vision.ImageReader`` has by its key.
 
     Attributes:
         key: hash of its content.
-        runs: (start, end) of the prompt's tokens that stand for it; several where text separates its tiles.
+        runs: (start, end) of the sample's tokens that stand for it; several where text separates its tiles.
         size: (width, height) of its file, for people.
+        content: its file, of one that a tool or environment gave; those of the data are read again when they are needed.
     """
 
     key: str
     runs: tuple[tuple[int, int], ...]
     size: tuple[int, int] | None = None
+    content: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,9 @@ def evaluate(
             Checkpoints(root, parts.learner, parts.stream, progress).load_weights(path)
         folder = out or own_folder(config, progress.step)
         held_out, was_there = parts.held_out, (folder / "summary.json").exists()
-        metrics = evaluate_held_out(config, world, parts.episodes, parts.rewards, held_out, progress.step, folder)
+        metrics = evaluate_held_out(
+            config, world, parts.episodes, parts.rewards, held_out, progress.step, out, parts.reader
+        )
     name = f"{config.model.path} after step {progress.step}" if checkpoint else config.model.path
     console.print(_table(f"{name}: {len(held_out)} prompts x {config.eval.samples}", metrics))
     console.print(f"{'replaced' if was_there else 'wrote'} {folder}/samples.jsonl and summary.json", soft_wrap=True)

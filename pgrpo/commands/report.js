@@ -180,8 +180,15 @@ function readOut(chart, step) {
 const point = (step) => charts.forEach((chart) => readOut(chart, step));
 
 // ---- the table ----
-const SAMPLES = DATA.samples.map(([source, step, prompt, completion, reward, parts, advantage, finish]) =>
-  ({source, step, prompt: DATA.prompts[prompt], completion, reward, parts, advantage, finish}));
+const SAMPLES = DATA.samples.map(([source, step, prompt, completion, reward, parts, advantage, finish, images = [], told = []]) =>
+  ({source, step, prompt: DATA.prompts[prompt], completion, reward, parts, advantage, finish, images, told}));
+
+// Thumbnails side by side; an image without one is its size.
+function pictures(images) {
+  return images.length ? [make("div", {className: "pictures"}, ...images.map(([number, label]) => number < 0
+    ? make("span", {className: "tag"}, label)
+    : make("img", {src: `data:image/jpeg;base64,${DATA.images[number]}`, alt: label, title: label})))] : [];
+}
 const COLUMNS = [
   {title: "step", number: true, of: (s) => s.step},
   {title: "prompt", text: true, of: (s) => s.prompt},
@@ -231,27 +238,28 @@ function sharedStart(texts) {
 }
 const SHARED = sharedStart(DATA.prompts);
 
-function promptCell(column, prompt) {
-  if (SHARED < 40) return make("td", {className: "text", label: column.title}, make("div", {}, prompt));
+function promptCell(column, prompt, images) {
+  if (SHARED < 40) return make("td", {className: "text", label: column.title}, ...pictures(images), make("div", {}, prompt));
   const folded = make("span", {className: "folded", title: "the beginning that all prompts share; click to unfold"}, `[${SHARED} shared characters] `);
   const whole = make("span", {className: "unfolded"}, prompt.slice(0, SHARED));
-  return make("td", {className: "text", label: column.title}, make("div", {}, folded, whole, prompt.slice(SHARED)));
+  return make("td", {className: "text", label: column.title}, ...pictures(images), make("div", {}, folded, whole, prompt.slice(SHARED)));
 }
 
 // All completions of the same prompt in the same step, side by side, best first.
 function groupRow(sample) {
-  const group = SAMPLES.filter((s) => s.step === sample.step && s.prompt === sample.prompt && s.source === sample.source);
+  const asked = (s) => JSON.stringify([s.step, s.source, s.prompt, s.images]);
+  const group = SAMPLES.filter((s) => asked(s) === asked(sample));
   group.sort((a, b) => (b.reward ?? -Infinity) - (a.reward ?? -Infinity));
   const cards = group.map((s) => make("article", {className: s === sample ? "own" : ""},
     make("p", {}, make("b", {}, `reward ${format(s.reward)}`), ` advantage ${format(s.advantage)} `, make("span", {className: "tag"}, s.finish)),
-    make("pre", {}, s.completion)));
+    ...pictures(s.told), make("pre", {}, s.completion)));
   return make("tr", {className: "group"}, make("td", {colSpan: COLUMNS.length}, make("div", {className: "side"}, ...cards)));
 }
 
 function cell(column, sample) {
   const value = column.of(sample);
-  if (column.title === "prompt") return promptCell(column, value);
-  if (column.text) return make("td", {className: "text", label: column.title}, make("div", {}, value));
+  if (column.title === "prompt") return promptCell(column, value, sample.images);
+  if (column.text) return make("td", {className: "text", label: column.title}, ...pictures(sample.told), make("div", {}, value));
   if (column.tag) return make("td", {label: column.title}, make("span", {className: "tag"}, value ?? "-"));
   if (column.signed && value) {
     const tag = make("span", {className: `tag ${value > 0 ? "up" : "down"}`}, (value > 0 ? "+" : "") + format(value));

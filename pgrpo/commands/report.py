@@ -22,11 +22,15 @@ from typing import Any
 from pgrpo.commands.curves import Panel, Rows, panels_of, read_rows
 from pgrpo.config import ConfigError
 from pgrpo.tracking import printable
+from pgrpo.tracking.thumbnails import IN_A_ROW, KEY, size_text
 
 MAX_POINTS = 600  # points of a curve; a longer curve is averaged
 MAX_SAMPLES = 3000  # samples from training, and as many from evaluations
 MAX_CHARACTERS = 3_000_000  # total length of the texts from training, and of those from evaluations
 SHORTEST = 400  # a text is never cut below this many characters
+MAX_IMAGES = 400  # thumbnails, of at most so many bytes each and together
+MAX_IMAGE_BYTES, MAX_IMAGES_BYTES = 20_000, 2_000_000
+IMAGES = ("images", "told_images")  # of the prompt, and those that tools and environments gave
 SOURCES = ("training", "held out, sampled", "held out, greedy")
 MODES = {"sampled": 1, "greedy": 2}
 
@@ -49,6 +53,7 @@ def page(run_dir: Path, rows: Rows) -> str:
     prompts = list(dict.fromkeys(sample["prompt"] for sample in samples))
     number_of = {prompt: i for i, prompt in enumerate(prompts)}
     parts = list(dict.fromkeys(name for sample in samples for name in sample.get("parts", {})))
+    images, lacking = _images(samples, run_dir / "thumbnails")
     data = {
         "series": series,
         "panels": [_panel(panel, [_text(name) for name in names], series) for panel, names in panels_of(rows)],
@@ -56,6 +61,7 @@ def page(run_dir: Path, rows: Rows) -> str:
         "sources": SOURCES,
         "parts": [_text(name) for name in parts],
         "prompts": prompts,
+        "images": list(images.values()),
         "samples": [
             [
                 MODES.get(sample.get("mode", ""), 0),
@@ -66,6 +72,7 @@ def page(run_dir: Path, rows: Rows) -> str:
                 [_short(sample.get("parts", {}).get(name)) for name in parts],
                 _short(sample.get("advantage")),
                 _text(sample.get("finish_reason", "")),
+                *(_shown_images(sample.get(name, ()), images) for name in IMAGES if any(map(sample.get, IMAGES))),
             ]
             for sample in samples
         ],
@@ -86,7 +93,7 @@ def page(run_dir: Path, rows: Rows) -> str:
         data=json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
         numbers="".join(f"<tr><td>{_html(k)}</td><td>{v:.6g}</td></tr>" for k, v in sorted(last.items())),
         config=_html(text),
-        notes="".join(f'<p class="note">{_html(note)}</p>' for note in [*notes, *left_out, *also]),
+        notes="".join(f'<p class="note">{_html(note)}</p>' for note in [*notes, *left_out, *also, *lacking]),
     )
 
 
@@ -157,6 +164,33 @@ def _read_samples(files: Sequence[Path], name: str) -> tuple[list[Sample], list[
     if cut:
         notes.append(f"{cut:,} texts of {name} are cut to their last {room:,} characters; the file has all of them.")
     return samples, notes
+
+
+def _images(samples: Iterable[Sample], folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Key -> a thumbnail's JPEG in base64, of the images that samples have, up to the limits of a page; and a note that says what
+    is left out."""
+    asked = (image for s in samples for name in IMAGES for image in s.get(name, ())[:IN_A_ROW])
+    keys = dict.fromkeys(str(image.get("key")) for image in asked)
+    found: dict[str, str] = {}
+    total = 0
+    for key in keys:
+        path = folder / f"{key}.jpg"
+        if not KEY.fullmatch(key) or path.is_symlink() or not path.is_file() or len(found) == MAX_IMAGES:
+            continue
+        size = path.stat().st_size
+        if size <= MAX_IMAGE_BYTES and total + size <= MAX_IMAGES_BYTES:
+            found[key] = base64.b64encode(path.read_bytes()).decode()
+            total += size
+    lacking = len(keys) - len(found)
+    return found, [f"{lacking:,} of {len(keys):,} images have no thumbnail here; their sizes are shown."] * (
+        lacking > 0
+    )
+
+
+def _shown_images(images: Sequence[Mapping[str, Any]], found: Mapping[str, str]) -> list[list[Any]]:
+    """[number of its thumbnail, or -1; what is shown in its place] of each image of a row."""
+    numbers = {key: i for i, key in enumerate(found)}
+    return [[numbers.get(str(image.get("key")), -1), size_text(image["size"])] for image in images[:IN_A_ROW]]
 
 
 def _all_samples(files: Iterable[Path]) -> Iterable[Sample]:

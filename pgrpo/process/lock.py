@@ -47,7 +47,7 @@ def lock_run_dir(run_dir: Path) -> IO[str]:
 
 RECORD = (
     "log.txt", "metrics.jsonl", "completions.jsonl", "config.yaml", "bad_batch_step_*.json", "checkpoints", "eval", "tensorboard",
-    "wandb", "plot.png", "report.html",
+    "wandb", "thumbnails", "plot.png", "report.html",
 )  # fmt: skip
 """What a run writes into its folder, and what ``--overwrite`` removes."""
 
@@ -108,7 +108,7 @@ def record_of(run_dir: Path) -> list[Path]:
 
 def refuse_links(run_dir: Path) -> None:
     """Refuse a run folder in which a symbolic link stands for a folder that a run writes to and deletes from (``ConfigError``)."""
-    for name in ("checkpoints", "eval", "tensorboard", "wandb"):
+    for name in ("checkpoints", "eval", "tensorboard", "thumbnails", "wandb"):
         if (run_dir / name).is_symlink():
             raise ConfigError(
                 f"run_dir={run_dir}: {name} is a symbolic link, and a run would write and delete through it; remove it (run_dir "

@@ -26,7 +26,8 @@ from pgrpo.tracking.console import HEADLINES, completions_table, metrics_panel, 
 from pgrpo.tracking.live import duration
 from pgrpo.tracking.record import appending, replacing, shown, writing
 from pgrpo.tracking.services import Service, Tensorboard, Wandb
-from pgrpo.types import Group
+from pgrpo.tracking.thumbnails import Pictures, Thumbnails, images_of, rows_of
+from pgrpo.types import Episode, Group, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -40,21 +41,30 @@ class Trackers:
 
     Args:
         config: the run's configuration; ``track`` chooses the trackers.
-        run_dir: the run folder, which exists. Files: metrics.jsonl, completions.jsonl, log.txt, tensorboard/, wandb/.
+        run_dir: the run folder, which exists. Files: metrics.jsonl, completions.jsonl, log.txt, thumbnails/,
+            tensorboard/, wandb/.
         resume: ``state_dict()`` from the checkpoint that the run resumes from: drops rows of later steps from the files and
             continues the same wandb run. None starts both JSONL files anew.
         console: the terminal (``track.console``), or None.
+        pictures: reads the images of prompts, for thumbnails; None where there are none.
 
     Raises:
         ConfigError: a configured tracker is not installed, or wandb has no login.
     """
 
     def __init__(
-        self, config: Config, run_dir: Path, *, resume: dict[str, Any] | None = None, console: Console | None = None
+        self,
+        config: Config,
+        run_dir: Path,
+        *,
+        resume: dict[str, Any] | None = None,
+        console: Console | None = None,
+        pictures: Pictures | None = None,
     ):
         self._track, self._steps = config.track, config.train.steps
         self._state: dict[str, Any] = {"step": -1, "wandb_id": None, **(resume or {})}
         self._console = console
+        self.thumbnails = Thumbnails(run_dir, pictures)
         self._log_file = appending(run_dir / "log.txt")
         self._handler = _WarningHandler(self)
         logging.getLogger("pgrpo").addHandler(self._handler)
@@ -101,11 +111,16 @@ class Trackers:
     def completions(self, step: int, groups: Sequence[Group]) -> None:
         """Log ``track.completions`` samples of a step, spread evenly over its groups: to completions.jsonl in every step, to the
         terminal, wandb and tensorboard every ``track.console_every`` steps."""
-        rows = redact([{"step": step, **row} for row in _pick(groups, self._track.completions)])
+        picked = list(_pick(groups, self._track.completions))
+        for prompt, episode in picked:
+            first, later = images_of(prompt, episode)
+            self.thumbnails.keep([*first, *later])
+        rows = redact([{"step": step, **_row(prompt, episode)} for prompt, episode in picked])
         for row in rows:
             _write_row(self._completions_file, row)
         if not rows or not self._reports(step):
             return
+        rows = list(map(self.thumbnails.named, rows))
         self._tell_services(lambda service: service.completions(step, rows))
         if self._console and self._console.is_terminal:
             self._print(completions_table(rows, self._console.encoding))
@@ -188,19 +203,23 @@ class _WarningHandler(logging.Handler):
             print(redact(text), file=sys.stderr)
 
 
-def _pick(groups: Sequence[Group], count: int) -> Iterator[Row]:
+def _pick(groups: Sequence[Group], count: int) -> Iterator[tuple[Prompt, Episode]]:
     episodes = [(group.prompt, episode) for group in groups for episode in group.episodes]
     count = min(count, len(episodes))
-    for prompt, episode in (episodes[k * len(episodes) // count] for k in range(count)):
-        # Of the first token: the episode's, where the comparison gives all of its tokens the same.
-        advantage = next((sample.advantages[0] for sample in episode.samples if sample.advantages), None)
-        yield {
-            **shown(prompt, episode),
-            "reward": _finite(episode.reward),
-            "parts": {name: _finite(value) for name, value in episode.reward_parts.items()},
-            "advantage": _finite(advantage),
-            "finish_reason": episode.finish_reason,
-        }
+    return (episodes[k * len(episodes) // count] for k in range(count))
+
+
+def _row(prompt: Prompt, episode: Episode) -> Row:
+    # Of the first token: the episode's, where the comparison gives all of its tokens the same.
+    advantage = next((sample.advantages[0] for sample in episode.samples if sample.advantages), None)
+    return {
+        **shown(prompt, episode),
+        **rows_of(prompt, episode),
+        "reward": _finite(episode.reward),
+        "parts": {name: _finite(value) for name, value in episode.reward_parts.items()},
+        "advantage": _finite(advantage),
+        "finish_reason": episode.finish_reason,
+    }
 
 
 def _finite(value: float | None) -> float | None:

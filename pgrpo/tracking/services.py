@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from pgrpo.config import Config, ConfigError, to_yaml
 from pgrpo.tracking.console import number, printable
+from pgrpo.tracking.thumbnails import paths_of, sheet
 
 Row = dict[str, Any]
 
@@ -101,7 +102,8 @@ class Wandb:
             allow_val_change=True,
             settings=wandb.Settings(console="off"),
         )
-        self._table, self.run_id = wandb.Table, self._run.id
+        self._table, self._image, self.run_id = wandb.Table, wandb.Image, self._run.id
+        self._thumbnails = run_dir / "thumbnails"
         # A step axis of our own: wandb's drops rows that a resumed run logs again.
         self._run.define_metric("*", step_metric="step")
 
@@ -110,6 +112,10 @@ class Wandb:
 
     def completions(self, step: int, rows: Sequence[Row]) -> None:
         table = [_flat(step, row) for row in rows]
+        sheets = [sheet(paths_of(self._thumbnails, row)) for row in rows]
+        if any(sheets):  # one picture a row, of all its images
+            for flat, made in zip(table, sheets, strict=True):
+                flat["images"] = self._image(made) if made else None
         data = [list(row.values()) for row in table]
         self._run.log({"step": step, "completions": self._table(columns=list(table[0]), data=data)})
 

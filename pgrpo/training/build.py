@@ -96,6 +96,7 @@ class Parts:
     episodes: Episodes
     canary: Canary | None
     transitions: Sequence[Transition] = ()
+    reader: ImageReader | None = None
 
     @property
     def policy(self) -> Policy:
@@ -208,7 +209,9 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
         engine = build_engine(config, world, policy, learner.optimizer, tokenizer, end_ids, images)
     canary = build_canary(config, world, policy, engine)
     episodes = toolbox.episodes(config, engine, chats, world)
-    return Parts(config, world, stream, held_out, runner, learner, engine, episodes, canary, toolbox.transitions)
+    return Parts(
+        config, world, stream, held_out, runner, learner, engine, episodes, canary, toolbox.transitions, reader
+    )
 
 
 def initial_model(policy: Policy, config: Config, world: World) -> Policy:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,8 +20,9 @@ from pgrpo.rewards.runner import RewardRunner
 from pgrpo.rollout.base import sample_seeds
 from pgrpo.tracking.intervals import mean_interval, rate_interval
 from pgrpo.tracking.record import TRAINING, replacing, shown, writing
+from pgrpo.tracking.thumbnails import Pictures, Thumbnails, images_of, rows_of
 from pgrpo.training.rollout import sample_and_score
-from pgrpo.types import Episode, Group, Prompt, SamplingParams
+from pgrpo.types import Episode, Group, Image, Prompt, SamplingParams
 
 log = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -37,10 +38,12 @@ class Evaluation:
             ``rewards/errors`` (samples left out because a reward failed), ``pass@k``, ``completions/...``. The ends of the
             intervals are ``eval/ci95_low/...`` and ``eval/ci95_high/...``.
         rows: one a completion, as JSON types.
+        images: of all completions, for thumbnails.
     """
 
     metrics: dict[str, float]
     rows: list[Row]
+    images: list[Image] = field(default_factory=list)
 
 
 def evaluate(
@@ -65,6 +68,8 @@ def evaluate(
         for name, value in _metrics(groups, scored.errors, rewards).items():
             evaluation.metrics[f"eval/{rename(name)}"] = value
         evaluation.rows.extend(result_rows(mode, groups, rewards))
+        shown_images = (images_of(group.prompt, episode) for group in groups for episode in group.episodes)
+        evaluation.images.extend(image for parts in shown_images for images in parts for image in images)
 
     add("sampled" if params.temperature else "greedy", params, seeds, str)
     if greedy and params.temperature:
@@ -80,9 +85,11 @@ def evaluate_held_out(
     prompts: Sequence[Prompt],
     step: int,
     out: Path | None = None,
+    pictures: Pictures | None = None,
 ) -> dict[str, float]:
     """Evaluate on the held-out split, with the same prompts and seeds each time. Returns the metrics. Rank 0 writes all completions
-    and a summary to ``out`` (default: ``eval/step_N`` in the run folder). A collective call."""
+    and a summary to ``out`` (default: ``eval/step_N`` in the run folder, which gets thumbnails of images by ``pictures``). A
+    collective call."""
     params, samples = sampling_params(config, config.eval.temperature), config.eval.samples
     seeds = [sample_seeds(config.seed, "eval", i, group_size=samples) for i in range(len(prompts))]
     with episodes.engine.awake(step):
@@ -100,6 +107,8 @@ def evaluate_held_out(
         }
         advice = "{fix}, or set another --out" if out else TRAINING
         save_results(out or own_folder(config, step), evaluation, about, advice)
+        if out is None:
+            Thumbnails(run_folder(config), pictures).keep(evaluation.images)
     return evaluation.metrics
 
 
@@ -177,6 +186,7 @@ def result_rows(mode: str, groups: Sequence[Group], rewards: RewardRunner) -> It
                 "mode": mode,
                 "sample": i,
                 **shown(group.prompt, episode),
+                **rows_of(group.prompt, episode),
                 "reward": episode.reward,
                 "parts": episode.reward_parts,
                 "correct": correct,

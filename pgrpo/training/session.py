@@ -66,7 +66,9 @@ def open_session(
                     set_aside_after(folder / name, progress.step)
             trackers = nullcontext()
             if world.is_main:
-                trackers = closing(Trackers(config, folder, resume=tracker_state, console=console))
+                trackers = closing(
+                    Trackers(config, folder, resume=tracker_state, console=console, pictures=parts.reader)
+                )
             with trackers as tracking:
                 if tracking:  # write only now that the input and the checkpoint are valid
                     with replacing(folder / "config.yaml") as file:
@@ -164,7 +166,7 @@ class Session:
         metrics, best = progress.unlogged or {}, False
         if config.eval.every and (progress.step % config.eval.every == 0 or done):
             evaluated = evaluate_held_out(
-                config, parts.world, parts.episodes, parts.rewards, parts.held_out, progress.step
+                config, parts.world, parts.episodes, parts.rewards, parts.held_out, progress.step, pictures=parts.reader
             )
             metrics = metrics | evaluated
             best = progress.is_best(config.checkpoint.keep_best, metrics)

@@ -106,20 +106,20 @@ class ImageReader:
         grids = [grid for image in images if (grid := image.expansion.grid)]
         return PromptImages(found, unexpanded, positions_3d(len(ids), found, grids) if grids else None, where)
 
-    def pixels(self, key: str) -> dict[str, Tensor]:
-        """The tower's arguments for an image."""
-        return self._pixels(key, self.processor)
+    def pixels(self, key: str, content: bytes | None = None) -> dict[str, Tensor]:
+        """The tower's arguments for an image; ``content``: its file, if it is not one of the data."""
+        return self._pixels(key, content, self.processor)
 
-    def teacher_pixels(self, key: str) -> dict[str, Tensor]:
+    def teacher_pixels(self, key: str, content: bytes | None = None) -> dict[str, Tensor]:
         """Those of the teacher's tower."""
         assert self.teacher is not None
-        return self._pixels(key, self.processor if self.teacher.settings == self.processor.settings else self.teacher)
+        same = self.teacher.settings == self.processor.settings
+        return self._pixels(key, content, self.processor if same else self.teacher)
 
-    def _pixels(self, key: str, processor: Processor) -> dict[str, Tensor]:
+    def _pixels(self, key: str, content: bytes | None, processor: Processor) -> dict[str, Tensor]:
         name = key, processor is self.processor
         if name not in self._kept:
-            source, where = self._sources[key]
-            self._kept[name] = processor.pixels(open_image(source, where, self.limits))
+            self._kept[name] = processor.pixels(self.picture(key, content))
         self._kept.move_to_end(name)
         total = sum(map(_bytes, self._kept.values()))
         while total > KEPT_BYTES and len(self._kept) > 1:
@@ -132,9 +132,10 @@ class ImageReader:
 
         return self.processor.pixels(pillow.new("RGB", (64, 64), "gray"))
 
-    def picture(self, key: str) -> Any:
-        """The image itself, for a reader of a report or for vLLM."""
-        source, where = self._sources[key]
+    def picture(self, key: str, content: bytes | None = None) -> Any:
+        """The image itself, for a reader of a report or for vLLM; ``content`` as of ``pixels``."""
+        told = Source(content, "an image that the model was told", key), "environment"
+        source, where = self._sources[key] if content is None else told
         return open_image(source, where, self.limits)
 
     def _read(self, value: Any, where: str, folder: Path) -> Read:

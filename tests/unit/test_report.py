@@ -115,7 +115,9 @@ def test_page_is_self_contained_and_what_a_model_wrote_is_only_data(tmp_path):
     ((_, style),), ((_, _), (kind, script)) = page.all("style"), page.all("script")
     assert not kind
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (style, script)]
-    assert policy == f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'"
+    assert (
+        policy == f"default-src 'none'; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; img-src data:"
+    )
     assert not re.search(r"url\(|@import", style)
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|Function\(|fetch|XMLHttp|import", script

@@ -16,6 +16,7 @@ from pgrpo import checkpoint
 from pgrpo.commands.check import check
 from pgrpo.commands.export import export
 from pgrpo.commands.plan import plan_text
+from pgrpo.commands.plot import plot
 from pgrpo.config import ConfigError, load_config, to_yaml
 from pgrpo.data import load_prompts
 from pgrpo.distributed.world import World
@@ -103,6 +104,9 @@ def test_a_run_computes_each_image_once_a_step_and_samples_what_it_scores(folder
     policy, reference = ({i: sum(n for j, n in ran if j == i) for i, _ in ran}).values()
     assert (policy, reference) == (6, 6)  # images of six prompts, however many micro-batches there were
     assert len(weights_of(run)) == len([n for n, _ in loaded(folder / "model") if "visual" not in n])
+    logged = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+    assert {tuple(image["size"]) for row in logged for image in row["images"]} == {(64, 64)}
+    assert {image["key"] for row in logged for image in row["images"]} == {p.stem for p in run.glob("thumbnails/*.jpg")}
 
 
 @pytest.mark.parametrize(
@@ -198,6 +202,17 @@ def test_a_rank_without_images_keeps_in_step(folder, tmp_path, launch, size):
         torch.testing.assert_close(got[name], weight, rtol=0, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
     moved = {name for name in wanted if not torch.equal(wanted[name], start[name])}
     assert any("visual" in name for name in moved)
+
+
+def test_images_of_an_evaluation_have_thumbnails_too(folder, tmp_path):
+    keys = ("train.steps=1", "eval.every=1", "eval.rows=3", "track.completions=0")
+    run = pgrpo.train(config_of(folder, tmp_path / "run", *keys))
+    rows = [json.loads(line) for line in (run / "eval" / "step_1" / "samples.jsonl").read_text().splitlines()]
+    keys = {image["key"] for row in rows for image in row["images"]}
+    assert len(keys) == 3 and keys == {path.stem for path in run.glob("thumbnails/*.jpg")}
+    plot(run)
+    text = (run / "report.html").read_text()
+    assert text.count('"/9j/') == 3, "JPEGs in base64"
 
 
 def test_check_shows_images_and_compares_with_the_untouched_model(folder, tmp_path, capsys):
