@@ -5,7 +5,7 @@
         [--group-size 8] [--json FILE]
 
 ``kernels``: one layer's attention by FlashAttention 3 as vLLM calls it, by the same over prompts once, and by pgrpo's kernels, in
-milliseconds and errors. ``engine``: vLLM with and without: milliseconds of a decode step, and how far log-probs of
+milliseconds and errors. ``engine``: vLLM with and without: milliseconds of a decode step and of its parts, and how far log-probs of
 sampled tokens are from a prefill's, and from the policy's in bfloat16 and float32.
 """
 
@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -42,6 +43,17 @@ SHAPES = (
 HEADS, KEY_HEADS, DIM = 32, 8, 128
 CALLS = 8
 """Of a layer's attention in the CUDA graph that is timed."""
+
+
+PROFILED = 16
+"""Decode steps that are traced."""
+PARTS = {
+    "attention": r"flash|_kernel_mha|parts_kernel|merge_kernel|common_kernel|groups_kernel|items_kernel|reshape_and_cache|even",
+    "matrix products": r"gemm|nvjet|cutlass|xmma|splitk|cublas",
+    "sampling": r"sort|topk|softmax|argmax|exponential|distribution|gather|scatter|cumsum|scan|logprob|rank|reduce_kernel",
+    "copies": r"memcpy|memset",
+}
+"""Kernels by name; the first that fits."""
 
 
 class Batch(NamedTuple):
@@ -231,6 +243,8 @@ def one_way(args: argparse.Namespace) -> None:
     llm.reset_prefix_cache()
     outputs, times = sample(prompts, params)
     row["decode_ms"] = statistics.median(times[-args.completion * 3 // 5 :])
+    if args.profile:
+        row |= parts_of_a_step(llm, prompts, params)
     row["rollout_tokens_per_s"] = args.prompts * args.group_size * args.completion / sum(times) * 1e3
     scored = [(output.prompt_token_ids, sampled) for output in outputs[: args.scored] for sampled in output.outputs[:2]]
     asked = [list(prompt) + list(sampled.token_ids) for prompt, sampled in scored]
@@ -243,6 +257,44 @@ def one_way(args: argparse.Namespace) -> None:
     ]
     args.sampled.write_text(json.dumps([row | apart("prefill", reported, prefill), asked, reported]))
     llm.llm_engine.engine_core.shutdown()
+
+
+def parts_of_a_step(llm: Any, prompts: list[list[int]], params: Any) -> dict[str, float]:
+    """Milliseconds of a decode step at full batch, traced: the GPU's by kind of kernel, the GPU's idle ones, and those of the
+    thread that calls vLLM while it does not wait for the GPU."""
+    from torch._C._autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    for _ in range(params.max_tokens // 2):
+        llm.llm_engine.step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        started = time.perf_counter()
+        for _ in range(PROFILED):
+            llm.llm_engine.step()
+        wall = time.perf_counter() - started
+    while llm.llm_engine.has_unfinished_requests():
+        llm.llm_engine.step()
+    found: dict[str, float] = {"step": 1e3 * wall / PROFILED}
+    kernels: dict[str, float] = {}
+    spans, waiting = [], 0.0
+    for event in trace.events() or ():
+        if event.device_type == DeviceType.CUDA:
+            kind = next((k for k, names in PARTS.items() if re.search(names, event.name, re.I)), "other kernels")
+            found[kind] = found.get(kind, 0.0) + event.time_range.elapsed_us() / 1e3 / PROFILED
+            kernels[event.name] = kernels.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e3 / PROFILED
+            spans.append((event.time_range.start, event.time_range.end))
+        elif "Synchronize" in event.name:
+            waiting += event.time_range.elapsed_us() / 1e3 / PROFILED
+    busy, until = 0.0, 0.0
+    for start, end in sorted(spans):
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    found |= {"idle": found["step"] - busy / 1e3 / PROFILED, "vLLM in Python": found["step"] - waiting}
+    for name, ms in sorted(kernels.items(), key=lambda item: -item[1])[:25]:
+        print(f"{ms:8.3f} ms  {name[:140]}", flush=True)
+    return {f"profile_{name}": ms for name, ms in found.items()}
 
 
 def policy_logprobs(args: argparse.Namespace, asked: list[list[int]], dtype: torch.dtype) -> list[list[float]]:
@@ -292,6 +344,7 @@ def main() -> None:
     parser.add_argument(
         "--scored", type=int, default=6, help="prompts of which two completions are compared with the policy"
     )
+    parser.add_argument("--profile", action="store_true", help="``engine``: also the parts of a decode step")
     parser.add_argument("--commit", help="where there is no git")
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows are added to this file")
     parser.add_argument("--way", choices=["plain", "shared"], help=argparse.SUPPRESS)
