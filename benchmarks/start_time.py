@@ -57,7 +57,6 @@ def run(args: argparse.Namespace, began: float) -> dict[str, float]:
     timed(CompileAhead, "wait", "waiting for the compiling process")
     timed(building, "build_engine", "building the engine")
     timed(vllm_start, "start", "of that, starting vLLM")
-    args.steps = 2
     full_step.clear_up(args)
     config, rows = full_step.settings(args)
     made = time.time()  # the model's folder, which a user has already
@@ -108,6 +107,7 @@ def main() -> None:
     parser.add_argument("--commit", help="that is measured; goes into the rows")
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)  # in the processes that this one starts
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.set_defaults(attention=["grouped"], steps=2, images=0, image_tokens=0, plain=False)  # of full_step.py
     args = parser.parse_args()
     args.overrides = [f"cache_dir={args.caches.absolute()}", *args.overrides]
     if args.began:

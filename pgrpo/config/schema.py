@@ -91,7 +91,7 @@ class RolloutConfig:
     engine on every GPU, or for those ranks together."""
     gpu_memory_utilization: float | None = number(None, above=0, most=1)
     """Share of a GPU's memory for vLLM while it is awake. None: the share that the policy leaves free between updates according
-    to the memory plan, minus 4 GiB for CUDA graphs."""
+    to the memory plan, minus 4 GiB for CUDA graphs, or what the samples of a step can use, if that is less."""
     offload_policy: Literal["auto", "always", "never"] = "auto"
     """Keep the policy's weights, and AdamW's moments unless `optim.offload` does, in pinned host memory while vLLM samples, which
     gives their GPU memory to its cache; they are copied out and back once a step. `auto` moves as little as makes room for all

@@ -34,6 +34,8 @@ Measured: 3.6 GiB for Qwen3-4B with 256 sequences on an H100."""
 VLLM_ACTIVATIONS_GIB = 2.0
 """GPU memory within vLLM's share that is neither weights nor cache: activations of its largest prefill."""
 VLLM_BLOCK_TOKENS = 16
+UNCOUNTED_GIB, SLACK = 8.0, 1.25
+"""Added to what vLLM's weights and cache can use, and by which that is multiplied before: activations, what is rounded up."""
 HOST_SHARE = 0.8
 """Share of the host's memory that ``rollout.offload_policy=auto`` and AdamW's offloaded moments may take together."""
 PLANNED_GPU = 85_045_346_304
@@ -196,8 +198,9 @@ class VLLMMemory(NamedTuple):
 
 def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
     """What vLLM gets of this GPU: ``rollout.gpu_memory_utilization``; unless it is set, what the policy leaves free between
-    updates, from the memory plan. With ``rollout.offload_policy=auto`` as little of the policy moves to host memory meanwhile as
-    makes room for all completions that are sampled at once, at their longest; if there is never room, all that can.
+    updates, from the memory plan, but no more than it can use. With ``rollout.offload_policy=auto`` as little of the policy moves
+    to host memory meanwhile as makes room for all completions that are sampled at once, at their longest; if there is never room,
+    all that can.
 
     Raises:
         ConfigError: the engine's weights and one group do not fit into it.
@@ -234,7 +237,25 @@ def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
             f"{config.data.max_prompt_tokens} tokens: set optim.offload=cpu or model.lora_rank{away}, use more GPUs "
             "(rollout.tensor_parallel_size), or lower rollout.max_completion_tokens"
         )
-    return VLLMMemory(free / total, offloaded, plan.offloaded)
+    return VLLMMemory(min(free, useful_gib(config, dims, world)) / total, offloaded, plan.offloaded)
+
+
+def useful_gib(config: Config, dims: ModelDims, world: World) -> float:
+    """GiB of a GPU beyond which vLLM's cache has nothing to hold, generously: at every step this memory is allocated and freed,
+    which takes longer the more it is. All samples of a step, as the turns of an episode stay in the cache between them; or
+    those of an evaluation, in which every completion may have a prompt of its own. No bound for images, whose tower needs
+    memory of its own, and for states, whose blocks are of another size."""
+    if dims.tower is not None or dims.state_elements:
+        return math.inf
+    rollout, evaluation = config.rollout, config.eval
+    prompts = math.ceil(rollout.prompts_per_step * config.tensor_parallel_size / world.size)
+    samples = evaluation.rows * evaluation.samples if evaluation.every else 0
+    own = replace(config, rollout=replace(rollout, group_size=1))
+    needed = max(
+        vllm_gib(config, dims, max(prompts * rollout.group_size, vllm_start.completions_at_once(config, world.size))),
+        vllm_gib(own, dims, min(samples, rollout.max_concurrent)),
+    )
+    return SLACK * needed + UNCOUNTED_GIB
 
 
 def vllm_text(config: Config, dims: ModelDims, world: World) -> str:
