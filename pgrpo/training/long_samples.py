@@ -118,7 +118,10 @@ def _in_parts(whole: type[nn.Module], chunks: int) -> type[nn.Module]:
             return run(hidden_1TE)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             run = partial(checkpoint, run, use_reentrant=False)
-        parts = [run(rows) for rows in hidden_1TE.tensor_split(chunks, 1)]
+        # The remainder is the last part's. If it were spread out, compiled code would be of one remainder, and compiled for each.
+        rows = hidden_1TE.shape[1]
+        most = rows // chunks
+        parts = [run(part) for part in hidden_1TE.split([most] * (chunks - 1) + [rows - (chunks - 1) * most], 1)]
         if isinstance(parts[0], Tensor):
             return torch.cat(parts, 1)
         return tuple(
