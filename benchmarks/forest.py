@@ -13,7 +13,7 @@ Cases:
     kept        one prompt of 32,768 tokens, 16 completions of 4,096, budget 49,152: the prompt kept for several passes against
                 computed again in every micro-batch
     flat        three shapes of benchmarks/policy.py: this checkout against another one (a folder with its pgrpo/ and benchmarks/),
-                two processes of each in turn. A time is the mean of two medians of ``--repeats`` updates.
+                two processes that are both alive, and time one update in turn; a time is the median of ``--repeats`` of them.
 
 ``--shape-of`` is a folder with a config.json, for a CPU that of a small model with at least 100 tokens. ``--scale`` divides all
 lengths. An update is a forward and a backward of all micro-batches; there is no optimizer. Both ways run
@@ -34,6 +34,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,21 @@ def kept(ids: Any, scale: int) -> tuple[list[Sample], int]:
 CASES = {"beginning": beginning, "branches": branches, "kept": kept}
 FLAT = [(16_384, 1024, 8, 1), (2048, 2048, 8, 1), (8192, 1024, 4, 1)]
 """Prompt, completion, group size and groups, of rows in h100_policy.json."""
-TURNS = ("here", "against", "against", "here")
-"""One process each. In this order a device that grows slower or faster over time favours neither."""
+IN_TURN = """
+import runpy, sys
+from pathlib import Path
+from pgrpo.commands import bench
+timed = bench._milliseconds
+def in_turn(*given):
+    print("ready", flush=True)
+    sys.stdin.readline()
+    return timed(*given)
+bench._milliseconds = in_turn
+del sys.argv[0]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs a script that says when it is about to time something, and waits for a line before it does."""
 
 
 def by_prompt_alone(policy: Policy, samples: Sequence[Sample], budget: int, dims: ModelDims) -> list[GroupedBatch]:
@@ -177,33 +191,55 @@ def flat(args: argparse.Namespace, keys: Sequence[str]) -> dict[str, Any]:
     here = Path(__file__).resolve().parents[1]
     shapes = [(p // args.scale, r // args.scale, g, n) for p, r, g, n in FLAT]
     sides = {"here": here, "against": args.against.resolve()}
-    times: dict[str, list[list[float]]] = {side: [] for side in sides}
-    for side in TURNS:
-        with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, str(sides[side] / "benchmarks" / "policy.py"), "--random-weights"]
-            command += ["--config", str(here / "configs" / "qwen3_4b.yaml"), "--json", f"{folder}/rows.json"]
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder, running = Path(name), []
+        for side, checkout in sides.items():
+            command = [sys.executable, "-c", IN_TURN, str(checkout / "benchmarks" / "policy.py"), "--random-weights"]
+            command += ["--config", str(here / "configs" / "qwen3_4b.yaml"), "--json", str(folder / f"{side}.json")]
             for shape in shapes:
                 command += ["--shape", ",".join(map(str, shape))]
             command += ["--methods", "grouped", "--checkpointing", "attention", "--repeats", str(args.repeats), "--"]
             command += [f"recipe={here / 'recipes' / 'gsm8k.yaml'}", "optim.offload=none", *keys]
-            packages = os.pathsep.join([str(sides[side]), os.environ.get("PYTHONPATH", "")])
+            packages = os.pathsep.join([str(checkout), os.environ.get("PYTHONPATH", "")])
+            pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
             environment = os.environ | {"PYTHONPATH": packages}
-            done = subprocess.run(command, cwd=sides[side], env=environment, text=True, capture_output=True)
-            if done.returncode:
-                raise SystemExit(
-                    f"flat, {sides[side]}: exit {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
-                )
-            rows = json.loads(Path(folder, "rows.json").read_text())["rows"]
-        by_shape = {(r["prompt"], r["completion"], r["group_size"], r["groups"]): r["update_ms"] / 1e3 for r in rows}
-        times[side].append([by_shape[shape] for shape in shapes])
-        print(f"flat, {side}: {', '.join(f'{x:.3f}' for x in times[side][-1])} s", flush=True)
-    means = {side: [statistics.mean(x) for x in zip(*runs, strict=True)] for side, runs in times.items()}
-    ratios = [a / b for a, b in zip(*means.values(), strict=True)]
-    for shape, ratio in zip(shapes, ratios, strict=True):
-        print(f"flat {shape}: {ratio:.3f} of the time of {args.against}", flush=True)
-    return {
-        "case": "flat", "shapes": shapes, "seconds": means, "all_seconds": times, "ratios": ratios, "repeats": args.repeats
-    }  # fmt: skip
+            process = subprocess.Popen(command, cwd=checkout, env=environment, **pipes)
+            running.append(stack.enter_context(process))
+            stack.callback(process.kill)
+        waiting = take_turns(running)
+        if any(waiting) or any(process.wait() for process in running):
+            raise SystemExit(f"flat: {', '.join(side for side, w in zip(sides, waiting, strict=True) if not w)} failed")
+        found = {side: json.loads((folder / f"{side}.json").read_text())["rows"] for side in sides}
+    times = {
+        side: {(r["prompt"], r["completion"], r["group_size"], r["groups"]): r["update_ms"] / 1e3 for r in rows}
+        for side, rows in found.items()
+    }
+    seconds = {side: [by_shape[shape] for shape in shapes] for side, by_shape in times.items()}
+    ratios = [a / b for a, b in zip(seconds["here"], seconds["against"], strict=True)]
+    for shape, ratio, *pair in zip(shapes, ratios, *seconds.values(), strict=True):
+        print(f"flat {shape}: {pair[0]:.3f} s, {ratio:.3f} of the {pair[1]:.3f} s of {args.against}", flush=True)
+    return {"case": "flat", "shapes": shapes, "seconds": seconds, "ratios": ratios, "repeats": args.repeats}
+
+
+def take_turns(processes: Sequence[subprocess.Popen[str]]) -> list[bool]:
+    """Let processes that run ``IN_TURN`` time one thing each, in turn, until one ends: while one runs, the others wait. The order
+    turns round each time, so that a device that grows slower favours none. Returns which of them still wait."""
+    ready, order = [is_ready(process) for process in processes], list(range(len(processes)))
+    while all(ready):
+        for i in order:
+            print("", file=processes[i].stdin, flush=True)
+            ready[i] = is_ready(processes[i])
+        order.reverse()
+    return ready
+
+
+def is_ready(process: subprocess.Popen[str]) -> bool:
+    """Once it waits for its turn; False if it ended."""
+    for line in process.stdout or ():
+        if line == "ready\n":
+            return True
+        print(line, end="", flush=True)
+    return False
 
 
 def main() -> None:
