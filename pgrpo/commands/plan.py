@@ -75,6 +75,7 @@ def plan_text(config: Config) -> str:
         check_engine(config, dims, world)
     offloaded, vllm = _vllm(config, dims, world)
     chosen, sizes = layer_plan(config, dims, world), plan_sizes(config, dims, world, planned)
+    sizes["kept_tokens"] = keepable_tokens(config, dims, world)
     memory = memory_plan(dims, recompute=chosen.recompute, mlp_chunks=chosen.mlp_chunks, **sizes, offloaded=offloaded)
     elsewhere = "" if planned.type == device.type else f", on a {planned.type} device"
     gpu = f" of {gpu_memory(planned) / GIB:.0f}{' (assumed)' if elsewhere else ''}" if planned.type == "cuda" else ""

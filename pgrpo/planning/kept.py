@@ -22,15 +22,20 @@ def _cannot(config: Config, dims: ModelDims) -> str:
     return next((reason for reason, holds in reasons.items() if holds), "")
 
 
+def cuts_groups(config: Config) -> bool:
+    """Whether a group at its longest is more than one micro-batch."""
+    group = config.data.max_prompt_tokens + config.rollout.group_size * config.max_sampled_tokens
+    return group > config.train.token_budget
+
+
 def why_none_kept(config: Config, dims: ModelDims, *, keeps: bool = True) -> str:
     """What a user should know whose groups may be cut into several micro-batches, none of which may keep a prefix; else nothing.
 
     Args:
         keeps: whether each layer of policy and teacher calls attention once.
     """
-    group = config.data.max_prompt_tokens + config.rollout.group_size * config.max_sampled_tokens
     reason = _cannot(config, dims) or ("" if keeps else "layers call attention more than once")
-    if config.model.attention != "grouped" or group <= config.train.token_budget or not reason:
+    if config.model.attention != "grouped" or not cuts_groups(config) or not reason:
         return ""
     return f"none, as {reason}: a group that train.token_budget cuts computes its prompt in each of its micro-batches"
 

@@ -21,7 +21,7 @@ from pgrpo.distributed.world import World
 from pgrpo.model.logprobs import LOGITS_PER_CHUNK
 from pgrpo.planning.flops import GIB, ModelDims, adapter_parameters
 from pgrpo.planning.hub import load_hf_config
-from pgrpo.planning.kept import longest_kept
+from pgrpo.planning.kept import cuts_groups, longest_kept
 from pgrpo.planning.memory import LayerPlan, MemoryPlan, fewest_recomputed_layers, memory_plan
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.types import Recompute
@@ -101,9 +101,13 @@ def layer_plan(config: Config, dims: ModelDims, world: World) -> LayerPlan:
     if world.device.type == "cpu":
         return LayerPlan(["none"] * dims.layers, chunks or 1)
     sizes = plan_sizes(config, dims, world, world.device)
-    return fewest_recomputed_layers(
-        dims, _capacity_gib(config, world), host_gib=_host_room(config, dims, world), mlp_chunks=chunks, **sizes
-    )
+    room = {"host_gib": _host_room(config, dims, world), "mlp_chunks": chunks}
+    plan = fewest_recomputed_layers(dims, _capacity_gib(config, world), **room, **sizes)
+    if not cuts_groups(config) and not {*plan.recompute} <= {"none", "attention"}:
+        # Only what several groups share could be kept. Keys and values of whole prompts may not cost attention's outputs.
+        sizes["kept_tokens"] = 0
+        plan = fewest_recomputed_layers(dims, _capacity_gib(config, world), **room, **sizes)
+    return plan
 
 
 def _host_room(config: Config, dims: ModelDims, world: World) -> float:

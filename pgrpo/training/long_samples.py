@@ -20,6 +20,9 @@ from pgrpo.model.recompute import is_training
 from pgrpo.planning.dims import mlp_of
 from pgrpo.types import Recompute
 
+SMALLEST_PIECE = 2**20
+"""Bytes."""
+
 
 def set_up_long_samples(layers: Iterable[nn.Module], recompute: Sequence[Recompute], mlp_chunks: int) -> None:
     """Call this after ``recompute.set_up_layers``.
@@ -76,11 +79,13 @@ class _Kept:
     def __init__(self, x: Tensor, stream: torch.cuda.Stream | None, before: Callable[[], _Kept | None]) -> None:
         self._device, self._stream, self._before = x.device, stream, before
         self._back: Tensor | None = None
-        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=stream is not None)
+        self._shape, self._sizes = x.shape, piece_sizes(x.numel(), x.element_size())
+        self._host = [torch.empty(size, dtype=x.dtype, pin_memory=stream is not None) for size in self._sizes]
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(x.device))
         with self._copying():
-            self._host.copy_(x.detach(), non_blocking=True)
+            for piece, part in zip(self._host, x.detach().reshape(-1).split(self._sizes), strict=True):
+                piece.copy_(part, non_blocking=True)
         if stream is not None:
             x.record_stream(stream)
 
@@ -100,10 +105,22 @@ class _Kept:
     def _begin(self) -> None:
         if self._back is None:
             with self._copying():
-                self._back = self._host.to(self._device, non_blocking=True, copy=True)
+                self._back = torch.empty(self._shape, dtype=self._host[0].dtype, device=self._device)
+                for piece, part in zip(self._host, self._back.view(-1).split(self._sizes), strict=True):
+                    part.copy_(piece, non_blocking=True)
 
     def _copying(self) -> Any:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+
+def piece_sizes(elements: int, element_bytes: int) -> list[int]:
+    """Elements of the pieces in which a tensor lies in host memory. PyTorch rounds each piece of pinned memory up to a power of two
+    bytes, of which a whole tensor could waste nearly half: these waste less than ``SMALLEST_PIECE``."""
+    sizes, left = [], elements
+    while left * element_bytes >= SMALLEST_PIECE:
+        sizes.append(1 << (left.bit_length() - 1))
+        left -= sizes[-1]
+    return [*sizes, left] if left or not sizes else sizes
 
 
 @cache

@@ -18,6 +18,7 @@ from pgrpo.model.policy import ATTENTION_NAME, Policy
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.training import offload
+from pgrpo.training.long_samples import set_up_long_samples
 from pgrpo.training.offload import OffloadedAdamW
 from pgrpo.training.optim import load_optimizer_shards, optimizer_shards
 
@@ -112,6 +113,32 @@ def test_checkpointing_attention_takes_less_memory_than_none_and_more_than_full(
     print(f"MiB above the weights: none {peaks[0]:.0f}, attention {peaks[1]:.0f}, full {peaks[2]:.0f}")
     assert peaks[0] > 1.3 * peaks[1]
     assert peaks[1] > 1.05 * peaks[2]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_inputs_of_layers_wait_in_pinned_memory(compiled):
+    """The gradients of ``full``, and less memory by the inputs of all layers but the one in use and the next; MLPs in parts."""
+    found, peaks = [], []
+    samples = tokens_as_samples([[7 + i % 900 for i in range(8000)]], [[[8 + i] * 2001 for i in range(4)]])
+    ways: tuple[layers.Recompute, ...] = ("full", "offload")
+    for recompute in ways:
+        policy = make_policy(recompute, compiled=compiled)
+        set_up_long_samples(policy.model.model.layers, [recompute] * LAYERS, 3 if recompute == "offload" else 1)
+        batch = build_batch(Forest.of(samples), device=GPU, attention=policy.attention)
+        gradients(policy, batch)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found.append(gradients(policy, batch))
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    one_input = batch.packed_tokens * 512 * 2
+    print(
+        f"MiB above the weights: full {peaks[0] / 2**20:.0f}, offload {peaks[1] / 2**20:.0f}; an input {one_input / 2**20:.0f}"
+    )
+    assert peaks[0] - peaks[1] > one_input
+    (logprobs, wanted), (others, got) = found
+    assert (logprobs - others).norm() <= 0.01 * logprobs.norm()
+    for a, b in zip(got, wanted, strict=True):
+        assert (a - b).norm() <= 0.03 * b.norm()
 
 
 @pytest.mark.parametrize("sharded", [False, True])

@@ -11,7 +11,8 @@ from test_layer_runs import LAYERS, compilations, make_policy, random_batch, upd
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.model import recompute as layers
 from pgrpo.model.policy import Policy
-from pgrpo.training.long_samples import HostInputs, set_up_long_samples
+from pgrpo.training import long_samples
+from pgrpo.training.long_samples import HostInputs, piece_sizes, set_up_long_samples
 from pgrpo.types import Recompute
 
 
@@ -37,6 +38,7 @@ def overwrite_inputs(policy):
 @pytest.mark.parametrize(("lora", "compiled"), [(False, False), (True, False), (True, True)])
 def test_the_backward_reads_inputs_from_host_memory(lora, compiled, monkeypatch):
     """Bit for bit the gradients of ``full``, also when the inputs on the device are gone. Nothing else is copied."""
+    monkeypatch.setattr(long_samples, "SMALLEST_PIECE", 256)  # so that tensors are cut
     kept, keep = [], HostInputs._keep
     monkeypatch.setattr(HostInputs, "_keep", lambda self, x: kept.append(x.shape) or keep(self, x))
     layers._runner.cache_clear()
@@ -56,6 +58,14 @@ def test_the_backward_reads_inputs_from_host_memory(lora, compiled, monkeypatch)
     if compiled:
         assert compilations() == {"_everything": 1 + lora}
     layers._runner.cache_clear()
+
+
+def test_pinned_memory_is_hardly_more_than_what_it_holds():
+    """139,264 rows of 2,560 bfloat16: 680 MiB, which would be 1,024 as one piece."""
+    for elements in (139_264 * 2560, 270_337 * 2560, 5, 0):
+        sizes = piece_sizes(elements, 2)
+        taken = sum(1 << max(0, 2 * size - 1).bit_length() for size in sizes)
+        assert sum(sizes) == elements and 2 * elements <= taken + (elements == 0) < 2 * elements + 2**20
 
 
 def test_without_it_the_backward_reads_them_where_they_are():

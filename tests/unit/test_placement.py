@@ -187,6 +187,26 @@ def test_auto_checkpointing_on_a_gpu_spares_the_last_layers(monkeypatch):
     assert layer_plan(chosen, DIMS, World(0, 1, GPU)).recompute == ["full"] * 36
 
 
+@pytest.mark.parametrize("prompts", [1, 2, 64])
+def test_a_long_group_that_fits_a_micro_batch_is_not_recomputed_for_kept_prefixes(monkeypatch, prompts):
+    """On 80 GB beside vLLM with 128 GiB of host memory; keys and values of 131,072 tokens and their gradients take 36 GiB. A
+    group that the budget cuts does need them."""
+    monkeypatch.setattr(placement, "host_memory", lambda: 128 * 2**30)
+    long = config(max_positions=140_000)
+    long.rollout.engine, long.rollout.prompts_per_step, long.rollout.group_size = "vllm", prompts, 8
+    long.data.max_prompt_tokens, long.rollout.max_completion_tokens = 131_072, 1024
+    long.optim.offload, long.train.token_budget = "cpu", 131_072 + 8192
+    plan = layer_plan(long, DIMS, World(0, 1, GPU))
+    assert plan.recompute.count("full") >= 30 and plan.recompute.count("offload") <= 6 and plan.mlp_chunks == 1
+    sizes = plan_sizes(long, DIMS, World(0, 1, GPU), GPU)
+    kept = placement.keepable_tokens(long, DIMS, World(0, 1, GPU))
+    assert sizes["kept_tokens"] == (131_072 if prompts > 1 else 0) and kept < 10_000
+    planned = memory_plan(DIMS, recompute=plan.recompute, **sizes | {"kept_tokens": kept})
+    assert planned.update < placement.USABLE_SHARE * placement.PLANNED_GPU / 2**30 - placement.SLEEPING_VLLM_GIB
+    long.train.token_budget = 131_072 + 4096
+    assert layer_plan(long, DIMS, World(0, 1, GPU)).recompute == ["offload"] * 36
+
+
 def test_what_a_device_cannot_do_is_refused():
     with pytest.raises(ConfigError, match=r"model\.dtype=float32"):
         check_device(config(dtype="float32"), GPU)
