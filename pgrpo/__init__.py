@@ -157,6 +157,8 @@ def _with_python(
     environment: Environment,
 ) -> tuple[Config, list[Callable[..., Any]]]:
     """The checked config, with rewards that have names in it, and the functions among the rewards."""
+    if callable(tools):
+        raise ConfigError("tools: pass a list of functions, such as tools=[f]")
     functions = [reward for reward in rewards if not isinstance(reward, str | Mapping)]
     if not isinstance(config, Config):
         config = load_config(

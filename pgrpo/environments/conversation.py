@@ -15,11 +15,13 @@ from hashlib import blake2b
 from typing import Any
 
 from pgrpo.config.task import EnvironmentConfig
-from pgrpo.environments.chat import Chat, TemplateProblem, call_id
+from pgrpo.environments.chat import CUT, Chat, TemplateProblem, call_id
 from pgrpo.environments.long_form import Ended
 from pgrpo.environments.parsing import Call, Reply
 from pgrpo.types import Completion, Messages, Prompt, Request, Sample
 
+LONGEST_TOKEN = 64
+"""Characters; few tokens are longer. A text of more than this for each token that it may take is cut before it is tokenized."""
 TRIES = 8
 """Times that texts are cut, the longest first, before the episode ends: a shorter text may take more tokens than its part took."""
 
@@ -207,12 +209,14 @@ class Transcript:
         """
         room = self._lengths.episode - used
         most = max(room - self._lengths.turn, room // 2)
+        is_cut = self._settings.overlong == "cut" and self._cut_endless(LONGEST_TOKEN * max(most, 1))
+        self.counts["cut_results"] += is_cut
         ids = make()
         if len(ids) <= most or (self._settings.overlong == "end" and len(ids) < room):
             return ids
         if self._settings.overlong == "end":
             raise Ended("length")
-        self.counts["cut_results"] += 1
+        self.counts["cut_results"] += not is_cut
         for _ in range(TRIES):
             longest = max(self._told, key=lambda message: len(message["content"]))
             shorter = self._chat.shorter(longest["content"], len(ids) - most, most)
@@ -222,6 +226,13 @@ class Transcript:
             if len(ids := make()) <= most:
                 return ids
         raise Ended("length")
+
+    def _cut_endless(self, most: int) -> bool:
+        """Cut texts of more than so many characters. Whether there were any."""
+        endless = [message for message in self._told if len(message["content"]) > most]
+        for message in endless:
+            message["content"] = message["content"][:most] + CUT
+        return bool(endless)
 
     def _ids(self) -> list[int]:
         sampled = self.sample.token_ids

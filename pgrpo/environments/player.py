@@ -183,7 +183,13 @@ class Player:
         messages = [dict(message) for message in prompt.messages or []]
         if said is None or said == "" or said == []:
             return prompt
+        if not isinstance(said, str | list):
+            raise CallFailed(
+                f"it gave {said!r:.80} ({type(said).__name__}); return a text, a list of messages or of text blocks, or None"
+            )
         if isinstance(said, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in said):
+            if bare := next((message for message in said if not isinstance(message.get("content"), str | list)), None):
+                raise CallFailed(f"the message {bare!r:.80} has no text as its `content`")
             more = [{**message, "content": text_of(message.get("content"))} for message in said]
             text, ids = self._chat.prompt_with(messages, more)
             messages += more
@@ -251,8 +257,8 @@ class Player:
         started = time.monotonic()
         try:
             return await self._stage.call(function, arguments, left)
-        except CallTimeout:
-            self._error = f"a call took longer than {left:.3g} s"
+        except CallTimeout as timeout:
+            self._error = f"a call took longer than {left:.3g} s{timeout}"
             raise Ended("timeout") from None
         finally:
             self._seconds += time.monotonic() - started

@@ -32,9 +32,16 @@ def methods_of(instance: Any) -> list[Callable[..., Any]]:
 
 
 def abilities(instance: Any) -> dict[str, bool]:
-    """Which of the methods that pgrpo calls an environment has; ``is_long``: it leads the conversation itself."""
+    """Which of the methods that pgrpo calls an environment has.
+
+    ``is_long``: it leads the conversation itself. ``takes_row``: its ``reset`` can be given a row, with the prompt. ``is_mute``: it
+    has public methods, but none with a docstring, so no tools.
+    """
     has = {name: callable(getattr(type(instance), name, None)) for name in OWN}
+    public = [n for n, _ in inspect.getmembers(type(instance), inspect.isfunction) if n[0] != "_" and n not in OWN]
     return {
+        "takes_row": not has["reset"] or _takes(instance.reset, "prompt"),
+        "is_mute": bool(public) and not methods_of(instance) and not has["tool_schemas"],
         "can_reset": has["reset"],
         "has_reward": has["get_reward"],
         "has_turn_rewards": has["get_turn_rewards"],
@@ -43,11 +50,34 @@ def abilities(instance: Any) -> dict[str, bool]:
     }
 
 
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether an argument can be given by this name."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # one that is not written in Python does not say
+        return True
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return any(p.kind is p.VAR_KEYWORD or (p.name == name and p.kind in by_name) for p in parameters.values())
+
+
+def check_callable(function: Callable[..., Any]) -> None:
+    """Refuse a function that no call of a model can use (``ValueError``)."""
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.POSITIONAL_ONLY):
+            raise ValueError(
+                f"a model gives all arguments by name, so it cannot fill `{parameter.name}`; give the tool arguments with names "
+                "and no `*` or `/`, such as a list"
+            )
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ValueError("it yields; return one value")
+
+
 def said_of(function: Any) -> dict[str, Any] | None:
     """Name, docstring and hints of a function; None if it is none."""
     name = getattr(function, "__name__", None)
     if not isinstance(name, str) or not inspect.isroutine(function):
         return None
+    check_callable(function)
     hints = get_type_hints(function)
     parameters = [
         [p.name, int(p.kind), p.default is not p.empty, p.annotation is not p.empty]

@@ -112,7 +112,13 @@ def load_toolbox(config: Config, tools: Sequence[Callable[..., Any]] = (), envir
     kinds = load_kinds(factory, args, environment, nursery)
     toolbox = Toolbox(load_tools(named, tools, nursery), kinds, nursery=nursery)
     for name, kind in toolbox.kinds.items():
-        check_names([*toolbox.tools, *kind.tools], f"environment.factory{f'.{name}' if name else ''}")
+        key = f"environment.factory{f'.{name}' if name else ''}"
+        check_names([*toolbox.tools, *kind.tools], key)
+        if kind.abilities["is_mute"] and not toolbox.tools and not kind.is_long:
+            raise ConfigError(
+                f"{key}: {kind.name} has no tools, as none of its public methods has a docstring. Describe a tool and, under "
+                "`Args:`, all of its arguments; begin the names of other methods with _"
+            )
     check_names(toolbox.tools, "tools")
     return toolbox
 

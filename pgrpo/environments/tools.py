@@ -13,7 +13,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 from pgrpo.config import ConfigError
 from pgrpo.environments.calls import CallFailed, Function
 from pgrpo.environments.parsing import Text
-from pgrpo.environments.signatures import OWN, abilities, function_of, methods_of
+from pgrpo.environments.signatures import OWN, abilities, check_callable, function_of, methods_of
 from pgrpo.environments.workers import LOOK_S, Nursery, RemoteClass, RemoteTool, ToolPool, Worker
 
 
@@ -96,6 +96,10 @@ def tool_of(function: Callable[..., Any], key: str, *, is_method: bool = False) 
     name = getattr(function, "__name__", None)
     if not isinstance(name, str) or not inspect.isroutine(function):
         raise ConfigError(f"{key}: a tool is a function with a name, not {function!r:.80}; wrap it in a `def`")
+    try:
+        check_callable(function)
+    except ValueError as error:
+        raise ConfigError(f"{key}: tool `{name}`: {error}") from error
     try:
         schema = get_json_schema(function)
     except Exception as error:  # of classes of its own for hints and docstrings; and NameError of a hint
@@ -216,6 +220,10 @@ def _named_by_itself(schemas: Sequence[dict[str, Any]], key: str) -> list[Tool]:
 def _kind(name: str, make: Any, tools: list[Tool], has: Mapping[str, bool], key: str) -> Kind:
     if not (has["can_reset"] or has["is_long"]):
         raise ConfigError(f"{key}: {name} has no method `reset(**row)`, which begins an episode")
+    if not has["takes_row"]:
+        raise ConfigError(
+            f"{key}: {name}.reset is given the row of the data set, `prompt` and its columns: write `def reset(self, **row)`"
+        )
     if has["is_long"] and not has["is_async"]:
         raise ConfigError(f"{key}: {name}.converse is not async; write `async def converse(self, conversation)`")
     return Kind(name, make, tools, has["has_reward"] or has["has_turn_rewards"], has)

@@ -64,6 +64,7 @@ class Server:
         self._connection = connection
         self._async = Loop("pgrpo-tools")  # runs between calls too: clients keep connections alive
         self._environment: Any = None
+        self._pid = os.getpid()
 
     def serve(self) -> None:
         """Until the trainer closes the connection."""
@@ -76,6 +77,10 @@ class Server:
                 answer = {"error": describe(error)}
             else:
                 answer = self._answer(operation, arguments)
+            if (
+                os.getpid() != self._pid
+            ):  # the user's function forked, and this is the child, which has nothing to answer
+                os._exit(0)
             try:
                 message = _json(answer)
             except (TypeError, ValueError, RecursionError) as error:  # keys that are no texts, a circle
@@ -122,9 +127,9 @@ class Server:
         self._environment = load_function(name, "environment.factory")(**args)
 
     def reset(self, row: Mapping[str, Any]) -> Any:
-        """What ``reset`` says: None, messages or blocks as they are, anything else as text."""
+        """What ``reset`` says: a text, messages or blocks, or None; anything else is refused as it is in the trainer's process."""
         said = self._run(self._environment.reset, row)
-        return said if said is None or isinstance(said, list) else str(said)[:MOST_CHARACTERS]
+        return said[:MOST_CHARACTERS] if isinstance(said, str) else said
 
     def method(self, name: str, arguments: Mapping[str, Any]) -> str:
         return self._text(self._run(getattr(self._environment, name), arguments))

@@ -270,6 +270,8 @@ class RemoteEnvironment:
 class RemoteMethod(Remote):
     """A method of an environment. The process stays with the environment."""
 
+    is_there = True
+
     def __init__(self, worker: Worker, operation: str, argument: str | None, **more: Any) -> None:
         self._worker, self._operation, self._argument, self._more = worker, operation, argument, more
 
@@ -283,6 +285,8 @@ class RemoteMethod(Remote):
 
 class RemoteDialogue(Remote):
     """A conversation that the environment leads, in steps as of ``long_form.Led``."""
+
+    is_there = True
 
     def __init__(self, worker: Worker, messages: Messages) -> None:
         self._worker, self._messages = worker, messages

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import re
 import threading
 import time
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
 from playing import END, PARAMS, TOKENIZER, Scripted, call, ids, one, play, prompt_of, turns
 
+import pgrpo
 from pgrpo.config import Config, ConfigError
 from pgrpo.config.task import EnvironmentConfig
 from pgrpo.environments import episodes as loop
-from pgrpo.environments.calls import Loop
+from pgrpo.environments.calls import CallFailed, Loop, Threads
 from pgrpo.environments.episodes import ToolLoop
 from pgrpo.environments.toolbox import Toolbox, load_toolbox
 from pgrpo.environments.tools import load_kinds, load_tools
@@ -471,3 +475,159 @@ def test_a_tool_that_says_too_little_is_refused(tools, message):
 def test_what_is_no_environment_is_refused(factory, message):
     with pytest.raises(ConfigError, match=message):
         load_toolbox(Config(), (), factory)
+
+
+def test_threads_whose_calls_have_returned_are_used_again_and_one_that_hangs_is_not():
+    threads, release, others = Threads(), threading.Event(), set(threading.enumerate())
+    mark: ContextVar[str] = ContextVar("mark", default="none")
+
+    def call(text: str = "") -> tuple[str, str]:
+        before = mark.get()
+        mark.set(text)
+        return threading.current_thread().name + str(threading.get_ident()), before
+
+    hangs = threads.submit(release.wait, {})
+    seen = [threads.submit(call, {"text": str(i)}).result(5) for i in range(20)]
+    assert len({thread for thread, _ in seen}) == 1  # the other one hangs
+    assert {before for _, before in seen} == {"none"}
+    with pytest.raises(CallFailed, match="ZeroDivisionError"):
+        threads.submit(lambda: 1 // 0, {}).result(5)
+    started = set(threading.enumerate()) - others
+    threads.close()
+    release.set()
+    assert hangs.result(5) is True
+    deadline = time.monotonic() + 5
+    while any(thread.is_alive() for thread in started) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(started) == 2 and not any(thread.is_alive() for thread in started)
+
+
+def test_a_function_that_forks_in_this_process_answers_once_and_its_child_ends():
+    def fork() -> str:
+        pid = os.fork()
+        return f"child ended with {os.waitpid(pid, 0)[1]}" if pid else "child"
+
+    threads = Threads()
+    assert [threads.submit(fork, {}).result(20) for _ in range(2)] == ["child ended with 0"] * 2
+    threads.close()
+
+
+def test_an_endless_result_is_cut_before_it_is_tokenized():
+    def much(n: int) -> str:
+        """Say much.
+
+        Args:
+            n: How much.
+        """
+        return "abcdefgh" * n
+
+    started = time.process_time()
+    episode = one(turns(f"{call('much', n=10**6)}<|im_end|>", "ok<|im_end|>"), tools=[much], turn=100, episode=400)
+    assert time.process_time() - started < 2  # 8 million characters take half a minute
+    assert episode.finish_reason == "stop" and episode.counts["cut_results"] == 1
+    assert episode.messages[1]["content"].endswith("\n[the rest is cut]")
+    assert len(episode.token_ids) <= 300 + len(ids("ok<|im_end|>"))
+
+
+def test_an_async_tool_that_blocks_its_event_loop_is_named():
+    async def blocks(n: int) -> str:
+        """Wait in the wrong way.
+
+        Args:
+            n: Not used.
+        """
+        time.sleep(1.5)
+        return "late"
+
+    async def waits(n: int) -> str:
+        """Wait.
+
+        Args:
+            n: Not used.
+        """
+        await asyncio.sleep(1.5)
+        return "late"
+
+    for tool, end in ((blocks, " s; an async function blocks the event loop of all: write it as"), (waits, " s")):
+        script = turns(f"{call(tool.__name__, n=1)}<|im_end|>", "ok<|im_end|>")
+        episode = one(script, tools=[tool], call_timeout_s=0.3)
+        error = episode.messages[-1]["content"]
+        assert episode.finish_reason == "timeout" and error.startswith("a call took longer than 0.3" + end)
+        assert tool is blocks or error.endswith(" s")
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ({"role": "user", "content": "hi"}, r"it gave {'role': 'user', 'content': 'hi'} \(dict\); return a text, a list of"),
+        (7, r"it gave 7 \(int\); return a text, a list of messages or of text blocks, or None"),
+        ([{"role": "user"}], r"the message {'role': 'user'} has no text as its `content`"),
+    ],
+)  # fmt: skip
+def test_what_reset_cannot_give_ends_the_episode_by_name(said, error):
+    class Odd:
+        def reset(self, **row):
+            return said
+
+    episode = one(turns("ok<|im_end|>"), environment=Odd)
+    assert episode.finish_reason == "environment"
+    assert re.match(f"reset: {error}", episode.messages[-1]["content"])
+
+
+class Mute:
+    def reset(self, **row): ...
+
+    def move(self, x: int) -> str:
+        return "moved"
+
+
+class Narrow:
+    def reset(self, question):
+        """Begin."""
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (Mute, "environment.factory: Mute has no tools, as none of its public methods has a docstring"),
+        (
+            Narrow,
+            r"environment.factory: Narrow.reset is given the row of the data set, .*: write `def reset\(self, \*\*row\)`",
+        ),
+    ],
+)
+def test_a_class_that_no_model_can_use_is_refused(environment, message):
+    with pytest.raises(ConfigError, match=message):
+        load_toolbox(Config(), environment=environment)
+    if environment is Mute:  # it is there for its state: a plain tool is what the model calls
+        load_toolbox(Config(), tools=[add], environment=environment)
+
+
+@pytest.mark.parametrize("kind", ["star", "slash", "yields", "async_yields"])
+def test_a_function_that_no_model_can_call_is_refused(kind):
+    def star(*x: int) -> str:
+        """Do."""
+        return ""
+
+    def slash(x: int, /) -> str:
+        """Do."""
+        return ""
+
+    def yields(x: int):
+        """Do."""
+        yield x
+
+    async def async_yields(x: int):
+        """Do."""
+        yield x
+
+    message = (
+        "it yields; return one value" if "yields" in kind else "it cannot fill `x`; give the tool arguments with names"
+    )
+    with pytest.raises(ConfigError, match=rf"tools\[0\]: tool `{kind}`: .*{message}"):
+        load_toolbox(Config(), tools=[locals()[kind]])
+
+
+def test_tools_are_a_list():
+    with pytest.raises(ConfigError, match=r"tools: pass a list of functions, such as tools=\[f\]"):
+        pgrpo.train({}, tools=add)  # pyright: ignore[reportArgumentType]

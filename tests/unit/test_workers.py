@@ -49,6 +49,8 @@ def leave(x: int) -> str:
         time.sleep(60)
     if x == 4:
         raise SystemExit(4)
+    if x == 5 and (pid := os.fork()):
+        return f"parent, child ended with {os.waitpid(pid, 0)[1]}"
     return str(os.getpid())
 
 def shout(x: int) -> str:
@@ -191,6 +193,13 @@ def test_system_exit_is_told(own):
     assert (episode.messages[1]["content"], episode.finish_reason) == ('{"error": "SystemExit: 4"}', "stop")
 
 
+def test_a_tool_that_forks_answers_once_and_its_child_ends(own):
+    forks = f"{call('leave', x=5)}<|im_end|>"
+    episode = one(turns(forks, forks, "ok<|im_end|>"), tools=[f"{own}:leave"])
+    results = [m["content"] for m in episode.messages if m["role"] == "tool"]
+    assert results == ["parent, child ended with 0"] * 2 and episode.finish_reason == "stop"
+
+
 def test_a_result_of_100_000_tokens_from_a_worker(own):
     script = turns(f"{call('shout', x=100_000)}<|im_end|>", "ok<|im_end|>")
     episode = one(script, tools=[f"{own}:shout"], turn=100, episode=400)
@@ -329,6 +338,9 @@ def test_a_nursery_that_was_killed_is_started_again():
         ("class f: pass", "f", "a tool is a function with a name, not <class"),
         ("from __future__ import annotations\ndef f(x: nosuch): pass", "f", "tool `f`: name 'nosuch' is not defined"),
         ("def f(x): 'Do.'", "f", "missing a type hint"),
+        ("def f(*x: int): 'Do.'", "f", "tool `f`: a model gives all arguments by name, so it cannot fill `x`"),
+        ("def f(x: int, /): 'Do.'", "f", "tool `f`: a model gives all arguments by name, so it cannot fill `x`"),
+        ("async def f(x: int):\n  'Do.'\n  yield x", "f", "tool `f`: it yields; return one value"),
     ],
 )
 def test_a_tool_that_cannot_be_used_is_refused(tmp_path, source, name, message):
