@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
@@ -39,6 +39,7 @@ from pgrpo.admission.vision import RandomImages, image_bugs
 from pgrpo.attention.hook import ATTENTION_NAME, attention_forward
 from pgrpo.model.families.vision import Vision
 from pgrpo.model.policy import Policy
+from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing.batch import GroupedBatch, build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.planning.dims import decoder_layers
@@ -75,7 +76,8 @@ class Proof:
         logprob, gradient: largest difference of a log-prob (nats), and relative error of all gradients.
         bugs: the largest difference of a log-prob that each seeded bug made.
         refusal: why the model must not be trained; empty if it is exact.
-        keeps: whether every layer calls attention once, so that a prefix's keys and values can be kept (``model/kept.py``).
+        not_kept: why no prefix of this model is kept for several passes (``model/kept.py``); empty if log-probs behind a kept one
+            are exact too.
         seconds: time that the proof took.
     """
 
@@ -83,7 +85,7 @@ class Proof:
     gradient: float = float("nan")
     bugs: dict[str, float] = field(default_factory=dict)
     refusal: str = ""
-    keeps: bool = False
+    not_kept: str = ""
     seconds: float = 0.0
 
     def __str__(self) -> str:
@@ -162,13 +164,33 @@ def _compare_in(
                 name: (policy(buggy).logprobs - wanted).abs().max().item() if (buggy := seed_bug(batch)) else 0.0
                 for name, seed_bug in bugs.items()
             }
+            not_kept = _not_kept(policy, samples, wanted, exact)
             positions = images is not None or _stretched(untouched, samples[0]) > SEEN * exact
     unseen = [
         name for name, size in sizes.items() if not size > SEEN * exact and (positions or "positions" not in name)
     ]
     refusal = f"the proof would not notice a bug: {', '.join(unseen)}" if unseen else ""
-    once = [getattr(m, "layer_idx", None) for m in calls] == [*range(len(decoder_layers(grouped)))]
-    return Proof(found.logprob, found.gradient, sizes, refusal, keeps=once and policy.vision is None)
+    return Proof(found.logprob, found.gradient, sizes, refusal, not_kept)
+
+
+def _not_kept(policy: Policy, samples: Sequence[Sample], wanted_L: Tensor, exact: float) -> str:
+    """Compares log-probs of the first prompt's samples where two thirds of the prompt are kept. Gradients need no look of their
+    own: those of the prefix are autograd's, of all that the samples read of it."""
+    if policy.vision is not None:
+        return "the model sees images"
+    own = [sample for sample in samples if sample.prompt_ids == samples[0].prompt_ids]
+    batch = build_batch(replace(Forest.of(own), kept=2 * len(own[0].prompt_ids) // 3), attention=policy.attention)
+    layers = decoder_layers(policy.model)
+    set_up_layers(layers, ["none" for _ in layers], compiled=False)
+    try:
+        policy.keep(batch)
+        found_L = policy(batch).logprobs
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    finally:
+        policy.kept = None
+    off = (found_L - wanted_L[: len(found_L)]).abs().max().item()
+    return "" if off <= exact else f"log-probs behind a kept prefix differ by {off:.1e} nats"
 
 
 def reference_inputs(untouched: PreTrainedModel, images: RandomImages | None) -> Callable[[Sample], dict[str, Any]]:

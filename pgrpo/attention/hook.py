@@ -17,6 +17,9 @@ from pgrpo.attention.layout import PackedLayout
 ATTENTION_NAME = "pgrpo"
 KeysAndValues = tuple[Tensor, Tensor]
 """[P, K, D] and [P, K, Dv]."""
+Front = Sequence[Tensor]
+"""What a layer's rows read of a kept first node: its keys and values, or where a layer has a state instead, the inputs that a short
+convolution reaches back to, and the state behind the node's last row."""
 
 
 class AttendingLayout(Protocol):
@@ -39,12 +42,12 @@ class Current:
     """The layout of the forward that runs now. Models need not hand it down: some decoders drop keywords that they do not know."""
 
     layout: AttentionLayout | None = None
-    front: KeysAndValues | None = None
+    front: Front | None = None
     """Of the layer that runs now, if its layout has a kept first node."""
-    fronts: Sequence[KeysAndValues] | None = None
+    fronts: Sequence[Front] | None = None
     """The same of all layers (``model/recompute.py`` picks from it)."""
-    keep: list[KeysAndValues] | None = None
-    """Layers append their keys and values to it."""
+    keep: list[list[Tensor]] | None = None
+    """The layer that runs now appends to the last one what it would read of such a node."""
     is_eager = False
     """Whether layers run as they are, not compiled (``model/recompute.py``)."""
 
@@ -55,8 +58,8 @@ current = Current()
 @contextmanager
 def attending(
     layout: AttentionLayout,
-    fronts: Sequence[KeysAndValues] | None = None,
-    keep: list[KeysAndValues] | None = None,
+    fronts: Sequence[Front] | None = None,
+    keep: list[list[Tensor]] | None = None,
 ) -> Iterator[None]:
     """Attention of forwards inside this block is that of ``layout``."""
     current.layout, current.fronts, current.keep = layout, fronts, keep
@@ -120,7 +123,7 @@ def attention_forward(
     options: dict[str, Any] = {"window": sliding_window, "softcap": softcap, "sinks_H": s_aux}
     if isinstance(attention_layout, PackedLayout):
         if current.keep is not None:
-            current.keep.append((k_TKD, v_TKD))
+            current.keep[-1] += [k_TKD, v_TKD]
         if current.front is not None:
             k_TKD, v_TKD = (torch.cat(pair) for pair in zip(current.front, (k_TKD, v_TKD), strict=True))
         out_THD = grouped_attention(q_THD, k_TKD, v_TKD, attention_layout, scale, **options)

@@ -28,6 +28,7 @@ from pgrpo.planning.placement import (
     layer_plan,
     most_image_tokens,
     plan_sizes,
+    teacher_model,
     vllm_memory,
     vllm_text,
 )
@@ -57,7 +58,7 @@ def plan_text(config: Config) -> str:
     prompt, completion = config.data.max_prompt_tokens, config.max_sampled_tokens
     ranks, together = planned_ranks(config), config.model.sequence_parallel_size
     hf_config = load_hf_config(config.model)
-    keeps = check_model(config.model.path, hf_config, prompt + completion).keeps
+    not_kept = check_model(config.model.path, hf_config, prompt + completion).not_kept
     check_positions(config.model, hf_config, prompt + completion, config.sampled_limit)
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)
@@ -96,7 +97,7 @@ def plan_text(config: Config) -> str:
         f"(rho {rho(prompt, completions):.2f})\n"
         f"micro-batches {math.ceil(packed * together / ranks / budget)} a step and {each}, of at most {budget:,} tokens "
         f"(train.token_budget), if every prompt and completion is as long as allowed\n"
-        f"{_kept(config, dims, world) if keeps else ''}"
+        f"{_kept(config, dims, world, not_kept)}"
         f"layers        {_layers(config, dims, device, chosen)}\n"
         f"sampling      {engine_choice(config, planned).text}{elsewhere}{vllm}\n"
         f"compiled code {cache_root(config.cache_dir)}\n"
@@ -118,10 +119,14 @@ def _vllm(config: Config, dims: ModelDims, world: World) -> tuple[tuple[str, ...
         return (), f"; such a GPU would refuse: {error}"
 
 
-def _kept(config: Config, dims: ModelDims, world: World) -> str:
+def _kept(config: Config, dims: ModelDims, world: World, not_kept: str) -> str:
     """Whether prefixes are kept for several passes."""
-    wanted = longest_kept(config, dims)
-    text = kept_text(wanted, keepable_tokens(config, dims, world)) if wanted else why_none_kept(config, dims)
+    if config.loss.teacher and not not_kept:
+        model = teacher_model(config)
+        not_kept = check_model(model.path, load_hf_config(model), config.max_sample_tokens).not_kept
+        not_kept = not_kept and f"of the teacher, {not_kept}"
+    wanted = 0 if not_kept else longest_kept(config, dims)
+    text = kept_text(wanted, keepable_tokens(config, dims, world)) if wanted else why_none_kept(config, dims, not_kept)
     return f"kept prefixes {text}\n" if text else ""
 
 

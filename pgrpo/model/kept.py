@@ -1,15 +1,16 @@
-"""A prefix whose samples do not fit one micro-batch is computed once: its keys and values are kept, the samples go through in
-several passes that read them, and its backward runs once, with the gradients that the passes added up.
+"""A prefix whose samples do not fit one micro-batch is computed once: its keys, values and states are kept, the samples go through
+in several passes that read them, and its backward runs once, with the gradients that the passes added up.
 
-Exact: a pass' rows see the prefix through its keys and values alone, and its last row's hidden state, which predicts first tokens.
-These are the roots of the prefix's backward, and leaves for the passes.
+Exact: a pass' rows see the prefix through these alone (in layers with linear attention through the state behind its last row, and
+the last inputs of the short convolution), and its last row's hidden state, which predicts first tokens. They are the roots of the
+prefix's backward, and leaves for the passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 
@@ -32,7 +33,8 @@ def kept_prefix(policy: Policy, span: Sequence[GroupedBatch]) -> Iterator[None]:
     assert policy.kept is not None
     roots = [last_1E, *chain.from_iterable(policy.kept.fronts)]
     leaves = [x.detach().requires_grad_(x.requires_grad) for x in roots]
-    policy.kept = Kept(leaves[0], list(zip(leaves[1::2], leaves[2::2], strict=True)))
+    others = iter(leaves[1:])
+    policy.kept = Kept(leaves[0], [tuple(islice(others, len(front))) for front in policy.kept.fronts])
     try:
         with expect_backwards(policy):
             yield

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from pgrpo.attention.choose import AttentionChoice
-from pgrpo.attention.hook import ATTENTION_NAME, AttentionLayout, KeysAndValues, attending, attention_forward
+from pgrpo.attention.hook import ATTENTION_NAME, AttentionLayout, Front, attending, attention_forward
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.config import ModelConfig
 from pgrpo.distributed.sequence import SplitLayout, Ulysses
@@ -31,10 +31,10 @@ AttentionInterface.register(ATTENTION_NAME, attention_forward)
 
 
 class Kept(NamedTuple):
-    """What passes read of a kept prefix: [1, E] the hidden state of its last row, and every layer's keys and values."""
+    """What passes read of a kept prefix: [1, E] the hidden state of its last row, and what every layer has of it."""
 
     last_1E: Tensor
-    fronts: list[KeysAndValues]
+    fronts: Sequence[Front]
 
 
 class Policy(nn.Module):
@@ -101,12 +101,10 @@ class Policy(nn.Module):
         which FSDP learns of the backward."""
         rows = batch.kept.front if batch.kept else 1
         layout = PackedLayout([rows], [-1], batch.logit_index.device, self.attention)
-        fronts: list[KeysAndValues] = []
+        fronts: list[list[Tensor]] = []
         hidden_PE = self._hidden({name: x[..., :rows] for name, x in batch.inputs.items()}, layout, None, keep=fronts)
-        if len(fronts) != self.model.config.get_text_config().num_hidden_layers:
-            raise RuntimeError(
-                f"a model whose layers do not call attention once each ({len(fronts)} calls) cannot keep a prefix"
-            )
+        if not all(0 < len(front) < 3 for front in fronts):  # keys and values; inputs of a convolution (and a state)
+            raise RuntimeError("layers do not each call attention once, or have one state")
         self.kept = Kept(hidden_PE[-1:].clone(), fronts)
         return self.kept.last_1E
 
@@ -141,8 +139,8 @@ class Policy(nn.Module):
         inputs: Mapping[str, Tensor],
         layout: AttentionLayout,
         images: ImageRows | None,
-        fronts: Sequence[KeysAndValues] | None = None,
-        keep: list[KeysAndValues] | None = None,
+        fronts: Sequence[Front] | None = None,
+        keep: list[list[Tensor]] | None = None,
     ) -> Tensor:
         if self.vision is not None:
             return self.vision.hidden(inputs, layout, images)

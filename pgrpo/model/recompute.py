@@ -13,7 +13,7 @@ import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from pgrpo.attention.hook import AttentionLayout, KeysAndValues, current
+from pgrpo.attention.hook import AttentionLayout, Front, current
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.distributed.sequence import SplitLayout
 from pgrpo.model.families.linear import has_state
@@ -24,11 +24,11 @@ TrainingLayout = PackedLayout | SplitLayout
 
 
 class Seen(NamedTuple):
-    """What rows of a layer attend to: keys of the layout, and those of a kept first node. An argument of what is compiled, which
+    """What rows of a layer attend to: the layout, and what is there of a kept first node. An argument of what is compiled, which
     then has it as an input, and no guard on its identity."""
 
     layout: AttentionLayout
-    front: KeysAndValues | None
+    front: Front | None
 
 
 def is_training(layout: object) -> bool:
@@ -58,8 +58,10 @@ def _forward(layer: nn.Module, number: int, mode: Recompute, compiled: bool, *ar
         return type(layer).forward(layer, *args, **kwargs)
     if not torch.is_grad_enabled():
         mode, compiled = "none", compiled and not current.is_eager
-    # Compiled code cannot hand out the keys and values that a checkpoint inside it makes.
-    run = _runner(mode, compiled and current.keep is None)
+    if current.keep is not None:
+        current.keep.append([])
+        compiled = False  # compiled code cannot hand out the keys and values that a checkpoint inside it makes
+    run = _runner(mode, compiled)
     front = current.fronts[number] if current.fronts else None
     try:
         return run(layer, Seen(layout, front), *args, **kwargs)

@@ -15,9 +15,8 @@ def longest_kept(config: Config, dims: ModelDims) -> int:
 
 def _cannot(config: Config, dims: ModelDims) -> str:
     reasons = {
-        "layers have a state": dims.state_elements,
+        "the model sees images": dims.tower,
         "model.sequence_parallel_size is above 1": config.model.sequence_parallel_size > 1,
-        "prompts have images": config.prompt.images_column,
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 
@@ -28,13 +27,13 @@ def cuts_groups(config: Config) -> bool:
     return group > config.train.token_budget
 
 
-def why_none_kept(config: Config, dims: ModelDims, *, keeps: bool = True) -> str:
+def why_none_kept(config: Config, dims: ModelDims, not_kept: str) -> str:
     """What a user should know whose groups may be cut into several micro-batches, none of which may keep a prefix; else nothing.
 
     Args:
-        keeps: whether each layer of policy and teacher calls attention once.
+        not_kept: what the proofs of policy and teacher say (``Proof.not_kept``).
     """
-    reason = _cannot(config, dims) or ("" if keeps else "layers call attention more than once")
+    reason = _cannot(config, dims) or not_kept
     if config.model.attention != "grouped" or not cuts_groups(config) or not reason:
         return ""
     return f"none, as {reason}: a group that train.token_budget cuts computes its prompt in each of its micro-batches"

@@ -31,7 +31,7 @@ class MemoryPlan:
         gathered: unsharded copies of weights in the compute dtype, while in use: the embedding and head, and two layers.
         activations: tensors that the forward of a full micro-batch keeps for the backward. With LoRA there are up to a fifth
             less, which this ignores.
-        kept: keys and values of a prefix that is kept for several passes (``model/kept.py``), and their gradients.
+        kept: keys, values and states of a prefix that is kept for several passes (``model/kept.py``), and their gradients.
         logprobs: a chunk of logits, and the head's float32 gradient if it has one. The backward begins with them. With the full KL
             to a teacher, whose chunks of logits are half the size, also its hidden states.
         layer_backward: the rest of the backward, one layer at a time: recomputed activations, a mixture's copies of rows,
@@ -190,7 +190,7 @@ def memory_plan(
         else 0,
         gathered=gathered * dtype_bytes,
         activations=sum(kept[mode] for mode in recompute) * rows,
-        kept=2 * kv_row * kept_tokens,
+        kept=2 * (kv_row * kept_tokens + 4 * dims.state_elements * (kept_tokens > 0)),
         logprobs=logit_chunk_bytes
         + head * (4 + dtype_bytes)
         + (teacher.hidden * dtype_bytes * rows if teacher and full_kl else 0),

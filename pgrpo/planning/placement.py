@@ -149,9 +149,12 @@ def keepable_tokens(config: Config, dims: ModelDims, world: World) -> int:
     if world.device.type == "cpu" or not wanted:
         return wanted
     recompute, chunks = layer_plan(config, dims, world)
-    none, one = (memory_plan(dims, recompute=recompute, mlp_chunks=chunks, **sizes, kept_tokens=n) for n in (0, 1))
-    room = _capacity_gib(config, world) - none.update
-    return max(0, min(wanted, int(room / one.kept)))
+    one, two = (memory_plan(dims, recompute=recompute, mlp_chunks=chunks, **sizes, kept_tokens=n) for n in (1, 2))
+    room = _capacity_gib(config, world) - one.update
+    per_token = two.kept - one.kept  # states are as large whatever the tokens
+    if room < 0:
+        return 0
+    return min(wanted, 1 + int(room / per_token)) if per_token else wanted
 
 
 class EngineChoice(NamedTuple):

@@ -130,7 +130,7 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
     check_linear(config.model.path, hf_config, world.device)
     if ahead is not None:
         ahead.begin(hf_config)
-    keeps = check_model(config.model.path, hf_config, max_sample).keeps
+    not_kept = check_model(config.model.path, hf_config, max_sample).not_kept
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)
     check_chunks(config.model, dims)
@@ -145,7 +145,8 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
     vocab_size = hf_config.get_text_config().vocab_size
     check_vocabulary(tokenizer, vocab_size, config)
     if config.loss.teacher is not None:
-        keeps &= check_teacher(config, tokenizer, vocab_size, world.device)
+        teachers = check_teacher(config, tokenizer, vocab_size, world.device)
+        not_kept = not_kept or (teachers.not_kept and f"of the teacher, {teachers.not_kept}")
     toolbox = load_toolbox(config, given.tools, given.environment)
     toolbox.check_rewards(given.rewards)
     prompts = training_prompts(config, tokenizer, given.dataset, toolbox.schemas_of, reader)
@@ -183,7 +184,7 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
         teacher.head.banned = policy.head.banned  # a distribution of the same ids
         see(teacher, reader, teaches=True)
     wanted, most_kept = longest_kept(config, dims), keepable_tokens(config, dims, world)
-    if not keeps:  # of the policy or of the teacher, which keeps the same rows
+    if not_kept:  # of the policy or of the teacher, which keeps the same rows
         wanted = most_kept = 0
     learner = Learner(
         config, world, policy, reference, build_optimizer(policy, config.optim), dims, loss, teacher,
@@ -196,7 +197,7 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
             experts_text(policy.model),
             untrained_text(hf_config),
             f"kept prefixes: {kept_text(wanted, most_kept)}" if most_kept < wanted else "",
-            f"kept prefixes: {none}" if (none := why_none_kept(config, dims, keeps=keeps)) else "",
+            f"kept prefixes: {none}" if (none := why_none_kept(config, dims, not_kept)) else "",
         ):
             if text:
                 log.info("%s", text)

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from pgrpo.admission.fits import check_heads, check_positions
 from pgrpo.admission.linear import check_linear
 from pgrpo.admission.models import check_model
+from pgrpo.admission.proof import Proof
 from pgrpo.admission.rows import check_rows
 from pgrpo.config import Config, ConfigError
 from pgrpo.planning.flops import ModelDims
@@ -15,14 +16,14 @@ from pgrpo.planning.hub import load_error, load_hf_config
 from pgrpo.planning.placement import attention_choice, teacher_model
 
 
-def check_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: torch.device) -> bool:
+def check_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: torch.device) -> Proof:
     """The teacher reads the batch that is packed for the policy, so it must have the same tokens, and run on the same kernel.
 
     Args:
         tokenizer, vocab_size: the policy's. The teacher's vocabulary may be larger, as some models pad it, but not smaller.
 
     Returns:
-        Whether it can keep a prefix for several passes (``Proof.keeps``).
+        Its proof.
 
     Raises:
         ConfigError: names what differs.
@@ -67,4 +68,4 @@ def check_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size
             f"{name}: its head dim {dims.head_dim} needs the attention kernel {kernel}, the policy's is {own}; "
             f"set model.attention_kernel={'builtin' if 'builtin' in (kernel, own) else kernel}"
         )
-    return proof.keeps
+    return proof

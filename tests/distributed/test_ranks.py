@@ -158,6 +158,18 @@ def test_a_model_with_states_and_experts(hybrid, ranks, changes):
     assert len(found) >= 2 and all(want["gradients"][name].norm() > 0 for name in found)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [(1, {"activation_checkpointing": "attention"}), (2, {"kl_coef": 0.3, "activation_checkpointing": "full"}),
+     (2, {"kl_coef": 0.3, "lora_rank": 4})],
+    ids=str,
+)  # fmt: skip
+def test_states_of_a_prefix_that_is_kept_for_several_passes(hybrid, ranks, changes):
+    got, want = hybrid(ranks, **KEPT, **changes), hybrid(beginning=KEPT["beginning"], **changes)
+    assert got["kept"] > 1 and want["micro_batches"] == 1
+    assert_same(got, want, most=1e-4)
+
+
 def test_a_head_that_caps_its_logits_on_two_ranks(tmp_path, on_ranks):
     """Its gradient comes from autograd through the model's own head, whose weight is sharded, and tied to the embedding."""
     torch.manual_seed(0)

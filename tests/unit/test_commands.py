@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import pgrpo
+from pgrpo.admission.proof import Proof
 from pgrpo.commands import check as check_module
+from pgrpo.commands import plan as dry_run
 from pgrpo.commands.check import check
 from pgrpo.commands.evaluate import evaluate
 from pgrpo.commands.plan import plan
@@ -87,6 +89,34 @@ def test_a_dry_run_plans_for_ranks_that_compute_together(model, tmp_path, capsys
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"model.sequence_parallel_size: 2 does not divide the number of ranks, 3"):
         plan(config(model, tmp_path, *keys))
+
+
+@pytest.mark.parametrize(
+    ("changes", "proofs", "text"),
+    [
+        ((), {}, "up to 8 tokens that samples share are computed once for several micro-batches where that saves time"),
+        (("train.token_budget=4096",), {}, None),
+        (("model.sequence_parallel_size=2",), {}, "none, as model.sequence_parallel_size is above 1: a group that"),
+        ((), {"policy": "layers attend twice"}, "none, as layers attend twice: a group that train.token_budget cuts"),
+        (
+            ("loss.teacher=teacher",),
+            {"teacher": "layers attend twice"},
+            "none, as of the teacher, layers attend twice: ",
+        ),
+    ],
+)
+def test_a_dry_run_says_whether_prefixes_are_kept(model, tmp_path, capsys, monkeypatch, changes, proofs, text):
+    monkeypatch.setattr(
+        dry_run, "check_model", lambda path, *_: Proof(not_kept=proofs.get(path.rpartition("/")[2], ""))
+    )
+    (tmp_path / "teacher").symlink_to(model)
+    (tmp_path / "policy").symlink_to(model)
+    keys = [key.replace("=teacher", f"={tmp_path}/teacher") for key in changes]
+    plan(
+        config(tmp_path / "policy", tmp_path, *(["train.token_budget=24"] if "budget" not in str(keys) else []), *keys)
+    )
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("kept prefixes ")]
+    assert [line.partition("kept prefixes ")[2][: len(text or "")] for line in shown] == ([text] if text else [])
 
 
 def test_a_dry_run_refuses_an_engine_that_cannot_run_here(model, tmp_path, capsys):

@@ -3,6 +3,7 @@ how a step is divided so that ranks stay in step; and a training with it."""
 
 import json
 import random
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_linear import fake_fla
 from transformers import AutoConfig
 
 from pgrpo.admission.proof import True64, default_dtype
@@ -24,6 +26,7 @@ from pgrpo.config import load_config
 from pgrpo.distributed.world import World
 from pgrpo.grpo import grpo_step
 from pgrpo.model import recompute
+from pgrpo.model.families import delta_rule
 from pgrpo.model.kept import kept_prefix
 from pgrpo.model.policy import Kept, Policy
 from pgrpo.model.recompute import set_up_layers
@@ -107,9 +110,19 @@ def error(got, wanted):
     return (off / sum(b.square().sum().item() for b in wanted)) ** 0.5
 
 
-@pytest.fixture(scope="module", params=["qwen3", "gemma3_text", "gpt_oss"])
+MODELS = {
+    "qwen3": {},
+    "gemma3_text": {"sliding_window": 4096},
+    "gpt_oss": {},
+    "qwen3_5_text": {},
+    "lfm2": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
+}
+STATES = ["qwen3_5_text", "lfm2"]
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def twins(request):
-    config = AutoConfig.for_model(request.param, **({"sliding_window": 4096} if request.param == "gemma3_text" else {}))
+    config = AutoConfig.for_model(request.param, **MODELS[request.param])
     with torch.random.fork_rng(devices=[]), default_dtype(torch.float64):
         return small_twins(shrink(config), 0)
 
@@ -203,6 +216,72 @@ def test_a_gradient_that_is_lost_is_noticed(twins, wanted, bug, monkeypatch):
     assert error(gradients, wanted[1]) > 1e-3
 
 
+def of_the_part(part, change):
+    """Kept prefixes of which ``change`` replaces one part in the first layer: 0 the convolution's last inputs, 1 the state."""
+
+    def changed(kept: Kept) -> Kept:
+        first = [change(x) if i == part else x for i, x in enumerate(kept.fronts[0])]
+        assert part < len(first)
+        return Kept(kept.last_1E, [first, *kept.fronts[1:]])
+
+    return changed
+
+
+@pytest.mark.parametrize("change", [torch.zeros_like, torch.detach, lambda x: x.flip(-1)], ids=["zero", "cut", "mixed"])
+@pytest.mark.parametrize(("twins", "part"), [("qwen3_5_text", 0), ("qwen3_5_text", 1), ("lfm2", 0)], indirect=["twins"])
+def test_a_state_that_is_wrong_is_noticed(twins, wanted, part, change):
+    """Seeded bugs: a layer starts without the prefix's inputs or state, or with others; or they get no gradient."""
+    with True64():
+        policy = policy_of(twins[1])
+        plan, batches = kept_batches(policy)
+        policy.zero_grad(set_to_none=True)
+        off = 0.0
+        with kept_prefix(policy, batches):
+            assert policy.kept is not None
+            policy.kept = of_the_part(part, change)(policy.kept)
+            for forest, batch in zip(plan, batches, strict=True):
+                found = batch.unpack(policy(batch).logprobs)
+                torch.autograd.backward(weighted(found, batch))
+                for row, sample in zip(found.detach(), forest.samples, strict=True):
+                    want = wanted[0][samples_of(0).index(sample)]
+                    off = max(off, *(row[: len(want)] - want).abs().tolist(), 0.0)
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in policy.parameters()]
+    assert off < 1e-12 if change is torch.detach else off > 1e-3
+    assert error(gradients, wanted[1]) > 1e-4
+
+
+LENGTHS = {  # prompts, what they begin with, tokens that may be kept, budget
+    "on and behind a chunk's end": ((64, 71), 64, 64, 90),
+    "more than a chunk": ((135, 130), 129, 129, 150),
+    "fewer tokens than a convolution reaches back": ((9, 17), 9, 2, 30),
+    "one token": ((9, 17), 9, 1, 30),
+    "a whole prompt": ((70,), 70, 99, 84),
+}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("twins", STATES, indirect=True)
+@pytest.mark.parametrize("way", ["on a CPU", "on a GPU"])
+def test_states_of_any_length_are_exact(twins, lengths, way, monkeypatch):
+    """Long nodes are several chunks of the rule; the GPU's way is a stand-in of fla-core by transformers' function."""
+    if way == "on a GPU":
+        for name, module in fake_fla([]).items():
+            monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr(delta_rule, "_in_buckets", delta_rule._on_gpu)
+    prompts, beginning, most_kept, budget = LENGTHS[lengths]
+    samples = samples_of(3, prompts, beginning)
+    (plan,) = plan_of(samples, budget, most_kept=most_kept)
+    assert len(plan) > 1 and {f.kept for f in plan} == {min(beginning, most_kept)}
+    with True64():
+        want = wanted_of(twins[0], samples)
+        policy = policy_of(twins[1])
+        found, gradients = run(policy, [build_batch(f, attention=policy.attention) for f in plan])
+    for place, sample in enumerate(sample for forest in plan for sample in forest.samples):
+        row = want[0][samples.index(sample)]
+        assert torch.allclose(found[place][: len(row)], row, rtol=0, atol=1e-12)
+    assert error(gradients, want[1]) < 1e-12
+
+
 def test_attention_behind_a_front_is_that_of_the_reference():
     """The first node has no queries, in both ways and with a window; gradients too, and those of its keys and values."""
     torch.manual_seed(0)
@@ -291,6 +370,19 @@ def test_a_failure_in_a_span_leaves_no_prefix_behind(twins):
     assert policy.kept is None
 
 
+def count_kept(monkeypatch) -> list[int]:
+    """The tokens of each prefix that is kept in a training."""
+    found, keep = [], Policy.keep
+
+    def counted(self, batch):
+        if batch.span > 1:  # not the proof's
+            found.append(batch.kept.front)
+        return keep(self, batch)
+
+    monkeypatch.setattr(Policy, "keep", counted)
+    return found
+
+
 def ones(completions, **_):
     return [float("1" in text) for text in completions]
 
@@ -301,8 +393,7 @@ def ones(completions, **_):
 def test_a_training_is_that_of_a_larger_budget(tiny_model, tmp_path, monkeypatch, more):
     """Three steps of the quick start with prompts that begin alike: old log-probs and the reference keep prefixes too."""
     monkeypatch.setattr(balance, "KEEP_NS", 0.0)
-    kept_rows, keep = [], Policy.keep
-    monkeypatch.setattr(Policy, "keep", lambda self, batch: kept_rows.append(batch.kept.front) or keep(self, batch))
+    kept_rows = count_kept(monkeypatch)
     logged, counts = [], []
     for budget in (40, 4000):
         keys = [f"model.path={tiny_model}", f"run_dir={tmp_path / str(budget)}", "rewards.functions=[]", "eval.every=0"]
@@ -337,12 +428,12 @@ def test_the_memory_plan_says_how_much_is_kept():
     ("changes", "reason"),
     [
         ({}, ""),
-        ({"states": 5}, "layers have a state"),
+        ({"states": 5}, ""),
         ({"ranks": 2}, "model.sequence_parallel_size is above 1"),
-        ({"images": "images"}, "prompts have images"),
-        ({"keeps": False}, "layers call attention more than once"),
-        ({"states": 5, "budget": 64}, ""),  # a whole group fits
-        ({"states": 5, "attention": "repeated"}, ""),
+        ({"tower": True}, "the model sees images"),
+        ({"not_kept": "layers attend twice"}, "layers attend twice"),
+        ({"ranks": 2, "budget": 64}, ""),  # a whole group fits
+        ({"ranks": 2, "attention": "repeated"}, ""),
     ],
 )
 def test_a_run_that_cannot_keep_a_prefix_says_why(changes, reason):
@@ -350,10 +441,11 @@ def test_a_run_that_cannot_keep_a_prefix_says_why(changes, reason):
     config = load_config("quickstart.yaml")
     config.data.max_prompt_tokens, config.rollout.max_completion_tokens, config.rollout.group_size = 32, 8, 4
     config.rollout.prompts_per_step, config.train.token_budget = 2, changes.get("budget", 48)
-    config.model.attention, config.prompt.images_column = changes.get("attention", "grouped"), changes.get("images")
+    config.model.attention = changes.get("attention", "grouped")
     shape = json.loads((ROOT / "benchmarks" / "qwen3_4b" / "config.json").read_text())
-    dims = replace(ModelDims.from_config(shape), state_elements=changes.get("states", 0))
+    tower: Any = object() if "tower" in changes else None
+    dims = replace(ModelDims.from_config(shape), state_elements=changes.get("states", 0), tower=tower)
     config.model.sequence_parallel_size = changes.get("ranks", 1)
-    text = why_none_kept(config, dims, keeps=changes.get("keeps", True))
+    text = why_none_kept(config, dims, changes.get("not_kept", ""))
     assert reason in text and bool(text) == bool(reason)
-    assert longest_kept(config, dims) == (32 if not changes or "keeps" in changes else 0)
+    assert longest_kept(config, dims) == (0 if changes.keys() & {"ranks", "tower"} else 32)

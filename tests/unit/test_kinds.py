@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_kept import count_kept
 from test_resume import assert_equal_checkpoints, metrics, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -20,6 +21,7 @@ from pgrpo.distributed.world import World
 from pgrpo.model.families import experts
 from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.weights import full_weights, weight_names
+from pgrpo.packing import balance
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.planning.flops import ModelDims
@@ -41,9 +43,14 @@ def folder(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
-def test_a_run_is_resumed_bit_for_bit_and_its_export_is_what_a_push_carries(folder, lora_rank, tmp_path):
+def test_a_run_is_resumed_bit_for_bit_and_its_export_is_what_a_push_carries(folder, lora_rank, tmp_path, monkeypatch):
+    """Prompts are kept for several passes, by the policy and by the reference."""
+    monkeypatch.setattr(balance, "KEEP_NS", 0.0)
+    kept = count_kept(monkeypatch)
     changes = {"steps": 2, "checkpoint.every": 1, "optim.lr": 1e-2, "model.lora_rank": lora_rank, "loss.kl_coef": 0.1}
+    changes |= {"train.token_budget": 20}
     run = train(folder, tmp_path / "run", **changes)
+    assert len(kept) >= 4
     (run / "checkpoints" / "step_2").rename(tmp_path / "step_2")  # as if the run had stopped after step 1
     before = metrics(run)
     train(folder, run, resume="auto", **changes)

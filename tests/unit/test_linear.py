@@ -33,6 +33,8 @@ from pgrpo.packing.forest import Forest
 from pgrpo.planning.dims import decoder_layers
 
 CPU = torch.device("cpu")
+TORCH_RULE = inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
+"""transformers' own, before any test replaces the functions of that file."""
 
 
 @pytest.fixture(scope="module")
@@ -140,22 +142,17 @@ def test_nodes_without_rows_hand_their_parents_state_down():
     # rows 0-2 | none | 3-5, 6-8: the middle node is empty
     layout = PackedLayout([3, 0, 3, 3], [-1, 0, 1, 1])
     with True64():
-        out, states = delta_rule._forest_rule(layout, _torch_rule(), xs, {}, final=True)
+        out, states = delta_rule._forest_rule(layout, TORCH_RULE, xs, {}, final=True)
         for i, rows in enumerate(([0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7, 8])):
             q, k, v, g, beta = (x[:, rows] for x in xs)
-            want, state = _torch_rule()(q, k, v, g=g, beta=beta, output_final_state=True)
+            want, state = TORCH_RULE(q, k, v, g=g, beta=beta, output_final_state=True)
             assert (out[0, rows[3:]] - want[0, 3:]).abs().max() < 1e-12
             assert (states[i] - state[0]).abs().max() < 1e-12
 
 
-def _torch_rule():
-    """transformers' own, of another file than the one whose functions were replaced."""
-    return inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
-
-
 def fake_fla(calls):
     """fla-core's function as it is documented, by transformers' own: one row of sequences, a state each."""
-    rule = _torch_rule()
+    rule = TORCH_RULE
 
     def chunk_gated_delta_rule(
         q, k, v, g, beta, initial_state, output_final_state, cu_seqlens, cu_seqlens_cpu, use_qk_l2norm_in_kernel=False

@@ -1,18 +1,22 @@
 """The proof at load: it finds models exact, sees what is wrong, and keeps what it found."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from pgrpo.admission import models as admission
+from pgrpo.admission import proof as proving
 from pgrpo.admission.models import check_model
 from pgrpo.admission.proof import proof_samples, prove
 from pgrpo.admission.shrink import Small, shrink
+from pgrpo.attention.hook import ATTENTION_NAME, attention_forward
 from pgrpo.config import ConfigError
+from pgrpo.model.policy import Policy
 
 MECHANISMS = {
     "llama": "shared keys",
@@ -39,7 +43,35 @@ def test_a_model_of_each_mechanism_is_exact_and_seeded_bugs_are_seen(model_type)
     assert proof.logprob < 1e-11 and proof.gradient < 1e-11
     assert len(proof.bugs) >= 3 and min(proof.bugs.values()) > 1e-2
     assert proof.seconds < 10
-    assert proof.keeps == (not set(model_type.split("_")) & {"5", "hybrid", "lfm3", "next"})
+    assert proof.not_kept == ""
+
+
+def test_a_prefix_is_not_kept_where_log_probs_behind_it_are_others(monkeypatch):
+    """Seeded: a layer that keeps nothing of its inputs, and one that attends twice. The model itself is exact all the same."""
+    keep = Policy.keep
+
+    def without_a_state(self, batch):
+        last = keep(self, batch)
+        self.kept = self.kept._replace(fronts=[[torch.zeros_like(x) for x in front] for front in self.kept.fronts])
+        return last
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "keep", without_a_state)
+        proof = prove(AutoConfig.for_model("qwen3_5_text"))
+    assert re.fullmatch(r"log-probs behind a kept prefix differ by \d\.\de[+-]\d\d nats", proof.not_kept)
+    assert proof.refusal == "" and proof.logprob < 1e-11
+
+    def twice(*args, **kwargs):
+        attention_forward(*args, **kwargs)
+        return attention_forward(*args, **kwargs)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(proving, "attention_forward", twice)
+            proof = prove(AutoConfig.for_model("qwen3"))
+    finally:
+        AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    assert proof.not_kept == "layers do not each call attention once, or have one state" and proof.refusal == ""
 
 
 def test_every_length_lies_inside_the_proofs_samples_unless_no_sample_of_the_run_reaches_it():

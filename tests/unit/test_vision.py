@@ -38,7 +38,7 @@ def test_grouped_attention_is_exact_with_images(name):
     assert found.gradient < 1e-11
     assert found.bugs.keys() >= image_bugs(CONFIGS[name]).keys()
     assert min(found.bugs.values()) > 1e-2
-    assert not found.keeps  # images are rows of a prompt, which passes would have to skip
+    assert found.not_kept == "the model sees images"
     assert len(decoder_layers(proof.twins(few_layers(proof.shrink(CONFIGS[name])), 0)[1])) <= 2
 
 

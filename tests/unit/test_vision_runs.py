@@ -138,7 +138,17 @@ def test_a_dry_run_counts_images(folder, tmp_path):
     assert f"; up to {6 * one / 1e12:.3g} more for images" in frozen
     assert f"; up to {18 * one / 1e12:.3g} more for images" in trained
     text = plan_text(config_of(folder, tmp_path, "prompt.images_column=null"))
-    assert "for images" not in text
+    assert "for images" not in text and "kept prefixes" not in text
+
+
+def test_a_run_whose_groups_are_cut_says_that_prompts_with_images_are_not_kept(folder, tmp_path):
+    settings = config_of(folder, tmp_path / "run", "train.token_budget=55", "train.steps=1")
+    run = pgrpo.train(settings)
+    text = "none, as the model sees images: a group that train.token_budget cuts computes its prompt in each of its micro-batches"
+    assert f"kept prefixes: {text}\n" in (run / "log.txt").read_text()
+    assert f"\nkept prefixes {text}\n" in plan_text(settings)
+    (row,) = metrics_of(run)
+    assert row["grad_norm"] > 0 and row["tokens/rho"] > 1
 
 
 def loaded(path: Path) -> list[tuple[str, torch.nn.Parameter]]:

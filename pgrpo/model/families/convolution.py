@@ -1,4 +1,5 @@
-"""Short convolutions over a packed forest: each row is computed from the last rows of its path, wherever these lie.
+"""Short convolutions over a packed forest: each row is computed from the last rows of its path, wherever these lie. Of a kept first
+node these are its last inputs, which come from the pass that computed it.
 
 T packed rows, N nodes of one depth, B rows of a decoding batch, D channels of a convolution, W its width, C rows.
 """
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
+from pgrpo.attention.hook import current
 from pgrpo.attention.layout import PackedLayout
 
 
@@ -30,7 +32,12 @@ def convolve(
     the states of a rollout."""
     act = ACT2FN[activation] if activation is not None else lambda x: x
     if isinstance(layout, PackedLayout):
-        return act(_forest_convolution(layout, functions[0], x_1DT, weight, bias))
+        reach, kept = weight.shape[1] - 1, 0
+        if current.keep is not None:  # a copy, which does not hold the inputs of all rows
+            current.keep[-1].append(x_1DT[..., max(0, x_1DT.shape[2] - reach) :].clone())
+        if current.front is not None:
+            x_1DT, kept = torch.cat([current.front[0], x_1DT], -1), current.front[0].shape[2]
+        return act(_forest_convolution(layout, functions[0], x_1DT, weight, bias)[..., kept:])
     name = (layer, "convolution")
     if name not in layout.states:
         ends = np.array([node.end - 1 for node in layout.prompts.nodes])
@@ -88,8 +95,10 @@ def _taps(layout: PackedLayout, width: int) -> np.ndarray:
 
 
 def _first_rows(layout: PackedLayout, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows whose taps are not the rows in front of them: [C], and their taps [C, W]."""
+    """Rows whose taps are not the rows in front of them: [C], and their taps [C, W]. Of a kept first node only the last rows that
+    taps may be are there."""
     taps_WT = _taps(layout, width)
     adjacent_WT = np.maximum(np.arange(1 - width, 1)[:, None] + np.arange(taps_WT.shape[1]), -1)
     rows_C = np.flatnonzero((taps_WT != adjacent_WT).any(0))
-    return rows_C, taps_WT[:, rows_C].T
+    missing = max(0, layout.front - (width - 1))
+    return rows_C - missing, np.maximum(taps_WT[:, rows_C].T - missing, -1)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgrpo.attention.hook import current
 from pgrpo.attention.layout import Node, PackedLayout, cumulative
 
 CHUNK = 64
@@ -67,7 +68,8 @@ class Depth(NamedTuple):
 def _depths(layout: PackedLayout, device: torch.device) -> list[Depth]:
     made: list[Depth] = []
     above: dict[int, int] = {}
-    for _, group in groupby(enumerate(layout.nodes), key=lambda pair: pair[1].depth):
+    here = [node._replace(start=node.start - layout.front) for node in layout.nodes]
+    for _, group in groupby(enumerate(here), key=lambda pair: pair[1].depth):
         numbers, nodes = zip(*group, strict=True)
         parents = [above[node.parent] for node in nodes] if made else None
         above = {number: i for i, number in enumerate(numbers)}
@@ -133,7 +135,12 @@ def delta_rule(
     -> [1, T, HV, V]. Its last state is not needed by models without a cache."""
     xs, options = (query, key, value, g, beta), {"use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel}
     if isinstance(layout, PackedLayout):
-        return _forest_rule(layout, functions[0], xs, options)[0], None
+        front = current.front[1] if current.front is not None else None
+        # A node alone may be a prefix to keep. Not decided by ``keep``, as a checkpoint must compute again what it computed.
+        out, states = _forest_rule(layout, functions[0], xs, options, front, final=len(layout.nodes) == 1)
+        if current.keep is not None:
+            current.keep[-1].append(states)
+        return out, None
     name = (layer, "delta rule")
     if name not in layout.states:
         out, states = _forest_rule(layout.prompts, functions[0], xs, options, final=True)
@@ -147,14 +154,21 @@ def delta_rule(
 
 
 def _forest_rule(
-    layout: PackedLayout, function: Any, xs: tuple[Tensor, ...], options: dict[str, Any], *, final: bool = False
+    layout: PackedLayout,
+    function: Any,
+    xs: tuple[Tensor, ...],
+    options: dict[str, Any],
+    front: Tensor | None = None,
+    *,
+    final: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs [1, T, HV, V] of all rows; and final states [N, HV, K, V] of the deepest nodes if ``final``."""
+    """Outputs [1, T, HV, V] of all rows; and final states [N, HV, K, V] of the deepest nodes if ``final``. ``front``: the final
+    state [1, HV, K, V] of a kept first node, which has no rows here."""
     if "depths" not in layout.kept:  # the same in all layers of a batch
         layout.kept["depths"] = _depths(layout, xs[0].device)
     depths: list[Depth] = layout.kept["depths"]
-    run, outs, states = _on_gpu if xs[0].is_cuda else _in_buckets, [], None
-    for depth in depths:
+    run, outs, states = _on_gpu if xs[0].is_cuda else _in_buckets, [], front
+    for depth in depths[layout.front > 0 :]:
         if depth.parents is None:
             key, value = xs[1], xs[2]
             dtype = torch.promote_types(key.dtype, torch.float32)
