@@ -97,6 +97,8 @@ class Parts:
     canary: Canary | None
     transitions: Sequence[Transition] = ()
     reader: ImageReader | None = None
+    notes: Sequence[str] = ()
+    """What a run's log says of its model when it starts."""
 
     @property
     def policy(self) -> Policy:
@@ -190,17 +192,14 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
         config, world, policy, reference, build_optimizer(policy, config.optim), dims, loss, teacher,
         most_kept,
     )  # fmt: skip
+    notes = (
+        states_text(policy.model, world.device, compiled=is_compiled(config, world.device)),
+        experts_text(policy.model),
+        untrained_text(hf_config),
+        f"kept prefixes: {kept_text(wanted, most_kept)}" if most_kept < wanted else "",
+        f"kept prefixes: {none}" if (none := why_none_kept(config, dims, not_kept)) else "",
+    )
     if world.is_main:
-        compiled = is_compiled(config, world.device)
-        for text in (
-            states_text(policy.model, world.device, compiled=compiled),
-            experts_text(policy.model),
-            untrained_text(hf_config),
-            f"kept prefixes: {kept_text(wanted, most_kept)}" if most_kept < wanted else "",
-            f"kept prefixes: {none}" if (none := why_none_kept(config, dims, not_kept)) else "",
-        ):
-            if text:
-                log.info("%s", text)
         check_turn_end(tokenizer, config.prompt, end_ids)
     if ahead is not None:
         with counting("compiling"):
@@ -211,8 +210,9 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
     canary = build_canary(config, world, policy, engine)
     episodes = toolbox.episodes(config, engine, chats, world)
     return Parts(
-        config, world, stream, held_out, runner, learner, engine, episodes, canary, toolbox.transitions, reader
-    )
+        config, world, stream, held_out, runner, learner, engine, episodes, canary, toolbox.transitions, reader,
+        [*filter(None, notes)],
+    )  # fmt: skip
 
 
 def initial_model(policy: Policy, config: Config, world: World) -> Policy:

@@ -73,7 +73,7 @@ def open_session(
                 if tracking:  # write only now that the input and the checkpoint are valid
                     with replacing(folder / "config.yaml") as file:
                         file.write(to_yaml(config))
-                    for text in (summary(parts, folder), *parts.engine.notes):
+                    for text in (summary(parts, folder), *parts.notes, *parts.engine.notes):
                         tracking.message(text)
                 session = Session(parts, progress, checkpoints, tracking, given.callbacks)
                 with session.saving_what_is_finished():

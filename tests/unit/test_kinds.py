@@ -51,6 +51,9 @@ def test_a_run_is_resumed_bit_for_bit_and_its_export_is_what_a_push_carries(fold
     changes |= {"train.token_budget": 20}
     run = train(folder, tmp_path / "run", **changes)
     assert len(kept) >= 4
+    said, kind = (run / "log.txt").read_text(), folder.name
+    assert ("layers with a state: by transformers' functions in PyTorch" in said) == kind.startswith("qwen3_5_text")
+    assert ("experts, 2 for a token" in said) == kind.startswith(("gpt_oss", "qwen3_moe"))
     (run / "checkpoints" / "step_2").rename(tmp_path / "step_2")  # as if the run had stopped after step 1
     before = metrics(run)
     train(folder, run, resume="auto", **changes)
