@@ -58,7 +58,7 @@ def plan_text(config: Config) -> str:
     prompt, completion = config.data.max_prompt_tokens, config.max_sampled_tokens
     ranks, together = planned_ranks(config), config.model.sequence_parallel_size
     hf_config = load_hf_config(config.model)
-    not_kept = check_model(config.model.path, hf_config, prompt + completion).not_kept
+    not_kept = check_model(config.model.path, hf_config, prompt + completion).not_kept or _teachers_not_kept(config)
     check_positions(config.model, hf_config, prompt + completion, config.sampled_limit)
     dims = ModelDims.from_config(hf_config)
     check_lora(config.model, dims)
@@ -76,7 +76,7 @@ def plan_text(config: Config) -> str:
         check_engine(config, dims, world)
     offloaded, vllm = _vllm(config, dims, world)
     chosen, sizes = layer_plan(config, dims, world), plan_sizes(config, dims, world, planned)
-    sizes["kept_tokens"] = keepable_tokens(config, dims, world)
+    sizes["kept_tokens"] = kept_tokens = 0 if not_kept else keepable_tokens(config, dims, world)
     memory = memory_plan(dims, recompute=chosen.recompute, mlp_chunks=chosen.mlp_chunks, **sizes, offloaded=offloaded)
     elsewhere = "" if planned.type == device.type else f", on a {planned.type} device"
     gpu = f" of {gpu_memory(planned) / GIB:.0f}{' (assumed)' if elsewhere else ''}" if planned.type == "cuda" else ""
@@ -97,7 +97,7 @@ def plan_text(config: Config) -> str:
         f"(rho {rho(prompt, completions):.2f})\n"
         f"micro-batches {math.ceil(packed * together / ranks / budget)} a step and {each}, of at most {budget:,} tokens "
         f"(train.token_budget), if every prompt and completion is as long as allowed\n"
-        f"{_kept(config, dims, world, not_kept)}"
+        f"{_kept(config, dims, kept_tokens, not_kept)}"
         f"layers        {_layers(config, dims, device, chosen)}\n"
         f"sampling      {engine_choice(config, planned).text}{elsewhere}{vllm}\n"
         f"compiled code {cache_root(config.cache_dir)}\n"
@@ -119,14 +119,18 @@ def _vllm(config: Config, dims: ModelDims, world: World) -> tuple[tuple[str, ...
         return (), f"; such a GPU would refuse: {error}"
 
 
-def _kept(config: Config, dims: ModelDims, world: World, not_kept: str) -> str:
-    """Whether prefixes are kept for several passes."""
-    if config.loss.teacher and not not_kept:
-        model = teacher_model(config)
-        not_kept = check_model(model.path, load_hf_config(model), config.max_sample_tokens).not_kept
-        not_kept = not_kept and f"of the teacher, {not_kept}"
+def _teachers_not_kept(config: Config) -> str:
+    if not config.loss.teacher:
+        return ""
+    model = teacher_model(config)
+    not_kept = check_model(model.path, load_hf_config(model), config.max_sample_tokens).not_kept
+    return not_kept and f"of the teacher, {not_kept}"
+
+
+def _kept(config: Config, dims: ModelDims, tokens: int, not_kept: str) -> str:
+    """Whether prefixes are kept for several passes: of so many tokens at most."""
     wanted = 0 if not_kept else longest_kept(config, dims)
-    text = kept_text(wanted, keepable_tokens(config, dims, world)) if wanted else why_none_kept(config, dims, not_kept)
+    text = kept_text(wanted, tokens) if wanted else why_none_kept(config, dims, not_kept)
     return f"kept prefixes {text}\n" if text else ""
 
 
