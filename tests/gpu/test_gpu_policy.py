@@ -123,7 +123,9 @@ def test_inputs_of_layers_wait_in_pinned_memory(compiled):
     ways: tuple[layers.Recompute, ...] = ("full", "offload")
     for recompute in ways:
         policy = make_policy(recompute, compiled=compiled)
-        set_up_long_samples(policy.model.model.layers, [recompute] * LAYERS, 3 if recompute == "offload" else 1)
+        set_up_long_samples(
+            policy.model.model.layers, [recompute for _ in range(LAYERS)], 3 if recompute == "offload" else 1
+        )
         batch = build_batch(Forest.of(samples), device=GPU, attention=policy.attention)
         gradients(policy, batch)
         torch.cuda.reset_peak_memory_stats()

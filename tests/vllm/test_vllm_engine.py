@@ -67,7 +67,7 @@ def engine(request, tmp_path_factory) -> Iterator[tuple[VLLMEngine, Policy]]:
     sizes = {
         "vocab_size": len(LETTERS) + 2, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "initializer_range": 0.1,
-        "eos_token_id": EOS, "pad_token_id": 0, "bos_token_id": None,
+        "eos_token_id": EOS, "pad_token_id": 0, "bos_token_id": None, "max_position_embeddings": 24,
     }  # fmt: skip
     make = transformers.LlamaConfig if request.param == "llama tied" else transformers.Qwen3Config
     hf_config = make(**sizes, tie_word_embeddings=request.param == "llama tied")
@@ -81,7 +81,7 @@ def engine(request, tmp_path_factory) -> Iterator[tuple[VLLMEngine, Policy]]:
             sizes = DecodeLayout.__init__.__kwdefaults__ or {}
             patch.setitem(sizes, "shared_tokens", 16)  # these prompts have 32 at most
         config = Config(
-            model=ModelConfig(path=str(folder), dtype="bfloat16" if gpu else "float32"),
+            model=ModelConfig(path=str(folder), dtype="bfloat16" if gpu else "float32", max_positions=64),
             data=DataConfig(max_prompt_tokens=32),
             rollout=RolloutConfig(
                 max_completion_tokens=16,

@@ -28,6 +28,7 @@ from torch._C._distributed_c10d import HashStore
 
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World
+from pgrpo.planning.hub import load_hf_config
 from pgrpo.process.caches import keeping_caches
 from pgrpo.process.deadline import deadline
 from pgrpo.process.rng import rng_state, set_rng_state
@@ -146,6 +147,7 @@ def start(config: Config, world: World, memory_share: float, images: EngineImage
             compilation_config={"pass_config": {"fuse_allreduce_rms": False}, **_graph_sizes(config, world)},
             kernel_config={"enable_flashinfer_autotune": False},
             max_model_len=config.max_sample_tokens,
+            **_positions(config),
             max_num_seqs=rollout.max_concurrent,
             **prefill(config),
             gpu_memory_utilization=memory_share,
@@ -167,6 +169,14 @@ def start(config: Config, world: World, memory_share: float, images: EngineImage
             room += f"; prompts are computed in parts of {prefill(config)['max_num_batched_tokens']:,} tokens"
     set_rng_state(state)
     return Started(llm, [room, decoding, *([_images_text(llm)] if images and images.most else [])])
+
+
+def _positions(config: Config) -> dict[str, Any]:
+    """``model.max_positions`` in the place of the config.json's, from which vLLM has the rows of its table of rotary embeddings."""
+    if config.model.max_positions is None:
+        return {}
+    hf_config, own = load_hf_config(config.model), {"max_position_embeddings": config.model.max_positions}
+    return {"hf_overrides": own if hf_config.get_text_config() is hf_config else {"text_config": own}}
 
 
 def _arguments() -> list[str]:
