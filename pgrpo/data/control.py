@@ -28,6 +28,7 @@ class Control:
         added = tokenizer.added_tokens_decoder.values()
         strings = {str(token) for token in added if len(str(token)) > 1 and (token.special or not special_only)}
         self._tokenizer = tokenizer
+        self._lengths = {"": 0}  # of what stood in front of a text, in tokens
         # The rest behind a control string's first character may begin another one, so look at every position.
         parts = sorted((re.escape(text) for text in strings), key=len, reverse=True)
         self._pattern = re.compile(f"(?=(?:{'|'.join(parts)}))(.)", re.DOTALL) if parts else None
@@ -59,7 +60,9 @@ class Control:
                 "input_ids"
             ]
 
-        return list(tokenize(behind + text)[len(tokenize(behind)) if behind else 0 :])
+        if behind not in self._lengths:
+            self._lengths[behind] = len(tokenize(behind))
+        return list(tokenize(behind + text)[self._lengths[behind] :])
 
 
 def unmarked(value: Any) -> Any:
