@@ -77,10 +77,11 @@ test-vllm: $(VENV_VLLM)/stamp
 	touch $@
 
 # Not in CI; results are committed. transformers 4 reads exports, in an environment of its own: three minutes on one idle core. TRL's and
-# verl's losses on our inputs, and their keys, in another.
+# verl's losses on our inputs, and their keys, in another, with the chat templates of other models that TRL has.
 release-checks: .venv/stamp .venv-transformers4/stamp .venv-others/stamp
 	$(BIN)/python benchmarks/transformers4.py --python-v4 .venv-transformers4/bin/python --out benchmarks/transformers4.json
 	.venv-others/bin/python -m pytest -q -m release --confcutdir tests/release -p no:cacheprovider -rP tests/release
+	.venv-others/bin/python -m pytest -q -p no:cacheprovider -rs tests/unit/test_calls_in_text.py
 
 # What the targets above made, and no more: other runs and models are somebody's work.
 clean:

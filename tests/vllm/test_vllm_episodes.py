@@ -4,6 +4,7 @@ histories. What is trained on is what the engine read and wrote, token by token.
 from __future__ import annotations
 
 import re
+import threading
 from collections import Counter
 from typing import Any
 
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM
 from pgrpo.config import load_config
 from pgrpo.config.sampling import sampling_params
 from pgrpo.distributed.world import start
+from pgrpo.environments.chat import Chat
+from pgrpo.environments.parsing import Call, Reply
 from pgrpo.rollout.base import sample_seeds
 from pgrpo.training.build import build
 from pgrpo.training.caller import Given
@@ -175,3 +178,62 @@ def test_a_worker_that_dies_ends_its_episode_and_no_other(played):
     assert all("its worker process ended" in e.messages[-1]["content"] for e in calls)
     others = [e for group in groups[1:] for e in group.episodes]
     assert {e.finish_reason for e in others} <= {"stop", "turns", "length"}
+
+
+def test_an_episode_that_waits_for_its_tool_holds_no_slot(tmp_path):
+    """One slot: the tool of the first episode returns once that of the other has been called twice, so the other has sampled two
+    turns in between."""
+    save_caller(tmp_path / "model", hidden_size=128, head_dim=64)
+    second, calls = threading.Event(), Counter[str]()
+
+    class Waits:
+        def reset(self, who, **_):
+            self.who = who
+
+        def f(self, n: int) -> str:
+            """Say a number.
+
+            Args:
+                n: A number.
+            """
+            calls[self.who] += 1
+            if self.who == "first":
+                assert second.wait(60)
+            elif calls[self.who] == 2:
+                second.set()
+            return "2"
+
+    config = load_config(
+        {
+            "run_dir": str(tmp_path / "run"),
+            "model": {"path": str(tmp_path / "model"), "dtype": "bfloat16" if torch.cuda.is_available() else "float32"},
+            "prompt": {
+                "messages": [{"role": "user", "content": "1"}],
+                "chat_template_kwargs": {"chat_template": CALLER_TEMPLATE},
+            },
+            "data": {"max_prompt_tokens": 20},
+            "environment": {"max_turns": 3, "max_episode_tokens": 120},
+            "rollout": {
+                "engine": "vllm", "enforce_eager": True, "prompts_per_step": 2, "group_size": 2, "max_completion_tokens": 14,
+                "max_concurrent": 1,
+            },
+            "train": {"steps": 1},
+        },
+        [],
+        rewards_from_python=True, data_from_python=True, environment_from_python=True,
+    )  # fmt: skip
+    rows = [{"who": "first"}, {"who": "other"}]
+    given = Given(rewards=[lambda completions: [0.0] * len(completions)], dataset=rows, environment=Waits)
+    with start() as world, build(config, world, given) as parts:
+        prompts = sorted(parts.stream.take(2), key=lambda prompt: prompt.columns["who"])  # the first comes first
+        # The model calls the tool in each turn, whatever it wrote.
+        Chat.parse, parse = lambda *_: Reply("", "", [Call("f", {"n": 1})]), Chat.parse  # pyright: ignore
+        try:
+            with parts.engine.awake(0):
+                groups = parts.episodes.generate(prompts, sampling_params(config), [[1], [2]], 2, lambda *_: None)
+        finally:
+            Chat.parse = parse
+        parts.episodes.check(groups)
+        assert [[e.finish_reason for e in group.episodes] for group in groups] == [["turns"], ["turns"]]
+        assert calls == {"first": 3, "other": 3}
+        parts.episodes.release(groups)
