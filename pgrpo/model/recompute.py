@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from pgrpo.attention.hook import AttentionLayout, Front, current
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.distributed.sequence import SplitLayout
-from pgrpo.model.families.linear import has_state
+from pgrpo.model.families.linear import compile_parts, has_state
 from pgrpo.model.families.vision import WholeImages
 from pgrpo.types import Recompute
 
@@ -45,10 +45,13 @@ def set_up_layers(layers: Iterable[nn.Module], recompute: Sequence[Recompute], *
         layers: decoder layers.
         recompute: one entry a layer: what its backward recomputes.
         compiled: use ``torch.compile`` with dynamic shapes; all layers of a kind share one compilation for each gradient mode.
-            Layers with a state are not compiled: their calls depend on the forest.
+            Of layers with a state, whose calls depend on the forest, the parts are compiled.
     """
     for number, (layer, mode) in enumerate(zip(layers, recompute, strict=True)):
-        can = compiled and not any(map(has_state, layer.modules()))
+        if stateful := any(map(has_state, layer.modules())):
+            compile_parts(layer, compile_dynamic if compiled else None)
+            mode = "full" if mode == "attention" else mode  # there is no attention to save
+        can = compiled and not stateful
         layer.forward = partial(_forward, layer, number, mode, can)  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -80,14 +83,17 @@ def not_compiled() -> Iterator[None]:
         current.is_eager = False
 
 
-@cache
 def _runner(mode: Recompute, compiled: bool) -> Callable[..., Tensor]:
     run = _all_but_attention if mode == "attention" else _plain if mode == "none" else _everything
-    if not compiled:
-        return run
+    return compile_dynamic(run) if compiled else run
+
+
+@cache
+def compile_dynamic(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` by ``torch.compile``, once for all sizes."""
     compiled_run = torch.compile(run, dynamic=True, fullgraph=True)
 
-    def run_compiled(*args: Any, **kwargs: Any) -> Tensor:
+    def run_compiled(*args: Any, **kwargs: Any) -> Any:
         # By default two sizes that are equal in the first batch (groups and tokens, say) are compiled as one symbol.
         # They may differ in the next batch, so give each size a symbol of its own. Numbers such as a norm's epsilon never change:
         # as inputs they would be tensors on the CPU, for which inductor traces twice and runs a C++ compiler for a minute.

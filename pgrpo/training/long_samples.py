@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from pgrpo.attention.hook import current
+from pgrpo.model.families.linear import forward_of
 from pgrpo.model.recompute import is_training
 from pgrpo.planning.dims import mlp_of
 from pgrpo.types import Recompute
@@ -130,10 +131,16 @@ def _in_parts(whole: type[nn.Module], chunks: int) -> type[nn.Module]:
     it is needed. This is a class, and no function of each MLP, because layers of one class share what is compiled."""
 
     def forward(mlp: nn.Module, hidden_1TE: Tensor) -> Any:
-        run: Callable[..., Any] = partial(whole.forward, mlp)
+        compiling = torch.compiler.is_compiling()
+        forward_ = whole.forward if compiling else forward_of(mlp, whole)
+
+        def run(part: Tensor) -> Any:
+            # Code that is compiled for a part alone would be compiled again for views of another offset: copy.
+            return forward_(mlp, part if forward_ is whole.forward else part.clone())
+
         if not is_training(current.layout):
             return run(hidden_1TE)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and not compiling:
             run = partial(checkpoint, run, use_reentrant=False)
         # The remainder is the last part's. If it were spread out, compiled code would be of one remainder, and compiled for each.
         rows = hidden_1TE.shape[1]

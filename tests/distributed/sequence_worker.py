@@ -26,13 +26,13 @@ def compiled(world, model, changes):
     plain = one_update(world, model, changes)["gradients"]
     compile_, torch.compile = torch.compile, partial(torch.compile, backend="aot_eager")
     torch._dynamo.reset()
-    recompute._runner.cache_clear()
+    recompute.compile_dynamic.cache_clear()
     try:
         got = one_update(world, model, changes | {"compile": True})["gradients"]
         entries = torch._dynamo.eval_frame._debug_get_cache_entry_list(recompute._all_but_attention.__code__)
     finally:
         torch.compile = compile_
-        recompute._runner.cache_clear()
+        recompute.compile_dynamic.cache_clear()
     want, found = (torch.cat([g[name].flatten() for name in plain]) for g in (plain, got))
     return ((found - want).norm() / want.norm()).item(), len(entries)
 

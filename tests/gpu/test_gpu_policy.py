@@ -81,7 +81,7 @@ def test_bfloat16_is_no_further_from_float32_than_the_untouched_model(compiled, 
 @pytest.mark.parametrize("recompute", ["none", "attention", "full"])
 def test_compiled_and_checkpointed_gradients_agree_and_nothing_compiles_after_warm_up(recompute):
     torch._dynamo.reset()
-    layers._runner.cache_clear()
+    layers.compile_dynamic.cache_clear()
     plain, compiled, rnd = make_policy(), make_policy(recompute, compiled=True), random.Random(1)
 
     def compare(batch):

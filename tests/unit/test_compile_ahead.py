@@ -56,7 +56,7 @@ def make(tiny_model, tmp_path, monkeypatch):
 def test_the_update_of_a_run_compiles_nothing_that_was_not_compiled_ahead(make, monkeypatch, keys, count_of_graphs):
     """With old log-probs, whose forward has no gradient, an entropy term, a reference that is the policy, and other sizes."""
     torch._dynamo.reset()
-    recompute._runner.cache_clear()
+    recompute.compile_dynamic.cache_clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     config = make(*keys)
 

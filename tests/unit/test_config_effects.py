@@ -433,7 +433,7 @@ def observe(folder, tmp_path, monkeypatch, caplog, capsys):
     )
     monkeypatch.setattr(wandb, "init", record("wandb", lambda **_: FakeWandb()))
     monkeypatch.setenv("WANDB_MODE", "offline")  # else it would ask for a login
-    recompute._runner.cache_clear()
+    recompute.compile_dynamic.cache_clear()
     compiled = partial(torch.compile, backend="eager")  # which layers are traced, without a C++ compiler's half minute
     monkeypatch.setattr(torch, "compile", record("compiled", compiled))
 

@@ -174,7 +174,7 @@ def test_recomputation_changes_no_bit(twins):
 @pytest.mark.parametrize("mode", ["attention"])
 def test_passes_run_compiled_and_the_prefix_does_not(twins, mode, monkeypatch):
     torch._dynamo.reset()
-    recompute._runner.cache_clear()
+    recompute.compile_dynamic.cache_clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     layers = decoder_layers(twins[1])
     plain = run_mode(twins[1], "none")
@@ -186,7 +186,7 @@ def test_passes_run_compiled_and_the_prefix_does_not(twins, mode, monkeypatch):
     assert graphs > 0
     run(policy, kept_batches(policy, budget=34)[1])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
-    recompute._runner.cache_clear()
+    recompute.compile_dynamic.cache_clear()
 
 
 def without_the_last_row(policy, span):

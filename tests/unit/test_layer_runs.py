@@ -116,7 +116,7 @@ INDUCTOR = [pytest.param(*case, "inductor", marks=pytest.mark.slow) for case in 
 def test_compiled_layers_are_exact_and_compiled_once_for_each_gradient_mode(recompute, lora, backend, monkeypatch):
     """What is traced, and when again, is the same with both backends."""
     torch._dynamo.reset()
-    layers._runner.cache_clear()
+    layers.compile_dynamic.cache_clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     targets = () if backend == "inductor" else ("q_proj", "down_proj")  # each that is traced takes seconds
     plain = make_policy(lora=lora, targets=targets)
@@ -148,7 +148,7 @@ def test_compiled_layers_are_exact_and_compiled_once_for_each_gradient_mode(reco
 def test_no_number_is_an_input_of_compiled_layers(monkeypatch):
     """On a GPU it would be a tensor on the CPU, which a C++ compiler is started for, and copied in each layer."""
     torch._dynamo.reset()
-    layers._runner.cache_clear()
+    layers.compile_dynamic.cache_clear()
     inputs = []
 
     def backend(graph, example_inputs):
@@ -157,7 +157,7 @@ def test_no_number_is_an_input_of_compiled_layers(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     update(make_policy("attention", compiled=True), random_batch(random.Random(0)))
-    layers._runner.cache_clear()
+    layers.compile_dynamic.cache_clear()
     assert len(inputs) > 10
     assert not [x for x in inputs if x.ndim == 0]
 
@@ -170,7 +170,7 @@ def test_what_is_saved_has_a_name_that_compiled_code_is_kept_under():
 
 def test_not_compiled_runs_forwards_without_gradients_as_they_are(monkeypatch):
     torch._dynamo.reset()
-    layers._runner.cache_clear()
+    layers.compile_dynamic.cache_clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     policy, batch = make_policy(compiled=True), random_batch(random.Random(0))
     with torch.no_grad(), layers.not_compiled():
@@ -179,4 +179,4 @@ def test_not_compiled_runs_forwards_without_gradients_as_they_are(monkeypatch):
     with torch.no_grad():
         assert torch.allclose(policy(batch).logprobs, logprobs)
     assert compilations() == {"_plain": 1}
-    layers._runner.cache_clear()
+    layers.compile_dynamic.cache_clear()

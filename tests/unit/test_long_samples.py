@@ -41,7 +41,7 @@ def test_the_backward_reads_inputs_from_host_memory(lora, compiled, monkeypatch)
     monkeypatch.setattr(long_samples, "SMALLEST_PIECE", 256)  # so that tensors are cut
     kept, keep = [], HostInputs._keep
     monkeypatch.setattr(HostInputs, "_keep", lambda self, x: kept.append(x.shape) or keep(self, x))
-    layers._runner.cache_clear()
+    layers.compile_dynamic.cache_clear()
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     rnd = random.Random(0)
@@ -57,7 +57,7 @@ def test_the_backward_reads_inputs_from_host_memory(lora, compiled, monkeypatch)
     assert len(kept) == 2 * LAYERS
     if compiled:
         assert compilations() == {"_everything": 1 + lora}
-    layers._runner.cache_clear()
+    layers.compile_dynamic.cache_clear()
 
 
 def test_pinned_memory_is_hardly_more_than_what_it_holds():
@@ -83,7 +83,7 @@ def test_without_it_the_backward_reads_them_where_they_are():
 def test_an_mlp_in_parts(recompute, compiled, lora, monkeypatch):
     """Exact but for the order of sums; no part has more than its share of the rows, and each is computed three times, but for the
     last of a layer, which nothing is computed from again."""
-    layers._runner.cache_clear()
+    layers.compile_dynamic.cache_clear()
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     policy, batch, rows = long_policy(recompute, 3, lora=lora, compiled=compiled), random_batch(random.Random(3)), []
@@ -105,7 +105,7 @@ def test_an_mlp_in_parts(recompute, compiled, lora, monkeypatch):
         for other in others:
             update(policy, other)
         assert compilations() == {"_everything": 1}  # for all layers and numbers of rows
-    layers._runner.cache_clear()
+    layers.compile_dynamic.cache_clear()
 
 
 def test_a_mixture_of_experts_in_parts():

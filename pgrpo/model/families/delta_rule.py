@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pgrpo.attention.hook import current
 from pgrpo.attention.layout import Node, PackedLayout, cumulative
+from pgrpo.model.families.convolution import Functions
 
 CHUNK = 64
 """Tokens that the delta rule computes at once, as in transformers."""
@@ -122,7 +123,7 @@ def _padded(length: int) -> int:
 def delta_rule(
     layout: Any,
     layer: int,
-    functions: Any,
+    functions: Functions,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -137,17 +138,18 @@ def delta_rule(
     if isinstance(layout, PackedLayout):
         front = current.front[1] if current.front is not None else None
         # A node alone may be a prefix to keep. Not decided by ``keep``, as a checkpoint must compute again what it computed.
-        out, states = _forest_rule(layout, functions[0], xs, options, front, final=len(layout.nodes) == 1)
+        out, states = _forest_rule(layout, functions.chunk, xs, options, front, final=len(layout.nodes) == 1)
         if current.keep is not None:
             current.keep[-1].append(states)
         return out, None
     name = (layer, "delta rule")
     if name not in layout.states:
-        out, states = _forest_rule(layout.prompts, functions[0], xs, options, final=True)
+        out, states = _forest_rule(layout.prompts, functions.chunk, xs, options, final=True)
         layout.states[name] = layout.for_rows(states)
         return out, None
     q, k, v, g, beta = (x.transpose(0, 1) for x in xs)  # one token a row
-    out, layout.states[name] = functions[1](
+    assert functions.step is not None
+    out, layout.states[name] = functions.step(
         q, k, v, g=g, beta=beta, initial_state=layout.states[name], output_final_state=True, **options
     )
     return out.transpose(0, 1), None

@@ -6,6 +6,9 @@ functions of each modelling file, ``causal_conv1d_fn`` and ``torch_chunk_gated_d
 functions that follow the layout of the forward that runs; without a layout they are transformers' own.
 
 ``convolution.py`` has the first of these functions, ``delta_rule.py`` the second.
+
+The second is a graph break: it computes depth by depth, and fla-core's kernels cannot be traced. So ``compile_parts`` compiles what
+is around it: a function for each class of parts, whatever the forest.
 """
 
 from __future__ import annotations
@@ -14,22 +17,29 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pgrpo.attention.hook import current
-from pgrpo.model.families.convolution import convolve
+from pgrpo.attention.layout import PackedLayout
+from pgrpo.model.families.convolution import Functions, convolve
 from pgrpo.model.families.delta_rule import delta_rule
 
 CONV, RULE, STEP = "causal_conv1d_fn", "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"
 
 
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
 class _Now:
-    """The layer whose forward runs, for states of a rollout; and whether models without a layout must not use fla-core."""
+    """The layer whose forward runs, for states of a rollout, and what compiles its convolution; and whether models without a layout
+    must not use fla-core."""
 
     layer = 0
+    compile: Compile | None = None
     plain = False
 
 
@@ -49,12 +59,61 @@ def has_state(module: nn.Module) -> bool:
     return code is not None and CONV in code.co_names and CONV in sys.modules[type(module).__module__].__dict__
 
 
+def compile_parts(layer: nn.Module, compile_: Compile | None) -> None:
+    """Let the parts of a layer with a state run compiled on packed batches: norms, MLPs, the convolution. None: as they are.
+
+    Not its linear layers: one product has nothing to fuse. And no part that knows its layer's number, as attention does: it would
+    be compiled for each layer.
+    """
+    for part in _parts(layer):
+        part.compile_ = compile_  # pyright: ignore[reportArgumentType]
+        part.forward = partial(_run_part, part)  # pyright: ignore[reportAttributeAccessIssue]
+    for module in filter(has_state, layer.modules()):
+        module.compile_ = compile_  # pyright: ignore[reportArgumentType]
+
+
+def _parts(layer: nn.Module) -> Iterator[nn.Module]:
+    for child in layer.children():
+        if any(map(has_state, child.modules())):
+            yield from _parts(child)
+        elif not _is_linear(child) and not any(hasattr(module, "layer_idx") for module in child.modules()):
+            yield child
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Also with an adapter beside it."""
+    return isinstance(getattr(module, "base_layer", module), nn.Linear | nn.Conv1d)
+
+
+def forward_of(part: nn.Module, kind: type[nn.Module]) -> Callable[..., Any]:
+    """``kind.forward``, compiled if the part's layer was given to ``compile_parts``: once for each class of parts, for packed batches,
+    and not for few tokens without gradients."""
+    compile_: Compile | None = getattr(part, "compile_", None)
+    return compile_(kind.forward) if compile_ is not None and _is_compiled() else kind.forward
+
+
+def _is_compiled() -> bool:
+    return isinstance(current.layout, PackedLayout) and (torch.is_grad_enabled() or not current.is_eager)
+
+
+def _run_part(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    kind = type(part)
+    # An MLP in parts of the rows (``training/long_samples.py``) compiles these, so that the activations of one exist at a time.
+    run = kind.forward if hasattr(kind, "whole") else forward_of(part, kind)
+    return run(part, *args, **kwargs)
+
+
 def states_text(model: nn.Module, device: torch.device, *, compiled: bool) -> str:
     """What computes the layers with a state, for the log; empty for a model without any."""
     layers = [module for module in model.modules() if has_state(module)]
-    rules = any(RULE in inspect.unwrap(type(layer).forward).__code__.co_names for layer in layers)
+    if not layers:
+        return ""
+    rules = sum(RULE in inspect.unwrap(type(layer).forward).__code__.co_names for layer in layers)
     by = "fla-core" if rules and device.type == "cuda" else "transformers' functions in PyTorch"
-    return f"{len(layers)} layers with a state: by {by}{', not compiled' if compiled else ''}" if layers else ""
+    parts = "; their norms, MLPs and convolutions are compiled" if compiled else ""
+    if compiled and rules:
+        parts += f", with a graph break at the recurrence of {rules} of them"
+    return f"{len(layers)} layers with a state: by {by}{parts}"
 
 
 @contextmanager
@@ -68,7 +127,7 @@ def plain_functions() -> Iterator[None]:
 
 
 def _note_layer(module: Any, _: Any) -> None:
-    _Now.layer = module.layer_idx
+    _Now.layer, _Now.compile = module.layer_idx, getattr(module, "compile_", None)
 
 
 def _replace_functions(namespace: dict[str, Any]) -> None:
@@ -84,7 +143,8 @@ def _following(follow: Callable[..., Any], original: Any, step: Any) -> Callable
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if current.layout is not None:
-            return follow(current.layout, _Now.layer, (in_torch, step), x, *args, **kwargs)
+            functions = Functions(in_torch, step, _Now.compile if _is_compiled() else None)
+            return follow(current.layout, _Now.layer, functions, x, *args, **kwargs)
         return (original if x.is_cuda and not _Now.plain else in_torch)(x, *args, **kwargs)
 
     run.follows = True  # pyright: ignore[reportFunctionMemberAccess]

@@ -1,0 +1,123 @@
+"""Layers with a state, whose parts are compiled: equal to uncompiled ones, and compiled once for all layers and batches."""
+
+import random
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from test_layer_runs import random_batch, update
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pgrpo.admission.shrink import shrink
+from pgrpo.attention.hook import ATTENTION_NAME
+from pgrpo.attention.layout import PackedLayout
+from pgrpo.config import ModelConfig
+from pgrpo.model import recompute as layers
+from pgrpo.model.families import linear
+from pgrpo.model.lora import add_adapters
+from pgrpo.model.policy import Policy
+from pgrpo.planning.dims import decoder_layers
+from pgrpo.rollout.embedded.cache import DecodeCache
+from pgrpo.training.long_samples import set_up_long_samples
+
+compile_ = torch.compile
+
+KINDS = {
+    "qwen3_5_text": ["linear_attention", "linear_attention", "full_attention"],
+    "qwen3_5_moe_text": ["linear_attention", "full_attention"],
+    "olmo_hybrid": ["linear_attention", "linear_attention", "full_attention"],
+    "lfm2": ["conv", "conv", "full_attention"],
+    "qwen3": ["full_attention"],
+}
+
+
+def make_policy(name, mode: Any = "none", compiled=False, lora=False, chunks=1):
+    config = shrink(AutoConfig.for_model(name))
+    config.layer_types = KINDS[name]
+    config.num_hidden_layers = len(config.layer_types)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).double().train()
+    if lora:
+        add_adapters(model, ModelConfig(path="-", lora_rank=4), seed=0)
+    for parameter in model.parameters():  # norms and biases of ones and zeros hide mistakes
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    policy, every = Policy(model), decoder_layers(model)
+    layers.set_up_layers(every, [mode] * len(every), compiled=compiled)
+    set_up_long_samples(every, [mode] * len(every), chunks)
+    return policy
+
+
+@pytest.fixture
+def graphs():
+    """How many graphs are compiled: a function that tells."""
+    torch._dynamo.reset()
+    layers.compile_dynamic.cache_clear()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"] - before
+    layers.compile_dynamic.cache_clear()
+
+
+CASES = [
+    # graphs: a norm, the MLP, the gated norm, the convolution, the layer with attention
+    ("qwen3_5_text", "none", False, 1, 5, "aot_eager"),
+    ("qwen3_5_text", "full", False, 3, 5, "aot_eager"),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            # the first norm's input has no gradient, as nothing below it is trained
+            ("qwen3_5_text", "attention", True, 1, 6, "aot_eager"),
+            ("qwen3_5_text", "attention", False, 1, 5, "inductor"),
+            ("qwen3_5_moe_text", "full", False, 1, 5, "aot_eager"),
+            ("olmo_hybrid", "offload", False, 1, 5, "aot_eager"),
+            ("lfm2", "attention", False, 1, 4, "aot_eager"),
+        )
+    ),
+]
+
+
+@pytest.mark.timeout(900)  # inductor compiles C++
+@pytest.mark.parametrize(("name", "mode", "lora", "chunks", "count", "backend"), CASES)
+def test_parts_are_exact_and_compiled_once_for_all_layers_and_batches(
+    name, mode, lora, chunks, count, backend, monkeypatch, graphs
+):
+    monkeypatch.setattr(torch, "compile", partial(compile_, backend=backend))
+    plain, compiled = make_policy(name, lora=lora), make_policy(name, mode, True, lora, chunks)
+    rnd = random.Random(1)
+    for _ in range(4):
+        batch = random_batch(rnd)
+        got, wanted = update(compiled, batch), update(plain, batch)
+        assert (got[0] - wanted[0]).abs().max() < 1e-5  # norms run in float32 in any model
+        for a, b in zip(got[1], wanted[1], strict=True):
+            assert (a - b).norm() <= (1e-4 if backend == "inductor" else 1e-5) * b.norm()
+        assert graphs() == count
+
+
+def test_forwards_without_gradients_are_compiled_too_but_not_a_few_tokens_and_no_rollout(graphs, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(compile_, backend="eager"))
+    policy, batch = make_policy("qwen3_5_text", compiled=True), random_batch(random.Random(0))
+    with torch.no_grad():
+        with layers.not_compiled():
+            wanted = policy(batch).logprobs
+        assert graphs() == 0
+        assert torch.allclose(policy(batch).logprobs, wanted)
+        assert graphs() == 5
+        rollout = DecodeCache(PackedLayout([3, 2], [-1, -1]), [1, 1], 4)
+        inputs = {"input_ids": torch.tensor([3, 4, 5, 6, 7]), "position_ids": torch.tensor([0, 1, 2, 0, 1])}
+        policy.next_logits(inputs, rollout, torch.tensor([2, 4]))
+        assert graphs() == 5
+    modes: list[Any] = ["none"] * 3
+    layers.set_up_layers(decoder_layers(policy.model), modes, compiled=False)
+    update(policy, batch)
+    assert graphs() == 5
+
+
+def test_what_is_compiled_is_said():
+    for name, text in {
+        "qwen3_5_text": "2 layers with a state: by transformers' functions in PyTorch; their norms, MLPs and convolutions are "
+        "compiled, with a graph break at the recurrence of 2 of them",
+        "lfm2": "2 layers with a state: by transformers' functions in PyTorch; their norms, MLPs and convolutions are compiled",
+        "qwen3": "",
+    }.items():
+        assert linear.states_text(make_policy(name).model, torch.device("cpu"), compiled=True) == text
+    assert "compiled" not in linear.states_text(make_policy("lfm2").model, torch.device("cpu"), compiled=False)
