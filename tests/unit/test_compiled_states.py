@@ -9,6 +9,7 @@ import torch
 from test_layer_runs import random_batch, update
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pgrpo.admission.compare import tokens_as_samples
 from pgrpo.admission.shrink import shrink
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.attention.layout import PackedLayout
@@ -17,6 +18,8 @@ from pgrpo.model import recompute as layers
 from pgrpo.model.families import linear
 from pgrpo.model.lora import add_adapters
 from pgrpo.model.policy import Policy
+from pgrpo.packing.batch import build_batch
+from pgrpo.packing.forest import Forest
 from pgrpo.planning.dims import decoder_layers
 from pgrpo.rollout.embedded.cache import DecodeCache
 from pgrpo.training.long_samples import set_up_long_samples
@@ -81,30 +84,32 @@ CASES = [
 def test_parts_are_exact_and_compiled_once_for_all_layers_and_batches(
     name, mode, lora, chunks, count, backend, monkeypatch, graphs
 ):
-    monkeypatch.setattr(torch, "compile", partial(compile_, backend=backend))
+    runs = []
+    monkeypatch.setattr(torch, "compile", lambda run, **how: runs.append(run) or compile_(run, backend=backend, **how))
     plain, compiled = make_policy(name, lora=lora), make_policy(name, mode, True, lora, chunks)
     rnd = random.Random(1)
-    for _ in range(4):
-        batch = random_batch(rnd)
+    one = build_batch(Forest.of(tokens_as_samples([[3, 4, 5]], [[[6, 7, 8]]])))  # no row has its taps elsewhere
+    for batch in [random_batch(rnd) for _ in range(3)] + [one]:
         got, wanted = update(compiled, batch), update(plain, batch)
         assert (got[0] - wanted[0]).abs().max() < 1e-5  # norms run in float32 in any model
         for a, b in zip(got[1], wanted[1], strict=True):
             assert (a - b).norm() <= (1e-4 if backend == "inductor" else 1e-5) * b.norm()
         assert graphs() == count
+    assert not any("_in_parts" in run.__qualname__ for run in runs)  # activations of one part alone exist at a time
 
 
 def test_forwards_without_gradients_are_compiled_too_but_not_a_few_tokens_and_no_rollout(graphs, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(compile_, backend="eager"))
     policy, batch = make_policy("qwen3_5_text", compiled=True), random_batch(random.Random(0))
     with torch.no_grad():
+        rollout = DecodeCache(PackedLayout([3, 2], [-1, -1]), [1, 1], 4)
+        inputs = {"input_ids": torch.tensor([3, 4, 5, 6, 7]), "position_ids": torch.tensor([0, 1, 2, 0, 1])}
+        policy.next_logits(inputs, rollout, torch.tensor([2, 4]))
+        assert graphs() == 0
         with layers.not_compiled():
             wanted = policy(batch).logprobs
         assert graphs() == 0
         assert torch.allclose(policy(batch).logprobs, wanted)
-        assert graphs() == 5
-        rollout = DecodeCache(PackedLayout([3, 2], [-1, -1]), [1, 1], 4)
-        inputs = {"input_ids": torch.tensor([3, 4, 5, 6, 7]), "position_ids": torch.tensor([0, 1, 2, 0, 1])}
-        policy.next_logits(inputs, rollout, torch.tensor([2, 4]))
         assert graphs() == 5
     modes: list[Any] = ["none"] * 3
     layers.set_up_layers(decoder_layers(policy.model), modes, compiled=False)

@@ -86,8 +86,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def forward_of(part: nn.Module, kind: type[nn.Module]) -> Callable[..., Any]:
-    """``kind.forward``, compiled if the part's layer was given to ``compile_parts``: once for each class of parts, for packed batches,
-    and not for few tokens without gradients."""
+    """``kind.forward``; compiled for packed batches, but not for few tokens without gradients, if ``compile_parts`` had the part's
+    layer. Parts of one class share what is compiled."""
     compile_: Compile | None = getattr(part, "compile_", None)
     return compile_(kind.forward) if compile_ is not None and _is_compiled() else kind.forward
 
