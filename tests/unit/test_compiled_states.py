@@ -88,7 +88,7 @@ def test_parts_are_exact_and_compiled_once_for_all_layers_and_batches(
     monkeypatch.setattr(torch, "compile", lambda run, **how: runs.append(run) or compile_(run, backend=backend, **how))
     plain, compiled = make_policy(name, lora=lora), make_policy(name, mode, True, lora, chunks)
     rnd = random.Random(1)
-    one = build_batch(Forest.of(tokens_as_samples([[3, 4, 5]], [[[6, 7, 8]]])))  # no row has its taps elsewhere
+    one = build_batch(Forest.of(tokens_as_samples([[*range(3, 13)]], [[[6, 7, 8]]])))  # no row has its taps elsewhere
     for batch in [random_batch(rnd) for _ in range(3)] + [one]:
         got, wanted = update(compiled, batch), update(plain, batch)
         assert (got[0] - wanted[0]).abs().max() < 1e-5  # norms run in float32 in any model
