@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from pgrpo.attention.hook import AttentionLayout, Front, current
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.distributed.sequence import SplitLayout
-from pgrpo.model.families.linear import compile_parts, has_state
+from pgrpo.model.families.linear import compile_parts
 from pgrpo.model.families.vision import WholeImages
 from pgrpo.types import Recompute
 
@@ -48,11 +48,9 @@ def set_up_layers(layers: Iterable[nn.Module], recompute: Sequence[Recompute], *
             Of layers with a state, whose calls depend on the forest, the parts are compiled.
     """
     for number, (layer, mode) in enumerate(zip(layers, recompute, strict=True)):
-        if stateful := any(map(has_state, layer.modules())):
-            compile_parts(layer, compile_dynamic if compiled else None)
-            mode = "full" if mode == "attention" else mode  # there is no attention to save
-        can = compiled and not stateful
-        layer.forward = partial(_forward, layer, number, mode, can)  # pyright: ignore[reportAttributeAccessIssue]
+        stateful = compile_parts(layer, compile_dynamic if compiled else None)
+        mode = "full" if stateful and mode == "attention" else mode  # there is no attention to save
+        layer.forward = partial(_forward, layer, number, mode, compiled and not stateful)  # pyright: ignore
 
 
 def _forward(layer: nn.Module, number: int, mode: Recompute, compiled: bool, *args: Any, **kwargs: Any) -> Tensor:
@@ -64,10 +62,9 @@ def _forward(layer: nn.Module, number: int, mode: Recompute, compiled: bool, *ar
     if current.keep is not None:
         current.keep.append([])
         compiled = False  # compiled code cannot hand out the keys and values that a checkpoint inside it makes
-    run = _runner(mode, compiled)
     front = current.fronts[number] if current.fronts else None
     try:
-        return run(layer, Seen(layout, front), *args, **kwargs)
+        return _runner(mode, compiled)(layer, Seen(layout, front), *args, **kwargs)
     finally:
         current.layout = layout
 

@@ -59,17 +59,21 @@ def has_state(module: nn.Module) -> bool:
     return code is not None and CONV in code.co_names and CONV in sys.modules[type(module).__module__].__dict__
 
 
-def compile_parts(layer: nn.Module, compile_: Compile | None) -> None:
+def compile_parts(layer: nn.Module, compile_: Compile | None) -> bool:
     """Let the parts of a layer with a state run compiled on packed batches: norms, MLPs, the convolution. None: as they are.
+    Returns whether the layer has a state; others stay untouched.
 
     Not its linear layers: one product has nothing to fuse. And no part that knows its layer's number, as attention does: it would
     be compiled for each layer.
     """
+    if not any(map(has_state, layer.modules())):
+        return False
     for part in _parts(layer):
         part.compile_ = compile_  # pyright: ignore[reportArgumentType]
         part.forward = partial(_run_part, part)  # pyright: ignore[reportAttributeAccessIssue]
     for module in filter(has_state, layer.modules()):
         module.compile_ = compile_  # pyright: ignore[reportArgumentType]
+    return True
 
 
 def _parts(layer: nn.Module) -> Iterator[nn.Module]:
