@@ -19,7 +19,7 @@ import torch
 from warm import Warm
 
 CODE = Path(tempfile.gettempdir()) / f"pgrpo_tests_{os.getuid()}"  # not where a user's runs keep compiled code
-for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT"):
+for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "VLLM_CACHE_ROOT", "HF_MODULES_CACHE"):
     os.environ.setdefault(name, str(CODE / name.lower()))
 
 if not torch.cuda.is_available():  # the tests of Triton kernels interpret them; Triton reads it when it is imported

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -17,9 +16,11 @@ import transformers
 from transformers import PretrainedConfig
 
 from pgrpo.admission.proof import Proof, prove
+from pgrpo.admission.reach import long_sample
 from pgrpo.admission.shrink import DROPOUT, shrink
 from pgrpo.config import ConfigError
 from pgrpo.model.families.experts import balance_refusal
+from pgrpo.planning.hub import code_folder
 
 log = logging.getLogger(__name__)
 
@@ -66,17 +67,19 @@ def is_dropout(name: str) -> bool:
 
 def _kept_proof(config: PretrainedConfig, max_sample: int) -> Proof:
     try:
-        file = cache_file(shrink(config, max_sample))
+        whole = shrink(config, max_sample, all_layers=True)
+        file = cache_file(shrink(config, max_sample), whole.to_json_string(), f"{long_sample(max_sample)}")
     except Exception:  # prove() says why
         return prove(config, max_sample)
     if file.name in _proven:
         return _proven[file.name]
     try:
         proof = Proof(**json.loads(file.read_text()))
+        log.info("%s (kept in %s)", proof, file)
     except (OSError, ValueError, TypeError):
         proof = prove(config, max_sample)
-        log.info("%s", proof)
         if not proof.refusal:
+            log.info("%s", proof)
             with suppress(OSError):  # a home that is read-only costs a proof a run
                 file.parent.mkdir(parents=True, exist_ok=True)
                 own = file.with_suffix(f".{os.getpid()}")  # ranks write at the same time
@@ -96,8 +99,8 @@ def cache_file(config: PretrainedConfig, *more: str, also: Sequence[str] = ()) -
         Path(__file__).parents[1] / name
         for name in ("admission", "attention", "packing", "model", "planning", "vision", *also)
     ]
-    if getattr(config, "auto_map", None):
-        folders.append(Path(str(sys.modules[type(config).__module__].__file__)).parent)
+    if remote := code_folder(config):
+        folders.append(remote)
     code = hashlib.sha256()
     for file in sorted(file for folder in folders for file in folder.rglob("*.py")):
         code.update(file.read_bytes())

@@ -6,7 +6,6 @@ only a layer of every kind, with random weights: so it fits beside anything.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -29,8 +28,9 @@ from pgrpo.model.families.linear import has_state, plain_functions
 from pgrpo.model.policy import Policy
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
+from pgrpo.planning.hub import new_model
 from pgrpo.types import Sample
-from pgrpo.vision.families import attention_names, auto_class
+from pgrpo.vision.families import attention_names
 
 log = logging.getLogger(__name__)
 PROMPTS, PROMPT_TOKENS, COMPLETIONS, COMPLETION_TOKENS = 2, 2048, 4, 256
@@ -123,10 +123,4 @@ def bfloat16_errors(
 
 def random_model(config: PretrainedConfig, attention: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model of that shape with random weights, on the default device."""
-    own = copy.deepcopy(config)  # from_config writes into it
-    return auto_class(own).from_config(
-        own,
-        attn_implementation=attention_names(own, attention),
-        trust_remote_code=bool(getattr(own, "auto_map", None)),
-        dtype=dtype,
-    )
+    return new_model(config, attention_names(config, attention), dtype=dtype)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from pgrpo.admission.proof import EXACT_PLAIN, default_dtype, quiet, twins
+from pgrpo.admission.proof import EXACT_PLAIN
 from pgrpo.admission.shrink import shrink
+from pgrpo.admission.twins import default_dtype, quiet, twins
 from pgrpo.attention.hook import attending
 from pgrpo.config import ConfigError
 

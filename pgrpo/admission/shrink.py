@@ -27,6 +27,9 @@ PERIODS = ("interval", "pattern", "period", "sparse_step", "layer_freq", "every_
 LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 """Integers that say how many of the first layers are dense."""
 DROPOUT = ("dropout", "pdrop")
+UNKNOWN = 256
+"""An integer above it that no rule knows is taken for a length at which the model changes: code of its own may have a window or a
+chunk of any name."""
 
 
 class Small(NamedTuple):
@@ -39,6 +42,7 @@ class Small(NamedTuple):
         reached: a window or chunk that the samples are longer than.
         positions: RoPE's original length, which the longer samples exceed and the shorter ones do not.
         unreached: a length beyond all samples.
+        guesses: whether integers that no rule knows are taken for lengths.
     """
 
     heads: int = 4
@@ -52,21 +56,25 @@ class Small(NamedTuple):
     reached: int = 5
     positions: int = 12
     unreached: int = 512
+    guesses: bool = True
 
 
-def shrink(config: PretrainedConfig, max_sample: int | None = None, small: Small | None = None) -> PretrainedConfig:
+def shrink(
+    config: PretrainedConfig, max_sample: int | None = None, small: Small | None = None, *, all_layers: bool = False
+) -> PretrainedConfig:
     """The small config.
 
     Args:
         config: of the model; not changed.
         max_sample: the longest sample of the run; a window of at least that length does nothing. None: all lengths are reached.
         small: its sizes.
+        all_layers: keep them all, not one of every kind.
 
     Raises:
         Exception: the class of the config refuses the small values.
     """
     small = small or Small()
-    values = _shrunken(config.to_dict(), max_sample, small)
+    values = _shrunken(config.to_dict(), max_sample, small, all_layers)
     if family_of(config):
         shrink_tower(values, small.heads * small.head_dim, small.vocab)
     result = _rebuilt(config, values)
@@ -94,13 +102,15 @@ def _rebuilt(config: PretrainedConfig, values: dict[str, Any]) -> PretrainedConf
     ):
         values.pop(name, None)
     result = type(config).from_dict(values)
-    result._name_or_path = config._name_or_path  # where the code of a remote model is
+    result._name_or_path = config._name_or_path  # where the code of a remote model is, and of which revision
+    result._commit_hash = getattr(config, "_commit_hash", None)
     return result
 
 
-def _shrunken(values: dict[str, Any], max_sample: int | None, small: Small) -> dict[str, Any]:
+def _shrunken(values: dict[str, Any], max_sample: int | None, small: Small, all_layers: bool) -> dict[str, Any]:
     d = copy.deepcopy(values)
-    _few_layers(d)
+    if not all_layers:
+        _few_layers(d)
     _few_heads(d, small)
     _state_spaces(d, small)
     _widths(d, small)
@@ -109,7 +119,7 @@ def _shrunken(values: dict[str, Any], max_sample: int | None, small: Small) -> d
         if any(part in name for part in DROPOUT) and isinstance(value, float):
             d[name] = 0.0
         if name.endswith("_config") and isinstance(value, dict) and _first(value, LAYERS):
-            d[name] = _shrunken(value, max_sample, small)
+            d[name] = _shrunken(value, max_sample, small, all_layers)
     return d
 
 
@@ -206,6 +216,8 @@ def _state_spaces(d: dict[str, Any], small: Small) -> None:
     _replace(d, ("mamba_d_ssm",), inner)
     _replace(d, ("mamba_d_state", "state_size", "ssm_state_size", "mamba_chunk_size", "chunk_size"), 8)
     _replace(d, ("mamba_n_groups", "n_groups", "mamba_ngroups"), 1)
+    _replace(d, ("linear_num_heads",), small.heads)
+    _replace(d, ("linear_head_dim",), 8)
     if d.get("linear_num_value_heads"):
         own = d["linear_num_key_heads"] == d["linear_num_value_heads"]
         d["linear_num_value_heads"], d["linear_num_key_heads"] = small.heads, small.heads if own else small.heads // 2
@@ -257,7 +269,11 @@ def _lengths(d: dict[str, Any], max_sample: int | None, small: Small) -> None:
         return inside if max_sample is None or value < max_sample else small.unreached
 
     stated, original = d.get("max_position_embeddings"), d.get("original_max_position_embeddings")
+    for name in [k for k, v in d.items() if "window" in k and isinstance(v, list)]:  # one a layer
+        d[name] = [put(v, small.reached) if _is_int(v) and v > 0 else v for v in d[name]]
     for name, value in d.items():
+        if small.guesses and _is_int(value) and value > UNKNOWN and not _is_known(name):
+            d[name] = put(value, small.reached)
         if not _is_int(value) or value <= 0 or not _is_length(name):
             continue
         if "window" in name or name == "attention_chunk_size":
@@ -288,6 +304,14 @@ def _shrink_rope(rope: dict[str, Any], d: dict[str, Any], put: Callable[[int, in
         rope["mrope_section"] = [parts[0] + half - sum(parts), *parts[1:]]
     if original := rope.get("original_max_position_embeddings"):
         rope["original_max_position_embeddings"] = put(original, small.positions)
+
+
+def _is_known(name: str) -> bool:
+    """Whether an integer of that name is a size, a number of something, or a length that has a rule."""
+    counts = {*HEADS, *KV_HEADS, *HEAD_DIMS, *HIDDEN, *LAYERS, "max_window_layers"}
+    return (
+        name in counts or _is_length(name) or any(fits(name) for fits, _ in WIDTHS) or "rope" in name or "theta" in name
+    )
 
 
 def _is_length(name: str) -> bool:

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from pgrpo.planning.hub import new_model
 from pgrpo.planning.tower import TowerDims
-from pgrpo.vision.families import auto_class, family_of
+from pgrpo.vision.families import family_of
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_total_experts")
 STATEFUL = ("linear_attention", "conv")
@@ -124,9 +125,7 @@ def _count(key: _Key) -> ModelDims:
     config = copy.deepcopy(key.config)
     try:
         with torch.device("meta"):
-            model = auto_class(config).from_config(
-                config, attn_implementation="eager", trust_remote_code=bool(getattr(config, "auto_map", None))
-            )
+            model = new_model(config, "eager")
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"no {config.model_type} model can be made of its config: {error}") from error
     text, layers = config.get_text_config(), decoder_layers(model)

@@ -15,7 +15,7 @@ from playing import END, call, ids, play, thinking_tokenizer, turns
 from transformers import AutoConfig
 
 from pgrpo.admission.compare import difference, gradients, reference_logprobs
-from pgrpo.admission.proof import True64, default_dtype, twins
+from pgrpo.admission.twins import True64, default_dtype, twins
 from pgrpo.config import ConfigError, LossConfig
 from pgrpo.environments.returns import give_returns, returns_to_go
 from pgrpo.environments.tools import kind_of

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoConfig
 
 from pgrpo.admission.compare import difference, gradients, reference_logprobs
-from pgrpo.admission.proof import True64, default_dtype
-from pgrpo.admission.proof import twins as small_twins
 from pgrpo.admission.seeded_bugs import SEEDED_BUGS
 from pgrpo.admission.shrink import shrink
+from pgrpo.admission.twins import True64, default_dtype
+from pgrpo.admission.twins import twins as small_twins
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.model.policy import Policy
 from pgrpo.packing.batch import build_batch

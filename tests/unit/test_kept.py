@@ -15,9 +15,9 @@ import torch
 from test_linear import fake_fla
 from transformers import AutoConfig
 
-from pgrpo.admission.proof import True64, default_dtype
-from pgrpo.admission.proof import twins as small_twins
 from pgrpo.admission.shrink import shrink
+from pgrpo.admission.twins import True64, default_dtype
+from pgrpo.admission.twins import twins as small_twins
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.grouped import grouped_attention
 from pgrpo.attention.layout import PackedLayout

@@ -19,9 +19,9 @@ from pgrpo.admission import on_device
 from pgrpo.admission.compare import difference, gradients, reference_logprobs, tokens_as_samples
 from pgrpo.admission.linear import check_linear
 from pgrpo.admission.on_device import check_on_device
-from pgrpo.admission.proof import True64, default_dtype
-from pgrpo.admission.proof import twins as twins_of
 from pgrpo.admission.shrink import shrink
+from pgrpo.admission.twins import True64, default_dtype
+from pgrpo.admission.twins import twins as twins_of
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.config import ConfigError

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -38,11 +39,12 @@ MECHANISMS = {
 
 @pytest.mark.parametrize("model_type", MECHANISMS)
 def test_a_model_of_each_mechanism_is_exact_and_seeded_bugs_are_seen(model_type):
+    began = time.thread_time()
     proof = prove(AutoConfig.for_model(model_type))
+    assert time.thread_time() - began < 10  # seconds of one core, whatever else the machine does
     assert proof.refusal == ""
     assert proof.logprob < 1e-11 and proof.gradient < 1e-11
     assert len(proof.bugs) >= 3 and min(proof.bugs.values()) > 1e-2
-    assert proof.seconds < 10
     assert proof.not_kept == ""
 
 
@@ -129,7 +131,6 @@ class RemoteModel(LlamaForCausalLM):
     ],
 )
 def test_a_model_with_code_of_its_own_is_proven_alike(factor, refusal, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     (tmp_path / "modeling_remote.py").write_text(REMOTE.format(factor=factor))
     sizes = {
         "vocab_size": 61,
@@ -165,17 +166,20 @@ def test_a_proof_is_kept_until_something_that_it_depends_on_changes(proofs, tmp_
     config = AutoConfig.for_model("llama", num_hidden_layers=3)
     first = check_model("m", config, 64)
     assert "exact on a small copy of this model: log-probs differ by" in caplog.text
-    assert check_model("m", AutoConfig.for_model("llama", num_hidden_layers=5), 64) == first
+    assert check_model("m", AutoConfig.for_model("llama", num_hidden_layers=3, hidden_size=2048), 64) == first
     monkeypatch.setattr(admission, "_proven", {})
+    caplog.clear()
     assert check_model("m", config, 64) == first, "another process reads the file"
-    assert proofs == ["llama"]
+    assert proofs == ["llama"] and str(first) in caplog.text
+    check_model("m", AutoConfig.for_model("llama", num_hidden_layers=5), 64)  # its code may know of the fourth layer
+    check_model("m", config, 80)  # and of 64 tokens
     check_model("m", AutoConfig.for_model("llama", attention_bias=True), 64)
     monkeypatch.setattr(admission.transformers, "__version__", "9.9")
     check_model("m", config, 64)
     monkeypatch.setattr(admission, "_proven", {})
     shutil.rmtree(tmp_path / "pgrpo")
     check_model("m", config, 64)
-    assert proofs == ["llama"] * 4
+    assert proofs == ["llama"] * 6
     for file in Path(tmp_path).rglob("*.json"):
         file.write_text("{damaged")
     monkeypatch.setattr(admission, "_proven", {})

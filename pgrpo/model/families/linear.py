@@ -151,5 +151,5 @@ def _following(follow: Callable[..., Any], original: Any, step: Any) -> Callable
             return follow(current.layout, _Now.layer, functions, x, *args, **kwargs)
         return (original if x.is_cuda and not _Now.plain else in_torch)(x, *args, **kwargs)
 
-    run.follows = True  # pyright: ignore[reportFunctionMemberAccess]
+    run.follows, run.__wrapped__ = True, original  # pyright: ignore[reportFunctionMemberAccess]
     return run
