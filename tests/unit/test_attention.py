@@ -16,7 +16,7 @@ from pgrpo.attention.grouped import grouped_attention
 from pgrpo.attention.hook import UnsupportedAttentionError, attending, attention_forward
 from pgrpo.attention.kernels import cpu_flash
 from pgrpo.attention.kernels.segments import Scores, Segments
-from pgrpo.attention.layout import PackedLayout, unpack_calls
+from pgrpo.attention.layout import PackedLayout, ancestry, unpack_calls
 from pgrpo.attention.merge import merge_
 from pgrpo.attention.reference import attention_mask, reference_attention
 from pgrpo.rollout.embedded.cache import NOTHING, DecodeCache
@@ -28,6 +28,7 @@ FLAT = [
     ([4, 4], [[], [3, 0]]),
     ([6, 2], [[], []]),
     ([0, 0], [[5, 3], [4]]),
+    ([0, 3], [[2, 1], [2]]),
 ]
 NAMES = ("out", "dq", "dk", "dv", "dsinks")
 
@@ -194,6 +195,12 @@ def test_low_precision_error_is_at_most_twice_that_of_a_plain_computation(
     got = run(grouped(layout, **options), tensors, dout)
     for name, a, b, truth in zip(NAMES, got, plain, exact, strict=True):
         assert (a - truth).norm() <= 2 * (b - truth).norm(), name
+
+
+def test_nodes_without_rows_cost_no_copies():
+    """A node of 5 rows above two of which one is empty, and an empty one above a node of 3."""
+    nodes = PackedLayout([5, 0, 0, 4, 3], [-1, -1, 0, 0, 1]).nodes
+    assert ancestry(nodes) == [(5, 5), (7, 0)]
 
 
 def test_nodes_out_of_order_are_refused():

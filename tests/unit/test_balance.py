@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.reference import attention_mask
+from pgrpo.packing import balance
 from pgrpo.packing.balance import Piece, _first_fit, cut_tree, fill_micro_batches, share_out
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest, Sorted, Work, length
@@ -193,3 +194,19 @@ def test_long_tailed_lengths_are_balanced():
     contiguous = [sum(50 + sum(row) for row in lengths[i : i + 8]) for i in range(0, 64, 8)]
     assert max(contiguous) / (sum(loads) / 8) > 1.3
     assert max(loads) / (sum(loads) / 8) < 1.05
+
+
+@pytest.mark.parametrize(("most_kept", "budget"), [(0, 14), (2, 16)])
+def test_samples_that_would_share_less_without_others_share_everything(most_kept, budget, monkeypatch):
+    """Two samples share two tokens, which a third has for its prompt: with it these are a node, whatever the least that is shared;
+    without it a forest would repeat them, be larger than the budget, or have two roots, of which none could be kept."""
+    monkeypatch.setattr(balance, "LEAST_SHARED", (4,))
+    samples = [
+        Sample([1, 2, 5, 5], [8, 8, 8, 9], [True] * 4, [0.0] * 4),
+        Sample([1, 2, 6, 6], [8, 8, 8, 9], [True] * 4, [0.0] * 4),
+        Sample([1, 2], [7] * 12, [True] * 12, [0.0] * 12),
+    ]
+    assert Forest.of(samples[:2], 4).rows == 16 and Forest.of(samples, 4).rows == 26
+    (plan,) = share_out(samples, 1, budget, rows, most_kept=most_kept)
+    assert sorted(f.rows for f in plan) == [14, 14] and {f.kept for f in plan} == {most_kept}
+    assert all(f.parents.count(-1) == 1 for f in plan)

@@ -15,6 +15,7 @@ import torch
 from test_linear import fake_fla
 from transformers import AutoConfig
 
+from pgrpo.admission.proof import Proof
 from pgrpo.admission.shrink import shrink
 from pgrpo.admission.twins import True64, default_dtype
 from pgrpo.admission.twins import twins as small_twins
@@ -34,9 +35,11 @@ from pgrpo.packing import balance
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Work, length
+from pgrpo.planning import placement
 from pgrpo.planning.dims import ModelDims, decoder_layers
 from pgrpo.planning.kept import kept_text, longest_kept, why_none_kept
 from pgrpo.planning.memory import memory_plan
+from pgrpo.training import build as building
 from pgrpo.training.build import build
 from pgrpo.training.caller import Given
 from pgrpo.training.progress import Progress
@@ -420,8 +423,42 @@ def test_the_memory_plan_says_how_much_is_kept():
     none, some = memory_plan(dims, **sizes), memory_plan(dims, **sizes, kept_tokens=32_768)
     assert some.kept == 2 * 32_768 * 144 / 2**20 == 9.0  # 144 KiB a token, and gradients as large
     assert some.update - none.update == pytest.approx(9.0) and some.optimizer_step == none.optimizer_step
+    with_states = replace(dims, state_elements=2**20)  # float32, and gradients: however many tokens
+    assert memory_plan(with_states, **sizes, kept_tokens=32_768).kept == 9.0 + 2 * 4 / 1024
+    assert memory_plan(with_states, **sizes).kept == 0
     assert "up to 7 tokens" in kept_text(7, 7) and "not 9" in kept_text(9, 7)
     assert kept_text(9, 0).startswith("none: the memory plan has no room")
+
+
+@pytest.mark.parametrize("states", [0, 2**24])
+def test_no_more_tokens_are_kept_than_the_memory_plan_has_room_for(states, monkeypatch):
+    config = load_config("qwen3_0.6b.yaml")
+    config.model.activation_checkpointing, config.data.max_prompt_tokens, config.train.token_budget = "full", 9000, 9600
+    shape = json.loads((ROOT / "benchmarks" / "qwen3_4b" / "config.json").read_text())
+    dims, world = replace(ModelDims.from_config(shape), state_elements=states), World(0, 1, torch.device("cuda"))
+    sizes = placement.plan_sizes(config, dims, world, world.device) | {"recompute": ["full"] * dims.layers}
+    none, some = (memory_plan(dims, **sizes | {"kept_tokens": n}).update for n in (0, 5000))
+
+    def keepable(room):
+        monkeypatch.setattr(placement, "_capacity_gib", lambda *_: room)
+        return placement.keepable_tokens(config, dims, world)
+
+    assert keepable(some + 1e-6) == 5000 and keepable(some - 1e-6) == 4999
+    assert keepable(none - 1) == keepable(none - 1e-3) == 0 and keepable(none + 99) == 9000
+
+
+@pytest.mark.parametrize("of", ["policy", "teacher"])
+def test_what_a_proof_says_against_it_is_heeded(tiny_model, tmp_path, monkeypatch, of):
+    name = "check_model" if of == "policy" else "check_teacher"
+    monkeypatch.setattr(building, name, lambda *_: Proof(not_kept="layers attend twice"))
+    keys = [f"model.path={tiny_model}", f"run_dir={tmp_path}", "eval.every=0", "train.token_budget=24"]
+    keys += [f"loss.teacher={tiny_model}", "rollout.prompts_per_step=4"]
+    with build(load_config("quickstart", keys), World(0, 1, torch.device("cpu"))) as parts:
+        assert parts.learner.most_kept == 0
+        what = "layers attend twice" if of == "policy" else "of the teacher, layers attend twice"
+        assert parts.notes == [
+            f"kept prefixes: none, as {what}: a group that train.token_budget cuts computes its prompt in each of its micro-batches"
+        ]
 
 
 @pytest.mark.parametrize(
