@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pgrpo.config.task import EnvironmentConfig
+from pgrpo.config import DataConfig, PromptConfig
+from pgrpo.config.task import EnvironmentConfig, MessageConfig
+from pgrpo.data import load_prompts
 from pgrpo.environments.episodes import ToolLoop
 from pgrpo.environments.toolbox import Toolbox
 from pgrpo.environments.tools import load_kinds, load_tools
@@ -75,9 +77,10 @@ def play(
     episode=600,
     prompt=300,
     tokenizer=TOKENIZER,
+    reader: Any = None,
     **settings: Any,
 ) -> tuple[list[list[Episode]], Scripted]:
-    """The episodes of each row, and the engine."""
+    """The episodes of each row, and the engine. A row may have ``images``, which ``reader`` reads."""
     chosen = EnvironmentConfig(**settings)
     named = [tool for tool in tools if isinstance(tool, str)]
     is_named = isinstance(environment, str) or (
@@ -87,9 +90,15 @@ def play(
     kinds = load_kinds(None, chosen.args, environment, nursery)
     toolbox = Toolbox(load_tools(named, [tool for tool in tools if tool not in named], nursery), kinds, nursery=nursery)
     engine: Any = Scripted(script, tokenizer)
-    chats = toolbox.chats(tokenizer, [END], {}, chosen.history)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    chats = toolbox.chats(tokenizer, [end], {}, chosen.history, reader, chosen.max_images)
     made = ToolLoop(engine, toolbox.tools, kinds, chats, chosen, episode, prompt, lambda: False, nursery)
     prompts = [prompt_of(toolbox, tokenizer=tokenizer, **row) for row in rows]
+    if reader is not None:
+        asked = PromptConfig(images_column="images", messages=[MessageConfig("user", "{text}")])
+        rows = [{"text": "go", "images": None} | row for row in rows]
+        data = DataConfig(max_prompt_tokens=prompt)
+        prompts = load_prompts(data, asked, tokenizer, dataset=rows, tools=toolbox.schemas_of, reader=reader).prompts
     seeds = [[100 * i + j for j in range(size)] for i in range(len(prompts))]
     groups = []
     try:

@@ -17,6 +17,7 @@ from pgrpo.packing.batch import GroupedBatch
 from pgrpo.packing.forest import length
 from pgrpo.types import Episode, Group, Prompt, Sample
 from pgrpo.vision.families import never_sampled
+from pgrpo.vision.rows import predicted_ids
 
 
 def _nothing(_: Sample) -> dict[str, Any]:
@@ -67,7 +68,8 @@ def reference_logprobs(
             ids = torch.tensor([sample.prompt_ids + sample.token_ids], device=device)
             logits = model(input_ids=ids, use_cache=False, **more(sample)).logits[0, start - 1 : -1]
             logits = logits.index_fill(1, never, NEVER)
-            rows.append((logits / temperature).log_softmax(-1).gather(-1, ids[0, start:, None]).squeeze(-1))
+            targets = torch.tensor(predicted_ids(sample), device=device)[:, None]
+            rows.append((logits / temperature).log_softmax(-1).gather(-1, targets).squeeze(-1))
     return torch.cat(rows)
 
 

@@ -32,8 +32,9 @@ from pgrpo.tracking import printable
 from pgrpo.tracking.live import showing
 from pgrpo.training.build import Parts, build, load_tokenizer
 from pgrpo.training.rollout import sample_and_score
-from pgrpo.types import Group, Prompt, Sample
+from pgrpo.types import Group, Prompt, PromptImages, Sample
 from pgrpo.vision.families import attention_names, auto_class
+from pgrpo.vision.parts import size_text
 
 SAMPLES = 4
 COMPARED_TOKENS = 64
@@ -70,7 +71,7 @@ def _show_lengths(parts: Parts, config: Config, console: Console) -> None:
     lengths = sorted(len(p.token_ids) for p in parts.stream.take(len(parts.stream)))
     data, over = config.data, "none"
     if data.overlong != "error":  # with "error" the first overlong prompt has stopped the command before
-        loaded = load_prompts(data, config.prompt, load_tokenizer(config))
+        loaded = load_prompts(data, config.prompt, load_tokenizer(config), reader=parts.reader)
         over = f"{loaded.dropped} (dropped)" if data.overlong == "drop" else f"{loaded.truncated} (truncated)"
     console.print(
         f"{len(lengths)} prompts of {lengths[0]} to {lengths[-1]} tokens, median {statistics.median(lengths):g}, "
@@ -130,9 +131,14 @@ def _images(prompt: Prompt) -> str:
 def _masked(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Text:
     """The tokens behind the prompt: those that were sampled, and are trained on, in green; those that were read in grey, and on a
     terminal without colours in ``‹ ›``."""
-    text = Text()
-    for sampled, run in groupby(zip(sample.mask, sample.token_ids, strict=True), key=lambda pair: pair[0]):
-        part = _shown(str(tokenizer.decode([token for _, token in run])))
+    text, first = Text(), len(sample.prompt_ids)
+    names = ["" for _ in sample.token_ids]
+    for image in sample.images.images if sample.images else ():
+        size = size_text(image.size or (0, 0))[:-1]
+        for low, high in (run for run in image.runs if run[0] >= first):
+            names[low - first : high - first] = [f"{size}, {high - low} tokens]"] * (high - low)
+    for (sampled, name), run in groupby(zip(sample.mask, names, sample.token_ids, strict=True), key=lambda x: x[:2]):
+        part = name or _shown(str(tokenizer.decode([token for *_, token in run])))
         text.append(part if sampled else f"‹{part}›", style="green" if sampled else "bright_black")
     return text
 
@@ -160,9 +166,11 @@ def _prove(config: Config, groups: list[Group], console: Console, vision: Vision
     policy = Policy(load_model(model))
     samples = []
     for group in groups:
-        completions = [_comparable(sample.token_ids[:COMPARED_TOKENS]) for sample in group.samples]
-        made = tokens_as_samples([_comparable(group.prompt.token_ids)], [completions])
-        samples += [replace(sample, images=group.prompt.images) for sample in made]
+        completions = [_comparable(_beginning(sample)) for sample in group.samples]
+        made = tokens_as_samples([_comparable(s.prompt_ids) for s in group.samples], [[ids] for ids in completions])
+        samples += [
+            replace(one, images=_within(whole.images, one)) for one, whole in zip(made, group.samples, strict=True)
+        ]
     more, bugs = (lambda _: {}), SEEDED_BUGS
     if vision and policy.vision and (seen := Vision.of(untouched)):
         policy.vision.pixels = seen.pixels = vision.pixels
@@ -190,6 +198,21 @@ def _prove(config: Config, groups: list[Group], console: Console, vision: Vision
         console.print(f"seeded bug, {name}: {got.logprob:.1e} nats, gradient {got.gradient:.1e}")
         if got.gradient <= LARGEST_GRADIENT_DIFFERENCE:
             raise RuntimeError(f"the comparison did not detect a seeded bug: {name}")
+
+
+def _within(images: PromptImages | None, sample: Sample) -> PromptImages | None:
+    """The images that the sample's tokens have."""
+    end = len(sample.prompt_ids) + len(sample.token_ids)
+    kept = tuple(image for image in (images.images if images else ()) if image.runs[-1][1] <= end)
+    return replace(images, images=kept) if images and kept else None
+
+
+def _beginning(sample: Sample) -> list[int]:
+    """As many of the tokens behind the prompt as are compared: those before the first image that is not whole there."""
+    first, end = len(sample.prompt_ids), len(sample.prompt_ids) + COMPARED_TOKENS
+    runs = [image.runs for image in sample.images.images] if sample.images else []
+    cut = min([own[0][0] for own in runs if own[-1][1] > end and own[0][0] >= first], default=end)
+    return sample.token_ids[: min(cut, end) - first]
 
 
 def _comparable(token_ids: list[int]) -> list[int]:

@@ -22,7 +22,8 @@ from typing import Any
 from pgrpo.commands.curves import Panel, Rows, panels_of, read_rows
 from pgrpo.config import ConfigError
 from pgrpo.tracking import printable
-from pgrpo.tracking.thumbnails import IN_A_ROW, KEY, size_text
+from pgrpo.tracking.thumbnails import IN_A_ROW, KEY
+from pgrpo.vision.parts import size_text
 
 MAX_POINTS = 600  # points of a curve; a longer curve is averaged
 MAX_SAMPLES = 3000  # samples from training, and as many from evaluations

@@ -93,11 +93,14 @@ class EnvironmentConfig:
     max_tool_calls: int = number(16, least=1, most=10**6)
     """Calls of tools in an episode. A turn's calls beyond it do not run and end the episode."""
     max_episode_tokens: int | None = number(None, least=1, most=MOST_TOKENS)
-    """Tokens of an episode behind its prompt: what the model writes and what it is told. `rollout.max_completion_tokens` limits
-    one turn. None: `max_turns` turns of that length, for all together."""
+    """Tokens of an episode behind its prompt: what the model writes and what it is told, images included.
+    `rollout.max_completion_tokens` limits one turn. None: `max_turns` turns of that length, for all together."""
+    max_images: int = number(0, least=0, most=10**4)
+    """Images that tools and the environment may give in an episode, beside those of its prompt. Needs a vision-language model. One
+    that is above it is a failure of its call; with 0 an image stops the run."""
     overlong: Literal["cut", "end"] = "cut"
-    """The text of a tool that does not fit `max_episode_tokens` is cut so that another turn fits, or the episode ends
-    (`length`)."""
+    """The text of a tool that does not fit `max_episode_tokens` is cut so that another turn fits, and an image that does not fit is
+    left out with a note; or the episode ends (`length`)."""
     call_timeout_s: float = number(60.0, above=0, most=MOST_SECONDS)
     """Maximum seconds of one call of a tool or environment; a longer one ends its episode (`timeout`)."""
     episode_timeout_s: float = number(600.0, above=0, most=MOST_SECONDS)

@@ -87,9 +87,7 @@ def _text(content: Any, where: str, images: list[ImagePart] | None) -> str:
         text = part.get("text") if isinstance(part, Mapping) else part
         if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
             if images is None:
-                raise ConfigError(
-                    f"{where}: it has an image, which needs a vision-language model in model.path and a run without tools"
-                )
+                raise ConfigError(f"{where}: it has an image, which needs a vision-language model in model.path")
             found = next((part[name] for name in IMAGE_KEYS if part.get(name) is not None), None)
             images.append(ImagePart(found["url"] if isinstance(found, Mapping) and "url" in found else found))
             text = "<image>"

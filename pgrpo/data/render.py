@@ -18,6 +18,7 @@ from pgrpo.data.control import MARK, Control, unmarked
 from pgrpo.data.images import images_of, place
 from pgrpo.types import Messages, PromptImages
 from pgrpo.vision import reader as vision
+from pgrpo.vision.parts import MARK as IMAGE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,14 +80,14 @@ def render_prompts(
         texts = [fill(row, index) for index, row in enumerate(rows)]
         read = _read_images(rows, prompt, reader, [[]] * len(rows), folder)
         if reader is not None:
-            texts = [text.replace(vision.MARK, reader.placeholder) for text in texts]
+            texts = [text.replace(IMAGE, reader.placeholder) for text in texts]
         return _tokenized(
             texts, [None] * len(rows), read, reader, lambda t: _tokenize_raw(t, tokenizer), "prompt.template"
         )
     control = Control(tokenizer, special_only=True)
 
     def guard(text: str) -> str:
-        return vision.MARK.join(map(control.guard, text.split(vision.MARK))) if reader else control.guard(text)
+        return IMAGE.join(map(control.guard, text.split(IMAGE))) if reader else control.guard(text)
 
     parts: list[list[ImagePart]] = [[] for _ in rows]
     if column := prompt.messages_column:

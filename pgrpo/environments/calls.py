@@ -234,18 +234,3 @@ def describe(error: BaseException) -> str:
     """``ValueError: text``, on one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def text_of(result: Any) -> str:
-    """A result as the model reads it: a text as it is, text blocks joined, anything else as Python prints it. Halves of characters,
-    which no tokenizer takes, become question marks.
-
-    Raises:
-        CallFailed: it holds blocks that are no text.
-    """
-    is_blocks = isinstance(result, list) and bool(result) and all(isinstance(b, dict) and "type" in b for b in result)
-    if is_blocks:
-        if other := [block["type"] for block in result if block["type"] != "text"]:
-            raise CallFailed(f"a block of type {other[0]!r} is not supported; return text")
-        result = "".join(str(block.get("text", "")) for block in result)
-    return str(result).encode("utf-8", "replace").decode("utf-8")

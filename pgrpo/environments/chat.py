@@ -2,7 +2,8 @@
 
 What the model sampled is never rendered or tokenized again. What it is told then (results of tools, messages) is the difference
 of two renderings of a dummy conversation: all that the template writes behind the model's turn. The end of the turn is the first
-of the model's end tokens there; it was sampled already, or is added in front where the model ended its turn otherwise.
+of the model's end tokens there; it was sampled already, or is added in front where the model ended its turn otherwise. An image is
+one placeholder in rendered text, and all of its tokens in ids.
 
 ``check`` renders the transitions that a run may need, before a model is loaded.
 """
@@ -17,8 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from pgrpo.config import ConfigError
 from pgrpo.data.control import MARK, Control, unmarked
+from pgrpo.data.images import as_parts
 from pgrpo.environments.parsing import FAMILIES, Parse, Reply, own_template, split_reasoning
+from pgrpo.environments.written import Written, each_text, image_parts, joined, texts_of
 from pgrpo.types import Messages
+from pgrpo.vision.parts import Content
+from pgrpo.vision.reader import ImageReader
+from pgrpo.vision.rows import placeholder_runs
 
 SENTINEL = "PROBE-OF-THE-TURN"
 RESULT = "PROBE-OF-RESULT-"
@@ -26,6 +32,8 @@ CUT = "\n[the rest is cut]"
 REASONING = "PROBE-OF-REASONING"
 USER = {"role": "user", "content": "?"}
 PROBE_ARGUMENTS = {"number": 7, "text": SENTINEL}
+PROBE_IMAGE = {"type": "image", "size": (64, 64), "key": "probe"}
+IMAGE_RESULT = "a call and its result with an image"
 
 
 History = Literal["append", "fork"] | None
@@ -60,6 +68,7 @@ class Chat:
         end_ids: tokens that end a turn of the model.
         schemas: of the tools; may be empty.
         kwargs: ``prompt.chat_template_kwargs``.
+        reader: expands images; None where prompts and results are text.
     """
 
     def __init__(
@@ -68,8 +77,9 @@ class Chat:
         end_ids: Collection[int],
         schemas: Sequence[dict[str, Any]],
         kwargs: dict[str, Any],
+        reader: ImageReader | None = None,
     ) -> None:
-        self.tokenizer, self._kwargs = tokenizer, kwargs
+        self.tokenizer, self._kwargs, self.reader = tokenizer, kwargs, reader
         self.schemas: list[Any] = list(schemas)
         self._ends = {str(tokenizer.convert_ids_to_tokens(token)): token for token in end_ids}
         self._rows, self._others = Control(tokenizer, special_only=True), Control(tokenizer, special_only=False)
@@ -77,20 +87,39 @@ class Chat:
         self._family: Parse | None = None
         self._one_call = False  # the template renders no turn with several calls
 
-    def prompt(self, messages: Messages, more: str) -> tuple[str, list[int]]:
-        """Text and ids of a prompt whose last message has ``more`` at its end, a text of the environment."""
-        guarded = [self._guarded(message, self._rows) for message in messages]
-        guarded[-1]["content"] += self._others.guard(more)
-        return self.render_ids(guarded)
+    @property
+    def sees_whole_images(self) -> bool:
+        """Whether an image's row sees the rows behind it in its image too."""
+        return self.reader is not None and self.reader.processor.family.sees_whole_images
 
-    def prompt_with(self, messages: Messages, more: Messages) -> tuple[str, list[int]]:
-        """Text and ids of a prompt with further messages of the environment."""
+    def prompt(self, messages: Messages, more: Content) -> Written:
+        """A prompt whose last message has ``more`` at its end, which the environment says."""
         guarded = [self._guarded(message, self._rows) for message in messages]
-        return self.render_ids(guarded + [self._guarded(message, self._others) for message in more])
+        guarded[-1]["content"] = joined(guarded[-1]["content"], each_text(more, self._others.guard))
+        return self._written(self._render(guarded, generate=True), guarded)
 
-    def render_ids(self, guarded: Messages) -> tuple[str, list[int]]:
-        text = self._render(guarded, generate=True)
-        return str(unmarked(text)), self._others.encode(text)
+    def prompt_with(self, messages: Messages, more: Messages) -> Written:
+        """A prompt with further messages of the environment."""
+        guarded = [self._guarded(message, self._rows) for message in messages]
+        guarded += [self._guarded(message, self._others) for message in more]
+        return self._written(self._render(guarded, generate=True), guarded)
+
+    def _written(self, text: str, messages: Messages, behind: str = "") -> Written:
+        """``text``: rendered, with a placeholder for each image of the messages, in order. TemplateProblem if it has others."""
+        ids, parts = self._others.encode(text, behind=behind), image_parts(messages)
+        if self.reader is None or not parts:
+            return Written(str(unmarked(text)), ids, ids, [])
+        first, *rest = text.split(self.reader.placeholder)
+        if len(rest) != len(parts):
+            raise TemplateProblem(
+                f"it writes {len(rest)} placeholders ({self.reader.placeholder}) for {len(parts)} images"
+            )
+        expansions = [self.reader.processor.expansion(tuple(part["size"])) for part in parts]
+        expanded = first + "".join(one.text + piece for one, piece in zip(expansions, rest, strict=True))
+        whole = self._others.encode(expanded, behind=behind)
+        runs = placeholder_runs(whole, self.reader.processor.token_id, [one.counts for one in expansions])
+        images = [self.reader.image_of(part, own) for part, own in zip(parts, runs, strict=True)]
+        return Written(str(unmarked(text)), whole, ids, images)
 
     def rewrites(self, prompt: str, said: Messages, told: Messages) -> bool:
         """Whether the template writes what was said in another way once there are new messages: the prompt's text, the turns as it
@@ -101,7 +130,7 @@ class Chat:
         kept = before if end < 0 else before[:end]
         return not (after.startswith(prompt) and after.startswith(kept) and reasoning in after)
 
-    def told(self, names: Sequence[str], messages: Messages) -> tuple[int, list[int]]:
+    def told(self, names: Sequence[str], messages: Messages) -> tuple[int, Written]:
         """What the template writes between a turn of the model and its next one.
 
         Args:
@@ -109,16 +138,17 @@ class Chat:
             messages: what the model is told: a result for each call, in order, and others.
 
         Returns:
-            The token that ends the turn, and the ids behind it.
+            The token that ends the turn, and what is written behind it.
         """
         guarded = [self._guarded(message, self._others) for message in messages]
+        hidden = f"{SENTINEL[0]}{MARK}{SENTINEL[1:]}"
         for message in guarded:  # the probe's text is looked for below
-            message["content"] = message["content"].replace(SENTINEL, f"{SENTINEL[0]}{MARK}{SENTINEL[1:]}")
+            message["content"] = each_text(message["content"], lambda text: text.replace(SENTINEL, hidden))
         names = [
             name or self.schemas[0]["function"]["name"] for name in names
         ]  # a call that could not be read has none
         end, text = self._behind(_turn(names[:1] if self._one_call else names), guarded)
-        return self._ends[end], self._others.encode(text, behind=end)
+        return self._ends[end], self._written(text, guarded, behind=end)
 
     def shorter(self, text: str, over: int, most: int) -> str | None:
         """The beginning of a text, at least ``over`` tokens shorter, with a note; None if nothing would be left of it.
@@ -147,13 +177,16 @@ class Chat:
             return Reply(content.strip() if reasoning else content, reasoning, [])
         return self._family(text, is_thinking)
 
-    def check(self, key: str, history: History = None, *, is_led: bool = False) -> list[Transition]:
+    def check(
+        self, key: str, history: History = None, *, is_led: bool = False, with_images: bool = False
+    ) -> list[Transition]:
         """Choose how calls are parsed, and try the transitions. What the run needs must be possible: what is told can be appended,
         or the history can be rendered anew (``environment.history``).
 
         Args:
             key: of the tools or environments, for messages.
             is_led: an environment leads the conversation, and speaks as the user.
+            with_images: what is told may have images (``environment.max_images``).
 
         Raises:
             ConfigError: the template has no tools, or nothing reads its calls, or what is told cannot be.
@@ -176,12 +209,26 @@ class Chat:
         if self.schemas:
             name, told = "a call behind reasoning, its result and a user message", [*_results([tool]), user]
             transitions.append(self._try(name, _turn([tool], REASONING), told))
+        if with_images:
+            transitions += self._try_images(tool)
         needed = [transitions[0]] * bool(self.schemas) + [t for t in transitions if is_led and "user" in t.name]
+        needed += [t for t in transitions if t.name == IMAGE_RESULT]
         for one in needed:
             if one.problem and not (history == "fork" and one.can_fork):
                 fix = "use another template" + (", or environment.history=fork" if one.can_fork else "")
+                fix += ", or environment.max_images=0" if "image" in one.name else ""
                 raise ConfigError(f"{template}: {one.name}: {one.problem}; {fix}")
         return transitions
+
+    def _try_images(self, tool: str) -> list[Transition]:
+        """Results and user messages that have a text and an image."""
+        found = []
+        user = {"role": "user", "content": [{"type": "text", "text": f"{RESULT}2"}, PROBE_IMAGE]}
+        if tool:
+            result = _results([tool])[0]
+            result["content"] = [{"type": "text", "text": result["content"]}, PROBE_IMAGE]
+            found.append(self._try(IMAGE_RESULT, _turn([tool]), [result]))
+        return [*found, self._try("an answer and a user message with an image", _turn([]), [user])]
 
     def _choose_parser(self, template: str, tool: str) -> None:
         try:
@@ -214,17 +261,22 @@ class Chat:
 
     def _try(self, name: str, turn: dict[str, Any], messages: Messages) -> Transition:
         rendered: list[str] = []
+        wanted = [texts_of(message["content"]) for message in messages]
         try:
             rendered += [
                 self._render([USER, turn, *more], generate=bool(more)) for more in ([], messages)
             ]  # what a fork needs
-            _, text = self._behind(turn, messages)
-            if missing := [m["content"] for m in messages if m["content"] not in text]:
+            end, text = self._behind(turn, messages)
+            if missing := [said for said in wanted if said not in text]:
                 raise TemplateProblem(
                     f"{missing[0]!r} is not behind one of the model's end tokens ({', '.join(self._ends)})"
                 )
+            self._written(text, messages, behind=end)
         except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            can_fork = bool(rendered) and all(m["content"] in rendered[1] for m in messages)
+            can_fork = bool(rendered) and all(said in rendered[1] for said in wanted)
+            if can_fork and image_parts(messages):
+                assert self.reader is not None
+                can_fork = rendered[1].count(self.reader.placeholder) == len(image_parts(messages))
             return Transition(name, " ".join(str(error).split()), None, can_fork)
         head, full = rendered
         kept = head[: head.rfind(SENTINEL)]
@@ -249,6 +301,8 @@ class Chat:
         messages = [  # templates call it by either name
             {**m, "thinking": m["reasoning_content"]} if m.get("reasoning_content") else m for m in messages
         ]
+        if self.reader is not None:
+            messages = [{**message, "content": as_parts(message)} for message in messages]
         return str(
             self.tokenizer.apply_chat_template(
                 messages, tools=self.schemas or None, tokenize=False, add_generation_prompt=generate, **self._kwargs
@@ -258,7 +312,8 @@ class Chat:
     @staticmethod
     def _guarded(message: dict[str, Any], control: Control) -> dict[str, Any]:
         """The message with all that somebody wrote guarded; not names, which a template may compare."""
-        texts = {name: control.guard(message[name]) for name in ("content", "reasoning_content") if message.get(name)}
+        names = [name for name in ("content", "reasoning_content") if message.get(name)]
+        texts = {name: each_text(message[name], control.guard) for name in names}
         calls = [
             {**call, "function": {**call["function"], "arguments": _guard(call["function"]["arguments"], control)}}
             for call in message.get("tool_calls") or ()

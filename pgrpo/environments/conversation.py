@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any
 
@@ -18,7 +18,9 @@ from pgrpo.config.task import EnvironmentConfig
 from pgrpo.environments.chat import CUT, Chat, TemplateProblem, call_id
 from pgrpo.environments.long_form import Ended
 from pgrpo.environments.parsing import Call, Reply
-from pgrpo.types import Completion, Messages, Prompt, Request, Sample
+from pgrpo.environments.written import Written, each_text, image_parts, moved, texts_of
+from pgrpo.types import Completion, Image, Messages, Prompt, PromptImages, Request, Sample
+from pgrpo.vision.parts import Content, as_text
 
 LONGEST_TOKEN = 64
 """Characters; few tokens are longer. A text of more than this for each token that it may take is cut before it is tokenized."""
@@ -61,7 +63,9 @@ class Transcript:
     ) -> None:
         self.prompt, self._seed, self._chat = prompt, seed, chat
         self._settings, self._lengths, self._complete = settings, lengths, complete
-        self.samples = [Sample(prompt.token_ids, [], [], [])]
+        self.samples = [Sample(prompt.token_ids, [], [], [], images=prompt.images)]
+        self._unexpanded = list(prompt.images.unexpanded_ids if prompt.images else prompt.token_ids)
+        """The tokens of the last sample with one an image."""
         self.messages: Messages = []
         self.inherited = 0  # of them, those of the branch that it began in
         self.text = ""
@@ -84,7 +88,8 @@ class Transcript:
         """Another branch behind all that was said here. It counts with this one."""
         other = Transcript(self.prompt, self._seed, self._chat, self._settings, self._lengths, self._complete)
         sample = self.sample
-        other.samples = [_context(sample.prompt_ids, sample.token_ids)]
+        other.samples = [_context(sample.prompt_ids, sample.token_ids, sample.images)]
+        other._unexpanded = list(self._unexpanded)
         other.messages, other.counts, other.text = list(self.messages), self.counts, self.text
         other.inherited = len(self.messages)
         other._names, other._first_call, other._told = list(self._names), self._first_call, list(self._told)
@@ -112,10 +117,12 @@ class Transcript:
         if room <= 0:
             raise Ended("length")
         ids = sample.prompt_ids + sample.token_ids
-        request = Request(ids, [self._turn_seed()], min(room, self._lengths.turn), continued=self._read)
+        images = sample.images and replace(sample.images, unexpanded_ids=list(self._unexpanded))
+        request = Request(ids, [self._turn_seed()], min(room, self._lengths.turn), images, self._read)
         assert self._complete is not None
         completion = await self._complete(request)
         sample.token_ids += completion.token_ids
+        self._unexpanded += completion.token_ids
         self._read = len(ids) + len(completion.token_ids)
         sample.mask += [True] * len(completion.token_ids)
         sample.rollout_logprobs += completion.rollout_logprobs
@@ -132,7 +139,7 @@ class Transcript:
         self.messages.append(self._message(reply))
         return reply
 
-    def answer(self, call: int, name: str, content: str) -> None:
+    def answer(self, call: int, name: str, content: Content) -> None:
         """The result of a call of the last turn, which the model reads before its next turn."""
         message = {"role": "tool", "name": name, "tool_call_id": call_id(self._first_call + call), "content": content}
         self.messages.append(message)
@@ -167,17 +174,35 @@ class Transcript:
             self._begin_again()
         else:
             try:
-                ids = self._fitting(self._ids, len(self.sample.token_ids))
+                told = self._fitting(self._tell, len(self.sample.token_ids))
             except TemplateProblem as problem:
                 if history != "fork":
                     raise RuntimeError(f"the chat template failed on row {self.prompt.index}: {problem}") from problem
                 self._begin_again()
             else:
-                self.sample.token_ids += ids
-                self.sample.mask += [False] * len(ids)
-                self.sample.rollout_logprobs += [0.0] * len(ids)
-                self.sample.turns += [-1] * len(ids)
+                self._read_on(told)
         self._told = []
+
+    def _read_on(self, told: Written) -> None:
+        """Append what the model was told to its sample."""
+        sample, count = self.sample, len(told.ids)
+        at = len(sample.prompt_ids) + len(sample.token_ids)
+        sample.token_ids += told.ids
+        sample.mask += [False] * count
+        sample.rollout_logprobs += [0.0] * count
+        sample.turns += [-1] * count
+        self._unexpanded += told.unexpanded
+        if told.images:
+            before = sample.images.images if sample.images else ()
+            sample.images = self._gathered([*before, *(moved(image, at) for image in told.images)], at + count)
+            if (
+                self._chat.sees_whole_images
+            ):  # rows of an image see what is kept of the turns before, which has no rows any more
+                self._read = 0
+
+    def _gathered(self, images: Sequence[Image], length: int) -> PromptImages | None:
+        where = self.prompt.images.where if self.prompt.images else f"row {self.prompt.index}"
+        return self._chat.reader and self._chat.reader.gathered(images, [], length, where)
 
     def _is_rewritten(self) -> bool:
         said = [*(self.prompt.messages or []), *self.messages]
@@ -186,65 +211,85 @@ class Transcript:
     def _begin_again(self) -> None:
         prompt = self.prompt.token_ids
 
-        def ids() -> list[int]:
-            return self._chat.prompt_with(self.prompt.messages or [], self.messages)[1]
+        def write() -> Written:
+            return self._chat.prompt_with(self.prompt.messages or [], self.messages)
 
-        def behind() -> list[int]:
-            return ids()[len(prompt) :]
-
-        self._fitting(behind, 0)
-        whole = ids()
-        same = next((i for i, (a, b) in enumerate(zip(whole, prompt, strict=False)) if a != b), len(prompt))
+        whole = self._fitting(write, 0, len(prompt))
+        same = next((i for i, (a, b) in enumerate(zip(whole.ids, prompt, strict=False)) if a != b), len(prompt))
         # Samples of a group share one list; a template that writes the prompt in another way now shares less.
-        prompt_ids = prompt if same == len(prompt) else whole[: max(1, same)]
-        self.samples.append(_context(prompt_ids, whole[len(prompt_ids) :]))
-        self._read = 0
+        prompt_ids = prompt if same == len(prompt) else whole.ids[: max(1, same)]
+        images = self._gathered(whole.images, len(whole.ids))
+        self.samples.append(_context(prompt_ids, whole.ids[len(prompt_ids) :], images))
+        self._unexpanded, self._read = list(whole.unexpanded), 0
         self.counts["rewritten"] += 1
 
-    def _fitting(self, make: Callable[[], list[int]], used: int) -> list[int]:
-        """The ids that ``make`` gives of what the model is told, cut so that another turn fits (``environment.overlong``).
+    def _fitting(self, make: Callable[[], Written], used: int, free: int = 0) -> Written:
+        """What ``make`` writes of what the model is told, cut so that another turn fits (``environment.overlong``): the longest
+        text first; where no text is left to cut, an image is left out.
 
         Args:
-            used: tokens of the episode's limit that are in front of them.
+            used: tokens of the episode's limit that are in front of it.
+            free: its first tokens that are under no limit.
         """
         room = self._lengths.episode - used
         most = max(room - self._lengths.turn, room // 2)
         is_cut = self._settings.overlong == "cut" and self._cut_endless(LONGEST_TOKEN * max(most, 1))
         self.counts["cut_results"] += is_cut
-        ids = make()
-        if len(ids) <= most or (self._settings.overlong == "end" and len(ids) < room):
-            return ids
+        written = make()
+        if (count := len(written.ids) - free) <= most or (self._settings.overlong == "end" and count < room):
+            return written
         if self._settings.overlong == "end":
             raise Ended("length")
         self.counts["cut_results"] += not is_cut
         for _ in range(TRIES):
-            longest = max(self._told, key=lambda message: len(message["content"]))
-            shorter = self._chat.shorter(longest["content"], len(ids) - most, most)
-            if shorter is None:
-                raise Ended("length")
-            longest["content"] = shorter
-            if len(ids := make()) <= most:
-                return ids
+            if not self._cut_told(count - most, most):
+                break
+            if (count := len((written := make()).ids) - free) <= most:
+                return written
         raise Ended("length")
 
     def _cut_endless(self, most: int) -> bool:
         """Cut texts of more than so many characters. Whether there were any."""
-        endless = [message for message in self._told if len(message["content"]) > most]
-        for message in endless:
-            message["content"] = message["content"][:most] + CUT
-        return bool(endless)
 
-    def _ids(self) -> list[int]:
+        def shorter(text: str) -> str:
+            return text[:most] + CUT if len(text) > most else text
+
+        before = [message["content"] for message in self._told]
+        for message in self._told:
+            message["content"] = each_text(message["content"], shorter)
+        return before != [message["content"] for message in self._told]
+
+    def _cut_told(self, over: int, most: int) -> bool:
+        """Make what the model is told at least ``over`` tokens shorter, if a text or an image is that long."""
+        longest = max(self._told, key=lambda message: len(texts_of(message["content"])))
+        content = longest["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        texts = [part for part in parts if part["type"] == "text"]
+        text = max(texts, key=lambda part: len(part["text"]), default=None)
+        if text and (shorter := self._chat.shorter(text["text"], over, most)) is not None:
+            parts = [part | {"text": shorter} if part is text else part for part in parts]
+            longest["content"] = parts[0]["text"] if isinstance(content, str) else parts
+            return True
+        with_image = next((message for message in reversed(self._told) if image_parts([message])), None)
+        if with_image is None:
+            return False
+        parts = list(with_image["content"])
+        last = max(i for i, part in enumerate(parts) if part["type"] == "image")
+        parts[last] = {"type": "text", "text": f"{as_text([parts[last]])[:-1]} does not fit and is left out]"}
+        with_image["content"] = parts if image_parts([{"content": parts}]) else texts_of(parts)
+        return True
+
+    def _tell(self) -> Written:
         sampled = self.sample.token_ids
-        end, ids = self._chat.told(self._names, self._told)
+        end, written = self._chat.told(self._names, self._told)
         # The model may have ended its turn with another end token, or with a stop string.
-        return ids if sampled and sampled[-1] == end else [end, *ids]
+        return written if sampled and sampled[-1] == end else written.behind([end])
 
 
-def _context(prompt_ids: list[int], token_ids: Sequence[int]) -> Sample:
+def _context(prompt_ids: list[int], token_ids: Sequence[int], images: PromptImages | None) -> Sample:
     """A sample of tokens that the model reads."""
     count = len(token_ids)
-    return Sample(prompt_ids, list(token_ids), [False] * count, [0.0] * count, turns=[-1] * count)
+    return Sample(prompt_ids, list(token_ids), [False] * count, [0.0] * count, turns=[-1] * count, images=images)
 
 
 def _function(call: Call) -> dict[str, Any]:

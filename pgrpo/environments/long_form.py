@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, NoReturn, get_args
 
+from pgrpo.environments.calls import CallFailed
+from pgrpo.environments.content import content_of
 from pgrpo.types import FinishReason, Messages
 
 Ask = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
@@ -51,12 +53,20 @@ class Conversation:
         return Said(answer["content"], answer["reasoning"])
 
     def say(self, message: str | dict[str, Any]) -> None:
-        """Tell the model something before its next turn: a text of the user, or a message with ``role`` and ``content``."""
+        """Tell the model something before its next turn: a text of the user, or a message with ``role`` and ``content``. A content
+        is a text, a PIL image, or a list of blocks as of a tool."""
         if isinstance(message, str):
             message = {"role": "user", "content": message}
-        if not isinstance(message, dict) or any(not isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f"a message has a role and a content, both texts, unlike {message!r:.80}")
-        message = dict(message)
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"a message has a role and a content, unlike {message!r:.80}")
+        content = message.get("content")
+        try:
+            shown = content_of(content)
+        except CallFailed as error:
+            raise ValueError(str(error)) from None
+        if isinstance(shown, str) and not isinstance(content, str | list):
+            raise ValueError(f"a message's content is a text, an image or blocks of both, unlike {message!r:.80}")
+        message = {**message, "content": shown}
         self.messages.append(message)
         self._unheard.append(message)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import time
@@ -9,16 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pgrpo.config import ConfigError
 from pgrpo.config.task import EnvironmentConfig
-from pgrpo.environments.calls import CallFailed, Calls, CallTimeout, Function, WorkerDied, text_of
+from pgrpo.data.images import place
+from pgrpo.environments.calls import CallFailed, Calls, CallTimeout, Function, WorkerDied
 from pgrpo.environments.chat import Chat
+from pgrpo.environments.content import content_of, file_of, is_image
 from pgrpo.environments.conversation import Lengths, Transcript
 from pgrpo.environments.long_form import Ended
 from pgrpo.environments.parsing import Call, Reply
 from pgrpo.environments.tools import BadCall, Kind, Tool
 from pgrpo.environments.turns import Key, Turns
 from pgrpo.environments.workers import step_of
+from pgrpo.environments.written import image_parts, joined
 from pgrpo.types import Episode, FinishReason, Messages, Prompt, Sample
+from pgrpo.vision.parts import Content, images_in, with_marks
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,10 @@ class Player:
     """
 
     def __init__(self, stage: Stage, prompt: Prompt, seed: int) -> None:
-        self._stage, self._prompt, self._seed, self._settings = stage, prompt, seed, stage.settings
+        self._stage, self._seed, self._settings = stage, seed, stage.settings
         self._kind, self._chat, self._lengths = stage.kind, stage.chat, stage.lengths
+        self._row, self._prompt = prompt, _in_parts(prompt)
+        self._shown = 0  # images that tools and the environment gave
         self.environment: Any = None
         self._seconds = 0.0
         self._error = ""
@@ -100,7 +108,7 @@ class Player:
         }
         return Episode(
             _trained(self._branches or [talk]), talk.text, reason, messages=messages, counts=counts, own_rewards=own,
-            environment=self.environment, prompt=None if talk.prompt is self._prompt else replace(talk.prompt, columns={}),
+            environment=self.environment, prompt=None if talk.prompt is self._prompt else _as_row(talk.prompt),
             turn_rewards=values,
         )  # fmt: skip
 
@@ -122,13 +130,13 @@ class Player:
                 if talk.counts["calls"] == self._settings.max_tool_calls:
                     raise Ended("tool_calls")
                 talk.counts["calls"] += 1
-                name, text = await self._run(call, talk)
-                talk.answer(i, name, text)
+                name, content = await self._run(call, talk)
+                talk.answer(i, name, content)
 
     async def _converse(self, talk: Transcript) -> FinishReason:
         """Let the environment lead: it asks for turns and branches until its ``converse`` returns."""
-        begun = [dict(message) for message in talk.prompt.messages or []]
-        step = step_of(self.environment, begun)
+        begun = _as_row(talk.prompt).messages or []
+        step = step_of(self.environment, [dict(message) for message in begun])
         answer, reached = None, None
         while True:
             try:
@@ -144,12 +152,12 @@ class Player:
         """What a conversation that is led asks for."""
         talk = self._branches[question["branch"]]
         for message in question["say"]:
-            talk.say({**message, "content": text_of(message["content"])})
+            talk.say({**message, "content": await self._content(message["content"])})
         if question["do"] == "fork":
             self._branches.append(talk.fork())
             return {"branch": len(self._branches) - 1}
         if talk.is_new and talk.messages:  # it spoke before the model's first turn: that belongs to the prompt
-            self._branches[question["branch"]] = talk = talk.behind(self._prompt_with(talk.messages, talk.prompt))
+            self._branches[question["branch"]] = talk = talk.behind(self._prompt_after(talk.prompt, talk.messages))
         seen, said, ended = len(talk.messages), Reply("", "", []), None
         try:
             said = await self._talk(talk)
@@ -168,43 +176,81 @@ class Player:
         """An instance, reset with the row; the prompt with what it has to say."""
         if self._kind is None:
             return self._prompt
-        row = {"prompt": self._prompt.messages, **self._prompt.columns}
+        row = {"prompt": self._row.messages, **self._row.columns}
         if self._stage.is_chosen:
             del row["environment"]
         try:
             if self.environment is None:
                 self.environment = await self._call(self._kind.make, {})
             said = await self._call(self.environment.reset, row) if self._kind.abilities["can_reset"] else None
-            return self._prompt_with(said, self._prompt)
+            if said is None or (isinstance(said, str | list) and not said):
+                return self._prompt
+            if not (isinstance(said, str | list) or is_image(said)):
+                raise CallFailed(
+                    f"it gave {said!r:.80} ({type(said).__name__}); return a text, a list of messages or of blocks, or None"
+                )
+            if isinstance(said, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in said):
+                known = [isinstance(m.get("content"), str | list) or is_image(m.get("content")) for m in said]
+                if not all(known):
+                    raise CallFailed(f"the message {said[known.index(False)]!r:.80} has no text as its `content`")
+                more = [{**message, "content": await self._content(message.get("content"))} for message in said]
+                return self._prompt_after(self._prompt, more)
+            return self._prompt_after(self._prompt, await self._content(said))
         except CallFailed as error:
             raise self._failed(f"reset: {error}") from None
 
-    def _prompt_with(self, said: Any, prompt: Prompt) -> Prompt:
+    def _prompt_after(self, prompt: Prompt, more: Messages | Content) -> Prompt:
+        """The prompt with further messages, or with more in its last one."""
         messages = [dict(message) for message in prompt.messages or []]
-        if said is None or said == "" or said == []:
-            return prompt
-        if not isinstance(said, str | list):
-            raise CallFailed(
-                f"it gave {said!r:.80} ({type(said).__name__}); return a text, a list of messages or of text blocks, or None"
-            )
-        if isinstance(said, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in said):
-            if bare := next((message for message in said if not isinstance(message.get("content"), str | list)), None):
-                raise CallFailed(f"the message {bare!r:.80} has no text as its `content`")
-            more = [{**message, "content": text_of(message.get("content"))} for message in said]
-            text, ids = self._chat.prompt_with(messages, more)
+        if isinstance(more, list) and more and "role" in more[0]:
+            written = self._chat.prompt_with(messages, more)
             messages += more
         else:
-            more = text_of(said)
-            text, ids = self._chat.prompt(messages, more)
-            messages[-1]["content"] += more
-        if len(ids) > self._stage.max_prompt_tokens:
+            written = self._chat.prompt(messages, more)
+            messages[-1]["content"] = joined(messages[-1]["content"], more)
+        if (count := len(written.ids)) > self._stage.max_prompt_tokens:
             raise CallFailed(
-                f"with its text the prompt has {len(ids)} tokens, more than data.max_prompt_tokens={self._stage.max_prompt_tokens}"
+                f"with its text the prompt has {count} tokens, more than data.max_prompt_tokens={self._stage.max_prompt_tokens}"
             )
-        return replace(prompt, text=text, token_ids=ids, messages=messages)
+        images, reader = None, self._chat.reader
+        if reader is not None:
+            where = prompt.images.where if prompt.images else f"row {prompt.index}"
+            images = reader.gathered(written.images, written.unexpanded, count, where)
+        return replace(prompt, text=written.text, token_ids=written.ids, messages=messages, images=images)
 
-    async def _run(self, call: Call, talk: Transcript) -> tuple[str, str]:
-        """Name and result of a call, as text for the model."""
+    async def _content(self, result: Any) -> Content:
+        """What a tool or environment gave, as the model is shown it.
+
+        Raises:
+            CallFailed: it has an image that cannot be used, or more images than the episode may have.
+            ImagesRefused: this run is not made for images.
+        """
+        content = await asyncio.to_thread(content_of, result) if not isinstance(result, str) else content_of(result)
+        if not (images := images_in(content)):
+            return content
+        most, reader = self._settings.max_images, self._chat.reader
+        if not most or reader is None:
+            raise ImagesRefused(
+                "a tool or environment gave an image, which environment.max_images=0 does not allow: set it to the most images "
+                "that an episode may be given, with a vision-language model in model.path, or return texts"
+            )
+        if self._shown + len(images) > most:
+            raise CallFailed(
+                f"this episode was given {self._shown} images, and {len(images)} more would be above environment.max_images={most}"
+            )
+        try:
+            for part in images:
+                content_of_file = file_of(part)
+                read = await asyncio.to_thread(reader.told, content_of_file)
+                part.clear()
+                part |= {"type": "image", "image": content_of_file, "size": read.size, "key": read.key}
+        except ConfigError as error:
+            raise CallFailed(str(error)) from None
+        self._shown += len(images)
+        return content
+
+    async def _run(self, call: Call, talk: Transcript) -> tuple[str, Content]:
+        """Name and result of a call, as the model is shown it."""
         counts, started = talk.counts, self._seconds
         tool = self._stage.tools.get(call.name)
         try:
@@ -220,7 +266,7 @@ class Player:
             return call.name, _error(str(error))
         try:
             function = tool.function or getattr(self.environment, tool.name)
-            return tool.name, text_of(await self._call(function, arguments))
+            return tool.name, await self._content(await self._call(function, arguments))
         except CallFailed as error:
             counts["failures"] += 1
             counts[f"{tool.name}/failures"] += 1
@@ -266,6 +312,26 @@ class Player:
     def _failed(self, error: str) -> Ended:
         self._error = error
         return Ended("environment")
+
+
+class ImagesRefused(RuntimeError):
+    """An image came where a run is not made for any."""
+
+
+def _in_parts(prompt: Prompt) -> Prompt:
+    """The prompt with its images as parts of its messages."""
+    if prompt.images is None:
+        return prompt
+    messages = place(prompt.messages or [], len(prompt.images.images), prompt.images.where)
+    for part, image in zip(image_parts(messages), prompt.images.images, strict=True):
+        part |= {"size": image.size, "key": image.key}
+    return replace(prompt, messages=messages)
+
+
+def _as_row(prompt: Prompt) -> Prompt:
+    """The prompt with texts in its messages, in which marks stand for images; without columns."""
+    messages = [{**message, "content": with_marks(message["content"])} for message in prompt.messages or []]
+    return replace(prompt, columns={}, messages=messages)
 
 
 def _trained(branches: Sequence[Transcript]) -> list[Sample]:

@@ -16,6 +16,7 @@ from pgrpo.environments.episodes import Episodes, SingleTurn, ToolLoop
 from pgrpo.environments.tools import Kind, Tool, check_names, kind_name, load_kinds, load_tools
 from pgrpo.environments.workers import Nursery, RemoteClass
 from pgrpo.rollout.base import RolloutEngine
+from pgrpo.vision.reader import ImageReader
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,21 @@ class Toolbox:
         end_ids: Collection[int],
         kwargs: dict[str, Any],
         history: History = None,
+        reader: ImageReader | None = None,
+        max_images: int = 0,
     ) -> dict[str, Chat]:
-        """Name of a class of environments -> the chat template with its tools, tried out (``ConfigError``)."""
+        """Name of a class of environments -> the chat template with its tools, tried out (``ConfigError``).
+
+        Args:
+            reader: of the run's images.
+            max_images: ``environment.max_images``.
+        """
         found = {}
         for name in (self.kinds or {"": None}) if self else ():
-            found[name] = Chat(tokenizer, end_ids, self._schemas(name), kwargs)
+            found[name] = Chat(tokenizer, end_ids, self._schemas(name), kwargs, reader)
             is_led = name in self.kinds and self.kinds[name].is_long
             key = "tools" if self.tools else "environment.factory"
-            self.transitions[:] = found[name].check(key, history, is_led=is_led)
+            self.transitions[:] = found[name].check(key, history, is_led=is_led, with_images=bool(max_images))
         return found
 
     def check_rewards(self, rewards: Sequence[Any]) -> None:

@@ -24,10 +24,13 @@ from typing import Any
 
 from pgrpo.config.fields import ConfigError
 from pgrpo.config.functions import load_function
-from pgrpo.environments.calls import CallFailed, Loop, describe, text_of
+from pgrpo.environments.calls import CallFailed, Loop, describe
+from pgrpo.environments.content import content_of, is_image
 from pgrpo.environments.long_form import Conversation, Ended, lead
 from pgrpo.environments.signatures import abilities, methods_of, said_of
+from pgrpo.environments.written import each_text
 from pgrpo.types import Messages
+from pgrpo.vision.parts import Content
 
 MOST_CHARACTERS = 1 << 24
 """Of one result. More than any episode reads, so the limit of an episode's tokens decides first."""
@@ -119,20 +122,29 @@ class Server:
         """Import what is called next, so that the deadline of a call is for the call."""
         load_function(name, key)
 
-    def call(self, name: str, arguments: Mapping[str, Any]) -> str:
+    def call(self, name: str, arguments: Mapping[str, Any]) -> Content:
         """Call a function of a module or file."""
-        return self._text(self._run(load_function(name, "tools"), arguments))
+        return self._content(self._run(load_function(name, "tools"), arguments))
 
     def make(self, name: str, args: Mapping[str, Any]) -> None:
         self._environment = load_function(name, "environment.factory")(**args)
 
     def reset(self, row: Mapping[str, Any]) -> Any:
-        """What ``reset`` says: a text, messages or blocks, or None; anything else is refused as it is in the trainer's process."""
+        """What ``reset`` says: a content, messages, or None; anything else is refused as it is in the trainer's process."""
         said = self._run(self._environment.reset, row)
-        return said[:MOST_CHARACTERS] if isinstance(said, str) else said
+        if not (is_image(said) or (isinstance(said, str | list) and said)):
+            return said
+        if isinstance(said, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in said):
+            return [self._message(message) for message in said]
+        return self._content(said)
 
-    def method(self, name: str, arguments: Mapping[str, Any]) -> str:
-        return self._text(self._run(getattr(self._environment, name), arguments))
+    def _message(self, message: dict[str, Any]) -> dict[str, Any]:
+        content = message.get("content")
+        is_known = is_image(content) or isinstance(content, str | list)
+        return message | {"content": self._content(content)} if is_known else message
+
+    def method(self, name: str, arguments: Mapping[str, Any]) -> Content:
+        return self._content(self._run(getattr(self._environment, name), arguments))
 
     def reward(self, name: str) -> Any:
         """What ``get_reward`` or ``get_turn_rewards`` gives, with numbers of arrays as Python's."""
@@ -183,8 +195,11 @@ class Server:
         return self._async.finish(result) if hasattr(result, "__await__") else result
 
     @staticmethod
-    def _text(result: Any) -> str:
-        return text_of(result)[:MOST_CHARACTERS]
+    def _content(result: Any) -> Content:
+        content = content_of(result)
+        if isinstance(content, str):
+            return content[:MOST_CHARACTERS]
+        return each_text(content, lambda text: text[:MOST_CHARACTERS])
 
 
 def _json(value: Any) -> bytes:

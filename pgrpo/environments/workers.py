@@ -22,6 +22,7 @@ from pgrpo.environments.calls import START_S, CallFailed, Function, Remote, Work
 from pgrpo.environments.long_form import Led
 from pgrpo.environments.worker import receive, send
 from pgrpo.types import Messages
+from pgrpo.vision.parts import Content
 
 PASSED = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV",
@@ -221,7 +222,7 @@ class RemoteTool(Remote):
         worker.load(self._name, "tools")
         return worker
 
-    def run(self, worker: Worker, arguments: Mapping[str, Any]) -> str:
+    def run(self, worker: Worker, arguments: Mapping[str, Any]) -> Content:
         return worker.ask("call", name=self._name, arguments=dict(arguments))
 
     def end(self, worker: Worker) -> None:

@@ -17,7 +17,7 @@ from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.layout import Node, PackedLayout, rows_of
 from pgrpo.packing.forest import Forest, Work, length
 from pgrpo.types import Sample
-from pgrpo.vision.rows import ImageRows, forest_pieces, image_rows
+from pgrpo.vision.rows import ImageRows, forest_pieces, image_rows, predicted_ids
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class GroupedBatch:
             samples; [3, T] where images have positions of three dimensions.
         layout: who attends to whom.
         logit_index: [L] int64, the packed row that predicts each token, sample by sample.
-        target_ids: [L] int64, these tokens.
+        target_ids: [L] int64, these tokens; 0 for one of an image.
         distinct: [U] int64, of tokens that samples share (one row predicts one token) the first: U of the L tokens need a log-prob.
         pair_index: [L] int64, which of these each token is.
         unpack_index: [L] int64, their positions in a flattened [B, R].
@@ -117,7 +117,7 @@ def build_batch(
     logit_index = rows_of(
         [r for s, leaf in zip(samples, forest.leaves, strict=True) for r in _predicting(nodes, s, leaf)]
     )
-    target_ids = np.array([t for s in samples for t in s.token_ids], dtype=np.int64)
+    target_ids = np.array([t for s in samples for t in predicted_ids(s)], dtype=np.int64)
     _, first, pair = np.unique(logit_index << 32 | target_ids, return_index=True, return_inverse=True)
     distinct = np.sort(first)
     unpack = torch.from_numpy(rows_of([(b * width, len(s.token_ids)) for b, s in enumerate(samples)])).to(device)

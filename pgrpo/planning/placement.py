@@ -347,9 +347,10 @@ def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.devi
 
 def most_image_tokens(config: Config, dims: ModelDims) -> int:
     """The most rows of images that a micro-batch may have: prompts may be hardly more than images."""
-    sees = dims.tower is not None and (config.prompt.images_column or config.prompt.messages_column)
+    told = config.environment.max_images
+    sees = dims.tower is not None and (config.prompt.images_column or config.prompt.messages_column or told)
     prompts = config.rollout.prompts_per_step * config.data.max_prompt_tokens
-    return min(config.train.token_budget, prompts) if sees else 0
+    return min(config.train.token_budget, prompts if not told else config.train.token_budget) if sees else 0
 
 
 def recomputes_tower(config: Config, device: torch.device) -> bool:

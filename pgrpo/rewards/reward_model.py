@@ -11,6 +11,7 @@ import torch
 
 from pgrpo.rewards.call import Unusable
 from pgrpo.types import Messages
+from pgrpo.vision.parts import as_text
 
 
 class RewardModel:
@@ -129,6 +130,7 @@ def _tokenize(
         return tokenizer(texts, verbose=False)["input_ids"]
     chats = []
     for chat, completion in zip(messages, completions, strict=True):
+        chat = [message | {"content": as_text(message["content"])} for message in chat]
         chat, begun = (chat[:-1], chat[-1]["content"]) if chat[-1]["role"] == "assistant" else (chat, "")
         chats.append([*chat, {"role": "assistant", "content": begun + completion}])
     texts = tokenizer.apply_chat_template(chats, tokenize=False)

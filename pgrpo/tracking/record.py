@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pgrpo.types import Episode, Prompt
+from pgrpo.vision.parts import as_text
 
 TRAINING = "training stops without its record; {fix}, then --resume auto"
 
@@ -60,14 +61,14 @@ def _not_through_a_link(path: str, flags: int) -> int:
 
 def shown(prompt: Prompt, episode: Episode) -> dict[str, Any]:
     """What a record says of an episode of ``prompt``, for a reader: its prompt, all turns as one text, and the turns."""
-    turns = {"messages": episode.messages} if episode.messages else {}
+    turns = {"messages": [m | {"content": as_text(m["content"])} for m in episode.messages]} if episode.messages else {}
     lines = (line for message in episode.messages for line in _lines(message))
     return {"prompt": (episode.prompt or prompt).text, "completion": "\n".join(lines) or episode.text, **turns}
 
 
 def _lines(message: dict[str, Any]) -> Iterator[str]:
     """A message as lines of ``[role] text``; a call is ``[call] name {arguments}``."""
-    said = f"{message.get('reasoning_content', '')}\n{message['content']}".strip()
+    said = f"{message.get('reasoning_content', '')}\n{as_text(message['content'])}".strip()
     calls = [call["function"] for call in message.get("tool_calls", ())]
     if said or not calls:
         yield f"[{message['role']}{' ' + message['name'] if message.get('name') else ''}] {said}"

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from pgrpo.tracking.record import writing
 from pgrpo.types import Episode, Image, Prompt
+from pgrpo.vision.parts import size_text
 
 SIDE = 128
 """Pixels of the longer side of a thumbnail, a JPEG of some 3 kB."""
@@ -107,12 +108,6 @@ def rows_of(prompt: Prompt, episode: Episode) -> Row:
         for name, found in names
         if found
     }
-
-
-def size_text(size: Any) -> str:
-    """``[image 640x480]``; ``size``: (width, height)."""
-    width, height = size
-    return f"[image {width}x{height}]"
 
 
 def paths_of(folder: Path, row: Row) -> Iterator[Path]:

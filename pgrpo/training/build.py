@@ -157,7 +157,10 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
         held_out = held_out_prompts(config, tokenizer, given.eval_dataset, toolbox.schemas_of, reader)
     eos = generation_eos(config.model, hf_config)
     end_ids = end_token_ids(tokenizer, eos, config.rollout.stop, config.rollout.keep_special_tokens)
-    chats = toolbox.chats(tokenizer, end_ids, config.prompt.chat_template_kwargs, config.environment.history)
+    environment = config.environment
+    chats = toolbox.chats(
+        tokenizer, end_ids, config.prompt.chat_template_kwargs, environment.history, reader, environment.max_images
+    )
     extra = [*given.rewards, *toolbox.own_rewards()]
     if not (extra or config.rewards.functions or config.loss.teacher):
         raise ConfigError("rewards.functions: [] scores nothing, and no environment has `get_reward`; name a reward")
@@ -205,7 +208,7 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
         with counting("compiling"):
             ahead.wait()
     with counting("starting the sampler"):
-        images = engine_images(hf_config, reader, [*prompts, *held_out])
+        images = engine_images(hf_config, reader, [*prompts, *held_out], environment.max_images)
         engine = build_engine(config, world, policy, learner.optimizer, tokenizer, end_ids, images)
     canary = build_canary(config, world, policy, engine)
     episodes = toolbox.episodes(config, engine, chats, world)

@@ -39,6 +39,7 @@ def image_reader(
             ("prompt.images_column", prompt.images_column),
             ("model.train_vision", model.train_vision),
             ("model.train_projector", model.train_projector),
+            ("environment.max_images", config.environment.max_images),
             *_image_keys(config),
         ):
             if value:
@@ -48,12 +49,7 @@ def image_reader(
                 )
         return None
     _check_model(config, hf_config, family, world)
-    if prompt.images_column and config.has_tools:
-        raise ConfigError(
-            f"prompt.images_column: {prompt.images_column}: images together with tools or an environment are not supported; leave "
-            "one of them out"
-        )
-    if config.has_tools or not (prompt.images_column or prompt.messages_column):
+    if not (prompt.images_column or prompt.messages_column or config.environment.max_images):
         for key in ("train_vision", "train_projector"):
             if getattr(model, key):
                 raise ConfigError(f"model.{key}: true has no effect on prompts without images; leave it out")
@@ -119,15 +115,16 @@ def _check_model(config: Config, hf_config: PretrainedConfig, family: Family, wo
 
 
 def engine_images(
-    config: PretrainedConfig, reader: ImageReader | None, prompts: Iterable[Prompt]
+    config: PretrainedConfig, reader: ImageReader | None, prompts: Iterable[Prompt], told: int = 0
 ) -> EngineImages | None:
-    """What vLLM needs of the images of these prompts; None for a model without a vision tower."""
+    """What vLLM needs of the images of these prompts, and of ``told`` more that an episode may be given; None for a model without a
+    vision tower."""
     if family_of(config) is None:
         return None
     if reader is None:
         return EngineImages(_no_picture, 0)
     most = max((len(prompt.images.images) for prompt in prompts if prompt.images), default=0)
-    return EngineImages(reader.picture, most, reader.processor.size)
+    return EngineImages(reader.picture, most + told, reader.processor.size)
 
 
 def _no_picture(key: str) -> NoReturn:

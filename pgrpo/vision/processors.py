@@ -57,7 +57,7 @@ class Processor:
     def __init__(
         self, model: ModelConfig, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, limits: ImageConfig
     ) -> None:
-        self.config, self.name = config, config.model_type
+        self.config, self.name, self.family = config, config.model_type, FAMILIES[config.model_type]
         self.token_id = image_token_id(config)
         self.token = self.placeholder = str(tokenizer.convert_ids_to_tokens(self.token_id))
         if self.name == "gemma3":
@@ -112,12 +112,12 @@ class Processor:
         if self.name == "gemma3":
             count = config.mm_tokens_per_image
             return Expansion(f"\n\n{self.placeholder}{self.token * count}{self.end}\n\n", (count,))
-        if FAMILIES[self.name].positions_3d:
+        if self.family.positions_3d:
             made = self.images([pillow.new("RGB", size, "gray")], return_tensors="pt", **self.size)
             _, h, w = made["image_grid_thw"][0].tolist()
             grid = h // self.images.merge_size, w // self.images.merge_size
             return Expansion(self.token * (grid[0] * grid[1]), (grid[0] * grid[1],), grid)
-        if FAMILIES[self.name].tiles_dim:
+        if self.family.tiles_dim:
             made = self.images([[pillow.new("RGB", size, "red")]], return_row_col_info=True, return_tensors="pt")
             return self._tiled(made["rows"][0][0], made["cols"][0][0])
         made = self.images([pillow.new("RGB", size, "gray")], return_tensors="pt")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -20,9 +21,10 @@ from pgrpo.vision.files import Source, check_pillow, find, open_image
 from pgrpo.vision.processors import Expansion, Processor, positions_3d
 from pgrpo.vision.rows import placeholder_runs
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
 log = logging.getLogger(__name__)
-MARK = "<image>"
-"""The place of an image in a message's text."""
 KEPT_BYTES = 2**30
 """The most memory of processed pixels that are kept for the next time."""
 
@@ -103,8 +105,9 @@ class ImageReader:
         except ValueError as error:
             raise ConfigError(f"{where}: {error}") from error
         found = tuple(Image(image.key, own, image.size) for image, own in zip(images, runs, strict=True))
-        grids = [grid for image in images if (grid := image.expansion.grid)]
-        return PromptImages(found, unexpanded, positions_3d(len(ids), found, grids) if grids else None, where)
+        placed = self.gathered(found, unexpanded, len(ids), where)
+        assert placed is not None
+        return placed
 
     def pixels(self, key: str, content: bytes | None = None) -> dict[str, Tensor]:
         """The tower's arguments for an image; ``content``: its file, if it is not one of the data."""
@@ -138,12 +141,40 @@ class ImageReader:
         source, where = self._sources[key] if content is None else told
         return open_image(source, where, self.limits)
 
+    def told(self, content: bytes) -> Read:
+        """Check an image that a tool or environment gave. Its file stays with the sample that has it.
+
+        Raises:
+            ConfigError: it cannot be used; the model is told the message.
+        """
+        if len(content) > 4 * self.limits.max_file_pixels:
+            raise ConfigError(f"an image of {len(content)} bytes is too large; make it smaller")
+        source = Source(content, "an image", hashlib.sha256(content).hexdigest())
+        return self._measured(source, open_image(source, "its result", self.limits), "its result")
+
+    def image_of(self, part: Mapping[str, Any], runs: tuple[tuple[int, int], ...]) -> Image:
+        """The image of a message's part, at these tokens."""
+        return Image(part["key"], runs, tuple(part["size"]), part.get("image"))
+
+    def gathered(self, images: Sequence[Image], unexpanded: list[int], length: int, where: str) -> PromptImages | None:
+        """The images of a sample's first ``length`` tokens; None if there are none."""
+        if not images:
+            return None
+        positions = None
+        if self.processor.family.positions_3d:
+            grids = [self.processor.expansion(image.size).grid or (0, 0) for image in images if image.size]
+            positions = positions_3d(length, images, grids)
+        return PromptImages(tuple(images), unexpanded, positions, where)
+
     def _read(self, value: Any, where: str, folder: Path) -> Read:
         source = find(value, where, self.limits, folder)
         image = open_image(source, where, self.limits)
         if not any(high for _, high in image.getextrema()):  # pyright: ignore[reportGeneralTypeIssues]
             log.warning("%s, %s: the image is all black", where, source.name)
         self._sources.setdefault(source.key, (source, where))
+        return self._measured(source, image, where)
+
+    def _measured(self, source: Source, image: Picture, where: str) -> Read:
         try:
             expansion = self.processor.expansion(image.size)
             theirs = self.teacher.expansion(image.size) if self.teacher else expansion

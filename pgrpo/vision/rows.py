@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pgrpo.attention.layout import Node
-from pgrpo.types import PromptImages, Sample
+from pgrpo.attention.layout import Node, rows_of
+from pgrpo.types import PromptImages, Request, Sample
 
 FIRST_KEY = 2**31
 """Numbers of images begin here, above all token ids."""
@@ -39,11 +39,13 @@ class Piece(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A run of an image's rows, ``start`` to ``end``, and the rows in front of it in its sample, in order."""
+    """A run of an image's rows, ``start`` to ``end``, and the rows in front of it in its sample, in order. Some are missing unless
+    ``is_whole``."""
 
     start: int
     end: int
     before: tuple[tuple[int, int], ...]
+    is_whole: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ class ImageRows:
         features: [I] int64, the row of the features that each has.
         blocks: the same rows as runs.
         position_ids: [3, T] int64; None where positions have one dimension.
+        contents: files of images that are not of the data, by key.
     """
 
     keys: list[str]
@@ -65,12 +68,42 @@ class ImageRows:
     features: Tensor
     blocks: list[Block]
     position_ids: Tensor | None
+    contents: dict[str, bytes] = field(default_factory=dict)
 
     def between(self, first: int, end: int) -> ImageRows:
         """For a part of the packed rows: which of them are images, counted from ``first``. Images, and what a row of them sees, are
         those of all rows."""
         at = ((first <= self.rows) & (self.rows < end)).nonzero().flatten()
         return replace(self, rows=self.rows.index_select(0, at) - first, features=self.features.index_select(0, at))
+
+    def among(self, rows: Tensor) -> ImageRows | None:
+        """For these packed rows alone, ascending; None if no image is there. They have all rows of an image, or none."""
+        here = torch.isin(self.rows, rows).nonzero().flatten()
+        if not len(here):
+            return None
+        new_rows, features = (
+            torch.searchsorted(rows, self.rows.index_select(0, here)),
+            self.features.index_select(0, here),
+        )
+        ends = torch.tensor(self.counts, device=rows.device).cumsum(0)
+        used = torch.searchsorted(ends, features, right=True).unique().tolist()
+        counts = [self.counts[i] for i in used]
+        starts = [int(ends[i]) - self.counts[i] for i in used]
+        kept = torch.from_numpy(rows_of([*zip(starts, counts, strict=True)])).to(rows.device)
+        number = {row: i for i, row in enumerate(rows.tolist())} if self.blocks else {}
+        blocks = []
+        for block in self.blocks:
+            if block.start in number:
+                needed = [(a, b) for a, b in block.before if a < b]
+                before = [(number[a], number[b - 1] + 1) for a, b in needed if a in number and b - 1 in number]
+                is_whole = sum(b - a for a, b in before) == sum(b - a for a, b in needed)
+                blocks.append(Block(number[block.start], number[block.end - 1] + 1, (*before,), is_whole))
+        positions = self.position_ids if self.position_ids is None else self.position_ids.index_select(1, rows)
+        keys = [self.keys[i] for i in used]
+        return replace(
+            self, keys=keys, counts=counts, rows=new_rows, features=torch.searchsorted(kept, features), blocks=blocks,
+            position_ids=positions,
+        )  # fmt: skip
 
 
 def image_rows(pieces: Sequence[Piece], device: torch.device | str) -> ImageRows | None:
@@ -96,7 +129,9 @@ def image_rows(pieces: Sequence[Piece], device: torch.device | str) -> ImageRows
                     blocks.append(Block(row, row + high - low, (*piece.above, (piece.row, row))))
                 feature += end - start
     index = [torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *x])).to(device) for x in (rows, features)]
-    return ImageRows(list(first), counts, index[0], index[1], blocks, _position_ids(pieces, device))
+    found = (image for piece in pieces for image in (piece.images.images if piece.images else ()))
+    contents = {image.key: image.content for image in found if image.content is not None}
+    return ImageRows(list(first), counts, index[0], index[1], blocks, _position_ids(pieces, device), contents)
 
 
 def forest_pieces(samples: Sequence[Sample], through: Sequence[int], nodes: Sequence[Node]) -> list[Piece]:
@@ -113,7 +148,30 @@ def forest_pieces(samples: Sequence[Sample], through: Sequence[int], nodes: Sequ
 
 def next_position(prompt: Sequence[int], images: PromptImages | None) -> int:
     """The position of the first token behind a prompt. An image of h x w rows moves three-dimensional positions by max(h, w)."""
-    return max(map(max, images.positions)) + 1 if images and images.positions else len(prompt)
+    if images is None or images.positions is None:
+        return len(prompt)
+    return max(map(max, images.positions)) + 1 + len(prompt) - len(images.positions[0])
+
+
+def predicted_ids(sample: Sample) -> list[int]:
+    """The tokens behind the prompt, as targets of log-probs. Those of an image that the model was told, which are in no loss, are
+    id 0: their own has no probability, and may be beyond the vocabulary."""
+    first, ids = len(sample.prompt_ids), sample.token_ids
+    for image in sample.images.images if sample.images else ():
+        for start, end in image.runs:
+            if start >= first:
+                ids = [*ids[: start - first], *[0] * (end - start), *ids[end - first :]]
+    return ids
+
+
+def shown_tokens(request: Request, count: int | None = None) -> tuple[int | str, ...]:
+    """The first ``count`` tokens of a request (default: all), and keys of images in place of theirs: equal where the same was
+    shown."""
+    found: list[int | str] = [*request.token_ids]
+    for image in request.images.images if request.images else ():
+        for start, end in image.runs:
+            found[start:end] = [image.key] * (end - start)
+    return tuple(found[:count])
 
 
 def token_keys(samples: Sequence[Sample]) -> list[np.ndarray]:

@@ -324,6 +324,7 @@ EFFECTS = dict(
         effect("environment.factory", "{tmp}/own.py:Greeting", "completions", base=TOOLED),
         effect("environment.args", {"text": "cd"}, "completions", base=GREETED),
         effect("environment.max_turns", 2, "completions", "plan", base=TOOLED),
+        effect("environment.max_images", 1, "error", base=TOOLED),  # of a model that sees none; tests/unit/test_told_images.py
         effect("environment.max_tool_calls", 1, "completions", base=TOOLED),
         effect("environment.max_episode_tokens", 20, "completions", "plan", base=TOOLED),
         effect("environment.overlong", "end", "completions", base=LOUD),

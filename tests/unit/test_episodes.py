@@ -560,7 +560,7 @@ def test_an_async_tool_that_blocks_its_event_loop_is_named():
     ("said", "error"),
     [
         ({"role": "user", "content": "hi"}, r"it gave {'role': 'user', 'content': 'hi'} \(dict\); return a text, a list of"),
-        (7, r"it gave 7 \(int\); return a text, a list of messages or of text blocks, or None"),
+        (7, r"it gave 7 \(int\); return a text, a list of messages or of blocks, or None"),
         ([{"role": "user"}], r"the message {'role': 'user'} has no text as its `content`"),
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """The vLLM engine's contract with images, against the real thing: tiny random models on a CPU, or one on a GPU in bfloat16."""
 
+import copy
 import os
 import runpy
 import subprocess
@@ -16,9 +17,12 @@ from making import generate
 from test_vllm_engine import logprobs, perturb, samples_of, seeds, tolerance
 
 from pgrpo.config import Config, DataConfig, ModelConfig, PromptConfig, RolloutConfig
-from pgrpo.config.task import ImageConfig, MessageConfig
+from pgrpo.config.task import EnvironmentConfig, ImageConfig, MessageConfig
 from pgrpo.data import load_prompts
 from pgrpo.distributed.world import start
+from pgrpo.environments.episodes import ToolLoop
+from pgrpo.environments.toolbox import Toolbox
+from pgrpo.environments.tools import load_kinds
 from pgrpo.model.families.vision import tower_parameters
 from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.weights import full_weights, weight_names
@@ -115,7 +119,7 @@ def engine(request, tmp_path_factory) -> Iterator[SimpleNamespace]:
         prompts = load_prompts(config.data, config.prompt, tokenizer, dataset=rows(), reader=reader).prompts
         vllm = VLLMEngine(
             config, world, tokenizer, [TINY["VOCABULARY"].index("<eos>")], partial(full_weights, policy.model, dtype),
-            weight_names(policy.model), memory_share=0.2, images=engine_images(hf_config, reader, prompts),
+            weight_names(policy.model), memory_share=0.2, images=engine_images(hf_config, reader, prompts, told=1),
             banned=never_sampled(hf_config),
         )  # fmt: skip
         yield SimpleNamespace(
@@ -152,7 +156,7 @@ def test_samples_have_the_policys_log_probs(awake):
     pixels = awake.policy.vision.pixels
     keys = {image.key: pixels(image.key) for p in awake.prompts if p.images for image in p.images.images}
     awake.policy.vision.forget()
-    awake.policy.vision.pixels = lambda key: {
+    awake.policy.vision.pixels = lambda key, content=None: {
         k: x.flip(0) if x.is_floating_point() else x for k, x in keys[key].items()
     }
     other = logprobs(awake.policy, samples, temperature=0.7)
@@ -182,6 +186,49 @@ def test_an_image_is_processed_once_a_group_and_its_tower_runs_once(awake, monke
     sample(awake, awake.prompts, group_size=8, step=8)
     hook.remove()
     assert (sum(made), len(grids)) == (4, 4), "processed images and features are kept by name"
+
+
+class Shows:
+    """Leads, and shows a picture as the user."""
+
+    async def converse(self, conversation) -> None:
+        self.turns = [await conversation.generate()]
+        row = SHAPES["rows"]("eval")[7]
+        conversation.say({"role": "user", "content": ["a", row["images"][0].resize((64, 32)), "?"]})
+        self.turns.append(await conversation.generate())
+
+
+@pytest.mark.parametrize("history", ["append", "fork"])
+def test_an_episode_is_told_an_image(awake, history):
+    """Behind prompts with one image, with two, and with none: vLLM's log-probs of both turns are the policy's. This template leaves
+    the colon in front of a turn out of the history, so that a fork begins another sample."""
+    tokenizer, end = copy.deepcopy(awake.tokenizer), TINY["VOCABULARY"].index("<eos>")
+    tokenizer.chat_template = str(tokenizer.chat_template).replace(
+        "{% endif %}{% endfor %}", "{% endif %}<eos>{% endfor %}"
+    )
+    kinds = load_kinds(None, {}, Shows)
+    chats = Toolbox([], kinds).chats(tokenizer, [end], {}, None, awake.reader, 1)
+    loop = ToolLoop(
+        awake.vllm, [], kinds, chats, EnvironmentConfig(max_images=1, history=history), 40, 64, lambda: False
+    )
+    data, prompt = awake.config.data, awake.config.prompt
+    prompts = load_prompts(data, prompt, tokenizer, dataset=rows(), reader=awake.reader).prompts
+    words = [word for word in TINY["WORDS"] if word.isalnum()]
+    params = SamplingParams(max_completion_tokens=6, stop=tuple(words))
+    groups = loop.generate(prompts, params, seeds(len(prompts), 3, 11), len(prompts), lambda *_: None)
+    loop.check(groups)
+    loop.close()
+    samples = samples_of(groups)
+    told = [image for s in samples for image in (s.images.images if s.images else ()) if image.content]
+    assert len(samples) == 12 if history == "append" else len(samples) > 16
+    assert len(told) > 8 and {image.size for image in told} == {(64, 32)}
+    most = [max(len(s.images.images) if s.images else 0 for e in group.episodes for s in e.samples) for group in groups]
+    assert most == [2, 3, 1, 2]
+    own = [x for s in samples for x, sampled in zip(s.rollout_logprobs, s.mask, strict=True) if sampled]
+    ours = iter(logprobs(awake.policy, samples))
+    theirs = [x for s in samples for sampled in s.mask if (x := next(ours)) is not None and sampled]
+    print(f"max |rollout - policy| log-prob: {max(abs(a - b) for a, b in zip(own, theirs, strict=True)):.1e}")
+    assert own == pytest.approx(theirs, abs=tolerance(awake.policy))
 
 
 def test_placeholders_are_never_sampled(awake):

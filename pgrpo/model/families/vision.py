@@ -74,7 +74,7 @@ class Vision:
     """The images of a policy's model.
 
     Attributes:
-        pixels: gives the processor's output for an image, by its key.
+        pixels: gives the processor's output for an image, by its key and, of one that is not of the data, its file.
         dummy: pixels of any image, for ranks without one while the tower is trained.
         calls: number of times that the tower ran so far; ``images``: number of images in these calls.
         flops: of these forwards, and of the backwards that follow them; dummies are not counted.
@@ -84,7 +84,7 @@ class Vision:
         self.model, self.family = model, family
         self.dims = TowerDims.of(model, family)
         self.flops = 0
-        self.pixels: Callable[[str], Pixels] = _no_pixels
+        self.pixels: Callable[..., Pixels] = _no_pixels
         self.dummy: Callable[[], Pixels] | None = None
         self.calls = self.images = 0
         self._kept: OrderedDict[str, Features] = OrderedDict()
@@ -135,12 +135,12 @@ class Vision:
         """Features of the distinct images, in order."""
         if self._is_trained():
             self._kept.clear()  # of other weights
-            return self._checked(self._run([self.pixels(key) for key in images.keys]), images.counts)
+            return self._checked(self._run([self._pixels(key, images) for key in images.keys]), images.counts)
         missing, fresh = [key for key in images.keys if key not in self._kept], dict[str, Features]()
         if missing:
             counts = [count for key, count in zip(images.keys, images.counts, strict=True) if key in missing]
             with torch.no_grad():
-                found = self._checked(self._run([self.pixels(key) for key in missing]), counts)
+                found = self._checked(self._run([self._pixels(key, images) for key in missing]), counts)
             fresh |= zip(missing, found.split(counts), strict=True)
             self._kept |= {key: part.to_host() for key, part in fresh.items()}
         for key in images.keys:
@@ -155,7 +155,8 @@ class Vision:
     def reference_inputs(self, sample: Sample) -> dict[str, Any]:
         """What the untouched model is given beside a sample's token ids: pixels, and which tokens are images."""
         found = sample.images.images if sample.images else ()
-        inputs: dict[str, Any] = self._join([self.pixels(image.key) for image in found]) if found else {}
+        made = [self.pixels(image.key, image.content) if image.content else self.pixels(image.key) for image in found]
+        inputs: dict[str, Any] = self._join(made) if found else {}
         is_image = torch.zeros(1, len(sample.prompt_ids) + len(sample.token_ids), dtype=torch.long, device=self._device)
         for start, end in (run for image in found for run in image.runs):
             is_image[:, start:end] = 1
@@ -164,6 +165,10 @@ class Vision:
         elif self.family.positions_3d and found:
             inputs["mm_token_type_ids"] = is_image
         return inputs
+
+    def _pixels(self, key: str, images: ImageRows) -> Pixels:
+        content = images.contents.get(key)
+        return self.pixels(key) if content is None else self.pixels(key, content)
 
     @property
     def _device(self) -> torch.device:
@@ -232,6 +237,8 @@ class WholeImages:
         else:
             out_THD = self.layout.attend(q_THD, k_TKD, v_TKD, scale, module=module, **options)
         for block in self.blocks:
+            if not block.is_whole:
+                raise RuntimeError("an image whose rows see each other goes on from keys that are not computed here")
             rows = [torch.arange(*r, device=q_THD.device) for r in (*block.before, (block.start, block.end))]
             keys, own = torch.cat(rows), rows[-1]
             q_1HnD, k_1KmD, v_1KmD = (

@@ -26,7 +26,7 @@ from pgrpo.rollout.embedded.cache import NOTHING, DecodeCache, Front
 from pgrpo.rollout.embedded.sampling import draw, uniforms
 from pgrpo.rollout.text import Tokenizer, make_completions
 from pgrpo.types import Completion, Request, Sample, SamplingParams
-from pgrpo.vision.rows import next_position
+from pgrpo.vision.rows import next_position, shown_tokens
 
 LEAVE_FRACTION = 0.25
 """Finished completions leave the batch when they are this fraction of it, as the cache of the others is copied then."""
@@ -77,7 +77,7 @@ class EmbeddedEngine:
         What a completion computed is kept until a request of the next round continues it: of ``max_concurrent`` completions at most
         at any time, and not in models with states, of which a batch has those behind its newest tokens alone."""
         rest, start, self._keeps = list(requests) or list(more("all") or ()), 0, more is not no_more
-        self._kept: dict[tuple[int, ...], Front] = {}
+        self._kept: dict[tuple[int | str, ...], Front] = {}
         filler = Request([min(self.eos_token_ids, default=0)], [0], max_tokens=1)
         while self.any_rank(bool(rest)):
             together = list(accumulate(len(request.seeds) for request in rest))
@@ -88,7 +88,7 @@ class EmbeddedEngine:
             start += len(wave)
             if not rest:
                 rest = list(more("all") or ())
-                goes_on = {tuple(request.token_ids[: request.continued]) for request in rest}
+                goes_on = {shown_tokens(request, request.continued) for request in rest}
                 self._kept = {ids: self._kept[ids] for ids in self._kept.keys() & goes_on}
 
     def _sample_wave(
@@ -99,7 +99,7 @@ class EmbeddedEngine:
         # Neighbours with the same prompt share its keys and values: the first turns of a group, say.
         prompts = [list(same) for _, same in groupby(requests, key=lambda r: (r.token_ids, r.images))]
         asked = [Sample(same[0].token_ids, [], [], [], images=same[0].images) for same in prompts]
-        read = [tuple(first.token_ids[: first.continued]) for first, *_ in prompts]
+        read = [shown_tokens(first, first.continued) for first, *_ in prompts]
         fronts = [self._kept.get(ids, NOTHING) for ids in read]
         self._kept = {ids: self._kept[ids] for ids in self._kept.keys() - read}
         counts = [sum(len(request.seeds) for request in same) for same in prompts]
@@ -146,7 +146,7 @@ class EmbeddedEngine:
                 keepable = is_new.nonzero().flatten().tolist() if self._keeps and not cache.states else ()
                 for row in keepable[: self.max_concurrent - len(self._kept)]:
                     own = int(rows[row])
-                    self._kept[*request_of[own].token_ids, *tokens[own, : t + 1].tolist()] = cache.front(row, t)
+                    self._kept[*shown_tokens(request_of[own]), *tokens[own, : t + 1].tolist()] = cache.front(row, t)
                 done = (lengths <= t + 1).tolist()
                 for position in [p for p in waiting if all(done[first[p] : first[p + 1]])]:
                     waiting.remove(position)
@@ -171,7 +171,7 @@ class EmbeddedEngine:
         rows = torch.from_numpy(rows_of(new)).to(self.policy.device)
         inputs = {name: x.index_select(-1, rows) for name, x in batch.inputs.items()}
         last_rows = torch.tensor([count for _, count in new], device=self.policy.device).cumsum(0) - 1
-        return self.policy.next_logits(inputs, cache, last_rows, batch.images)
+        return self.policy.next_logits(inputs, cache, last_rows, batch.images and batch.images.among(rows))
 
     def _ends_in_stop_string(self, tokens_BT: Tensor, params: SamplingParams) -> Tensor:
         """[B] bool: the newest token completed a stop string."""

@@ -122,21 +122,23 @@ def pick(groups: Sequence[Group], most_tokens: int = TOKENS) -> list[Sample]:
     for group in groups:
         by_prompt: dict[tuple[int, ...], dict[tuple[int, ...], Sample]] = {}
         for sample in group.samples:
-            by_prompt.setdefault(tuple(sample.prompt_ids), {})[tuple(sample.token_ids[:most_tokens])] = sample
+            by_prompt.setdefault(tuple(sample.prompt_ids), {})[tuple(_texts(sample)[1][:most_tokens])] = sample
         ranked += [sorted(own.values(), key=lambda s: len(s.token_ids), reverse=True) for own in by_prompt.values()]
     picked: list[Sample] = []
     for turn in range(max(map(len, ranked), default=0)):
         for samples in ranked:
             if turn < len(samples) and len(picked) < SAMPLES:
-                ids = samples[turn].token_ids[:most_tokens]
-                picked.append(Sample(_context(samples[turn]), ids, [True] * len(ids), [0.0] * len(ids)))
+                context, ids = _texts(samples[turn])
+                ids = ids[:most_tokens]
+                picked.append(Sample(context, ids, [True] * len(ids), [0.0] * len(ids)))
     return picked
 
 
-def _context(sample: Sample) -> list[int]:
-    """The last tokens of the prompt that are text: an image has too many tokens to score."""
-    ids = list(sample.prompt_ids)
+def _texts(sample: Sample) -> tuple[list[int], list[int]]:
+    """The last tokens of the prompt that are text, and those behind it: an image has too many tokens to score."""
+    ids, prompt = sample.prompt_ids + sample.token_ids, len(sample.prompt_ids)
     for image in reversed(sample.images.images if sample.images else ()):
         for start, end in reversed(image.runs):
             del ids[start:end]
-    return ids[-CONTEXT:] or sample.prompt_ids[:1]
+            prompt -= max(0, min(end, prompt) - start)
+    return ids[:prompt][-CONTEXT:] or sample.prompt_ids[:1], ids[prompt:]

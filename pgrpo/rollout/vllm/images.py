@@ -31,12 +31,12 @@ class EngineImages:
     """What vLLM needs of a run's images.
 
     Attributes:
-        picture: gives an image by its key.
-        most: images of the prompt that has the most; 0 for prompts of text.
+        picture: gives an image by its key and, of one that is not of the data, its file.
+        most: images of the prompt that has the most, with those that an episode may be told; 0 for text.
         processor: arguments of the model's image processor, as the trainer calls it.
     """
 
-    picture: Callable[[str], Any]
+    picture: Callable[..., Any]
     most: int
     processor: dict[str, Any] = field(default_factory=dict)
 
@@ -61,11 +61,13 @@ def as_prompt(request: Request, images: EngineImages | None) -> dict[str, Any]:
     if request.images is None:
         return {"prompt_token_ids": request.token_ids}
     assert images is not None, "the engine was built for prompts without images"
-    keys = [image.key for image in request.images.images]
+    found = request.images.images
     return {
         "prompt_token_ids": request.images.unexpanded_ids,
-        "multi_modal_data": {"image": [images.picture(key) for key in keys]},
-        "multi_modal_uuids": {"image": keys},
+        "multi_modal_data": {
+            "image": [images.picture(x.key, x.content) if x.content else images.picture(x.key) for x in found]
+        },
+        "multi_modal_uuids": {"image": [image.key for image in found]},
     }
 
 
