@@ -8,9 +8,10 @@
         --completion 300 ... train.token_budget=49152
 
 Creates a model folder beside the run folder from config.json alone, trains on random prompts, and prints the median time of each
-part of a step, for grouped and repeated prompts in turn. A small step of each runs first, to compile, and is not counted.
-``--images`` puts as many square images of noise into each prompt, of ``--image-tokens`` tokens each, in front of its ``--prompt``
-tokens of text; no image occurs twice. It needs Pillow, and with vLLM torchvision.
+part of a step, for grouped and repeated prompts in turn. A small step of each runs first, to compile, and is not counted; its
+prompts have ``--warm-up-prompt`` tokens. MFU divides by the rate of a matrix product that is timed behind each step, while vLLM
+sleeps. ``--images`` puts as many square images of noise into each prompt, of ``--image-tokens`` tokens each, in front of its
+``--prompt`` tokens of text; no image occurs twice. It needs Pillow, and with vLLM torchvision.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import rows
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
+from pgrpo.commands.bench import _matmul_flops as matmul_flops
 from pgrpo.config import Config, load_config
 from pgrpo.distributed.world import start
 from pgrpo.grpo import grpo_step
-from pgrpo.planning.flops import GIB
+from pgrpo.planning.flops import GIB, mfu
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.rollout.vllm.engine import VLLMEngine
 from pgrpo.rollout.vllm.images import as_prompt
@@ -70,6 +73,7 @@ OTHERS = (
     "perf/peak_memory_gib",
     "perf/tokens_per_s",
     "perf/mfu",
+    "perf/flops",
     "tokens/packed",
     "tokens/repeated",
     "completions/mean_length",
@@ -134,31 +138,33 @@ def settings(args: argparse.Namespace) -> tuple[Config, list[dict[str, str]]]:
     count, prompt = args.prompts * (args.steps + 1) * 3, args.prompt + args.images * (args.image_tokens + 2)
     if args.images:  # which take time: as many as there are steps for
         count = len(args.attention) * (WARM_UP_PROMPTS + args.prompts * args.steps) + args.plain * 2 * args.prompts
-    rows: list[dict[str, Any]] = [{"text": " ".join(rnd.choices(WORDS, k=args.prompt))} for _ in range(count)]
-    for row in rows if args.images else ():
+    short = len(args.attention) * min(args.prompts, WARM_UP_PROMPTS) if args.warm_up_prompt else 0
+    lengths = [args.warm_up_prompt or args.prompt] * short + [args.prompt] * count
+    data: list[dict[str, Any]] = [{"text": " ".join(rnd.choices(WORDS, k=length))} for length in lengths]
+    for row in data if args.images else ():
         row["images"] = [noise(args, rnd) for _ in range(args.images)]
     keys = {
         "model.path": model_folder(args), "run_dir": args.run_dir,
         "rollout.prompts_per_step": args.prompts, "rollout.group_size": args.group_size,
         "rollout.max_completion_tokens": args.completion, "data.max_prompt_tokens": prompt,
         "train.token_budget": prompt + args.group_size * args.completion, "eval.every": 0, "checkpoint.every": 0,
-        "prompt.messages": "[{role: user, content: '{text}'}]", "rewards.functions": "[]",
+        "prompt.messages": "[{role: user, content: '{text}'}]", "rewards.functions": "[]", "data.shuffle": False,
     }  # fmt: skip
     if args.images:
         keys |= {"prompt.images_column": "images"}
     overrides = [f"{key}={value}" for key, value in keys.items()] + args.overrides
-    return load_config(args.config, overrides, rewards_from_python=True, data_from_python=True), rows
+    return load_config(args.config, overrides, rewards_from_python=True, data_from_python=True), data
 
 
 def steps(args: argparse.Namespace, report: Callable[[list[dict[str, Any]]], None]) -> None:
     """Median seconds of a step's parts, a row for each way of attention; the first rank ``report``s the rows after every step."""
-    config, rows = settings(args)
+    config, data = settings(args)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in args.attention}
     plain: dict[str, list[float]] = {}
     with ExitStack() as stack:
         world = stack.enter_context(start(config.model.fsdp_size, config.model.sequence_parallel_size))
         world.together(lambda: clear_up(args) if world.is_main else None)
-        parts, progress = stack.enter_context(build(config, world, Given([spread], rows))), Progress()
+        parts, progress = stack.enter_context(build(config, world, Given([spread], data))), Progress()
         print(*parts.engine.notes, sep="\n", flush=True)
         for turn in range(args.steps + 1):
             config.rollout.prompts_per_step = args.prompts if turn else min(args.prompts, WARM_UP_PROMPTS)
@@ -178,9 +184,13 @@ def steps(args: argparse.Namespace, report: Callable[[list[dict[str, Any]]], Non
                         print(key, round(plain[key][-1]), flush=True)
                 if turn:
                     found[name].append(part)
+                rate = matmul_flops(world.device, config) if turn else 0.0
                 if turn and world.is_main:
-                    medians = [summary(way, parts, args, plain) for way, parts in found.items() if parts]
-                    report([{"ranks": world.size} | row for row in medians])
+                    medians = [summary(way, steps, args, plain) for way, steps in found.items() if steps]
+                    for row in medians:
+                        row["matmul_tflops"] = rate / 1e12
+                        row["mfu_update"] = mfu(row["perf/flops"] / world.size, row["time/update"], rate)
+                    report(medians)
 
 
 def summary(
@@ -235,6 +245,7 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, default=Path("runs/full_step"))
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=4096)
+    parser.add_argument("--warm-up-prompt", type=int, help="tokens of the prompts of the step that compiles: --prompt")
     parser.add_argument("--images", type=int, default=0, help="of a prompt")
     parser.add_argument("--image-tokens", type=int, default=1024, help="of an image: a square number")
     parser.add_argument("--completion", type=int, default=1024)
@@ -243,17 +254,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="of each way of attention")
     parser.add_argument("--plain", action="store_true", help="also vLLM's tokens a second without log-probs (one rank)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows are added to this file")
+    parser.add_argument("--commit", help="for the rows, where there is no git")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     shape = {name: getattr(args, name) for name in ("prompts", "prompt", "images", "completion", "group_size")}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    before = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
+    origin, written = rows.origin(args.commit), []
 
-    def report(rows: list[dict[str, Any]]) -> None:
-        rows = [shape | {"overrides": args.overrides} | row for row in rows]
-        print(json.dumps(rows), flush=True)
+    def report(medians: list[dict[str, Any]]) -> None:
+        new = [origin | shape | {"overrides": args.overrides} | row for row in medians]
+        print(json.dumps(new), flush=True)
         if args.json:
-            args.json.write_text(json.dumps({"device": device, "rows": before + rows}, indent=1) + "\n")
+            rows.replace(args.json, written, new)
+            written[:] = new
 
     steps(args, report)
 

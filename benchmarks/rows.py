@@ -38,9 +38,15 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def add(file: Path, *rows: dict[str, Any]) -> None:
-    """Add rows at the end of ``{"rows": [...]}``. Whoever reads the file meanwhile sees all of it or none."""
+    """Add rows at the end of ``{"rows": [...]}``, unless they are there."""
+    replace(file, [], list(rows))
+
+
+def replace(file: Path, old: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
+    """Put new rows in the place of old ones, which are taken out. Whoever reads the file meanwhile sees all of it or none."""
     report = json.loads(file.read_text()) if file.exists() else {"rows": []}
-    report["rows"] += [row for row in rows if row not in report["rows"]]
+    kept = [row for row in report["rows"] if row not in old]
+    report["rows"] = kept + [row for row in new if row not in kept]
     written = file.with_name(f"{file.name}.{os.getpid()}")
     written.write_text(json.dumps(report, indent=1) + "\n")
     written.replace(file)

@@ -107,7 +107,9 @@ def main() -> None:
     parser.add_argument("--commit", help="that is measured; goes into the rows")
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)  # in the processes that this one starts
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.set_defaults(attention=["grouped"], steps=2, images=0, image_tokens=0, plain=False)  # of full_step.py
+    parser.set_defaults(
+        attention=["grouped"], steps=2, images=0, image_tokens=0, plain=False, warm_up_prompt=None
+    )  # of full_step.py
     args = parser.parse_args()
     args.overrides = [f"cache_dir={args.caches.absolute()}", *args.overrides]
     if args.began:

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import rows
 import torch
 
 from pgrpo.admission.compare import tokens_as_groups
@@ -31,6 +32,7 @@ from pgrpo.grpo import update_policy
 from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import GIB, ModelDims, forward_flops
 from pgrpo.planning.placement import compute_dtype, layer_plan
+from pgrpo.process.caches import use_caches
 from pgrpo.training.build import Learner
 from pgrpo.training.optim import build_optimizer
 from pgrpo.training.place import wrap
@@ -55,7 +57,7 @@ def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str,
     groups = tokens_as_groups(*random_tokens(shape, model.config.vocab_size))
     seconds = []
     for step in range(steps + 1):
-        if step == 1:
+        if step == 1 and world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         world.synchronize()
         started = time.perf_counter()
@@ -65,7 +67,7 @@ def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str,
     median = statistics.median(seconds[1:])
     flops = 3 * shape.groups * forward_flops(dims, shape.prompt, [shape.completion] * shape.group_size)
     return {
-        "ranks": world.size,
+        "fsdp_size": config.model.fsdp_size,
         "offload": config.optim.offload,
         "checkpointing": config.model.activation_checkpointing,
         "layers": {mode: recompute.count(mode) for mode in recompute},
@@ -73,9 +75,8 @@ def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str,
         "tokens_per_s": metrics["tokens/packed"] / median,
         "samples_per_s": shape.groups * shape.group_size / median,
         "useful_tflops_a_rank": flops / median / 1e12 / world.size,
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
         "grad_norm": metrics["grad_norm"],
-    }
+    } | ({"peak_gib": torch.cuda.max_memory_allocated() / GIB} if world.device.type == "cuda" else {})
 
 
 def main() -> None:
@@ -87,27 +88,29 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--offload", nargs="+", choices=["none", "cpu"], default=["none", "cpu"])
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="rows are added to this file")
+    parser.add_argument("--commit", help="for the rows, where there is no git")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
-    rows = []
-    with start(load_config(args.config, args.overrides).model.fsdp_size) as world:
+    given = load_config(args.config, args.overrides)
+    with start(given.model.fsdp_size) as world:
+        use_caches(given.cache_dir)
         shape = Shape(args.prompt, args.completion, args.group_size, args.groups * world.size)
         for offload in args.offload:
             config = load_config(args.config, [*args.overrides, f"optim.offload={offload}"])
-            rows.append(measure(config, shape, args.steps, world))
+            row = (
+                rows.origin(args.commit)
+                | vars(shape)
+                | {"groups_a_rank": args.groups}
+                | measure(config, shape, args.steps, world)
+            )
             if world.is_main:
-                print(json.dumps(rows[-1]), flush=True)
+                print(json.dumps(row), flush=True)
+                if args.json:
+                    rows.add(args.json, row)
             gc.collect()
-            torch.cuda.empty_cache()
-    if args.json and world.is_main:
-        report = {
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "shape": vars(shape),
-            "rows": rows,
-        }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+            if world.device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
