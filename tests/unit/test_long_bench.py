@@ -1,5 +1,5 @@
 """benchmarks/long_context.py on a tiny model: its rows, and what it does with a length that does not fit or would take too long.
-benchmarks/rows.py: what is in a file of rows after several processes added some."""
+benchmarks/rows.py and tables.py: what is in a file of rows after several processes added some, and tables of it."""
 
 import json
 import runpy
@@ -89,3 +89,59 @@ def test_rows_are_added_once(script, tmp_path):
     rows.add(file, *rows.read(other))
     assert json.loads(file.read_text()) == {"note": 1, "rows": [{"x": 1}, {"x": 2}, {"x": 3}]}
     assert rows.read(tmp_path / "none.json") == []
+
+
+@pytest.fixture
+def tables():
+    return runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))["tables"]
+
+
+def test_tables_of_the_docs_are_those_of_the_rows(tables):
+    docs = (ROOT / "docs" / "figures.md").read_text().splitlines()
+    rows = json.loads((ROOT / "benchmarks" / "multi_gpu.json").read_text())["rows"]
+    lines = [line for own in tables(rows).values() for line in own]
+    assert len(lines) > len(rows) and [line for line in lines if line not in docs] == []
+
+
+def test_a_table_compares_with_one_gpu_and_says_what_did_not_fit(tables):
+    row = {
+        "benchmark": "long_context",
+        "device": "NVIDIA H100 80GB HBM3",
+        "completion": 1024,
+        "group_size": 8,
+        "lora_rank": 0,
+    }
+    row |= {"mfu": 0.6, "peak_gib": 70.0, "layers": {"full": 36}, "mlp_chunks": 1, "prompt": 131_072}
+    one, four = row | {"ranks": 1, "together": 1, "seconds": 50.0}, row | {"ranks": 4, "together": 4, "seconds": 14.0}
+    failed = one | {"prompt": 524_288, "error": "too much"}
+    failed.pop("seconds")
+    _, *lines = tables([one, four, failed, four | {"lora_rank": 16}])["long_context"]
+    assert lines == [
+        "| 1 H100, 1 | | 131,072, 1,024, 8 | 50.0 | 1 | 0.60 | 70.0 | full 36 |",
+        "| 4 H100, 4 | | 131,072, 1,024, 8 | 14.0 | 3.57 | 0.60 | 70.0 | full 36 |",
+        "| 1 H100, 1 | | 524,288, 1,024, 8 | too much | | | | full 36 |",
+        "| 4 H100, 4 | 16 | 131,072, 1,024, 8 | 14.0 | | 0.60 | 70.0 | full 36 |",
+    ]
+    step = {
+        "benchmark": "full_step",
+        "ranks": 2,
+        "device": "NVIDIA H200",
+        "prompts": 2,
+        "prompt": 4096,
+        "completion": 64,
+    }
+    step |= {
+        "group_size": 8,
+        "overrides": ["a=1"],
+        "rollout_tokens_per_s": 1234.5,
+        "mfu_update": 0.5,
+        "device_peak_gib": 70.0,
+    }
+    step |= {f"time/{name}": 1.0 for name in ("rollout", "update", "weight_sync", "step")}
+    gradients = {"benchmark": "long_gradients", "from_float32": {"one rank": 0.02, "2 ranks": 0.021}}
+    found = tables([step, gradients | {"from_one_rank": {"2 ranks": 0.0042}}])
+    assert (
+        found["full_step"][1]
+        == "| 2 H200 | 2, 4,096, 64, 8 | `a=1` | 1.0 s, 1,234 | 1.0 s, 0.50 | 1.0 s | 1.0 s | 70.0 |"
+    )
+    assert found["long_gradients"][1:] == ["| one rank | 0.0200 | |", "| 2 ranks | 0.0210 | 0.0042 |"]
