@@ -90,6 +90,7 @@ FULL = {"kl_coef": 0.3, "entropy_coef": 0.1, "aggregate": "sample"}
         (4, 2, {"fsdp_size": 2, "activation_checkpointing": "full"}),
         (2, 2, {"lora_rank": 3, "kl_coef": 0.3, "lr": 1e-3}),
         (2, 2, {"beginning": 90, "attention": "repeated"}),
+        (4, 4, {"activation_checkpointing": "offload", "mlp_chunks": 3}),
     ],
     ids=str,
 )
@@ -160,7 +161,9 @@ def test_a_run_goes_on_from_its_checkpoint(models, warm, tmp_path):
     for section in ("model", "optimizer"):
         for name, tensor in weights[section].items():
             assert torch.equal(same[section][name], tensor), name
-            assert torch.allclose(other[section][name], tensor, rtol=1e-2, atol=1e-4), name
+        errors = [(other[section][name] - t).norm() / t.norm() for name, t in weights[section].items() if t.norm()]
+        print(f"{section}: largest relative difference of a tensor {max(errors):.1e}")
+        assert max(errors) < 2e-6
 
 
 def test_heads_that_do_not_divide_are_refused():

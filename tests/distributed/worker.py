@@ -70,6 +70,7 @@ def configure(model, changes):
             dtype=changes.get("dtype", "float32"),
             activation_checkpointing=changes.get("activation_checkpointing", "none"),
             compile=changes.get("compile"),
+            mlp_chunks=changes.get("mlp_chunks"),
             fsdp_size=changes.get("fsdp_size"),
             sequence_parallel_size=changes.get("sequence_parallel_size", 1),
         ),
