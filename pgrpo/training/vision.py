@@ -17,7 +17,7 @@ from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.placement import engine_name, teacher_model
 from pgrpo.rollout.vllm.images import EngineImages
 from pgrpo.types import Prompt
-from pgrpo.vision.families import FAMILIES, Family, family_of, image_token_id
+from pgrpo.vision.families import FAMILIES, WITHOUT_TOWER, Family, family_of, image_token_id
 from pgrpo.vision.processors import Processor
 from pgrpo.vision.reader import ImageReader
 
@@ -42,6 +42,11 @@ def image_reader(
             ("environment.max_images", config.environment.max_images),
             *_image_keys(config),
         ):
+            if value and hf_config.model_type in WITHOUT_TOWER:
+                raise ConfigError(
+                    f"{key}: {value}: a {hf_config.model_type} model is trained as a language model, without its vision tower, so "
+                    f"its prompts have no images; leave it out, or name a model of {', '.join(FAMILIES)}"
+                )
             if value:
                 raise ConfigError(
                     f"{key}: {value}: model.path={model.path} is a {hf_config.model_type} model, without a vision tower that is "

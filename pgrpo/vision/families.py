@@ -47,6 +47,9 @@ FAMILIES = {
     "llava_next": Family("vision_tower", ("multi_modal_projector", "image_newline"), image_token="image_token_index"),
 }
 """Model type -> what is known of it."""
+WITHOUT_TOWER = ("qwen3_5", "qwen3_5_moe")
+"""Models with a tower that are loaded, trained, pushed and exported as language models, without it. Grouped attention is exact on
+Qwen3.5 with images too (``tests/unit/test_vision.py``)."""
 
 
 def family_of(config: PretrainedConfig) -> Family | None:
