@@ -30,8 +30,8 @@ from typing import Any
 
 import rows
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
 
 from pgrpo.commands.bench import _matmul_flops as matmul_flops
 from pgrpo.config import Config, load_config
@@ -55,6 +55,10 @@ TEMPLATE = """\
 {%- if part.type == 'image' %}{{ '<|vision_start|><|image|><|vision_end|>' }}{% else %}{{ part.text }}{% endif %}
 {%- endfor %}{% endif %}{{ '' if enable_thinking }}"""
 """``enable_thinking`` is a key of qwen3_4b.yaml's."""
+PUBLISHED = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
+"""Types of language models that are published inside a model with a vision tower: vLLM 0.26 knows no other layout. The tower is one
+small layer, which nothing reads."""
+TOWER = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "patch_size": 4}
 PARTS = (
     "time/wake",
     "time/weight_sync",
@@ -83,9 +87,14 @@ OTHERS = (
 )
 
 
-def make_model(shape_of: Path, folder: Path) -> None:
-    """Random weights in bfloat16, and a tokenizer that makes one token of each word."""
+def make_model(shape_of: Path, folder: Path, layers: int | None = None) -> None:
+    """Random weights in bfloat16, and a tokenizer that makes one token of each word. ``layers``: only so many."""
     config = AutoConfig.from_pretrained(shape_of)
+    if layers is not None:
+        text = config.get_text_config()
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
     vocab = {word: i for i, word in enumerate(["<end>", *MARKS.values(), *WORDS])}
     for part in (config, config.get_text_config()):
         part.bos_token_id, part.eos_token_id, part.pad_token_id = None, 0, 0
@@ -94,12 +103,20 @@ def make_model(shape_of: Path, folder: Path) -> None:
         for name, mark in MARKS.items():
             setattr(config, f"{name}_token_id", vocab[mark])
         shutil.copytree(shape_of, folder, ignore=lambda _, names: {*names} - {"preprocessor_config.json"})
+    make = auto_class(config)
+    if whole := PUBLISHED.get(config.model_type):
+        tower, tied = TOWER | {"out_hidden_size": config.hidden_size}, config.tie_word_embeddings
+        parts = {"text_config": config.to_dict(), "vision_config": tower}
+        config = AutoConfig.for_model(whole, **parts, tie_word_embeddings=tied, eos_token_id=0, pad_token_id=0)
+        make = AutoModelForImageTextToText
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = auto_class(config).from_config(config, dtype=torch.bfloat16)
+        model = make.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     core = Tokenizer(models.WordLevel(vocab, unk_token="<end>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    # For some types of models transformers loads a class of its own, which splits text otherwise, but keeps added tokens.
+    core.add_tokens([AddedToken(word, lstrip=True, normalized=False) for word in WORDS])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<end>", pad_token="<end>",
         extra_special_tokens=list(MARKS.values()) if has_images else [], chat_template=TEMPLATE,
@@ -129,7 +146,7 @@ def clear_up(args: argparse.Namespace) -> None:
     """Remove an old run folder, and make the model's if it is not there."""
     shutil.rmtree(args.run_dir, ignore_errors=True)
     if not (folder := model_folder(args)).exists():
-        make_model(args.shape_of, folder)
+        make_model(args.shape_of, folder, getattr(args, "layers", None))
 
 
 def settings(args: argparse.Namespace) -> tuple[Config, list[dict[str, str]]]:
@@ -242,6 +259,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True)
     parser.add_argument("--shape-of", type=Path, required=True, help="folder with a config.json")
+    parser.add_argument(
+        "--layers", type=int, help="only so many of the shape's; give each count a --run-dir of its own"
+    )
     parser.add_argument("--run-dir", type=Path, default=Path("runs/full_step"))
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=4096)
@@ -257,7 +277,8 @@ def main() -> None:
     parser.add_argument("--commit", help="for the rows, where there is no git")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
-    shape = {name: getattr(args, name) for name in ("prompts", "prompt", "images", "completion", "group_size")}
+    names = ("prompts", "prompt", "images", "completion", "group_size", "layers")
+    shape = {name: getattr(args, name) for name in names}
     origin, written = rows.origin(args.commit), []
 
     def report(medians: list[dict[str, Any]]) -> None:

@@ -143,7 +143,9 @@ def test_other_choices_are_counted_whatever_their_order(chunks, policy, tmp_path
     ] == pytest.approx(0.25)
 
 
-def test_the_engine_gives_the_choices_of_the_rows_that_predict_completions():
+@pytest.mark.parametrize("release", ["together", "apart", "a row short", "none"])
+def test_the_engine_gives_the_choices_of_the_rows_that_predict_completions(release):
+    """vLLM 0.32 gives those of a prompt and of all sampled tokens but the last together; releases before it, the prompt's apart."""
     engine: Any = VLLMEngine.__new__(VLLMEngine)
     engine.is_awake, engine.tp_group, engine.world, engine.compares_experts = True, None, WORLD, True
 
@@ -152,12 +154,23 @@ def test_the_engine_gives_the_choices_of_the_rows_that_predict_completions():
             prompt = given["prompt_token_ids"]
             logprobs = [None, *({t: SimpleNamespace(logprob=-t)} for t in prompt[1:])]
             choices = np.array(prompt, dtype=np.uint8)[:, None, None]  # of each row, what it reads
-            take(i, SimpleNamespace(prompt_logprobs=logprobs, outputs=[SimpleNamespace(routed_experts=choices)]))
+            given = SimpleNamespace(prompt_logprobs=logprobs, outputs=[SimpleNamespace(routed_experts=choices)])
+            if release == "apart":
+                given.prompt_routed_experts, given.outputs[0].routed_experts = choices, choices[:0]
+            elif release != "together":
+                given.outputs[0].routed_experts = choices[1:] if release == "a row short" else None
+            take(i, given)
 
     engine.requests = SimpleNamespace(run=run)
     samples = [Sample([7, 8], [9, 10], [True] * 2, [0.0] * 2), Sample([3], [4], [True], [0.0])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(start, "package", lambda: SimpleNamespace(SamplingParams=dict))
+        if release in ("a row short", "none"):
+            with pytest.raises(
+                EngineError, match=r"experts of \d rows of a prompt of 4: set rollout\.compare_experts=false"
+            ):
+                engine.score(samples)
+            return
         scores = engine.score(samples)
         engine.compares_experts = False
         assert engine.score(samples) == Scores([-9, -10, -4], None)

@@ -252,7 +252,8 @@ class VLLMEngine:
         logprobs = [outputs[i].prompt_logprobs[at][prompts[i][at]].logprob for i, at in tokens]
         if not self.compares_experts:
             return Scores(logprobs)
-        return Scores(logprobs, [outputs[i].outputs[0].routed_experts[at - 1] for i, at in tokens])
+        choices = {i: _choices_of_prompt(output, len(prompts[i])) for i, output in outputs.items()}
+        return Scores(logprobs, [choices[i][at - 1] for i, at in tokens])
 
     def close(self) -> None:
         """Shut the engine down. This destroys the process group, so it must be the last thing that a rank does."""
@@ -338,6 +339,19 @@ class VLLMEngine:
     def _call(self, what: str, function: Callable[[], Any]) -> Any:
         with deadline(self.seconds, f"vLLM's {what}", DEADLINE), vllm_errors(what):
             return function()
+
+
+def _choices_of_prompt(output: Any, tokens: int) -> Any:
+    """[rows, layers, A] the experts that computed a prompt of so many tokens, for a request of one more. Some releases give them
+    apart from those of what was sampled, others (0.32) in front of them; the last sampled token has none."""
+    apart = getattr(output, "prompt_routed_experts", None)
+    found = output.outputs[0].routed_experts if apart is None else apart
+    if found is None or len(found) != tokens:
+        raise EngineError(
+            f"vLLM gave the experts of {0 if found is None else len(found)} rows of a prompt of {tokens}: "
+            "set rollout.compare_experts=false"
+        )
+    return found
 
 
 def _joint_seed(seeds: Sequence[Sequence[int]]) -> int:
