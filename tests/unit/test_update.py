@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pgrpo import grpo
 from pgrpo.admission.compare import reference_logprobs, tokens_as_groups
 from pgrpo.algorithm.advantages import has_spread, step_advantages
 from pgrpo.algorithm.loss import policy_loss
@@ -21,6 +22,7 @@ from pgrpo.grpo import backward, grpo_step, sample_groups, update_policy
 from pgrpo.model.policy import Policy
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
+from pgrpo.rollout.base import sample_seeds
 from pgrpo.training import update
 from pgrpo.training.build import build as build_parts
 from pgrpo.training.caller import Given
@@ -551,3 +553,29 @@ def test_the_final_eos_is_in_the_loss_when_it_is_also_the_pad_token(build, tiny_
     # Not the gradient norm: transformers gives the pad token's row of the embedding no gradient as an input.
     for name in ("loss", "entropy", "tokens/packed", "sampling/importance_sampling_ratio/mean"):
         assert metrics[0][name] == metrics[1][name], name
+
+
+def test_prompts_that_begin_alike_are_sampled_next_to_each_other(tiny_model, tmp_path, monkeypatch):
+    """Groups come back in the order of the data, and each prompt has the seeds of its place in it."""
+    dataset = [{"a": a, "b": b, "answer": "1"} for b, a in enumerate((33, 11, 22, 11, 33, 22))]
+    keys = [f"model.path={tiny_model}", f"run_dir={tmp_path}", "eval.every=0", "rollout.prompts_per_step=6"]
+    keys += ["rollout.group_size=2", "data.shuffle=false"]
+    asked = []
+
+    def sampled(episodes, rewards, world, prompts, params, seeds, *more):
+        asked.append(([p.token_ids for p in prompts], seeds))
+        return sample_and_score(episodes, rewards, world, prompts, params, seeds, *more)
+
+    sample_and_score = grpo.sample_and_score
+    monkeypatch.setattr(grpo, "sample_and_score", sampled)
+    with build_parts(
+        load_config("quickstart", keys), World(0, 1, torch.device("cpu")), Given(dataset=dataset)
+    ) as parts:
+        wanted = [p.token_ids for p in parts.stream.take(6)]
+        with parts.engine.awake(4):
+            groups, _, _ = grpo.sample_groups(parts, 4)
+    ((prompts, seeds),) = asked
+    assert prompts == sorted(wanted) != wanted
+    assert [g.prompt.token_ids for g in groups] == wanted
+    places = [wanted.index(ids) for ids in prompts]
+    assert seeds == [sample_seeds(parts.config.seed, 4, place, group_size=2) for place in places]
