@@ -113,6 +113,9 @@ def make_model(shape_of: Path, folder: Path, layers: int | None = None) -> None:
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = make.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # vLLM looks at how much is free
     core = Tokenizer(models.WordLevel(vocab, unk_token="<end>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     # For some types of models transformers loads a class of its own, which splits text otherwise, but keeps added tokens.

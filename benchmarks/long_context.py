@@ -34,6 +34,7 @@ from typing import Any
 
 import rows
 import torch
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from pgrpo.admission.compare import tokens_as_groups
@@ -212,7 +213,7 @@ def measure(args: argparse.Namespace, config: Config, watch: Watch) -> None:
 
 
 def compiled_graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    return counters["stats"]["unique_graphs"]
 
 
 def write_gradients(args: argparse.Namespace, learner: Learner, groups: list[Group], watch: Watch) -> None:
