@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import re
 import signal
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def proof_of(config: PretrainedConfig, longest: int | None, judge: bool) -> Proo
 
 def result(proof: Proof) -> str:
     found = f"{proof.logprob:.0e}, {proof.gradient:.0e}" if not proof.refusal else proof.refusal
-    return found.replace("|", "/")[:260]
+    return textwrap.shorten(found.replace("|", "/"), 340, placeholder=" ...")
 
 
 def read_table() -> tuple[dict[str, str], dict[str, str]]:

@@ -33,7 +33,7 @@ from pgrpo.admission.seeded_bugs import SEEDED_BUGS
 from pgrpo.admission.shrink import Small, shrink
 from pgrpo.admission.twins import True64, default_dtype, one_thread, quiet, twins
 from pgrpo.admission.vision import RandomImages, image_bugs
-from pgrpo.attention.hook import ATTENTION_NAME, attention_forward
+from pgrpo.attention.hook import ATTENTION_NAME, UnsupportedAttentionError, attention_forward
 from pgrpo.model.families.vision import Vision
 from pgrpo.model.policy import Policy
 from pgrpo.model.recompute import set_up_layers
@@ -155,7 +155,7 @@ def _compare_in(
 ) -> Proof:
     batch, bugs = build_batch(Forest.of(samples)), SEEDED_BUGS
     with mode():
-        policy = Policy(grouped)
+        policy = _policy(grouped)
         wanted = reference_logprobs(untouched, samples, more=reference_inputs(untouched, images))
         if images and policy.vision:
             policy.vision.pixels, bugs = images.pixels, bugs | image_bugs(images.config)
@@ -177,6 +177,14 @@ def _compare_in(
     ]
     refusal = f"the proof would not notice a bug: {', '.join(unseen)}" if unseen else ""
     return Proof(found.logprob, found.gradient, sizes, refusal, not_kept)
+
+
+def _policy(model: PreTrainedModel) -> Policy:
+    """Raises ValueError if the head's forward does not leave the decoder out, by which ``Head`` learns what it computes."""
+    try:
+        return Policy(model)
+    except (AttributeError, UnsupportedAttentionError) as error:
+        raise ValueError(f"its head is not computed from what its base_model returns ({error})") from error
 
 
 def _not_kept(policy: Policy, samples: Sequence[Sample], wanted_L: Tensor, exact: float) -> str:

@@ -95,11 +95,7 @@ def config_of(folder: Path):
     return AutoConfig.from_pretrained(folder, trust_remote_code=True)
 
 
-WINDOW = (
-    "n = hidden_states.shape[1]; "
-    "hidden_states = hidden_states + torch.stack("
-    "[hidden_states[:, max(0, i + 1 - {size}) : i + 1].mean(1) for i in range(n)], 1)"
-)
+BEYOND = "hidden_states = hidden_states * (1 if hidden_states.shape[1] <= {length} else 1.5)"
 OWN_ATTENTION = """
 class Own(nn.Module):
     def __init__(self, old):
@@ -151,12 +147,12 @@ REFUSED = {
         {"layer": "hidden_states = hidden_states * (1 if hidden_states.shape[1] <= 1024 else 1.5)"},
         rf"in samples of {LONG} tokens",
     ),
-    "a window of an unusual name": (
-        {"layer": WINDOW.format(size="config.local_span"), "values": {"local_span": 4096}},
+    "a length of an unusual name": (
+        {"layer": BEYOND.format(length="config.local_span"), "values": {"local_span": 4096}},
         r"log-probs differ .* hidden states part in model\.layers\.0",
     ),
-    "a window in a list of layers": (
-        {"layer": WINDOW.format(size="config.windows[index]"), "values": {"windows": [4096, 4096]}},
+    "windows in a list of layers": (
+        {"layer": BEYOND.format(length="config.windows[index]"), "values": {"windows": [4096, 4096]}},
         r"log-probs differ .* hidden states part in model\.layers\.0",
     ),
     "noise": ({"layer": "hidden_states = hidden_states + 0.01 * torch.randn_like(hidden_states)"}, r"log-probs differ"),

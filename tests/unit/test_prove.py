@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, Llama4ForCausalLM
 
 from pgrpo.admission import models as admission
 from pgrpo.admission import proof as proving
@@ -199,3 +199,13 @@ def test_the_proof_leaves_random_numbers_and_defaults_alone():
     assert torch.equal(state, torch.get_rng_state()) and torch.get_default_dtype() == dtype
     model = AutoModelForCausalLM.from_config(shrink(AutoConfig.for_model("llama")))
     assert model(torch.tensor([[1, 2]])).logits.dtype == torch.float32
+
+
+def test_chunked_attention_is_refused_where_a_sample_is_longer_than_a_chunk(monkeypatch):
+    """transformers' Llama 4 names a decoder that it does not have; with the right name chunks (8,192 tokens) are what is wrong."""
+    config = AutoConfig.for_model("llama4_text")
+    assert "its head is not computed from what its base_model returns" in prove(config).refusal
+    monkeypatch.setattr(Llama4ForCausalLM, "base_model_prefix", "model")
+    found = re.match(r"log-probs differ from the untouched model's by (\S+) nats.*self_attn", prove(config).refusal)
+    assert found and float(found[1]) > 0.1
+    assert prove(config, max_sample=1000).refusal == ""
