@@ -141,7 +141,7 @@ def update_policy(learner: Learner, progress: Progress, groups: Sequence[Group])
     config, world = learner.config.train, learner.world
     size = len(groups) // config.updates_per_step
     shares = [groups[i * size : (i + 1) * size] for i in range(config.updates_per_step)]
-    batches = [update.micro_batches(learner, share) for share in shares]
+    batches = update.micro_batches_of(learner, shares)
     # The loss divides by the counts of the whole update, so it does not depend on micro-batches and ranks.
     counts = world.from_main([update.count(share) for share in shares])
 

@@ -10,10 +10,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pgrpo.admission.compare import tokens_as_groups
-from pgrpo.model.families.vision import Pixels
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.types import Image, PromptImages, Sample
 from pgrpo.vision.families import FAMILIES, image_token_id
+from pgrpo.vision.pixels import Pixels
 from pgrpo.vision.processors import positions_3d
 from pgrpo.vision.rows import placeholder_runs
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,9 @@ class PromptStream:
 
     The order of epoch e depends on ``(seed, e)`` only, so the saved position is two numbers. ``take`` continues across the
     end of an epoch.
+
+    Attributes:
+        taken: called with the prompts of each ``take``.
     """
 
     def __init__(self, prompts: Sequence[Prompt], *, seed: int, shuffle: bool) -> None:
@@ -27,6 +30,7 @@ class PromptStream:
         self._prompts, self._seed, self._shuffle = prompts, seed, shuffle
         self._epoch = self._offset = 0
         self._order = self._order_of(0)
+        self.taken: Callable[[list[Prompt]], None] = lambda _: None
 
     def __len__(self) -> int:
         """Number of prompts in one epoch."""
@@ -47,6 +51,7 @@ class PromptStream:
             picked = self._order[self._offset : self._offset + n - len(taken)]
             self._offset += len(picked)
             taken += [self._prompts[i] for i in picked]
+        self.taken(taken)
         return taken
 
     def state_dict(self) -> dict[str, Any]:

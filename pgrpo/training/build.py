@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -32,6 +33,7 @@ from pgrpo.planning.kept import kept_text, longest_kept, why_none_kept
 from pgrpo.planning.placement import (
     attention_choice,
     check_device,
+    engine_name,
     is_compiled,
     keepable_tokens,
 )
@@ -49,7 +51,7 @@ from pgrpo.training.optim import build_optimizer
 from pgrpo.training.own_loss import loss_function
 from pgrpo.training.place import place_policy, place_reference, place_teacher
 from pgrpo.training.teacher import check_teacher
-from pgrpo.training.vision import engine_images, image_reader, see
+from pgrpo.training.vision import engine_images, image_reader, prepare_prompts, see
 from pgrpo.types import Prompt
 from pgrpo.vision.reader import ImageReader
 
@@ -210,6 +212,9 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
     with counting("starting the sampler"):
         images = engine_images(hf_config, reader, [*prompts, *held_out], environment.max_images)
         engine = build_engine(config, world, policy, learner.optimizer, tokenizer, end_ids, images)
+    if engine_name(config, world.device) == "vllm":
+        # Each rank prepares images of all prompts, as the rollout decides who trains on which. The embedded engine has its own.
+        stream.taken = partial(prepare_prompts, (policy, reference, teacher))
     canary = build_canary(config, world, policy, engine)
     episodes = toolbox.episodes(config, engine, chats, world)
     return Parts(

@@ -23,6 +23,7 @@ from pgrpo.planning.flops import adapter_parameters, forest_update_flops
 from pgrpo.tracking.live import watched
 from pgrpo.training.build import Learner
 from pgrpo.training.progress import Progress
+from pgrpo.training.vision import prepare_images
 from pgrpo.types import LIMITS, Episode, Group
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,15 @@ def micro_batches(learner: Learner, groups: Sequence[Group]) -> list[GroupedBatc
         )  # fmt: skip
 
     return [build_batch(forest, device=world.device, attention=attention) for forest in world.scatter(share)]
+
+
+def micro_batches_of(learner: Learner, shares: Sequence[Sequence[Group]]) -> list[list[GroupedBatch]]:
+    """The micro-batches of each share of a step's groups. Pixels of their images are made in threads from now on, those first that
+    are used first. A collective call."""
+    batches = [micro_batches(learner, share) for share in shares]
+    keys = [key for share in batches for batch in share if batch.images for key in batch.images.keys]
+    prepare_images((learner.policy, learner.reference, learner.teacher), keys)
+    return batches
 
 
 def spans(batches: Sequence[GroupedBatch]) -> list[list[GroupedBatch]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
@@ -18,6 +18,7 @@ from pgrpo.planning.placement import engine_name, teacher_model
 from pgrpo.rollout.vllm.images import EngineImages
 from pgrpo.types import Prompt
 from pgrpo.vision.families import FAMILIES, WITHOUT_TOWER, Family, family_of, image_token_id
+from pgrpo.vision.pixels import PixelStore
 from pgrpo.vision.processors import Processor
 from pgrpo.vision.reader import ImageReader
 
@@ -139,4 +140,20 @@ def _no_picture(key: str) -> NoReturn:
 def see(model: Policy, reader: ImageReader | None, *, teaches: bool = False) -> None:
     """Give the model the images of the data. ``teaches``: it is that of ``loss.teacher``."""
     if model.vision is not None and reader is not None:
-        model.vision.pixels, model.vision.dummy = reader.teacher_pixels if teaches else reader.pixels, reader.dummy
+        model.vision.store = reader.teacher_pixels if teaches else reader.pixels
+        model.vision.pixels, model.vision.dummy = model.vision.store, reader.dummy
+
+
+def prepare_images(models: Iterable[Policy | None], keys: Sequence[str]) -> None:
+    """Announce the images that the models need from now on, in order: their pixels are made in threads, while other things run."""
+    needed = dict[PixelStore, list[str]]()
+    for model in models:
+        if model is not None and model.vision is not None and model.vision.store is not None:
+            needed.setdefault(model.vision.store, []).extend(model.vision.missing(keys))
+    for store, missing in needed.items():
+        store.prepare(missing)
+
+
+def prepare_prompts(models: Sequence[Policy | None], prompts: Iterable[Prompt]) -> None:
+    """``prepare_images`` of these prompts."""
+    prepare_images(models, [image.key for prompt in prompts if prompt.images for image in prompt.images.images])

@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.config.task import ImageConfig
 from pgrpo.types import Image, PromptImages
 from pgrpo.vision.files import Source, check_pillow, find, open_image
+from pgrpo.vision.pixels import Pixels, PixelStore
 from pgrpo.vision.processors import Expansion, Processor, positions_3d
 from pgrpo.vision.rows import placeholder_runs
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 log = logging.getLogger(__name__)
-KEPT_BYTES = 2**30
-"""The most memory of processed pixels that are kept for the next time."""
 
 
 class Read(NamedTuple):
@@ -39,6 +37,9 @@ class Read(NamedTuple):
 
 class ImageReader:
     """The images of a run. Their files are read again when their pixels are needed.
+
+    Attributes:
+        pixels: the tower's arguments for an image, by its key; and its file, if it is not one of the data.
 
     Args:
         model, config, tokenizer: of the model that sees the images.
@@ -57,7 +58,7 @@ class ImageReader:
         self.teacher: Processor | None = None
         """Of the model of ``loss.teacher``, which must make as many tokens of an image."""
         self._sources: dict[str, tuple[Source, str]] = {}
-        self._kept: OrderedDict[tuple[str, bool], dict[str, Tensor]] = OrderedDict()
+        self.pixels = self._store(self.processor)
 
     @property
     def placeholder(self) -> str:
@@ -109,27 +110,24 @@ class ImageReader:
         assert placed is not None
         return placed
 
-    def pixels(self, key: str, content: bytes | None = None) -> dict[str, Tensor]:
-        """The tower's arguments for an image; ``content``: its file, if it is not one of the data."""
-        return self._pixels(key, content, self.processor)
+    @cached_property
+    def teacher_pixels(self) -> PixelStore:
+        """The arguments of the teacher's tower."""
+        teacher = self.teacher
+        assert teacher is not None
+        return self.pixels if teacher.settings == self.processor.settings else self._store(teacher)
 
-    def teacher_pixels(self, key: str, content: bytes | None = None) -> dict[str, Tensor]:
-        """Those of the teacher's tower."""
-        assert self.teacher is not None
-        same = self.teacher.settings == self.processor.settings
-        return self._pixels(key, content, self.processor if same else self.teacher)
+    def _store(self, processor: Processor) -> PixelStore:
+        return PixelStore(partial(self._pixels, processor), self._sources.__contains__)
 
-    def _pixels(self, key: str, content: bytes | None, processor: Processor) -> dict[str, Tensor]:
-        name = key, processor is self.processor
-        if name not in self._kept:
-            self._kept[name] = processor.pixels(self.picture(key, content))
-        self._kept.move_to_end(name)
-        total = sum(map(_bytes, self._kept.values()))
-        while total > KEPT_BYTES and len(self._kept) > 1:
-            total -= _bytes(self._kept.popitem(last=False)[1])
-        return self._kept[name]
+    def _pixels(self, processor: Processor, key: str, content: bytes | None) -> Pixels:
+        image = self.picture(key, content)
+        try:
+            return processor.pixels(image)
+        except ValueError as error:
+            raise _refused(*self._source(key, content), error) from error
 
-    def dummy(self) -> dict[str, Tensor]:
+    def dummy(self) -> Pixels:
         """Pixels of a small gray image."""
         from PIL import Image as pillow
 
@@ -137,9 +135,13 @@ class ImageReader:
 
     def picture(self, key: str, content: bytes | None = None) -> Any:
         """The image itself, for a reader of a report or for vLLM; ``content`` as of ``pixels``."""
-        told = Source(content, "an image that the model was told", key), "environment"
-        source, where = self._sources[key] if content is None else told
-        return open_image(source, where, self.limits)
+        return open_image(*self._source(key, content), self.limits)
+
+    def _source(self, key: str, content: bytes | None) -> tuple[Source, str]:
+        """The source of an image, and where it is."""
+        if content is None:
+            return self._sources[key]
+        return Source(content, "an image that the model was told", key), "environment"
 
     def told(self, content: bytes) -> Read:
         """Check an image that a tool or environment gave. Its file stays with the sample that has it.
@@ -179,8 +181,7 @@ class ImageReader:
             expansion = self.processor.expansion(image.size)
             theirs = self.teacher.expansion(image.size) if self.teacher else expansion
         except ValueError as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"{where}, {source.name}: the model's image processor refuses it: {reason}") from error
+            raise _refused(source, where, error) from error
         if theirs != expansion:
             raise ConfigError(
                 f"{where}, {source.name}: loss.teacher makes {sum(theirs.counts)} tokens of an image of {image.size[0]} x "
@@ -190,5 +191,6 @@ class ImageReader:
         return Read(source.key, image.size, expansion)
 
 
-def _bytes(pixels: dict[str, Tensor]) -> int:
-    return sum(x.numel() * x.element_size() for x in pixels.values())
+def _refused(source: Source, where: str, error: ValueError) -> ConfigError:
+    reason = " ".join(str(error).split())
+    return ConfigError(f"{where}, {source.name}: the model's image processor refuses it: {reason}")

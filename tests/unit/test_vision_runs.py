@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import time
 from pathlib import Path
+from threading import current_thread
 
 import pytest
 import torch
+from PIL import Image as pillow
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 import pgrpo
@@ -22,10 +25,13 @@ from pgrpo.data import load_prompts
 from pgrpo.distributed.world import World
 from pgrpo.model.families.vision import Vision
 from pgrpo.model.policy import Policy
+from pgrpo.rollout.embedded.engine import EmbeddedEngine
 from pgrpo.rollout.vllm.images import EngineImages, as_prompt, check_expanded, start_arguments
 from pgrpo.rollout.vllm.requests import EngineError
+from pgrpo.training import build as building
 from pgrpo.training import sums, vision
 from pgrpo.types import Image, PromptImages, Request
+from pgrpo.vision.processors import Processor
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = runpy.run_path(str(ROOT / "scripts" / "make_tiny_vision_model.py"))
@@ -282,6 +288,61 @@ def test_vllm_needs_torchvision_for_images(folder, tmp_path, monkeypatch):
         vision.image_reader(config, hf_config, tokenizer, world)
     monkeypatch.setattr(vision, "find_spec", lambda _: object())
     assert vision.image_reader(config, hf_config, tokenizer, world) is not None
+
+
+def test_pixels_of_a_step_are_made_once_and_while_vllm_samples(folder, tmp_path, monkeypatch):
+    """In threads, of each distinct image, before the sampler is done; a run that makes them when it needs them has the same
+    weights. The sampler waits here until all of its step are there."""
+    threads, make, sample = list[str](), Processor.pixels, EmbeddedEngine.sample
+
+    def counted(self, image):
+        threads.append(current_thread().name)
+        return make(self, image)
+
+    def slow(self, *args, **kwargs):
+        until, wanted = time.monotonic() + 60, 6 * (1 + len(waited))
+        while len(threads) < wanted and time.monotonic() < until:
+            time.sleep(0.01)
+        waited.append(len(threads))
+        return sample(self, *args, **kwargs)
+
+    waited = list[int]()
+    keys = ("data.shuffle=false", "model.train_vision=true", "train.updates_per_step=2")
+    wanted = weights_of(pgrpo.train(config_of(folder, tmp_path / "as needed", *keys)))
+    monkeypatch.setattr(Processor, "pixels", counted)
+    monkeypatch.setattr(EmbeddedEngine, "sample", slow)
+    monkeypatch.setattr(building, "engine_name", lambda *_: "vllm")
+    got = weights_of(pgrpo.train(config_of(folder, tmp_path / "ahead", *keys)))
+    assert waited == [6, 12]
+    assert len(threads) == 12 and all(name.startswith("pgrpo-images") for name in threads)
+    assert wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_an_image_that_is_broken_after_the_start_is_named_with_its_row(folder, tmp_path, monkeypatch, ahead):
+    """Wherever its pixels are made."""
+    for i, colour in enumerate(("red", "blue", "green")):
+        pillow.new("RGB", (64, 64), colour).save(tmp_path / f"{i}.png")
+    rows = [{"images": [f"{i}.png"], "question": "which colour?"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = config_of(
+        folder,
+        tmp_path / "run",
+        f"data.path={tmp_path / 'rows.jsonl'}",
+        "rollout.prompts_per_step=3",
+        "data.shuffle=false",
+    )
+    see = building.see
+
+    def break_it(*args, **kwargs):
+        (tmp_path / "1.png").write_bytes(b"no image")
+        see(*args, **kwargs)
+
+    monkeypatch.setattr(building, "see", break_it)
+    if ahead:
+        monkeypatch.setattr(building, "engine_name", lambda *_: "vllm")
+    with pytest.raises(ConfigError, match=r"^row 1, column `images`, 1\.png: this is no image that Pillow reads$"):
+        pgrpo.train(config)
 
 
 def test_vllm_may_be_given_as_many_images_as_the_data_has(folder, tmp_path):

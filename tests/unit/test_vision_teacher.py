@@ -46,10 +46,10 @@ def keys_of(teacher: Path, *more: str) -> list[str]:
     return [f"loss.teacher={teacher}", *keys, *more]
 
 
-def logprobs_of(model, processor, reader, prompt, ids) -> torch.Tensor:
+def logprobs_of(model, processor, prompt, ids) -> torch.Tensor:
     """[R, V] of one sample of an untouched model, without placeholders, for which there is a zero."""
     tokens = torch.tensor([prompt.token_ids + ids])
-    made = processor([reader.picture(image.key) for image in prompt.images.images], return_tensors="pt")
+    made = processor(prompt.columns["images"], return_tensors="pt")
     kinds = (tokens == model.config.image_token_id).int()
     logits = model(input_ids=tokens, mm_token_type_ids=kinds, **made).logits[0, len(prompt.token_ids) - 1 : -1]
     kept = sorted({*range(logits.shape[-1])} - {model.config.image_token_id, model.config.video_token_id})
@@ -70,7 +70,6 @@ def test_a_teacher_sees_the_same_images(folder, teacher, tmp_path, form):  # noq
         for group in groups:
             for sample in group.samples:
                 sample.images = group.prompt.images
-        reader: Any = parts.policy.vision.pixels.__self__  # pyright: ignore[reportOptionalMemberAccess]
         paths = folder / "model", teacher
         student, model = (AutoModelForImageTextToText.from_pretrained(p, attn_implementation="sdpa") for p in paths)
         processors = [AutoImageProcessor.from_pretrained(path) for path in paths]
@@ -78,9 +77,9 @@ def test_a_teacher_sees_the_same_images(folder, teacher, tmp_path, form):  # noq
         loss, distance, tokens = torch.zeros(()), 0.0, sum(len(ids) for own in COMPLETIONS for ids in own)
         for prompt, own, given in zip(prompts, COMPLETIONS, REWARDS, strict=True):
             for ids, advantage in zip(own, given, strict=True):
-                logp = logprobs_of(student, processors[0], reader, prompt, ids)
+                logp = logprobs_of(student, processors[0], prompt, ids)
                 with torch.no_grad():
-                    logq = logprobs_of(model, processors[1], reader, prompt, ids)
+                    logq = logprobs_of(model, processors[1], prompt, ids)
                 for t, token in enumerate(ids):
                     ratio, gap = (logp[t, token] - logp[t, token].detach()).exp(), (logp - logq)[t, token].item()
                     kl = (logp[t].exp() * (logp[t] - logq[t])).sum()

@@ -29,12 +29,11 @@ from pgrpo.distributed.sequence import SplitLayout
 from pgrpo.planning.tower import TowerDims, TowerWork, tower_layers
 from pgrpo.types import Sample
 from pgrpo.vision.families import Family, family_of
+from pgrpo.vision.pixels import Pixels, PixelStore
 from pgrpo.vision.rows import Block, ImageRows
 
 KEPT_BYTES = 4 * 2**30
 """The most host memory of a frozen tower's features: of more than 500 images of 1,024 rows of 4,096 in bfloat16."""
-Pixels = dict[str, Tensor]
-"""What an image processor makes of one image."""
 
 
 class Features(NamedTuple):
@@ -75,6 +74,7 @@ class Vision:
 
     Attributes:
         pixels: gives the processor's output for an image, by its key and, of one that is not of the data, its file.
+        store: makes it ahead, in threads; None: ``pixels`` makes it when it is asked.
         dummy: pixels of any image, for ranks without one while the tower is trained.
         calls: number of times that the tower ran so far; ``images``: number of images in these calls.
         flops: of these forwards, and of the backwards that follow them; dummies are not counted.
@@ -85,6 +85,7 @@ class Vision:
         self.dims = TowerDims.of(model, family)
         self.flops = 0
         self.pixels: Callable[..., Pixels] = _no_pixels
+        self.store: PixelStore | None = None
         self.dummy: Callable[[], Pixels] | None = None
         self.calls = self.images = 0
         self._kept: OrderedDict[str, Features] = OrderedDict()
@@ -131,12 +132,19 @@ class Vision:
         """Drop kept features: call this when weights of a frozen tower change."""
         self._kept.clear()
 
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        """The images whose pixels are needed for their features."""
+        return [key for key in keys if key not in self._kept or self._is_trained()]
+
     def features(self, images: ImageRows) -> Features:
         """Features of the distinct images, in order."""
         if self._is_trained():
             self._kept.clear()  # of other weights
+        missing, fresh = self.missing(images.keys), dict[str, Features]()
+        if self.store is not None:
+            self.store.hurry(missing)
+        if self._is_trained():
             return self._checked(self._run([self._pixels(key, images) for key in images.keys]), images.counts)
-        missing, fresh = [key for key in images.keys if key not in self._kept], dict[str, Features]()
         if missing:
             counts = [count for key, count in zip(images.keys, images.counts, strict=True) if key in missing]
             with torch.no_grad():
