@@ -113,7 +113,8 @@ def open_image(source: Source, where: str, config: ImageConfig) -> Image:
                 )
             if min(width, height) < 2:
                 raise ConfigError(f"{said}: {width} x {height} pixels: an image has at least two each way")
-            if getattr(image, "n_frames", 1) > 1:
+            # An MPO file is a photograph, with a gain map or a preview behind it.
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise ConfigError(f"{said}: it is animated ({image.n_frames} frames); give one frame")  # pyright: ignore[reportAttributeAccessIssue]
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):  # Pillow would clip it to white
@@ -126,13 +127,17 @@ def open_image(source: Source, where: str, config: ImageConfig) -> Image:
                 image = Image.alpha_composite(white, image)
             return image.convert("RGB")
     except Image.DecompressionBombError:
-        raise ConfigError(
-            f"{said}: it has more pixels than data.image.max_file_pixels={config.max_file_pixels}; make the image smaller"
-        ) from None
+        limit = f"data.image.max_file_pixels={config.max_file_pixels}"
+        if Image.MAX_IMAGE_PIXELS and config.max_file_pixels > (most := 2 * Image.MAX_IMAGE_PIXELS):
+            limit = f"the {most:,} that Pillow reads"
+        raise ConfigError(f"{said}: it has more pixels than {limit}; make the image smaller") from None
     except UnidentifiedImageError:
         raise ConfigError(f"{said}: this is no image that Pillow reads") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ConfigError(f"{said}: it cannot be read: {error}") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # of a broken file Pillow's readers raise almost anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{said}: it cannot be read: {reason}") from error
 
 
 def listed(value: Any) -> Sequence[Any]:

@@ -217,6 +217,32 @@ def test_size_is_checked_before_an_image_is_decoded(monkeypatch, side):
         open_image(source, "here", ImageConfig())
 
 
+def test_pillows_own_limit_is_named_where_ours_is_higher():
+    source = find(png_of_size(20_000, 20_000), "here", ImageConfig(), Path())
+    with pytest.raises(
+        ConfigError, match=r"^here, bytes: it has more pixels than the 178,956,970 that Pillow reads; make"
+    ):
+        open_image(source, "here", ImageConfig(max_file_pixels=2**30))
+
+
+def test_a_photograph_with_a_gain_map_is_one_image():
+    """Phones write such files (MPO), whose second image is not another frame."""
+    picture("red").save(content := io.BytesIO(), "MPO", save_all=True, append_images=[picture("blue", (16, 16))])
+    image = open_image(find(content.getvalue(), "", ImageConfig(), Path()), "", ImageConfig())
+    red, green, blue = image.getpixel((30, 30))
+    assert image.size == (64, 64) and red > 240 and green + blue < 20
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to decode\nimage"), KeyError(7), MemoryError()])
+def test_whatever_pillow_raises_of_a_broken_file_is_one_line(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(ConfigError, match=r"^row 2, bytes: it cannot be read: (Failed to decode image|7|MemoryError)$"):
+        open_image(find(png(Image.new("L", (4, 4))), "row 2", ImageConfig(), Path()), "row 2", ImageConfig())
+
+
 def png_of_size(width: int, height: int) -> bytes:
     """A small picture whose header says that it is a large one."""
     import zlib
