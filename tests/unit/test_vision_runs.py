@@ -31,6 +31,7 @@ from pgrpo.rollout.vllm.requests import EngineError
 from pgrpo.training import build as building
 from pgrpo.training import sums, vision
 from pgrpo.types import Image, PromptImages, Request
+from pgrpo.vision.pixels import PixelStore
 from pgrpo.vision.processors import Processor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -316,6 +317,30 @@ def test_pixels_of_a_step_are_made_once_and_while_vllm_samples(folder, tmp_path,
     assert waited == [6, 12]
     assert len(threads) == 12 and all(name.startswith("pgrpo-images") for name in threads)
     assert wanted.keys() == got.keys() and all(torch.equal(wanted[name], got[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(("keys", "count"), [((), 0), (("loss.kl_coef=0.1",), 6), (("model.train_vision=true",), 6)])
+def test_an_update_announces_the_images_that_it_needs(folder, tmp_path, monkeypatch, keys, count):
+    """All of its micro-batches, in order, before the first. What the rollout computed is kept, and the reference had no rollout."""
+    announced, used, prepare, get = list[list[str]](), list[str](), PixelStore.prepare, PixelStore.__call__
+
+    def record(self, names):
+        used.clear()
+        announced.append(list(names))
+        prepare(self, names)
+
+    def take(self, key):
+        used.append(key)
+        return get(self, key)
+
+    monkeypatch.setattr(PixelStore, "prepare", record)
+    monkeypatch.setattr(PixelStore, "__call__", take)
+    more = ("train.updates_per_step=2", "data.shuffle=false", "train.token_budget=60", "train.steps=1")
+    pgrpo.train(config_of(folder, tmp_path / "run", *keys, *more))
+    (names,) = announced
+    assert len(names) == count and set(names) == set(used)
+    if keys != ("model.train_vision=true",):  # its old log-probs of the second update come first
+        assert names == used
 
 
 @pytest.mark.parametrize("ahead", [True, False])
