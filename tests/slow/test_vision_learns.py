@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_tiny_model_learns_to_see_shapes(tmp_path, monkeypatch):
-    """Held-out pictures, sampled at temperature 1: at most 0.4 right after the warm start, at least 0.7 after training. Greedy answers
-    too, so that the model did not see before and only became certain."""
+    """Held-out pictures, sampled at temperature 1: at most 0.4 right after the warm start, at least 0.7 after training. Greedy
+    answers too: the model did not see before, and become only certain."""
     monkeypatch.setattr(sys, "argv", ["make", "--out", str(tmp_path / "model")])
     runpy.run_path(str(ROOT / "scripts" / "make_tiny_vision_model.py"), run_name="__main__")
     keys = [f"model.path={tmp_path / 'model'}", f"run_dir={tmp_path / 'run'}", "track.console=false"]

@@ -208,6 +208,15 @@ def test_a_bad_file_is_one_line_with_row_and_file(folder, tmp_path, content, sai
     assert "\n" not in str(error.value)
 
 
+def test_a_file_that_the_processor_refuses_later_is_named_too(folder, tmp_path):
+    picture("red").save(tmp_path / "a.png")
+    reader = reader_of(folder)
+    (prompt,) = load(folder, [{"images": str(tmp_path / "a.png"), "question": "a"}], reader=reader)
+    picture("red", (900, 2)).save(tmp_path / "a.png")
+    with pytest.raises(ConfigError, match=r"^row 0, column `images`, .*a\.png: the model's image processor refuses it"):
+        reader.pixels(prompt.images.images[0].key)
+
+
 @pytest.mark.parametrize("side", [8_000, 20_000])
 def test_size_is_checked_before_an_image_is_decoded(monkeypatch, side):
     """And Pillow's own limit on bombs is answered in our words."""
