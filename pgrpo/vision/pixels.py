@@ -22,14 +22,20 @@ class PixelStore:
     """Makes an image's pixels once for as long as they are kept, however many threads and calls want them.
 
     Args:
-        make: makes the pixels of the image with this key. Several threads call it. An error is raised where the pixels are asked
-            for, and the next call tries again.
+        make: makes the pixels of the image with this key; with its file, or None. Several threads call it. An error is raised where
+            the pixels are asked for, and the next call tries again.
+        knows: whether an image can be made without its file, and so ahead.
         most_bytes: of what is kept. Those that were used longest ago are dropped first, and those announced by ``prepare`` and not
             used yet not at all: threads wait instead.
     """
 
-    def __init__(self, make: Callable[[str], Pixels], most_bytes: int = KEPT_BYTES) -> None:
-        self._make, self._most_bytes = make, most_bytes
+    def __init__(
+        self,
+        make: Callable[[str, bytes | None], Pixels],
+        knows: Callable[[str], bool] = lambda _: True,
+        most_bytes: int = KEPT_BYTES,
+    ) -> None:
+        self._make, self._knows, self._most_bytes = make, knows, most_bytes
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._threads = max(1, min(THREADS, (os.cpu_count() or 1) // ranks))
         self._pool: ThreadPoolExecutor | None = None
@@ -42,7 +48,7 @@ class PixelStore:
     def prepare(self, keys: Sequence[str]) -> None:
         """Announce all images that are needed from now on, in order. What was announced before and has not begun is not made."""
         with self._lock:
-            keys = list(dict.fromkeys(keys))
+            keys = [key for key in dict.fromkeys(keys) if self._knows(key)]
             self._awaited = set(keys)
             self._wanted = deque(key for key in keys if key not in self._found)
             self._begin()
@@ -50,12 +56,12 @@ class PixelStore:
     def hurry(self, keys: Sequence[str]) -> None:
         """Make these, which are used next, before others."""
         with self._lock:
-            first = [key for key in dict.fromkeys(keys) if key not in self._found]
+            first = [key for key in dict.fromkeys(keys) if key not in self._found and self._knows(key)]
             self._wanted = deque([*first, *(key for key in self._wanted if key not in first)])
             self._begin()
 
-    def __call__(self, key: str) -> Pixels:
-        """The pixels of an image; they are not to be changed."""
+    def __call__(self, key: str, content: bytes | None = None) -> Pixels:
+        """The pixels of an image, which are not to be changed; ``content``: its file, if only the caller has it."""
         with self._lock:
             self._awaited.discard(key)
             future = self._found.get(key)
@@ -66,7 +72,7 @@ class PixelStore:
             self._found.move_to_end(key)
             self._begin()  # there may be room for another now
         if is_own:
-            self._run(key, future)
+            self._run(key, future, content)
         return future.result()
 
     def _begin(self) -> None:
@@ -84,9 +90,9 @@ class PixelStore:
             self._busy -= 1
             self._begin()
 
-    def _run(self, key: str, future: Future[Pixels]) -> None:
+    def _run(self, key: str, future: Future[Pixels], content: bytes | None = None) -> None:
         try:
-            future.set_result(self._make(key))
+            future.set_result(self._make(key, content))
         except BaseException as error:
             with self._lock:
                 self._found.pop(key, None)

@@ -212,6 +212,7 @@ def test_a_file_that_the_processor_refuses_later_is_named_too(folder, tmp_path):
     picture("red").save(tmp_path / "a.png")
     reader = reader_of(folder)
     (prompt,) = load(folder, [{"images": str(tmp_path / "a.png"), "question": "a"}], reader=reader)
+    assert prompt.images is not None
     picture("red", (900, 2)).save(tmp_path / "a.png")
     with pytest.raises(ConfigError, match=r"^row 0, column `images`, .*a\.png: the model's image processor refuses it"):
         reader.pixels(prompt.images.images[0].key)
@@ -238,7 +239,7 @@ def test_a_photograph_with_a_gain_map_is_one_image():
     """Phones write such files (MPO), whose second image is not another frame."""
     picture("red").save(content := io.BytesIO(), "MPO", save_all=True, append_images=[picture("blue", (16, 16))])
     image = open_image(find(content.getvalue(), "", ImageConfig(), Path()), "", ImageConfig())
-    red, green, blue = image.getpixel((30, 30))
+    red, green, blue = image.getpixel((30, 30))  # pyright: ignore[reportGeneralTypeIssues]
     assert image.size == (64, 64) and red > 240 and green + blue < 20
 
 

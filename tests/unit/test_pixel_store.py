@@ -19,7 +19,7 @@ class Maker:
     def __init__(self, *held: str) -> None:
         self.made, self.go, self.held, self.lock = list[str](), Event(), held, Lock()
 
-    def __call__(self, key: str) -> dict[str, torch.Tensor]:
+    def __call__(self, key: str, content: bytes | None = None) -> dict[str, torch.Tensor]:
         with self.lock:
             self.made.append(key)
         if key in self.held:
@@ -98,6 +98,23 @@ def test_threads_wait_where_memory_is_full_of_images_that_were_not_used(monkeypa
     for key in "xyxz":
         store(key)
     assert set(store._found) == {"x", "z"}
+
+
+def test_an_image_that_comes_with_its_file_is_made_when_it_is_asked():
+    """And others ahead."""
+    given = list[tuple[str, bytes | None]]()
+
+    def make(key: str, content: bytes | None) -> dict[str, torch.Tensor]:
+        given.append((key, content))
+        return {}
+
+    store = PixelStore(make, {"a", "b"}.__contains__)
+    store.prepare("axb")
+    store.hurry("yx")
+    settle(store)
+    assert sorted(given) == [("a", None), ("b", None)]
+    assert store("x", b"file") is store("x")
+    assert given[2:] == [("x", b"file")]
 
 
 def test_an_error_is_that_of_its_image_each_time_it_is_asked():
