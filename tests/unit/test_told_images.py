@@ -27,6 +27,7 @@ from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.rollout.vllm.images import EngineImages, as_prompt
 from pgrpo.types import Episode, Sample
+from pgrpo.vision.rows import next_position
 
 SEES = seeing_tokenizer()
 PAD: Any = SEES.convert_tokens_to_ids("<|image_pad|>")
@@ -177,6 +178,27 @@ def test_a_led_conversation_shows_images_in_its_branches(reader):
     assert [size for _, _, size in shown(first)] == [(32, 64)]
     assert [size for _, _, size in shown(second)] == [(32, 64), (32, 32)]
     assert second.mask.count(True) == len(tokens("two<|im_end|>"))  # what both begin with is trained on once
+
+
+def test_a_branch_behind_an_image_has_it(reader):
+    """And counts positions on behind it, which an image of 2 x 4 rows moves by 4."""
+
+    class Branches:
+        async def converse(self, conversation) -> None:
+            await conversation.generate()
+            conversation.say({"role": "user", "content": picture(64, 32, 3)})
+            await conversation.generate()
+            other = await conversation.fork()
+            other.say("more")
+            await other.generate()
+
+    script = turns("one<|im_end|>", "two<|im_end|>", "three<|im_end|>")
+    ((episode,),), engine = play(script, environment=Branches, tokenizer=SEES, reader=reader, max_images=1)
+    first, second = episode.samples
+    assert first.images and second.images and first.images.images == second.images.images
+    request = engine.requests[-1]
+    assert request.images and request.images.images == first.images.images
+    assert next_position(request.token_ids, request.images) == len(request.token_ids) - 8 + 4
 
 
 def test_a_history_that_is_written_anew_has_its_images(reader):
