@@ -91,7 +91,7 @@ def test_parts_are_exact_and_compiled_once_for_all_layers_and_batches(
     one = build_batch(Forest.of(tokens_as_samples([[*range(3, 13)]], [[[6, 7, 8]]])))  # no row has its taps elsewhere
     for batch in [random_batch(rnd) for _ in range(3)] + [one]:
         got, wanted = update(compiled, batch), update(plain, batch)
-        assert (got[0] - wanted[0]).abs().max() < 1e-5  # norms run in float32 in any model
+        assert (got[0] - wanted[0]).abs().max() < (1e-4 if backend == "inductor" else 1e-5)  # float32 inside
         for a, b in zip(got[1], wanted[1], strict=True):
             # inductor rounds what the model computes in float32 otherwise: seen are 3e-4, of decays whose terms cancel
             assert (a - b).norm() <= (1e-3 if backend == "inductor" else 1e-5) * b.norm()
