@@ -57,7 +57,7 @@ def _watch(ended: Event) -> None:
             queued, at = queued_s(), time.monotonic()
             share = (queued - queued_before) / (at - before)
             calm_s = calm_s + at - before if share < CALM else 0.0
-            if share > CONTENDED and not is_yielding:
+            if share > CONTENDED and not is_yielding and torch.get_num_threads() > 1:  # not while the proof takes one
                 extra.enter_context(more_threads_than_cores())
                 is_yielding = True
             elif calm_s > CALM_S and is_yielding:

@@ -102,3 +102,22 @@ def test_one_thread_waits_for_no_other(two_threads):
     torch.set_num_threads(1)
     with start():
         assert not is_watching()
+
+
+def test_a_part_of_a_run_that_takes_one_thread_meanwhile_leaves_the_watch_alive(two_threads, monkeypatch):
+    looks = 0
+
+    def queued_s() -> float:
+        nonlocal looks
+        looks += 1
+        return float(looks)
+
+    monkeypatch.setattr(threads, "queued_s", queued_s)
+    monkeypatch.setattr(threads, "LOOK_EVERY_S", 0.02)
+    with start():
+        torch.set_num_threads(1)
+        seen = looks
+        until(lambda: looks > seen + 3)
+        count = threading.active_count()
+        torch.set_num_threads(2)
+        until(lambda: threading.active_count() > count)
