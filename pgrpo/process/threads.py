@@ -36,11 +36,12 @@ def yielding_cores() -> Iterator[None]:
     Linux.
     """
     is_set = "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ
-    if is_set or torch.get_num_threads() == 1 or not Path("/proc/self/schedstat").exists():
+    threads = torch.get_num_threads()
+    if is_set or threads == 1 or not Path("/proc/self/schedstat").exists():
         yield
         return
     ended = Event()
-    watch = Thread(target=_watch, args=(ended,), name="pgrpo-cores", daemon=True)
+    watch = Thread(target=_watch, args=(ended, threads), name="pgrpo-cores", daemon=True)
     watch.start()
     try:
         yield
@@ -49,7 +50,7 @@ def yielding_cores() -> Iterator[None]:
         watch.join()
 
 
-def _watch(ended: Event) -> None:
+def _watch(ended: Event, threads: int) -> None:
     queued, at, calm_s, is_yielding = queued_s(), time.monotonic(), 0.0, False
     with ExitStack() as extra:
         while not ended.wait(LOOK_EVERY_S):
@@ -57,8 +58,8 @@ def _watch(ended: Event) -> None:
             queued, at = queued_s(), time.monotonic()
             share = (queued - queued_before) / (at - before)
             calm_s = calm_s + at - before if share < CALM else 0.0
-            if share > CONTENDED and not is_yielding and torch.get_num_threads() > 1:  # not while the proof takes one
-                extra.enter_context(more_threads_than_cores())
+            if share > CONTENDED and not is_yielding:
+                extra.enter_context(more_threads_than_cores(threads))
                 is_yielding = True
             elif calm_s > CALM_S and is_yielding:
                 extra.close()
@@ -75,9 +76,14 @@ def queued_s() -> float:
 
 
 @contextmanager
-def more_threads_than_cores() -> Iterator[None]:
-    """Inside this block libgomp manages more threads than there are cores, so that waiting threads spin next to nothing."""
-    threads, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+def more_threads_than_cores(threads: int) -> Iterator[None]:
+    """Inside this block libgomp manages more threads than there are cores, so that waiting threads spin next to nothing.
+
+    Args:
+        threads: of a parallel region, more than one. Asked here, PyTorch would tell this thread's number, which is 1 where it first
+            runs while the main thread takes one.
+    """
+    cores = len(os.sched_getaffinity(0))
     teams = max(1, math.ceil((cores + 1 - threads) / (threads - 1)))
     ready, done = Barrier(teams + 1), Event()
 

@@ -104,20 +104,19 @@ def test_one_thread_waits_for_no_other(two_threads):
         assert not is_watching()
 
 
-def test_a_part_of_a_run_that_takes_one_thread_meanwhile_leaves_the_watch_alive(two_threads, monkeypatch):
-    looks = 0
+def test_a_part_of_a_run_that_takes_one_thread_leaves_the_watch_alive(two_threads, monkeypatch):
+    looks, is_busy = 0, False
 
     def queued_s() -> float:
         nonlocal looks
         looks += 1
-        return float(looks)
+        return float(looks * is_busy)
 
     monkeypatch.setattr(threads, "queued_s", queued_s)
     monkeypatch.setattr(threads, "LOOK_EVERY_S", 0.02)
     with start():
-        torch.set_num_threads(1)
-        seen = looks
-        until(lambda: looks > seen + 3)
         count = threading.active_count()
-        torch.set_num_threads(2)
+        torch.set_num_threads(1)  # before the watch first asks
+        is_busy = True
         until(lambda: threading.active_count() > count)
+        assert is_watching()
