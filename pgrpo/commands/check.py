@@ -21,7 +21,7 @@ from pgrpo.config import Config, check_world_size, fit_world_size, redact
 from pgrpo.config.sampling import sampling_params
 from pgrpo.data import load_prompts
 from pgrpo.distributed.world import start, world_size
-from pgrpo.environments.chat import Transition
+from pgrpo.environments.transitions import Transition
 from pgrpo.model.families.vision import Vision
 from pgrpo.model.policy import Policy, load_model
 from pgrpo.packing.batch import build_batch

@@ -17,9 +17,10 @@ from pgrpo.environments.calls import Calls
 from pgrpo.environments.chat import Chat
 from pgrpo.environments.conversation import Lengths
 from pgrpo.environments.player import Player, Stage
+from pgrpo.environments.remote import abandon, close_all, is_usable
 from pgrpo.environments.tools import Kind, Tool, kind_name
 from pgrpo.environments.turns import Turns
-from pgrpo.environments.workers import Nursery, abandon, close_all, is_usable
+from pgrpo.environments.workers import Nursery
 from pgrpo.rollout.base import RolloutEngine
 from pgrpo.types import Completion, Episode, Group, Prompt, Request, Sample, SamplingParams
 

@@ -19,9 +19,9 @@ from pgrpo.environments.content import content_of, file_of, is_image
 from pgrpo.environments.conversation import Lengths, Transcript
 from pgrpo.environments.long_form import Ended
 from pgrpo.environments.parsing import Call, Reply
+from pgrpo.environments.remote import step_of
 from pgrpo.environments.tools import BadCall, Kind, Tool
 from pgrpo.environments.turns import Key, Turns
-from pgrpo.environments.workers import step_of
 from pgrpo.environments.written import image_parts, joined
 from pgrpo.types import Episode, FinishReason, Messages, Prompt, Sample
 from pgrpo.vision.parts import Content, images_in, with_marks

@@ -11,10 +11,12 @@ from transformers import PreTrainedTokenizerBase
 from pgrpo.config import Config, ConfigError
 from pgrpo.config.fields import PYTHON
 from pgrpo.distributed.world import World
-from pgrpo.environments.chat import Chat, History, Transition
+from pgrpo.environments.chat import Chat
 from pgrpo.environments.episodes import Episodes, SingleTurn, ToolLoop
+from pgrpo.environments.remote import RemoteClass
 from pgrpo.environments.tools import Kind, Tool, check_names, kind_name, load_kinds, load_tools
-from pgrpo.environments.workers import Nursery, RemoteClass
+from pgrpo.environments.transitions import History, Transition, check_transitions
+from pgrpo.environments.workers import Nursery
 from pgrpo.rollout.base import RolloutEngine
 from pgrpo.vision.reader import ImageReader
 
@@ -62,7 +64,9 @@ class Toolbox:
             found[name] = Chat(tokenizer, end_ids, self._schemas(name), kwargs, reader)
             is_led = name in self.kinds and self.kinds[name].is_long
             key = "tools" if self.tools else "environment.factory"
-            self.transitions[:] = found[name].check(key, history, is_led=is_led, with_images=bool(max_images))
+            self.transitions[:] = check_transitions(
+                found[name], key, history, is_led=is_led, with_images=bool(max_images)
+            )
         return found
 
     def check_rewards(self, rewards: Sequence[Any]) -> None:

@@ -13,8 +13,9 @@ from transformers.utils.chat_template_utils import get_json_schema
 from pgrpo.config import ConfigError
 from pgrpo.environments.calls import CallFailed, Function
 from pgrpo.environments.parsing import Text
+from pgrpo.environments.remote import RemoteClass, RemoteTool, ToolPool
 from pgrpo.environments.signatures import OWN, abilities, check_callable, function_of, methods_of
-from pgrpo.environments.workers import LOOK_S, Nursery, RemoteClass, RemoteTool, ToolPool, Worker
+from pgrpo.environments.workers import LOOK_S, Nursery, Worker
 
 
 class BadCall(ValueError):

@@ -21,9 +21,9 @@ from pgrpo.config import Config, ConfigError
 from pgrpo.data import PromptStream, load_prompts
 from pgrpo.data.render import ToolsOf
 from pgrpo.distributed.world import World
-from pgrpo.environments.chat import Transition
 from pgrpo.environments.episodes import Episodes
 from pgrpo.environments.toolbox import load_toolbox
+from pgrpo.environments.transitions import Transition
 from pgrpo.model.families.experts import experts_text, untrained_text
 from pgrpo.model.families.linear import states_text
 from pgrpo.model.policy import Policy

@@ -20,6 +20,7 @@ from pgrpo.data.control import MARK, Control
 from pgrpo.environments.chat import Chat, call_id
 from pgrpo.environments.conversation import Lengths, Transcript
 from pgrpo.environments.parsing import FAMILIES
+from pgrpo.environments.transitions import check_transitions
 from pgrpo.types import Completion, Prompt, Request
 
 HERMES, XML, GLM, LLAMA, HARMONY, GEMMA, LFM = FAMILIES.values()
@@ -197,8 +198,8 @@ def test_real_templates_between_two_turns(name):
     ends, family, between, transitions = REAL[name]
     tokenizer = byte_tokenizer(trl_template(name))
     chat = Chat(tokenizer, tokenizer.convert_tokens_to_ids(ends), [SCHEMA], {})
-    found = chat.check("tools")
-    assert chat._family is family
+    found = check_transitions(chat, "tools")
+    assert chat.family is family
     assert "".join("x" if t.problem else "r" if t.rewrites else "." for t in found) == transitions
     result = {"role": "tool", "name": "f", "tool_call_id": call_id(0), "content": "RES"}
     end, ids = chat.told(["f"], [result])
@@ -212,7 +213,7 @@ def test_real_templates_between_two_turns(name):
 def test_a_real_template_without_tools_is_refused(name):
     tokenizer = byte_tokenizer(trl_template(name))
     with pytest.raises(ConfigError, match=REFUSED[name]):
-        Chat(tokenizer, [tokenizer.convert_tokens_to_ids("<|im_end|>")], [SCHEMA], {}).check("tools")
+        check_transitions(Chat(tokenizer, [tokenizer.convert_tokens_to_ids("<|im_end|>")], [SCHEMA], {}), "tools")
 
 
 HAND_MADE = """\
@@ -227,14 +228,16 @@ def test_a_hand_made_template_and_one_whose_turns_have_no_end():
     tokenizer = byte_tokenizer(HAND_MADE)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     chat = Chat(tokenizer, [end], [SCHEMA], {})
-    assert [t.problem or t.rewrites for t in chat.check("tools")] == [None] * 5
-    assert chat._family is HERMES
+    assert [t.problem or t.rewrites for t in check_transitions(chat, "tools")] == [None] * 5
+    assert chat.family is HERMES
     other = Chat(tokenizer, [tokenizer.convert_tokens_to_ids("<|eot_id|>")], [SCHEMA], {})
     with pytest.raises(ConfigError, match=r"a call and its result: the turn does not end in one of .*<\|eot_id\|>"):
-        other.check("tools")
-    assert other.check("tools", "fork")[0].can_fork  # the history can be rendered, so each turn begins a sample
+        check_transitions(other, "tools")
+    assert check_transitions(other, "tools", "fork")[
+        0
+    ].can_fork  # the history can be rendered, so each turn begins a sample
     with pytest.raises(ConfigError, match=r"environment\.history=fork"):
-        other.check("tools", "append")
+        check_transitions(other, "tools", "append")
 
 
 def test_a_tokenizers_own_response_template_comes_first():
@@ -250,7 +253,7 @@ def test_a_tokenizers_own_response_template_comes_first():
     tokenizer.response_template, tokenizer.parse_response = {"any": 1}, parse_response  # pyright: ignore
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     chat = Chat(tokenizer, [end], [SCHEMA], {})
-    chat.check("tools")
+    check_transitions(chat, "tools")
     reply = chat.parse([5, 6, end], [1, 2])
     assert (reply.content, [(c.name, c.arguments) for c in reply.calls]) == ("c", [F])
     assert calls == [([5, 6], [1, 2], [SCHEMA])]
@@ -324,7 +327,7 @@ def test_forks_of_real_templates_are_what_a_server_renders(name):
     answer, after_answer, after_call = FORKS[name]
     tokenizer = byte_tokenizer(trl_template(name))
     chat = Chat(tokenizer, tokenizer.convert_tokens_to_ids(ends), [SCHEMA], {})
-    chat.check("tools", "fork", is_led=True)
+    check_transitions(chat, "tools", "fork", is_led=True)
     user, last = {"role": "user", "content": "more"}, answer.format("now", "5")
     for turns, told, tail, samples in (
         ([answer.format("easy", "4"), last], [user], after_answer, 2),

@@ -21,6 +21,7 @@ from pgrpo.environments.calls import CallFailed
 from pgrpo.environments.chat import Chat
 from pgrpo.environments.content import content_of, file_of
 from pgrpo.environments.player import ImagesRefused
+from pgrpo.environments.transitions import check_transitions
 from pgrpo.model.families.vision import Vision
 from pgrpo.model.policy import Policy
 from pgrpo.packing.batch import build_batch
@@ -452,7 +453,7 @@ def test_the_start_tries_an_image_in_what_is_told(reader):
     def tried(template: str, **more: Any):
         tokenizer = seeing_tokenizer()
         tokenizer.chat_template = template
-        return Chat(tokenizer, [end], [schema], {}, reader).check("tools", with_images=True, **more)
+        return check_transitions(Chat(tokenizer, [end], [schema], {}, reader), "tools", with_images=True, **more)
 
     good = str(SEES.chat_template)
     found = {one.name: one for one in tried(good)}
@@ -467,7 +468,9 @@ def test_the_start_tries_an_image_in_what_is_told(reader):
     twice = good.replace("<|image_pad|>", "<|image_pad|><|image_pad|>")
     with pytest.raises(ConfigError, match=r"it writes 2 placeholders \(<\|image_pad\|>\) for 1 images"):
         tried(twice)
-    assert not [one for one in Chat(SEES, [end], [schema], {}, reader).check("tools") if "image" in one.name]
+    assert not [
+        one for one in check_transitions(Chat(SEES, [end], [schema], {}, reader), "tools") if "image" in one.name
+    ]
 
 
 def test_vllm_is_given_the_files_of_told_images(reader):
