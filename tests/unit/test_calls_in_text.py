@@ -283,7 +283,7 @@ def said_in(chat: Chat, turns: list[str], told: list[dict[str, Any]]) -> Transcr
 
     async def talk() -> Transcript:
         messages = [{"role": "user", "content": "go"}]
-        text, ids = chat.prompt_with(messages, [])
+        text, ids, *_ = chat.prompt_with(messages, [])
         prompt = Prompt(0, text, ids, {}, messages)
         transcript = Transcript(prompt, 0, chat, EnvironmentConfig(history="fork"), Lengths(500, 5000), complete)
         for message in told:

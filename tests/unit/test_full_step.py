@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -48,7 +49,7 @@ def test_a_model_is_written_as_it_is_published_with_a_tokenizer_of_words(kind, f
     written = json.loads((folder / "config.json").read_text())
     name = {"qwen3_5_4b": "Qwen3_5ForConditionalGeneration", "qwen3_30b_a3b_16_layers": "Qwen3MoeForCausalLM"}[kind]
     assert written["architectures"] == [name]
-    model = load_model(ModelConfig(path=str(folder)))
+    model: Any = load_model(ModelConfig(path=str(folder)))
     text = model.config.get_text_config()
     assert len(model.base_model.layers) == text.num_hidden_layers == 4
     assert text.eos_token_id == 0 and text.tie_word_embeddings == shape["tie_word_embeddings"]

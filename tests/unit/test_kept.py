@@ -436,7 +436,8 @@ def test_no_more_tokens_are_kept_than_the_memory_plan_has_room_for(states, monke
     config.model.activation_checkpointing, config.data.max_prompt_tokens, config.train.token_budget = "full", 9000, 9600
     shape = json.loads((ROOT / "benchmarks" / "qwen3_4b" / "config.json").read_text())
     dims, world = replace(ModelDims.from_config(shape), state_elements=states), World(0, 1, torch.device("cuda"))
-    sizes = placement.plan_sizes(config, dims, world, world.device) | {"recompute": ["full"] * dims.layers}
+    sizes: dict[str, Any] = placement.plan_sizes(config, dims, world, world.device)
+    sizes["recompute"] = ["full"] * dims.layers
     none, some = (memory_plan(dims, **sizes | {"kept_tokens": n}).update for n in (0, 5000))
 
     def keepable(room):

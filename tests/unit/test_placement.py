@@ -201,7 +201,8 @@ def test_a_long_group_that_fits_a_micro_batch_is_not_recomputed_for_kept_prefixe
     sizes = plan_sizes(long, DIMS, World(0, 1, GPU), GPU)
     kept = placement.keepable_tokens(long, DIMS, World(0, 1, GPU))
     assert sizes["kept_tokens"] == (131_072 if prompts > 1 else 0) and kept < 10_000
-    planned = memory_plan(DIMS, recompute=plan.recompute, **sizes | {"kept_tokens": kept})
+    sizes["kept_tokens"] = kept
+    planned = memory_plan(DIMS, recompute=plan.recompute, **sizes)
     assert planned.update < placement.USABLE_SHARE * placement.PLANNED_GPU / 2**30 - placement.SLEEPING_VLLM_GIB
     long.train.token_budget = 131_072 + 4096
     assert layer_plan(long, DIMS, World(0, 1, GPU)).recompute == ["offload"] * 36
