@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import signal
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -42,13 +41,8 @@ NOT_DECODERS = {
     "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod",
 }  # fmt: skip
 """Encoders, decoders of encoders, and models of before 2020, which transformers lists among causal language models."""
-MOST_SECONDS = 60
 EXACT = r"\de-1\d, \de-1\d"
 """What the table says of an exact model."""
-
-
-class Late(BaseException):
-    pass
 
 
 def published() -> dict[str, tuple[PretrainedConfig, int | None]]:
@@ -65,11 +59,6 @@ def types() -> list[str]:
 def proof_of(config: PretrainedConfig, longest: int | None, judge: bool) -> Proof:
     """The proof, and with ``judge`` the second one if the first one finds the model exact; sizes must be known, too."""
 
-    def late(*_: object) -> None:
-        raise Late
-
-    signal.signal(signal.SIGALRM, late)
-    signal.alarm(MOST_SECONDS)
     try:
         proof = prove(config, longest)
         if not proof.refusal:
@@ -77,12 +66,8 @@ def proof_of(config: PretrainedConfig, longest: int | None, judge: bool) -> Proo
             if judge and (second := prove(config, longest, OTHER, seed=7, stretch=2)).refusal:
                 return second
         return proof
-    except Late:
-        return Proof(refusal=f"a small copy of it takes longer than {MOST_SECONDS} s")
     except Exception as error:
         return Proof(refusal=f"{type(error).__name__}: {error}".splitlines()[0])
-    finally:
-        signal.alarm(0)
 
 
 def result(proof: Proof) -> str:

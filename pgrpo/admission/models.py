@@ -38,7 +38,8 @@ def check_model(path: str, config: PretrainedConfig, max_sample: int) -> Proof:
         max_sample: the longest sample of the run.
 
     Raises:
-        ConfigError: its weights are quantized, it has dropout, asks for a load-balancing term, or its proof failed.
+        ConfigError: its weights are quantized, it has dropout, asks for a load-balancing term, or its proof failed or took too
+            long.
     """
     for name, value in config.get_text_config().to_dict().items():
         if is_dropout(name) and isinstance(value, float) and value > 0:
@@ -55,7 +56,7 @@ def check_model(path: str, config: PretrainedConfig, max_sample: int) -> Proof:
     proof = _kept_proof(config, max_sample)
     if proof.refusal:
         raise ConfigError(
-            f"model.path={path}: grouped attention is not exact on this {config.model_type} model: {proof.refusal}"
+            f"model.path={path}: grouped attention is not proven on this {config.model_type} model: {proof.refusal}"
         )
     return proof
 

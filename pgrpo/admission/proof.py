@@ -31,15 +31,16 @@ from pgrpo.admission.compare import (
 from pgrpo.admission.reach import beyond_reach
 from pgrpo.admission.seeded_bugs import SEEDED_BUGS
 from pgrpo.admission.shrink import Small, shrink
-from pgrpo.admission.twins import True64, default_dtype, one_thread, quiet, twins
-from pgrpo.admission.vision import RandomImages, image_bugs
+from pgrpo.admission.twins import NotSmall, True64, default_dtype, one_thread, quiet, twins
+from pgrpo.admission.vision import RandomImages, image_bugs, reference_inputs
 from pgrpo.attention.hook import ATTENTION_NAME, UnsupportedAttentionError, attention_forward
-from pgrpo.model.families.vision import Vision
 from pgrpo.model.policy import Policy
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing.batch import GroupedBatch, build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.planning.dims import decoder_layers
+from pgrpo.process import deadline
+from pgrpo.process.deadline import TimeUp, time_limit
 from pgrpo.types import Sample
 from pgrpo.vision.families import family_of
 
@@ -48,6 +49,8 @@ log = logging.getLogger(__name__)
 EXACT, EXACT_PLAIN = 1e-9, 1e-4
 """Largest differences of log-probs (nats) and of gradients (relative) that are rounding: in float64 throughout (measured: below
 1e-12), and where parts of the model compute in float32 whatever its dtype is. What is wrong is off by 1e-1 and more."""
+MOST_SECONDS = 60.0
+"""Time of a proof. One of an exact model takes less than ten seconds of one core, most take one; a busy machine needs more."""
 NO_HOOK = "its attention does not call the hook that transformers has for attention functions"
 SEEN = 1000
 """A seeded bug moves some log-prob by so many times what counts as rounding, at least."""
@@ -94,6 +97,7 @@ def prove(
     started = time.perf_counter()
     try:
         with (
+            time_limit(MOST_SECONDS),
             torch.random.fork_rng(devices=[]),
             torch.device("cpu"),
             quiet(),
@@ -103,19 +107,33 @@ def prove(
             sizes = small or Small()
             try:
                 proof = _compare(config, max_sample, sizes, seed, stretch)
+            except NotSmall:
+                raise
             except Exception:  # an integer that no rule knows may be no length, and the copy not run with a small one
                 known = sizes._replace(guesses=False)
                 if shrink(config, max_sample, known).to_dict() == shrink(config, max_sample, sizes).to_dict():
                     raise
                 proof = _compare(config, max_sample, known, seed, stretch)
+    except TimeUp as late:
+        proof = Proof(
+            refusal=f"a small copy of it took longer than {MOST_SECONDS:g} s (in {_place(late)}), where ten are enough on an idle "
+            "machine: run it again when this one is idle; pgrpo cannot train a model that still takes longer"
+        )
+    except NotSmall as error:
+        proof = Proof(refusal=str(error))
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__}: {first_line[:200]} ({Path(at.filename).name}, {at.name})"
+        what = f"{type(error).__name__}: {first_line[:200]} ({_place(error)})"
         proof = Proof(refusal=f"a small copy of it does not run: {what}")
         if isinstance(error, KeyError) and ATTENTION_NAME in first_line:
             proof = Proof(refusal=NO_HOOK)
     return replace(proof, seconds=time.perf_counter() - started)
+
+
+def _place(error: BaseException) -> str:
+    """The file and the function that raised it, or that ``time_limit`` interrupted."""
+    at = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != deadline.__file__][-1]
+    return f"{Path(at.filename).name}, {at.name}"
 
 
 def _compare(config: PretrainedConfig, max_sample: int | None, sizes: Small, seed: int, stretch: int) -> Proof:
@@ -131,7 +149,7 @@ def _compare(config: PretrainedConfig, max_sample: int | None, sizes: Small, see
 
     def compare_in(mode: Callable[[], Any], exact: float) -> Proof:
         proof = _compare_in(mode, exact, untouched, grouped, samples, images)
-        if proof.refusal or images:  # families with images are known by name, and so is their code
+        if proof.refusal:
             return proof
         return replace(proof, refusal=beyond_reach(config, max_sample, sizes, seed, stretch, mode, exact))
 
@@ -156,6 +174,9 @@ def _compare_in(
     batch, bugs = build_batch(Forest.of(samples)), SEEDED_BUGS
     with mode():
         policy = _policy(grouped)
+        policy.head.logits = _within(
+            mode, policy.head.logits
+        )  # called in the backward, for which autograd leaves the mode
         wanted = reference_logprobs(untouched, samples, more=reference_inputs(untouched, images))
         if images and policy.vision:
             policy.vision.pixels, bugs = images.pixels, bugs | image_bugs(images.config)
@@ -177,6 +198,14 @@ def _compare_in(
     ]
     refusal = f"the proof would not notice a bug: {', '.join(unseen)}" if unseen else ""
     return Proof(found.logprob, found.gradient, sizes, refusal, not_kept)
+
+
+def _within(mode: Callable[[], Any], call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def called(*args: Any) -> Tensor:
+        with mode():
+            return call(*args)
+
+    return called
 
 
 def _policy(model: PreTrainedModel) -> Policy:
@@ -207,15 +236,6 @@ def _not_kept(policy: Policy, samples: Sequence[Sample], wanted_L: Tensor, exact
     return "" if off <= exact else f"log-probs behind a kept prefix differ by {off:.1e} nats"
 
 
-def reference_inputs(untouched: PreTrainedModel, images: RandomImages | None) -> Callable[[Sample], dict[str, Any]]:
-    """What the untouched model is given beside a sample's token ids."""
-    vision = Vision.of(untouched)
-    if vision is None or images is None:
-        return lambda _: {}
-    vision.pixels = images.pixels
-    return vision.reference_inputs
-
-
 def _stretched(model: nn.Module, sample: Sample) -> float:
     """How much the untouched model's logits change if positions are twice as far apart: 0 in a model without positions."""
     ids = torch.tensor([sample.prompt_ids])
@@ -235,7 +255,15 @@ def _refusal(
     batch: GroupedBatch,
     images: RandomImages | None,
 ) -> str:
-    where = first_difference(untouched, policy, samples, batch, reference_inputs(untouched, images))
+    more = reference_inputs(untouched, images)
+    where = first_difference(untouched, policy, samples, batch, more)
+    with torch.no_grad():
+        one, two = (reference_logprobs(untouched, samples, more=more) for _ in range(2))
+    if (noise := (one - two).abs().max().item()) > EXACT:
+        where += (
+            f"; the untouched model itself differs by {noise:.1e} nats from one call to the next: in training it is random, or "
+            "changes with each call"
+        )
     return (
         f"log-probs differ from the untouched model's by {found.logprob:.1e} nats, gradients by {found.gradient:.1e} (relative, on "
         f"a small copy in float64); {where}"

@@ -7,7 +7,7 @@ all layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,11 +16,11 @@ from transformers import PretrainedConfig
 
 from pgrpo.admission.compare import first_difference, reference_logprobs, tokens_as_samples
 from pgrpo.admission.shrink import Small, shrink
-from pgrpo.admission.twins import twins
+from pgrpo.admission.twins import MOST_PARAMETERS, twins
+from pgrpo.admission.vision import RandomImages, reference_inputs
 from pgrpo.model.policy import Policy
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
-from pgrpo.types import Sample
 
 LONG = 1100
 """Tokens of the long sample, if samples of the run can be that long. A length in a model's code beyond it is not seen."""
@@ -65,23 +65,26 @@ def _difference(
     mode: Callable[[], AbstractContextManager[Any]],
     exact: float,
 ) -> str:
-    untouched, grouped = twins(config, seed)
-    samples = _samples(config.get_text_config().vocab_size, length, seed)
-    batch = build_batch(Forest.of(samples))
+    untouched, grouped = twins(config, seed, 10 * MOST_PARAMETERS)  # all layers are that many times as large
+    texts, images = _texts(config.get_text_config().vocab_size, length, seed), None
     with mode(), torch.no_grad():
         policy = Policy(grouped)
-        size = (policy(batch).logprobs - reference_logprobs(untouched, samples)).abs().max().item()
+        if policy.vision:
+            images = RandomImages(config, untouched, seed)
+            samples, policy.vision.pixels = images.long_samples(texts), images.pixels
+        else:
+            prompt, first, second, short, third = texts
+            samples = tokens_as_samples([prompt, short], [[first, second], [third]])
+        batch, more = build_batch(Forest.of(samples)), reference_inputs(untouched, images)
+        size = (policy(batch).logprobs - reference_logprobs(untouched, samples, more=more)).abs().max().item()
         if size <= exact:
             return ""
-        part = first_difference(untouched, policy, samples, batch)
+        part = first_difference(untouched, policy, samples, batch, more)
     return f"log-probs differ from the untouched model's by {size:.1e} nats {where} (small, in float64); {part}"
 
 
-def _samples(vocab: int, length: int, seed: int) -> Sequence[Sample]:
-    """A prompt with two completions, of which the longer sample has ``length`` tokens; and a short prompt with one."""
+def _texts(vocab: int, length: int, seed: int) -> list[list[int]]:
+    """A prompt and two completions, of which the longer sample has ``length`` tokens; a short prompt and its completion."""
     generator = torch.Generator().manual_seed(seed)
-    prompt, short, *completions = (
-        torch.randint(3, vocab - 4, (n,), generator=generator).tolist()
-        for n in (length - OWN, OWN // 2, OWN // 2, OWN, OWN)
-    )
-    return tokens_as_samples([prompt, short], [completions[:2], completions[2:]])
+    lengths = length - OWN, OWN // 2, OWN, OWN // 2, OWN
+    return [torch.randint(3, vocab - 4, (n,), generator=generator).tolist() for n in lengths]

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pgrpo.admission.compare import untouched_model
+from pgrpo.admission.shrink import UNKNOWN
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.planning.hub import new_model
 from pgrpo.vision.families import attention_names
@@ -33,18 +35,56 @@ class True64(TorchFunctionMode):
         return func(*swapped, **named)
 
 
-def twins(config: PretrainedConfig, seed: int) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The small model untouched and with grouped attention, with the same random weights, in float64."""
+MOST_PARAMETERS = 10**7
+"""Of a small copy: those that are exact have at most half a million."""
+
+
+class NotSmall(Exception):
+    """A config that did not shrink."""
+
+
+def twins(config: PretrainedConfig, seed: int, most: int = MOST_PARAMETERS) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The small model untouched and with grouped attention, with the same random weights, in float64.
+
+    Raises:
+        NotSmall: it has more than ``most`` parameters. Raised before their memory is written.
+    """
     torch.manual_seed(seed)
-    untouched = untouched_model(partial(_make, config)).double().train()
+    untouched = untouched_model(partial(_make, config, most)).double().train()
     _randomize(untouched, seed)
-    grouped = _make(config, ATTENTION_NAME).double().train()
+    grouped = _make(config, most, ATTENTION_NAME).double().train()
     grouped.load_state_dict(untouched.state_dict())
     return untouched, grouped
 
 
-def _make(config: PretrainedConfig, attention: str) -> PreTrainedModel:
-    return new_model(config, attention_names(config, attention), dtype=torch.float64)
+def _make(config: PretrainedConfig, most: int, attention: str) -> PreTrainedModel:
+    total = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal total
+        total += parameter.numel()
+        if total > most:
+            shape, integers = list(parameter.shape), _integers(config.to_dict())
+            large = (f"{key}={value} of its config" for key, value in integers if value in shape and value > UNKNOWN)
+            raise NotSmall(
+                f"a small copy of it is not small: with {type(module).__name__}.{name} of {shape} it has more than {most:,} "
+                f"parameters: {next(large, 'a size in its code')} was not made smaller"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        return new_model(config, attention_names(config, attention), dtype=torch.float64)
+    finally:
+        hook.remove()
+
+
+def _integers(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    """Keys and values, those of nested configs as well."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{name}", one) for name, one in _integers(value))
+        elif isinstance(value, int):
+            yield key, value
 
 
 @torch.no_grad()

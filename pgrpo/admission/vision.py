@@ -10,6 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pgrpo.admission.compare import tokens_as_groups
+from pgrpo.model.families.vision import Vision
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.types import Image, PromptImages, Sample
 from pgrpo.vision.families import FAMILIES, image_token_id
@@ -121,8 +122,26 @@ class RandomImages:
             samples += [replace(sample, images=images) for sample in group.samples]
         return samples
 
+    def long_samples(self, texts: Sequence[list[int]]) -> list[Sample]:
+        """``texts`` of a prompt with an image between its halves and of its two completions, and of a prompt with a completion."""
+        self.add("a", 0)
+        prompt, first, second, short, third = texts
+        half = len(prompt) // 2
+        ids, images = self.prompt([prompt[:half], "a", prompt[half:]])
+        long, other = tokens_as_groups([ids, short], [[first, second], [third]])
+        return [replace(sample, images=images) for sample in long.samples] + other.samples
+
     def _random(self, *shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+
+def reference_inputs(untouched: PreTrainedModel, images: RandomImages | None) -> Callable[[Sample], dict[str, Any]]:
+    """What the untouched model is given beside a sample's token ids."""
+    vision = Vision.of(untouched)
+    if vision is None or images is None:
+        return lambda _: {}
+    vision.pixels = images.pixels
+    return vision.reference_inputs
 
 
 def neighbours_image(batch: GroupedBatch) -> GroupedBatch | None:

@@ -10,10 +10,9 @@ from transformers import AutoModelForCausalLM
 from worker import long_tailed_groups, one_update, together
 
 from pgrpo.admission.compare import gradients, reference_logprobs
-from pgrpo.admission.proof import reference_inputs
 from pgrpo.admission.shrink import shrink
 from pgrpo.admission.twins import True64, twins
-from pgrpo.admission.vision import RandomImages
+from pgrpo.admission.vision import RandomImages, reference_inputs
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.distributed.sequence import Ulysses
 from pgrpo.model import recompute

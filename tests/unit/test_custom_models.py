@@ -2,12 +2,15 @@
 
 import json
 import re
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
 
 from pgrpo.admission import models as admission
+from pgrpo.admission import proof as proving
 from pgrpo.admission.models import check_model
 from pgrpo.admission.reach import LONG
 from pgrpo.config import ConfigError
@@ -155,10 +158,25 @@ REFUSED = {
         {"layer": BEYOND.format(length="config.windows[index]"), "values": {"windows": [4096, 4096]}},
         r"log-probs differ .* hidden states part in model\.layers\.0",
     ),
-    "noise": ({"layer": "hidden_states = hidden_states + 0.01 * torch.randn_like(hidden_states)"}, r"log-probs differ"),
+    "noise": (
+        {"layer": "hidden_states = hidden_states + 0.01 * torch.randn_like(hidden_states)"},
+        r"log-probs differ .* untouched model itself differs by \d\.\de-0[1-3] nats .*: in training it is random",
+    ),
     "a scale of logits by calls": (
         {"before": "self.counted += 1", "after": "output.logits = output.logits * (1 + 0.01 * self.model.counted)"},
-        r"log-probs differ",
+        r"log-probs differ .* hidden states are equal; the untouched model itself differs by .* changes with each call",
+    ),
+    "a size of an unknown name": (
+        {
+            "init": "self.table = nn.Linear(config.tower['rows'], 2500, bias=False)",
+            "values": {"tower": {"rows": 4001}},
+        },
+        r"not small: with Linear\.weight of \[2500, 4001\] it has more than 10,000,000 parameters: tower\.rows=4001 of its config "
+        "was not made smaller",
+    ),
+    "a size in its code": (
+        {"init": "self.table = nn.Parameter(torch.empty(10**4, 10**4))"},
+        r"with CustomModel\.table of \[10000, 10000\] .* a size in its code was not made smaller",
     ),
     "a path for caches only": (
         {"before": "assert past_key_values is not None, 'no cache'"},
@@ -194,7 +212,7 @@ def test_what_is_not_followed_is_refused_with_its_place(name, folder):
     parts, refusal = REFUSED[name]
     write(folder, **parts)
     with pytest.raises(
-        ConfigError, match=rf"^model\.path=m: grouped attention is not exact on this custom model: .*{refusal}"
+        ConfigError, match=rf"^model\.path=m: grouped attention is not proven on this custom model: .*{refusal}"
     ):
         check_model("m", config_of(folder), 8000)
 
@@ -204,6 +222,36 @@ def test_what_is_followed_is_exact(name, folder):
     write(folder, **EXACT[name])
     proof = check_model("m", config_of(folder), 200)
     assert proof.logprob < 1e-11 and proof.gradient < 1e-11 and min(proof.bugs.values()) > 1e-2
+
+
+@pytest.mark.parametrize("in_main", [True, False])
+def test_a_proof_that_takes_too_long_is_ended(in_main, folder, monkeypatch):
+    """In the main thread also a call that waits; in others one that returns. A later call has all of its time again."""
+    monkeypatch.setattr(proving, "MOST_SECONDS", 0.5)
+    write(folder, before="import time; [time.sleep(%s) for _ in range(10**6)]" % (100 if in_main else 0.01))
+    config, found = config_of(folder), []
+
+    def refused():
+        with pytest.raises(ConfigError) as raised:
+            check_model("m", config, 64)
+        found.append(str(raised.value))
+
+    began = time.monotonic()
+    thread = threading.Thread(target=refused)
+    run = refused if in_main else thread.start
+    run()
+    if not in_main:
+        thread.join(60)
+    assert time.monotonic() - began < 20
+    wanted = (
+        r"model\.path=m: grouped attention is not proven on this custom model: a small copy of it took longer than 0\.5 s "
+        r"\(in modeling_custom\.py, (forward|<listcomp>)\).* run it again when this one is idle; [^\n]*"
+    )
+    assert re.fullmatch(wanted, found[0])
+    monkeypatch.setattr(proving, "MOST_SECONDS", 60.0)
+    write(folder)
+    admission._proven.clear()
+    assert check_model("m", config, 64).logprob < 1e-11
 
 
 def test_changed_code_is_proven_again(folder):

@@ -196,7 +196,7 @@ ROTARY = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
             {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE},
             "hidden states part in model.rotary_emb",
         ),
-        ("llama4_text", {"attention_chunk_size": 32}, "not exact"),
+        ("llama4_text", {"attention_chunk_size": 32}, "not proven"),
         ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, r"weights are quantized \(mxfp4\)"),
         ("bloom", {}, "its attention does not call the hook"),
     ],

@@ -34,6 +34,7 @@ MECHANISMS = {
     "qwen3_next": "linear attention, experts",
     "olmo_hybrid": "linear attention with negative eigenvalues",
     "lfm3": "short convolutions of width 7",
+    "beam": "soft-capped logits that are asked for in float32",
 }
 
 
@@ -188,7 +189,7 @@ def test_a_proof_is_kept_until_something_that_it_depends_on_changes(proofs, tmp_
 
 def test_a_refusal_is_not_kept(proofs, tmp_path):
     for _ in range(2):
-        with pytest.raises(ConfigError, match=r"model\.path=m: grouped attention is not exact on this mamba model"):
+        with pytest.raises(ConfigError, match=r"model\.path=m: grouped attention is not proven on this mamba model"):
             check_model("m", AutoConfig.for_model("mamba"), 64)
     assert not list(Path(tmp_path).rglob("*.json"))
 
@@ -199,6 +200,28 @@ def test_the_proof_leaves_random_numbers_and_defaults_alone():
     assert torch.equal(state, torch.get_rng_state()) and torch.get_default_dtype() == dtype
     model = AutoModelForCausalLM.from_config(shrink(AutoConfig.for_model("llama")))
     assert model(torch.tensor([[1, 2]])).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("model_type", "refusal"),
+    [
+        ("phi4_multimodal", r"more than 10,000,000 parameters: audio_config\.hidden_size=1024 of its config was not"),
+        (
+            "blt",
+            r"with Embedding\.weight of \[3000012, 64\] it has more than 10,000,000 parameters: a size in its code was not",
+        ),
+        ("rwkv", r"more than 10,000,000 parameters: hidden_size=4096 of its config was not made smaller"),
+        ("phimoe", r"differs by \d\.\de-01 nats from one call to the next: in training it is random"),
+    ],
+)
+def test_why_a_type_is_refused(model_type, refusal):
+    proof = prove(AutoConfig.for_model(model_type))
+    assert re.search(refusal, proof.refusal) and proof.seconds < 20
+
+
+def test_a_model_that_differs_alike_in_every_call_is_not_called_random():
+    proof = prove(AutoConfig.for_model("minimax"))
+    assert "log-probs differ" in proof.refusal and "itself differs" not in proof.refusal
 
 
 def test_chunked_attention_is_refused_where_a_sample_is_longer_than_a_chunk(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from transformers import Qwen3_5Config
 
 from pgrpo.admission import proof
 from pgrpo.admission.compare import difference, gradients, reference_logprobs
-from pgrpo.admission.proof import prove, reference_inputs
+from pgrpo.admission.proof import prove
+from pgrpo.admission.reach import LONG
 from pgrpo.admission.shrink import few_layers
-from pgrpo.admission.vision import RandomImages, image_bugs
+from pgrpo.admission.vision import RandomImages, image_bugs, reference_inputs
 from pgrpo.config import ModelConfig
 from pgrpo.model.families.vision import WholeImages, freeze, tower_parameters
 from pgrpo.model.lora import add_adapters
@@ -72,6 +74,28 @@ def test_what_the_proof_cannot_see_of_images_is_refused(monkeypatch, window):
 
     monkeypatch.setattr(WholeImages, "attend", broken)
     assert "log-probs differ" in prove(CONFIGS["gemma3"]).refusal
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("qwen3_vl", "rows"), ("gemma3", "rows"), ("qwen2_5_vl", "layer"), ("idefics3", "layer")]
+)
+def test_models_with_images_are_proven_at_lengths_and_in_layers_that_no_config_names(name, changes, monkeypatch):
+    layer = type(decoder_layers(proof.twins(proof.shrink(CONFIGS[name]), 0)[1])[0])
+    forward = layer.forward
+
+    def changed(self, hidden_states, *args, **kwargs):
+        if changes == "rows" and hidden_states.shape[1] > 1024:
+            hidden_states = 1.5 * hidden_states
+        if changes == "layer" and self.self_attn.layer_idx == 7:
+            hidden_states = hidden_states * (1 + hidden_states.mean())
+        return forward(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", changed)
+    where = {
+        "rows": rf"in samples of {LONG} tokens .* hidden states part in model\.\S+\.0\.",
+        "layer": r"in a copy with all of its \d+ layers .* hidden states part in model\.\S+\.7\.",
+    }
+    assert re.search(where[changes], prove(CONFIGS[name]).refusal)
 
 
 @pytest.fixture(scope="module")
