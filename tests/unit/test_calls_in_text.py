@@ -202,10 +202,10 @@ def test_real_templates_between_two_turns(name):
     assert chat.family is family
     assert "".join("x" if t.problem else "r" if t.rewrites else "." for t in found) == transitions
     result = {"role": "tool", "name": "f", "tool_call_id": call_id(0), "content": "RES"}
-    end, ids = chat.told(["f"], [result])
+    end, written = chat.told(["f"], [result])
     assert tokenizer.convert_ids_to_tokens(end) in ends
-    assert tokenizer.decode(ids) == between
-    two = tokenizer.decode(chat.told(["f", "f"], [result, {**result, "content": "ANOTHER"}])[1])
+    assert tokenizer.decode(written.ids) == between
+    two = tokenizer.decode(chat.told(["f", "f"], [result, {**result, "content": "ANOTHER"}])[1].ids)
     assert two.index("RES") < two.index("ANOTHER") and two.endswith(between[between.index("RES") + 4 :][-8:])
 
 
@@ -283,8 +283,8 @@ def said_in(chat: Chat, turns: list[str], told: list[dict[str, Any]]) -> Transcr
 
     async def talk() -> Transcript:
         messages = [{"role": "user", "content": "go"}]
-        text, ids, *_ = chat.prompt_with(messages, [])
-        prompt = Prompt(0, text, ids, {}, messages)
+        written = chat.prompt_with(messages, [])
+        prompt = Prompt(0, written.text, written.ids, {}, messages)
         transcript = Transcript(prompt, 0, chat, EnvironmentConfig(history="fork"), Lengths(500, 5000), complete)
         for message in told:
             reply = await transcript.generate()
