@@ -22,7 +22,9 @@ from pgrpo.model.recompute import set_up_layers
 from pgrpo.model.weights import full_weights
 from pgrpo.planning.dims import ModelDims, decoder_layers
 from pgrpo.rollout.vllm import start
-from pgrpo.rollout.vllm.engine import EngineError, Scores, VLLMEngine
+from pgrpo.rollout.vllm.engine import EngineError, VLLMEngine
+from pgrpo.rollout.vllm.scores import Scores
+from pgrpo.rollout.vllm.sharing import Sharers
 from pgrpo.training import engine
 from pgrpo.training.engine import Canary, _cannot_compare_experts, check_engine
 from pgrpo.training.long_samples import set_up_long_samples
@@ -147,7 +149,7 @@ def test_other_choices_are_counted_whatever_their_order(chunks, policy, tmp_path
 def test_the_engine_gives_the_choices_of_the_rows_that_predict_completions(release):
     """vLLM 0.32 gives those of a prompt and of all sampled tokens but the last together; releases before it, the prompt's apart."""
     engine: Any = VLLMEngine.__new__(VLLMEngine)
-    engine.is_awake, engine.tp_group, engine.world, engine.compares_experts = True, None, WORLD, True
+    engine.is_awake, engine.sharers, engine.compares_experts = True, Sharers(WORLD, 1), True
 
     def run(asked, seed, take):
         for i, (given, _) in enumerate(asked):

@@ -347,7 +347,7 @@ def test_ranks_that_share_an_engine_exchange_requests_on_the_cpu(together, reque
         SamplingParams=dict, sampling_params=SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=0))
     )
     monkeypatch.setattr(vllm_start, "package", lambda: package)
-    monkeypatch.setattr(vllm.dist, "new_group", lambda ranks, backend=None: (tuple(ranks), backend))
+    monkeypatch.setattr(sharing.dist, "new_group", lambda ranks, backend=None: (tuple(ranks), backend))
     monkeypatch.setattr(sharing.dist, "all_gather_object", all_gather_object)
     world, tokenizer = World(2, 4, CPU, sequence_parallel_size=together), SimpleNamespace()
     one: Any = vllm.VLLMEngine(settings, world, tokenizer, [0], lambda: iter(()), set(), memory_share=0.5)  # pyright: ignore[reportArgumentType]
@@ -355,7 +355,7 @@ def test_ranks_that_share_an_engine_exchange_requests_on_the_cpu(together, reque
     one.requests = SimpleNamespace(run_all=lambda made, *_: asked.append([p["prompt_token_ids"] for p, _ in made]))
     one._sample([Request([7], [0])], SamplingParams(max_completion_tokens=4), lambda *_: None, no_more)
     assert gathered == [((2, 3), "gloo")] and asked == [requests]
-    assert one.tp_group == ((2, 3), None)
+    assert one.sharers.group == ((2, 3), None)
 
 
 @pytest.mark.parametrize("model_type", ["ernie4_5_vl_moe", "hrm_text", "olmo_hybrid"])

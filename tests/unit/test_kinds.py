@@ -26,7 +26,7 @@ from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.planning.flops import ModelDims
 from pgrpo.rollout.vllm.canary import CanaryError
-from pgrpo.rollout.vllm.engine import Scores
+from pgrpo.rollout.vllm.scores import Scores
 from pgrpo.training.engine import Canary
 
 SCRIPT = runpy.run_path(str(Path(__file__).resolve().parents[2] / "scripts" / "make_tiny_model.py"))

@@ -21,17 +21,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from pgrpo.config import Config
 from pgrpo.distributed.world import World
 from pgrpo.process.deadline import deadline
-from pgrpo.process.stopping import Stopped
 from pgrpo.rollout.base import More, OnFinished, Wait, no_more
 from pgrpo.rollout.text import Tokenizer, make_completions
 from pgrpo.rollout.vllm import start as vllm_start
@@ -39,27 +36,9 @@ from pgrpo.rollout.vllm.images import EngineImages, as_prompt, check_expanded
 from pgrpo.rollout.vllm.loading import load, shape_logits
 from pgrpo.rollout.vllm.offload import Offload
 from pgrpo.rollout.vllm.requests import DEADLINE, Asked, EngineError, Requests, vllm_errors
-from pgrpo.rollout.vllm.sharing import Shares
+from pgrpo.rollout.vllm.scores import Scores, read_scores
+from pgrpo.rollout.vllm.sharing import Sharers
 from pgrpo.types import Completion, Request, Sample, SamplingParams
-
-T = TypeVar("T")
-
-
-class Scores(NamedTuple):
-    """What an engine computes of given samples.
-
-    Attributes:
-        logprobs: at temperature 1, of all completion tokens, in order.
-        experts: [layers, A] of the rows that predict these, one after the other: the experts that vLLM chose. None unless
-            ``rollout.compare_experts``.
-    """
-
-    logprobs: list[float]
-    experts: list[np.ndarray] | None = None
-
-
-CHECK_EVERY = 16
-"""Ranks that share an engine exchange the stop signal once in this many decoding steps."""
 
 
 class VLLMEngine:
@@ -107,18 +86,11 @@ class VLLMEngine:
         self.metrics: dict[str, float] = {}
         self.offload, self.images = offload or Offload(), images
         vllm_start.prepare(config, world)
-        # Ranks that share an engine have one group for tensors, and one on the CPU for objects: an awake vLLM leaves no GPU memory.
-        self.tp_size, self.tp_group, self.tp_control = config.tensor_parallel_size, None, None
-        for first in range(0, world.size if self.tp_size > 1 else 0, self.tp_size):
-            ranks = list(range(first, first + self.tp_size))
-            # Collective: every rank makes every group.
-            groups = dist.new_group(ranks), dist.new_group(ranks, backend="gloo")
-            if world.rank in ranks:
-                self.tp_group, self.tp_control = groups
+        self.sharers = Sharers(world, config.tensor_parallel_size)
         allocated = self._allocated()
         with self.offload.away():  # vLLM refuses a share of memory that is not free when it starts
             self.llm, self.notes = vllm_start.start(config, world, memory_share, images)
-            self.requests = Requests(self.llm, self.seconds, self._stop_signal)
+            self.requests = Requests(self.llm, self.seconds, self.sharers.stop_signal)
             shape_logits(self._model(), lambda: self.divisor, banned)
             self._fall_asleep()
         self.counted_bytes = self._allocated() - allocated
@@ -144,14 +116,14 @@ class VLLMEngine:
                 raise
             self.is_awake = False
             started = self._now()
-            self._together(self._fall_asleep)
+            self.sharers.together(self._fall_asleep)
             self.metrics["time/sleep"] = self._now() - started
         self.metrics["time/offload"] = self.offload.seconds
         preempted = torch.tensor(
             [self.requests.preemptions - preemptions], dtype=torch.float64, device=self.world.device
         )
         self.metrics["rollout/preemptions"] = self.world.sum(preempted).item() / (
-            self.tp_size // self.world.sequence_parallel_size
+            self.sharers.size // self.world.sequence_parallel_size
         )
 
     def sample(
@@ -168,13 +140,11 @@ class VLLMEngine:
             RankFailed: the same on another rank.
             Stopped: a stop signal arrived on any rank.
         """
-        self._together(lambda: self._sample(requests, params, on_finished, more))
+        self.sharers.together(lambda: self._sample(requests, params, on_finished, more))
 
     def _sample(self, requests: Sequence[Request], params: SamplingParams, on_finished: OnFinished, more: More) -> None:
-        shares = None
-        if self.tp_group is not None:  # every rank of a shared engine submits all requests and keeps its own
-            place, together = self.world.rank % self.tp_size, self.world.sequence_parallel_size
-            shares = Shares(self.tp_control, self.tp_size, place, together, lambda: self.world.stop.signum)
+        shares = self.sharers.shares()
+        if shares is not None:  # every rank of a shared engine submits all requests and keeps its own
             if more is no_more:
                 requests = shares.gather(requests)
             else:
@@ -245,15 +215,9 @@ class VLLMEngine:
         )
         self._check_awake()
         outputs: dict[int, Any] = {}
-        prompts = [sample.prompt_ids + sample.token_ids for sample in samples]
-        asked = [({"prompt_token_ids": prompt}, request) for prompt in prompts]
-        self._together(lambda: self.requests.run(asked, 0, outputs.__setitem__))
-        tokens = [(i, at) for i, s in enumerate(samples) for at in range(len(s.prompt_ids), len(prompts[i]))]
-        logprobs = [outputs[i].prompt_logprobs[at][prompts[i][at]].logprob for i, at in tokens]
-        if not self.compares_experts:
-            return Scores(logprobs)
-        choices = {i: _choices_of_prompt(output, len(prompts[i])) for i, output in outputs.items()}
-        return Scores(logprobs, [choices[i][at - 1] for i, at in tokens])
+        asked = [({"prompt_token_ids": sample.prompt_ids + sample.token_ids}, request) for sample in samples]
+        self.sharers.together(lambda: self.requests.run(asked, 0, outputs.__setitem__))
+        return read_scores([outputs[i] for i in range(len(samples))], samples, with_experts=self.compares_experts)
 
     def close(self) -> None:
         """Shut the engine down. This destroys the process group, so it must be the last thing that a rank does."""
@@ -271,48 +235,20 @@ class VLLMEngine:
             DeliveryError, EngineError: not every weight arrived on this rank.
             RankFailed: the same on another rank.
         """
-        self._together(self._push)
+        self.sharers.together(self._push)
 
     def _push(self) -> None:
         load(
             self.llm, self._model(), self.weights(), self.weight_names, self._call,
-            is_packed=not self.sleeps, ranks=self.tp_size, rank=self.world.rank % self.tp_size,
-            sum_over_ranks=self._sum_over_engine,
+            is_packed=not self.sleeps, ranks=self.sharers.size, rank=self.sharers.rank,
+            sum_over_ranks=self.sharers.sum,
         )  # fmt: skip
         if self.images is not None:
             self.llm.llm_engine.reset_encoder_cache()  # its features are those of the tower before this push
 
-    def _sum_over_engine(self, values: Tensor) -> Tensor:
-        if self.tp_group is not None:
-            dist.all_reduce(values, group=self.tp_group)
-        return values
-
     def _check_awake(self) -> None:
         if not self.is_awake:
             raise EngineError("the engine is asleep: call sample and score inside awake()")
-
-    def _stop_signal(self, step: int) -> int:
-        """The signal number that arrived, or 0. Ranks that share an engine must stop at the same step, so they exchange it."""
-        if self.tp_group is None:
-            return self.world.stop.signum
-        if step % CHECK_EVERY:
-            return 0
-        flag = torch.tensor([self.world.stop.signum], device=self.world.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.tp_group)
-        return int(flag.item())
-
-    def _together(self, work: Callable[[], T]) -> T:
-        """Run ``work`` and raise on all ranks if it fails on one. With a shared engine only the failing rank raises: the others are
-        still inside the engine's collective calls, and the launcher ends them when this rank exits."""
-        if self.tp_group is None:
-            return self.world.together(work)
-        try:
-            result = work()
-        except Stopped:
-            self.world.check_stop()
-            raise
-        self.world.check_stop()
-        return result
 
     def _model(self) -> Any:
         return self.llm.apply_model(lambda model: model)[0]
@@ -329,7 +265,7 @@ class VLLMEngine:
         started = self._now()
         if self.sleeps:
             torch.cuda.empty_cache()  # the trainer's allocator gives its cached blocks back
-            self._together(lambda: self._call("wake_up", lambda: self.llm.wake_up(tags=[tag])))
+            self.sharers.together(lambda: self._call("wake_up", lambda: self.llm.wake_up(tags=[tag])))
         return self._now() - started
 
     def _fall_asleep(self) -> None:
@@ -339,19 +275,6 @@ class VLLMEngine:
     def _call(self, what: str, function: Callable[[], Any]) -> Any:
         with deadline(self.seconds, f"vLLM's {what}", DEADLINE), vllm_errors(what):
             return function()
-
-
-def _choices_of_prompt(output: Any, tokens: int) -> Any:
-    """[rows, layers, A] the experts that computed a prompt of so many tokens, for a request of one more. Some releases give them
-    apart from those of what was sampled, others (0.32) in front of them; the last sampled token has none."""
-    apart = getattr(output, "prompt_routed_experts", None)
-    found = output.outputs[0].routed_experts if apart is None else apart
-    if found is None or len(found) != tokens:
-        raise EngineError(
-            f"vLLM gave the experts of {0 if found is None else len(found)} rows of a prompt of {tokens}: "
-            "set rollout.compare_experts=false"
-        )
-    return found
 
 
 def _joint_seed(seeds: Sequence[Sequence[int]]) -> int:
