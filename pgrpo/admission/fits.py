@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from typing import Any
 
 from transformers import PretrainedConfig
 
-from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.config import Config, ConfigError, ModelConfig
 from pgrpo.planning.dims import ModelDims
+from pgrpo.planning.rope import fixed_ropes, positions
 
 log = logging.getLogger(__name__)
 
@@ -34,24 +34,19 @@ def check_positions(config: ModelConfig, hf_config: PretrainedConfig, max_sample
         )
 
 
-def positions(config: PretrainedConfig) -> int | None:
-    """Tokens of the longest sample that a model takes, with the RoPE scaling of its config; None if that says nothing.
+def check_sampled_positions(config: Config, hf_config: PretrainedConfig) -> None:
+    """Refuse samples beyond a model's own positions where vLLM's rotary embeddings are a table of that length, or depend on it.
 
-    ``max_position_embeddings`` is the length before scaling in some models and after it in others, so the larger one counts.
+    Raises:
+        ConfigError: names the kind of RoPE, and both lengths.
     """
-    config = config.get_text_config()
-    stated = getattr(config, "max_position_embeddings", None)
-    if stated is None:
-        return None
-    ropes = _ropes(getattr(config, "rope_parameters", None) or {})
-    return max(
-        stated, int(min(p.get("factor", 1.0) * p.get("original_max_position_embeddings", stated) for p in ropes))
-    )
-
-
-def _ropes(rope_parameters: dict[str, Any]) -> list[dict[str, Any]]:
-    """The RoPE settings of a model: one mapping, or one for each kind of layer."""
-    return [v for v in rope_parameters.values() if isinstance(v, dict)] or [rope_parameters]
+    most, kinds = positions(hf_config), fixed_ropes(hf_config)
+    if kinds and most is not None and config.max_sample_tokens > most:
+        raise ConfigError(
+            f"model.max_positions={config.model.max_positions}: vLLM computes positions of {config.model.path} up to {most} "
+            f"({', '.join(kinds)}), the longest sample has {config.max_sample_tokens} tokens: shorten it, raise the factor in the "
+            "model's config.json, or set rollout.engine=embedded"
+        )
 
 
 def check_chunks(config: ModelConfig, dims: ModelDims) -> None:

@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from rich.console import Console
 
-from pgrpo.admission.fits import check_chunks, check_heads, check_lora, check_positions
+from pgrpo.admission.fits import check_chunks, check_heads, check_lora, check_positions, check_sampled_positions
 from pgrpo.admission.models import check_model
 from pgrpo.admission.rows import check_rows
 from pgrpo.config import Config, ConfigError, check_world_size, to_yaml
@@ -71,6 +71,8 @@ def plan_text(config: Config) -> str:
     repeated = rollout.prompts_per_step * int(flat_work(prompt, completions, shared=False).rows.sum())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     planned = torch.device("cpu" if config.model.dtype == "float32" else "cuda")  # the device that the config is for
+    if engine_name(config, planned) == "vllm":
+        check_sampled_positions(config, hf_config)
     world = World(0, ranks, planned, fsdp_size=config.model.fsdp_size, sequence_parallel_size=together)
     if planned.type == device.type:  # else vLLM is somewhere else
         check_engine(config, dims, world)

@@ -36,6 +36,8 @@ VLLM_ACTIVATIONS_GIB = 2.0
 VLLM_BLOCK_TOKENS = 16
 UNCOUNTED_GIB, SLACK = 8.0, 1.25
 """Added to what vLLM's weights and cache can use, and by which that is multiplied before: activations, what is rounded up."""
+SAMPLER_BYTES = 16
+"""Of each logit while vLLM samples: at its start it tries as many rows as it may decode at once."""
 HOST_SHARE = 0.8
 """Share of the host's memory that ``rollout.offload_policy=auto`` and AdamW's offloaded moments may take together."""
 PLANNED_GPU = 85_045_346_304
@@ -249,20 +251,19 @@ def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
 
 def useful_gib(config: Config, dims: ModelDims, world: World) -> float:
     """GiB of a GPU beyond which vLLM's cache has nothing to hold, generously: at every step this memory is allocated and freed,
-    which takes longer the more it is. All samples of a step, as the turns of an episode stay in the cache between them; or
-    those of an evaluation, in which every completion may have a prompt of its own. No bound for images, whose tower needs
+    which takes longer the more it is. Samples of a step, or those of an evaluation, in which every completion may have a prompt of
+    its own. No bound for episodes, whose histories stay in the cache between turns and may branch, for images, whose tower needs
     memory of its own, and for states, whose blocks are of another size."""
-    if dims.tower is not None or dims.state_elements:
+    if config.has_tools or dims.tower is not None or dims.state_elements:
         return math.inf
     rollout, evaluation = config.rollout, config.eval
-    prompts = math.ceil(rollout.prompts_per_step * config.tensor_parallel_size / world.size)
     samples = evaluation.rows * evaluation.samples if evaluation.every else 0
     own = replace(config, rollout=replace(rollout, group_size=1))
     needed = max(
-        vllm_gib(config, dims, max(prompts * rollout.group_size, vllm_start.completions_at_once(config, world.size))),
+        vllm_gib(config, dims, vllm_start.completions_at_once(config, world.size)),
         vllm_gib(own, dims, min(samples, rollout.max_concurrent)),
     )
-    return SLACK * needed + UNCOUNTED_GIB
+    return SLACK * (needed + rollout.max_concurrent * dims.vocab * SAMPLER_BYTES / GIB) + UNCOUNTED_GIB
 
 
 def vllm_text(config: Config, dims: ModelDims, world: World) -> str:

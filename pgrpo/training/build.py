@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pgrpo.admission.fits import check_chunks, check_heads, check_lora, check_positions
+from pgrpo.admission.fits import check_chunks, check_heads, check_lora, check_positions, check_sampled_positions
 from pgrpo.admission.linear import check_linear
 from pgrpo.admission.models import check_model
 from pgrpo.admission.on_device import PROMPTS, check_on_device
@@ -131,6 +131,8 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
     hf_config = load_hf_config(config.model)
     max_sample = config.max_sample_tokens
     check_positions(config.model, hf_config, max_sample, config.sampled_limit)
+    if engine_name(config, world.device) == "vllm":
+        check_sampled_positions(config, hf_config)
     check_linear(config.model.path, hf_config, world.device)
     if ahead is not None:
         ahead.begin(hf_config)

@@ -204,25 +204,26 @@ def test_no_more_of_the_policy_makes_room_than_a_step_s_completions_need(install
 
 def test_vllm_gets_no_more_memory_than_a_step_or_an_evaluation_can_fill(installed, h100):
     """Qwen3-4B takes 7.49 GiB, and a token 144 KiB: 16 completions of 1,024 tokens and a block behind two prompts of 4,096 are
-    24,832 tokens; 8 held-out prompts with a completion each are 41,088."""
-    settings = config(prompts_per_step=2, group_size=8, offload_policy="never")
+    24,832 tokens; 8 held-out prompts with a completion each are 41,088. Logits of a row in the sampler take 2.3 MiB."""
+    settings = config(prompts_per_step=2, group_size=8, offload_policy="never", max_concurrent=100)
     settings.eval.every = 0
     weights, token = 2 * QWEN3_4B.parameters / 2**30, 144 * 2**10 / 2**30
 
-    def wanted(tokens: int) -> Any:
-        return pytest.approx((placement.SLACK * (weights + tokens * token) + placement.UNCOUNTED_GIB) / 80)
+    def wanted(tokens: int, rows: int = 100) -> Any:
+        sampler = rows * 151_936 * placement.SAMPLER_BYTES / 2**30
+        needed = weights + tokens * token + sampler
+        return pytest.approx((placement.SLACK * needed + placement.UNCOUNTED_GIB) / 80)
 
     assert placement.vllm_memory(settings, QWEN3_4B, ONE).share == wanted(24_832)
-    settings.rollout.max_concurrent = 4  # turns of the others wait in the cache
-    assert placement.vllm_memory(settings, QWEN3_4B, ONE).share == wanted(24_832)
     assert placement.vllm_memory(settings, QWEN3_4B, World(0, 2, GPU)).share == wanted(12_416)
-    settings.rollout.max_concurrent, settings.eval.every, settings.eval.rows = 256, 5, 4
-    settings.eval.samples = 2
+    settings.eval.every, settings.eval.rows, settings.eval.samples = 5, 4, 2
     assert placement.vllm_memory(settings, QWEN3_4B, ONE).share == wanted(41_088)
     settings.rollout.max_concurrent = 4
-    assert placement.vllm_memory(settings, QWEN3_4B, ONE).share == wanted(24_832)
+    assert placement.vllm_memory(settings, QWEN3_4B, ONE).share == wanted(4 * 5136, rows=4)
     for other in (replace(QWEN3_4B, state_elements=1), replace(QWEN3_4B, tower=object())):
         assert placement.useful_gib(settings, other, ONE) == math.inf  # pyright: ignore[reportArgumentType]
+    with_tools = replace(settings, tools=["tools.py:look"])  # pyright: ignore[reportArgumentType]
+    assert placement.useful_gib(with_tools, QWEN3_4B, ONE) == math.inf
     settings.rollout.gpu_memory_utilization = 0.6
     assert placement.vllm_memory(settings, QWEN3_4B, ONE).share == 0.6
 

@@ -8,11 +8,11 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from pgrpo.admission.compare import difference, gradients, reference_logprobs, tokens_as_samples
-from pgrpo.admission.fits import check_positions
+from pgrpo.admission.fits import check_positions, check_sampled_positions
 from pgrpo.admission.models import check_model
 from pgrpo.admission.seeded_bugs import SEEDED_BUGS
 from pgrpo.attention.hook import ATTENTION_NAME, UnsupportedAttentionError, attending
-from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.config import Config, ConfigError, ModelConfig
 from pgrpo.model.logprobs import LOGITS_PER_CHUNK
 from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.recompute import set_up_layers
@@ -257,6 +257,24 @@ def test_samples_longer_than_the_models_positions_are_refused(model_type, stated
     assert caplog.messages == [f"model.max_positions={most + 1} instead of {most}, by the model's config.json"]
     with pytest.raises(ConfigError, match="it has 5 positions, the longest sample 6 tokens"):
         check_positions(ModelConfig(path="m", max_positions=5), config, 6, "a limit")
+
+
+@pytest.mark.parametrize("kind", ["yarn", "linear"])
+def test_vllm_computes_no_positions_beyond_a_table_of_yarn(kind):
+    """Its table has 4 times 32,768 rows, whatever ``model.max_positions`` says; other kinds get a table of that length."""
+    rope = YARN | {"rope_type": kind, "original_max_position_embeddings": 32_768}
+    hf_config = transformers.AutoConfig.for_model("qwen3", max_position_embeddings=32_768, rope_parameters=rope)
+    config = Config(model=ModelConfig(path="m", max_positions=140_000))
+    config.data.max_prompt_tokens, config.rollout.max_completion_tokens = 131_072 - 64, 64
+    check_sampled_positions(config, hf_config)
+    config.rollout.max_completion_tokens += 1
+    if kind == "linear":
+        check_sampled_positions(config, hf_config)
+    else:
+        with pytest.raises(
+            ConfigError, match=r"max_positions=140000: vLLM .* up to 131072 \(yarn\), the longest sample has 131073"
+        ):
+            check_sampled_positions(config, hf_config)
 
 
 def test_the_bare_model_and_padded_batches_are_refused(tmp_path):

@@ -29,6 +29,7 @@ from torch._C._distributed_c10d import HashStore
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World
 from pgrpo.planning.hub import load_hf_config
+from pgrpo.planning.rope import fixed_ropes
 from pgrpo.process.caches import keeping_caches
 from pgrpo.process.deadline import deadline
 from pgrpo.process.rng import rng_state, set_rng_state
@@ -172,10 +173,11 @@ def start(config: Config, world: World, memory_share: float, images: EngineImage
 
 
 def _positions(config: Config) -> dict[str, Any]:
-    """``model.max_positions`` in the place of the config.json's, from which vLLM has the rows of its table of rotary embeddings."""
-    if config.model.max_positions is None:
-        return {}
+    """``model.max_positions`` in the place of the config.json's, from which vLLM has the rows of its table of rotary embeddings;
+    not where these have another length by their scaling, or other angles."""
     hf_config, own = load_hf_config(config.model), {"max_position_embeddings": config.model.max_positions}
+    if config.model.max_positions is None or fixed_ropes(hf_config):
+        return {}
     return {"hf_overrides": own if hf_config.get_text_config() is hf_config else {"text_config": own}}
 
 
