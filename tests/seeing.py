@@ -13,6 +13,7 @@ from transformers import (
     Idefics3Config,
     LlavaNextConfig,
     Qwen2_5_VLConfig,
+    Qwen3_5Config,
     Qwen3VLConfig,
     SmolVLMConfig,
 )
@@ -22,9 +23,11 @@ from pgrpo.config.task import ImageConfig
 from pgrpo.vision.reader import ImageReader
 
 MROPE = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
+PARTIAL = MROPE | {"mrope_section": [11, 11, 10], "mrope_interleaved": True, "partial_rotary_factor": 0.25}
 CONFIGS = {
     "qwen2_5_vl": Qwen2_5_VLConfig(text_config={"rope_parameters": MROPE}),
     "qwen3_vl": Qwen3VLConfig(text_config={"rope_parameters": MROPE | {"mrope_interleaved": True}}),
+    "qwen3_5": Qwen3_5Config(text_config={"rope_parameters": PARTIAL}),
     "gemma3": Gemma3Config(),
     "idefics3": Idefics3Config(),
     "smolvlm": SmolVLMConfig(),
@@ -32,6 +35,26 @@ CONFIGS = {
 }
 
 VISION = runpy.run_path(str(Path(__file__).resolve().parents[1] / "scripts" / "make_tiny_vision_model.py"))
+
+
+def qwen3_5_config(text: dict[str, Any] | None = None, tower: dict[str, Any] | None = None) -> Any:
+    """A tiny Qwen3.5 as published, with a layer of each kind, for the tokenizer and the images of the images quick start."""
+    values = VISION["make_config"]().to_dict()
+    own = {
+        "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    }  # fmt: skip
+    texts, towers = values["text_config"] | own | (text or {}), values["vision_config"] | (tower or {})
+    for one in (texts, towers):
+        one.pop("model_type")
+    texts["rope_parameters"] |= {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]} | (text or {}).get(
+        "rope_parameters", {}
+    )
+    towers.pop("deepstack_visual_indexes")
+    ids = {name: value for name, value in values.items() if name.endswith("_token_id")}
+    return Qwen3_5Config(
+        text_config=texts, vision_config=towers, **ids, tie_word_embeddings=texts["tie_word_embeddings"]
+    )
 
 
 def seeing_tokenizer() -> Any:

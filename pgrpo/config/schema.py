@@ -48,6 +48,9 @@ class ModelConfig:
     """An adapter's output is multiplied by `lora_alpha / lora_rank`."""
     lora_targets: list[str] = field(default_factory=list)
     """Names of the linear layers that get adapters, such as `q_proj`. Empty: all linear layers of the decoder layers."""
+    load_vision: bool = False
+    """Load the vision tower of a model that is published with one and otherwise trained as a language model, without it (Qwen3.5):
+    for prompts with images. Other models with images always have theirs."""
     train_vision: bool = False
     """Train the vision tower too. It then runs once an image and micro-batch; frozen, once an image and step."""
     train_projector: bool = False

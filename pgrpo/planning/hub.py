@@ -11,21 +11,24 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from pgrpo.config import ConfigError, ModelConfig
-from pgrpo.vision.families import auto_class
+from pgrpo.vision.families import TOWER_ON_REQUEST, WITHOUT_TOWER, auto_class
 
 
 def load_hf_config(config: ModelConfig) -> PretrainedConfig:
-    """The model's config.json.
+    """The model's config.json, marked where it has a tower that ``model.load_vision`` does not ask for.
 
     Raises:
         ConfigError: ``model.path`` has none.
     """
     try:
-        return AutoConfig.from_pretrained(
+        found = AutoConfig.from_pretrained(
             config.path, revision=config.revision, trust_remote_code=config.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={config.path}: cannot load this model: {load_error(error)}") from error
+    if found.model_type in TOWER_ON_REQUEST and not config.load_vision:
+        setattr(found, WITHOUT_TOWER, True)
+    return found
 
 
 def new_model(config: PretrainedConfig, attention: Any, **options: Any) -> PreTrainedModel:

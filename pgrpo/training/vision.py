@@ -17,7 +17,7 @@ from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.placement import engine_name, teacher_model
 from pgrpo.rollout.vllm.images import EngineImages
 from pgrpo.types import Prompt
-from pgrpo.vision.families import FAMILIES, WITHOUT_TOWER, Family, family_of, image_token_id
+from pgrpo.vision.families import FAMILIES, TOWER_ON_REQUEST, Family, family_of, image_token_id
 from pgrpo.vision.pixels import PixelStore
 from pgrpo.vision.processors import Processor
 from pgrpo.vision.reader import ImageReader
@@ -35,6 +35,11 @@ def image_reader(
         ConfigError: names the key that does not go with images, or with this model.
     """
     model, prompt, family = config.model, config.prompt, family_of(hf_config)
+    if model.load_vision and hf_config.model_type not in TOWER_ON_REQUEST:
+        raise ConfigError(
+            f"model.load_vision: true has no effect on a {hf_config.model_type} model: it is for {', '.join(TOWER_ON_REQUEST)}; "
+            "leave it out"
+        )
     if family is None:
         for key, value in (
             ("prompt.images_column", prompt.images_column),
@@ -43,10 +48,10 @@ def image_reader(
             ("environment.max_images", config.environment.max_images),
             *_image_keys(config),
         ):
-            if value and hf_config.model_type in WITHOUT_TOWER:
+            if value and hf_config.model_type in TOWER_ON_REQUEST:
                 raise ConfigError(
-                    f"{key}: {value}: a {hf_config.model_type} model is trained as a language model, without its vision tower, so "
-                    f"its prompts have no images; leave it out, or name a model of {', '.join(FAMILIES)}"
+                    f"{key}: {value}: a {hf_config.model_type} model is trained as a language model, without its vision tower; set "
+                    "model.load_vision=true, or leave it out"
                 )
             if value:
                 raise ConfigError(
@@ -56,7 +61,7 @@ def image_reader(
         return None
     _check_model(config, hf_config, family, world)
     if not (prompt.images_column or prompt.messages_column or config.environment.max_images):
-        for key in ("train_vision", "train_projector"):
+        for key in ("load_vision", "train_vision", "train_projector"):
             if getattr(model, key):
                 raise ConfigError(f"model.{key}: true has no effect on prompts without images; leave it out")
         for key, value in _image_keys(config):

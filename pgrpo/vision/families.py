@@ -41,20 +41,25 @@ class Family:
 FAMILIES = {
     "qwen2_5_vl": Family("visual", ("visual.merger",), positions_3d=True),
     "qwen3_vl": Family("visual", ("visual.merger", "visual.deepstack_merger_list"), positions_3d=True),
+    "qwen3_5": Family("visual", ("visual.merger",), positions_3d=True),
     "gemma3": Family("vision_tower", ("multi_modal_projector",), sees_whole_images=True),
     "idefics3": Family("vision_model", ("connector",), "text_model", tiles_dim=1),
     "smolvlm": Family("vision_model", ("connector",), "text_model", tiles_dim=1),
     "llava_next": Family("vision_tower", ("multi_modal_projector", "image_newline"), image_token="image_token_index"),
 }
 """Model type -> what is known of it."""
-WITHOUT_TOWER = ("qwen3_5", "qwen3_5_moe")
-"""Models with a tower that are loaded, trained, pushed and exported as language models, without it. Grouped attention is exact on
-Qwen3.5 with images too (``tests/unit/test_vision.py``)."""
+TOWER_ON_REQUEST = ("qwen3_5",)
+"""Models that are published with a tower and trained as language models, without it, unless ``model.load_vision`` asks for it."""
+WITHOUT_TOWER = "language_model_only"
+"""Set in the config of one of these, as it was loaded for a run without the tower. It is in no file: a language model's own config,
+which is exported, is the text config inside."""
 
 
 def family_of(config: PretrainedConfig) -> Family | None:
     """What is known of the model's images; None for a model without a vision tower, or of another family."""
-    return FAMILIES.get(config.model_type) if getattr(config, "vision_config", None) is not None else None
+    if getattr(config, "vision_config", None) is None or getattr(config, WITHOUT_TOWER, False):
+        return None
+    return FAMILIES.get(config.model_type)
 
 
 def image_token_id(config: PretrainedConfig) -> int:

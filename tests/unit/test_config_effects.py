@@ -206,6 +206,7 @@ EFFECTS = dict(
         effect("model.lora_rank", 4, "weights", "plan"),
         effect("model.lora_alpha", 8.0, "weights", base=LORA),
         effect("model.lora_targets", ["q_proj", "up_proj"], "weights", "plan", base=LORA),
+        effect("model.load_vision", True, "error"),
         effect("model.train_vision", True, "weights", base=SEEING),
         effect("model.train_projector", True, "weights", base=SEEING),
         effect("model.max_positions", 6, "error", "log"),

@@ -272,13 +272,6 @@ def test_vllm_is_refused_for_families_that_it_was_not_tested_on(folder, tmp_path
         vision.image_reader(config, AutoConfig.for_model("llava_next"), None, World(0, 1, torch.device("cpu")))  # pyright: ignore[reportArgumentType]
 
 
-def test_qwen3_5_is_trained_without_its_tower(folder, tmp_path):
-    config, world = config_of(folder, tmp_path / "run"), World(0, 1, torch.device("cpu"))
-    said = "prompt.images_column: images: a qwen3_5 model is trained as a language model, without its vision tower"
-    with pytest.raises(ConfigError, match=re.escape(said)):
-        vision.image_reader(config, AutoConfig.for_model("qwen3_5"), None, world)  # pyright: ignore[reportArgumentType]
-
-
 def test_vllm_needs_torchvision_for_images(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(vision, "find_spec", lambda _: None)
     config, world = config_of(folder, tmp_path / "run", "rollout.engine=vllm"), World(0, 1, torch.device("cpu"))
