@@ -86,7 +86,7 @@ def play(
     is_named = isinstance(environment, str) or (
         isinstance(environment, dict) and str in map(type, environment.values())
     )
-    nursery = Nursery(chosen.secrets) if named or is_named else None
+    nursery = Nursery(chosen.secrets, reader and reader.limits) if named or is_named else None
     kinds = load_kinds(None, chosen.args, environment, nursery)
     toolbox = Toolbox(load_tools(named, [tool for tool in tools if tool not in named], nursery), kinds, nursery=nursery)
     engine: Any = Scripted(script, tokenizer)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple, NoReturn, get_args
 
+from pgrpo.config.task import ImageConfig
 from pgrpo.environments.calls import CallFailed
 from pgrpo.environments.content import content_of
 from pgrpo.types import FinishReason, Messages
@@ -36,8 +37,8 @@ class Conversation:
         messages: all that was said, with the prompt's messages.
     """
 
-    def __init__(self, ask: Ask, messages: Messages, branch: int = 0) -> None:
-        self.messages, self._ask, self._branch = messages, ask, branch
+    def __init__(self, ask: Ask, messages: Messages, branch: int = 0, limits: ImageConfig | None = None) -> None:
+        self.messages, self._ask, self._branch, self._limits = messages, ask, branch, limits
         self._unheard: Messages = []
 
     async def generate(self) -> Said:
@@ -61,7 +62,7 @@ class Conversation:
             raise ValueError(f"a message has a role and a content, unlike {message!r:.80}")
         content = message.get("content")
         try:
-            shown = content_of(content)
+            shown = content_of(content, self._limits)
         except CallFailed as error:
             raise ValueError(str(error)) from None
         if isinstance(shown, str) and not isinstance(content, str | list):
@@ -73,7 +74,7 @@ class Conversation:
     async def fork(self) -> Conversation:
         """A second branch that begins with all that was said here. Its turns are trained on as well, with the same reward."""
         answer = await self._put("fork")
-        return Conversation(self._ask, [dict(message) for message in self.messages], answer["branch"])
+        return Conversation(self._ask, [dict(message) for message in self.messages], answer["branch"], self._limits)
 
     def end(self, reason: FinishReason = "stop") -> NoReturn:
         """End the episode here, with a reason for metrics. Returning from ``converse`` does the same with ``stop``."""
@@ -98,15 +99,19 @@ async def lead(converse: Callable[[Conversation], Awaitable[None]], conversation
 class Led:
     """A conversation that is led in this process, in steps from one question to the next. Lives on one event loop."""
 
-    def __init__(self, converse: Callable[[Conversation], Awaitable[None]], messages: Messages) -> None:
-        self._converse, self._messages = converse, messages
+    def __init__(
+        self, converse: Callable[[Conversation], Awaitable[None]], messages: Messages, limits: ImageConfig | None
+    ) -> None:
+        self._converse, self._messages, self._limits = converse, messages, limits
         self._task: asyncio.Task[FinishReason] | None = None
 
     async def step(self, answer: dict[str, Any] | None) -> dict[str, Any] | FinishReason:
         """Answer the last question (None: there is none yet). Returns the next one, or why the episode ended."""
         if self._task is None:
             self._turn, self._questions = asyncio.Lock(), asyncio.Queue[dict[str, Any]]()
-            self._task = asyncio.ensure_future(lead(self._converse, Conversation(self._ask, self._messages)))
+            self._task = asyncio.ensure_future(
+                lead(self._converse, Conversation(self._ask, self._messages, limits=self._limits))
+            )
         else:
             self._answer.set_result(answer)
         question = asyncio.ensure_future(self._questions.get())

@@ -15,7 +15,7 @@ from pgrpo.config.task import EnvironmentConfig
 from pgrpo.data.images import place
 from pgrpo.environments.calls import CallFailed, Calls, CallTimeout, Function, WorkerDied
 from pgrpo.environments.chat import Chat
-from pgrpo.environments.content import content_of, file_of, is_image
+from pgrpo.environments.content import content_of, file_of, said_at_reset
 from pgrpo.environments.conversation import Lengths, Transcript
 from pgrpo.environments.long_form import Ended
 from pgrpo.environments.parsing import Call, Reply
@@ -60,6 +60,7 @@ class Player:
         self._stage, self._seed, self._settings = stage, seed, stage.settings
         self._kind, self._chat, self._lengths = stage.kind, stage.chat, stage.lengths
         self._row, self._prompt = prompt, _in_parts(prompt)
+        self._limits = self._chat.reader and self._chat.reader.limits
         self._shown = 0  # images that tools and the environment gave
         self.environment: Any = None
         self._seconds = 0.0
@@ -136,7 +137,7 @@ class Player:
     async def _converse(self, talk: Transcript) -> FinishReason:
         """Let the environment lead: it asks for turns and branches until its ``converse`` returns."""
         begun = _as_row(talk.prompt).messages or []
-        step = step_of(self.environment, [dict(message) for message in begun])
+        step = step_of(self.environment, [dict(message) for message in begun], self._limits)
         answer, reached = None, None
         while True:
             try:
@@ -183,17 +184,12 @@ class Player:
             if self.environment is None:
                 self.environment = await self._call(self._kind.make, {})
             said = await self._call(self.environment.reset, row) if self._kind.abilities["can_reset"] else None
-            if said is None or (isinstance(said, str | list) and not said):
+            if said is not None and not isinstance(said, str):
+                said = await self._call(said_at_reset, {"said": said, "limits": self._limits})
+            if not said:
                 return self._prompt
-            if not (isinstance(said, str | list) or is_image(said)):
-                raise CallFailed(
-                    f"it gave {said!r:.80} ({type(said).__name__}); return a text, a list of messages or of blocks, or None"
-                )
-            if isinstance(said, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in said):
-                known = [isinstance(m.get("content"), str | list) or is_image(m.get("content")) for m in said]
-                if not all(known):
-                    raise CallFailed(f"the message {said[known.index(False)]!r:.80} has no text as its `content`")
-                more = [{**message, "content": await self._content(message.get("content"))} for message in said]
+            if isinstance(said, list) and "role" in said[0]:
+                more = [{**message, "content": await self._content(message["content"])} for message in said]
                 return self._prompt_after(self._prompt, more)
             return self._prompt_after(self._prompt, await self._content(said))
         except CallFailed as error:
@@ -225,7 +221,10 @@ class Player:
             CallFailed: it has an image that cannot be used, or more images than the episode may have.
             ImagesRefused: this run is not made for images.
         """
-        content = await asyncio.to_thread(content_of, result) if not isinstance(result, str) else content_of(result)
+        if isinstance(result, str):
+            return content_of(result)
+        # It runs the user's code, as `__str__`: its errors and its time are those of a call.
+        content = await self._call(content_of, {"result": result, "limits": self._limits})
         if not (images := images_in(content)):
             return content
         most, reader = self._settings.max_images, self._chat.reader

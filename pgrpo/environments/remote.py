@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from pgrpo.config.task import ImageConfig
 from pgrpo.environments.calls import CallFailed, Function, Remote
 from pgrpo.environments.long_form import Led
 from pgrpo.environments.workers import CLOSE_S, Nursery, Worker
@@ -120,11 +121,11 @@ class RemoteDialogue(Remote):
         return worker.exchange(answer) if answer is not None else worker.ask("converse", messages=self._messages)
 
 
-def step_of(instance: Any, messages: Messages) -> Function:
+def step_of(instance: Any, messages: Messages, limits: ImageConfig | None) -> Function:
     """``long_form.Led.step`` of an environment that leads the conversation, in this process or its own."""
     if isinstance(instance, RemoteEnvironment):
         return RemoteDialogue(instance._worker, messages)
-    return Led(instance.converse, messages).step
+    return Led(instance.converse, messages, limits).step
 
 
 def is_usable(instance: Any) -> bool:

@@ -115,7 +115,8 @@ def load_toolbox(config: Config, tools: Sequence[Callable[..., Any]] = (), envir
             f"environment.factory: {PYTHON} was given from Python; name it by file.py:Class, or pass environment=Class"
         )
     factory, args = config.environment.factory, config.environment.args
-    nursery = Nursery(config.environment.secrets) if named or (factory and environment is None) else None
+    has_workers = bool(named) or bool(factory and environment is None)
+    nursery = Nursery(config.environment.secrets, config.data.image) if has_workers else None
     if nursery is None and config.environment.secrets:
         raise ConfigError(
             f"environment.secrets: {config.environment.secrets} has no effect on tools and classes from Python, which run in this "

@@ -24,8 +24,9 @@ from typing import Any
 
 from pgrpo.config.fields import ConfigError
 from pgrpo.config.functions import load_function
+from pgrpo.config.task import ImageConfig
 from pgrpo.environments.calls import CallFailed, Loop, describe
-from pgrpo.environments.content import content_of, is_image
+from pgrpo.environments.content import content_of, said_at_reset
 from pgrpo.environments.long_form import Conversation, Ended, lead
 from pgrpo.environments.signatures import abilities, methods_of, said_of
 from pgrpo.environments.written import each_text
@@ -63,8 +64,8 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
 class Server:
     """The worker's side: runs the operations that the trainer names. It holds at most one instance of an environment."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+    def __init__(self, connection: socket.socket, limits: ImageConfig) -> None:
+        self._connection, self._limits = connection, limits
         self._async = Loop("pgrpo-tools")  # runs between calls too: clients keep connections alive
         self._environment: Any = None
         self._pid = os.getpid()
@@ -130,18 +131,11 @@ class Server:
         self._environment = load_function(name, "environment.factory")(**args)
 
     def reset(self, row: Mapping[str, Any]) -> Any:
-        """What ``reset`` says: a content, messages, or None; anything else is refused as it is in the trainer's process."""
-        said = self._run(self._environment.reset, row)
-        if not (is_image(said) or (isinstance(said, str | list) and said)):
-            return said
-        if isinstance(said, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in said):
-            return [self._message(message) for message in said]
-        return self._content(said)
-
-    def _message(self, message: dict[str, Any]) -> dict[str, Any]:
-        content = message.get("content")
-        is_known = is_image(content) or isinstance(content, str | list)
-        return message | {"content": self._content(content)} if is_known else message
+        """What ``reset`` says, as of ``said_at_reset``."""
+        said = said_at_reset(self._run(self._environment.reset, row), self._limits)
+        if isinstance(said, list) and "role" in said[0]:
+            return [message | {"content": _bounded(message["content"])} for message in said]
+        return None if said is None else _bounded(said)
 
     def method(self, name: str, arguments: Mapping[str, Any]) -> Content:
         return self._content(self._run(getattr(self._environment, name), arguments))
@@ -176,7 +170,7 @@ class Server:
         async def whole() -> str:
             nonlocal is_over
             try:
-                return await lead(self._environment.converse, Conversation(ask, messages))
+                return await lead(self._environment.converse, Conversation(ask, messages, limits=self._limits))
             finally:
                 is_over = True
                 async with one_at_a_time:  # the last word is the reason: no branch is still asking
@@ -194,12 +188,12 @@ class Server:
         result = function(**arguments)
         return self._async.finish(result) if hasattr(result, "__await__") else result
 
-    @staticmethod
-    def _content(result: Any) -> Content:
-        content = content_of(result)
-        if isinstance(content, str):
-            return content[:MOST_CHARACTERS]
-        return each_text(content, lambda text: text[:MOST_CHARACTERS])
+    def _content(self, result: Any) -> Content:
+        return _bounded(content_of(result, self._limits))
+
+
+def _bounded(content: Content) -> Content:
+    return each_text(content, lambda text: text[:MOST_CHARACTERS])
 
 
 def _json(value: Any) -> bytes:
@@ -224,8 +218,12 @@ def _is_there(group: int) -> bool:
     return True
 
 
-def nursery(control: socket.socket) -> None:
-    """Fork a worker for each socket that arrives. Returns when the trainer has ended."""
+def nursery(control: socket.socket, most_pixels: int) -> None:
+    """Fork a worker for each socket that arrives. Returns when the trainer has ended.
+
+    Args:
+        most_pixels: of an image that a tool gives, ``data.image.max_file_pixels``.
+    """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps them
     groups: list[int] = []
     while True:
@@ -242,13 +240,13 @@ def nursery(control: socket.socket) -> None:
         else:
             if pid == 0:
                 control.close()
-                _live(socket.socket(fileno=sockets[0]))
+                _live(socket.socket(fileno=sockets[0]), ImageConfig(max_file_pixels=most_pixels))
             groups = [*filter(_is_there, groups), pid]  # the number of a group that is gone may be another's
         for fd in sockets:
             os.close(fd)
 
 
-def _live(connection: socket.socket) -> None:
+def _live(connection: socket.socket, limits: ImageConfig) -> None:
     """The life of a worker, with its process group for what it starts. Never returns."""
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -256,6 +254,6 @@ def _live(connection: socket.socket) -> None:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a call that hangs ends with the nursery
         send(connection, str(os.getpid()).encode())
-        Server(connection).serve()
+        Server(connection, limits).serve()
     finally:
         os._exit(0)

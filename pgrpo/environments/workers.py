@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from pgrpo.config import ConfigError, remember
+from pgrpo.config.task import ImageConfig
 from pgrpo.environments.calls import START_S, CallFailed, WorkerDied, describe
 from pgrpo.environments.worker import receive, send
 
@@ -53,10 +54,12 @@ class Nursery:
 
     Args:
         secrets: names of environment variables that workers see beside those of everyone.
+        limits: of images that tools give.
     """
 
-    def __init__(self, secrets: Sequence[str] = ()) -> None:
+    def __init__(self, secrets: Sequence[str] = (), limits: ImageConfig | None = None) -> None:
         self._variables, self._lock = variables(secrets), threading.Lock()
+        self._limits = limits or ImageConfig()
         self._control: socket.socket | None = None
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != resource.RLIM_INFINITY and soft < FILES:
@@ -100,7 +103,7 @@ class Nursery:
         ours, theirs = socket.socketpair()
         code = (
             f"import sys; sys.path[:] = {sys.path!r}; import socket; from pgrpo.environments.worker import nursery; "
-            f"nursery(socket.socket(fileno={theirs.fileno()}))"
+            f"nursery(socket.socket(fileno={theirs.fileno()}), {self._limits.max_file_pixels})"
         )
         with theirs:
             process = subprocess.Popen(

@@ -374,7 +374,7 @@ def test_what_does_not_fit_is_left_out_with_a_note(reader):
     [
         (ImageConfig(max_pixels=32 * 32), 2, None),
         (ImageConfig(max_file_pixels=2000), None, "64 x 32 pixels are more than data.image.max_file_pixels=2000"),
-        (ImageConfig(max_file_pixels=1000), None, "an image of 6244 bytes is too large; make it smaller"),
+        (ImageConfig(max_file_pixels=1000), None, "64 x 32 pixels are more than data.image.max_file_pixels=1000"),
     ],
 )
 def test_limits_of_pixels_hold_for_told_images(tmp_path, limits, told_count, said):
