@@ -45,11 +45,13 @@ from pgrpo.distributed.fsdp import place
 from pgrpo.distributed.world import World, start
 from pgrpo.grpo import backward, update_policy
 from pgrpo.model.lora import add_adapters
+from pgrpo.placement.choices import compute_dtype
+from pgrpo.placement.layers import layer_plan
+from pgrpo.placement.sizes import plan_sizes
 from pgrpo.planning.dims import decoder_layers
-from pgrpo.planning.flops import GIB, ModelDims, mfu, peak_flops, update_flops
+from pgrpo.planning.flops import GIB, ModelDims, adapter_parameters, mfu, peak_flops, update_flops
 from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.memory import memory_plan
-from pgrpo.planning.placement import adapter_parameters, compute_dtype, layer_plan, plan_sizes
 from pgrpo.process.caches import use_caches
 from pgrpo.training.build import Learner
 from pgrpo.training.optim import build_optimizer

@@ -33,8 +33,8 @@ from pgrpo.commands.bench_report import Row, Shape, print_rows
 from pgrpo.config import Config, load_config
 from pgrpo.distributed.world import World, start
 from pgrpo.model.policy import Policy
+from pgrpo.placement.choices import is_compiled
 from pgrpo.planning.flops import GIB
-from pgrpo.planning.placement import is_compiled
 from pgrpo.types import Recompute
 
 

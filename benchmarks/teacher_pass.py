@@ -31,10 +31,10 @@ from pgrpo.distributed.fsdp import no_gradient, place
 from pgrpo.distributed.world import World, start
 from pgrpo.grpo import update_policy
 from pgrpo.model.policy import Policy
+from pgrpo.placement.choices import compute_dtype, teacher_model
 from pgrpo.planning.dims import ModelDims, decoder_layers
 from pgrpo.planning.flops import GIB, forward_flops
 from pgrpo.planning.memory import LayerPlan
-from pgrpo.planning.placement import compute_dtype, teacher_model
 from pgrpo.training.build import Learner
 from pgrpo.training.optim import build_optimizer
 from pgrpo.training.place import wrap

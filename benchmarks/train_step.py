@@ -29,9 +29,10 @@ from pgrpo.config import Config, load_config
 from pgrpo.distributed.fsdp import place
 from pgrpo.distributed.world import World, start
 from pgrpo.grpo import update_policy
+from pgrpo.placement.choices import compute_dtype
+from pgrpo.placement.layers import layer_plan
 from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import GIB, ModelDims, forward_flops
-from pgrpo.planning.placement import compute_dtype, layer_plan
 from pgrpo.process.caches import use_caches
 from pgrpo.training.build import Learner
 from pgrpo.training.optim import build_optimizer

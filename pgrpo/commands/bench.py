@@ -26,10 +26,10 @@ from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
+from pgrpo.placement.choices import check_device, compute_dtype, is_compiled
 from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import GIB, ModelDims, adapter_parameters, flop_ratio, forward_flops, mfu, rho, update_flops
 from pgrpo.planning.hub import load_hf_config
-from pgrpo.planning.placement import check_device, compute_dtype, is_compiled
 from pgrpo.process.caches import use_caches
 from pgrpo.training.place import wrap
 from pgrpo.types import Recompute, Sample

@@ -14,24 +14,14 @@ from pgrpo.admission.models import check_model
 from pgrpo.admission.rows import check_rows
 from pgrpo.config import Config, ConfigError, check_world_size, to_yaml
 from pgrpo.distributed.world import World, world_size
+from pgrpo.placement.choices import attention_choice, engine_choice, engine_name, is_compiled, teacher_model
+from pgrpo.placement.layers import keepable_tokens, layer_plan
+from pgrpo.placement.sizes import gpu_memory, most_image_tokens, plan_sizes
+from pgrpo.placement.vllm_memory import vllm_memory, vllm_text
 from pgrpo.planning.flops import GIB, ModelDims, adapter_parameters, flat_work, rho, update_flops
 from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.kept import kept_text, longest_kept, why_none_kept
 from pgrpo.planning.memory import LayerPlan, memory_plan
-from pgrpo.planning.placement import (
-    attention_choice,
-    engine_choice,
-    engine_name,
-    gpu_memory,
-    is_compiled,
-    keepable_tokens,
-    layer_plan,
-    most_image_tokens,
-    plan_sizes,
-    teacher_model,
-    vllm_memory,
-    vllm_text,
-)
 from pgrpo.process.caches import cache_root
 from pgrpo.training.engine import check_engine
 from pgrpo.types import Recompute

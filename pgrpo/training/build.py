@@ -27,16 +27,11 @@ from pgrpo.environments.transitions import Transition
 from pgrpo.model.families.experts import experts_text, untrained_text
 from pgrpo.model.families.linear import states_text
 from pgrpo.model.policy import Policy
+from pgrpo.placement.choices import attention_choice, check_device, engine_name, is_compiled
+from pgrpo.placement.layers import keepable_tokens
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.hub import load_error, load_hf_config
 from pgrpo.planning.kept import kept_text, longest_kept, why_none_kept
-from pgrpo.planning.placement import (
-    attention_choice,
-    check_device,
-    engine_name,
-    is_compiled,
-    keepable_tokens,
-)
 from pgrpo.process.caches import use_caches
 from pgrpo.process.rng import seed_all
 from pgrpo.rewards.runner import RewardRunner

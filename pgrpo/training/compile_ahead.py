@@ -37,9 +37,11 @@ from pgrpo.model.lora import adapters_off
 from pgrpo.model.policy import load_hf_config
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
+from pgrpo.placement.choices import is_compiled
+from pgrpo.placement.layers import free_beside_policy, layer_plan
+from pgrpo.placement.sizes import gpu_memory
 from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.planning.memory import LayerPlan
-from pgrpo.planning.placement import free_beside_policy, gpu_memory, is_compiled, layer_plan
 from pgrpo.process.caches import FOLDERS, use_caches
 from pgrpo.process.exit import run_and_leave
 from pgrpo.training.place import place_policy

@@ -25,9 +25,10 @@ from pgrpo.model.recompute import not_compiled
 from pgrpo.model.weights import full_weights, weight_names
 from pgrpo.packing.batch import GroupedBatch, build_batch
 from pgrpo.packing.forest import Forest
+from pgrpo.placement.choices import compute_dtype, engine_choice, engine_name
+from pgrpo.placement.vllm_memory import vllm_memory
 from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import ModelDims
-from pgrpo.planning.placement import compute_dtype, engine_choice, engine_name, vllm_memory
 from pgrpo.rollout.base import RolloutEngine
 from pgrpo.rollout.embedded.engine import EmbeddedEngine
 from pgrpo.rollout.vllm import canary

@@ -15,18 +15,13 @@ from pgrpo.model.families.vision import freeze
 from pgrpo.model.lora import add_adapters
 from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.recompute import set_up_layers
+from pgrpo.placement.choices import attention_choice, compute_dtype, is_compiled, teacher_model
+from pgrpo.placement.layers import layer_plan
+from pgrpo.placement.sizes import recomputes_tower
 from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.memory import LayerPlan
-from pgrpo.planning.placement import (
-    attention_choice,
-    compute_dtype,
-    is_compiled,
-    layer_plan,
-    recomputes_tower,
-    teacher_model,
-)
 from pgrpo.training.long_samples import set_up_long_samples
 
 

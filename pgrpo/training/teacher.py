@@ -11,9 +11,9 @@ from pgrpo.admission.models import check_model
 from pgrpo.admission.proof import Proof
 from pgrpo.admission.rows import check_rows
 from pgrpo.config import Config, ConfigError
+from pgrpo.placement.choices import attention_choice, teacher_model
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.hub import load_error, load_hf_config
-from pgrpo.planning.placement import attention_choice, teacher_model
 
 
 def check_teacher(config: Config, tokenizer: PreTrainedTokenizerBase, vocab_size: int, device: torch.device) -> Proof:

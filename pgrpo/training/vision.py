@@ -13,8 +13,8 @@ from pgrpo.config import Config, ConfigError
 from pgrpo.config.task import ImageConfig
 from pgrpo.distributed.world import World
 from pgrpo.model.policy import Policy
+from pgrpo.placement.choices import engine_name, teacher_model
 from pgrpo.planning.hub import load_hf_config
-from pgrpo.planning.placement import engine_name, teacher_model
 from pgrpo.rollout.vllm.images import EngineImages
 from pgrpo.types import Prompt
 from pgrpo.vision.families import FAMILIES, TOWER_ON_REQUEST, Family, family_of, image_token_id

@@ -18,9 +18,11 @@ from pgrpo.distributed.world import World
 from pgrpo.grpo import backward
 from pgrpo.model import recompute
 from pgrpo.model.policy import load_hf_config
+from pgrpo.placement.layers import free_beside_policy
+from pgrpo.placement.sizes import USABLE_SHARE, gpu_memory, plan_sizes
 from pgrpo.planning.dims import ModelDims
+from pgrpo.planning.flops import GIB
 from pgrpo.planning.memory import LayerPlan, memory_plan
-from pgrpo.planning.placement import GIB, USABLE_SHARE, free_beside_policy, gpu_memory, plan_sizes
 from pgrpo.process.pinned import SETTING, pin_with_threads
 from pgrpo.training import compile_ahead
 from pgrpo.training.build import Learner, initial_model

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from pgrpo.config import Config, ConfigError, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import World
-from pgrpo.planning import placement
+from pgrpo.placement import vllm_memory as memory
 from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.rollout.base import no_more
 from pgrpo.rollout.vllm import engine as vllm
@@ -98,15 +98,15 @@ def h100(monkeypatch):
     """A GPU of 80 GiB beside 128 of host memory; returns what sets other sizes."""
 
     def sizes(gpu: float, host: float = 128) -> None:
-        monkeypatch.setattr(placement, "gpu_memory", lambda _: gpu * GIB)
-        monkeypatch.setattr(placement, "host_memory", lambda: host * GIB)
+        monkeypatch.setattr(memory, "gpu_memory", lambda _: gpu * GIB)
+        monkeypatch.setattr(memory, "host_memory", lambda: host * GIB)
 
     sizes(80)
     return sizes
 
 
 WEIGHTS = 4 * QWEN3_4B.parameters / GIB  # 15
-USABLE = 80 * placement.USABLE_SHARE - placement.SLEEPING_VLLM_GIB
+USABLE = 80 * memory.USABLE_SHARE - memory.SLEEPING_VLLM_GIB
 ONE = World(0, 1, GPU)
 
 
@@ -163,20 +163,20 @@ def test_cuda_graphs_are_captured_up_to_twice_what_is_decoded_at_once():
 def test_memory_share(installed, h100):
     """What the policy holds between updates is vLLM's loss: 15 GiB of float32 weights here, beside 80; and what it takes itself."""
     stays = config(offload_policy="never")
-    share = placement.vllm_memory(stays, QWEN3_4B, ONE).share
+    share = memory.vllm_memory(stays, QWEN3_4B, ONE).share
     assert share == pytest.approx((USABLE - WEIGHTS) / 80) and 0.65 < share < 0.7
     stays.optim.offload = "none"
-    assert placement.vllm_memory(stays, QWEN3_4B, ONE).share == pytest.approx((USABLE - 3 * WEIGHTS) / 80)
-    assert placement.vllm_memory(config(gpu_memory_utilization=0.3), QWEN3_4B, ONE) == (0.3, (), 0.0)
+    assert memory.vllm_memory(stays, QWEN3_4B, ONE).share == pytest.approx((USABLE - 3 * WEIGHTS) / 80)
+    assert memory.vllm_memory(config(gpu_memory_utilization=0.3), QWEN3_4B, ONE) == (0.3, (), 0.0)
     h100(24)
     with pytest.raises(
         ConfigError,
         match=r"beside the policy's 15 GiB of 24, and 6 for CUDA, its graphs and libraries, 3 are left for vLLM, which needs 9 .*: "
         r"set optim.offload=cpu or model.lora_rank, rollout.offload_policy=auto, use more",
     ):
-        placement.vllm_memory(stays := config(offload_policy="never"), QWEN3_4B, ONE)
+        memory.vllm_memory(stays := config(offload_policy="never"), QWEN3_4B, ONE)
     stays.rollout.offload_policy = "auto"
-    assert placement.vllm_memory(stays, QWEN3_4B, ONE).share == pytest.approx(placement.USABLE_SHARE - 4 / 24)
+    assert memory.vllm_memory(stays, QWEN3_4B, ONE).share == pytest.approx(memory.USABLE_SHARE - 4 / 24)
 
 
 def test_no_more_of_the_policy_makes_room_than_a_step_s_completions_need(installed, h100):
@@ -185,7 +185,7 @@ def test_no_more_of_the_policy_makes_room_than_a_step_s_completions_need(install
     def chosen(offload: Literal["none", "cpu"] = "none", **rollout):
         settings = config(**rollout)
         settings.optim.offload = offload
-        return placement.vllm_memory(settings, QWEN3_4B, ONE)
+        return memory.vllm_memory(settings, QWEN3_4B, ONE)
 
     assert chosen("cpu").offloaded == ("weights",)
     assert chosen("cpu").share == pytest.approx(USABLE / 80)
@@ -210,38 +210,38 @@ def test_vllm_gets_no_more_memory_than_a_step_or_an_evaluation_can_fill(installe
     weights, token = 2 * QWEN3_4B.parameters / 2**30, 144 * 2**10 / 2**30
 
     def wanted(tokens: int, rows: int = 100) -> Any:
-        sampler = rows * 151_936 * placement.SAMPLER_BYTES / 2**30
+        sampler = rows * 151_936 * memory.SAMPLER_BYTES / 2**30
         needed = weights + tokens * token + sampler
-        return pytest.approx((placement.SLACK * needed + placement.UNCOUNTED_GIB) / 80)
+        return pytest.approx((memory.SLACK * needed + memory.UNCOUNTED_GIB) / 80)
 
-    assert placement.vllm_memory(settings, QWEN3_4B, ONE).share == wanted(24_832)
-    assert placement.vllm_memory(settings, QWEN3_4B, World(0, 2, GPU)).share == wanted(12_416)
+    assert memory.vllm_memory(settings, QWEN3_4B, ONE).share == wanted(24_832)
+    assert memory.vllm_memory(settings, QWEN3_4B, World(0, 2, GPU)).share == wanted(12_416)
     settings.eval.every, settings.eval.rows, settings.eval.samples = 5, 4, 2
-    assert placement.vllm_memory(settings, QWEN3_4B, ONE).share == wanted(41_088)
+    assert memory.vllm_memory(settings, QWEN3_4B, ONE).share == wanted(41_088)
     settings.rollout.max_concurrent = 4
-    assert placement.vllm_memory(settings, QWEN3_4B, ONE).share == wanted(4 * 5136, rows=4)
+    assert memory.vllm_memory(settings, QWEN3_4B, ONE).share == wanted(4 * 5136, rows=4)
     for other in (replace(QWEN3_4B, state_elements=1), replace(QWEN3_4B, tower=object())):
-        assert placement.useful_gib(settings, other, ONE) == math.inf  # pyright: ignore[reportArgumentType]
+        assert memory.useful_gib(settings, other, ONE) == math.inf  # pyright: ignore[reportArgumentType]
     with_tools = replace(settings, tools=["tools.py:look"])  # pyright: ignore[reportArgumentType]
-    assert placement.useful_gib(with_tools, QWEN3_4B, ONE) == math.inf
+    assert memory.useful_gib(with_tools, QWEN3_4B, ONE) == math.inf
     settings.rollout.gpu_memory_utilization = 0.6
-    assert placement.vllm_memory(settings, QWEN3_4B, ONE).share == 0.6
+    assert memory.vllm_memory(settings, QWEN3_4B, ONE).share == 0.6
 
 
 def test_host_memory_bounds_what_auto_moves(installed, h100, monkeypatch):
     settings = config()
     settings.optim.offload = "none"
-    h100(80, host=1.01 * 3 * WEIGHTS / placement.HOST_SHARE)
-    assert placement.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ("weights", "moments")
-    h100(80, host=0.99 * 3 * WEIGHTS / placement.HOST_SHARE)
-    assert placement.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ("weights",)
+    h100(80, host=1.01 * 3 * WEIGHTS / memory.HOST_SHARE)
+    assert memory.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ("weights", "moments")
+    h100(80, host=0.99 * 3 * WEIGHTS / memory.HOST_SHARE)
+    assert memory.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ("weights",)
     settings.optim.offload = "cpu"  # the moments take that memory
-    assert placement.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ()
+    assert memory.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ()
     settings.rollout.offload_policy = "always"
-    assert placement.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ("weights",)
+    assert memory.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ("weights",)
     settings.rollout.offload_policy, settings.optim.offload = "auto", "none"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # each rank of this host takes as much
-    assert placement.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ()
+    assert memory.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ()
 
 
 def test_the_log_says_how_many_completions_fit_vllms_cache(caplog):

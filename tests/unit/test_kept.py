@@ -35,7 +35,8 @@ from pgrpo.packing import balance
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Work, length
-from pgrpo.planning import placement
+from pgrpo.placement import layers
+from pgrpo.placement.sizes import plan_sizes
 from pgrpo.planning.dims import ModelDims, decoder_layers
 from pgrpo.planning.kept import kept_text, longest_kept, why_none_kept
 from pgrpo.planning.memory import memory_plan
@@ -436,13 +437,13 @@ def test_no_more_tokens_are_kept_than_the_memory_plan_has_room_for(states, monke
     config.model.activation_checkpointing, config.data.max_prompt_tokens, config.train.token_budget = "full", 9000, 9600
     shape = json.loads((ROOT / "benchmarks" / "qwen3_4b" / "config.json").read_text())
     dims, world = replace(ModelDims.from_config(shape), state_elements=states), World(0, 1, torch.device("cuda"))
-    sizes: dict[str, Any] = placement.plan_sizes(config, dims, world, world.device)
+    sizes: dict[str, Any] = plan_sizes(config, dims, world, world.device)
     sizes["recompute"] = ["full"] * dims.layers
     none, some = (memory_plan(dims, **sizes | {"kept_tokens": n}).update for n in (0, 5000))
 
     def keepable(room):
-        monkeypatch.setattr(placement, "_capacity_gib", lambda *_: room)
-        return placement.keepable_tokens(config, dims, world)
+        monkeypatch.setattr(layers, "_capacity_gib", lambda *_: room)
+        return layers.keepable_tokens(config, dims, world)
 
     assert keepable(some + 1e-6) == 5000 and keepable(some - 1e-6) == 4999
     assert keepable(none - 1) == keepable(none - 1e-3) == 0 and keepable(none + 99) == 9000

@@ -15,10 +15,12 @@ from pgrpo.attention.kernels.flash import choose_kernel
 from pgrpo.commands import doctor
 from pgrpo.config import Config, ConfigError, ModelConfig
 from pgrpo.distributed.world import World
-from pgrpo.planning import placement
+from pgrpo.placement import layers, vllm_memory
+from pgrpo.placement.choices import attention_choice, check_device, is_compiled
+from pgrpo.placement.layers import layer_plan
+from pgrpo.placement.sizes import PLANNED_GPU, SLEEPING_VLLM_GIB, USABLE_SHARE, plan_sizes
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.memory import memory_plan
-from pgrpo.planning.placement import attention_choice, check_device, is_compiled, layer_plan, plan_sizes
 from pgrpo.types import Recompute
 
 DIMS = ModelDims.from_config(
@@ -176,7 +178,7 @@ def test_doctor_goes_on_when_flash_attn_is_damaged(hopper, capsys):
 
 def test_auto_checkpointing_on_a_gpu_spares_the_last_layers(monkeypatch):
     """80 GiB, moments in host memory: some layers recompute, the first ones."""
-    monkeypatch.setattr(placement, "gpu_memory", lambda device: 80 * 2**30)
+    monkeypatch.setattr(layers, "gpu_memory", lambda device: 80 * 2**30)
     chosen = config()
     chosen.optim.offload = "cpu"
     modes = layer_plan(chosen, DIMS, World(0, 1, GPU)).recompute
@@ -191,7 +193,8 @@ def test_auto_checkpointing_on_a_gpu_spares_the_last_layers(monkeypatch):
 def test_a_long_group_that_fits_a_micro_batch_is_not_recomputed_for_kept_prefixes(monkeypatch, prompts):
     """On 80 GB beside vLLM with 128 GiB of host memory; keys and values of 131,072 tokens and their gradients take 36 GiB. A
     group that the budget cuts does need them."""
-    monkeypatch.setattr(placement, "host_memory", lambda: 128 * 2**30)
+    for module in (layers, vllm_memory):
+        monkeypatch.setattr(module, "host_memory", lambda: 128 * 2**30)
     long = config(max_positions=140_000)
     long.rollout.engine, long.rollout.prompts_per_step, long.rollout.group_size = "vllm", prompts, 8
     long.data.max_prompt_tokens, long.rollout.max_completion_tokens = 131_072, 1024
@@ -199,11 +202,11 @@ def test_a_long_group_that_fits_a_micro_batch_is_not_recomputed_for_kept_prefixe
     plan = layer_plan(long, DIMS, World(0, 1, GPU))
     assert plan.recompute.count("full") >= 30 and plan.recompute.count("offload") <= 6 and plan.mlp_chunks == 1
     sizes = plan_sizes(long, DIMS, World(0, 1, GPU), GPU)
-    kept = placement.keepable_tokens(long, DIMS, World(0, 1, GPU))
+    kept = layers.keepable_tokens(long, DIMS, World(0, 1, GPU))
     assert sizes["kept_tokens"] == (131_072 if prompts > 1 else 0) and kept < 10_000
     sizes["kept_tokens"] = kept
     planned = memory_plan(DIMS, recompute=plan.recompute, **sizes)
-    assert planned.update < placement.USABLE_SHARE * placement.PLANNED_GPU / 2**30 - placement.SLEEPING_VLLM_GIB
+    assert planned.update < USABLE_SHARE * PLANNED_GPU / 2**30 - SLEEPING_VLLM_GIB
     long.train.token_budget = 131_072 + 4096
     assert layer_plan(long, DIMS, World(0, 1, GPU)).recompute == ["offload"] * 36
 

@@ -1,0 +1,142 @@
+"""Shares a GPU's memory between the policy and vLLM, which use it in turn."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from typing import NamedTuple
+
+from pgrpo.config import Config, ConfigError
+from pgrpo.distributed.world import World
+from pgrpo.placement.choices import compute_dtype
+from pgrpo.placement.sizes import HOST_SHARE, SLEEPING_VLLM_GIB, USABLE_SHARE, gpu_memory, host_memory, plan_sizes
+from pgrpo.planning.flops import GIB, ModelDims
+from pgrpo.planning.memory import MemoryPlan, memory_plan
+from pgrpo.rollout.vllm import start as vllm_start
+
+VLLM_ACTIVATIONS_GIB = 2.0
+"""GPU memory within vLLM's share that is neither weights nor cache: activations of its largest prefill."""
+VLLM_BLOCK_TOKENS = 16
+UNCOUNTED_GIB, SLACK = 8.0, 1.25
+"""Added to what vLLM's weights and cache can use, and by which that is multiplied before: activations, what is rounded up."""
+SAMPLER_BYTES = 16
+"""Of each logit while vLLM samples: at its start it tries as many rows as it may decode at once."""
+CPU_SHARE = 0.2
+"""Share of the host's memory for vLLM's weights, keys and values where there is no GPU."""
+
+
+class VLLMMemory(NamedTuple):
+    """vLLM's part of a GPU's memory.
+
+    Attributes:
+        share: of the GPU's memory, for weights, keys and values (vLLM's ``gpu_memory_utilization``).
+        offloaded: parts of the memory plan that are in host memory while vLLM samples: ``weights``, ``moments``.
+        offloaded_gib: their size.
+    """
+
+    share: float
+    offloaded: tuple[str, ...] = ()
+    offloaded_gib: float = 0.0
+
+    @property
+    def text(self) -> str:
+        away = f", which gets the policy's {' and '.join(self.offloaded)} out of its way ({self.offloaded_gib:.1f} GiB)"
+        return f"gpu_memory_utilization {self.share:.2f}{away if self.offloaded else ''}"
+
+
+def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
+    """What vLLM gets of this GPU: ``rollout.gpu_memory_utilization``; unless it is set, what the policy leaves free between
+    updates, from the memory plan, but no more than it can use. With ``rollout.offload_policy=auto`` as little of the policy moves
+    to host memory meanwhile as makes room for all completions that are sampled at once, at their longest; if there is never room,
+    all that can.
+
+    Raises:
+        ConfigError: the engine's weights and one group do not fit into it.
+    """
+    rollout = config.rollout
+    if world.device.type == "cpu":
+        return VLLMMemory(rollout.gpu_memory_utilization or CPU_SHARE)
+    total = gpu_memory(world.device) / GIB
+    sizes = plan_sizes(config, dims, world, world.device)
+    sizes["recompute"] = ["none"] * dims.layers  # which matters for updates only
+    wanted = vllm_gib(config, dims, vllm_start.completions_at_once(config, world.size)) + VLLM_ACTIVATIONS_GIB
+    if rollout.gpu_memory_utilization is not None:
+        wanted = rollout.gpu_memory_utilization * total
+    free, offloaded, plan = 0.0, (), memory_plan(dims, **sizes)
+    for offloaded in _offload_choices(config, plan):
+        plan = memory_plan(dims, **sizes, offloaded=offloaded)
+        free = USABLE_SHARE * total - SLEEPING_VLLM_GIB - plan.resting
+        if free >= wanted:
+            break
+    if rollout.gpu_memory_utilization is not None:
+        if wanted < (least := vllm_gib(config, dims, 1)):
+            raise ConfigError(
+                f"rollout.gpu_memory_utilization: {rollout.gpu_memory_utilization:g} of {total:.0f} GiB is {wanted:.1f}; vLLM "
+                f"needs {least:.1f} for its weights and one sample of {config.max_sample_tokens} tokens: raise it, or share an "
+                "engine between more GPUs (rollout.tensor_parallel_size)"
+            )
+        return VLLMMemory(rollout.gpu_memory_utilization, offloaded, plan.offloaded)
+    if free < (needed := vllm_gib(config, dims, rollout.group_size)):
+        away = "" if offloaded else ", rollout.offload_policy=auto"
+        raise ConfigError(
+            f"rollout.gpu_memory_utilization: beside the policy's {plan.resting:.0f} GiB of {total:.0f}, and "
+            f"{total - USABLE_SHARE * total + SLEEPING_VLLM_GIB:.0f} for CUDA, its graphs and libraries, "
+            f"{max(0, free):.0f} are left for vLLM, which needs {needed:.0f} for its weights and one group of prompts of "
+            f"{config.data.max_prompt_tokens} tokens: set optim.offload=cpu or model.lora_rank{away}, use more GPUs "
+            "(rollout.tensor_parallel_size), or lower rollout.max_completion_tokens"
+        )
+    return VLLMMemory(min(free, useful_gib(config, dims, world)) / total, offloaded, plan.offloaded)
+
+
+def useful_gib(config: Config, dims: ModelDims, world: World) -> float:
+    """GiB of a GPU beyond which vLLM's cache has nothing to hold, generously: at every step this memory is allocated and freed,
+    which takes longer the more it is. Samples of a step, or those of an evaluation, in which every completion may have a prompt of
+    its own. No bound for episodes, whose histories stay in the cache between turns and may branch, for images, whose tower needs
+    memory of its own, and for states, whose blocks are of another size."""
+    if config.has_tools or dims.tower is not None or dims.state_elements:
+        return math.inf
+    rollout, evaluation = config.rollout, config.eval
+    samples = evaluation.rows * evaluation.samples if evaluation.every else 0
+    own = replace(config, rollout=replace(rollout, group_size=1))
+    needed = max(
+        vllm_gib(config, dims, vllm_start.completions_at_once(config, world.size)),
+        vllm_gib(own, dims, min(samples, rollout.max_concurrent)),
+    )
+    return SLACK * (needed + rollout.max_concurrent * dims.vocab * SAMPLER_BYTES / GIB) + UNCOUNTED_GIB
+
+
+def _offload_choices(config: Config, plan: MemoryPlan) -> list[tuple[str, ...]]:
+    """Parts of the memory plan that may go to host memory while vLLM samples, from none on, until one makes enough room. With
+    ``auto`` no more than this host's memory has room for."""
+    moments_stay = config.optim.offload == "cpu"  # they are there already
+    parts = ("weights",) if moments_stay else ("weights", "moments")
+    if config.rollout.offload_policy != "auto":
+        return [parts if config.rollout.offload_policy == "always" else ()]
+    ranks, free = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), HOST_SHARE * host_memory() / GIB
+    taken = ranks * 2 * plan.gradients if moments_stay else 0
+    choices = [parts[:count] for count in range(len(parts) + 1)]
+    return [
+        names for names in choices if taken + ranks * sum(getattr(plan, name) for name in names) <= free or not names
+    ]
+
+
+def vllm_gib(config: Config, dims: ModelDims, samples: int) -> float:
+    """GiB that one GPU holds of vLLM's weights, and of keys and values of so many completions at their longest."""
+    rollout, width = config.rollout, compute_dtype(config).itemsize
+    groups, block = math.ceil(samples / rollout.group_size), VLLM_BLOCK_TOKENS  # a completion's last block is not full
+    rows = groups * config.data.max_prompt_tokens + samples * (config.max_sampled_tokens + block)
+    row = len(dims.windows) * dims.kv_heads * (dims.head_dim + dims.value_dim)
+    return width * (dims.parameters + row * rows + dims.state_elements * samples) / config.tensor_parallel_size / GIB
+
+
+def vllm_text(config: Config, dims: ModelDims, world: World) -> str:
+    """vLLM's part of the GPUs, in words: what it is, and what a group at its longest takes of it."""
+    memory = vllm_memory(config, dims, world)
+    if world.device.type == "cpu":
+        return memory.text
+    weights, group = vllm_gib(config, dims, 0), vllm_gib(config, dims, config.rollout.group_size)
+    gpus = f", {size} of which share an engine" if (size := config.tensor_parallel_size) > 1 else ""
+    room = memory.share * gpu_memory(world.device) / GIB
+    takes = f"weights take {weights:.1f}, a group at its longest {group - weights:.1f}"
+    return f"{memory.text}: {room:.1f} GiB a GPU{gpus}; {takes} of it"
