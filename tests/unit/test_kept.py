@@ -439,7 +439,7 @@ def test_no_more_tokens_are_kept_than_the_memory_plan_has_room_for(states, monke
     dims, world = replace(ModelDims.from_config(shape), state_elements=states), World(0, 1, torch.device("cuda"))
     sizes: dict[str, Any] = plan_sizes(config, dims, world, world.device)
     sizes["recompute"] = ["full"] * dims.layers
-    none, some = (memory_plan(dims, **sizes | {"kept_tokens": n}).update for n in (0, 5000))
+    none, some = (memory_plan(dims, **dict(sizes, kept_tokens=n)).update for n in (0, 5000))
 
     def keepable(room):
         monkeypatch.setattr(layers, "_capacity_gib", lambda *_: room)
