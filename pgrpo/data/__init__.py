@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pgrpo.config import ConfigError, DataConfig, PromptConfig
-from pgrpo.data.render import ToolsOf, render_prompts
-from pgrpo.data.sources import check_rows, read_rows
+from pgrpo.data.render import NoValueError, ToolsOf, render_prompts
+from pgrpo.data.sources import check_rows, describe_row, read_rows
 from pgrpo.data.stream import PromptStream
 from pgrpo.types import Prompt
 from pgrpo.vision.reader import ImageReader
@@ -66,8 +66,12 @@ def load_prompts(
         raise ConfigError(f"{source} has no rows; give at least one")
     rows = rows[:first]
     path = Path((data.eval_path if held_out else None) or data.path or "").expanduser()
-    folder = path.parent if dataset is None and path.is_file() else Path()
-    rendered = render_prompts(rows, prompt, tokenizer, tools, reader, folder)
+    file = path if dataset is None and path.is_file() else None
+    try:
+        rendered = render_prompts(rows, prompt, tokenizer, tools, reader, file.parent if file else Path())
+    except NoValueError as error:
+        where = describe_row(rows[error.index], error.index, error.column, source, file)
+        raise ConfigError(f"{where}; {error.key} needs it") from None
     prompts: list[Prompt] = []
     dropped = truncated = 0
     for index, (row, (text, messages, ids, images)) in enumerate(zip(rows, rendered, strict=True)):

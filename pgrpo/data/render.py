@@ -36,6 +36,14 @@ class Rendered(NamedTuple):
     images: PromptImages | None = None
 
 
+class NoValueError(ConfigError):
+    """Row ``index`` has no value in ``column``, which ``key`` needs."""
+
+    def __init__(self, key: str, column: str, index: int) -> None:
+        super().__init__(f"{key}: column `{column}` is empty (null) in row {index}")
+        self.key, self.column, self.index = key, column, index
+
+
 ToolsOf = Callable[[Row], list[dict[str, Any]]]
 
 _OURS = {
@@ -220,7 +228,7 @@ def compile_template(
                 continue
             value = _column(row, column, key, index)
             if value is None:
-                raise ConfigError(f"{key}: column `{column}` is empty (null) in row {index}")
+                raise NoValueError(key, column, index)
             try:
                 out.append(guard(format(value, spec or "")))
             except (ValueError, TypeError) as error:

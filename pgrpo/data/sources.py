@@ -8,6 +8,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from io import StringIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,20 @@ def check_rows(rows: Any, source: str) -> list[Row]:
                 f"{source}: row {index} has a lone surrogate ({half!a}), which is not valid Unicode; repair the row"
             ) from None
     return [{name: row.get(name) for name in columns} for row in rows]
+
+
+def describe_row(row: Row, index: int, column: str, source: str, file: Path | None) -> str:
+    """Say where row ``index`` is, that it has no value in ``column``, and what it has.
+
+    ``file`` is read again, as ``check_rows`` gave the row all columns; without a file a column that is null counts as absent.
+    """
+    place, there = f"{source}, row {index}", [name for name, value in row.items() if value is not None]
+    if file is not None:
+        suffix = Path(file.name.lower().removesuffix(".gz")).suffix
+        there = list(next(islice(READERS[suffix](file), index, None)))
+        if suffix == ".jsonl":
+            numbers = (number for number, line in enumerate(_text(file), start=1) if line.strip())
+            place = f"{file}, line {next(islice(numbers, index, None))}"
+    is_null = column in there or column.split(".")[0] in there
+    lacks = f"`{column}` is null" if is_null else f"no `{column}`"
+    return f"{place}: {lacks}; it has {', '.join(f'`{name}`' for name in there) or 'no values'}"

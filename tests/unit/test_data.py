@@ -239,7 +239,7 @@ def test_fields_of_columns_in_templates(tmp_path: Path):
         ConfigError, match=r"row 1: the data has no column `choices\.text\.1`; choices\.text has a list"
     ):
         load([rows[0], {"reward_model": None, "choices": {"text": ["yes"]}}], raw("{choices.text.1}"))
-    with pytest.raises(ConfigError, match=r"column `reward_model\.n` is empty \(null\) in row 1"):
+    with pytest.raises(ConfigError, match=r"^dataset, row 1: no `reward_model\.n`; it has no values; prompt"):
         load([rows[0], {"reward_model": None}], raw("{reward_model.n}"))
 
 
@@ -283,8 +283,32 @@ def test_bad_templates(template: str, message: str):
         load(prompt=raw(template))
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "a.jsonl",
+            '{"question": "1", "answer": "1"}\n\n{"quesiton": "2", "answer": "2"}\n',
+            r"a\.jsonl, line 3: no `question`",
+        ),
+        (
+            "a.json",
+            '[{"question": "1"}, {"quesiton": "2", "answer": "2"}]',
+            r"data\.path=.*a\.json, row 1: no `question`",
+        ),
+        ("a.jsonl", '{"question": "1"}\n{"question": null, "answer": null}\n', r"a\.jsonl, line 2: `question` is null"),
+    ],
+)
+def test_a_row_without_a_column_of_the_prompt_is_shown_with_its_place_and_keys(tmp_path: Path, name, text, message):
+    (tmp_path / name).write_text(text)
+    there = "`question`, `answer`" if "null" in message else "`quesiton`, `answer`"
+    with pytest.raises(ConfigError, match=rf"{message}; it has {there}; prompt\.messages\[0\] needs it$"):
+        load_prompts(data(tmp_path / name), chat("{question}"), make_tokenizer())
+
+
 def test_null_and_empty_prompts():
-    with pytest.raises(ConfigError, match=r"prompt\.template: column `q` is empty \(null\) in row 1"):
+    with pytest.raises(ConfigError, match=r"^dataset, row 1: no `q`; it has `p`; prompt\.template needs it$"):
         load([{"q": "a"}, {"p": "b"}], raw("{q}"))
     with pytest.raises(ConfigError, match=r"prompt\.template: the prompt of row 1 is empty"):
         load([{"q": "a"}, {"q": " "}], raw("{q}"))
