@@ -128,19 +128,23 @@ class RewardRunner:
         except TimeoutError as error:
             return [Fault(str(error))] * len(samples)
         except _CallError as error:
-            fault = Fault(str(error))
+            fault = Fault(str(error), of_call=isinstance(error, _CountError) and len(samples) > 1)
         return [fault] if len(samples) == 1 else self._one_by_one(reward, samples, fault)
 
     def _one_by_one(self, reward: Reward, samples: Sequence[Scored], fault: Fault) -> list[Outcome]:
-        """After a call on all samples failed, call the function once per sample, to find those that it fails on."""
+        """After a call on all samples failed, call the function once per sample, to find those that it fails on.
+
+        A list of the wrong length is the whole call's fault, unless the function miscounts for some samples alone."""
         outcomes: list[Outcome] = []
         for sample in samples:
             outcomes += self._evaluate(reward, [sample])
-            if isinstance(outcomes[-1], Fault) and self._on_error == "raise":
+            if isinstance(outcomes[-1], Fault) and self._on_error == "raise" and not fault.of_call:
                 return outcomes + [None] * (len(samples) - len(outcomes))
-        if any(isinstance(outcome, Fault) for outcome in outcomes):
+        faults, count = sum(isinstance(outcome, Fault) for outcome in outcomes), len(samples)
+        if fault.of_call and faults in (0, count):
+            return [fault] * count  # it counts wrong whatever the completion
+        if faults:
             return outcomes
-        count = len(samples)
         return [
             Fault(f"{fault.reason}; it fails on these {count} completions together but on none of them alone")
         ] * count
@@ -164,7 +168,9 @@ class RewardRunner:
         if not isinstance(result, list):
             raise _CallError(f"it returned {result!r:.80}, not a list with one entry a completion ({len(samples)})")
         if len(result) != len(samples):
-            raise _CallError(f"it returned {len(result)} values for {len(samples)} completions")
+            raise _CountError(
+                f"it returned {len(result)} values for {len(samples)} completions; return one number for each completion"
+            )
         return result
 
     def _call_worker(self, reward: Reward, worker: str, arguments: dict[str, Any]) -> Any:
@@ -203,6 +209,10 @@ class RewardRunner:
 
 class _CallError(Exception):
     """A call that returned no usable list."""
+
+
+class _CountError(_CallError):
+    """A call that returned a list of another length than the completions'."""
 
 
 def _hint(reward: Reward, raised: BaseException | str) -> str:

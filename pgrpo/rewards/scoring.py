@@ -27,9 +27,10 @@ class RewardError(RuntimeError):
 
 
 class Fault(NamedTuple):
-    """The reason why a function failed on an episode."""
+    """The reason why a function failed on an episode. ``of_call``: the whole call is at fault, and no episode in particular."""
 
     reason: str
+    of_call: bool = False
 
 
 Outcome = float | Fault | None
@@ -92,10 +93,14 @@ class Scoring:
             for position, (prompt, episode) in samples.items():
                 outcome = outcomes[position]
                 if isinstance(outcome, Fault):
-                    failed.setdefault(position, _show(reward, prompt, episode, outcome.reason))
+                    failed.setdefault(position, _show(reward, prompt, episode, outcome))
                 episode.reward_parts[reward.name] = None if isinstance(outcome, Fault) else outcome
             if failed and self._stop_at_error:
-                raise RewardError(f"{failed[min(failed)]}; rewards.on_error=mask leaves such samples out")
+                first = min(failed)
+                outcome = outcomes[first]
+                of_call = isinstance(outcome, Fault) and outcome.of_call
+                hint = "" if of_call else "; rewards.on_error=mask leaves such samples out"
+                raise RewardError(f"{failed[first]}{hint}")
         for position, (_, episode) in samples.items():
             is_left_out = position in failed or episode.finish_reason == "environment"
             episode.reward = None if is_left_out else self._total(episode)
@@ -165,8 +170,10 @@ class _Calls:
             self._outcomes.update(zip(positions, self._evaluate(self.reward, samples), strict=True))
 
 
-def _show(reward: Reward, prompt: Prompt, episode: Episode, reason: str) -> str:
-    reason = " ".join(reason.split())
+def _show(reward: Reward, prompt: Prompt, episode: Episode, fault: Fault) -> str:
+    reason = " ".join(fault.reason.split())
+    if fault.of_call:
+        return f"reward `{reward.name}` ({reward.key}) failed: {reason}"
     return (
         f"reward `{reward.name}` ({reward.key}) failed on a completion of row {prompt.index}: {reason}; "
         f"prompt: {_shorten(prompt.text)}, completion: {_shorten(episode.text)}"

@@ -1,6 +1,7 @@
 """RewardRunner: what functions get, how values add up, and that no failure becomes a silent zero."""
 
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -502,6 +503,18 @@ def test_too_few_or_too_many_rewards_are_an_error(result: Callable, message: str
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("result", [[1.0], [], [1.0] * 3])
+def test_a_function_that_always_returns_the_wrong_number_of_rewards_blames_no_row(result: list[float]):
+    def mine(completions):
+        return result
+
+    message = rf"reward `mine` (rewards[0]) failed: it returned {len(result)} values for 4 completions; "
+    with pytest.raises(RewardError, match=f"^{re.escape(message)}return one number for each completion$"):
+        score(mine, ["a", "b"], ["c", "d"])
+    assert score(mine, ["a", "b"], ["c", "d"], on_error="mask") == [[None, None], [None, None]]
+
+
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("result", "message"),
     [
@@ -510,7 +523,7 @@ def test_too_few_or_too_many_rewards_are_an_error(result: Callable, message: str
         ("ab", "returned 'ab', not a list"),
         ({"a": 1.0}, "returned {'a': 1.0}, not a list"),
         (np.float64(1.0), "returned 1.0, not a list"),
-        ([[1.0], [1.0]], "not a list|returned 2 values for 1 completions"),
+        ([[1.0], [1.0]], "returned 2 values for 3 completions"),
     ],
 )
 def test_one_number_for_the_whole_batch_is_an_error(result: Any, message: str):
