@@ -3,7 +3,7 @@ as configured. Begin with ``run.py``. ``intervals.py`` has the confidence interv
 """
 
 from pgrpo.tracking.console import Terminal, printable, terminal
-from pgrpo.tracking.run import Trackers
+from pgrpo.tracking.run import EarlyWarnings, Trackers
 from pgrpo.tracking.services import check_services
 
-__all__ = ["Terminal", "Trackers", "check_services", "printable", "terminal"]
+__all__ = ["EarlyWarnings", "Terminal", "Trackers", "check_services", "printable", "terminal"]

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from rich.console import Console
 
@@ -47,6 +47,7 @@ class Trackers:
             continues the same wandb run. None starts both JSONL files anew.
         console: the terminal (``track.console``), or None.
         pictures: reads the images of prompts, for thumbnails; None where there are none.
+        early: the warnings until now, which log.txt gets too; it keeps no later ones.
 
     Raises:
         ConfigError: a configured tracker is not installed, or wandb has no login.
@@ -60,6 +61,7 @@ class Trackers:
         resume: dict[str, Any] | None = None,
         console: Console | None = None,
         pictures: Pictures | None = None,
+        early: EarlyWarnings | None = None,
     ):
         self._track, self._steps = config.track, config.train.steps
         self._state: dict[str, Any] = {"step": -1, "wandb_id": None, **(resume or {})}
@@ -67,15 +69,19 @@ class Trackers:
         self.thumbnails = Thumbnails(run_dir, pictures)
         self._log_file = appending(run_dir / "log.txt")
         self._handler = _WarningHandler(self)
+        before = early.hand_over() if early else ()
         logging.getLogger("pgrpo").addHandler(self._handler)
         self._files = [self._log_file]
         self._services: dict[str, Service] = {}
-        if resume is None and (run_dir / "metrics.jsonl").exists():
-            log.warning(
-                "%s: an earlier run saved no checkpoint; replacing its metrics, completions and config, appending to log.txt",
-                run_dir,
-            )
         try:
+            for record in before:
+                self._write_log(redact(_line(record)), record.created)
+            if resume is None and (run_dir / "metrics.jsonl").exists():
+                log.warning(
+                    "%s: an earlier run saved no checkpoint; replacing its metrics, completions and config, appending to "
+                    "log.txt",
+                    run_dir,
+                )
             self._metrics_file = _reopen(run_dir / "metrics.jsonl", self._state["step"])
             self._files.append(self._metrics_file)
             self._completions_file = _reopen(run_dir / "completions.jsonl", self._state["step"])
@@ -168,9 +174,11 @@ class Trackers:
         # soft_wrap keeps log lines whole; tables and panels adapt to the terminal's width.
         self._console.print(renderable, soft_wrap=isinstance(renderable, str))
 
-    def _write_log(self, text: str) -> None:
+    def _write_log(self, text: str, seconds: float | None = None) -> None:
+        """``seconds``: when it was said, as of ``time.time``; None: now."""
+        when = datetime.fromtimestamp(time.time() if seconds is None else seconds)
         with writing(self._log_file.name):
-            self._log_file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {printable(text)}\n")
+            self._log_file.write(f"{when:%Y-%m-%d %H:%M:%S}  {printable(text)}\n")
 
     def _start(self, name: str, start: Callable[[], Service]) -> None:
         try:
@@ -189,6 +197,33 @@ class Trackers:
                 log.warning("%s failed (%s: %s): the run continues without it", name, type(error).__name__, error)
 
 
+class EarlyWarnings(logging.Handler):
+    """Inside a ``with`` block, keeps the warnings of all pgrpo modules until ``Trackers`` writes them to log.txt. They are printed
+    as if this were not there."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._records: list[logging.LogRecord] = []
+
+    def __enter__(self) -> Self:
+        logging.getLogger("pgrpo").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("pgrpo").removeHandler(self)
+
+    def hand_over(self) -> list[logging.LogRecord]:
+        """The warnings so far. No more are kept, nor printed by this."""
+        self.__exit__()
+        return self._records
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._records.append(record)
+        # logging does so itself where there is no handler at all
+        if logging.lastResort and not logging.getLogger().handlers:
+            logging.lastResort.handle(record)
+
+
 class _WarningHandler(logging.Handler):
     """Writes warnings of all pgrpo modules to log.txt and the terminal."""
 
@@ -197,10 +232,14 @@ class _WarningHandler(logging.Handler):
         self.trackers = trackers
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = f"{record.levelname.lower()}: {record.getMessage()}"
+        text = _line(record)
         self.trackers.message(text)
         if not self.trackers._console:
             print(redact(text), file=sys.stderr)
+
+
+def _line(record: logging.LogRecord) -> str:
+    return f"{record.levelname.lower()}: {record.getMessage()}"
 
 
 def _pick(groups: Sequence[Group], count: int) -> Iterator[tuple[Prompt, Episode]]:

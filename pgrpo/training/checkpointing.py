@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from pgrpo import checkpoint
 from pgrpo.checkpoint import COUNT, CheckpointError, Saved
 from pgrpo.checkpoint.shards import Shard, shard_of, whole
 from pgrpo.config import ConfigError, to_yaml
+from pgrpo.config.rules import leaves
 from pgrpo.data import PromptStream
 from pgrpo.distributed import fsdp
 from pgrpo.distributed.world import World
@@ -42,7 +45,7 @@ class Checkpoints:
     """Writes a run's checkpoints to ``root``, and restores one of them or another run's.
 
     A checkpoint holds trained weights, moments, a refreshed reference, the random generators of every rank, the position in the
-    data, and ``progress``.
+    data, and ``progress``. ``resumed`` is the line of the run's log that says which checkpoint ``restore`` read.
     """
 
     def __init__(self, root: Path, learner: Learner, stream: PromptStream, progress: Progress) -> None:
@@ -55,6 +58,7 @@ class Checkpoints:
             self._reference = learner.reference
         self._writer: checkpoint.Writer | None = None
         self._saved = -1
+        self.resumed = ""
 
     def save(self, tracker_state: Mapping[str, Any]) -> bool:
         """Wait for the previous checkpoint, then start to write ``step_N`` in the background. Each rank writes its shards; a
@@ -115,14 +119,15 @@ class Checkpoints:
                 self._stream.load_state_dict(scalars["stream"])
             try:
                 progress.load_state_dict(scalars)
+                changes = list(_changes(scalars["config"], to_yaml(self._config)))
                 # Last, as nothing may draw random numbers after this.
                 if scalars["world_size"] == self._world.size:
                     own = f"rng_{self._world.rank}"
                     set_rng_state({name: saved.read(own, name) for name in saved.shapes(own)})
-            except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            except (ValueError, KeyError, TypeError, RuntimeError, yaml.YAMLError) as error:
                 raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
         if self._world.is_main:
-            self._report(path, scalars)
+            self._report(path, scalars["world_size"], changes)
         self._world.barrier()
         trackers = scalars["trackers"]
         if not is_own:  # a new run from another run's weights has its own wandb run and its own best
@@ -172,14 +177,12 @@ class Checkpoints:
             "world_size": self._world.size,
         }
 
-    def _report(self, path: Path, scalars: Mapping[str, Any]) -> None:
-        config, ranks = self._config, self._world.size
-        log.warning("resuming from %s: %d of %d steps done", path, self._progress.step, config.train.steps)
-        if scalars["world_size"] != ranks:
-            log.warning("saved on %d ranks, resuming on %d", scalars["world_size"], ranks)
-        before, now = scalars["config"].splitlines(), to_yaml(config).splitlines()
-        for line in sorted(set(now) - set(before)):
-            log.warning("config differs from the checkpoint's: now %s", line.strip())
+    def _report(self, path: Path, saved_ranks: int, changes: list[str]) -> None:
+        self.resumed = f"resuming from {path}: {self._progress.step} of {self._config.train.steps} steps done"
+        if saved_ranks != self._world.size:
+            log.warning("saved on %d ranks, resuming on %d", saved_ranks, self._world.size)
+        for change in changes:
+            log.warning("config differs from the checkpoint's: %s", change)
 
 
 def find(name: str | Path, root: Path, world: World) -> Path | None:
@@ -208,6 +211,17 @@ def _best(newest: Path) -> Path:
     if best is None:
         raise ConfigError(f"best: {newest} has no best checkpoint; train with checkpoint.keep_best=eval/reward")
     return newest.with_name(f"step_{best['step']}")
+
+
+def _changes(before: str, now: str) -> Iterator[str]:
+    """``optim.lr: 0.0005 -> 0.0001`` for each key that differs between two configs as ``to_yaml`` writes them."""
+    saved, own = (yaml.safe_load(text) for text in (before, now))
+    if not isinstance(saved, dict):
+        raise ValueError("its config is not a mapping")
+    old, new = ({key: json.dumps(value, default=str) for key, value in leaves(keys)} for keys in (saved, own))
+    for key in {**new, **old}:
+        if old.get(key) != new.get(key):
+            yield f"{key}: {old.get(key, '(not set)')} -> {new.get(key, '(not set)')}"
 
 
 def _load_parameters(set_name: str, parameters: Mapping[str, torch.nn.Parameter], saved: Saved) -> None:

@@ -21,7 +21,7 @@ from pgrpo.process.lock import agree_on_run_dir, check_shared, open_run_dir, rec
 from pgrpo.process.rng import rng_state, set_rng_state
 from pgrpo.process.signals import stop_signals
 from pgrpo.process.stopping import Stopped
-from pgrpo.tracking import Trackers, check_services, terminal
+from pgrpo.tracking import EarlyWarnings, Trackers, check_services, terminal
 from pgrpo.tracking.live import entitle, showing
 from pgrpo.tracking.record import replacing
 from pgrpo.training.build import Parts, build
@@ -47,6 +47,7 @@ def open_session(
     with (
         distributed.start(config.model.fsdp_size, config.model.sequence_parallel_size) as world,
         showing(console := terminal() if world.is_main and config.track.console else None),
+        EarlyWarnings() if world.is_main else nullcontext() as early,
         _held_folder(config, world, resume is not None, overwrite),
         stop_signals(world.stop),
         _built(config, world, given) as parts,
@@ -67,13 +68,14 @@ def open_session(
             trackers = nullcontext()
             if world.is_main:
                 trackers = closing(
-                    Trackers(config, folder, resume=tracker_state, console=console, pictures=parts.reader)
+                    Trackers(config, folder, resume=tracker_state, console=console, pictures=parts.reader, early=early)
                 )
             with trackers as tracking:
                 if tracking:  # write only now that the input and the checkpoint are valid
                     with replacing(folder / "config.yaml") as file:
                         file.write(to_yaml(config))
-                    for text in (summary(parts, folder), *parts.notes, *parts.engine.notes):
+                    resumed = [checkpoints.resumed] if checkpoints.resumed else []
+                    for text in (*resumed, summary(parts, folder), *parts.notes, *parts.engine.notes):
                         tracking.message(text)
                 session = Session(parts, progress, checkpoints, tracking, given.callbacks)
                 with session.saving_what_is_finished():

@@ -187,9 +187,16 @@ def test_prompts_go_on_where_they_were(tiny_model, tmp_path):
 def test_a_changed_config_is_printed_and_what_cannot_change_is_refused(tiny_model, tmp_path, caplog):
     train(tiny_model, tmp_path / "run", steps=3)
     with caplog.at_level("WARNING"):
-        train(tiny_model, tmp_path / "run", steps=4, resume="auto", **{"optim.lr": 1e-5})
-    assert "config differs from the checkpoint's: now lr: 1.0e-05" in caplog.text
-    assert "config differs from the checkpoint's: now steps: 4" in caplog.text
+        # eval.every is 0 as well: another key with the same name and value
+        changes = {"optim.lr": 1e-5, "checkpoint.every": 0, "rollout.stop": "[x]"}
+        train(tiny_model, tmp_path / "run", steps=4, resume="auto", **changes)
+    said = [text for _, _, text in caplog.record_tuples if text.startswith("config differs from the checkpoint's: ")]
+    assert sorted(text.partition(": ")[2] for text in said) == [
+        "checkpoint.every: 3 -> 0",
+        "optim.lr: 0.0005 -> 1e-05",
+        'rollout.stop[0]: (not set) -> "x"',
+        "train.steps: 3 -> 4",
+    ]
     weights = checkpoint.load(tmp_path / "run" / "checkpoints" / "step_4")[0]["model"]
     for change, message in (
         ({"seed": 1}, "checkpoint's data has seed 0, this run's has 1"),
@@ -200,6 +207,28 @@ def test_a_changed_config_is_printed_and_what_cannot_change_is_refused(tiny_mode
             train(tiny_model, tmp_path / "run", steps=5, resume="auto", **change)
     kept = checkpoint.load(tmp_path / "run" / "checkpoints" / "step_4")[0]["model"]
     assert all(torch.equal(tensor, kept[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize("console", ["false", "true"])
+def test_the_log_says_from_where_a_run_resumed_and_what_was_wrong_or_other_then(tiny_model, tmp_path, console):
+    """All of this is said before the log is open."""
+    run_dir, changes = tmp_path / "run", {"checkpoint.every": 1, "optim.schedule": "constant", "track.console": console}
+    train(tiny_model, run_dir, steps=3, **changes)
+    (run_dir / "checkpoints" / "step_3" / "scalars.json").write_text("{}")
+    (run_dir / "checkpoints" / ".writing-step_4").mkdir()
+    before = len((run_dir / "log.txt").read_text().splitlines())
+    train(tiny_model, run_dir, steps=4, resume="auto", **changes | {"optim.lr": 1e-5})
+    lines = [line[21:] for line in (run_dir / "log.txt").read_text().splitlines()[before:]]
+    saved = run_dir / "checkpoints"
+    for line in (
+        f"warning: {saved / '.writing-step_4'}: removed, left by a killed run",
+        "warning: config differs from the checkpoint's: optim.lr: 0.0005 -> 1e-05",
+        "warning: config differs from the checkpoint's: train.steps: 3 -> 4",
+        f"warning: {saved / 'step_3'} is newer than step 2, from which this run resumes: renamed to abandoned_step_3",
+        f"resuming from {saved / 'step_2'}: 2 of 4 steps done",
+    ):
+        assert lines.count(line) == 1, lines
+    assert sum(line.startswith("warning: checkpoint step_3 is broken and skipped: ") for line in lines) == 1
 
 
 @pytest.mark.faults
