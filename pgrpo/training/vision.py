@@ -22,7 +22,7 @@ from pgrpo.vision.pixels import PixelStore
 from pgrpo.vision.processors import Processor
 from pgrpo.vision.reader import ImageReader
 
-IN_VLLM = ("qwen2_5_vl", "qwen3_vl")
+IN_VLLM = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
 """Families for which vLLM passed its contract tests."""
 
 

@@ -133,7 +133,6 @@ def test_check_and_dry_run_count_its_images(folder, tmp_path, capsys):
     [
         ("qwen3_5", (), "prompt.images_column: images: a qwen3_5 model is trained as a language model, without its vision tower"),
         ("qwen3_5", (SEES, "prompt.images_column=null"), "model.load_vision: true has no effect on prompts without images"),
-        ("qwen3_5", (SEES, "rollout.engine=vllm"), "rollout.engine=vllm: vLLM was not tested to sample what a qwen3_5 model"),
         ("qwen3_vl", (SEES,), "model.load_vision: true has no effect on a qwen3_vl model: it is for qwen3_5; leave it out"),
         ("qwen3", (SEES,), "model.load_vision: true has no effect on a qwen3 model"),
     ],

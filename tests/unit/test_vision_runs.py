@@ -267,7 +267,7 @@ def test_what_does_not_go_with_images_is_refused_before_weights_are_loaded(folde
 
 def test_vllm_is_refused_for_families_that_it_was_not_tested_on(folder, tmp_path):
     config = config_of(folder, tmp_path / "run", "rollout.engine=vllm")
-    said = "rollout.engine=vllm: vLLM was not tested to sample what a llava_next model computes (qwen2_5_vl, qwen3_vl were)"
+    said = "rollout.engine=vllm: vLLM was not tested to sample what a llava_next model computes (qwen2_5_vl, qwen3_vl, qwen3_5"
     with pytest.raises(ConfigError, match=re.escape(said)):
         vision.image_reader(config, AutoConfig.for_model("llava_next"), None, World(0, 1, torch.device("cpu")))  # pyright: ignore[reportArgumentType]
 
