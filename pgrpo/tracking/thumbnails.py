@@ -6,6 +6,7 @@ An image is written once, whatever prompts have it. Rows name it by its key; tex
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from io import BytesIO
@@ -44,7 +45,7 @@ class Pictures(Protocol):
 
 
 class Thumbnails:
-    """Those of a run.
+    """Those of a run. Several of these may write to one folder, one behind the other.
 
     Args:
         run_dir: the run folder.
@@ -53,14 +54,16 @@ class Thumbnails:
 
     def __init__(self, run_dir: Path, pictures: Pictures | None) -> None:
         self.folder, self.pictures = run_dir / "thumbnails", pictures
-        there = self.folder.glob("*.jpg") if pictures is not None else ()
-        self._keys = {path.stem for path in there}
+        self._keys: set[str] = set()  # that there are, or that cannot be made
 
     def keep(self, images: Iterable[Image]) -> None:
-        """Write those that are not there, up to ``MOST``. RuntimeError if the folder cannot be written to."""
+        """Write those that are not there, up to ``MOST`` in the folder. RuntimeError if the folder cannot be written to."""
         if self.pictures is None:
             return
-        for image in images:
+        new = [image for image in images if image.key not in self._keys]
+        if new:  # an evaluation may have written some
+            self._keys |= {path.stem for path in self.folder.glob("*.jpg")}
+        for image in new:
             if image.key in self._keys or len(self._keys) >= MOST:
                 continue
             self._keys.add(image.key)
@@ -75,9 +78,14 @@ class Thumbnails:
             data = BytesIO()
             picture.save(data, "JPEG", quality=80)
             path = self.folder / f"{image.key}.jpg"
+            part = path.with_name(f".{path.name}.{os.getpid()}")
             with writing(path):
                 self.folder.mkdir(exist_ok=True)
-                path.write_bytes(data.getvalue())
+                try:
+                    part.write_bytes(data.getvalue())
+                    part.replace(path)  # a run that is killed leaves no half of a file that counts as one
+                finally:
+                    part.unlink(missing_ok=True)
 
     def named(self, row: Row) -> Row:
         """A row whose prompt has ``[image 640x480]`` in place of each placeholder."""
@@ -118,10 +126,16 @@ def paths_of(folder: Path, row: Row) -> Iterator[Path]:
 
 
 def sheet(paths: Iterable[Path]) -> Any:
-    """Thumbnails side by side, as one Pillow image; None if there are none."""
+    """Thumbnails side by side, as one Pillow image; None if there are none. One that cannot be read is left out with a warning."""
     from PIL import Image as pillow
 
-    parts = [pillow.open(path) for path in list(paths)[:IN_A_ROW]]
+    parts = []
+    for path in list(paths)[:IN_A_ROW]:
+        try:
+            with pillow.open(path) as image:
+                parts.append(image.copy())
+        except (OSError, SyntaxError) as error:
+            log.warning("%s: this thumbnail cannot be read and is left out; remove it: %s", path, error)
     if not parts:
         return None
     made = pillow.new("RGB", (sum(part.width + 4 for part in parts) - 4, max(part.height for part in parts)), "white")

@@ -123,6 +123,47 @@ def test_a_run_has_so_many_thumbnails_and_says_so(tmp_path, monkeypatch, caplog)
     assert "has 2 thumbnails; images that come later get none" in caplog.text
 
 
+def test_the_bound_is_that_of_the_run_and_not_of_each_of_its_parts(tmp_path, monkeypatch):
+    """Trackers, made at the start, write behind an evaluation, and behind another."""
+    monkeypatch.setattr(thumbnails, "MOST", 3)
+    images = [Image(f"{i:064x}", (), (64, 32), file_of((64, 32))) for i in range(10)]
+    of_trackers = thumbnails.Thumbnails(tmp_path, Drawn())
+    thumbnails.Thumbnails(tmp_path, Drawn()).keep(images[:2])
+    of_trackers.keep(images[4:])
+    thumbnails.Thumbnails(tmp_path, Drawn()).keep(images)
+    assert sorted(path.stem for path in tmp_path.glob("thumbnails/*")) == [images[i].key for i in (0, 1, 4)]
+
+
+def test_a_run_that_is_killed_leaves_no_half_of_a_thumbnail(tmp_path, monkeypatch):
+    image = Image(KEYS[0], (), (64, 32), file_of((64, 32)))
+    whole = Path.write_bytes
+
+    def half(path: Path, data: bytes) -> int:
+        whole(path, data[: len(data) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(KeyboardInterrupt):
+        thumbnails.Thumbnails(tmp_path, Drawn()).keep([image])
+    monkeypatch.setattr(Path, "write_bytes", whole)
+    assert not list(tmp_path.glob("thumbnails/*"))
+    left = tmp_path / "thumbnails" / f".{KEYS[0]}.jpg.1"  # by a process that had no time to remove it
+    left.write_bytes(b"half")
+    thumbnails.Thumbnails(tmp_path, Drawn()).keep([image])
+    assert pillow.open(tmp_path / "thumbnails" / f"{KEYS[0]}.jpg").size == (64, 32)
+
+
+def test_wandb_goes_on_beside_a_thumbnail_that_does_not_open(tmp_path, caplog):
+    images = [Image(key, (), (64, 32), file_of((64, 32))) for key in KEYS]
+    thumbnails.Thumbnails(tmp_path, Drawn()).keep(images)
+    paths = [tmp_path / "thumbnails" / f"{key}.jpg" for key in KEYS]
+    paths[0].write_bytes(paths[0].read_bytes()[:-300])
+    paths[1].write_bytes(b"none")
+    assert thumbnails.sheet(paths).size == (64, 32)
+    assert thumbnails.sheet(paths[:2]) is None
+    assert caplog.text.count("this thumbnail cannot be read and is left out; remove it") == 4
+
+
 def report_of(folder: Path, rows: list[dict]):
     run = write(folder / "run", [metrics(1)], [sample(1) | {"images": [], "told_images": []} | row for row in rows])
     (run / "thumbnails").mkdir()
