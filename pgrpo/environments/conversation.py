@@ -8,6 +8,7 @@ is not trained on again; the forest computes once what both samples begin with.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,9 +19,9 @@ from pgrpo.config.task import EnvironmentConfig
 from pgrpo.environments.chat import CUT, Chat, TemplateProblem, call_id
 from pgrpo.environments.long_form import Ended
 from pgrpo.environments.parsing import Call, Reply
-from pgrpo.environments.written import Written, each_text, image_parts, moved, texts_of
+from pgrpo.environments.written import Written, each_text, image_parts, moved, texts_of, with_images
 from pgrpo.types import Completion, Image, Messages, Prompt, PromptImages, Request, Sample
-from pgrpo.vision.parts import Content, as_text
+from pgrpo.vision.parts import Content, images_in
 
 LONGEST_TOKEN = 64
 """Characters; few tokens are longer. A text of more than this for each token that it may take is cut before it is tokenized."""
@@ -225,7 +226,7 @@ class Transcript:
 
     def _fitting(self, make: Callable[[], Written], used: int, free: int = 0) -> Written:
         """What ``make`` writes of what the model is told, cut so that another turn fits (``environment.overlong``): the longest
-        text first; where no text is left to cut, an image is left out.
+        text first; where no text is that long, the last images are left out, as many as it takes.
 
         Args:
             used: tokens of the episode's limit that are in front of it.
@@ -242,7 +243,7 @@ class Transcript:
             raise Ended("length")
         self.counts["cut_results"] += not is_cut
         for _ in range(TRIES):
-            if not self._cut_told(count - most, most):
+            if not self._cut_text(count - most, most) and not self._leave_out(lambda: len(make().ids) - free <= most):
                 break
             if (count := len((written := make()).ids) - free) <= most:
                 return written
@@ -259,25 +260,35 @@ class Transcript:
             message["content"] = each_text(message["content"], shorter)
         return before != [message["content"] for message in self._told]
 
-    def _cut_told(self, over: int, most: int) -> bool:
-        """Make what the model is told at least ``over`` tokens shorter, if a text or an image is that long."""
+    def _cut_text(self, over: int, most: int) -> bool:
+        """Make the longest text that the model is told at least ``over`` tokens shorter, if it is that long."""
         longest = max(self._told, key=lambda message: len(texts_of(message["content"])))
         content = longest["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         texts = [part for part in parts if part["type"] == "text"]
         text = max(texts, key=lambda part: len(part["text"]), default=None)
-        if text and (shorter := self._chat.shorter(text["text"], over, most)) is not None:
-            parts = [part | {"text": shorter} if part is text else part for part in parts]
-            longest["content"] = parts[0]["text"] if isinstance(content, str) else parts
-            return True
-        with_image = next((message for message in reversed(self._told) if image_parts([message])), None)
-        if with_image is None:
+        if not text or (shorter := self._chat.shorter(text["text"], over, most)) is None:
             return False
-        parts = list(with_image["content"])
-        last = max(i for i, part in enumerate(parts) if part["type"] == "image")
-        parts[last] = {"type": "text", "text": f"{as_text([parts[last]])[:-1]} does not fit and is left out]"}
-        with_image["content"] = parts if image_parts([{"content": parts}]) else texts_of(parts)
+        parts = [part | {"text": shorter} if part is text else part for part in parts]
+        longest["content"] = parts[0]["text"] if isinstance(content, str) else parts
         return True
+
+    def _leave_out(self, fits: Callable[[], bool]) -> bool:
+        """Leave out the last images that the model is told, as few as it takes or all, with one note a message. Whether there
+        were any."""
+        before = [message["content"] for message in self._told]
+        count = len(image_parts(self._told))
+
+        def fits_with(left_out: int) -> bool:
+            first = count - left_out
+            for message, content in zip(self._told, before, strict=True):
+                message["content"] = with_images(content, first)
+                first -= len(images_in(content))
+            return fits()
+
+        if count:
+            fits_with(1 + bisect_left(range(1, count), True, key=fits_with))
+        return count > 0
 
     def _tell(self) -> Written:
         sampled = self.sample.token_ids

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from pgrpo.types import Image, Messages
-from pgrpo.vision.parts import Content, images_in
+from pgrpo.vision.parts import Content, images_in, size_text
 
 
 class Written(NamedTuple):
@@ -58,3 +58,14 @@ def texts_of(content: Content) -> str:
 def image_parts(messages: Messages) -> list[dict[str, Any]]:
     """The image parts of all messages, in order."""
     return [part for message in messages for part in images_in(message["content"])]
+
+
+def with_images(content: Content, most: int) -> Content:
+    """The content with its first images, at most so many, and a note in place of the others."""
+    others = images_in(content)[max(most, 0) :]
+    if not others or isinstance(content, str):
+        return content
+    what = f"{size_text(others[0]['size'])[:-1]} does" if len(others) == 1 else f"[{len(others)} images do"
+    note = {"type": "text", "text": f"{what} not fit and {'is' if len(others) == 1 else 'are'} left out]"}
+    parts = [note if part is others[0] else part for part in content if all(part is not other for other in others[1:])]
+    return parts if images_in(parts) else texts_of(parts)

@@ -369,6 +369,39 @@ def test_what_does_not_fit_is_left_out_with_a_note(reader):
     assert ended.finish_reason == "length" and ended.samples[0].images is None
 
 
+@pytest.mark.parametrize("count", [4, 8, 12, 16])
+def test_as_many_images_as_do_not_fit_are_left_out_at_once(reader, count):
+    """The most that fit are shown, whatever the count is, with one note for the others."""
+
+    def look(which: int) -> Any:
+        """Look.
+
+        Args:
+            which: Its number.
+        """
+        return [picture(128, 128, i) for i in range(count)]
+
+    def length(shown: int) -> int:
+        note = f"[{count - shown} images do not fit and are left out]" if shown < count else ""
+        return len(tokens(told(image(64) * shown + note)))
+
+    room = length(2) if count == 4 else length(3)
+    script = turns(LOOK, "done<|im_end|>")
+    more: dict[str, Any] = {"tools": [look], "tokenizer": SEES, "reader": reader, "max_images": 16, "turn": 400}
+    ((episode,),), _ = play(script, episode=len(tokens(LOOK)) + 2 * room, **more)
+    fitting = max(shown for shown in range(count) if length(shown) <= room)
+    assert (episode.finish_reason, episode.counts["cut_results"]) == ("stop", 1)
+    assert episode.samples[0].token_ids.count(PAD) == 64 * fitting
+    *images, note = episode.messages[1]["content"]
+    number = count - fitting
+    assert len(images) == fitting
+    assert note["text"] == (
+        f"[{number} images do not fit and are left out]"
+        if number > 1
+        else "[image 128x128 does not fit and is left out]"
+    )
+
+
 @pytest.mark.parametrize(
     ("limits", "told_count", "said"),
     [
