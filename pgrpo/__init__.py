@@ -75,7 +75,7 @@ def train(
     if resume is not None and overwrite:
         raise ConfigError("resume and overwrite: a run that goes on keeps what it wrote; give one of them")
     check_callbacks(callbacks)
-    config, functions = _with_python(config, overrides, rewards, dataset, eval_dataset, tools, environment)
+    config, functions = _with_python(config, overrides, rewards, dataset, eval_dataset, tools, environment, trains=True)
     if eval_dataset is not None and not config.eval.every:
         raise ConfigError("eval_dataset: eval.every is 0, so it would not be used; set eval.every")
     check_early(config, data_from_python=dataset is not None)
@@ -116,7 +116,7 @@ def evaluate(
         ConfigError: the input is wrong.
     """
     dataset = dataset if dataset is None else list(dataset)  # it is read twice
-    config, functions = _with_python(config, overrides, rewards, dataset, dataset, tools, environment)
+    config, functions = _with_python(config, overrides, rewards, dataset, dataset, tools, environment, trains=False)
     check_early(config, data_from_python=dataset is not None)
     from pgrpo.commands.evaluate import evaluate as run
 
@@ -155,6 +155,8 @@ def _with_python(
     eval_dataset: Rows | None,
     tools: Sequence[Callable[..., Any]],
     environment: Environment,
+    *,
+    trains: bool,
 ) -> tuple[Config, list[Callable[..., Any]]]:
     """The checked config, with rewards that have names in it, and the functions among the rewards."""
     if callable(tools):
@@ -164,7 +166,7 @@ def _with_python(
         config = load_config(
             config, overrides, rewards_from_python=bool(rewards), data_from_python=dataset is not None,
             eval_data_from_python=eval_dataset is not None, tools_from_python=bool(tools),
-            environment_from_python=environment is not None,
+            environment_from_python=environment is not None, trains=trains,
         )  # fmt: skip
     elif overrides:
         raise ConfigError("overrides go with a YAML file or a mapping; change the Config itself instead")
@@ -172,4 +174,6 @@ def _with_python(
         raise ConfigError("tools and environment go with a YAML file or a mapping; name them in the Config instead")
     elif eval_dataset is not None:
         config = replace(config, data=replace(config.data, eval_path=PYTHON))
-    return with_rewards(config, [reward for reward in rewards if isinstance(reward, str | Mapping)]), functions
+    return with_rewards(
+        config, [reward for reward in rewards if isinstance(reward, str | Mapping)], trains=trains
+    ), functions

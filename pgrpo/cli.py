@@ -59,12 +59,12 @@ def _load_one(overrides: list[str] | None, **sources: str | Path | None) -> Conf
         raise ConfigError(f"give one of {', '.join(f'--{kind}' for kind in sources)}; {len(given)} were given")
     ((kind, source),) = given.items()
     if kind == "config":
-        return _load(source, overrides)
+        return load_config(source, overrides or [], trains=False)
     if kind == "run":
         file = Path(source) / "config.yaml"
         if not file.is_file():
             raise ConfigError(f"--run {source}: not a run folder, it has no config.yaml")
-        return load_config(file, [f"run_dir={json.dumps(source)}", *(overrides or [])])
+        return load_config(file, [f"run_dir={json.dumps(source)}", *(overrides or [])], trains=False)
     # A model alone: a prompt is the user's message.
     values = {"model": {"path": source}, "prompt": {"messages": [{"role": "user", "content": "{prompt}"}]}}
     values |= {"run_dir": "none", "train": {"steps": 1}, "data": {"path": "none"}}

@@ -36,7 +36,9 @@ def evaluate(
         ConfigError: there is no held-out split, or no such checkpoint.
     """
     if not (config.data.eval_path or config.data.eval_split):
-        raise ConfigError("data.eval_split is not set: name the held-out split, or a file in data.eval_path")
+        raise ConfigError(
+            "evaluation needs held-out rows: set data.eval_path to a file of them, or data.eval_split to a split of data.path"
+        )
     if not (config.rewards.functions or given.rewards):
         raise ConfigError("rewards.functions: [] scores nothing; add rewards.functions=[{function: exact_match}], say")
     # A run reads the held-out split only if eval.every is set. Reference, teacher and keep_best are for training only.

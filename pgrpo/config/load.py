@@ -38,6 +38,7 @@ def load_config(
     eval_data_from_python: bool = False,
     tools_from_python: bool = False,
     environment_from_python: bool = False,
+    trains: bool = True,
 ) -> Config:
     """Read, merge, resolve and check a configuration.
 
@@ -49,6 +50,7 @@ def load_config(
         eval_data_from_python: the caller passes held-out rows.
         tools_from_python: the caller passes tools, beside those of the config.
         environment_from_python: the caller passes an environment, instead of ``environment.factory``.
+        trains: False for commands that only read a model: ``eval.every`` and ``checkpoint.keep_best`` have no effect there.
 
     Raises:
         ConfigError: the input is wrong; one line with the key, its value and the fix.
@@ -89,11 +91,11 @@ def load_config(
         if secrets.is_named(key) and isinstance(value, str):
             secrets.remember(value)
     _finish_paths(config)
-    check_values(config, rewards_from_python=rewards_from_python)
+    check_values(config, rewards_from_python=rewards_from_python, trains=trains)
     return config
 
 
-def with_rewards(config: Config, named: Sequence[str | Mapping[str, Any]]) -> Config:
+def with_rewards(config: Config, named: Sequence[str | Mapping[str, Any]], *, trains: bool = True) -> Config:
     """The config with more rewards: names, or mappings such as ``{"function": "math", "weight": 2.0}``."""
     if not named:
         return config
@@ -103,7 +105,7 @@ def with_rewards(config: Config, named: Sequence[str | Mapping[str, Any]]) -> Co
     functions = [*config.rewards.functions, *more.functions]
     config = replace(config, rewards=replace(config.rewards, functions=functions))
     _finish_paths(config)
-    check_values(config, rewards_from_python=True)
+    check_values(config, rewards_from_python=True, trains=trains)
     return config
 
 

@@ -47,8 +47,9 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def check_values(config: Config, *, rewards_from_python: bool) -> None:
-    """Raise ConfigError for the first value that is out of range or contradicts another."""
+def check_values(config: Config, *, rewards_from_python: bool, trains: bool = True) -> None:
+    """Raise ConfigError for the first value that is out of range or contradicts another. Without ``trains`` it does not matter
+    what a run would evaluate between its steps."""
     for key, value in leaves(config):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{key}: {value} is not a finite number; give a finite one")
@@ -67,13 +68,15 @@ def check_values(config: Config, *, rewards_from_python: bool) -> None:
     _check_environment(config)
     if not (rewards_from_python or config.environment.factory):
         _check_rewards(config)
+    if not trains:
+        return
     if config.checkpoint.keep_best and not config.eval.every:
         raise ConfigError(
             f"checkpoint.keep_best: {config.checkpoint.keep_best} needs evaluations; set eval.every, or leave it out"
         )
     if config.eval.every and not (config.data.eval_path or config.data.eval_split):
         raise ConfigError(
-            f"eval.every: {config.eval.every} needs held-out rows; set data.eval_path or data.eval_split, or every to 0"
+            f"eval.every: {config.eval.every} needs held-out rows; set data.eval_path or data.eval_split, or eval.every=0"
         )
 
 

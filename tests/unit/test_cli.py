@@ -55,6 +55,16 @@ def test_help_imports_nothing_heavy(folder: Path) -> None:
     assert "pgrpo.config" in run(folder, code=code).stdout
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("more", [["eval.every=400"], ["eval.every=400", "checkpoint.keep_best=eval/reward"], []])
+def test_eval_without_held_out_rows_has_one_answer_whatever_training_would_evaluate(folder: Path, more) -> None:
+    result = run(folder, "eval", "--config", "c.yaml", *more)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "pgrpo: evaluation needs held-out rows: set data.eval_path to a file of them, or data.eval_split to a split of data.path\n"
+    )
+
+
 def test_help_names_every_command(folder: Path) -> None:
     result = run(folder, "--help")
     assert result.returncode == 0

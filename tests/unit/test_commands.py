@@ -360,5 +360,5 @@ def test_eval_refuses_what_is_not_there(model, tmp_path, monkeypatch):
         evaluate(config(model, tmp_path), "best")
     with pytest.raises(ConfigError, match="no checkpoint at"):
         evaluate(config(model, tmp_path), str(tmp_path / "step_9"))
-    with pytest.raises(ConfigError, match="eval_split is not set"):
+    with pytest.raises(ConfigError, match=r"^evaluation needs held-out rows: set data\.eval_path"):
         evaluate(config(model, tmp_path, "data.eval_split=null", "eval.every=0"))
