@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import time
@@ -10,21 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pgrpo.config import ConfigError
 from pgrpo.config.task import EnvironmentConfig
 from pgrpo.data.images import place
 from pgrpo.environments.calls import CallFailed, Calls, CallTimeout, Function, WorkerDied
 from pgrpo.environments.chat import Chat
-from pgrpo.environments.content import content_of, file_of, said_at_reset
+from pgrpo.environments.content import content_of, said_at_reset
 from pgrpo.environments.conversation import Lengths, Transcript
 from pgrpo.environments.long_form import Ended
 from pgrpo.environments.parsing import Call, Reply
 from pgrpo.environments.remote import step_of
+from pgrpo.environments.shown import Shown
 from pgrpo.environments.tools import BadCall, Kind, Tool
 from pgrpo.environments.turns import Key, Turns
 from pgrpo.environments.written import image_parts, joined
 from pgrpo.types import Episode, FinishReason, Messages, Prompt, Sample
-from pgrpo.vision.parts import Content, images_in, with_marks
+from pgrpo.vision.parts import Content, with_marks
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Player:
         self._kind, self._chat, self._lengths = stage.kind, stage.chat, stage.lengths
         self._row, self._prompt = prompt, _in_parts(prompt)
         self._limits = self._chat.reader and self._chat.reader.limits
-        self._shown = 0  # images that tools and the environment gave
+        self._shown = Shown(stage.settings.max_images, stage.chat.reader)
         self.environment: Any = None
         self._seconds = 0.0
         self._error = ""
@@ -215,38 +214,11 @@ class Player:
         return replace(prompt, text=written.text, token_ids=written.ids, messages=messages, images=images)
 
     async def _content(self, result: Any) -> Content:
-        """What a tool or environment gave, as the model is shown it.
-
-        Raises:
-            CallFailed: it has an image that cannot be used, or more images than the episode may have.
-            ImagesRefused: this run is not made for images.
-        """
+        """What a tool or environment gave, as the model is shown it. Raises as ``Shown`` does."""
         if isinstance(result, str):
             return content_of(result)
         # It runs the user's code, as `__str__`: its errors and its time are those of a call.
-        content = await self._call(content_of, {"result": result, "limits": self._limits})
-        if not (images := images_in(content)):
-            return content
-        most, reader = self._settings.max_images, self._chat.reader
-        if not most or reader is None:
-            raise ImagesRefused(
-                "a tool or environment gave an image, which environment.max_images=0 does not allow: set it to the most images "
-                "that an episode may be given, with a vision-language model in model.path, or return texts"
-            )
-        if self._shown + len(images) > most:
-            raise CallFailed(
-                f"this episode was given {self._shown} images, and {len(images)} more would be above environment.max_images={most}"
-            )
-        try:
-            for part in images:
-                content_of_file = file_of(part)
-                read = await asyncio.to_thread(reader.told, content_of_file)
-                part.clear()
-                part |= {"type": "image", "image": content_of_file, "size": read.size, "key": read.key}
-        except ConfigError as error:
-            raise CallFailed(str(error)) from None
-        self._shown += len(images)
-        return content
+        return await self._shown(await self._call(content_of, {"result": result, "limits": self._limits}))
 
     async def _run(self, call: Call, talk: Transcript) -> tuple[str, Content]:
         """Name and result of a call, as the model is shown it."""
@@ -311,10 +283,6 @@ class Player:
     def _failed(self, error: str) -> Ended:
         self._error = error
         return Ended("environment")
-
-
-class ImagesRefused(RuntimeError):
-    """An image came where a run is not made for any."""
 
 
 def _in_parts(prompt: Prompt) -> Prompt:

@@ -20,7 +20,7 @@ from pgrpo.config.task import ImageConfig
 from pgrpo.environments.calls import CallFailed
 from pgrpo.environments.chat import Chat
 from pgrpo.environments.content import content_of, file_of
-from pgrpo.environments.player import ImagesRefused
+from pgrpo.environments.shown import ImagesRefused
 from pgrpo.environments.transitions import check_transitions
 from pgrpo.model.families.vision import Vision
 from pgrpo.model.policy import Policy
