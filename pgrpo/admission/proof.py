@@ -90,7 +90,7 @@ def prove(
     """Prove or refuse a model by its config.
 
     Args:
-        config: of the model, as ``AutoConfig`` loads it. Code of its own (``trust_remote_code``) must have been allowed there.
+        config: of the model, as ``load_hf_config`` loads it. If it has an ``auto_map``, code of the model runs.
         max_sample: the longest sample of the run; lengths that it does not reach are not proven. None: all are.
         small, seed, stretch: sizes, weights and samples, and how many times as long these are, for a second opinion.
     """
@@ -228,8 +228,9 @@ def _not_kept(policy: Policy, samples: Sequence[Sample], wanted_L: Tensor, exact
     try:
         policy.keep(batch)
         found_L = policy(batch).logprobs
-    except (RuntimeError, ValueError) as error:
-        return str(error)
+    except Exception as error:  # whatever it is: the model is exact without kept prefixes. ``TimeUp`` is none of these
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        return first_line if type(error) is RuntimeError and first_line else f"{type(error).__name__}: {first_line}"
     finally:
         policy.kept = None
     off = (found_L - wanted_L[: len(found_L)]).abs().max().item()

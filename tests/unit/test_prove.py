@@ -77,6 +77,31 @@ def test_a_prefix_is_not_kept_where_log_probs_behind_it_are_others(monkeypatch):
     assert proof.not_kept == "layers do not each call attention once, or have one state" and proof.refusal == ""
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (IndexError("of a kept beginning\nand more"), "IndexError: of a kept beginning"),
+        (AssertionError(), "AssertionError: "),
+        (RuntimeError(), "RuntimeError: "),
+        (RuntimeError("layers attend twice"), "layers attend twice"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, str) else None,
+)
+def test_a_model_whose_prefixes_cannot_be_kept_is_trained_without(error, reason, monkeypatch):
+    def keep(*_):
+        raise error
+
+    monkeypatch.setattr(Policy, "keep", keep)
+    proof = prove(AutoConfig.for_model("llama"))
+    assert proof.refusal == "" and proof.not_kept == reason and len(proof.bugs) >= 3 and proof.logprob < 1e-11
+
+
+def test_the_time_limit_ends_a_proof_also_while_a_prefix_is_kept(monkeypatch):
+    monkeypatch.setattr(Policy, "keep", lambda *_: time.sleep(60))
+    monkeypatch.setattr(proving, "MOST_SECONDS", 4.0)
+    assert "took longer than 4 s" in prove(AutoConfig.for_model("llama")).refusal
+
+
 def test_every_length_lies_inside_the_proofs_samples_unless_no_sample_of_the_run_reaches_it():
     samples = [s.prompt_ids + s.token_ids for s in proof_samples(64)]
     shortest, longest = min(map(len, samples)), max(map(len, samples))
