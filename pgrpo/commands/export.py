@@ -119,7 +119,11 @@ def build_merged_model(source: ModelConfig, adapters: Mapping[str, Tensor], path
 def _initial(source: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     config = load_hf_config(source)
     return auto_class(config).from_pretrained(
-        source.path, revision=source.revision, trust_remote_code=source.trust_remote_code, dtype=dtype
+        source.path,
+        config=config,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+        dtype=dtype,
     )
 
 

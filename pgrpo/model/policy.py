@@ -169,6 +169,7 @@ def load_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTr
     hf_config = load_hf_config(config)
     model = auto_class(hf_config).from_pretrained(
         config.path,
+        config=hf_config,  # without an auto_map that may not be followed
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         dtype=dtype,

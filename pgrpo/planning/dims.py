@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from pgrpo.planning.hub import new_model
+from pgrpo.planning.hub import new_model, without_code
 from pgrpo.planning.tower import TowerDims
 from pgrpo.vision.families import family_of
 
@@ -84,7 +84,7 @@ class ModelDims:
             ValueError: no model can be built from it, or it has no list of decoder layers.
         """
         if isinstance(config, Mapping):
-            config = AutoConfig.for_model(**config)
+            config = without_code(AutoConfig.for_model(**config))
         return _count(_Key(config))
 
 

@@ -17,6 +17,9 @@ from pgrpo.vision.families import TOWER_ON_REQUEST, WITHOUT_TOWER, auto_class
 def load_hf_config(config: ModelConfig) -> PretrainedConfig:
     """The model's config.json, marked where it has a tower that ``model.load_vision`` does not ask for.
 
+    It has an ``auto_map``, which names the model's own code, only if that was allowed to run (``model.trust_remote_code``):
+    transformers leaves it in the config of a class of its own.
+
     Raises:
         ConfigError: ``model.path`` has none.
     """
@@ -26,14 +29,26 @@ def load_hf_config(config: ModelConfig) -> PretrainedConfig:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={config.path}: cannot load this model: {load_error(error)}") from error
+    if not config.trust_remote_code:
+        without_code(found)
     if found.model_type in TOWER_ON_REQUEST and not config.load_vision:
         setattr(found, WITHOUT_TOWER, True)
     return found
 
 
+def without_code(config: PretrainedConfig) -> PretrainedConfig:
+    """The same object: neither it nor a config in it names code any more."""
+    vars(config).pop("auto_map", None)
+    vars(config).pop("attribute_map", None)  # one in the file could give another key that name; the class's own stays
+    for value in vars(config).values():
+        if isinstance(value, PretrainedConfig):
+            without_code(value)
+    return config
+
+
 def new_model(config: PretrainedConfig, attention: Any, **options: Any) -> PreTrainedModel:
-    """A model with new weights, on the default device. Code that comes with a model must have been allowed when its config was
-    loaded."""
+    """A model with new weights, on the default device, of the class that ``from_pretrained`` loads. If the config has an
+    ``auto_map``, code of the model runs: it must have been allowed, as ``load_hf_config`` sees to."""
     own = copy.deepcopy(config)  # from_config writes into it
     code = _remote_class(config)
     make = auto_class(own).from_config if code is None else code._from_config
@@ -41,16 +56,22 @@ def new_model(config: PretrainedConfig, attention: Any, **options: Any) -> PreTr
 
 
 def code_folder(config: PretrainedConfig) -> Path | None:
-    """Where the code is that comes with a model, as transformers copied it there just now; None for a model of transformers."""
+    """Where the code is that comes with a model, as transformers copied it there just now; None for a model of transformers.
+    That code runs, as in ``new_model``."""
     code = _remote_class(config)
     return None if code is None else Path(str(sys.modules[code.__module__].__file__)).parent
 
 
 def _remote_class(config: PretrainedConfig) -> Any:
-    """The class of a model that comes with code of its own, of the config's revision, as when weights are loaded."""
-    name = (getattr(config, "auto_map", None) or {}).get(auto_class(config).__name__)
+    """The class of a model that comes with code of its own, of the config's revision, as when weights are loaded: also where
+    transformers has a class for the config, but not where a package has registered one."""
+    auto = auto_class(config)
+    name = (getattr(config, "auto_map", None) or {}).get(auto.__name__)
     if name is None:
         return None
+    registered = auto._model_mapping.get(type(config), None)
+    if isinstance(registered, type) and not registered.__module__.startswith("transformers."):
+        return registered
     repository, _, name = name.rpartition("--")
     revision = None if repository else getattr(config, "_commit_hash", None)  # other repositories have their own
     return get_class_from_dynamic_module(name, repository or config._name_or_path, code_revision=revision)
