@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -30,7 +31,37 @@ def check_early(config: Config, *, data_from_python: bool = False) -> None:
 def check_start(config: Config, resume: str | Path | None) -> None:
     """Raise ConfigError if the prompts do not divide over the ranks, or the checkpoint to resume from does not exist."""
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
-    if resume not in (None, "auto", "best") and not Path(resume).is_dir():
-        folder = Path(resume).parent
-        steps = ", ".join(sorted(path.name for path in folder.glob("step_*"))) or "none"
-        raise ConfigError(f"no checkpoint at {resume}; steps that exist in {folder}: {steps}")
+    own = Path(config.run_dir).expanduser() / "checkpoints"
+    if resume == "best":
+        _check_best(own)
+    elif resume not in (None, "auto") and not Path(resume).is_dir():
+        folders = [folder for folder in (own, Path(resume).parent) if _steps(folder)]
+        steps = "; ".join(f"{folder} has {', '.join(_steps(folder))}" for folder in dict.fromkeys(folders))
+        raise ConfigError(
+            f"--resume {resume}: no checkpoint there; {steps or f'nor is there one in {own}'}; give the path of a step_N, auto "
+            "or best"
+        )
+
+
+def _steps(folder: Path) -> list[str]:
+    """Names of the checkpoints in ``folder``, oldest first."""
+    names = (path.name for path in folder.glob("step_*"))
+    return sorted((name for name in names if re.fullmatch(r"step_\d+", name)), key=lambda name: int(name[5:]))
+
+
+def _check_best(folder: Path) -> None:
+    """Refuse ``--resume best`` where the newest checkpoint names no best one. A damaged one is left to whoever opens it."""
+    if not (steps := _steps(folder)):
+        raise ConfigError(f"--resume best: {folder} has no checkpoint; train without --resume first")
+    try:
+        best = json.loads((folder / steps[-1] / "scalars.json").read_text(encoding="utf-8"))["best"]
+        name = None if best is None else f"step_{best['step']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if name is None:
+        raise ConfigError(
+            f"--resume best: {folder / steps[-1]} has no best checkpoint; train with checkpoint.keep_best=eval/reward, or "
+            "resume from auto"
+        )
+    if name not in steps:
+        raise ConfigError(f"--resume best: {folder / name} is not there; {folder} has {', '.join(steps)}")

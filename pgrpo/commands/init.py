@@ -20,12 +20,17 @@ def init(name: str, overwrite: bool = False) -> None:
     Raises:
         ConfigError: there is no such config or recipe, or a file of that name exists already.
     """
-    known = {path.stem: path for kind in ("recipes", "configs") for path in sorted(packaged(kind).glob("*.yaml"))}
+    recipes, configs = (
+        {path.stem: path for path in sorted(packaged(kind).glob("*.yaml"))} for kind in ("recipes", "configs")
+    )
+    known = recipes | configs
     name = name.removesuffix(".yaml")
     if (source := known.get(name)) is None:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"there is no config or recipe {name}; {hint}There are {', '.join(known)}")
+        raise ConfigError(
+            f"init {name}: no such config or recipe; {hint}configs: {', '.join(configs)}; recipes: {', '.join(recipes)}"
+        )
     is_recipe = source.parent == packaged("recipes")
     stand_in = {"recipe": str(source), "run_dir": "x", "model": {"path": "x"}, "train": {"steps": 1}}
     copies = {Path(source.name): source}

@@ -10,6 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from pgrpo.config import ConfigError, load_config
+from pgrpo.early import check_start
 
 CONFIG = """\
 run_dir: runs/x
@@ -112,7 +116,11 @@ WRONG = {
     "no such recipe": ("recipe=nope", "recipe 'nope': no such file"),
     "no such checkpoint": (
         "--resume=runs/nope",
-        "no checkpoint at runs/nope; steps that exist in runs: none",
+        "--resume runs/nope: no checkpoint there; runs/x/checkpoints has step_9, step_44, step_130; give the path of a step_N",
+    ),
+    "no best checkpoint": (
+        "--resume=best",
+        "--resume best: runs/x/checkpoints/step_130 has no best checkpoint; train with checkpoint.keep_best=eval/reward",
     ),
     "too deep": ("rollout.stop=" + "[" * 20_000, "nested too deeply"),
 }
@@ -135,6 +143,9 @@ print(json.dumps([answers, heavy, used.ru_utime + used.ru_stime]))
 
 
 def test_wrong_input_is_refused_in_little_time_without_importing_torch(folder: Path) -> None:
+    for step in (44, 9, 130):
+        (saved := folder / "runs" / "x" / "checkpoints" / f"step_{step}").mkdir(parents=True)
+        (saved / "scalars.json").write_text('{"best": null}')
     result = run(folder, json.dumps(WRONG), code=ALL_WRONG, WORLD_SIZE="2")
     answers, heavy, seconds = json.loads(result.stdout)
     assert answers.keys() == WRONG.keys(), result.stderr
@@ -145,6 +156,30 @@ def test_wrong_input_is_refused_in_little_time_without_importing_torch(folder: P
         assert expected in said
     assert heavy == []
     assert seconds < 2 + 0.1 * len(WRONG)  # CPU time: the first takes 2 s at most, and the others share its imports
+
+
+def test_resume_best_needs_a_best_checkpoint_that_is_there(tmp_path: Path) -> None:
+    config = load_config({**yaml.safe_load(CONFIG), "run_dir": str(tmp_path / "run")})
+    saved = tmp_path / "run" / "checkpoints"
+
+    def refused(resume: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            check_start(config, resume)
+        return str(caught.value)
+
+    assert refused("best") == f"--resume best: {saved} has no checkpoint; train without --resume first"
+    assert refused("nosuch").startswith(f"--resume nosuch: no checkpoint there; nor is there one in {saved}; give ")
+    for step in (9, 10):
+        (saved / f"step_{step}").mkdir(parents=True)
+        (saved / f"step_{step}" / "scalars.json").write_text('{"best": {"step": 8, "value": 0.5}}')
+    assert refused("best") == f"--resume best: {saved / 'step_8'} is not there; {saved} has step_9, step_10"
+    elsewhere = refused(str(saved / "step_7")).removeprefix(f"--resume {saved / 'step_7'}: no checkpoint there; ")
+    assert elsewhere.startswith(f"{saved} has step_9, step_10; give ")  # once
+    (saved / "step_8").mkdir()
+    for resume in ("best", "auto", str(saved / "step_9"), None):
+        check_start(config, resume)
+    (saved / "step_10" / "scalars.json").write_text("damaged")
+    check_start(config, "best")  # the one before may be whole
 
 
 def test_a_failed_run_is_1_with_one_line_unless_debugging(folder: Path) -> None:
@@ -183,7 +218,11 @@ def test_init_copies_what_a_run_needs_and_overwrites_nothing(folder: Path) -> No
     assert result.returncode == 2
     assert "addition.yaml" in result.stderr
     assert (folder / "addition.yaml").read_text() == "mine"
-    assert "did you mean quickstart?" in run(folder, "init", "quickstrat").stderr
+    said = run(folder, "init", "quickstrat").stderr
+    assert said.startswith("pgrpo: init quickstrat: no such config or recipe; did you mean quickstart? configs: quick")
+    assert ", vision_quickstart; recipes: addition, arithmetic, " in said and said.count("\n") == 1
+    said = run(folder, "init", "nosuch").stderr
+    assert said.startswith("pgrpo: init nosuch: no such config or recipe; configs: quickstart, ")
     result = run(folder, "init", "quickstart", "--overwrite")
     assert "replaced addition.yaml" in result.stdout and "wrote" not in result.stdout
     schema = (folder / "addition.yaml").read_text().splitlines()[0].removeprefix("# yaml-language-server: $schema=")

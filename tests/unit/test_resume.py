@@ -279,7 +279,7 @@ def test_a_refused_resume_changes_nothing_of_the_run(tiny_model, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=r"of other model\.lora_\* keys"):
         train(tiny_model, run_dir, resume="auto", **{"model.lora_rank": 2})
     assert (run_dir / "config.yaml").read_text() == before
-    with pytest.raises(pgrpo.ConfigError, match="no checkpoint at"):
+    with pytest.raises(pgrpo.ConfigError, match="step_9: no checkpoint there"):
         train(tiny_model, tmp_path / "new", resume=tmp_path / "step_9")
     train(tiny_model, tmp_path / "new", steps=1)  # nothing of the refused run is in the way
 
