@@ -94,8 +94,10 @@ def compile_dynamic(run: Callable[..., Any]) -> Callable[..., Any]:
         # By default two sizes that are equal in the first batch (groups and tokens, say) are compiled as one symbol.
         # They may differ in the next batch, so give each size a symbol of its own. Numbers such as a norm's epsilon never change:
         # as inputs they would be tensors on the CPU, for which inductor traces twice and runs a C++ compiler for a minute.
+        # Parts that models share are compiled for each of policy, reference and teacher, with gradients and without, for one row
+        # and for more, with a kept first node and without: up to 24 times, where PyTorch by default fails at the ninth.
         sizes = torch.fx.experimental._config.patch(use_duck_shape=False)  # pyright: ignore[reportAttributeAccessIssue]
-        with sizes, torch._dynamo.config.patch(specialize_float=True):  # pyright: ignore[reportAttributeAccessIssue]
+        with sizes, torch._dynamo.config.patch(specialize_float=True, recompile_limit=96):  # pyright: ignore
             return compiled_run(*args, **kwargs)
 
     return run_compiled

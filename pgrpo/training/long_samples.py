@@ -31,7 +31,8 @@ def set_up_long_samples(layers: Iterable[nn.Module], recompute: Sequence[Recompu
     Args:
         layers: decoder layers.
         recompute: one entry a layer. Inputs of layers that say ``offload`` are in host memory between forward and backward.
-        mlp_chunks: parts of the rows in which the MLPs of all layers that are recomputed whole are computed.
+        mlp_chunks: parts of the rows in which the MLPs of all layers that are recomputed whole are computed. Batches of fewer
+            than twice as many rows are computed whole.
     """
     host = HostInputs()
     for layer, mode in zip(layers, recompute, strict=True):
@@ -140,10 +141,12 @@ def _in_parts(whole: type[nn.Module], chunks: int) -> type[nn.Module]:
 
         if not is_training(current.layout):
             return run(hidden_1TE)
+        rows = hidden_1TE.shape[1]
+        if rows < 2 * chunks:  # to compiled code parts of 0 and 1 rows are other code, and these few rows need no parts
+            return whole.forward(mlp, hidden_1TE)
         if torch.is_grad_enabled() and not compiling:
             run = partial(checkpoint, run, use_reentrant=False)
         # The remainder is the last part's. If it were spread out, compiled code would be of one remainder, and compiled for each.
-        rows = hidden_1TE.shape[1]
         most = rows // chunks
         parts = [run(part) for part in hidden_1TE.split([most] * (chunks - 1) + [rows - (chunks - 1) * most], 1)]
         if isinstance(parts[0], Tensor):

@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from test_kept import error, kept_batches, run
 from test_layer_runs import random_batch, update
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pgrpo.admission.compare import tokens_as_samples
-from pgrpo.admission.shrink import shrink
+from pgrpo.admission.shrink import Small, shrink
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.config import ModelConfig
 from pgrpo.model import recompute as layers
-from pgrpo.model.families import linear
+from pgrpo.model.families import convolution, linear
+from pgrpo.model.kept import kept_prefix
 from pgrpo.model.lora import add_adapters
 from pgrpo.model.policy import Policy
 from pgrpo.packing.batch import build_batch
@@ -35,8 +37,8 @@ KINDS = {
 }
 
 
-def make_policy(name, mode: Any = "none", compiled=False, lora=False, chunks=1):
-    config = shrink(AutoConfig.for_model(name))
+def make_policy(name, mode: Any = "none", compiled=False, lora=False, chunks=1, small: Small | None = None):
+    config = shrink(AutoConfig.for_model(name), small=small)
     config.layer_types = KINDS[name]
     config.num_hidden_layers = len(config.layer_types)
     torch.manual_seed(0)
@@ -96,7 +98,56 @@ def test_parts_are_exact_and_compiled_once_for_all_layers_and_batches(
             # inductor rounds what the model computes in float32 otherwise: seen are 3e-4, of decays whose terms cancel
             assert (a - b).norm() <= (1e-3 if backend == "inductor" else 1e-5) * b.norm()
         assert graphs() == count
+    if (
+        chunks > 1
+    ):  # batches of too few rows for parts: the layer with attention is compiled once more, MLPs elsewhere are not
+        for rows in (2, 2 * chunks - 1, 2 * chunks):
+            batch = build_batch(Forest.of(tokens_as_samples([[*range(3, 2 + rows)]], [[[6]]])))
+            got, wanted = update(compiled, batch), update(plain, batch)
+            assert (got[0] - wanted[0]).abs().max() < 1e-5 and error(got[1], wanted[1]) < 1e-5
+            assert graphs() == count + 1
     assert not any("_in_parts" in run.__qualname__ for run in runs)  # activations of one part alone exist at a time
+
+
+@pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.slow), "full"])
+def test_a_kept_prefix_runs_uncompiled_and_its_passes_compile_no_part_again(mode, graphs, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(compile_, backend="aot_eager"))
+    plain, compiled = make_policy("qwen3_5_text"), make_policy("qwen3_5_text", mode, True)
+    _, span = kept_batches(plain)
+    gradients = []
+    for policy in (compiled, plain):
+        policy.keep(span[0]).square().sum().backward()
+        gradients.append([p.grad for p in policy.parameters() if p.grad is not None])
+        policy.kept = None
+    assert graphs() == 0
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    update(compiled, random_batch(random.Random(0)))
+    assert graphs() == 5
+    assert error(run(compiled, span)[1], run(plain, span)[1]) < 1e-5
+    assert graphs() == 6  # the layer with attention, with keys and values in front
+
+
+@pytest.mark.slow
+def test_all_models_of_a_run_are_compiled_in_one_process(graphs, monkeypatch):
+    """Policy, reference and teacher, with gradients and without, in passes of a kept prefix, and in those of a rank without one."""
+    monkeypatch.setattr(torch, "compile", partial(compile_, backend="aot_eager"))
+    policy, reference, teacher = (
+        make_policy("qwen3_5_text", compiled=True, small=small) for small in (None, None, Small(width=96, head_dim=24))
+    )
+    reference.requires_grad_(False)
+    teacher.requires_grad_(False)
+    rnd = random.Random(0)
+    batches = [random_batch(rnd), random_batch(rnd)]
+    others = [build_batch(Forest.of(tokens_as_samples([[3]], [[[n]]]))) for n in (4, 5)]  # two rows
+    for span in (batches[:1], batches[1:], kept_batches(policy)[1], batches, others):
+        for model in (policy, reference, teacher):
+            with torch.no_grad(), kept_prefix(model, span):
+                for batch in span:
+                    model(batch)
+        run(policy, span)
+    entries = torch._dynamo.eval_frame._debug_get_cache_entry_list
+    assert len(entries(convolution._one_convolution.__code__)) <= 4
+    assert len(entries(layers._plain.__code__)) >= 8
 
 
 def test_forwards_without_gradients_are_compiled_too_but_not_a_few_tokens_and_no_rollout(graphs, monkeypatch):

@@ -8,9 +8,12 @@ import torch
 import transformers
 from test_layer_runs import LAYERS, compilations, make_policy, random_batch, update
 
+from pgrpo.admission.compare import tokens_as_samples
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.model import recompute as layers
 from pgrpo.model.policy import Policy
+from pgrpo.packing.batch import build_batch
+from pgrpo.packing.forest import Forest
 from pgrpo.training import long_samples
 from pgrpo.training.long_samples import HostInputs, piece_sizes, set_up_long_samples
 from pgrpo.types import Recompute
@@ -105,6 +108,11 @@ def test_an_mlp_in_parts(recompute, compiled, lora, monkeypatch):
         for other in others:
             update(policy, other)
         assert compilations() == {"_everything": 1}  # for all layers and numbers of rows
+        for rows in (2, 5, 6):  # below 6 not in parts of at least 2
+            other = build_batch(Forest.of(tokens_as_samples([[*range(3, 2 + rows)]], [[[6]]])))
+            got, want = update(policy, other), update(make_policy(lora=lora), other)
+            assert (got[0] - want[0]).abs().max() < 1e-6
+            assert compilations() == {"_everything": 2}
     layers.compile_dynamic.cache_clear()
 
 

@@ -44,7 +44,9 @@ def convolve(
         if current.keep is not None:  # a copy, which does not hold the inputs of all rows
             current.keep[-1].append(x_1DT[..., max(0, x_1DT.shape[2] - reach) :].clone())
         if current.front is not None:
-            x_1DT, kept = torch.cat([current.front[0], x_1DT], -1), current.front[0].shape[2]
+            # Along rows of [T, D], as models' rows lie in memory: to other strides compiled code is other code.
+            front_1TD = current.front[0].transpose(1, 2)
+            x_1DT, kept = torch.cat([front_1TD, x_1DT.transpose(1, 2)], 1).transpose(1, 2), front_1TD.shape[1]
         return _forest_convolution(layout, functions, x_1DT, weight, bias, activation)[..., kept:]
     name = (layer, "convolution")
     if name not in layout.states:

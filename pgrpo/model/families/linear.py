@@ -29,6 +29,7 @@ from pgrpo.model.families.convolution import Functions, convolve
 from pgrpo.model.families.delta_rule import delta_rule
 
 CONV, RULE, STEP = "causal_conv1d_fn", "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"
+UNCOMPILED = "parts are not compiled"
 
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -90,14 +91,21 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def forward_of(part: nn.Module, kind: type[nn.Module]) -> Callable[..., Any]:
-    """``kind.forward``; compiled for packed batches, but not for few tokens without gradients, if ``compile_parts`` had the part's
-    layer. Parts of one class share what is compiled."""
+    """``kind.forward``; compiled for packed batches, but not for few tokens without gradients or a prefix that is kept, if
+    ``compile_parts`` had the part's layer. Parts of one class share what is compiled."""
     compile_: Compile | None = getattr(part, "compile_", None)
     return compile_(kind.forward) if compile_ is not None and _is_compiled() else kind.forward
 
 
 def _is_compiled() -> bool:
-    return isinstance(current.layout, PackedLayout) and (torch.is_grad_enabled() or not current.is_eager)
+    """Not where a kept prefix is computed, as whole layers are not (``recompute.py``), nor where its backward computes it again,
+    which is outside ``keep``: its layout, which no other forward has, remembers."""
+    layout = current.layout
+    if not isinstance(layout, PackedLayout):
+        return False
+    if current.keep is not None:
+        layout.kept[UNCOMPILED] = True
+    return UNCOMPILED not in layout.kept and (torch.is_grad_enabled() or not current.is_eager)
 
 
 def _run_part(part: nn.Module, *args: Any, **kwargs: Any) -> Any:
