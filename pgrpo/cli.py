@@ -153,7 +153,7 @@ def generate(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="Rows for the config's prompt, as data.path reads, or a .txt with a prompt a line. Default: a chat."
+            help="Rows for the config's prompt, as data.path reads, or a .txt with a line for its only column. Default: a chat."
         ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Completions of each prompt.")] = 1,
@@ -168,7 +168,12 @@ def generate(
         raise ConfigError("--out and --samples go with --prompts FILE; a chat has neither")
     from pgrpo.commands.generate import generate
 
-    generate(resolved, checkpoint or ("auto" if run else None), prompts, samples=samples, rewards=rewards, out=out)
+    own = {override.partition("=")[0] for override in overrides or []}
+    may_lower = {"data.max_prompt_tokens", "rollout.max_completion_tokens"} - own if model else ()
+    generate(
+        resolved, checkpoint or ("auto" if run else None), prompts,
+        samples=samples, rewards=rewards, out=out, may_lower=may_lower,
+    )  # fmt: skip
 
 
 @app.command()

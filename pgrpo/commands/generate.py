@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from pgrpo.config import PYTHON, Config, ConfigError, PromptConfig, redact, to_j
 from pgrpo.config.sampling import sampling_params
 from pgrpo.config.task import EnvironmentConfig
 from pgrpo.data import load_prompts
+from pgrpo.data.render import template_columns
 from pgrpo.distributed.world import start, world_size
+from pgrpo.planning.hub import load_hf_config
+from pgrpo.planning.rope import positions
+from pgrpo.process.caches import use_caches
 from pgrpo.process.lock import run_folder
 from pgrpo.rollout.base import sample_seeds
 from pgrpo.tracking import printable
@@ -29,6 +34,7 @@ from pgrpo.training.progress import Progress
 from pgrpo.training.rollout import sample_and_score
 from pgrpo.types import Messages, Prompt
 
+log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 
@@ -40,21 +46,27 @@ def generate(
     samples: int = 1,
     rewards: bool = True,
     out: Path | None = None,
+    may_lower: Collection[str] = (),
 ) -> None:
     """Print completions, sampled at ``eval.temperature`` (None: the rollout's; 0: greedy).
 
     Args:
         checkpoint: a folder, ``auto`` or ``best``. None: the config's model itself.
-        prompts: rows that the config's prompt is filled with, in any form that ``data.path`` reads, or a .txt file with one value
-            of the column ``prompt`` a line. None: a chat on the terminal, or with what is piped in, a line a turn, without tools.
+        prompts: rows that the config's prompt is filled with, in any form that ``data.path`` reads, or a .txt file, whose lines
+            are values of the only column that the prompt uses. None: a chat on the terminal, or with what is piped in, a line a
+            turn, without tools.
         samples: completions of each prompt.
         rewards: score them with the config's rewards, which may need columns.
         out: a JSONL file to write, with one completion a row.
+        may_lower: those of ``data.max_prompt_tokens`` and ``rollout.max_completion_tokens`` that are lowered for a model with
+            fewer positions.
 
     Raises:
         ConfigError: there is no such checkpoint, or the rows do not give prompts.
     """
     rows = None
+    if may_lower:
+        config = _within_positions(config, may_lower)
     if prompts is None:
         if world_size() > 1:
             raise ConfigError("a chat needs a single process; with torchrun give --prompts FILE")
@@ -62,7 +74,7 @@ def generate(
         line = replace(config.prompt, template="{text}", messages=[], messages_column=None, answer_column=None)
         config = replace(config, prompt=line, tools=[], environment=EnvironmentConfig())
     elif prompts.suffix == ".txt":
-        rows = [{"prompt": line} for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = _rows_of_lines(prompts, config.prompt)
     scored = rewards and prompts is not None and bool(config.rewards.functions)
     config = replace(
         config,
@@ -92,6 +104,44 @@ def generate(
                 with replacing(out, "{fix}") as file:
                     file.writelines(to_json(row, ensure_ascii=False, allow_nan=False) + "\n" for row in found)
                 console.print(f"{'replaced' if was_there else 'wrote'} {out}", soft_wrap=True)
+
+
+def _within_positions(config: Config, may_lower: Collection[str]) -> Config:
+    """The config with limits that the model's positions hold. If both may be lowered, a completion has at most half of them."""
+    use_caches(config.cache_dir)
+    most = config.model.max_positions or positions(load_hf_config(config.model))
+    if most is None or config.has_tools or config.max_sample_tokens <= most:
+        return config
+    prompt, completion = config.data.max_prompt_tokens, config.rollout.max_completion_tokens
+    if "rollout.max_completion_tokens" in may_lower:
+        completion = min(completion, most // 2 if "data.max_prompt_tokens" in may_lower else most - prompt)
+    if "data.max_prompt_tokens" in may_lower:
+        prompt = min(prompt, most - completion)
+    if min(prompt, completion) < 1:
+        return config  # refused later, as what the user set has no place
+    log.warning(
+        "the model has %d positions: data.max_prompt_tokens=%d, rollout.max_completion_tokens=%d",
+        most,
+        prompt,
+        completion,
+    )
+    return replace(
+        config,
+        data=replace(config.data, max_prompt_tokens=prompt),
+        rollout=replace(config.rollout, max_completion_tokens=completion),
+    )
+
+
+def _rows_of_lines(file: Path, prompt: PromptConfig) -> list[Row]:
+    """A row a line, with the one column that the prompt uses."""
+    columns = template_columns(prompt)
+    if prompt.messages_column or len(columns) != 1:
+        names = " and ".join(f"`{name}`" for name in columns)
+        fix = f"give rows with {names} (.jsonl)" if columns else "write a column into it, such as {prompt}"
+        raise ConfigError(
+            f"--prompts {file}: a line is text for one column, and the prompt uses {names or 'none'}; {fix}"
+        )
+    return [{columns[0]: line} for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def no_reward(completions: list[str]) -> list[None]:

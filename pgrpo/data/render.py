@@ -206,15 +206,29 @@ def _checked(
     return list(map(Rendered, texts, chats, ids, images))
 
 
+def template_columns(prompt: PromptConfig) -> list[str]:
+    """The columns that a prompt is made of, by the names that it gives. ConfigError for a template that cannot be parsed."""
+    texts = {f"prompt.messages[{i}]": message.content for i, message in enumerate(prompt.messages)}
+    if prompt.template:
+        texts["prompt.template"] = prompt.template
+    names = [column for key, text in texts.items() for _, column, *_ in _parts(text, key) if column is not None]
+    return list(dict.fromkeys([*names, *filter(None, (prompt.messages_column, prompt.images_column))]))
+
+
+def _parts(text: str, key: str) -> list[tuple[str, str | None, str | None, str | None]]:
+    """Literal text, column, format and conversion of each part of a template."""
+    try:
+        return list(Formatter().parse(text))
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error} in {text!r}; write {{{{ and }}}} for literal braces") from error
+
+
 def compile_template(
     text: str, columns: Sequence[str], key: str, guard: Callable[[str], str] = str
 ) -> Callable[[Row, int], str]:
     """Compile ``text`` with ``{column}``, ``{column.field}`` and ``{column:format}`` placeholders into a function
     ``(row, row number) -> text``. ``guard`` is applied to what stands for a placeholder."""
-    try:
-        parts = list(Formatter().parse(text))
-    except ValueError as error:
-        raise ConfigError(f"{key}: {error} in {text!r}; write {{{{ and }}}} for literal braces") from error
+    parts = _parts(text, key)
     for _, column, _, conversion in parts:
         if column is not None and (conversion or not {column, column.split(".")[0]} & {*columns}):
             written = column + (f"!{conversion}" if conversion else "")

@@ -108,3 +108,45 @@ def test_a_chat_reads_what_was_said(tiny_model, tmp_path, monkeypatch, capsys, t
     shown = capsys.readouterr().out.splitlines()
     assert [line for line in shown if line in "123"] == ["1", "2", "3"]
     assert any("data.max_prompt_tokens is 25" in line and line.endswith("/new begins a new chat") for line in shown)
+
+
+@pytest.mark.faults
+def test_a_line_is_the_only_column_of_the_prompt_whatever_its_name(tiny_model, tmp_path):
+    (tmp_path / "x.txt").write_text("10+5=\n\n11+5=\n")
+    base = [*keys(tiny_model, tmp_path), "rollout.max_completion_tokens=4"]
+    config = load_config("quickstart", [*base, 'prompt.template="{question}"'])
+    generate(config, None, tmp_path / "x.txt", rewards=False, out=tmp_path / "out.jsonl")
+    assert [row["prompt"] for row in written(tmp_path / "out.jsonl")] == ["10+5=", "11+5="]
+    with pytest.raises(
+        ConfigError, match=r"one column, and the prompt uses `a` and `b`; give rows with `a` and `b` \(\.jsonl\)$"
+    ):
+        generate(load_config("quickstart", base), None, tmp_path / "x.txt")
+    with pytest.raises(ConfigError, match=r"the prompt uses none; write a column into it, such as \{prompt\}$"):
+        generate(load_config("quickstart", [*base, "prompt.template=1+1"]), None, tmp_path / "x.txt")
+
+
+@pytest.mark.parametrize(
+    ("given", "lengths"),
+    [([], (32, 32)), (["rollout.max_completion_tokens=4"], (60, 4)), (["data.max_prompt_tokens=24"], (24, 40))],
+)
+def test_a_small_model_alone_has_limits_that_fit_its_positions(
+    tiny_model, tmp_path, monkeypatch, caplog, given, lengths
+):
+    """The tiny model has 64 positions; the limits' own values are 1024 and 256."""
+    (tmp_path / "x.txt").write_text("10+5=\n")
+    seen = []
+
+    def complete(parts, *rest):
+        seen.append((parts.config.data.max_prompt_tokens, parts.config.rollout.max_completion_tokens))
+        return []
+
+    monkeypatch.setattr(module, "_complete", complete)
+    raw = ["model.dtype=float32", "prompt.messages=[]", 'prompt.template="{prompt}"']
+    command("generate", "--model", tiny_model, "--prompts", tmp_path / "x.txt", *raw, *given)
+    assert seen == [lengths]
+    prompt, completion = lengths
+    told = f"the model has 64 positions: data.max_prompt_tokens={prompt}, rollout.max_completion_tokens={completion}"
+    assert told in caplog.text
+    both = ["data.max_prompt_tokens=40", "rollout.max_completion_tokens=40"]
+    with pytest.raises(ConfigError, match="it has 64 positions, the longest sample 80 tokens"):
+        command("generate", "--model", tiny_model, "--prompts", tmp_path / "x.txt", *raw, *both)
