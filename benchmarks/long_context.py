@@ -34,6 +34,7 @@ from typing import Any
 
 import rows
 import torch
+from tables import SAME_WORK
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
@@ -63,7 +64,8 @@ from pgrpo.types import Group
 LEAST_MEMORY = ("model.activation_checkpointing=offload", "model.mlp_chunks=16")
 """What is tried where the plan that ``auto`` made does not fit after all."""
 BEGAN = time.perf_counter()
-KEY = ("ranks", "together", "lora_rank", "prompt", "completion", "group_size", "settings")
+KEY = ("device", "ranks", "together", *SAME_WORK, "settings")
+"""What a row is of: it was measured if a row has the same values."""
 
 
 @dataclass
@@ -237,13 +239,18 @@ def write_gradients(args: argparse.Namespace, learner: Learner, groups: list[Gro
         torch.save(found, args.gradients)
 
 
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(str(row.get(name)) for name in KEY)
+
+
 def one_length(args: argparse.Namespace, prompt: int, lora: int, world: World, done: set[tuple[Any, ...]]) -> None:
     """Rows of one length: with the plan that ``auto`` makes, and if that does not fit with the one that takes least memory."""
     for settings in ("auto", "least memory"):
         more = LEAST_MEMORY if settings != "auto" else ()
         row = {**rows.origin(args.commit), "together": args.together, "lora_rank": lora, "offload": args.offload}
+        row |= {"shape": args.shape, "shape_layers": args.layers, "config": args.config, "overrides": args.overrides}
         row |= {"prompt": prompt, "completion": args.completion, "group_size": args.group_size, "settings": settings}
-        key = tuple(row[name] for name in KEY)
+        key = key_of(row)
         if key in done:
             if (*key, "fits") in done:
                 return
@@ -288,21 +295,24 @@ def main(argv: list[str] | None = None) -> None:
         "--reverse", action="store_true", help="completions in another order, which changes rounding alone"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows are added to this file")
-    parser.add_argument("--skip-done", action="store_true", help="lengths that FILE has rows of")
+    parser.add_argument("--skip-done", action="store_true", help="lengths that FILE has times of, or that did not fit")
     parser.add_argument("--commit", help="for the rows, where there is no git")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
     with start(None, args.together) as world:
         config = configure(args, args.prompt[0], args.lora[0], world)
         use_caches(config.cache_dir)
+        args.shape = Path(args.shape_of).name
         if args.layers:
             folder = f"runs/{Path(args.shape_of).name}_{args.layers}_layers"
             world.together(lambda: few_layers(args, config, folder) if world.is_main else None)
             args.shape_of = folder
         done: set[tuple[Any, ...]] = set()
         for row in rows.read(args.json) if args.skip_done and args.json else ():
-            key = tuple(row.get(name) for name in KEY)
-            done |= {key, (*key, "fits")} if row.get("fits", True) else {key}
+            if not row.get("fits", True):
+                done.add(key_of(row))
+            elif "seconds" in row:  # others took too long or were not begun, which another limit may change
+                done |= {key_of(row), (*key_of(row), "fits")}
         done = world.from_main(done)
         for lora in args.lora:
             for prompt in args.prompt:

@@ -11,6 +11,20 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+SAME_WORK = (
+    "config",
+    "shape",
+    "shape_layers",
+    "offload",
+    "overrides",
+    "lora_rank",
+    "prompt",
+    "completion",
+    "group_size",
+)
+"""Keys of rows of ``long_context.py`` that are equal where the same work was done in the same way, by however many GPUs."""
+SAME_STEP = ("shape", "layers", "offload", "checkpointing", "prompt", "completion", "group_size")
+"""The same of rows of optimizer steps."""
 STEP_PARTS = ("time/rollout", "time/update", "time/weight_sync", "time/step")
 
 
@@ -29,7 +43,7 @@ def optimizer_steps(rows: list[Row]) -> list[str]:
     lines = ["| GPUs | `model.fsdp_size` | seconds a step | packed tokens/s | times one GPU | peak GiB a GPU |"]
     for row in rows:
         cells = [gpus(row), str(row["fsdp_size"] or ""), f"{row['seconds']:.2f}", f"{row['tokens_per_s']:,.0f}"]
-        cells += [times_one(row, rows, ("prompt", "completion"), "tokens_per_s"), f"{row['peak_gib']:.1f}"]
+        cells += [times_one(row, rows, SAME_STEP, "tokens_per_s"), f"{row['peak_gib']:.1f}"]
         lines.append(line(cells))
     return lines
 
@@ -57,9 +71,7 @@ def long_updates(rows: list[Row]) -> list[str]:
         shape = ", ".join(f"{row[name]:,}" for name in ("prompt", "completion", "group_size"))
         cells = [f"{gpus(row)}, {row['together']}", str(row["lora_rank"] or ""), shape]
         if "seconds" in row:
-            times = times_one(
-                row | {"rate": 1 / row["seconds"]}, fast, ("prompt", "completion", "group_size", "lora_rank"), "rate"
-            )
+            times = times_one(row | {"rate": 1 / row["seconds"]}, fast, SAME_WORK, "rate")
             cells += [f"{row['seconds']:.1f}", times, f"{row['mfu']:.2f}", f"{row.get('peak_gib', 0):.1f}"]
         else:
             cells += [row["error"], "", "", ""]
@@ -91,15 +103,27 @@ TABLES = {
 
 
 def tables(rows: list[Row]) -> dict[str, list[str]]:
-    """Lines of the table of each benchmark that has rows, the head first. Rows that do not name theirs are of optimizer steps."""
+    """Lines of the table of each benchmark that has rows, the head first. Rows that do not name theirs are of optimizer steps.
+
+    Raises:
+        ValueError: a row is of another benchmark, or does not say how many GPUs it is of.
+    """
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.get("benchmark", "train_step"), []).append(row)
+        name = row.get("benchmark", "train_step")
+        if name not in TABLES or ("ranks" not in row and name != "long_gradients"):
+            what = f"of {name}" if name not in TABLES else "without ranks"
+            raise ValueError(f"a row {what}: there are tables of {', '.join(TABLES)}, with ranks, as in multi_gpu.json")
+        found.setdefault(name, []).append(row)
     return {name: TABLES[name](own) for name, own in found.items()}
 
 
 def main() -> None:
-    for lines in tables(json.loads(Path(sys.argv[1]).read_text())["rows"]).values():
+    try:
+        found = tables(json.loads(Path(sys.argv[1]).read_text())["rows"])
+    except ValueError as error:
+        sys.exit(f"{sys.argv[1]}: {error}")
+    for lines in found.values():
         rule = "|" + "---|" * (lines[0].count("|") - 1)
         print("\n".join([lines[0], rule, *lines[1:]]), end="\n\n")
 

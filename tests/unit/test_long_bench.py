@@ -81,6 +81,19 @@ def test_an_update_that_would_take_too_long_is_not_begun(run):
         assert row["error"].startswith("not begun: ") and "seconds" not in row and row["short_seconds"] > 0
 
 
+def test_only_what_was_measured_of_the_same_work_is_skipped(run, script):
+    assert ["not begun" in row["error"] for row in run("--limit-s", "0")] == [True, True]
+    one = run("--layers", "1", "--skip-done")
+    assert [("seconds" in row, row["shape_layers"]) for row in one] == [(False, None)] * 2 + [(True, 1)] * 2
+    all_layers = run("--skip-done")
+    assert [row["shape_layers"] for row in all_layers[4:]] == [None, None] and "seconds" in all_layers[4]
+    assert len(run("--skip-done")) == len(run("--layers", "1", "--skip-done")) == 6
+    row, key_of = all_layers[4], script["key_of"]
+    assert row["overrides"] == ["model.dtype=float32", "data.path=/nowhere"]
+    for name in ("offload", "overrides", "device", "config", "shape"):
+        assert name in row and key_of(row | {name: "other"}) != key_of(row)
+
+
 def test_rows_are_added_once(script, tmp_path):
     rows, file, other = script["rows"], tmp_path / "a.json", tmp_path / "b.json"
     file.write_text(json.dumps({"note": 1, "rows": [{"x": 1}]}))
@@ -101,6 +114,47 @@ def test_tables_of_the_docs_are_those_of_the_rows(tables):
     rows = json.loads((ROOT / "benchmarks" / "multi_gpu.json").read_text())["rows"]
     lines = [line for own in tables(rows).values() for line in own]
     assert len(lines) > len(rows) and [line for line in lines if line not in docs] == []
+
+
+def test_a_table_compares_the_same_work_only(tables):
+    row = {"benchmark": "long_context", "device": "NVIDIA H100", "ranks": 1, "together": 1, "lora_rank": 0, "mfu": 0.5}
+    row |= {"prompt": 10, "completion": 1, "group_size": 8, "seconds": 10.0, "shape": "small", "shape_layers": None}
+    large = row | {"shape": "large", "seconds": 40.0}
+    others = [
+        large | {"shape_layers": 4},
+        large | {"offload": "cpu"},
+        large | {"overrides": ["model.mlp_chunks=2"]},
+        row,
+    ]
+    four = large | {"ranks": 4, "together": 4, "seconds": 10.0}
+    *_, last = tables([large, *(one | {"seconds": 10.0} for one in others), four])["long_context"]
+    assert last.split("|")[5] == " 4.00 "
+    *_, last = tables([*others, four])["long_context"]
+    assert last.split("|")[5].strip() == ""
+    step = {
+        "device": "NVIDIA H100",
+        "fsdp_size": None,
+        "seconds": 1.0,
+        "peak_gib": 1.0,
+        "tokens_per_s": 10.0,
+        "layers": 4,
+    }
+    steps = [step | {"ranks": 1}, step | {"ranks": 2, "tokens_per_s": 15.0}, step | {"ranks": 2, "layers": 8}]
+    assert [line.split("|")[5].strip() for line in tables(steps)["train_step"][1:]] == ["1", "1.50", ""]
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("h100_step", "without ranks"), ("h100_forest", "without ranks"), ("other", "of soak")]
+)
+def test_rows_that_no_table_is_made_of_are_refused_in_a_line(name, what, tmp_path, monkeypatch):
+    file = ROOT / "benchmarks" / f"{name}.json"
+    if name == "other":
+        file = tmp_path / "other.json"
+        file.write_text(json.dumps({"rows": [{"benchmark": "soak", "ranks": 1}]}))
+    monkeypatch.setattr(sys, "argv", ["tables.py", str(file)])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(str(ROOT / "benchmarks" / "tables.py"), run_name="__main__")
+    assert str(exit.value).startswith(f"{file}: a row {what}: there are tables of ") and "\n" not in str(exit.value)
 
 
 def test_a_table_compares_with_one_gpu_and_says_what_did_not_fit(tables):
