@@ -61,6 +61,7 @@ def check(config: Config) -> None:
         _show_lengths(parts, config, console)
         groups = _sample(parts, config)
         _show_transitions(parts.transitions, console)
+        console.print(_repeated(len(parts.stream)), end="")
         _show_samples(groups, load_tokenizer(config), console)
         console.print(plan_text(config), soft_wrap=True)
         _prove(config, groups, console, parts.policy.vision)
@@ -117,6 +118,11 @@ def _show_samples(groups: list[Group], tokenizer: PreTrainedTokenizerBase, conso
         if not episode.messages:
             console.print(_shown(episode.text))
         console.print(f"--- reward {episode.reward} ({values})\n")
+
+
+def _repeated(rows: int) -> str:
+    """Says that a small data set's prompts are shown more than once."""
+    return f"{rows} {'row' if rows == 1 else 'rows'}, repeated to {SAMPLES} prompts\n" if rows < SAMPLES else ""
 
 
 def _images(prompt: Prompt) -> str:

@@ -362,3 +362,12 @@ def test_eval_refuses_what_is_not_there(model, tmp_path, monkeypatch):
         evaluate(config(model, tmp_path), str(tmp_path / "step_9"))
     with pytest.raises(ConfigError, match=r"^evaluation needs held-out rows: set data\.eval_path"):
         evaluate(config(model, tmp_path, "data.eval_split=null", "eval.every=0"))
+
+
+def test_check_says_that_it_repeats_the_rows_of_a_small_data_set(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(check_module, "_prove", lambda *_: None)
+    (tmp_path / "two.jsonl").write_text('{"a": 1, "b": 2, "answer": "3"}\n{"a": 2, "b": 2, "answer": "4"}\n')
+    check(config(model, tmp_path, f"data.path={tmp_path / 'two.jsonl'}", "eval.every=0", "rollout.prompts_per_step=2"))
+    shown = capsys.readouterr().out
+    assert "2 rows, repeated to 4 prompts\n--- prompt" in shown
+    assert shown.count("--- prompt") == 4
