@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, Self
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from pgrpo.admission.fits import check_chunks, check_heads, check_lora, check_positions, check_sampled_positions
 from pgrpo.admission.linear import check_linear
@@ -120,6 +122,8 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
     Raises:
         ConfigError: the input is wrong. Cheap checks come first.
     """
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # in a file it is a line of carriage returns before the first message
     use_caches(config.cache_dir)
     check_device(config, world.device)
     tokenizer = load_tokenizer(config)

@@ -6,6 +6,7 @@ import io
 import json
 
 import pytest
+from transformers.utils.logging import enable_progress_bar
 
 import pgrpo
 from pgrpo.cli import app
@@ -150,3 +151,10 @@ def test_a_small_model_alone_has_limits_that_fit_its_positions(
     both = ["data.max_prompt_tokens=40", "rollout.max_completion_tokens=40"]
     with pytest.raises(ConfigError, match="it has 64 positions, the longest sample 80 tokens"):
         command("generate", "--model", tiny_model, "--prompts", tmp_path / "x.txt", *raw, *both)
+
+
+def test_no_progress_bar_of_loading_is_written_to_a_pipe(tiny_model, tmp_path, rows, capfd):
+    enable_progress_bar()
+    generate(load_config("quickstart", keys(tiny_model, tmp_path)), None, rows)
+    shown = capfd.readouterr()
+    assert "--- row 0" in shown.out and "Loading weights" not in shown.err
