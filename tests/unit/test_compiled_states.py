@@ -8,10 +8,13 @@ import pytest
 import torch
 from test_kept import error, kept_batches, run
 from test_layer_runs import random_batch, update
+from torch._inductor.compile_fx import compile_fx
+from torch.overrides import _pop_mode_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pgrpo.admission.compare import tokens_as_samples
 from pgrpo.admission.shrink import Small, shrink
+from pgrpo.admission.twins import True64
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.config import ModelConfig
@@ -95,7 +98,8 @@ def test_parts_are_exact_and_compiled_once_for_all_layers_and_batches(
         got, wanted = update(compiled, batch), update(plain, batch)
         assert (got[0] - wanted[0]).abs().max() < (1e-4 if backend == "inductor" else 1e-5)  # float32 inside
         for a, b in zip(got[1], wanted[1], strict=True):
-            # inductor rounds what the model computes in float32 otherwise: seen are 3e-4, of decays whose terms cancel
+            # inductor rounds what the model computes in float32 otherwise: seen are 3e-4, of decays whose terms cancel.
+            # That it is rounding alone shows the test below, where the same in float64 agrees to 1e-12.
             assert (a - b).norm() <= (1e-3 if backend == "inductor" else 1e-5) * b.norm()
         assert graphs() == count
     if (
@@ -107,6 +111,39 @@ def test_parts_are_exact_and_compiled_once_for_all_layers_and_batches(
             assert (got[0] - wanted[0]).abs().max() < 1e-5 and error(got[1], wanted[1]) < 1e-5
             assert graphs() == count + 1
     assert not any("_in_parts" in run.__qualname__ for run in runs)  # activations of one part alone exist at a time
+
+
+def in_float64(graph, inputs):
+    """Inductor, for a graph whose requests for float32 are answered in float64."""
+    for node in graph.graph.nodes:
+        node.target = "double" if (node.op, node.target) == ("call_method", "float") else node.target
+        node.args, node.kwargs = (
+            torch.fx.node.map_aggregate(x, lambda a: torch.float64 if a is torch.float32 else a)
+            for x in (node.args, node.kwargs)
+        )
+    graph.recompile()
+    return compile_fx(graph, inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # inductor compiles C++
+def test_inductor_differs_by_the_rounding_of_float32_alone(graphs, monkeypatch):
+    def compile_64(run, **how):
+        compiled_run = compile_(run, backend=in_float64, **how)
+
+        def call(*args, **kwargs):
+            with _pop_mode_temporarily():  # which would be traced
+                return compiled_run(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_64)
+    plain, compiled = make_policy("qwen3_5_text"), make_policy("qwen3_5_text", compiled=True)
+    with True64():
+        got, wanted = (update(policy, random_batch(random.Random(1))) for policy in (compiled, plain))
+    assert graphs() == 5
+    assert (got[0] - wanted[0]).abs().max() < 1e-12 and error(got[1], wanted[1]) < 1e-12
+    assert all((a - b).norm() <= 1e-12 * b.norm() for a, b in zip(got[1], wanted[1], strict=True))
 
 
 @pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.slow), "full"])
