@@ -9,6 +9,7 @@ import torch
 from test_kept import error, kept_batches, run
 from test_layer_runs import random_batch, update
 from torch._inductor.compile_fx import compile_fx
+from torch.fx.node import map_aggregate
 from torch.overrides import _pop_mode_temporarily
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -118,8 +119,7 @@ def in_float64(graph, inputs):
     for node in graph.graph.nodes:
         node.target = "double" if (node.op, node.target) == ("call_method", "float") else node.target
         node.args, node.kwargs = (
-            torch.fx.node.map_aggregate(x, lambda a: torch.float64 if a is torch.float32 else a)
-            for x in (node.args, node.kwargs)
+            map_aggregate(x, lambda a: torch.float64 if a is torch.float32 else a) for x in (node.args, node.kwargs)
         )
     graph.recompile()
     return compile_fx(graph, inputs)

@@ -89,7 +89,8 @@ def test_an_mlp_in_parts(recompute, compiled, lora, monkeypatch):
     layers.compile_dynamic.cache_clear()
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    policy, batch, rows = long_policy(recompute, 3, lora=lora, compiled=compiled), random_batch(random.Random(3)), []
+    policy, batch = long_policy(recompute, 3, lora=lora, compiled=compiled), random_batch(random.Random(3))
+    rows: list[int] = []
     if not compiled:
         policy.model.model.layers[1].mlp.up_proj.register_forward_hook(lambda _, args, out: rows.append(out.shape[1]))
     got, want = update(policy, batch), update(make_policy(lora=lora), batch)
@@ -108,8 +109,8 @@ def test_an_mlp_in_parts(recompute, compiled, lora, monkeypatch):
         for other in others:
             update(policy, other)
         assert compilations() == {"_everything": 1}  # for all layers and numbers of rows
-        for rows in (2, 5, 6):  # below 6 not in parts of at least 2
-            other = build_batch(Forest.of(tokens_as_samples([[*range(3, 2 + rows)]], [[[6]]])))
+        for count in (2, 5, 6):  # below 6 not in parts of at least 2
+            other = build_batch(Forest.of(tokens_as_samples([[*range(3, 2 + count)]], [[[6]]])))
             got, want = update(policy, other), update(make_policy(lora=lora), other)
             assert (got[0] - want[0]).abs().max() < 1e-6
             assert compilations() == {"_everything": 2}
