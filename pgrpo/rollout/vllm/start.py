@@ -175,9 +175,9 @@ def start(config: Config, world: World, memory_share: float, images: EngineImage
 def _positions(config: Config) -> dict[str, Any]:
     """``model.max_positions`` in the place of the config.json's, from which vLLM has the rows of its table of rotary embeddings;
     not where these have another length by their scaling, or other angles."""
-    hf_config, own = load_hf_config(config.model), {"max_position_embeddings": config.model.max_positions}
-    if config.model.max_positions is None or fixed_ropes(hf_config):
+    if config.model.max_positions is None or fixed_ropes(hf_config := load_hf_config(config.model)):
         return {}
+    own = {"max_position_embeddings": config.model.max_positions}
     return {"hf_overrides": own if hf_config.get_text_config() is hf_config else {"text_config": own}}
 
 
