@@ -146,7 +146,8 @@ def test_inductor_differs_by_the_rounding_of_float32_alone(graphs, monkeypatch):
     assert all((a - b).norm() <= 1e-12 * b.norm() for a, b in zip(got[1], wanted[1], strict=True))
 
 
-@pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "full"])
 def test_a_kept_prefix_runs_uncompiled_and_its_passes_compile_no_part_again(mode, graphs, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(compile_, backend="aot_eager"))
     plain, compiled = make_policy("qwen3_5_text"), make_policy("qwen3_5_text", mode, True)

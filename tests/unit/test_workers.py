@@ -139,6 +139,7 @@ def test_a_schema_is_the_same_by_way_of_a_worker():
 
 def test_workers_see_no_variables_but_those_that_are_named(own, monkeypatch):
     monkeypatch.setenv("my_api_key", "sk-of-the-trainer")
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")  # a long one would not fit the episode
     script = turns(f"{call('see', which='my_api_key')}{call('see', which='path')}<|im_end|>", "ok<|im_end|>")
     tools = [f"{own}:see"]
     hidden = one(script, tools=tools)
