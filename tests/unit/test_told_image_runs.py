@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from seeing import VISION, picture, seeing_config, seeing_reader, seeing_tokenizer
+from test_vision_runs import metrics_of, weights_of
 from transformers import AutoModelForImageTextToText
 
 import pgrpo
-from pgrpo import checkpoint
 from pgrpo.commands.check import check
 from pgrpo.config import Config, ConfigError, load_config, to_yaml
 from pgrpo.model.policy import Policy, load_model
@@ -68,14 +68,6 @@ def config_of(folder: Path, run: Path, *changes: str) -> Config:
         "loss.scale_advantages=none", "train.token_budget=600",
     ]  # fmt: skip
     return load_config("vision_quickstart", [*keys, *changes])
-
-
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(checkpoint.latest(run / "checkpoints") or run)[0]["model"]
-
-
-def metrics_of(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("keys", [(), ("model.train_vision=true", "loss.kl_coef=0.1"), ("model.lora_rank=2",)])
