@@ -7,7 +7,8 @@ What this file knows of vLLM's insides, on the releases in ``TESTED``:
   top-k and top-p (0.26, 0.32; no mode gives them between temperature and top-k). With it FlashInfer would draw, on a GPU, unless
   ``VLLM_USE_FLASHINFER_SAMPLER`` is 0: what is tested is PyTorch's own sampling, from this process's generators.
 - While it compiles, it sets ``TORCHINDUCTOR_CACHE_DIR`` and ``TRITON_CACHE_DIR`` for the whole process. At its start it times the
-  kernels of FlashInfer where that package is installed, also for models that use none.
+  kernels of FlashInfer where that package is installed, also for models that use none. On a Hopper GPU it would compute Gated
+  DeltaNet's prefill with a kernel of FlashInfer's that a CUDA compiler must build first; its own kernels are Triton's.
 - Beside sleep mode, its own all-reduce kernels and their fusion with norms end in an illegal memory access once there are CUDA
   graphs (two H100s): ranks that share an engine sum by NCCL.
 """
@@ -159,7 +160,8 @@ def start(config: Config, world: World, memory_share: float, images: EngineImage
             logprobs_mode="raw_logprobs",
             generation_config="vllm",  # no sampling defaults from the model's folder
             language_model_only=images is None,  # of a model with images that is trained as text
-            **start_arguments(images, _arguments() if images else ()),
+            **start_arguments(images, known := _arguments()),
+            **({"gdn_prefill_backend": "triton"} if "gdn_prefill_backend" in known else {}),
         )
         if backend is not None and (reason := backend.why_not(llm.llm_engine.vllm_config)):
             shared_decode.plainly(config, reason)
