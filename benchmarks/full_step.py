@@ -49,10 +49,13 @@ from pgrpo.vision.families import auto_class
 
 WARM_UP_PROMPTS = 4
 WORDS = [f"w{i}" for i in range(1000)]
-MARKS = {name: f"<|{name}|>" for name in ("vision_start", "image", "video", "vision_end")}
+MARKS = {name: f"<|{name}|>" for name in ("vision_start", "vision_end")} | {
+    name: f"<|{name}_pad|>" for name in ("image", "video")
+}
+"""By the names of Qwen-VL's processors, which vLLM asks for the ids of these words."""
 TEMPLATE = """\
 {%- if messages[0].content is string %}{{ messages[0].content }}{% else %}{% for part in messages[0].content %}
-{%- if part.type == 'image' %}{{ '<|vision_start|><|image|><|vision_end|>' }}{% else %}{{ part.text }}{% endif %}
+{%- if part.type == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}{% else %}{{ part.text }}{% endif %}
 {%- endfor %}{% endif %}{{ '' if enable_thinking }}"""
 """``enable_thinking`` is a key of qwen3_4b.yaml's."""
 PUBLISHED = {"qwen3_5_text": "qwen3_5", "qwen3_5_moe_text": "qwen3_5_moe"}
