@@ -43,10 +43,7 @@ GPU = torch.cuda.is_available()
 MODELS = ["qwen3_vl", "qwen2_5_vl", "qwen3_5"]
 if GPU:  # one engine in a process: this file runs by itself
     MODELS = MODELS[:1]
-    pytestmark += [
-        pytest.mark.gpu,
-        pytest.mark.skipif("PGRPO_TEST_IMAGES" not in os.environ, reason="runs in a process of its own"),
-    ]
+    pytestmark.append(pytest.mark.gpu)
 PARAMS = SamplingParams(max_completion_tokens=8)
 LIMITS = ImageConfig(min_pixels=32 * 32, max_pixels=64 * 64)
 
@@ -114,6 +111,8 @@ def rows() -> list[dict]:
 
 @pytest.fixture(scope="module", params=MODELS)
 def engine(request, tmp_path_factory) -> Iterator[SimpleNamespace]:
+    if GPU and "PGRPO_TEST_IMAGES" not in os.environ:
+        pytest.skip("runs in a process of its own")
     folder = tmp_path_factory.mktemp("model")
     hf_config = make_model(request.param, folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -329,6 +328,7 @@ def test_the_canary_scores_prompts_with_images_by_their_text(awake):
 
 
 @pytest.mark.skipif(not GPU, reason="on a CPU they ran here")
+@pytest.mark.skipif("PGRPO_TEST_IMAGES" in os.environ, reason="this is that process")
 def test_in_a_process_of_its_own():
     tests = [sys.executable, "-m", "pytest", "-m", "vllm and gpu", "-q", "-rP", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(tests, env=os.environ | {"PGRPO_TEST_IMAGES": "1"}, capture_output=True, text=True)
