@@ -5,8 +5,9 @@
 
 Float32 masters, AdamW, random tokens and weights; needs the model's config.json only. All ranks together compute the same group
 whatever ``--together`` is, so seconds of 1, 2 and 4 ranks compare. An update with a short prompt compiles, and a second one tells
-how long the long one will take: if that is more than ``--limit-s``, it is not begun. Then one long update is timed. MFU divides by
-the rate of a matrix product that is timed before and after it.
+how long the long one will take, unless a long one of the same kind of training was timed before, which tells more: if that is
+more than ``--limit-s``, it is not begun. Then one long update is timed. MFU divides by the rate of a matrix product that is timed
+before and after it.
 
 Each row is written when it is known, also one that says why a length failed. One rank goes on after a length that does not fit,
 at first with the plan that takes least memory. Of several ranks all stop, because they may have stopped at different collective
@@ -169,8 +170,8 @@ def work_of(args: argparse.Namespace, prompt: int, learner: Learner) -> float:
     return learner.world.dp_size * one
 
 
-def measure(args: argparse.Namespace, config: Config, watch: Watch) -> None:
-    """One row."""
+def measure(args: argparse.Namespace, config: Config, watch: Watch, paces: dict[int, float]) -> None:
+    """One row. ``paces``: seconds a FLOP of the last long update, by the rank of LoRA, which this one adds to."""
     world, row, prompt = watch.world, watch.row, config.data.max_prompt_tokens
     with watch.part("model", args.start_limit_s):
         learner = learner_of(args, config, world)
@@ -191,8 +192,8 @@ def measure(args: argparse.Namespace, config: Config, watch: Watch) -> None:
     with watch.part("short update", args.start_limit_s):
         update_policy(learner, Progress(), groups)
     row |= {"short_prompt": short, "short_seconds": row["parts_s"]["short update"]}
-    expected = row["short_seconds"] * work_of(args, prompt, learner) / work_of(args, short, learner)
-    expected = world.from_main(expected)
+    pace = paces.get(row["lora_rank"], row["short_seconds"] / work_of(args, short, learner))
+    expected = world.from_main(pace * work_of(args, prompt, learner))
     watch.say(f"{expected:.0f} s are expected for {prompt} tokens")
     if expected > args.limit_s:
         row["error"] = f"not begun: {expected:.0f} s are expected, more than {args.limit_s:g}"
@@ -207,6 +208,7 @@ def measure(args: argparse.Namespace, config: Config, watch: Watch) -> None:
         metrics = update_policy(learner, Progress(), groups)
     seconds = row["parts_s"]["long update"]
     rate, flops = max(rate, _matmul_flops(world.device, config)), work_of(args, prompt, learner)
+    paces[row["lora_rank"]] = seconds / flops
     row |= {"seconds": seconds, "grad_norm": metrics["grad_norm"], "compiled_in_it": compiled_graphs() - before}
     row |= {"tokens_per_s": metrics["tokens/packed"] / seconds, "tflops_a_rank": flops / seconds / world.size / 1e12}
     row |= {"matmul_tflops": rate / 1e12, "mfu": mfu(flops / world.size, seconds, rate)}
@@ -243,7 +245,9 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(str(row.get(name)) for name in KEY)
 
 
-def one_length(args: argparse.Namespace, prompt: int, lora: int, world: World, done: set[tuple[Any, ...]]) -> None:
+def one_length(
+    args: argparse.Namespace, prompt: int, lora: int, world: World, done: set[tuple[Any, ...]], paces: dict[int, float]
+) -> None:
     """Rows of one length: with the plan that ``auto`` makes, and if that does not fit with the one that takes least memory."""
     for settings in ("auto", "least memory"):
         more = LEAST_MEMORY if settings != "auto" else ()
@@ -258,7 +262,7 @@ def one_length(args: argparse.Namespace, prompt: int, lora: int, world: World, d
         watch = Watch(args, world, row)
         watch.say(f"{prompt} tokens and {args.group_size} x {args.completion}, LoRA {lora}, {settings}")
         try:
-            measure(args, configure(args, prompt, lora, world, more), watch)
+            measure(args, configure(args, prompt, lora, world, more), watch, paces)
         except torch.OutOfMemoryError as error:
             if world.size > 1:
                 row["fits"] = False
@@ -314,9 +318,10 @@ def main(argv: list[str] | None = None) -> None:
             elif "seconds" in row:  # others took too long or were not begun, which another limit may change
                 done |= {key_of(row), (*key_of(row), "fits")}
         done = world.from_main(done)
+        paces: dict[int, float] = {}
         for lora in args.lora:
             for prompt in args.prompt:
-                one_length(args, prompt, lora, world, done)
+                one_length(args, prompt, lora, world, done, paces)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ benchmarks/rows.py and tables.py: what is in a file of rows after several proces
 import json
 import runpy
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,24 @@ def test_a_length_that_does_not_fit_is_tried_with_less_memory_and_the_next_one_t
 def test_an_update_that_would_take_too_long_is_not_begun(run):
     for row in run("--limit-s", "0"):
         assert row["error"].startswith("not begun: ") and "seconds" not in row and row["short_seconds"] > 0
+
+
+def test_a_long_update_foretells_the_next_one(run, script, monkeypatch):
+    """Short updates take a minute here, which would foretell more than the limit: seconds a FLOP of the first long one, 0.01 s, do
+    not."""
+    part = script["Watch"].part
+
+    @contextmanager
+    def slow(watch, name, limit_s):
+        with part(watch, name, limit_s):
+            yield
+        seconds = {"short update": 60.0, "long update": 0.01}
+        if name in seconds and (name != "short update" or watch.row["prompt"] == 60):
+            watch.row["parts_s"][name] = seconds[name]
+
+    monkeypatch.setattr(script["Watch"], "part", slow)
+    found = run("--limit-s", "50")
+    assert ["seconds" in row for row in found] == [True, True] and found[1]["short_seconds"] == 60
 
 
 def test_only_what_was_measured_of_the_same_work_is_skipped(run, script):
