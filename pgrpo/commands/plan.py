@@ -14,10 +14,10 @@ from pgrpo.admission.models import check_model
 from pgrpo.admission.rows import check_rows
 from pgrpo.config import Config, ConfigError, check_world_size, to_yaml
 from pgrpo.distributed.world import World, world_size
+from pgrpo.placement.awake import engine_memory, vllm_text
 from pgrpo.placement.choices import attention_choice, engine_choice, engine_name, is_compiled, teacher_model
 from pgrpo.placement.layers import keepable_tokens, layer_plan
 from pgrpo.placement.sizes import gpu_memory, most_image_tokens, plan_sizes
-from pgrpo.placement.vllm_memory import vllm_memory, vllm_text
 from pgrpo.planning.flops import GIB, ModelDims, adapter_parameters, flat_work, rho, update_flops
 from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.kept import kept_text, longest_kept, why_none_kept
@@ -104,7 +104,7 @@ def _vllm(config: Config, dims: ModelDims, world: World) -> tuple[tuple[str, ...
     if world.device.type == "cpu" or engine_name(config, world.device) != "vllm":
         return (), ""
     try:
-        return vllm_memory(config, dims, world).offloaded, f" with {vllm_text(config, dims, world)}"
+        return engine_memory(config, dims, world).memory.offloaded, f" with {vllm_text(config, dims, world)}"
     except ConfigError as error:
         if torch.cuda.is_available():
             raise

@@ -93,12 +93,17 @@ class RolloutConfig:
     """Number of neighbouring ranks whose GPUs share one vLLM engine; at least the ranks of `model.sequence_parallel_size` do. 1: an
     engine on every GPU, or for those ranks together."""
     gpu_memory_utilization: float | None = number(None, above=0, most=1)
-    """Share of a GPU's memory for vLLM while it is awake. None: the share that the policy leaves free between updates according
-    to the memory plan, minus 4 GiB for CUDA graphs, or what the samples of a step can use, if that is less."""
+    """Share of a GPU's memory for vLLM while it is awake. None: the share that the policy leaves free according to the memory plan
+    (between updates if vLLM sleeps during them), minus 4 GiB for CUDA graphs, or what the samples of a step can use, if that is
+    less."""
     offload_policy: Literal["auto", "always", "never"] = "auto"
     """Keep the policy's weights, and AdamW's moments unless `optim.offload` does, in pinned host memory while vLLM samples, which
     gives their GPU memory to its cache; they are copied out and back once a step. `auto` moves as little as makes room for all
     completions that are sampled at once, at their longest, and nothing where they fit anyway."""
+    sleep: Literal["auto", "always", "never"] = "auto"
+    """Whether vLLM frees its GPU memory during updates. `auto`: it stays awake where weights, cache and update fit beside each
+    other with nothing more recomputed and nothing of the policy moved to host memory, and sleeps elsewhere; the log says which,
+    and why. `never` is refused where one group does not fit beside the update."""
     enforce_eager: bool = False
     """Run vLLM without compilation and CUDA graphs: it starts sooner and samples more slowly."""
     shared_decode: Literal["auto", "always", "never"] = "auto"

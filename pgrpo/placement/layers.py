@@ -53,6 +53,14 @@ def _capacity_gib(config: Config, world: World) -> float:
     return capacity - (SLEEPING_VLLM_GIB if engine_name(config, world.device) == "vllm" else 0)
 
 
+def update_gib(config: Config, dims: ModelDims, world: World) -> float:
+    """GiB of this GPU that the policy takes at its peak: of a full micro-batch's backward, or of the optimizer step."""
+    sizes = plan_sizes(config, dims, world, world.device)
+    sizes["kept_tokens"] = keepable_tokens(config, dims, world)
+    recompute, chunks = layer_plan(config, dims, world)
+    return memory_plan(dims, recompute=recompute, mlp_chunks=chunks, **sizes).peak
+
+
 def free_beside_policy(config: Config, dims: ModelDims, world: World) -> float:
     """GiB of this GPU that the policy leaves free between updates."""
     sizes = plan_sizes(config, dims, world, world.device)

@@ -1,4 +1,5 @@
-"""Shares a GPU's memory between the policy and vLLM, which use it in turn."""
+"""Shares a GPU's memory between the policy and a vLLM that sleeps during updates, so that they use it in turn (``awake.py``: where
+it need not sleep)."""
 
 from __future__ import annotations
 
@@ -46,10 +47,10 @@ class VLLMMemory(NamedTuple):
 
 
 def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
-    """What vLLM gets of this GPU: ``rollout.gpu_memory_utilization``; unless it is set, what the policy leaves free between
-    updates, from the memory plan, but no more than it can use. With ``rollout.offload_policy=auto`` as little of the policy moves
-    to host memory meanwhile as makes room for all completions that are sampled at once, at their longest; if there is never room,
-    all that can.
+    """What vLLM gets of this GPU if it sleeps during updates: ``rollout.gpu_memory_utilization``; unless it is set, what the policy
+    leaves free between updates, from the memory plan, but no more than it can use. With ``rollout.offload_policy=auto`` as little
+    of the policy moves to host memory meanwhile as makes room for all completions that are sampled at once, at their longest; if
+    there is never room, all that can.
 
     Raises:
         ConfigError: the engine's weights and one group do not fit into it.
@@ -90,10 +91,20 @@ def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
 
 
 def useful_gib(config: Config, dims: ModelDims, world: World) -> float:
-    """GiB of a GPU beyond which vLLM's cache has nothing to hold, generously: at every step this memory is allocated and freed,
-    which takes longer the more it is. Samples of a step, or those of an evaluation, in which every completion may have a prompt of
-    its own. No bound for episodes, whose histories stay in the cache between turns and may branch, for images, whose tower needs
-    memory of its own, and for states, whose blocks are of another size."""
+    """GiB of a GPU beyond which vLLM's cache has nothing to hold, generously: an engine that sleeps allocates and frees this memory
+    at every step, which takes longer the more it is."""
+    return SLACK * needed_gib(config, dims, world) + UNCOUNTED_GIB
+
+
+def enough_gib(config: Config, dims: ModelDims, world: World) -> float:
+    """GiB of a GPU in which vLLM never has to preempt: the same less generously."""
+    return SLACK * needed_gib(config, dims, world) + VLLM_ACTIVATIONS_GIB
+
+
+def needed_gib(config: Config, dims: ModelDims, world: World) -> float:
+    """GiB of vLLM's weights, of its sampler, and of a step's samples at their longest, or those of an evaluation, in which every
+    completion may have a prompt of its own. No bound for episodes, whose histories stay in the cache between turns and may branch,
+    for images, whose tower needs memory of its own, and for states, whose blocks are of another size."""
     if config.has_tools or dims.tower is not None or dims.state_elements:
         return math.inf
     rollout, evaluation = config.rollout, config.eval
@@ -103,7 +114,7 @@ def useful_gib(config: Config, dims: ModelDims, world: World) -> float:
         vllm_gib(config, dims, vllm_start.completions_at_once(config, world.size)),
         vllm_gib(own, dims, min(samples, rollout.max_concurrent)),
     )
-    return SLACK * (needed + rollout.max_concurrent * dims.vocab * SAMPLER_BYTES / GIB) + UNCOUNTED_GIB
+    return needed + rollout.max_concurrent * dims.vocab * SAMPLER_BYTES / GIB
 
 
 def _offload_choices(config: Config, plan: MemoryPlan) -> list[tuple[str, ...]]:
@@ -130,9 +141,8 @@ def vllm_gib(config: Config, dims: ModelDims, samples: int) -> float:
     return width * (dims.parameters + row * rows + dims.state_elements * samples) / config.tensor_parallel_size / GIB
 
 
-def vllm_text(config: Config, dims: ModelDims, world: World) -> str:
+def memory_text(config: Config, dims: ModelDims, world: World, memory: VLLMMemory) -> str:
     """vLLM's part of the GPUs, in words: what it is, and what a group at its longest takes of it."""
-    memory = vllm_memory(config, dims, world)
     if world.device.type == "cpu":
         return memory.text
     weights, group = vllm_gib(config, dims, 0), vllm_gib(config, dims, config.rollout.group_size)

@@ -25,8 +25,8 @@ from pgrpo.model.recompute import not_compiled
 from pgrpo.model.weights import full_weights, weight_names
 from pgrpo.packing.batch import GroupedBatch, build_batch
 from pgrpo.packing.forest import Forest
+from pgrpo.placement.awake import engine_memory
 from pgrpo.placement.choices import compute_dtype, engine_choice, engine_name
-from pgrpo.placement.vllm_memory import vllm_memory
 from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import ModelDims
 from pgrpo.rollout.base import RolloutEngine
@@ -45,6 +45,7 @@ VLLM_KEYS = (
     "tensor_parallel_size",
     "gpu_memory_utilization",
     "offload_policy",
+    "sleep",
     "enforce_eager",
     "shared_decode",
     "canary_every",
@@ -87,7 +88,7 @@ def check_engine(config: Config, dims: ModelDims, world: World) -> None:
     if rollout.compare_experts and (lacks := _cannot_compare_experts(config, dims, world)):
         raise ConfigError(f"rollout.compare_experts: true: {lacks}; leave it out")
     vllm_start.check_version(config, world.device)
-    vllm_memory(config, dims, world)  # refuses prompts that do not fit
+    engine_memory(config, dims, world)  # refuses what does not fit
 
 
 def _cannot_compare_experts(config: Config, dims: ModelDims, world: World) -> str:
@@ -149,7 +150,7 @@ def build_engine(
             any_rank=world.any,
             check_stop=world.check_stop,
         )
-    memory = vllm_memory(config, ModelDims.from_config(policy.model.config), world)
+    memory, sleeps, _ = engine_memory(config, ModelDims.from_config(policy.model.config), world)
     return vllm.VLLMEngine(
         config,
         world,
@@ -158,6 +159,7 @@ def build_engine(
         partial(full_weights, policy.model, compute_dtype(config)),
         weight_names(policy.model),
         memory_share=memory.share,
+        sleeps=sleeps,
         offload=Offload(lambda: resting_tensors(policy, optimizer, memory.offloaded)),
         images=images,
         banned=never_sampled(policy.model.config),

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from pgrpo.config import REDACTED, Config, redact, to_json
+from pgrpo.placement.awake import vllm_text
 from pgrpo.placement.choices import engine_choice, engine_name
-from pgrpo.placement.vllm_memory import vllm_text
 from pgrpo.planning.flops import GIB, peak_flops
 from pgrpo.process.lock import run_folder
 from pgrpo.tracking.live import duration

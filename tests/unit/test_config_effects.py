@@ -250,6 +250,7 @@ EFFECTS = dict(
         effect("rollout.gpu_memory_utilization", 0.5, "error"),
         effect("cache_dir", "{tmp}/caches", "plan"),
         effect("rollout.offload_policy", "always", "error"),
+        effect("rollout.sleep", "always", "error"),
         effect("rollout.enforce_eager", True, "error"),
         effect("rollout.shared_decode", "never", "error"),
         effect("rollout.canary_every", 5, "error"),

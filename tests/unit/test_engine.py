@@ -323,6 +323,9 @@ def test_an_engine_that_sleeps_wakes_before_it_is_shut_down(error):
     made.llm = SimpleNamespace(wake_up=wake_up, llm_engine=SimpleNamespace(engine_core=core))
     made.close()
     assert calls == ["wake_up", "shutdown"]
+    made.sleeps = False
+    made.close()
+    assert calls == ["wake_up", "shutdown", "shutdown"]
 
 
 @pytest.mark.parametrize(("together", "requests"), [(1, [[7], [8]]), (2, [[7]])])
@@ -343,7 +346,7 @@ def test_ranks_that_share_an_engine_exchange_requests_on_the_cpu(together, reque
         apply_model=lambda f: [f(SimpleNamespace(compute_logits=None))], llm_engine=SimpleNamespace(engine_core=core)
     )
     monkeypatch.setattr(vllm_start, "prepare", lambda *_: None)
-    monkeypatch.setattr(vllm_start, "start", lambda *_: vllm_start.Started(llm, []))
+    monkeypatch.setattr(vllm_start, "start", lambda *_, sleeps: vllm_start.Started(llm, []))
     package = SimpleNamespace(
         SamplingParams=dict, sampling_params=SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=0))
     )

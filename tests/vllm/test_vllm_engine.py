@@ -58,6 +58,7 @@ MODELS = ["llama tied", "qwen3 untied"]
 # Where an engine can sleep there is one in a process: the other model's tests run in another.
 if torch.cuda.is_available():
     MODELS = [os.environ.get("PGRPO_TEST_MODEL", MODELS[0])]
+SLEEPS = os.environ.get("PGRPO_TEST_SLEEP", "yes") == "yes"
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -95,7 +96,7 @@ def engine(request, tmp_path_factory) -> Iterator[tuple[VLLMEngine, Policy]]:
         policy.to(world.device)
         weights = partial(full_weights, policy.model, dtype)
         names = weight_names(policy.model)
-        engine = VLLMEngine(config, world, tokenizer, [EOS], weights, names, memory_share=0.2)
+        engine = VLLMEngine(config, world, tokenizer, [EOS], weights, names, memory_share=0.2, sleeps=SLEEPS)
         yield engine, policy
         engine.close()
 
@@ -290,6 +291,29 @@ def test_waking_pushes(engine):
     assert vllm.metrics["time/weight_sync"] > 0
 
 
+def test_no_keys_and_values_outlive_a_push(engine):
+    """The same prompt of several blocks with other weights: an engine that does not sleep has its blocks still."""
+    vllm, policy = engine
+    for _ in range(2):
+        perturb(policy, 0.05)
+        with vllm.awake(0):
+            (group,) = generate(vllm, prompts("abcdefghijklmnopqrstuvwxyz012345"), PARAMS, seeds(1, 4))
+        ours = logprobs(policy, samples_of([group]))
+        rollout = [x for s in group.samples for x in s.rollout_logprobs]
+        assert rollout == pytest.approx(ours, abs=tolerance(policy))
+
+
+@pytest.mark.faults
+def test_a_push_that_cannot_drop_old_keys_and_values_is_an_error(engine):
+    vllm, _ = engine
+    pool = vllm.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    taken = pool.get_new_blocks(1)  # as by a request that is not finished
+    with pytest.raises(EngineError, match="weight push: keys and values of the weights before are still in use"):
+        vllm.push()
+    pool.free_blocks(taken)
+    vllm.push()
+
+
 def test_an_offloaded_policy_is_gone_while_the_engine_samples_and_back_after(engine, monkeypatch):
     vllm, policy = engine
     for parameter in policy.parameters():
@@ -332,6 +356,8 @@ def test_preemptions_are_counted_and_change_no_completion(engine):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a CPU has no sleep")
 def test_asleep_it_gives_its_memory_back(engine):
     vllm, _ = engine
+    if not SLEEPS:
+        pytest.skip("this one does not sleep")
     total = torch.cuda.mem_get_info()[1]
     asleep = torch.cuda.mem_get_info()[0]
     with vllm.awake(0):
@@ -342,6 +368,38 @@ def test_asleep_it_gives_its_memory_back(engine):
     ours = sum(p.numel() * p.element_size() for p in engine[1].parameters())
     assert vllm.counted_bytes > asleep - awake - 2**30, "PyTorch counts what is asleep"
     assert ours <= torch.cuda.memory_allocated() - vllm.counted_bytes < ours + 2**30
+
+
+@pytest.mark.skipif(SLEEPS or not torch.cuda.is_available(), reason="this one sleeps, or has no memory of its own")
+def test_an_engine_that_does_not_sleep_keeps_its_memory(engine):
+    vllm, policy = engine
+    before, total = torch.cuda.mem_get_info()
+    with vllm.awake(0):
+        awake = torch.cuda.mem_get_info()[0]
+    assert abs(awake - before) < 2**30 and vllm.counted_bytes > 0.1 * total
+    ours = sum(p.numel() * p.element_size() for p in policy.parameters())
+    assert ours <= torch.cuda.memory_allocated() - vllm.counted_bytes < ours + 2**30
+
+
+def tokens_of_two_steps(engine) -> list[list[int]]:
+    """Sampled with weights that depend on nothing before."""
+    vllm, policy = engine
+    tokens = []
+    for step in range(2):
+        torch.manual_seed(step)
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.copy_(0.1 * torch.randn(p.shape) + (p.dim() == 1))
+        with vllm.awake(step):
+            groups = generate(vllm, prompts("abcdefghijklmnopqrstuvwxyz012345", "0123"), PARAMS, seeds(2, 8, step))
+        tokens += [s.token_ids for s in samples_of(groups)]
+    return tokens
+
+
+def test_two_steps_sample_something(engine):
+    tokens = tokens_of_two_steps(engine)
+    print(f"tokens of two steps: {tokens}")
+    assert len({*map(tuple, tokens)}) > 16
 
 
 def every_name(policy):
@@ -447,9 +505,14 @@ def test_groups_are_decoded_together_no_further_from_float32_than_alone(awake, m
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="both models had their turn")
 @pytest.mark.skipif("PGRPO_TEST_MODEL" in os.environ, reason="this is the other process")
-def test_the_other_model():
+@pytest.mark.parametrize(("model", "sleep"), [("qwen3 untied", "yes"), ("qwen3 untied", "no"), ("llama tied", "no")])
+def test_the_other_model_and_an_engine_that_does_not_sleep(engine, model, sleep):
+    """Where only the sleep differs, the samples of two steps do not."""
     tests = [sys.executable, "-m", "pytest", "-m", "vllm and gpu", "-q", "-rP", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(tests, env=os.environ | {"PGRPO_TEST_MODEL": "qwen3 untied"}, capture_output=True, text=True)
+    own = {"PGRPO_TEST_MODEL": model, "PGRPO_TEST_SLEEP": sleep}
+    done = subprocess.run(tests, env=os.environ | own, capture_output=True, text=True)
     print(done.stdout)
+    if model == MODELS[0]:
+        assert f"tokens of two steps: {tokens_of_two_steps(engine)}\n" in done.stdout
     assert done.returncode == 0, done.stdout[-5000:]
     assert "CUDA Error" not in done.stdout + done.stderr, "of vLLM's allocator, at the end"

@@ -1,7 +1,8 @@
 """Sampling with vLLM inside the trainer's processes: one engine per rank, or one shared by ``tensor_parallel_size`` neighbouring
 ranks.
 
-The engine sleeps while the policy trains and loads no weights from disk: every time it wakes, it receives all of the policy's.
+The engine loads no weights from disk: before every rollout it receives all of the policy's. While the policy trains it sleeps, or
+keeps its memory where there is room for both.
 
 This file depends on these internals of vLLM, for the releases in ``vllm_start.TESTED`` (``vllm_start`` and ``loading`` list
 their own):
@@ -11,11 +12,15 @@ their own):
 - Shutting the engine down destroys the process group. The engine also shuts itself down at exit.
 - Sleep level 2 frees the weights, keys and values; ``wake_up`` allocates them again by tag. PyTorch counts them as allocated in
   either state. Only one engine per process can sleep, and none on a CPU.
+- Without sleep mode the keys and values of the weights before stay in the cache until ``reset_prefix_cache``, which a push calls
+  (``loading``), and features of images until ``reset_encoder_cache``. Sleep mode's allocator is not there; all memory is PyTorch's
+  own, so that updates and prefills reuse each other's cached blocks.
 - The scheduler's ``schedule`` returns the ids of the requests that it preempted (``preempted_req_ids``).
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +47,7 @@ from pgrpo.types import Completion, Request, Sample, SamplingParams
 
 
 class VLLMEngine:
-    """A ``RolloutEngine`` on vLLM. It is asleep after construction. All ranks must construct it and call its methods together.
+    """A ``RolloutEngine`` on vLLM. All ranks must construct it and call its methods together.
 
     Args:
         config: the run's config.
@@ -53,6 +58,7 @@ class VLLMEngine:
             A collective call.
         weight_names: all names that ``weights`` must yield.
         memory_share: fraction of the GPU's memory for weights, keys and values (vLLM's ``gpu_memory_utilization``).
+        sleeps: free that memory outside of ``awake``; a CPU's engine keeps it. None: on a GPU.
         offload: tensors whose GPU memory vLLM may use from a push to the end of the rollout.
         images: of a model with a vision tower.
         banned: ids that are never sampled and have no probability, as in the trainer.
@@ -72,6 +78,7 @@ class VLLMEngine:
         weight_names: set[str],
         *,
         memory_share: float,
+        sleeps: bool | None = None,
         offload: Offload | None = None,
         images: EngineImages | None = None,
         banned: Sequence[int] = (),
@@ -79,7 +86,8 @@ class VLLMEngine:
         self.world, self.tokenizer, self.eos_token_ids = world, tokenizer, sorted(eos_token_ids)
         self.weights, self.weight_names = weights, weight_names
         self.seconds, self.compares_experts = config.rollout.vllm_deadline_s, config.rollout.compare_experts
-        self.sleeps = world.device.type == "cuda"
+        self.on_gpu = world.device.type == "cuda"
+        self.sleeps = self.on_gpu and sleeps is not False
         self.max_model_len = config.max_sample_tokens
         self.is_awake = False
         self.divisor = 1.0
@@ -89,10 +97,11 @@ class VLLMEngine:
         self.sharers = Sharers(world, config.tensor_parallel_size)
         allocated = self._allocated()
         with self.offload.away():  # vLLM refuses a share of memory that is not free when it starts
-            self.llm, self.notes = vllm_start.start(config, world, memory_share, images)
+            self.llm, self.notes = vllm_start.start(config, world, memory_share, images, sleeps=self.sleeps)
             self.requests = Requests(self.llm, self.seconds, self.sharers.stop_signal)
             shape_logits(self._model(), lambda: self.divisor, banned)
             self._fall_asleep()
+        gc.collect()  # what the start left is not the engine's
         self.counted_bytes = self._allocated() - allocated
 
     @contextmanager
@@ -240,7 +249,7 @@ class VLLMEngine:
     def _push(self) -> None:
         load(
             self.llm, self._model(), self.weights(), self.weight_names, self._call,
-            is_packed=not self.sleeps, ranks=self.sharers.size, rank=self.sharers.rank,
+            is_packed=not self.on_gpu, ranks=self.sharers.size, rank=self.sharers.rank,
             sum_over_ranks=self.sharers.sum,
         )  # fmt: skip
         if self.images is not None:
@@ -254,18 +263,22 @@ class VLLMEngine:
         return self.llm.apply_model(lambda model: model)[0]
 
     def _allocated(self) -> int:
-        return torch.cuda.memory_allocated(self.world.device) if self.sleeps else 0
+        return torch.cuda.memory_allocated(self.world.device) if self.on_gpu else 0
 
     def _now(self) -> float:
         self.world.synchronize()
         return time.perf_counter()
 
     def _wake(self, tag: str) -> float:
-        """Allocate the engine's memory that has this tag. Returns seconds."""
+        """Allocate the engine's memory that has this tag, if it sleeps. Returns seconds."""
+
+        def wake() -> None:
+            if self.sleeps:
+                torch.cuda.empty_cache()  # the trainer's allocator gives its cached blocks back
+                self._call("wake_up", lambda: self.llm.wake_up(tags=[tag]))
+
         started = self._now()
-        if self.sleeps:
-            torch.cuda.empty_cache()  # the trainer's allocator gives its cached blocks back
-            self.sharers.together(lambda: self._call("wake_up", lambda: self.llm.wake_up(tags=[tag])))
+        self.sharers.together(wake)
         return self._now() - started
 
     def _fall_asleep(self) -> None:

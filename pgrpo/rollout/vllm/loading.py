@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pgrpo.model.head import NEVER
 from pgrpo.rollout.vllm.delivery import Delivery, added_up
+from pgrpo.rollout.vllm.requests import EngineError
 from pgrpo.rollout.vllm.start import recording_loader
 
 COPIED = {"GptOssForCausalLM": ("w13_weight", "w13_bias", "w2_weight", "w2_bias")}
@@ -53,7 +54,7 @@ def load(
 
     Raises:
         DeliveryError: not every weight arrived on this rank.
-        EngineError: vLLM failed.
+        EngineError: vLLM failed, or kept keys and values of the weights before.
     """
     written: set[str] = set()
     load_weights, delivery = model.load_weights, Delivery(weights)
@@ -88,7 +89,8 @@ def load(
         ranks=ranks,
         sum_over_ranks=sum_over_ranks,
     )
-    llm.reset_prefix_cache()
+    if not llm.reset_prefix_cache():
+        raise EngineError("weight push: keys and values of the weights before are still in use by unfinished requests")
 
 
 def _record_copies(model: nn.Module, names: Sequence[str]) -> None:

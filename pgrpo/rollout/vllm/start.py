@@ -122,12 +122,15 @@ class Started(NamedTuple):
     notes: list[str]
 
 
-def start(config: Config, world: World, memory_share: float, images: EngineImages | None = None) -> Started:
-    """Start vLLM, on a GPU with sleep mode. A collective call.
+def start(
+    config: Config, world: World, memory_share: float, images: EngineImages | None = None, *, sleeps: bool = False
+) -> Started:
+    """Start vLLM. A collective call.
 
     Args:
         memory_share: of the GPU's memory, for weights, keys and values (vLLM's ``gpu_memory_utilization``).
         images: of a model with a vision tower.
+        sleeps: with sleep mode.
 
     Raises:
         EngineError: it cannot be started as configured.
@@ -155,7 +158,7 @@ def start(config: Config, world: World, memory_share: float, images: EngineImage
             gpu_memory_utilization=memory_share,
             enforce_eager=rollout.enforce_eager,
             enable_prefix_caching=True,
-            enable_sleep_mode=world.device.type == "cuda",
+            enable_sleep_mode=sleeps,
             **({"enable_return_routed_experts": True} if rollout.compare_experts else {}),
             logprobs_mode="raw_logprobs",
             generation_config="vllm",  # no sampling defaults from the model's folder

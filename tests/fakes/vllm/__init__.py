@@ -95,8 +95,9 @@ class LLM:
         assert name == "reload_weights"
         self.model.load_weights(kwargs["weights_iterator"])
 
-    def reset_prefix_cache(self) -> None:
+    def reset_prefix_cache(self) -> bool:
         """There is none."""
+        return True
 
     def enqueue(self, prompts, request, use_tqdm):
         first = self.request_counter.counter
