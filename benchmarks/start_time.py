@@ -30,6 +30,7 @@ def run(args: argparse.Namespace, began: float) -> dict[str, float]:
 
     from pgrpo.distributed.world import start
     from pgrpo.grpo import grpo_step
+    from pgrpo.process.second import SecondProcess
     from pgrpo.rollout.vllm import start as vllm_start
     from pgrpo.training import build as building
     from pgrpo.training.caller import Given
@@ -54,7 +55,14 @@ def run(args: argparse.Namespace, began: float) -> dict[str, float]:
     timed(building, "check_on_device", "the check on the device")
     timed(building, "load_prompts", "reading prompts")
     timed(building, "place_policy", "loading the policy")
-    timed(CompileAhead, "wait", "waiting for the compiling process")
+    wait = SecondProcess.wait
+
+    def waited(self: SecondProcess, seconds: float) -> None:
+        started = time.perf_counter()
+        wait(self, seconds)
+        parts[f"waiting for the process that compiles {self.what}"] = time.perf_counter() - started
+
+    SecondProcess.wait = waited
     timed(building, "build_engine", "building the engine")
     timed(vllm_start, "start", "of that, starting vLLM")
     full_step.clear_up(args)

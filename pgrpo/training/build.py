@@ -213,6 +213,8 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
     with counting("starting the sampler"):
         images = engine_images(hf_config, reader, [*prompts, *held_out], environment.max_images)
         engine = build_engine(config, world, policy, learner.optimizer, tokenizer, end_ids, images)
+    if ahead is not None:  # this run trains
+        ahead.sampler_started()
     if engine_name(config, world.device) == "vllm":
         # Each rank prepares images of all prompts, as the rollout decides who trains on which. The embedded engine has its own.
         stream.taken = partial(prepare_prompts, (policy, reference, teacher))

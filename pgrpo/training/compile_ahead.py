@@ -1,10 +1,10 @@
-"""Compiles what the first update needs in a second process, while this one proves the model, reads its weights and imports vLLM.
+"""Compiles for the first step in two more processes, while this one proves the model, reads its weights and imports vLLM.
 
-The second process does an update of a model with few layers and random weights, at the sizes of the run. What it compiles
-(torch.compile, Triton, flash-attn-4) is in the run's cache folder (``process/caches.py``) when the first update looks there. It has
-ended before vLLM starts, which measures the GPU's free memory. Once for a model, its settings and a device: a file in the folder of
-torch.compile's code tells that it was done. Whatever goes wrong here, the first update compiles. So it does with what this leaves
-out: the forwards of a teacher, and those of passes over a kept prefix.
+One does an update of a model with few layers and random weights, at the sizes of the run. What it compiles (torch.compile, Triton,
+flash-attn-4) is in the run's cache folder (``process/caches.py``) when the first update looks there. The other compiles vLLM's
+model (``rollout/vllm/ahead.py``), which vLLM loads when it starts. Both have ended before vLLM starts, which measures the GPU's
+free memory. Once for a model, its settings and a device: a file in the folder of the code tells that it was done. Whatever goes
+wrong here, the run compiles. So it does with what this leaves out: a teacher's forwards, and those of passes over a kept prefix.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ import logging
 import os
 import pickle
 import random
-import subprocess
 import sys
-import tempfile
-import time
-from contextlib import ExitStack, suppress
+from importlib import metadata
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -37,104 +34,97 @@ from pgrpo.model.lora import adapters_off
 from pgrpo.model.policy import load_hf_config
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
-from pgrpo.placement.choices import is_compiled
+from pgrpo.placement.awake import engine_memory
+from pgrpo.placement.choices import engine_name, is_compiled
 from pgrpo.placement.layers import free_beside_policy, layer_plan
 from pgrpo.placement.sizes import gpu_memory
+from pgrpo.placement.vllm_memory import SAMPLER_BYTES, VLLM_ACTIVATIONS_GIB, vllm_gib
 from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.planning.memory import LayerPlan
 from pgrpo.process.caches import FOLDERS, use_caches
 from pgrpo.process.exit import run_and_leave
+from pgrpo.process.second import SecondProcess
+from pgrpo.rollout.vllm import ahead as vllm_ahead
 from pgrpo.training.place import place_policy
 from pgrpo.types import Recompute, Sample
 from pgrpo.vision.families import family_of
 
 log = logging.getLogger(__name__)
 PATIENCE_S = 180.0
-"""Seconds that the run waits for the second process, after all that it does meanwhile."""
-BEGIN = """
-import sys
-sys.path[:] = sys.argv[2:]
-import ctypes, os, signal
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-if os.getppid() != int(sys.argv[1]):
-    os._exit(1)
-del ctypes, os, signal, sys
-"""
-"""First code of the second process, whose arguments are the run's process and ``sys.path``. The path is set before any import: else
-modules in the current folder come first. The process ends with the run (1 is PR_SET_PDEATHSIG), also if that has ended by now."""
+"""Seconds that the run waits for the update's process, after all that it does meanwhile."""
+SAMPLER_PATIENCE_S = 60.0
+"""The same for vLLM's model: about as long as vLLM takes to compile it."""
+CONTEXT_GIB = 1.5
+"""GPU memory of a process with CUDA's context and libraries."""
 CODE = f"import {__name__} as ahead\nahead.main()\n"
+SAMPLER_CODE = f"import {vllm_ahead.__name__} as ahead\nahead.main()\n"
+UPDATE, SAMPLER = "the first update", "vLLM's model"
 INSTEAD = "the first update compiles what is missing"
 
 
 class CompileAhead:
-    """The second process of a run on one device; none for several ranks, for models with images, and where layers run uncompiled.
-    It is gone at the end of the ``with`` block."""
+    """The processes of a run on one device; none for several ranks, for models with images, and where nothing is compiled. They are
+    gone at the end of the ``with`` block."""
 
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
-        self._process: subprocess.Popen[bytes] | None = None
-        self._files = ExitStack()
-        self._output: IO[bytes] | None = None
-        self._done = Path()
+        self.update = SecondProcess(UPDATE, INSTEAD)
+        self.sampler = SecondProcess(SAMPLER, "vLLM compiles when it starts")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end()
-        self._files.close()
-
-    def _end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        self.update.end()
+        self.sampler.end()
 
     def begin(self, hf_config: PretrainedConfig) -> None:
-        """Start the process, unless such a one was done before. Logs what prevents it."""
+        """Start what was not done before. Logs what prevents it."""
+        config, world = self.config, self.world
+        if world.size > 1 or family_of(hf_config):
+            return
         try:
-            self._begin(hf_config)
+            if is_compiled(config, world.device):
+                self.update.begin(CODE, config, done_file(config, hf_config, world))
+            if sampler_gib(config, dims := ModelDims.from_config(hf_config), world):
+                sleeps = engine_memory(config, dims, world).sleeps
+                self.sampler.begin(
+                    SAMPLER_CODE, (config, sleeps), sampler_done_file(config, hf_config, world, sleeps=sleeps)
+                )
         except Exception as error:  # of files, of pickle, or of the config, which the run's own checks refuse
             log.warning("compiling ahead did not begin (%s: %s): %s", type(error).__name__, error, INSTEAD)
 
-    def _begin(self, hf_config: PretrainedConfig) -> None:
-        config, device = self.config, self.world.device
-        if self.world.size > 1 or family_of(hf_config) or not is_compiled(config, device):
-            return
-        self._done = done_file(config, hf_config, self.world)
-        if self._done.exists():
-            return
-        # The keys of PyTorch's caches differ where the main module has an attribute torch.
-        code = BEGIN + ("import torch\n" if hasattr(sys.modules["__main__"], "torch") else "") + CODE
-        self._output = self._files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-        with tempfile.TemporaryFile() as given:
-            given.write(pickle.dumps(config))
-            given.seek(0)
-            command = [sys.executable, "-c", code, str(os.getpid()), *sys.path]
-            self._process = subprocess.Popen(command, stdin=given, stdout=self._output, stderr=subprocess.STDOUT)
-
     def wait(self) -> None:
-        """Wait for the end of the process. Says once what went wrong."""
-        if self._process is None or self._output is None:
-            return
-        started = time.monotonic()
-        try:
-            code = self._process.wait(PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            self._end()
-            log.warning("compiling ahead was not done %.0f s after the weights were read: %s", PATIENCE_S, INSTEAD)
-            return
-        if code:
-            self._output.seek(0)
-            last = self._output.read().decode(errors="replace").strip().splitlines()[-1:]
-            log.warning("compiling ahead failed (%s): %s", *last or [f"exit code {code}"], INSTEAD)
-            return
-        log.info(
-            "compiled the first update beside reading the weights; waited %.0f s for it", time.monotonic() - started
-        )
-        with suppress(OSError):  # a folder that is read-only costs another such process
-            self._done.parent.mkdir(parents=True, exist_ok=True)
-            self._done.touch()
+        """Wait for the end of both."""
+        self.sampler.wait(SAMPLER_PATIENCE_S)
+        self.update.wait(PATIENCE_S)
+
+    def sampler_started(self) -> None:
+        """vLLM has compiled by itself what was missing: later runs need no process for it."""
+        self.sampler.mark()
+
+
+def sampler_gib(config: Config, dims: ModelDims, world: World) -> float:
+    """GiB of the GPU that the process takes which compiles vLLM's model: its weights and the activations of a prefill. 0: there is
+    no such process, since nothing is compiled, or since it would take more than half of what the policy leaves free."""
+    if world.device.type != "cuda" or engine_name(config, world.device) != "vllm" or config.rollout.enforce_eager:
+        return 0.0
+    sampler = config.rollout.max_concurrent * dims.vocab * SAMPLER_BYTES / GIB
+    needed = vllm_gib(config, dims, 0) + VLLM_ACTIVATIONS_GIB + sampler + CONTEXT_GIB
+    return needed if needed <= free_beside_policy(config, dims, world) / 2 else 0.0
+
+
+def sampler_done_file(config: Config, hf_config: PretrainedConfig, world: World, *, sleeps: bool) -> Path:
+    """Tells that vLLM's model was compiled, by all that decides what vLLM compiles."""
+    rollout, data = config.rollout, config.data
+    settings = [
+        config.model,
+        [config.max_sample_tokens, data.max_prompt_tokens, config.tensor_parallel_size, sleeps],
+        [rollout.max_concurrent, rollout.group_size, rollout.shared_decode, rollout.compare_experts],
+        [metadata.version("vllm"), torch.cuda.get_device_name(world.device)],
+    ]
+    key = cache_file(hf_config, *kernel_releases(), *map(repr, settings), also=("rollout", "process"))
+    return Path(os.environ.get("VLLM_CACHE_ROOT") or "~/.cache/vllm").expanduser() / "compiled_ahead" / key.stem
 
 
 def done_file(config: Config, hf_config: PretrainedConfig, world: World) -> Path:
@@ -173,7 +163,8 @@ def compile_update(config: Config, world: World) -> None:
     plan = layer_plan(config, dims, world)
     samples = longest_samples(config, hf_config.get_text_config().vocab_size)
     if world.device.type == "cuda":  # the policy itself must not run out of memory because of this
-        share = free_beside_policy(config, dims, world) * GIB / gpu_memory(world.device)
+        free = free_beside_policy(config, dims, world) - sampler_gib(config, dims, world)
+        share = free * GIB / gpu_memory(world.device)
         torch.cuda.set_per_process_memory_fraction(max(0.0, share), world.device)
     modes: list[Recompute] = sorted(set(plan.recompute))
 
@@ -212,7 +203,7 @@ def longest_samples(config: Config, vocab: int) -> list[Sample]:
 
 
 def main() -> None:
-    """Of the second process, which is given the config."""
+    """Of the process of the update, which is given the config."""
     run_and_leave(_main)
 
 

@@ -118,7 +118,7 @@ def test_it_is_done_once(make, monkeypatch, caplog):
     assert not caplog.records
     for config, again in ((make(), False), (make("optim.lr=1e-6"), False), (make("loss.kl_coef=0.1"), True)):
         with begun(config, monkeypatch, "pass") as ahead:
-            assert (ahead._process is not None) == again
+            assert (ahead.update._process is not None) == again
 
 
 @pytest.mark.parametrize("name", ["TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"])
@@ -126,7 +126,7 @@ def test_it_is_done_again_for_other_folders_of_code(make, monkeypatch, tmp_path,
     def is_begun():
         with begun(make(), monkeypatch, "pass") as ahead:
             ahead.wait()
-            return ahead._process is not None
+            return ahead.update._process is not None
 
     assert [is_begun(), is_begun()] == [True, False]
     monkeypatch.setenv(name, str(tmp_path / "other"))
@@ -197,8 +197,8 @@ def test_it_ends_with_a_run_that_is_killed(make, monkeypatch, tmp_path, when):
         try:  # this is a copy of the tests' process, of which nothing may go on
             ahead = CompileAhead(config, WORLD)
             ahead.begin(hf_config)
-            assert ahead._process is not None
-            os.write(write, str(ahead._process.pid).encode())
+            assert ahead.update._process is not None
+            os.write(write, str(ahead.update._process.pid).encode())
             until = time.monotonic() + 20
             while when != "at once" and not file.exists() and time.monotonic() < until:
                 time.sleep(0.01)
@@ -244,12 +244,12 @@ def test_a_failure_is_said_once_and_tried_again_in_the_next_run(make, monkeypatc
         with begun(make(), monkeypatch, "raise MemoryError('no room')") as ahead:
             ahead.wait()
     assert [record.message for record in caplog.records] == [
-        "compiling ahead failed (MemoryError: no room): the first update compiles what is missing"
+        "compiling the first update ahead failed (MemoryError: no room): the first update compiles what is missing"
     ] * 2
 
 
 def code(ahead):
-    return ahead._process.returncode
+    return ahead.update._process.returncode
 
 
 @pytest.mark.parametrize("error", [False, True])
@@ -272,8 +272,63 @@ def test_there_is_none_for_several_ranks_and_layers_that_run_uncompiled(make, wo
     config = make(f"model.compile={key}")
     with CompileAhead(config, world) as ahead:
         ahead.begin(load_hf_config(config.model))
-        assert ahead._process is None
+        assert ahead.update._process is None
         ahead.wait()
+
+
+GPU = World(0, 1, torch.device("cuda"))
+
+
+@pytest.fixture
+def with_vllm(make, monkeypatch, tmp_path):
+    """Of a host with a GPU and vLLM: configs, and whether a run of one begins a process that compiles vLLM's model."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm"))
+    monkeypatch.setattr(compile_ahead.metadata, "version", lambda _: "0.26.0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(compile_ahead, "CODE", "pass")
+    monkeypatch.setattr(compile_ahead, "SAMPLER_CODE", "pass")
+
+    def begins(*keys, world=GPU, leave=lambda ahead: ahead.wait()):
+        config = make("rollout.engine=vllm", *keys)
+        with CompileAhead(config, world) as ahead:
+            ahead.begin(load_hf_config(config.model))
+            leave(ahead)
+            return ahead.sampler._process is not None
+
+    return begins
+
+
+def test_vllms_model_is_compiled_once_for_what_its_code_depends_on(with_vllm):
+    assert with_vllm()
+    for keys in ((), ("seed=7",), ("optim.lr=1e-6",), ("rollout.gpu_memory_utilization=0.3",)):
+        assert not with_vllm(*keys)
+    for keys in (("rollout.max_completion_tokens=9",), ("rollout.max_concurrent=9",), ("rollout.group_size=4",)):
+        assert with_vllm(*keys)
+        assert not with_vllm(*keys)
+
+
+def test_a_run_that_started_vllm_by_itself_has_compiled_its_model(with_vllm, monkeypatch, caplog):
+    monkeypatch.setattr(compile_ahead, "SAMPLER_CODE", "raise MemoryError('no room')")
+    assert with_vllm()
+    assert with_vllm(leave=lambda ahead: ahead.sampler_started())
+    assert not with_vllm(leave=lambda ahead: ahead.sampler_started())
+    assert caplog.messages == [
+        "compiling vLLM's model ahead failed (MemoryError: no room): vLLM compiles when it starts"
+    ]
+
+
+def test_vllms_model_is_compiled_ahead_only_where_it_is_compiled_and_has_room(with_vllm, make, monkeypatch):
+    assert not with_vllm("rollout.enforce_eager=true")
+    assert not with_vllm("rollout.engine=embedded")
+    assert not with_vllm(world=WORLD)
+    assert not with_vllm(world=World(0, 2, GPU.device))
+    config = make("rollout.engine=vllm")
+    dims = ModelDims.from_config(load_hf_config(config.model))
+    needed = compile_ahead.sampler_gib(config, dims, GPU)
+    assert needed > compile_ahead.CONTEXT_GIB + compile_ahead.VLLM_ACTIVATIONS_GIB
+    for free, wanted in ((2.01 * needed, needed), (1.99 * needed, 0)):
+        monkeypatch.setattr(compile_ahead, "free_beside_policy", lambda *_, free=free: free)
+        assert compile_ahead.sampler_gib(config, dims, GPU) == pytest.approx(wanted)
 
 
 def test_what_the_policy_leaves_free(make):

@@ -123,7 +123,13 @@ class Started(NamedTuple):
 
 
 def start(
-    config: Config, world: World, memory_share: float, images: EngineImages | None = None, *, sleeps: bool = False
+    config: Config,
+    world: World,
+    memory_share: float,
+    images: EngineImages | None = None,
+    *,
+    sleeps: bool = False,
+    cache_bytes: int | None = None,
 ) -> Started:
     """Start vLLM. A collective call.
 
@@ -131,6 +137,7 @@ def start(
         memory_share: of the GPU's memory, for weights, keys and values (vLLM's ``gpu_memory_utilization``).
         images: of a model with a vision tower.
         sleeps: with sleep mode.
+        cache_bytes: for keys and values; None: what vLLM measures within its share.
 
     Raises:
         EngineError: it cannot be started as configured.
@@ -156,6 +163,7 @@ def start(
             max_num_seqs=rollout.max_concurrent,
             **prefill(config),
             gpu_memory_utilization=memory_share,
+            kv_cache_memory_bytes=cache_bytes,
             enforce_eager=rollout.enforce_eager,
             enable_prefix_caching=True,
             enable_sleep_mode=sleeps,

@@ -1,0 +1,59 @@
+"""What a process compiles ahead of the run is what vLLM loads when it starts."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_vllm_engine import make_tokenizer
+
+from pgrpo.process.caches import FOLDERS
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+if torch.cuda.is_available():
+    pytestmark.append(pytest.mark.gpu)
+
+CODE = """
+import os, sys, time
+from pgrpo.config import load_config
+from pgrpo.distributed.world import start
+from pgrpo.process.caches import use_caches
+from pgrpo.rollout.vllm import ahead, start as vllm_start
+
+folder, caches = sys.argv[1:]
+config = load_config("quickstart.yaml", [f"model.path={folder}", f"cache_dir={caches}", "model.dtype=float32",
+                     "data.max_prompt_tokens=12", "rollout.max_completion_tokens=12", "rollout.engine=vllm"])
+use_caches(config.cache_dir)
+with start() as world:
+    sleeps = world.device.type == "cuda"
+    ahead.compile_model(config, world, sleeps=sleeps)
+    from vllm.compilation.counter import compilation_counter as counter
+    print("compiled", counter.num_aot_artifacts_saved)
+    config.seed = 7
+    vllm_start.start(config, world, 0.1 if sleeps else 0.05, sleeps=sleeps)
+    print("loaded", counter.num_aot_artifacts_loaded)
+    sys.stdout.flush()
+    os._exit(0)
+"""
+
+
+def test_vllm_loads_what_was_compiled_ahead_whatever_its_memory_and_seed(tmp_path):
+    sizes: dict[str, Any] = {
+        "vocab_size": 64, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 64,
+    }  # fmt: skip
+    config = transformers.Qwen3Config(**sizes)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    make_tokenizer(tmp_path / "model")
+    environment = {name: value for name, value in os.environ.items() if name not in FOLDERS}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, str(tmp_path / "model"), str(tmp_path / "caches")],
+        env=environment | {"VLLM_LOGGING_LEVEL": "ERROR"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    said = [line for line in done.stdout.splitlines() if line.startswith(("compiled", "loaded"))]
+    on_gpu = torch.cuda.is_available()  # on a CPU vLLM 0.32 finds the file, and cannot load what it wrote there
+    assert said == ["compiled 1", f"loaded {int(on_gpu)}"], done.stderr[-2000:]
+    assert len(list(tmp_path.glob("caches/vllm/torch_compile_cache/torch_aot_compile/*"))) == 1, "another key"
