@@ -44,6 +44,7 @@ from pgrpo.training.caller import Given
 from pgrpo.training.compile_ahead import CompileAhead
 from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine, check_pushable
 from pgrpo.training.evaluation import check_keep_best
+from pgrpo.training.offload import OffloadedAdamW
 from pgrpo.training.optim import build_optimizer
 from pgrpo.training.own_loss import loss_function
 from pgrpo.training.place import place_policy, place_reference, place_teacher
@@ -215,6 +216,8 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
         engine = build_engine(config, world, policy, learner.optimizer, tokenizer, end_ids, images)
     if ahead is not None:  # this run trains
         ahead.sampler_started()
+        if isinstance(learner.optimizer, OffloadedAdamW):
+            learner.optimizer.reserve()  # during the first rollout: before, vLLM captures graphs
     if engine_name(config, world.device) == "vllm":
         # Each rank prepares images of all prompts, as the rollout decides who trains on which. The embedded engine has its own.
         stream.taken = partial(prepare_prompts, (policy, reference, teacher))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,28 +16,57 @@ PIECE = 2**26
 """Elements of a moment in one copy: 256 MiB."""
 PIECES_ON_GPU = 3
 """One is copied in, one updated, one copied out."""
+BUFFER = 2**30
+"""Bytes of a buffer of host memory, unless less is needed. PyTorch rounds each up to a power of two: one for each moment would take
+a third more memory, and time to pin it."""
+ALIGNED = 256
+"""Bytes that a moment begins at a multiple of."""
 
 
 class OffloadedAdamW(torch.optim.AdamW):
     """The same update as ``torch.optim.AdamW(fused=True)``, which it calls on pieces of every parameter.
 
     Each piece's two moments are copied in on one stream, updated on the main stream and copied out on a third, so copies in both
-    directions overlap, and the little arithmetic with them. Parameters and gradients stay on the GPU. The moments are flat pinned
-    tensors of this rank's shard.
+    directions overlap, and the little arithmetic with them. Parameters and gradients stay on the GPU. The moments are flat parts of
+    few large pinned buffers, of this rank's shard.
     """
 
     def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, **settings, fused=True)
+        self._reserved: Future[dict[Tensor, list[Tensor]]] | None = None
+
+    def reserve(self) -> None:
+        """Begin to pin the host memory of all moments, in a thread, as it takes seconds and nothing of the GPU. Not while a CUDA
+        graph is captured, which pinning breaks off."""
+        if self._reserved is None:
+            thread = ThreadPoolExecutor(1, "moments")
+            self._reserved = thread.submit(self._zero_moments)
+            thread.shutdown(wait=False)
 
     def init_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The parameter's state; if it has none, make zero moments in host memory."""
         state = self.state[parameter]
         if not state:
-            size, device = local(parameter).numel(), local(parameter).device
-            state["step"] = torch.zeros((), device=device)
-            for moment in MOMENTS:
-                state[moment] = torch.zeros(size, dtype=parameter.dtype, pin_memory=True)
+            self.reserve()
+            assert self._reserved is not None
+            state["step"] = torch.zeros((), device=local(parameter).device)
+            state |= dict(zip(MOMENTS, self._reserved.result()[parameter], strict=True))
         return state
+
+    def _zero_moments(self) -> dict[Tensor, list[Tensor]]:
+        """Zero moments of every parameter."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        shards = [local(parameter) for parameter in parameters]
+        places, sizes = pack([shard.nbytes for shard in shards for _ in MOMENTS])
+        on_gpu = bool(shards) and shards[0].device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(shards[0].device)  # of this thread
+        buffers = [torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu) for size in sizes]
+        found: dict[Tensor, list[Tensor]] = {parameter: [] for parameter in parameters}
+        each = [(parameter, shard) for parameter, shard in zip(parameters, shards, strict=True) for _ in MOMENTS]
+        for (parameter, shard), (buffer, at) in zip(each, places, strict=True):
+            found[parameter].append(buffers[buffer][at : at + shard.nbytes].view(shard.dtype))
+        return found
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -76,6 +106,28 @@ class OffloadedAdamW(torch.optim.AdamW):
                 if gradient is not None:
                     for at in range(0, local(parameter).numel(), PIECE):
                         yield group, parameter, gradient, slice(at, at + PIECE)
+
+
+def pack(sizes: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
+    """Places of tensors of so many bytes in few buffers, (buffer, first byte), and the buffers' bytes, which are powers of two. The
+    largest first, each into the first buffer that has room."""
+    rounded = [-(-size // ALIGNED) * ALIGNED for size in sizes]
+    places, buffers, used, left = [(0, 0)] * len(sizes), [], [], sum(rounded)
+    for i in sorted(range(len(sizes)), key=lambda i: -rounded[i]):
+        size = rounded[i]
+        fits = next((b for b, n in enumerate(buffers) if used[b] + size <= n), len(buffers))
+        if fits == len(buffers):
+            buffers.append(max(_power_of_two(size), min(BUFFER, _power_of_two(left))))
+            used.append(0)
+        places[i] = fits, used[fits]
+        used[fits] += size
+        left -= size
+    return places, buffers
+
+
+def _power_of_two(size: int) -> int:
+    """The least that is not smaller."""
+    return 1 << max(0, size - 1).bit_length()
 
 
 def local(tensor: Tensor) -> Tensor:
