@@ -302,7 +302,7 @@ def test_vllms_model_is_compiled_once_for_what_its_code_depends_on(with_vllm):
     assert with_vllm()
     for keys in ((), ("seed=7",), ("optim.lr=1e-6",), ("rollout.gpu_memory_utilization=0.3",)):
         assert not with_vllm(*keys)
-    for keys in (("rollout.max_completion_tokens=9",), ("rollout.max_concurrent=9",), ("rollout.group_size=4",)):
+    for keys in (("rollout.max_completion_tokens=9",), ("rollout.max_concurrent=9",), ("rollout.sleep=always",)):
         assert with_vllm(*keys)
         assert not with_vllm(*keys)
 
