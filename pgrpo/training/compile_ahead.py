@@ -52,8 +52,8 @@ from pgrpo.vision.families import family_of
 log = logging.getLogger(__name__)
 PATIENCE_S = 180.0
 """Seconds that the run waits for the update's process, after all that it does meanwhile."""
-SAMPLER_PATIENCE_S = 60.0
-"""The same for vLLM's model: about as long as vLLM takes to compile it."""
+SAMPLER_PATIENCE_S = 120.0
+"""The same for vLLM's model: longer than vLLM takes to compile it."""
 CONTEXT_GIB = 1.5
 """GPU memory of a process with CUDA's context and libraries."""
 CODE = f"import {__name__} as ahead\nahead.main()\n"

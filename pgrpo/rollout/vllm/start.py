@@ -9,6 +9,7 @@ What this file knows of vLLM's insides, on the releases in ``TESTED``:
 - While it compiles, it sets ``TORCHINDUCTOR_CACHE_DIR`` and ``TRITON_CACHE_DIR`` for the whole process. At its start it times the
   kernels of FlashInfer where that package is installed, also for models that use none. On a Hopper GPU it would compute Gated
   DeltaNet's prefill with a kernel of FlashInfer's that a CUDA compiler must build first; its own kernels are Triton's.
+- ``_run_in_subprocess`` of its registry of models calls a function in another process; ``inspect_model_cls`` keeps what it returns.
 - Beside sleep mode, its own all-reduce kernels and their fusion with norms end in an illegal memory access once there are CUDA
   graphs (two H100s): ranks that share an engine sum by NCCL.
 """
@@ -146,6 +147,7 @@ def start(
     with keeping_caches(), deadline(rollout.vllm_deadline_s, "starting vLLM", DEADLINE), vllm_errors("start"):
         backend, decoding = _shared_backend(config, world.device.type)
         _warm_up_this_model_only(world.device)
+        _inspect_model_here()
         llm = package().LLM(
             model=model.path,
             revision=model.revision,
@@ -206,6 +208,13 @@ def _images_text(llm: Any) -> str:
     deep = len(getattr(model.hf_config.vision_config, "deepstack_visual_indexes", None) or ())
     mib = rows * model.hf_text_config.hidden_size * (1 + deep) * model.dtype.itemsize / 2**20
     return f"vLLM keeps features of {rows:,} tokens of images ({mib:,.0f} MiB) while it samples"
+
+
+def _inspect_model_here() -> None:
+    """The first time that vLLM meets a model, it imports the model's file in another process, which takes as long as importing
+    vLLM. That spares a process CUDA, which this one has, and it needs the file anyway."""
+    registry: Any = importlib.import_module("vllm.model_executor.models.registry")
+    registry._run_in_subprocess = lambda inspect: inspect()
 
 
 def _warm_up_this_model_only(device: torch.device) -> None:
