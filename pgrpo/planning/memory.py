@@ -34,8 +34,8 @@ class MemoryPlan:
         kept: keys, values and states of a prefix that is kept for several passes (``model/kept.py``), and their gradients.
         logprobs: a chunk of logits, and the head's float32 gradient if it has one. The backward begins with them. With the full KL
             to a teacher, whose chunks of logits are half the size, also its hidden states.
-        layer_backward: the rest of the backward, one layer at a time: recomputed activations, a mixture's copies of rows,
-            gradients of its gathered copies, and the head's gradient.
+        layer_backward: the rest of the backward, one layer at a time: recomputed activations, what the MLP's backward has beside
+            them, a mixture's copies of rows, gradients of its gathered copies, and the head's gradient.
         reductions: with hybrid sharding, a micro-batch's float32 gradients that are reduced over the replicas. FSDP2 holds all of
             them until the backward ends, when the activations are freed. 0 with one replica.
         adam_scratch: temporaries of the optimizer step: none with fused AdamW (GPU); as large as the trained parameters on a CPU;
@@ -168,8 +168,10 @@ def memory_plan(
     # Attention outputs with their float32 log-sum-exps, and the layer's input.
     kept["attention"] = one_input + dims.heads * (dims.value_dim * dtype_bytes + 4)
     recomputed = 0 if set(recompute) == {"none"} else layer
-    if {*recompute} <= {"full", "offload"}:
+    parts_of_rows = mlp_chunks if {*recompute} <= {"full", "offload"} else 1
+    if parts_of_rows > 1:
         recomputed = _layer_activations(dims, dtype_bytes, compiled=compiled, together=together, mlp_chunks=mlp_chunks)
+    recomputed += _beside_activations(dims, parts_of_rows, lora=bool(adapters)) * dtype_bytes
     if "offload" in recompute:  # an input in use, and one on its way
         recomputed += 2 * one_input
     if together > 1:  # queries, keys and values before and after the exchange of rows for heads
@@ -294,6 +296,15 @@ def _projections(dims: ModelDims, together: int) -> int:
     several of them need."""
     copies = together // math.gcd(dims.kv_heads, together)
     return (dims.heads + 2 * dims.kv_heads * copies) * dims.head_dim
+
+
+def _beside_activations(dims: ModelDims, mlp_chunks: int, *, lora: bool) -> int:
+    """Elements a token that a layer's backward has in memory beside the layer's activations, most of them while it is in the MLP:
+    gradients of gate, up and their product; with parts of the rows also the parts' inputs and outputs beside the whole. With LoRA
+    gate, up and the product's gradient are sums of two products, and the gradients of gate and up are there once more, as the
+    adapters scale them; so it is with what has the hidden size. Counted of what torch.compile makes of Qwen3's layers."""
+    inner, hidden, of_parts = (8, 4, 4) if lora else (3, 0, 2)
+    return inner * dims.intermediate // mlp_chunks + (hidden + of_parts * (mlp_chunks > 1)) * dims.hidden
 
 
 def _layer_activations(

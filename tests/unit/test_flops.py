@@ -330,8 +330,9 @@ def test_memory_plan_of_checkpointing_and_offload() -> None:
     # The backward has one layer whole at a time, with gradients of two layers and of the head in bfloat16.
     whole_layer = plan(dims, recompute="none").activations / 36
     gradients = 2 * (2 * dims.layer_matrix + 151936 * 2560) / flops.GIB
-    assert attention.layer_backward == pytest.approx(whole_layer + gradients)
-    assert plan(dims, recompute="none").layer_backward == pytest.approx(gradients)
+    of_mlp = 3 * 2 * 9728 / flops.GIB  # gradients of gate, up and their product
+    assert attention.layer_backward == pytest.approx(whole_layer + of_mlp + gradients)
+    assert plan(dims, recompute="none").layer_backward == pytest.approx(of_mlp + gradients)
     parts: list[tuple[int, Recompute]] = [(5, "full"), (10, "attention"), (21, "none")]
     layers: list[Recompute] = [mode for count, mode in parts for _ in range(count)]
     mixed = memory.memory_plan(dims, token_budget=1, dtype_bytes=2, recompute=layers).activations
@@ -363,7 +364,7 @@ def test_what_compiled_layers_keep_is_what_was_measured_on_a_gpu(prompt: int, gr
     ("file", "row"), [("multi_gpu.json", n) for n in range(5)] + [("h100_train_step.json", n) for n in range(4)]
 )
 def test_the_plan_of_an_update_is_what_was_measured_on_a_gpu(file: str, row: int) -> None:
-    """At most 0.7 GiB more, and never less."""
+    """At most 0.7 GiB more, and never less; 1.1 with replicas, of whose reductions the root's is the last."""
     dims = QWEN3_4B
     measured = json.loads((Path(__file__).parents[2] / "benchmarks" / file).read_text())["rows"][row]
     planned = memory.memory_plan(
@@ -377,7 +378,7 @@ def test_the_plan_of_an_update_is_what_was_measured_on_a_gpu(file: str, row: int
         offload=measured["offload"] == "cpu",
         logit_chunk_bytes=2 * 4096 * 151936,  # half of the completions' tokens
     )
-    assert 0 <= planned.update - measured["peak_gib"] < 0.7
+    assert 0 <= planned.update - measured["peak_gib"] < (1.1 if planned.reductions else 0.7)
 
 
 def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
@@ -396,7 +397,7 @@ def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
         fewer: list[Recompute] = [*recompute[1:], less]
         assert peak(recompute) <= capacity < peak(fewer)
     assert memory.fewest_recomputed_layers(dims, 1000.0, **sizes) == (["none"] * 36, 1)
-    assert memory.fewest_recomputed_layers(dims, 10.0, **sizes) == (["full"] * 36, 4)  # nothing fits
+    assert memory.fewest_recomputed_layers(dims, 10.0, **sizes) == (["full"] * 36, 16)  # nothing fits
 
 
 LONG: dict[str, Any] = {"token_budget": 131_072 + 8 * 1024, "compiled": True, "dtype_bytes": 2}
@@ -404,15 +405,32 @@ LONG: dict[str, Any] = {"token_budget": 131_072 + 8 * 1024, "compiled": True, "d
 
 def test_the_memory_plan_of_long_samples() -> None:
     """A token's input of a layer is 2560 bfloat16, in host memory with ``offload``, but for two on their way; the compiled MLP
-    keeps gate, up and their product, 9728 bfloat16 each."""
+    keeps gate, up and their product, 9728 bfloat16 each, and its backward has their gradients."""
     dims, tokens = QWEN3_4B, LONG["token_budget"] / flops.GIB
     full, offload = (plan(dims, recompute=mode, **LONG) for mode in ("full", "offload"))
     assert (full.host, offload.activations) == (0, 0)
     assert offload.host == full.activations == pytest.approx(36 * 2 * 2560 * tokens)
     assert offload.layer_backward - full.layer_backward == pytest.approx(2 * 2 * 2560 * tokens)
     parts = plan(dims, mlp_chunks=4, **LONG)
-    assert full.layer_backward - parts.layer_backward == pytest.approx(3 / 4 * 3 * 2 * 9728 * tokens, rel=1e-3)
+    assert full.layer_backward - parts.layer_backward == pytest.approx(
+        (3 / 4 * 6 * 9728 - 2 * 2560) * 2 * tokens, rel=1e-3
+    )
     assert plan(dims, recompute="attention", mlp_chunks=4, **LONG) == plan(dims, recompute="attention", **LONG)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "chunks", "counted"),
+    [(0, 1, 167_000), (0, 4, 87_000), (33_030_144, 1, 286_000), (33_030_144, 4, 141_000)],
+)
+def test_the_backward_of_a_layer_takes_what_was_counted(adapters: int, chunks: int, counted: int) -> None:
+    """Bytes a token at the peak of a compiled layer's backward, by PyTorch's profiler on a CPU, with PyTorch 2.13. On an H100 they
+    were 171,000 or more, for all weights and whole MLPs."""
+    dims = QWEN3_4B
+    whole, nothing = (
+        plan(dims, adapters=adapters, mlp_chunks=chunks, **{**LONG, "token_budget": n}).layer_backward
+        for n in (1000, 0)
+    )
+    assert 0.98 < (whole - nothing) * flops.GIB / 1000 / counted < 1.05
 
 
 def test_ranks_that_compute_a_batch_together_divide_its_rows() -> None:
@@ -441,8 +459,8 @@ def test_auto_offloads_and_cuts_mlps_where_that_is_needed() -> None:
     modes, chunks = auto(68, 100)
     assert set(modes) == {"offload", "full"} and chunks == 1
     assert auto(68, 0) == ({"full": 36}, 4)
-    assert auto(45, 100)[1] == 4 and auto(45, 100)[0]["offload"] > 0
-    assert auto(41, 100)[1] == 16
+    assert auto(47, 100)[1] == 4 and auto(47, 100)[0]["offload"] > 0
+    assert auto(43, 100)[1] == 16
     assert auto(60, 0.5 * 36 * 2 * 2560 * LONG["token_budget"] / flops.GIB)[0].get("offload", 0) <= 18
     fixed = memory.fewest_recomputed_layers(dims, 68, host_gib=0, mlp_chunks=1, **sizes)
     assert fixed == (["full"] * 36, 1)
@@ -463,7 +481,8 @@ def test_memory_plan_of_lora() -> None:
     layers = 2 * (dims.layer_matrix + adapters // 36)
     assert lora.gathered == pytest.approx(2 * (151936 * 2560 + layers) / 2**30)
     whole_layer, gradients = plan(dims, recompute="none").activations / 36, 2 * (2 * adapters // 36) / 2**30
-    assert lora.layer_backward == pytest.approx(whole_layer + gradients)
+    beside = 2 * (8 * 9728 + 4 * 2560) / 2**30
+    assert lora.layer_backward == pytest.approx(whole_layer + beside + gradients)
     assert lora.activations == all_weights.activations
     in_float32 = plan(dims, adapters=adapters, dtype_bytes=4)
     assert (in_float32.gathered, in_float32.adam_scratch) == (0, in_float32.gradients)
