@@ -26,7 +26,7 @@ def weight_names(model: nn.Module) -> set[str]:
 def _kept_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that a checkpoint has, as the correction of a router's scores (DeepSeek): nothing trains them, but an engine that
     sleeps loses them."""
-    kept = model.state_dict().keys()
+    kept = model.state_dict(keep_vars=True).keys()
     return {name: x for name, x in model.named_buffers() if name in kept and x.is_floating_point()}
 
 
@@ -51,11 +51,8 @@ def _own_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
     for name, parameter in model.named_parameters():
         if ADAPTER in name:
             continue
-        if BASE not in name:
-            yield name, _whole(parameter.to(dtype))
-            continue
-        weight = _whole(parameter)
-        if name.endswith("weight"):
+        weight = _whole(parameter, parameter.dtype if BASE in name else dtype)
+        if BASE in name and name.endswith("weight"):
             weight = weight.float() + _adapter(model.get_submodule(name.partition(BASE)[0]))
             weight = _round_stochastically(weight) if dtype == torch.bfloat16 else weight
         yield name.replace(BASE, "."), weight.to(dtype)
@@ -66,7 +63,7 @@ def _adapter(layer: Any) -> Tensor:
     """The matrix that a LoRA layer adds to its weight: [out, in], float32 (arXiv 2106.09685, equation 3)."""
     delta = torch.zeros((), device=layer.weight.device)
     for adapter, scale in layer.scaling.items():
-        a_RI, b_OR = (_whole(matrix[adapter].weight).float() for matrix in (layer.lora_A, layer.lora_B))
+        a_RI, b_OR = (_whole(matrix[adapter].weight, torch.float32) for matrix in (layer.lora_A, layer.lora_B))
         delta = delta + scale * (b_OR @ a_RI)
     return delta
 
@@ -83,5 +80,10 @@ def _round_stochastically(x: Tensor) -> Tensor:
     return ((x.contiguous().view(torch.int32) + noise) & -(2**16)).view(torch.float32)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """All of a tensor that may be sharded, cast before it is gathered. On one rank that is its shard, without DTensor's own calls,
+    which take longer than the copy of a small tensor."""
+    if isinstance(tensor, DTensor) and tensor.device_mesh.size() == 1:
+        tensor = tensor.to_local()
+    cast = tensor.detach().to(dtype)
+    return cast.full_tensor() if isinstance(cast, DTensor) else cast

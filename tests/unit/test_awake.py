@@ -1,7 +1,7 @@
 """Where vLLM keeps its memory during updates (``rollout.sleep``), and what an engine that does not sleep does otherwise."""
 
 import json
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -183,7 +183,11 @@ def test_an_engine_that_does_not_sleep_is_started_without_sleep_mode(sleeps, mon
         asked.update(options)
         raise RuntimeError("enough")
 
-    monkeypatch.setattr(start, "package", lambda: SimpleNamespace(LLM=llm, __version__="0.32.0"))
+    monkeypatch.setattr(
+        start,
+        "package",
+        lambda: SimpleNamespace(LLM=llm, EngineArgs=make_dataclass("EngineArgs", []), __version__="0.32.0"),
+    )
     settings = Config(model=ModelConfig(path="m"), rollout=RolloutConfig(engine="vllm"))
     with pytest.raises(EngineError, match="enough"):
         start.start(settings, World(0, 1, CPU), 0.5, sleeps=sleeps)

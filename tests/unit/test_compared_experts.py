@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import contextmanager
+from dataclasses import make_dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -187,7 +188,11 @@ def test_vllm_is_asked_for_its_choices_only_if_they_are_compared(compares, monke
         asked.update(options)
         raise RuntimeError("enough")
 
-    monkeypatch.setattr(start, "package", lambda: SimpleNamespace(LLM=llm, __version__="0.32.0"))
+    monkeypatch.setattr(
+        start,
+        "package",
+        lambda: SimpleNamespace(LLM=llm, EngineArgs=make_dataclass("EngineArgs", []), __version__="0.32.0"),
+    )
     config = Config(model=ModelConfig(path="m"), rollout=RolloutConfig(engine="vllm", compare_experts=compares))
     with pytest.raises(EngineError, match="enough"):
         start.start(config, WORLD, 0.5)

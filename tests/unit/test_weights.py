@@ -4,11 +4,16 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pgrpo.config import ModelConfig
+from pgrpo.distributed.fsdp import place
+from pgrpo.distributed.world import World
 from pgrpo.model.lora import add_adapters, merge_adapters
 from pgrpo.model.weights import _round_stochastically, full_weights, weight_names
+from pgrpo.planning.dims import decoder_layers
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -41,6 +46,24 @@ def test_adapters_are_merged(tiny_model, dtype):
         )
         changed += not torch.equal(got[name], dict(model.named_parameters()).get(name, torch.empty(0)))
     assert changed > 10
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_one_rank_s_shards_are_whole(tiny_model, rank):
+    """FSDP2 keeps float32 weights, also of one rank: they are cast, and given without DTensor."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    if rank:
+        add_adapters(model, ModelConfig(path=str(tiny_model), lora_rank=rank), seed=0)
+    before = [(name, weight.clone()) for name, weight in full_weights(model, torch.bfloat16)]
+    try:
+        place(model, decoder_layers(model), World(0, 1, torch.device("cpu")), torch.bfloat16)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        after = list(full_weights(model, torch.bfloat16))
+    finally:
+        dist.destroy_process_group()
+    assert [name for name, _ in after] == [name for name, _ in before]
+    for (_, weight), (_, wanted) in zip(after, before, strict=True):
+        assert type(weight) is torch.Tensor and weight.dtype == torch.bfloat16 and torch.equal(weight, wanted)
 
 
 def test_what_a_young_adapter_adds_is_in_the_sum():

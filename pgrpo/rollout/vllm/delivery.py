@@ -62,8 +62,10 @@ class Delivery:
             raise DeliveryError(f"weight push: the engine did not load {_some(missing)}")
         sent = rename(self.sent)
         sizes = rename({name: torch.tensor(size) for name, size in self.sizes.items()})
-        experts = sources_of_experts(sent)
-        compared, wanted, found = [], [], []
+        experts, place = sources_of_experts(sent), {name: i for i, name in enumerate(sent)}
+        compared: list[str] = []
+        found: list[Tensor] = []
+        terms: list[tuple[int, int, int]] = []  # of the sums that are wanted: compared, sent, copies
         for name, parameter in parameters.items():
             if not parameter.numel():
                 continue
@@ -79,10 +81,13 @@ class Delivery:
             # of experts' down projections are zero on all ranks but the first.
             is_whole = parameter.numel() >= sum(int(sizes[source]) for source in sources)
             copies = ranks if is_whole and not name.endswith("experts.w2_bias") else 1
+            terms += [(len(compared), place[source], copies) for source in sources]
             compared.append(name)
-            wanted.append(copies * torch.stack([sent[source] for source in sources]).sum())
             found.append(bit_sum(parameter))
-        unequal = (sum_over_ranks(torch.stack(found)) != torch.stack(wanted)).tolist()
+        sums, own = torch.stack([*sent.values()]), torch.stack(found)
+        rows, columns, copies = torch.tensor(terms, device=own.device).unbind(1)  # one tensor: each copy to a GPU waits
+        wanted = torch.zeros_like(own).index_add_(0, rows, copies * sums[columns])
+        unequal = (sum_over_ranks(own) != wanted).tolist()
         if wrong := [name for name, differs in zip(compared, unequal, strict=True) if differs]:
             raise DeliveryError(f"weight push: checksums of {_some(wrong)} are not those of the policy")
 

@@ -198,7 +198,7 @@ def _positions(config: Config) -> dict[str, Any]:
 
 def _arguments() -> list[str]:
     """What ``LLM`` takes beside its own arguments."""
-    return [one.name for one in fields(importlib.import_module("vllm.engine.arg_utils").EngineArgs)]
+    return [one.name for one in fields(package().EngineArgs)]
 
 
 def _images_text(llm: Any) -> str:

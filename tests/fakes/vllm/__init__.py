@@ -12,6 +12,7 @@ names fails, on that rank or on all.
 
 import os
 import time
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
@@ -32,6 +33,11 @@ def _fails(*kinds: str) -> bool:
         _calls[kind] = _calls.get(kind, 0) + 1
     once = _kind not in ("stale", "refuse")
     return here and _kind in kinds and (_calls[_kind] == int(_call) if once else _calls[_kind] >= int(_call))
+
+
+@dataclass
+class EngineArgs:
+    """None that only some releases have."""
 
 
 def SamplingParams(**settings):
