@@ -6,6 +6,7 @@ codes, limits, open files, how the interpreter ends. Run as a script, this file 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -177,4 +178,7 @@ def become(request: dict[str, Any]) -> None:
 if __name__ == "__main__":
     for name in EVERYTHING:
         importlib.import_module(name)
+    # Else each copy walks all that was imported in each full collection and at its end, and so copies all of its memory.
+    gc.collect()
+    gc.freeze()
     become(next_request(socket.socket(fileno=int(sys.argv[1]))))

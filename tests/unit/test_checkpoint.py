@@ -11,7 +11,6 @@ import pickle
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -270,25 +269,25 @@ ENDLESS_SAVES = """
 
 
 @pytest.mark.faults
-def test_sigkill_during_a_write_leaves_the_previous_checkpoint(tmp_path):
+def test_sigkill_during_a_write_leaves_the_previous_checkpoint(warm, tmp_path):
     """Killed at several points of the save: whatever is named step_N verifies, and the leftovers go."""
     save(tmp_path, 1, small(1), {"step": 1})
     caught_writing = 0
     for attempt in range(4):
-        process = python(ENDLESS_SAVES, tmp_path)
-        assert process.stdout is not None
+        process = warm.start(["-c", textwrap.dedent(ENDLESS_SAVES), tmp_path])
+        deadline = time.monotonic() + 20
         try:
-            assert process.stdout.readline()
-            deadline = time.monotonic() + 20
+            while not process.stdout:
+                assert process.poll() is None and time.monotonic() < deadline, process.stderr
+                time.sleep(0.0005)
             if attempt % 2 == 0:
                 # Not Path.glob: it fails on a folder that gets its name meanwhile.
                 while not glob.glob(f"{tmp_path}/.writing-step_*/*") and time.monotonic() < deadline:
                     time.sleep(0.0005)
             time.sleep(0.005 * attempt)
         finally:
-            process.send_signal(signal.SIGKILL)
+            process.kill()
             process.wait()
-            process.stdout.close()
         caught_writing += bool(list(tmp_path.glob(".writing-*")))
         for step in list_steps(tmp_path):
             checkpoint.verify(tmp_path / f"step_{step}")
@@ -309,12 +308,12 @@ LIMITED_SAVE = """
 
 
 @pytest.mark.faults
-def test_a_write_beyond_the_file_size_limit_keeps_old_checkpoints(tmp_path):
+def test_a_write_beyond_the_file_size_limit_keeps_old_checkpoints(warm, tmp_path):
     save(tmp_path, 1, small(1), {"step": 1})
-    process = python(LIMITED_SAVE, tmp_path, stderr=subprocess.PIPE)
-    _, printed = process.communicate(timeout=60)
+    process = warm.run(["-c", textwrap.dedent(LIMITED_SAVE), tmp_path])
     assert process.returncode == 1
-    assert re.search(r"step_2/model\.0\.safetensors: no space left .* needs 4000000 bytes .*checkpoint\.keep", printed)
+    said = r"step_2/model\.0\.safetensors: no space left .* needs 4000000 bytes .*checkpoint\.keep"
+    assert re.search(said, process.stderr)
     assert [entry.name for entry in tmp_path.iterdir()] == ["step_1"]
     assert latest(tmp_path) == tmp_path / "step_1"
 

@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from warm import Started
 
 from pgrpo.config import ConfigError, load_config
 from pgrpo.early import check_start
@@ -43,56 +45,72 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, *arguments: str, code: str | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    start = ["-c", code] if code else ["-m", "pgrpo"]
-    command = [sys.executable, *start, *arguments]
+def fresh(folder: Path, code: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """In a process that has imported nothing yet."""
+    command = [sys.executable, "-c", code, *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, env={**os.environ, **env})
 
 
-def train(folder: Path, body: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return run(folder, "train", "--config", "c.yaml", *arguments, code=FAKE_TRAIN.format(body=body), **env)
+@pytest.fixture
+def run(warm, folder: Path) -> Callable[..., Started]:
+    """``run(*arguments)``: ``pgrpo ARGUMENTS`` in the folder; or Python with ``code``."""
+
+    def run(*arguments: str, code: str | None = None, **env: str) -> Started:
+        return warm.run([*(["-c", code] if code else ["-m", "pgrpo"]), *arguments], env, cwd=folder)
+
+    return run
+
+
+@pytest.fixture
+def train(run: Callable[..., Started]) -> Callable[..., Started]:
+    """``train(body, *arguments)``: ``pgrpo train`` with the body in the place of a training."""
+
+    def train(body: str, *arguments: str, **env: str) -> Started:
+        return run("train", "--config", "c.yaml", *arguments, code=FAKE_TRAIN.format(body=body), **env)
+
+    return train
 
 
 def test_help_imports_nothing_heavy(folder: Path) -> None:
-    code = "import sys, pgrpo.cli; print(*sys.modules)"
-    assert not {"torch", "transformers", "datasets", "matplotlib", "numpy"} & {*run(folder, code=code).stdout.split()}
-    assert "pgrpo.config" in run(folder, code=code).stdout
+    imported = fresh(folder, "import sys, pgrpo.cli; print(*sys.modules)").stdout.split()
+    assert "pgrpo.config" in imported
+    assert not {"torch", "transformers", "datasets", "matplotlib", "numpy"} & {*imported}
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("more", [["eval.every=400"], ["eval.every=400", "checkpoint.keep_best=eval/reward"], []])
-def test_eval_without_held_out_rows_has_one_answer_whatever_training_would_evaluate(folder: Path, more) -> None:
-    result = run(folder, "eval", "--config", "c.yaml", *more)
+def test_eval_without_held_out_rows_has_one_answer_whatever_training_would_evaluate(run, more) -> None:
+    result = run("eval", "--config", "c.yaml", *more)
     assert result.returncode == 2
     assert result.stderr == (
         "pgrpo: evaluation needs held-out rows: set data.eval_path to a file of them, or data.eval_split to a split of data.path\n"
     )
 
 
-def test_help_names_every_command(folder: Path) -> None:
-    result = run(folder, "--help")
+def test_help_names_every_command(run) -> None:
+    result = run("--help")
     assert result.returncode == 0
     for command in ("train", "check", "eval", "bench", "plot", "export", "init", "doctor", "generate"):
         assert f"\n  {command} " in result.stdout
-        assert run(folder, command, "--help").returncode == 0
+        assert run(command, "--help").returncode == 0
 
 
 def test_arguments_reach_training(folder: Path) -> None:
     body = "print(config.train.steps, config.rollout.stop, resume, 'torch' in sys.modules)"
     arguments = ["train.steps=3", "rollout.stop=[a, b]", "--resume", "auto"]
-    result = train(folder, body, *arguments)
+    result = fresh(folder, FAKE_TRAIN.format(body=body), "train", "--config", "c.yaml", *arguments)
     assert (result.returncode, result.stdout) == (0, "3 ['a', 'b'] auto False\n"), result.stderr
 
 
-def test_wrong_input_is_2(folder: Path) -> None:
-    result = run(folder, "train", "--config", "c.yaml", "rollout.group_sise=8")
+def test_wrong_input_is_2(run, folder: Path) -> None:
+    result = run("train", "--config", "c.yaml", "rollout.group_sise=8")
     message = "pgrpo: override 'rollout.group_sise=8': no such key; did you mean rollout.group_size?\n"
     assert (result.returncode, result.stdout, result.stderr) == (2, "", message)
-    assert run(folder, "train").returncode == 2
-    assert run(folder, "train", "--config", "c.yaml", "--no-such-option").returncode == 2
-    assert run(folder, "no-such-command").returncode == 2
-    assert run(folder, "plot").returncode == 2
-    assert run(folder, "train", "--config", "nope").stderr.startswith("pgrpo: config 'nope': no such file;")
+    assert run("train").returncode == 2
+    assert run("train", "--config", "c.yaml", "--no-such-option").returncode == 2
+    assert run("no-such-command").returncode == 2
+    assert run("plot").returncode == 2
+    assert run("train", "--config", "nope").stderr.startswith("pgrpo: config 'nope': no such file;")
 
 
 WRONG = {
@@ -146,7 +164,7 @@ def test_wrong_input_is_refused_in_little_time_without_importing_torch(folder: P
     for step in (44, 9, 130):
         (saved := folder / "runs" / "x" / "checkpoints" / f"step_{step}").mkdir(parents=True)
         (saved / "scalars.json").write_text('{"best": null}')
-    result = run(folder, json.dumps(WRONG), code=ALL_WRONG, WORLD_SIZE="2")
+    result = fresh(folder, ALL_WRONG, json.dumps(WRONG), WORLD_SIZE="2")
     answers, heavy, seconds = json.loads(result.stdout)
     assert answers.keys() == WRONG.keys(), result.stderr
     for name, (_, expected) in WRONG.items():
@@ -182,17 +200,17 @@ def test_resume_best_needs_a_best_checkpoint_that_is_there(tmp_path: Path) -> No
     check_start(config, "best")  # the one before may be whole
 
 
-def test_a_failed_run_is_1_with_one_line_unless_debugging(folder: Path) -> None:
-    result = train(folder, "raise RuntimeError('out of memory; lower train.token_budget')")
+def test_a_failed_run_is_1_with_one_line_unless_debugging(train) -> None:
+    result = train("raise RuntimeError('out of memory; lower train.token_budget')")
     message = "pgrpo: out of memory; lower train.token_budget (PGRPO_DEBUG=1 shows where)\n"
     assert (result.returncode, result.stderr) == (1, message)
-    assert train(folder, "raise OSError('disk')").stderr == "pgrpo: OSError: disk (PGRPO_DEBUG=1 shows where)\n"
-    result = train(folder, "raise OSError('disk')", PGRPO_DEBUG="1")
+    assert train("raise OSError('disk')").stderr == "pgrpo: OSError: disk (PGRPO_DEBUG=1 shows where)\n"
+    result = train("raise OSError('disk')", PGRPO_DEBUG="1")
     assert result.returncode == 1
     assert result.stderr.startswith("Traceback (most recent call last):")
 
 
-def test_signals(folder: Path) -> None:
+def test_signals(train) -> None:
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         body = f"""
     try:
@@ -200,43 +218,41 @@ def test_signals(folder: Path) -> None:
     finally:
         print("closed")
 """
-        result = train(folder, body)
+        result = train(body)
         assert (result.returncode, result.stdout) == (code, "closed\n")
-        assert train(folder, f"sys.exit({code})").returncode == code  # what training does after its save
+        assert train(f"sys.exit({code})").returncode == code  # what training does after its save
 
 
-def test_init_copies_what_a_run_needs_and_overwrites_nothing(folder: Path) -> None:
-    result = run(folder, "init", "quickstart")
+def test_init_copies_what_a_run_needs_and_overwrites_nothing(run, folder: Path) -> None:
+    result = run("init", "quickstart")
     assert result.returncode == 0, result.stderr
     names = {"quickstart.yaml", "addition.yaml", "addition.py"}
     assert {path.name for path in folder.iterdir()} == {"c.yaml", *names}
     assert result.stdout.endswith("then: pgrpo train --config quickstart.yaml\n")
     code = "from pgrpo.config import load_config; print(load_config('quickstart.yaml').data.path)"
-    assert run(folder, code=code).stdout == f"{folder}/addition.py:rows\n"  # the copies are what runs
+    assert run(code=code).stdout == f"{folder}/addition.py:rows\n"  # the copies are what runs
     (folder / "addition.yaml").write_text("mine")
-    result = run(folder, "init", "quickstart")
+    result = run("init", "quickstart")
     assert result.returncode == 2
     assert "addition.yaml" in result.stderr
     assert (folder / "addition.yaml").read_text() == "mine"
-    said = run(folder, "init", "quickstrat").stderr
+    said = run("init", "quickstrat").stderr
     assert said.startswith("pgrpo: init quickstrat: no such config or recipe; did you mean quickstart? configs: quick")
     assert ", vision_quickstart; recipes: addition, arithmetic, " in said and said.count("\n") == 1
-    said = run(folder, "init", "nosuch").stderr
+    said = run("init", "nosuch").stderr
     assert said.startswith("pgrpo: init nosuch: no such config or recipe; configs: quickstart, ")
-    result = run(folder, "init", "quickstart", "--overwrite")
+    result = run("init", "quickstart", "--overwrite")
     assert "replaced addition.yaml" in result.stdout and "wrote" not in result.stdout
     schema = (folder / "addition.yaml").read_text().splitlines()[0].removeprefix("# yaml-language-server: $schema=")
     assert "properties" in json.loads(Path(schema).read_text())
-    result = run(folder, "init", "jsonl")  # a recipe
+    result = run("init", "jsonl")  # a recipe
     assert result.stdout.endswith("then: pgrpo train --config CONFIG recipe=jsonl.yaml\n"), result.stderr
 
 
-def test_one_source_of_a_config(folder: Path) -> None:
-    assert run(folder, "--version").stdout.startswith("pgrpo 0.")
-    assert "give one of --config, --run; 0 were given" in run(folder, "eval").stderr
-    assert "give one of --config, --run, --model; 2" in run(folder, "generate", "--run", "r", "--model", "m").stderr
-    assert "--run r: not a run folder" in run(folder, "eval", "--run", "r").stderr
-    assert (
-        "--prompts p.txt: there is no such file" in run(folder, "generate", "-c", "c.yaml", "--prompts", "p.txt").stderr
-    )
-    assert "go with --prompts" in run(folder, "generate", "-c", "c.yaml", "--samples", "2").stderr
+def test_one_source_of_a_config(run, folder: Path) -> None:
+    assert run("--version").stdout.startswith("pgrpo 0.")
+    assert "give one of --config, --run; 0 were given" in run("eval").stderr
+    assert "give one of --config, --run, --model; 2" in run("generate", "--run", "r", "--model", "m").stderr
+    assert "--run r: not a run folder" in run("eval", "--run", "r").stderr
+    assert "--prompts p.txt: there is no such file" in run("generate", "-c", "c.yaml", "--prompts", "p.txt").stderr
+    assert "go with --prompts" in run("generate", "-c", "c.yaml", "--samples", "2").stderr

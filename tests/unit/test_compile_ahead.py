@@ -48,18 +48,20 @@ def make(tiny_model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("keys", "count_of_graphs"),
+    ("keys", "count_of_graphs", "backend"),
     [
-        (["train.updates_per_step=2", "loss.entropy_coef=0.01"], 2),  # with a gradient and without
+        (["train.updates_per_step=2", "loss.entropy_coef=0.01"], 2, "aot_eager"),  # with a gradient and without
         # with a gradient of the first layer's input and without, and without any gradient and adapters
-        (["model.lora_rank=2", "model.lora_targets=[q_proj]", "loss.kl_coef=0.1"], 3),
+        (["model.lora_rank=2", "model.lora_targets=[q_proj]", "loss.kl_coef=0.1"], 3, "eager"),
     ],
 )
-def test_the_update_of_a_run_compiles_nothing_that_was_not_compiled_ahead(make, monkeypatch, keys, count_of_graphs):
+def test_the_update_of_a_run_compiles_nothing_that_was_not_compiled_ahead(
+    make, monkeypatch, keys, count_of_graphs, backend
+):
     """With old log-probs, whose forward has no gradient, an entropy term, a reference that is the policy, and other sizes."""
     torch._dynamo.reset()
     recompute.compile_dynamic.cache_clear()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     config = make(*keys)
 
     def graphs():
@@ -119,6 +121,15 @@ def test_it_is_done_once(make, monkeypatch, caplog):
     for config, again in ((make(), False), (make("optim.lr=1e-6"), False), (make("loss.kl_coef=0.1"), True)):
         with begun(config, monkeypatch, "pass") as ahead:
             assert (ahead.update._process is not None) == again
+
+
+@pytest.mark.slow
+def test_the_process_itself_does_what_the_run_needs(make, caplog):
+    with CompileAhead(config := make(), WORLD) as ahead:
+        ahead.begin(load_hf_config(config.model))
+        ahead.wait()
+        assert ahead._done.exists()
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("name", ["TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"])

@@ -100,12 +100,12 @@ def test_an_engine_that_dies_ends_the_run_with_the_last_step_saved(train, tmp_pa
 
 @pytest.mark.parametrize(("fault", "what"), [("hang:9", "a vLLM rollout"), ("stall:3", "vLLM's weight push")])
 def test_an_engine_that_hangs_ends_the_run_at_its_deadline(warm, tiny_model, tmp_path, fault, what):
-    more = keys(tiny_model, tmp_path, "rollout.vllm_deadline_s=10", "checkpoint.every=1")
+    more = keys(tiny_model, tmp_path, "rollout.vllm_deadline_s=4", "checkpoint.every=1")
     done = warm.run(
         ["-m", "pgrpo", "train", "--config", "quickstart", *more], {"PYTHONPATH": str(FAKES), "FAULT": fault}
     )
     assert done.returncode == 1 and steps(tmp_path) == [1, 2], done.stderr
-    assert f"{what} took longer than rollout.vllm_deadline_s=10 seconds and was ended; raise" in done.stderr
+    assert f"{what} took longer than rollout.vllm_deadline_s=4 seconds and was ended; raise" in done.stderr
     assert saved(tmp_path)[-1] in ("step_1", "step_2")
 
 

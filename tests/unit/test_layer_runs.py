@@ -105,16 +105,19 @@ def compilations():
 
 
 CASES = [("none", False), ("none", True), ("attention", True)]
-INDUCTOR = [pytest.param(*case, "inductor", marks=pytest.mark.slow) for case in CASES]
+SLOW = [("none", True, "aot_eager"), *((*case, "inductor") for case in CASES)]
 
 
 @pytest.mark.timeout(900)  # inductor compiles C++, for half a minute
 @pytest.mark.parametrize(
     ("recompute", "lora", "backend"),
-    [*((*case, "aot_eager") for case in CASES), ("attention", False, "inductor"), *INDUCTOR],
-)
+    [
+        ("none", False, "aot_eager"), ("none", True, "eager"), ("attention", True, "aot_eager"), ("attention", False, "inductor"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW),
+    ],
+)  # fmt: skip
 def test_compiled_layers_are_exact_and_compiled_once_for_each_gradient_mode(recompute, lora, backend, monkeypatch):
-    """What is traced, and when again, is the same with both backends."""
+    """What is traced, and when again, is the same with all backends; eager runs the traced graph without AOTAutograd."""
     torch._dynamo.reset()
     layers.compile_dynamic.cache_clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))

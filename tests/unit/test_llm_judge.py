@@ -69,7 +69,7 @@ class Judge:
 @pytest.fixture
 def judge(monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(module.random, "uniform", lambda *_: 0.05)  # pauses of 0.05, 0.1, 0.2 s
+    monkeypatch.setattr(module._JITTER, "uniform", lambda *_: 0.05)  # pauses of 0.05, 0.1, 0.2 s
     made = Judge()
     yield made
     made.server.shutdown()

@@ -81,14 +81,19 @@ def test_without_it_the_backward_reads_them_where_they_are():
 
 
 @pytest.mark.parametrize(
-    ("recompute", "lora", "compiled"), [("full", False, False), ("offload", True, False), ("offload", False, True)]
-)
-def test_an_mlp_in_parts(recompute, compiled, lora, monkeypatch):
+    ("recompute", "lora", "backend"),
+    [
+        ("full", False, None), ("offload", True, None), ("offload", False, "eager"),
+        pytest.param("offload", False, "aot_eager", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_an_mlp_in_parts(recompute, backend, lora, monkeypatch):
     """Exact but for the order of sums; no part has more than its share of the rows, and each is computed three times, but for the
     last of a layer, which nothing is computed from again."""
     layers.compile_dynamic.cache_clear()
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    compiled = backend is not None
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     policy, batch = long_policy(recompute, 3, lora=lora, compiled=compiled), random_batch(random.Random(3))
     rows: list[int] = []
     if not compiled:

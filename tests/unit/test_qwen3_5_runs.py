@@ -77,7 +77,7 @@ def test_a_run_with_images_resumes_to_the_bit(folder, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_two_ranks_train_as_one(folder, published, tmp_path, launch):
+def test_two_ranks_train_as_one(folder, published, tmp_path, warm):
     """Of which one has prompts of text only."""
     keys = (
         SEES, f"data.path={folder / 'own.py'}:mixed", "data.shuffle=false", "rollout.prompts_per_step=2", "optim.lr=1e-3",
@@ -86,8 +86,8 @@ def test_two_ranks_train_as_one(folder, published, tmp_path, launch):
     alone = pgrpo.train(config_of(folder, tmp_path / "alone", *keys))
     file = tmp_path / "two.yaml"
     file.write_text(to_yaml(config_of(folder, tmp_path / "two", *keys)))
-    result = launch(["-m", "pgrpo", "train", "--config", file], 2)
-    assert result.returncode == 0, result.stderr
+    for rank in warm.run_on_ranks(["-m", "pgrpo", "train", "--config", file], 2):
+        assert rank.returncode == 0, rank.stderr
     wanted, got = weights_of(alone), weights_of(tmp_path / "two")
     assert wanted.keys() == got.keys()
     for name, weight in wanted.items():

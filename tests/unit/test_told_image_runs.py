@@ -93,14 +93,14 @@ def test_a_resumed_run_with_told_images_is_bit_equal(folder, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_told_images_travel_between_ranks(folder, tmp_path, launch):
+def test_told_images_travel_between_ranks(folder, tmp_path, warm):
     """A sample may be trained on by the rank that did not play its episode; that has its images."""
     keys = ("train.steps=1", "rollout.prompts_per_step=4", "model.train_vision=true", "train.token_budget=300")
     alone = pgrpo.train(config_of(folder, tmp_path / "alone", *keys))
     file = tmp_path / "two.yaml"
     file.write_text(to_yaml(config_of(folder, tmp_path / "two", *keys)))
-    result = launch(["-m", "pgrpo", "train", "--config", file], 2)
-    assert result.returncode == 0, result.stderr
+    for rank in warm.run_on_ranks(["-m", "pgrpo", "train", "--config", file], 2):
+        assert rank.returncode == 0, rank.stderr
     wanted, got = weights_of(alone), weights_of(tmp_path / "two")
     for name, weight in wanted.items():
         torch.testing.assert_close(got[name], weight, rtol=0, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")

@@ -506,13 +506,13 @@ def test_a_symbolic_link_in_the_run_folder_is_not_followed(tmp_path, name):
     assert victim.read_text() == '{"step": 1}\nprecious'
 
 
-def test_a_wandb_without_login_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+def test_a_wandb_without_login_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, warm):
     for name, value in (("HOME", str(tmp_path)), ("NETRC", str(tmp_path / "netrc")), ("WANDB_MODE", "online")):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     keys = ["model.path=nowhere", f"run_dir={tmp_path / 'run'}", "track.wandb=true"]
     code = f"import pgrpo; pgrpo.train('quickstart', {keys})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    done = warm.run(["-c", code], cwd=tmp_path)
     assert "track.wandb=true: wandb has no login; run `wandb login`, or set WANDB_MODE=offline" in done.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
@@ -541,8 +541,6 @@ def test_missing_package(tmp_path, monkeypatch, key, module, fix):
 
 
 def test_wandb_is_not_imported_unless_asked(tmp_path):
-    import subprocess
-    import sys
 
     code = "import sys, pgrpo.tracking; assert not {'wandb', 'torch', 'tensorboard'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

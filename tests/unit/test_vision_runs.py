@@ -200,7 +200,7 @@ def test_a_run_with_images_resumes_to_the_bit(folder, tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_a_rank_without_images_keeps_in_step(folder, tmp_path, launch, size):
+def test_a_rank_without_images_keeps_in_step(folder, tmp_path, warm, size):
     """Two ranks, of which one has prompts of text only, or the last rows of all: the same weights as one rank, with a tower that is
     trained."""
     keys = (
@@ -210,8 +210,8 @@ def test_a_rank_without_images_keeps_in_step(folder, tmp_path, launch, size):
     alone = pgrpo.train(config_of(folder, tmp_path / "alone", *keys))
     file = tmp_path / "two.yaml"
     file.write_text(to_yaml(config_of(folder, tmp_path / "two", *keys, f"model.sequence_parallel_size={size}")))
-    result = launch(["-m", "pgrpo", "train", "--config", file], 2)
-    assert result.returncode == 0, result.stderr
+    for rank in warm.run_on_ranks(["-m", "pgrpo", "train", "--config", file], 2):
+        assert rank.returncode == 0, rank.stderr
     wanted, got = weights_of(alone), weights_of(tmp_path / "two")
     assert wanted.keys() == got.keys()
     start = dict(loaded(folder / "model"))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import textwrap
 import time
 from pathlib import Path
@@ -168,13 +166,10 @@ KILLED = """
 
 
 @pytest.mark.faults
-def test_sigkill_between_write_rename_and_prune_leaves_a_checkpoint_that_resumes(tmp_path):
+def test_sigkill_between_write_rename_and_prune_leaves_a_checkpoint_that_resumes(warm, tmp_path):
     """Killed at the call itself: renames (to the name, away from it), the removals of pruning, syncs, new folders."""
     cases = [f"{call}:{count}" for call in ("rename", "rmdir", "unlink", "fsync", "mkdir") for count in (3, 4, 5, 6)]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path), *cases],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
+    done = warm.run(["-c", textwrap.dedent(KILLED), tmp_path, *cases])
     assert done.returncode == 0, done.stderr
     left, resumed = set(), 0
     for case in cases:
