@@ -19,6 +19,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pgrpo.early import early_codes
+from pgrpo.process.second import importing_early
+
 PREFIX = "start_time: "
 STEP_PARTS = ("time/wake", "time/weight_sync", "time/offload", "time/rollout", "time/sleep", "time/update")
 
@@ -121,7 +124,8 @@ def main() -> None:
     args = parser.parse_args()
     args.overrides = [f"cache_dir={args.caches.absolute()}", *args.overrides]
     if args.began:
-        print(PREFIX + json.dumps(run(args, args.began)), flush=True)
+        with importing_early(early_codes(str(args.caches.absolute()), 1)):  # as ``pgrpo.train`` does
+            print(PREFIX + json.dumps(run(args, args.began)), flush=True)
         return
     for kind in args.runs:
         if kind == "cold":

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from pgrpo.config import PYTHON, Config, ConfigError, load_config, redact_error, with_rewards
-from pgrpo.early import check_early, check_start
+from pgrpo.early import check_early, check_start, early_codes
+from pgrpo.process.second import importing_early
 from pgrpo.training.caller import Callback, Given, Run, check_callbacks
 
 __all__ = ["Callback", "Config", "ConfigError", "Run", "evaluate", "export", "load_config", "train"]
@@ -80,14 +81,15 @@ def train(
         raise ConfigError("eval_dataset: eval.every is 0, so it would not be used; set eval.every")
     check_early(config, data_from_python=dataset is not None)
     check_start(config, resume)
-    from pgrpo.grpo import train as run  # not before: it takes seconds
+    with importing_early(early_codes(config.cache_dir, int(os.environ.get("WORLD_SIZE", "1")))):
+        from pgrpo.grpo import train as run  # not before: it takes seconds
 
-    return run(
-        config,
-        Given(functions, dataset, eval_dataset, callbacks, tools, environment),
-        resume=resume,
-        overwrite=overwrite,
-    )
+        return run(
+            config,
+            Given(functions, dataset, eval_dataset, callbacks, tools, environment),
+            resume=resume,
+            overwrite=overwrite,
+        )
 
 
 @_briefly

@@ -8,7 +8,11 @@ import re
 from pathlib import Path
 
 from pgrpo.config import Config, ConfigError, check_world_size
+from pgrpo.process.second import ahead_codes
 from pgrpo.rewards.call import check_name
+
+GPU = Path("/dev/nvidiactl")
+"""Is there where NVIDIA's driver is."""
 
 
 def check_early(config: Config, *, data_from_python: bool = False) -> None:
@@ -41,6 +45,14 @@ def check_start(config: Config, resume: str | Path | None) -> None:
             f"--resume {resume}: no checkpoint there; {steps or f'nor is there one in {own}'}; give the path of a step_N, auto "
             "or best"
         )
+
+
+def early_codes(cache_dir: str | None, world_size: int) -> tuple[str, ...]:
+    """Codes of the processes that compile ahead of a run, if they are likely to be needed: there is a GPU, for this process alone,
+    and the folder for compiled code tells of none that was done before. If not, the run starts them when it knows more."""
+    root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "pgrpo").expanduser()
+    is_likely = world_size == 1 and GPU.exists() and not any(root.glob("*/compiled_ahead"))
+    return ahead_codes(cache_dir) if is_likely else ()
 
 
 def _steps(folder: Path) -> list[str]:

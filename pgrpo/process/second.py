@@ -10,9 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 log = logging.getLogger(__name__)
 BEGIN = """
@@ -29,59 +30,104 @@ del ctypes, os, signal, sys
 modules in the current folder come first. The process ends with the run (1 is PR_SET_PDEATHSIG), also if that has ended by now."""
 
 
+def ahead_codes(cache_dir: str | None) -> tuple[str, str]:
+    """Code of the process that compiles the first update, and of the one that compiles vLLM's model."""
+    modules = "pgrpo.training.compile_ahead", "pgrpo.rollout.vllm.ahead"
+    update, sampler = (f"import {module} as ahead\nahead.main({cache_dir!r})\n" for module in modules)
+    return update, sampler
+
+
+class _Started(NamedTuple):
+    process: subprocess.Popen[bytes]
+    output: IO[bytes]
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.output.close()
+        with suppress(BrokenPipeError):
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+
+
+_early: dict[str, _Started] = {}
+"""Processes that have begun to import, by their code."""
+
+
+@contextmanager
+def importing_early(codes: Iterable[str]) -> Iterator[None]:
+    """Start the processes of these codes before anybody knows which are needed: they import what they need, while the run does so
+    too, and wait for ``SecondProcess.begin``. Those that wait are gone at the end of the block, or after ``end_early``."""
+    try:
+        with suppress(OSError):  # ``begin`` says what prevents it
+            for code in codes:
+                _early[code] = _start(code)
+        yield
+    finally:
+        end_early()
+
+
+def end_early() -> None:
+    """End the processes that still wait."""
+    while _early:
+        _early.popitem()[1].end()
+
+
+def _start(code: str) -> _Started:
+    # The keys of PyTorch's caches differ where the main module has an attribute torch.
+    code = BEGIN + ("import torch\n" if hasattr(sys.modules["__main__"], "torch") else "") + code
+    command = [sys.executable, "-c", code, str(os.getpid()), *sys.path]
+    output = tempfile.TemporaryFile()  # noqa: SIM115
+    return _Started(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT), output)
+
+
 class SecondProcess:
     """One process, at most. It is gone after ``end``.
 
     Args:
         what: it compiles.
+        code: its Python, which finds what ``begin`` is given pickled in standard input.
         instead: what happens in the run if it fails.
     """
 
-    def __init__(self, what: str, instead: str) -> None:
-        self.what, self.instead = what, instead
-        self._process: subprocess.Popen[bytes] | None = None
-        self._files = ExitStack()
-        self._output: IO[bytes] | None = None
+    def __init__(self, what: str, code: str, instead: str) -> None:
+        self.what, self.code, self.instead = what, code, instead
+        self._started: _Started | None = None
         self._done: Path | None = None
 
-    def begin(self, code: str, given: Any, done: Path) -> None:
-        """Start it, unless the file ``done`` tells that such a one was done before.
+    @property
+    def is_begun(self) -> bool:
+        return self._started is not None
 
-        Args:
-            code: its Python.
-            given: an object that it finds pickled in its standard input.
-        """
+    def begin(self, given: Any, done: Path) -> None:
+        """Start it, unless the file ``done`` tells that such a one was done before."""
         self._done = done
         if done.exists():
             return
-        # The keys of PyTorch's caches differ where the main module has an attribute torch.
-        code = BEGIN + ("import torch\n" if hasattr(sys.modules["__main__"], "torch") else "") + code
-        self._output = self._files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
-        with tempfile.TemporaryFile() as file:
-            file.write(pickle.dumps(given))
-            file.seek(0)
-            command = [sys.executable, "-c", code, str(os.getpid()), *sys.path]
-            self._process = subprocess.Popen(command, stdin=file, stdout=self._output, stderr=subprocess.STDOUT)
+        pickled = pickle.dumps(given)
+        self._started = _early.pop(self.code, None) or _start(self.code)
+        pipe = self._started.process.stdin
+        assert pipe is not None
+        with suppress(BrokenPipeError), pipe:  # it has ended: ``wait`` says why
+            pipe.write(pickled)
 
     def wait(self, seconds: float) -> None:
         """Wait for its end, and end it after so many seconds."""
-        if self._process is None or self._output is None:
+        if self._started is None:
             return
+        process, output = self._started
         started = time.monotonic()
         try:
-            code = self._process.wait(seconds)
+            code = process.wait(seconds)
         except subprocess.TimeoutExpired:
-            self._kill()
+            self.end()
             log.warning(
-                "compiling %s ahead was not done %.0f s after the weights were read: %s",
-                self.what,
-                seconds,
-                self.instead,
-            )
+                "compiling %s ahead was not done %.0f s after the weights were read: %s", self.what, seconds, self.instead,
+            )  # fmt: skip
             return
         if code:
-            self._output.seek(0)
-            last = self._output.read().decode(errors="replace").strip().splitlines()[-1:]
+            output.seek(0)
+            last = output.read().decode(errors="replace").strip().splitlines()[-1:]
             log.warning("compiling %s ahead failed (%s): %s", self.what, *last or [f"exit code {code}"], self.instead)
             return
         waited = time.monotonic() - started
@@ -97,10 +143,5 @@ class SecondProcess:
             self._done.touch()
 
     def end(self) -> None:
-        self._kill()
-        self._files.close()
-
-    def _kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        if self._started is not None:
+            self._started.end()

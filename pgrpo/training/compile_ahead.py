@@ -14,6 +14,7 @@ import os
 import pickle
 import random
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Self
@@ -43,8 +44,7 @@ from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.planning.memory import LayerPlan
 from pgrpo.process.caches import FOLDERS, use_caches
 from pgrpo.process.exit import run_and_leave
-from pgrpo.process.second import SecondProcess
-from pgrpo.rollout.vllm import ahead as vllm_ahead
+from pgrpo.process.second import SecondProcess, ahead_codes, end_early
 from pgrpo.training.place import place_policy
 from pgrpo.types import Recompute, Sample
 from pgrpo.vision.families import family_of
@@ -56,8 +56,6 @@ SAMPLER_PATIENCE_S = 120.0
 """The same for vLLM's model: longer than vLLM takes to compile it."""
 CONTEXT_GIB = 1.5
 """GPU memory of a process with CUDA's context and libraries."""
-CODE = f"import {__name__} as ahead\nahead.main()\n"
-SAMPLER_CODE = f"import {vllm_ahead.__name__} as ahead\nahead.main()\n"
 UPDATE, SAMPLER = "the first update", "vLLM's model"
 INSTEAD = "the first update compiles what is missing"
 
@@ -68,8 +66,9 @@ class CompileAhead:
 
     def __init__(self, config: Config, world: World) -> None:
         self.config, self.world = config, world
-        self.update = SecondProcess(UPDATE, INSTEAD)
-        self.sampler = SecondProcess(SAMPLER, "vLLM compiles when it starts")
+        update, sampler = ahead_codes(config.cache_dir)
+        self.update = SecondProcess(UPDATE, update, INSTEAD)
+        self.sampler = SecondProcess(SAMPLER, sampler, "vLLM compiles when it starts")
 
     def __enter__(self) -> Self:
         return self
@@ -80,19 +79,20 @@ class CompileAhead:
 
     def begin(self, hf_config: PretrainedConfig) -> None:
         """Start what was not done before. Logs what prevents it."""
-        config, world = self.config, self.world
-        if world.size > 1 or family_of(hf_config):
-            return
         try:
-            if is_compiled(config, world.device):
-                self.update.begin(CODE, config, done_file(config, hf_config, world))
-            if sampler_gib(config, dims := ModelDims.from_config(hf_config), world):
-                sleeps = engine_memory(config, dims, world).sleeps
-                self.sampler.begin(
-                    SAMPLER_CODE, (config, sleeps), sampler_done_file(config, hf_config, world, sleeps=sleeps)
-                )
+            if self.world.size == 1 and not family_of(hf_config):
+                self._begin(hf_config)
         except Exception as error:  # of files, of pickle, or of the config, which the run's own checks refuse
             log.warning("compiling ahead did not begin (%s: %s): %s", type(error).__name__, error, INSTEAD)
+        end_early()
+
+    def _begin(self, hf_config: PretrainedConfig) -> None:
+        config, world, dims = self.config, self.world, ModelDims.from_config(hf_config)
+        if is_compiled(config, world.device):
+            self.update.begin(config, done_file(config, hf_config, world))
+        if sampler_gib(config, dims, world):
+            sleeps = engine_memory(config, dims, world).sleeps
+            self.sampler.begin((config, sleeps), sampler_done_file(config, hf_config, world, sleeps=sleeps))
 
     def wait(self) -> None:
         """Wait for the end of both."""
@@ -202,13 +202,13 @@ def longest_samples(config: Config, vocab: int) -> list[Sample]:
     return tokens_as_samples(ids[:1], [ids[1:]])
 
 
-def main() -> None:
+def main(cache_dir: str | None) -> None:
     """Of the process of the update, which is given the config."""
-    run_and_leave(_main)
-
-
-def _main() -> None:
+    use_caches(cache_dir)
     config: Config = pickle.load(sys.stdin.buffer)
-    use_caches(config.cache_dir)
+    run_and_leave(partial(_main, config))
+
+
+def _main(config: Config) -> None:
     with start() as world:
         compile_update(config, world)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from pgrpo import early
 from pgrpo.admission.compare import tokens_as_groups
 from pgrpo.config import load_config
 from pgrpo.distributed.world import World
@@ -23,6 +24,7 @@ from pgrpo.placement.sizes import USABLE_SHARE, gpu_memory, plan_sizes
 from pgrpo.planning.dims import ModelDims
 from pgrpo.planning.flops import GIB
 from pgrpo.planning.memory import LayerPlan, memory_plan
+from pgrpo.process import second
 from pgrpo.process.pinned import SETTING, pin_with_threads
 from pgrpo.training import compile_ahead
 from pgrpo.training.build import Learner, initial_model
@@ -108,7 +110,7 @@ def test_its_batch_is_as_long_as_a_micro_batch_may_be(make):
 
 
 def begun(config, monkeypatch, code):
-    monkeypatch.setattr(compile_ahead, "CODE", code)
+    monkeypatch.setattr(compile_ahead, "ahead_codes", lambda _: (code, "pass"))
     ahead = CompileAhead(config, WORLD)
     ahead.begin(load_hf_config(config.model))
     return ahead
@@ -120,7 +122,7 @@ def test_it_is_done_once(make, monkeypatch, caplog):
     assert not caplog.records
     for config, again in ((make(), False), (make("optim.lr=1e-6"), False), (make("loss.kl_coef=0.1"), True)):
         with begun(config, monkeypatch, "pass") as ahead:
-            assert (ahead.update._process is not None) == again
+            assert ahead.update.is_begun == again
 
 
 @pytest.mark.slow
@@ -137,7 +139,7 @@ def test_it_is_done_again_for_other_folders_of_code(make, monkeypatch, tmp_path,
     def is_begun():
         with begun(make(), monkeypatch, "pass") as ahead:
             ahead.wait()
-            return ahead.update._process is not None
+            return ahead.update.is_begun
 
     assert [is_begun(), is_begun()] == [True, False]
     monkeypatch.setenv(name, str(tmp_path / "other"))
@@ -202,14 +204,15 @@ def test_it_ends_with_a_run_that_is_killed(make, monkeypatch, tmp_path, when):
     config, file = make(), tmp_path / "runs"
     hf_config = load_hf_config(config.model)
     ModelDims.from_config(hf_config)  # is kept
-    monkeypatch.setattr(compile_ahead, "CODE", f"open({str(file)!r}, 'x'); import time; time.sleep(60)")
+    code = f"open({str(file)!r}, 'x'); import time; time.sleep(60)"
+    monkeypatch.setattr(compile_ahead, "ahead_codes", lambda _: (code, "pass"))
     read, write = os.pipe()
     if not (run := os.fork()):
         try:  # this is a copy of the tests' process, of which nothing may go on
             ahead = CompileAhead(config, WORLD)
             ahead.begin(hf_config)
-            assert ahead.update._process is not None
-            os.write(write, str(ahead.update._process.pid).encode())
+            assert ahead.update._started is not None
+            os.write(write, str(ahead.update._started.process.pid).encode())
             until = time.monotonic() + 20
             while when != "at once" and not file.exists() and time.monotonic() < until:
                 time.sleep(0.01)
@@ -260,7 +263,7 @@ def test_a_failure_is_said_once_and_tried_again_in_the_next_run(make, monkeypatc
 
 
 def code(ahead):
-    return ahead.update._process.returncode
+    return ahead.update._started.process.returncode
 
 
 @pytest.mark.parametrize("error", [False, True])
@@ -283,8 +286,53 @@ def test_there_is_none_for_several_ranks_and_layers_that_run_uncompiled(make, wo
     config = make(f"model.compile={key}")
     with CompileAhead(config, world) as ahead:
         ahead.begin(load_hf_config(config.model))
-        assert ahead.update._process is None
+        assert not ahead.update.is_begun
         ahead.wait()
+
+
+def test_a_process_that_began_to_import_early_is_the_one_that_works(make, monkeypatch, caplog):
+    codes = "import sys; print(len(sys.stdin.buffer.read())); sys.exit('read')", "import sys; sys.stdin.buffer.read()"
+    monkeypatch.setattr(compile_ahead, "ahead_codes", lambda _: codes)
+    config = make()
+    with second.importing_early(codes):
+        begun_early = [second._early[code].process for code in codes]
+        with CompileAhead(config, WORLD) as ahead:
+            ahead.begin(load_hf_config(config.model))
+            assert ahead.update._started is not None and ahead.update._started.process is begun_early[0]
+            assert begun_early[1].returncode == -9, "it waits for what never comes"
+            ahead.wait()
+    assert caplog.messages == [f"compiling the first update ahead failed (read): {compile_ahead.INSTEAD}"]
+    with second.importing_early(codes):
+        begun_early = [second._early[code].process for code in codes]
+    assert [process.returncode for process in begun_early] == [-9, -9] and not second._early
+
+
+def test_what_imports_early_is_likely_to_be_needed(monkeypatch, tmp_path):
+    monkeypatch.setattr(early, "GPU", tmp_path)
+    codes = early.early_codes(str(tmp_path), 1)
+    assert codes == second.ahead_codes(str(tmp_path)) and len(codes) == 2
+    assert not early.early_codes(str(tmp_path), 2)
+    (tmp_path / "inductor" / "compiled_ahead").mkdir(parents=True)
+    assert not early.early_codes(str(tmp_path), 1)
+    assert early.early_codes(str(tmp_path / "other"), 1)
+    monkeypatch.setattr(early, "GPU", tmp_path / "none")
+    assert not early.early_codes(str(tmp_path / "other"), 1)
+
+
+@pytest.mark.slow
+def test_the_second_processes_call_what_there_is(make, caplog):
+    """By their real code, with a model that the one does not find, and without vLLM."""
+    config = make()
+    config.model.path = "/no/such/model"
+    ahead = CompileAhead(config, WORLD)
+    for process in (ahead.update, ahead.sampler):
+        process.begin(config if process is ahead.update else (config, False), Path("/no/such/file"))
+    ahead.wait()
+    ahead.update.end()
+    ahead.sampler.end()
+    first, last = caplog.messages
+    assert first.startswith("compiling vLLM's model ahead failed (") and "'vllm'" in first
+    assert last.startswith("compiling the first update ahead failed (") and "/no/such/model" in last
 
 
 GPU = World(0, 1, torch.device("cuda"))
@@ -296,15 +344,14 @@ def with_vllm(make, monkeypatch, tmp_path):
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm"))
     monkeypatch.setattr(compile_ahead.metadata, "version", lambda _: "0.26.0")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
-    monkeypatch.setattr(compile_ahead, "CODE", "pass")
-    monkeypatch.setattr(compile_ahead, "SAMPLER_CODE", "pass")
+    monkeypatch.setattr(compile_ahead, "ahead_codes", lambda _: ("pass", "pass"))
 
     def begins(*keys, world=GPU, leave=lambda ahead: ahead.wait()):
         config = make("rollout.engine=vllm", *keys)
         with CompileAhead(config, world) as ahead:
             ahead.begin(load_hf_config(config.model))
             leave(ahead)
-            return ahead.sampler._process is not None
+            return ahead.sampler.is_begun
 
     return begins
 
@@ -319,7 +366,7 @@ def test_vllms_model_is_compiled_once_for_what_its_code_depends_on(with_vllm):
 
 
 def test_a_run_that_started_vllm_by_itself_has_compiled_its_model(with_vllm, monkeypatch, caplog):
-    monkeypatch.setattr(compile_ahead, "SAMPLER_CODE", "raise MemoryError('no room')")
+    monkeypatch.setattr(compile_ahead, "ahead_codes", lambda _: ("pass", "raise MemoryError('no room')"))
     assert with_vllm()
     assert with_vllm(leave=lambda ahead: ahead.sampler_started())
     assert not with_vllm(leave=lambda ahead: ahead.sampler_started())

@@ -17,25 +17,31 @@ if torch.cuda.is_available():
     pytestmark.append(pytest.mark.gpu)
 
 CODE = """
-import os, sys, time
+import os, shutil, sys
+from pathlib import Path
 from pgrpo.config import load_config
 from pgrpo.distributed.world import start
 from pgrpo.process.caches import use_caches
-from pgrpo.rollout.vllm import ahead, start as vllm_start
+from pgrpo.process.second import SecondProcess, ahead_codes
+from pgrpo.rollout.vllm import start as vllm_start
 
 folder, caches = sys.argv[1:]
 config = load_config("quickstart.yaml", [f"model.path={folder}", f"cache_dir={caches}", "model.dtype=float32",
                      "data.max_prompt_tokens=12", "rollout.max_completion_tokens=12", "rollout.engine=vllm"])
 use_caches(config.cache_dir)
 vllm_start.package()
+from vllm.compilation.counter import compilation_counter as counter
 from vllm.model_executor.models import registry
 registry._SUBPROCESS_COMMAND = ["no such command"]  # the model's file is imported here
 with start() as world:
-    sleeps = world.device.type == "cuda"
-    ahead.compile_model(config, world, sleeps=sleeps)
-    from vllm.compilation.counter import compilation_counter as counter
-    print("compiled", counter.num_aot_artifacts_saved)
+    sleeps, done = world.device.type == "cuda", Path(caches, "done")
+    ahead = SecondProcess("vLLM's model", ahead_codes(caches)[1], "this fails")
+    ahead.begin((config, sleeps), done)
+    ahead.wait(500)
+    print("compiled", done.exists(), len(list(Path(caches, "vllm", "modelinfos").iterdir())))
+    shutil.rmtree(Path(caches, "vllm", "modelinfos"))
     config.seed = 7
+    vllm_start.prepare(config, world)
     vllm_start.start(config, world, 0.1 if sleeps else 0.05, sleeps=sleeps)
     print("loaded", counter.num_aot_artifacts_loaded)
     sys.stdout.flush()
@@ -58,5 +64,5 @@ def test_vllm_loads_what_was_compiled_ahead_whatever_its_memory_and_seed(tmp_pat
     )  # fmt: skip
     said = [line for line in done.stdout.splitlines() if line.startswith(("compiled", "loaded"))]
     on_gpu = torch.cuda.is_available()  # on a CPU vLLM 0.32 finds the file, and cannot load what it wrote there
-    assert said == ["compiled 1", f"loaded {int(on_gpu)}"], done.stderr[-2000:]
+    assert said == ["compiled True 1", f"loaded {int(on_gpu)}"], done.stderr[-2000:]
     assert len(list(tmp_path.glob("caches/vllm/torch_compile_cache/torch_aot_compile/*"))) == 1, "another key"

@@ -54,11 +54,13 @@ def compile_model(config: Config, world: World, *, sleeps: bool) -> None:
     raise EngineError("vLLM started without measuring the memory for its cache")
 
 
-def main() -> NoReturn:
+def main(cache_dir: str | None) -> NoReturn:
     """Of the second process, which is given the config and whether vLLM sleeps."""
+    use_caches(cache_dir)
+    if vllm_start.is_installed():
+        vllm_start.package()  # takes seconds, in which the run finds out whether this process is needed
     config: Config
     config, sleeps = pickle.load(sys.stdin.buffer)
-    use_caches(config.cache_dir)
     with start() as world:
         compile_model(config, world, sleeps=sleeps)
         sys.stdout.flush()
