@@ -34,7 +34,7 @@ from pgrpo.model.policy import Policy
 from pgrpo.placement.choices import compute_dtype, teacher_model
 from pgrpo.planning.dims import ModelDims, decoder_layers
 from pgrpo.planning.flops import GIB, forward_flops
-from pgrpo.planning.memory import LayerPlan
+from pgrpo.planning.recompute import LayerPlan
 from pgrpo.training.build import Learner
 from pgrpo.training.optim import build_optimizer
 from pgrpo.training.place import wrap

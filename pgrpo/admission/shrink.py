@@ -8,24 +8,19 @@ that depends on lengths) lies inside the proof's samples, unless no sample of th
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig
 
+from pgrpo.admission.kinds import LAYERS, first, has, is_int, keep_every_kind
 from pgrpo.admission.vision import shrink_tower
 from pgrpo.vision.families import family_of
 
-LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 KV_HEADS = ("num_key_value_heads", "multi_query_group_num", "num_kv_heads", "n_head_kv")
 HIDDEN = ("hidden_size", "n_embd", "d_model", "dim", "word_embed_proj_dim")
 HEAD_DIMS = ("head_dim", "kv_channels", "attention_head_dim", "d_kv", "global_head_dim", "swa_head_dim")
-PERIODS = ("interval", "pattern", "period", "sparse_step", "layer_freq", "every_n", "_step", "frequency")
-"""Parts of names of integers of which each layer's kind depends on its index modulo that integer."""
-LEADING = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-"""Integers that say how many of the first layers are dense."""
 DROPOUT = ("dropout", "pdrop")
 UNKNOWN = 256
 """An integer above it that no rule knows is taken for a length at which the model changes: code of its own may have a window or a
@@ -87,7 +82,7 @@ def few_layers(config: PretrainedConfig) -> PretrainedConfig:
     values = config.to_dict()
     for one in (values, values.get("text_config")):  # of a model with images the language model
         if isinstance(one, dict):
-            _few_layers(one)
+            keep_every_kind(one)
     return _rebuilt(config, values)
 
 
@@ -110,7 +105,7 @@ def _rebuilt(config: PretrainedConfig, values: dict[str, Any]) -> PretrainedConf
 def _shrunken(values: dict[str, Any], max_sample: int | None, small: Small, all_layers: bool) -> dict[str, Any]:
     d = copy.deepcopy(values)
     if not all_layers:
-        _few_layers(d)
+        keep_every_kind(d)
     _few_heads(d, small)
     _state_spaces(d, small)
     _widths(d, small)
@@ -118,72 +113,17 @@ def _shrunken(values: dict[str, Any], max_sample: int | None, small: Small, all_
     for name, value in d.items():
         if any(part in name for part in DROPOUT) and isinstance(value, float):
             d[name] = 0.0
-        if name.endswith("_config") and isinstance(value, dict) and _first(value, LAYERS):
+        if name.endswith("_config") and isinstance(value, dict) and first(value, LAYERS):
             d[name] = _shrunken(value, max_sample, small, all_layers)
     return d
 
 
-def _few_layers(d: dict[str, Any]) -> None:
-    """Keep one layer of every kind, in order, and at least two. A kind is all that per-layer values say of a layer."""
-    key = _first(d, LAYERS)
-    count = d[key] if key else 0
-    if count < 2:
-        return
-    indices = [k for k, v in d.items() if _is_list_of_layers(k, v, count)]
-    lists = [k for k, v in d.items() if isinstance(v, list) and len(v) == count and k not in indices]
-    mappings = [
-        k for k, v in d.items() if isinstance(v, dict) and v and "label" not in k and all(str(x).isdigit() for x in v)
-    ]
-    periods = [
-        k for k, v in d.items() if _is_int(v) and 1 < v <= 16 and _has(k, PERIODS) and "rope" not in k and not lists
-    ]
-    leading = [k for k in LEADING if d.get(k)]
-
-    def kind(layer: int) -> str:
-        of_mappings = [d[k].get(layer, d[k].get(str(layer))) for k in mappings]
-        listed = [d[k][layer] for k in lists], [layer in d[k] for k in indices], [layer % d[k] for k in periods]
-        return json.dumps([listed, of_mappings], sort_keys=True, default=str)
-
-    kept = list({kind(layer): layer for layer in reversed(range(count))}.values())[::-1]
-    if len(kept) < 2:
-        kept = list(range(2))
-    if leading and not lists:
-        kept = list(range(max(len(kept), 3)))
-    kept = [layer for layer in sorted(kept) if layer < count]
-    for k in lists:
-        d[k] = [d[k][layer] for layer in kept]
-    for k in indices:
-        d[k] = [i for i, layer in enumerate(kept) if layer in d[k]]
-    for k in mappings:
-        d[k] = {
-            i: d[k].get(layer, d[k].get(str(layer)))
-            for i, layer in enumerate(kept)
-            if layer in d[k] or str(layer) in d[k]
-        }
-    for k in leading:
-        d[k] = 1
-    for k in LAYERS:
-        if _is_int(d.get(k)):
-            d[k] = len(kept)
-    if d.get("max_window_layers"):
-        d["max_window_layers"] = 1
-    if d.get("moe_layer_end_index"):
-        d["moe_layer_end_index"] = -1
-
-
-def _is_list_of_layers(name: str, value: Any, count: int) -> bool:
-    """Whether it names layers by their indices, as ``moe_layers: [1, 3, 5]``."""
-    if not (_has(name, ("layer", "idx", "indices")) and isinstance(value, list) and value and all(map(_is_int, value))):
-        return False
-    return len({*value}) == len(value) and max(value) < count
-
-
 def _few_heads(d: dict[str, Any], small: Small) -> None:
     """Keep the way in which heads share keys: all their own, groups of them, or one for all."""
-    key = _first(d, HEADS)
+    key = first(d, HEADS)
     if key is None:
         return
-    shared = _first(d, KV_HEADS)
+    shared = first(d, KV_HEADS)
     before, kv_before = d[key], d[shared] if shared else d[key]
     kv_heads = small.heads if kv_before == before else 1 if kv_before == 1 else small.heads // 2
     has_mla = d.get("qk_rope_head_dim") is not None
@@ -205,7 +145,7 @@ def _few_heads(d: dict[str, Any], small: Small) -> None:
 
 def _state_spaces(d: dict[str, Any], small: Small) -> None:
     """Sizes of linear layers, of which validators want that heads times their size are the inner width."""
-    hidden = d.get(_first(d, HIDDEN) or "", small.width)
+    hidden = d.get(first(d, HIDDEN) or "", small.width)
     inner = int((d.get("mamba_expand", d.get("expand", 2)) or 2) * hidden)
     names = ("mamba_n_heads", "mamba_d_head"), ("n_mamba_heads", "mamba_headdim"), ("mamba_num_heads", "mamba_head_dim")
     for heads, head_dim in names:
@@ -227,7 +167,7 @@ def _state_spaces(d: dict[str, Any], small: Small) -> None:
 
 WIDTHS: list[tuple[Callable[[str], bool], Callable[[int, Small], int]]] = [
     (lambda k: k in ("vocab_size", "vocab_size_per_layer_input"), lambda v, s: s.vocab),
-    (lambda k: "expert" in k and _has(k, ("intermediate", "size", "dim")), lambda v, s: s.expert_width if v else v),
+    (lambda k: "expert" in k and has(k, ("intermediate", "size", "dim")), lambda v, s: s.expert_width if v else v),
     (
         lambda k: k in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_total_experts"),
         lambda v, s: min(v, s.experts),
@@ -240,7 +180,7 @@ WIDTHS: list[tuple[Callable[[str], bool], Callable[[int, Small], int]]] = [
     ),
     (lambda k: k in ("topk_group", "n_shared_experts", "num_shared_experts"), lambda v, s: min(v, 1)),
     (
-        lambda k: _has(k, ("intermediate", "ffn", "inner", "d_ff", "mlp_dim", "lru_width")),
+        lambda k: has(k, ("intermediate", "ffn", "inner", "d_ff", "mlp_dim", "lru_width")),
         lambda v, s: s.width if v else v,
     ),
     (lambda k: k.endswith("_rank"), lambda v, s: s.rank if v else v),
@@ -248,7 +188,7 @@ WIDTHS: list[tuple[Callable[[str], bool], Callable[[int, Small], int]]] = [
     (lambda k: k.endswith(("token_id", "token_index")), lambda v, s: min(v, s.vocab - 1)),
     (lambda k: k == "query_pre_attn_scalar", lambda v, s: s.head_dim),
     (lambda k: k == "padding_idx", lambda v, s: 0),
-    (lambda k: _has(k, ("size", "dim", "hidden", "width")), lambda v, s: s.width if v > 256 else v),
+    (lambda k: has(k, ("size", "dim", "hidden", "width")), lambda v, s: s.width if v > 256 else v),
 ]
 """(whether an integer of that name is meant, its small value): the first that fits counts."""
 
@@ -256,7 +196,7 @@ WIDTHS: list[tuple[Callable[[str], bool], Callable[[int, Small], int]]] = [
 def _widths(d: dict[str, Any], small: Small) -> None:
     fixed = {*HIDDEN, *HEADS, *KV_HEADS, *HEAD_DIMS, *LAYERS}
     for name, value in d.items():
-        if _is_int(value) and name not in fixed and not _is_length(name):
+        if is_int(value) and name not in fixed and not _is_length(name):
             d[name] = next((made(value, small) for fits, made in WIDTHS if fits(name)), value)
     d |= {name: i for i, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")) if name in d}
     d["initializer_range"] = 0.2
@@ -270,11 +210,11 @@ def _lengths(d: dict[str, Any], max_sample: int | None, small: Small) -> None:
 
     stated, original = d.get("max_position_embeddings"), d.get("original_max_position_embeddings")
     for name in [k for k, v in d.items() if "window" in k and isinstance(v, list)]:  # one a layer
-        d[name] = [put(v, small.reached) if _is_int(v) and v > 0 else v for v in d[name]]
+        d[name] = [put(v, small.reached) if is_int(v) and v > 0 else v for v in d[name]]
     for name, value in d.items():
-        if small.guesses and _is_int(value) and value > UNKNOWN and not _is_known(name):
+        if small.guesses and is_int(value) and value > UNKNOWN and not _is_known(name):
             d[name] = put(value, small.reached)
-        if not _is_int(value) or value <= 0 or not _is_length(name):
+        if not is_int(value) or value <= 0 or not _is_length(name):
             continue
         if "window" in name or name == "attention_chunk_size":
             d[name] = put(value, small.reached)
@@ -327,18 +267,6 @@ def _is_length(name: str) -> bool:
     return name in lengths or "position_embeddings" in name or ("window" in name and name != "max_window_layers")
 
 
-def _first(d: dict[str, Any], names: Iterable[str]) -> str | None:
-    return next((name for name in names if _is_int(d.get(name))), None)
-
-
 def _replace(d: dict[str, Any], names: Iterable[str], value: int) -> None:
     """Give the keys that have a value this one."""
     d.update({name: value for name in names if d.get(name)})
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _has(name: str, parts: Iterable[str]) -> bool:
-    return any(part in name for part in parts)

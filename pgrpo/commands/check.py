@@ -30,7 +30,8 @@ from pgrpo.planning.hub import load_hf_config
 from pgrpo.rollout.base import sample_seeds
 from pgrpo.tracking import printable
 from pgrpo.tracking.live import showing
-from pgrpo.training.build import Parts, build, load_tokenizer
+from pgrpo.training.build import Parts, build
+from pgrpo.training.prompts import load_tokenizer
 from pgrpo.training.rollout import sample_and_score
 from pgrpo.types import Group, Prompt, PromptImages, Sample
 from pgrpo.vision.families import attention_names, auto_class

@@ -16,7 +16,7 @@ from pgrpo.config import PYTHON, Config, ConfigError, PromptConfig, redact, to_j
 from pgrpo.config.sampling import sampling_params
 from pgrpo.config.task import EnvironmentConfig
 from pgrpo.data import load_prompts
-from pgrpo.data.render import template_columns
+from pgrpo.data.templates import template_columns
 from pgrpo.distributed.world import start, world_size
 from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.rope import positions
@@ -26,11 +26,12 @@ from pgrpo.rollout.base import sample_seeds
 from pgrpo.tracking import printable
 from pgrpo.tracking.live import showing
 from pgrpo.tracking.record import replacing
-from pgrpo.training.build import Parts, load_tokenizer
+from pgrpo.training.build import Parts
 from pgrpo.training.caller import Given
 from pgrpo.training.checkpointing import Checkpoints
 from pgrpo.training.evaluation import result_rows
 from pgrpo.training.progress import Progress
+from pgrpo.training.prompts import load_tokenizer
 from pgrpo.training.rollout import sample_and_score
 from pgrpo.types import Messages, Prompt
 

@@ -21,7 +21,8 @@ from pgrpo.placement.sizes import gpu_memory, most_image_tokens, plan_sizes
 from pgrpo.planning.flops import GIB, ModelDims, adapter_parameters, flat_work, rho, update_flops
 from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.kept import kept_text, longest_kept, why_none_kept
-from pgrpo.planning.memory import LayerPlan, memory_plan
+from pgrpo.planning.memory import memory_plan
+from pgrpo.planning.recompute import LayerPlan
 from pgrpo.process.caches import cache_root
 from pgrpo.training.engine import check_engine
 from pgrpo.types import Recompute

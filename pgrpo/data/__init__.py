@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pgrpo.config import ConfigError, DataConfig, PromptConfig
-from pgrpo.data.render import NoValueError, ToolsOf, render_prompts
+from pgrpo.data.render import ToolsOf, render_prompts
 from pgrpo.data.sources import check_rows, describe_row, read_rows
 from pgrpo.data.stream import PromptStream
+from pgrpo.data.templates import NoValueError
 from pgrpo.types import Prompt
 from pgrpo.vision.reader import ImageReader
 

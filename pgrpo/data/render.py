@@ -8,14 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from string import Formatter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pgrpo.config import ConfigError, PromptConfig
-from pgrpo.config.columns import value_of
 from pgrpo.data.chats import ImagePart, read_chat
 from pgrpo.data.control import MARK, Control, unmarked
 from pgrpo.data.images import images_of, place
+from pgrpo.data.templates import Row, column_of, compile_template, no_column
 from pgrpo.types import Messages, PromptImages
 from pgrpo.vision import reader as vision
 from pgrpo.vision.parts import MARK as IMAGE
@@ -23,7 +22,6 @@ from pgrpo.vision.parts import MARK as IMAGE
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = dict[str, Any]
 log = logging.getLogger(__name__)
 
 
@@ -34,14 +32,6 @@ class Rendered(NamedTuple):
     messages: Messages | None
     ids: list[int]
     images: PromptImages | None = None
-
-
-class NoValueError(ConfigError):
-    """Row ``index`` has no value in ``column``, which ``key`` needs."""
-
-    def __init__(self, key: str, column: str, index: int) -> None:
-        super().__init__(f"{key}: column `{column}` is empty (null) in row {index}")
-        self.key, self.column, self.index = key, column, index
 
 
 ToolsOf = Callable[[Row], list[dict[str, Any]]]
@@ -101,7 +91,7 @@ def render_prompts(
     if column := prompt.messages_column:
         key, prefill = "prompt.messages_column", False
         if not {column, column.split(".")[0]} & {*columns}:
-            raise ConfigError(_no_column(key, column, columns))
+            raise ConfigError(no_column(key, column, columns))
         if (answer := prompt.answer_column) in columns:
             raise ConfigError(f"prompt.answer_column: the data already has a column `{answer}`; give another name")
         chats = [
@@ -145,7 +135,7 @@ def _read_images(
         return [[] for _ in rows]
     column = prompt.images_column
     named = f"column `{column}`" if column else "messages"
-    values = [_column(row, column, "prompt.images_column", i) if column else None for i, row in enumerate(rows)]
+    values = [column_of(row, column, "prompt.images_column", i) if column else None for i, row in enumerate(rows)]
     found = [images_of(v, own, f"row {i}, {named}") for i, (v, own) in enumerate(zip(values, parts, strict=True))]
     if column and (lacking := sum(not own for own in found)):
         log.warning("%d of %d rows have no image in %s", lacking, len(found), named)
@@ -179,7 +169,7 @@ def _prompt_of_chat(
 ) -> Messages:
     """The messages before the model's turn. The assistant's answer at their end becomes the row's ``answer_column``."""
     where = f"prompt.messages_column: row {index}, column `{column}`"
-    chat = read_chat(_column(row, column, "prompt.messages_column", index), where, images)
+    chat = read_chat(column_of(row, column, "prompt.messages_column", index), where, images)
     if ends := chat[-1]["role"] == "assistant":
         if answer_column is None:
             raise ConfigError(
@@ -204,63 +194,6 @@ def _checked(
         if not text.strip() or not row_ids:
             raise ConfigError(f"{key}: the prompt of row {index} is empty")
     return list(map(Rendered, texts, chats, ids, images))
-
-
-def template_columns(prompt: PromptConfig) -> list[str]:
-    """The columns that a prompt is made of, by the names that it gives. ConfigError for a template that cannot be parsed."""
-    texts = {f"prompt.messages[{i}]": message.content for i, message in enumerate(prompt.messages)}
-    if prompt.template:
-        texts["prompt.template"] = prompt.template
-    names = [column for key, text in texts.items() for _, column, *_ in _parts(text, key) if column is not None]
-    return list(dict.fromkeys([*names, *filter(None, (prompt.messages_column, prompt.images_column))]))
-
-
-def _parts(text: str, key: str) -> list[tuple[str, str | None, str | None, str | None]]:
-    """Literal text, column, format and conversion of each part of a template."""
-    try:
-        return list(Formatter().parse(text))
-    except ValueError as error:
-        raise ConfigError(f"{key}: {error} in {text!r}; write {{{{ and }}}} for literal braces") from error
-
-
-def compile_template(
-    text: str, columns: Sequence[str], key: str, guard: Callable[[str], str] = str
-) -> Callable[[Row, int], str]:
-    """Compile ``text`` with ``{column}``, ``{column.field}`` and ``{column:format}`` placeholders into a function
-    ``(row, row number) -> text``. ``guard`` is applied to what stands for a placeholder."""
-    parts = _parts(text, key)
-    for _, column, _, conversion in parts:
-        if column is not None and (conversion or not {column, column.split(".")[0]} & {*columns}):
-            written = column + (f"!{conversion}" if conversion else "")
-            raise ConfigError(_no_column(key, f"{{{written}}}", columns) + "; write {{ and }} for literal braces")
-
-    def fill(row: Row, index: int) -> str:
-        out = []
-        for literal, column, spec, _ in parts:
-            out.append(literal)
-            if column is None:
-                continue
-            value = _column(row, column, key, index)
-            if value is None:
-                raise NoValueError(key, column, index)
-            try:
-                out.append(guard(format(value, spec or "")))
-            except (ValueError, TypeError) as error:
-                raise ConfigError(f"{key}: row {index}: {{{column}:{spec}}}: {error}") from error
-        return "".join(out)
-
-    return fill
-
-
-def _column(row: Row, column: str, key: str, index: int) -> Any:
-    try:
-        return value_of(row, column)
-    except KeyError as error:
-        raise ConfigError(f"{key}: row {index}: {error.args[0]}") from None
-
-
-def _no_column(key: str, column: str, columns: Sequence[str]) -> str:
-    return f"{key}: the data has no column `{column}`; it has {', '.join(columns)}"
 
 
 def _apply_chat_template(

@@ -13,7 +13,8 @@ from pgrpo.placement.sizes import HOST_SHARE, SLEEPING_VLLM_GIB, USABLE_SHARE, g
 from pgrpo.placement.vllm_memory import vllm_memory
 from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.planning.kept import cuts_groups
-from pgrpo.planning.memory import LayerPlan, fewest_recomputed_layers, memory_plan
+from pgrpo.planning.memory import memory_plan
+from pgrpo.planning.recompute import LayerPlan, fewest_recomputed_layers
 from pgrpo.types import Recompute
 
 

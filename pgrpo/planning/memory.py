@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pgrpo.planning.flops import ModelDims
 from pgrpo.types import Recompute
@@ -208,51 +208,6 @@ def memory_plan(
     )
     parts = replace(parts, offloaded=sum(getattr(parts, name) for name in offloaded))
     return MemoryPlan(*(getattr(parts, name) / GIB for name in MemoryPlan.__slots__))
-
-
-class LayerPlan(NamedTuple):
-    """What the backward recomputes in each layer, and the parts of the rows in which MLPs of layers that it recomputes whole are
-    computed."""
-
-    recompute: list[Recompute]
-    mlp_chunks: int = 1
-
-
-MLP_CHUNKS = (4, 16)
-"""What is tried, in this order, where whole MLPs do not fit."""
-
-
-def fewest_recomputed_layers(
-    dims: ModelDims, capacity_gib: float, *, host_gib: float = 0.0, mlp_chunks: int | None = None, **sizes: Any
-) -> LayerPlan:
-    """Implements ``activation_checkpointing: auto``: the setting with the least recomputation whose memory plan fits.
-
-    Tries ``attention`` in as few layers as possible; then ``full`` in as few as possible; then ``offload``, as far as ``host_gib``
-    of host memory go, which computes no more but moves inputs; and at last MLPs in parts. If nothing fits, the plan with the
-    lowest peak. The first layers recompute more than the last ones: the backward needs the activations of the last layers first,
-    and frees them before all gradients exist.
-
-    Args:
-        mlp_chunks: the only number of parts that may be tried; None: any.
-    """
-    steps: list[tuple[Recompute, Recompute, int]] = [
-        ("attention", "none", mlp_chunks or 1),
-        ("full", "attention", mlp_chunks or 1),
-        ("offload", "full", mlp_chunks or 1),
-    ]
-    for chunks in MLP_CHUNKS if mlp_chunks is None and dims.has_mlp else ():
-        steps.append(("offload", "full", chunks))
-    tried: list[tuple[float, float, LayerPlan]] = []
-    for more, less, chunks in steps:
-        for count in range(dims.layers + 1):
-            recompute: list[Recompute] = [more if layer < count else less for layer in range(dims.layers)]
-            plan = memory_plan(dims, recompute=recompute, mlp_chunks=chunks, **sizes)
-            if plan.host > host_gib:
-                break
-            tried.append((plan.peak, plan.update, LayerPlan(recompute, chunks)))
-            if plan.peak <= capacity_gib:
-                return tried[-1][-1]
-    return min(tried, key=lambda one: one[:2])[-1]
 
 
 def _root(dims: ModelDims) -> int:

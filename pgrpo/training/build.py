@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from pgrpo.admission.fits import check_chunks, check_heads, check_lora, check_positions, check_sampled_positions
@@ -20,8 +19,7 @@ from pgrpo.admission.on_device import PROMPTS, check_on_device
 from pgrpo.admission.rows import check_rows
 from pgrpo.algorithm.loss import LossOutput, policy_loss
 from pgrpo.config import Config, ConfigError
-from pgrpo.data import PromptStream, load_prompts
-from pgrpo.data.render import ToolsOf
+from pgrpo.data import PromptStream
 from pgrpo.distributed.world import World
 from pgrpo.environments.episodes import Episodes
 from pgrpo.environments.toolbox import load_toolbox
@@ -32,7 +30,7 @@ from pgrpo.model.policy import Policy
 from pgrpo.placement.choices import attention_choice, check_device, engine_name, is_compiled
 from pgrpo.placement.layers import keepable_tokens
 from pgrpo.planning.flops import ModelDims
-from pgrpo.planning.hub import load_error, load_hf_config
+from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.kept import kept_text, longest_kept, why_none_kept
 from pgrpo.process.caches import use_caches
 from pgrpo.process.rng import seed_all
@@ -48,6 +46,14 @@ from pgrpo.training.offload import OffloadedAdamW
 from pgrpo.training.optim import build_optimizer
 from pgrpo.training.own_loss import loss_function
 from pgrpo.training.place import place_policy, place_reference, place_teacher
+from pgrpo.training.prompts import (
+    check_enough,
+    check_vocabulary,
+    held_out_prompts,
+    load_tokenizer,
+    training_prompts,
+    with_readable_golds,
+)
 from pgrpo.training.teacher import check_teacher
 from pgrpo.training.vision import engine_images, image_reader, prepare_prompts, see
 from pgrpo.types import Prompt
@@ -232,101 +238,3 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
 def initial_model(policy: Policy, config: Config, world: World) -> Policy:
     """The reference for the KL term: with LoRA the policy, otherwise a second copy of the model."""
     return policy if config.model.lora_rank else place_reference(config, world)
-
-
-def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
-
-    Raises:
-        ConfigError: ``model.path`` has none.
-    """
-    model = config.model
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model.path={model.path}: cannot load a tokenizer: {load_error(error)}") from error
-    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-        tokenizer.pad_token = tokenizer.eos_token
-        log.warning(
-            "model.path=%s: the tokenizer has no pad token; using its eos token %s (training pads nothing)",
-            model.path, tokenizer.eos_token,
-        )  # fmt: skip
-    return tokenizer
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int, config: Config) -> None:
-    """Refuse a tokenizer with more ids than the model has embeddings."""
-    if len(tokenizer) > vocab_size:
-        raise ConfigError(
-            f"model.path={config.model.path}: its tokenizer has {len(tokenizer)} tokens, the model only {vocab_size}: "
-            "resize the model's embeddings, or use the tokenizer that it was trained with"
-        )
-
-
-def training_prompts(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Iterable[Mapping[str, Any]] | None,
-    tools: ToolsOf | None = None,
-    reader: ImageReader | None = None,
-) -> list[Prompt]:
-    """All training prompts."""
-    loaded = load_prompts(config.data, config.prompt, tokenizer, dataset=dataset, tools=tools, reader=reader)
-    if loaded.dropped or loaded.truncated:
-        limit = config.data.max_prompt_tokens
-        log.warning("prompts over %d tokens: %d dropped, %d truncated", limit, loaded.dropped, loaded.truncated)
-    return loaded.prompts
-
-
-def check_enough(prompts: Sequence[Prompt], config: Config) -> None:
-    """Refuse a data set that is less than a step."""
-    if len(prompts) < config.rollout.prompts_per_step:
-        raise ConfigError(
-            f"rollout.prompts_per_step={config.rollout.prompts_per_step}: the data set has only {len(prompts)} prompts: "
-            "set rollout.prompts_per_step to at most that, or add rows"
-        )
-
-
-def held_out_prompts(
-    config: Config,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Iterable[Mapping[str, Any]] | None = None,
-    tools: ToolsOf | None = None,
-    reader: ImageReader | None = None,
-) -> list[Prompt]:
-    """Prompts of the first ``eval.rows`` held-out rows. Reads no later rows."""
-    return load_prompts(
-        config.data,
-        config.prompt,
-        tokenizer,
-        held_out=True,
-        first=config.eval.rows,
-        dataset=dataset,
-        tools=tools,
-        reader=reader,
-    ).prompts
-
-
-def with_readable_golds(
-    prompts: list[Prompt], config: Config, runner: RewardRunner, world: World, kind: str
-) -> list[Prompt]:
-    """The prompts whose right answers the rewards can read; ranks divide the reading. A collective call.
-
-    Raises:
-        ConfigError: a column is missing, or an answer cannot be read under ``rewards.bad_gold: error``, or none can.
-    """
-    if not prompts:
-        return prompts
-    runner.check(prompts[0])
-    own = prompts[world.dp_rank :: world.dp_size]
-    bad = dict(world.gather(list(world.together(lambda: runner.bad_golds(own)).items())))
-    if not bad:
-        return prompts
-    rows = "; ".join(f"row {row}: {bad[row]}" for row in sorted(bad)[:5]) + ("; ..." if len(bad) > 5 else "")
-    said = f"rewards cannot read the answers of {len(bad)} of {len(prompts)} {kind} rows ({rows})"
-    if config.rewards.bad_gold == "error" or len(bad) == len(prompts):
-        raise ConfigError(f"{said}; correct them, or set rewards.bad_gold=drop to leave such rows out")
-    log.warning("%s; they are left out (rewards.bad_gold=drop)", said)
-    return [prompt for prompt in prompts if prompt.index not in bad]

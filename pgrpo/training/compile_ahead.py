@@ -41,7 +41,7 @@ from pgrpo.placement.layers import free_beside_policy, layer_plan
 from pgrpo.placement.sizes import gpu_memory
 from pgrpo.placement.vllm_memory import SAMPLER_BYTES, VLLM_ACTIVATIONS_GIB, vllm_gib
 from pgrpo.planning.flops import GIB, ModelDims
-from pgrpo.planning.memory import LayerPlan
+from pgrpo.planning.recompute import LayerPlan
 from pgrpo.process.caches import FOLDERS, use_caches
 from pgrpo.process.exit import run_and_leave
 from pgrpo.process.second import SecondProcess, ahead_codes, end_early

@@ -21,7 +21,7 @@ from pgrpo.placement.sizes import recomputes_tower
 from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.hub import load_hf_config
-from pgrpo.planning.memory import LayerPlan
+from pgrpo.planning.recompute import LayerPlan
 from pgrpo.training.long_samples import set_up_long_samples
 
 

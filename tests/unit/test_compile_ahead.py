@@ -23,7 +23,8 @@ from pgrpo.placement.layers import free_beside_policy
 from pgrpo.placement.sizes import USABLE_SHARE, gpu_memory, plan_sizes
 from pgrpo.planning.dims import ModelDims
 from pgrpo.planning.flops import GIB
-from pgrpo.planning.memory import LayerPlan, memory_plan
+from pgrpo.planning.memory import memory_plan
+from pgrpo.planning.recompute import LayerPlan
 from pgrpo.process import second
 from pgrpo.process.pinned import SETTING, pin_with_threads
 from pgrpo.training import compile_ahead

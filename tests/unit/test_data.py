@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pgrpo.config import ConfigError, DataConfig, MessageConfig, PromptConfig, load_config
 from pgrpo.data import load_prompts
-from pgrpo.training.build import held_out_prompts
+from pgrpo.training.prompts import held_out_prompts
 
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{{ mood }}"
 CHAT += "{% if add_generation_prompt %}[assistant]{% endif %}"

@@ -17,6 +17,7 @@ from pgrpo.config import ModelConfig
 from pgrpo.model.lora import add_adapters
 from pgrpo.planning import flops, memory
 from pgrpo.planning.flops import ModelDims
+from pgrpo.planning.recompute import fewest_recomputed_layers
 from pgrpo.types import Recompute
 
 ROOT = Path(__file__).parents[2]
@@ -390,14 +391,14 @@ def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
 
     cases: list[tuple[Recompute, Recompute, float]] = [("attention", "none", 73.0), ("full", "attention", 40.0)]
     for more, less, capacity in cases:
-        recompute = memory.fewest_recomputed_layers(dims, capacity, **sizes).recompute
+        recompute = fewest_recomputed_layers(dims, capacity, **sizes).recompute
         count = recompute.count(more)
         assert 0 < count < 36
         assert recompute == sorted(recompute, key=[more, less].index)
         fewer: list[Recompute] = [*recompute[1:], less]
         assert peak(recompute) <= capacity < peak(fewer)
-    assert memory.fewest_recomputed_layers(dims, 1000.0, **sizes) == (["none"] * 36, 1)
-    assert memory.fewest_recomputed_layers(dims, 10.0, **sizes) == (["full"] * 36, 16)  # nothing fits
+    assert fewest_recomputed_layers(dims, 1000.0, **sizes) == (["none"] * 36, 1)
+    assert fewest_recomputed_layers(dims, 10.0, **sizes) == (["full"] * 36, 16)  # nothing fits
 
 
 LONG: dict[str, Any] = {"token_budget": 131_072 + 8 * 1024, "compiled": True, "dtype_bytes": 2}
@@ -452,7 +453,7 @@ def test_auto_offloads_and_cuts_mlps_where_that_is_needed() -> None:
     sizes = LONG | {"offload": True}
 
     def auto(gib: float, host: float) -> tuple[dict[str, int], int]:
-        modes, chunks = memory.fewest_recomputed_layers(dims, gib, host_gib=host, **sizes)
+        modes, chunks = fewest_recomputed_layers(dims, gib, host_gib=host, **sizes)
         return {mode: modes.count(mode) for mode in modes}, chunks
 
     assert auto(600, 100) == ({"none": 36}, 1)
@@ -462,9 +463,9 @@ def test_auto_offloads_and_cuts_mlps_where_that_is_needed() -> None:
     assert auto(47, 100)[1] == 4 and auto(47, 100)[0]["offload"] > 0
     assert auto(43, 100)[1] == 16
     assert auto(60, 0.5 * 36 * 2 * 2560 * LONG["token_budget"] / flops.GIB)[0].get("offload", 0) <= 18
-    fixed = memory.fewest_recomputed_layers(dims, 68, host_gib=0, mlp_chunks=1, **sizes)
+    fixed = fewest_recomputed_layers(dims, 68, host_gib=0, mlp_chunks=1, **sizes)
     assert fixed == (["full"] * 36, 1)
-    without = memory.fewest_recomputed_layers(replace(dims, has_mlp=False), 10, host_gib=100, **sizes)
+    without = fewest_recomputed_layers(replace(dims, has_mlp=False), 10, host_gib=100, **sizes)
     assert without.mlp_chunks == 1
 
 
