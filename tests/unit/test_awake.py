@@ -18,6 +18,7 @@ from pgrpo.placement.sizes import SLEEPING_VLLM_GIB, USABLE_SHARE, plan_sizes
 from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.planning.memory import memory_plan
 from pgrpo.rollout.vllm import engine, loading, start
+from pgrpo.rollout.vllm.delivery import DeliveryError
 from pgrpo.rollout.vllm.offload import Offload
 from pgrpo.rollout.vllm.requests import EngineError
 from pgrpo.types import Recompute
@@ -183,6 +184,7 @@ def test_an_engine_that_does_not_sleep_is_started_without_sleep_mode(sleeps, mon
         asked.update(options)
         raise RuntimeError("enough")
 
+    monkeypatch.setattr(start, "_inspect_model_here", lambda: None)
     monkeypatch.setattr(
         start,
         "package",
@@ -232,7 +234,7 @@ def test_a_push_drops_keys_and_values_of_the_weights_before_or_fails(is_reset):
     def push():
         loading.load(
             llm, model, iter([("weight", torch.ones(2, 2))]), {"weight"}, lambda _, f: f(),
-            is_packed=False, ranks=1, rank=0, sum_over_ranks=lambda x: x,
+            is_packed=True, ranks=1, rank=0, sum_over_ranks=lambda x: x,
         )  # fmt: skip
 
     if is_reset:
@@ -241,3 +243,53 @@ def test_a_push_drops_keys_and_values_of_the_weights_before_or_fails(is_reset):
         with pytest.raises(EngineError, match="keys and values of the weights before"):
             push()
     assert calls == ["reset"]
+
+
+class Layer(torch.nn.Module):
+    """A layer of vLLM's with this quantization method."""
+
+    def __init__(self, method: str | None) -> None:
+        super().__init__()
+        self.quant_method = method and type(method, (), {})()
+
+
+class Attention(torch.nn.Module):
+    def process_weights_after_loading(self, dtype):
+        self.dtype = dtype
+
+
+def test_parameters_are_written_in_place_only_where_nothing_processes_them_after_loading():
+    plain = [Layer("UnquantizedLinearMethod"), Layer("UnquantizedEmbeddingMethod"), Layer(None), Attention()]
+    assert loading.loads_in_place(torch.nn.Sequential(*plain))
+    latent = type("MLAAttention", (Attention,), {})()
+    for other in (Layer("UnquantizedFusedMoEMethod"), Layer("Fp8LinearMethod"), latent):
+        assert not loading.loads_in_place(torch.nn.Sequential(*plain, other))
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_push_loads_in_place_on_a_gpu_and_lets_attention_process(on_gpu):
+    model: Any = torch.nn.Linear(2, 2, bias=False)
+    model.attention, reloads = Attention(), []
+
+    def write(weights):
+        for _, tensor in weights:
+            model.weight.copy_(tensor)
+        return {"weight"}
+
+    model.load_weights = write
+    llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(model_config=SimpleNamespace(dtype="bf16"))),
+        collective_rpc=lambda what, kwargs: reloads.append(what) or torch.no_grad()(write)(kwargs["weights_iterator"]),
+        reset_prefix_cache=lambda: True,
+    )
+    given = torch.full((2, 2), 3.0)
+    try:
+        loading.load(
+            llm, model, iter([("weight", given)]), {"weight"}, lambda _, f: f(),
+            is_packed=not on_gpu, ranks=1, rank=0, sum_over_ranks=lambda x: x,
+        )  # fmt: skip
+        pushed = True
+    except DeliveryError:  # the reload of this test writes past ``load_weights``, which notes the names
+        pushed = False
+    assert torch.equal(model.weight, given) and reloads == ([] if on_gpu else ["reload_weights"])
+    assert pushed is on_gpu and getattr(model.attention, "dtype", None) == ("bf16" if on_gpu else None)

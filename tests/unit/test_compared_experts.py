@@ -188,6 +188,7 @@ def test_vllm_is_asked_for_its_choices_only_if_they_are_compared(compares, monke
         asked.update(options)
         raise RuntimeError("enough")
 
+    monkeypatch.setattr(start, "_inspect_model_here", lambda: None)
     monkeypatch.setattr(
         start,
         "package",
@@ -217,6 +218,7 @@ def test_who_cannot_compare_is_told_why(kind, changes, reason, monkeypatch):
         with pytest.raises(ConfigError, match=rf"^rollout\.compare_experts: .*{reason}"):
             check_engine(config, dims, WORLD)
     finally:
-        sys.modules.pop("vllm", None)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+            del sys.modules[name]
     if not changes and kind == "qwen3_moe":
         assert not _cannot_compare_experts(config, dims, World(0, 1, torch.device("cuda")))

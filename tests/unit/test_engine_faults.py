@@ -49,7 +49,8 @@ def train(tiny_model, tmp_path, monkeypatch):
                 "quickstart", keys(tiny_model, tmp_path, *more), rewards=[reward], tools=tools, resume=resume
             )
         finally:
-            sys.modules.pop("vllm", None)
+            for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+                del sys.modules[name]
 
     return run
 

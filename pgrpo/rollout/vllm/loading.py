@@ -8,6 +8,10 @@ This file depends on these internals of vLLM:
 - ``reload_weights`` puts the parameters on the meta device, calls ``load_weights`` with loaders (``weight_loader``) that record
   what they get, and loads a layer once it is complete (``reload.layerwise``, 0.26 to 0.32). What ``load_weights`` copies into a
   parameter itself is lost: in gpt-oss sinks (``param.data.copy_``) and experts (``param.copy_``).
+- ``reload_weights`` takes a millisecond a tensor on the host, whatever its size. Where kernels read parameters as ``load_weights``
+  writes them, ``load_weights`` alone, as at a start from a checkpoint, leaves the same bits in a quarter of that time: on a GPU in
+  models whose layers have the quantization methods in ``PLAIN`` (whose ``process_weights_after_loading`` is for CPUs and XPUs), and
+  of which nothing but ``Attention`` processes weights after loading.
 - On a CPU, vLLM repacks a linear layer's weight after loading, so it cannot be read back. A head tied to the embedding is repacked
   once, and a reload does not update that copy. Experts are packed in place, once: a reload leaves them as they are in a checkpoint.
 """
@@ -28,6 +32,30 @@ from pgrpo.rollout.vllm.start import recording_loader
 
 COPIED = {"GptOssForCausalLM": ("w13_weight", "w13_bias", "w2_weight", "w2_bias")}
 """Models of vLLM whose ``load_weights`` copies past the recording loaders -> their parameters of experts. The sinks are others."""
+
+PLAIN = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
+
+
+def loads_in_place(model: nn.Module) -> bool:
+    """Whether a GPU's kernels read this model's parameters as its ``load_weights`` writes them."""
+    for layer in model.modules():
+        method, kind = getattr(layer, "quant_method", None), type(layer).__name__
+        if method is not None and type(method).__name__ not in PLAIN:
+            return False
+        if kind != "Attention" and hasattr(layer, "process_weights_after_loading"):
+            return False
+    return True
+
+
+def _load(llm: Any, model: Any, weights: Iterator[tuple[str, Tensor]], *, in_place: bool) -> None:
+    if not in_place:
+        llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        return
+    with torch.no_grad():
+        model.load_weights(weights)
+    for layer in model.modules():
+        if type(layer).__name__ == "Attention":  # as a reload does: backends may keep sinks in another precision
+            layer.process_weights_after_loading(llm.llm_engine.vllm_config.model_config.dtype)
 
 
 def load(
@@ -71,7 +99,8 @@ def load(
 
     model.load_weights = load_and_note
     try:
-        call("weight push", lambda: llm.collective_rpc("reload_weights", kwargs={"weights_iterator": sending}))
+        in_place = not is_packed and loads_in_place(model)
+        call("weight push", lambda: _load(llm, model, sending, in_place=in_place))
     except Exception:
         for _ in sending:  # gathering is collective: other ranks wait for this rank's shards
             pass
