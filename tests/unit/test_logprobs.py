@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pgrpo.model import logit_rows, logprobs
+from pgrpo.model.head import NEVER
 from pgrpo.model.logprobs import TeacherRows, token_logprobs
 
 L, E, V = 23, 8, 37
@@ -289,3 +290,52 @@ def test_the_kernels_of_a_gpu_compute_the_same(vocabulary):
                 for module in (logit_rows, kernels)
             )  # fmt: skip
             close(got, wanted)
+
+
+def fuse_products(monkeypatch):
+    """Let Triton's interpreter subtract as a GPU does: from a product in float64 before it is rounded to float32."""
+    from triton.runtime.interpreter import InterpreterBuilder as Builder
+
+    multiply, subtract = Builder.create_fmul, Builder.create_fsub
+
+    def create_fmul(self, a, b):
+        made = multiply(self, a, b)
+        if made.data.dtype == "float32":
+            made.attr["exact"] = a.data.astype("float64") * b.data
+        return made
+
+    def create_fsub(self, a, b):
+        made = subtract(self, a, b)
+        if "exact" in a.attr:
+            made.data = (a.attr["exact"] - b.data).astype("float32")
+        return made
+
+    monkeypatch.setattr(Builder, "create_fmul", create_fmul)
+    monkeypatch.setattr(Builder, "create_fsub", create_fsub)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")  # of the interpreter, as above
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_kernels_leave_banned_ids_out_at_any_temperature(dtype, monkeypatch):
+    """Also where a GPU fuses the product with the temperature and the subtraction of the maximum."""
+    from pgrpo.model.kernels import logits as kernels
+
+    fuse_products(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    x, y = (3 * torch.randn(2, 3, V, generator=generator)).to(dtype)
+    banned, targets = [5, 8], torch.tensor([0, 9, 36])
+    x[:, banned] = y[:, banned] = NEVER
+    kept = [i for i in range(V) if i not in banned]
+    dlogprobs, dentropy, dkl = torch.randn(3, 3, generator=generator)
+    for temperature in (0.3, 0.6, 0.7, 1.0, 1.1, 1.2, 1.5, 5.0, 20.0):
+        scale = 1 / temperature
+        p, q = (z[:, kept].double().mul(scale).log_softmax(-1) for z in (x, y))
+        entropy, kl = -(p.exp() * p).sum(-1), (p.exp() * (p - q)).sum(-1)
+        index = torch.tensor([kept.index(i) for i in targets])
+        logprobs, lse, got_entropy = kernels.row_statistics(x, targets, scale, True)
+        got_kl, teacher_lse = kernels.kl_statistics(x, y, scale, scale)
+        for got, wanted in ((logprobs, p[range(3), index]), (got_entropy, entropy), (got_kl, kl)):
+            torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-5)
+        kls = logit_rows.KlGradient(y.clone(), scale, teacher_lse, got_kl, dkl)
+        gradient = kernels.to_logit_gradient_(x.clone(), targets, lse, dlogprobs, scale, (got_entropy, dentropy), kls)
+        assert gradient.isfinite().all() and not gradient[:, banned].any()

@@ -68,7 +68,9 @@ def _statistics_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
-    # Every lane has its own maximum and sums; they are merged after the last block.
+    # Every lane has its own maximum and sums; they are merged after the last block. A GPU fuses `logit * scale - top` and rounds
+    # once, but the maximum is of rounded products: of a banned logit (-1e30) the difference may be 1e21, whose exp is inf. Hence
+    # the minimum.
     top = tl.full((BLOCK,), -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     weighted = tl.zeros((BLOCK,), tl.float32)
@@ -76,7 +78,7 @@ def _statistics_kernel(
         column = start + tl.arange(0, BLOCK)
         x = tl.load(logits + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32) * scale
         new_top = tl.maximum(top, x)
-        shrink, weight = tl.exp(top - new_top), tl.exp(x - new_top)
+        shrink, weight = tl.exp(top - new_top), tl.exp(tl.minimum(x - new_top, 0.0))
         total = total * shrink + weight
         if ENTROPY:
             weighted = weighted * shrink + tl.where(column < vocabulary, x, 0.0) * weight
@@ -109,10 +111,10 @@ def _kl_kernel(logits, teacher, kl, teacher_lse, vocabulary, scale, teacher_scal
         x = tl.load(logits + column, mask=inside, other=float("-inf")).to(tl.float32) * scale
         y = tl.load(teacher + column, mask=inside, other=float("-inf")).to(tl.float32) * teacher_scale
         new_x, new_y = tl.maximum(top_x, x), tl.maximum(top_y, y)
-        shrink, weight = tl.exp(top_x - new_x), tl.exp(x - new_x)
+        shrink, weight = tl.exp(top_x - new_x), tl.exp(tl.minimum(x - new_x, 0.0))
         total_x = total_x * shrink + weight
         weighted = weighted * shrink + tl.where(inside, x - y, 0.0) * weight
-        total_y = total_y * tl.exp(top_y - new_y) + tl.exp(y - new_y)
+        total_y = total_y * tl.exp(top_y - new_y) + tl.exp(tl.minimum(y - new_y, 0.0))
         top_x, top_y = new_x, new_y
     row_x, row_y = tl.max(top_x, 0), tl.max(top_y, 0)
     shrink = tl.exp(top_x - row_x)
