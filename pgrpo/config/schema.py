@@ -29,7 +29,7 @@ class ModelConfig:
     activation_checkpointing: Literal["none", "attention", "full", "offload", "auto"] = "auto"
     """What the backward recomputes: `none` nothing; `attention` everything except attention; `full` whole layers; `offload` whole
     layers, whose inputs wait for it in host memory. `auto` recomputes everything except attention in as few layers as the memory
-    plan requires; where all layers are not enough, whole layers; and then offloads, again as few as possible; nothing on a CPU.
+    plan requires; where all are not enough, whole layers, then MLPs in parts, then offloads as few as possible; nothing on a CPU.
     Layers of a vision tower that is trained are recomputed whole, except with `none`, and with `auto` on a CPU."""
     mlp_chunks: int | None = number(None, least=1, most=256)
     """Compute the MLP of a layer that is recomputed whole (`full`, `offload`) in so many parts of its rows, so that the activations

@@ -26,21 +26,20 @@ def fewest_recomputed_layers(
 ) -> LayerPlan:
     """Implements ``activation_checkpointing: auto``: the setting with the least recomputation whose memory plan fits.
 
-    Tries ``attention`` in as few layers as possible; then ``full`` in as few as possible; then ``offload``, as far as ``host_gib``
-    of host memory go, which computes no more but moves inputs; and at last MLPs in parts. If nothing fits, the plan with the
-    lowest peak. The first layers recompute more than the last ones: the backward needs the activations of the last layers first,
-    and frees them before all gradients exist.
+    Tries ``attention`` in as few layers as possible; then ``full`` in as few as possible; then MLPs in parts, which computes no
+    more; and with them ``offload``, as far as ``host_gib`` of host memory go, which computes no more either, but moves inputs, and
+    pins memory for them in the first update. If nothing fits, the plan with the lowest peak. The first layers recompute more than
+    the last ones: the backward needs the activations of the last layers first, and frees them before all gradients exist.
 
     Args:
         mlp_chunks: the only number of parts that may be tried; None: any.
     """
+    parts = MLP_CHUNKS if mlp_chunks is None and dims.has_mlp else (mlp_chunks or 1,)
     steps: list[tuple[Recompute, Recompute, int]] = [
         ("attention", "none", mlp_chunks or 1),
         ("full", "attention", mlp_chunks or 1),
-        ("offload", "full", mlp_chunks or 1),
+        *(("offload", "full", chunks) for chunks in parts),
     ]
-    for chunks in MLP_CHUNKS if mlp_chunks is None and dims.has_mlp else ():
-        steps.append(("offload", "full", chunks))
     tried: list[tuple[float, float, LayerPlan]] = []
     for more, less, chunks in steps:
         for count in range(dims.layers + 1):

@@ -434,6 +434,23 @@ def test_the_backward_of_a_layer_takes_what_was_counted(adapters: int, chunks: i
     assert 0.98 < (whole - nothing) * flops.GIB / 1000 / counted < 1.05
 
 
+def test_the_plan_of_long_samples_is_what_was_measured_on_a_gpu() -> None:
+    """At most 3 GiB more, and never less: LoRA on 262,144 tokens, inputs of all layers in host memory, MLPs in 4 parts."""
+    dims = QWEN3_4B
+    rows = json.loads((Path(__file__).parents[2] / "benchmarks" / "h100_long_context.json").read_text())["rows"]
+    for row in (row for row in rows if row["lora_rank"] and row["ranks"] == 1):
+        planned = memory.memory_plan(
+            dims,
+            token_budget=row["prompt"] + row["group_size"] * row["completion"],
+            recompute=[mode for mode, count in row["layers"].items() for _ in range(count)],
+            dtype_bytes=2,
+            compiled=True,
+            mlp_chunks=row["mlp_chunks"],
+            adapters=flops.lora_parameter_count(dims, row["lora_rank"], dims.linear_layers),
+        )
+        assert 0 <= planned.update - row["peak_gib"] < 3
+
+
 def test_ranks_that_compute_a_batch_together_divide_its_rows() -> None:
     """Each holds queries, keys and values twice around the exchange of rows for heads: (32 + 2 * 8) * 128 bfloat16 a token. With 16
     ranks each key/value head is there twice."""
@@ -457,10 +474,10 @@ def test_auto_offloads_and_cuts_mlps_where_that_is_needed() -> None:
         return {mode: modes.count(mode) for mode in modes}, chunks
 
     assert auto(600, 100) == ({"none": 36}, 1)
-    modes, chunks = auto(68, 100)
-    assert set(modes) == {"offload", "full"} and chunks == 1
-    assert auto(68, 0) == ({"full": 36}, 4)
-    assert auto(47, 100)[1] == 4 and auto(47, 100)[0]["offload"] > 0
+    assert auto(68.9, 100) == auto(68.9, 0) == ({"full": 36}, 4)
+    modes, chunks = auto(60, 100)
+    assert set(modes) == {"offload", "full"} and chunks == 4
+    assert auto(47, 100)[1] == 4 and auto(47, 100)[0]["offload"] > 30
     assert auto(43, 100)[1] == 16
     assert auto(60, 0.5 * 36 * 2 * 2560 * LONG["token_budget"] / flops.GIB)[0].get("offload", 0) <= 18
     fixed = fewest_recomputed_layers(dims, 68, host_gib=0, mlp_chunks=1, **sizes)
