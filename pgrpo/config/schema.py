@@ -280,8 +280,8 @@ class Config:
     run_dir: str = MISSING
     """The run folder. `~` and `${now:%Y%m%d}` are replaced."""
     cache_dir: str | None = None
-    """Folder for compiled code (torch.compile, Triton, flash-attn-4, vLLM), which makes the next start shorter. None: `pgrpo` in
-    `$XDG_CACHE_HOME` or `~/.cache`."""
+    """Folder for compiled code (torch.compile, Triton, tilelang, flash-attn-4, vLLM), which makes the next start shorter. None:
+    `pgrpo` in `$XDG_CACHE_HOME` or `~/.cache`."""
     seed: int = number(0, least=0, most=2**62)
     """Seed of all randomness."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,4 +1,4 @@
-"""One folder for all code that a run compiles with torch.compile, Triton, flash-attn-4 and vLLM. Later runs load it from there."""
+"""One folder for all code that a run compiles with torch.compile, Triton, tilelang, flash-attn-4 and vLLM. Later runs load it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from pathlib import Path
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from pgrpo.process.tuning import compile_variants_together, use_chosen
+
 log = logging.getLogger(__name__)
 FOLDERS = {
     "TORCHINDUCTOR_CACHE_DIR": "inductor",
     "TRITON_CACHE_DIR": "triton",
+    "TILELANG_CACHE_DIR": "tilelang",
     "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": "flash_attn",
     "VLLM_CACHE_ROOT": "vllm",
 }
@@ -29,9 +32,13 @@ def cache_root(folder: str | None) -> Path:
 
 
 def use_caches(folder: str | None) -> None:
-    """Let this process and its children keep compiled code in ``cache_root``. Variables that are set already stay as they are,
-    unless it was PyTorch who set them: importing torch._dynamo sets inductor's to its default, a temporary folder. If the folder
-    cannot be made, packages use their own, most of them temporary."""
+    """Let this process and its children keep compiled code in ``cache_root``, and on a GPU tune Triton's kernels as
+    ``tuning.py`` says. Variables that are set already stay as they are, unless it was PyTorch who set them: importing torch._dynamo
+    sets inductor's to its default, a temporary folder. If the folder cannot be made, packages use their own, most of them
+    temporary."""
+    use_chosen()
+    if torch.cuda.is_available():
+        compile_variants_together()
     root = cache_root(folder)
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -10,11 +10,12 @@ import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from pgrpo.process.caches import FLASH4, FOLDERS, cache_root, keeping_caches, use_caches
+from pgrpo.process.tuning import CACHE_MODE, CONFIG_DIR
 
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch):
-    for name in (*FOLDERS, FLASH4):
+    for name in (*FOLDERS, FLASH4, CONFIG_DIR, CACHE_MODE):
         monkeypatch.setenv(name, "")  # so that it is put back after the test
         monkeypatch.delenv(name)
 
@@ -22,7 +23,7 @@ def unset(monkeypatch):
 def test_every_package_keeps_its_code_below_the_folder(tmp_path):
     use_caches(str(tmp_path / "new" / "caches"))
     found = {name: Path(os.environ[name]) for name in FOLDERS}
-    assert len(set(found.values())) == 4
+    assert len(set(found.values())) == 5
     assert all(path.parent == tmp_path / "new" / "caches" for path in found.values())
     assert os.environ[FLASH4] == "1"
 

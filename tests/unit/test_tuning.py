@@ -1,0 +1,108 @@
+"""Triton's autotuner compiles the variants of a kernel together, and times and keeps the same as before. Triton compiles for a GPU
+without one; what is timed here is made up."""
+
+import json
+import os
+import threading
+
+import pytest
+
+from pgrpo.process.tuning import CACHE_MODE, CHOSEN, CONFIG_DIR, compile_variants_together, use_chosen
+
+SLOWEST_FIRST = {1: 3.0, 2: 1.0, 4: 2.0}
+"""Milliseconds of a variant, by its warps."""
+
+
+class Kernel:
+    """What an autotuner knows of a ``triton.jit`` function. Compiles at once outside of Triton's mode for several."""
+
+    def __init__(self, fails=()):
+        self.fails, self.compiled, self.launched = fails, [], []
+        self.barrier = threading.Barrier(len(SLOWEST_FIRST), timeout=20)
+        self.fn = lambda x, n: None
+
+    def run(self, x, *, grid, warmup, num_warps, **_):
+        from triton.runtime import _async_compile
+
+        mode = _async_compile.active_mode.get()
+        assert (mode is not None) == warmup
+        if not warmup:
+            if num_warps in self.fails:
+                raise PTXAS("no registers")
+            self.launched.append(num_warps)
+            return
+        assert mode is not None
+        mode.submit(num_warps, lambda: self._compile(num_warps), lambda _: None)
+
+    def _compile(self, num_warps):
+        self.barrier.wait()  # ends only if all variants compile at the same time
+        if num_warps in self.fails:
+            raise PTXAS("no registers")
+        self.compiled.append(num_warps)
+
+
+try:
+    from triton.runtime.errors import PTXASError as PTXAS
+except ImportError:
+    PTXAS = RuntimeError
+
+
+@pytest.fixture
+def tuner(monkeypatch):
+    """Makes an autotuner of a ``Kernel``, in a process whose autotuners compile variants together."""
+    autotuner = pytest.importorskip("triton.runtime.autotuner")
+    monkeypatch.setattr(autotuner.Autotuner, "_bench", autotuner.Autotuner._bench)  # put back after the test
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(len(SLOWEST_FIRST)))
+    compile_variants_together()
+
+    def make(kernel):
+        def timed(call, quantiles):
+            call()
+            return [SLOWEST_FIRST[kernel.launched[-1]]] * 3
+
+        configs = [autotuner.Config({}, num_warps=warps) for warps in SLOWEST_FIRST]
+        return autotuner.Autotuner(kernel, ["x", "n"], configs, ["n"], None, None, do_bench=timed)
+
+    return make
+
+
+def test_variants_compile_together_and_each_is_timed_alone(tuner):
+    kernel = Kernel()
+    tuned = tuner(kernel)
+    tuned.run(0, n=5, grid=(1,), warmup=False)
+    assert sorted(kernel.compiled) == [1, 2, 4]
+    assert kernel.launched == [1, 2, 4, 2]  # timed in their order; then the quickest computes
+    tuned.run(0, n=5, grid=(1,), warmup=False)
+    assert (len(kernel.compiled), kernel.launched[4:]) == (3, [2])  # of the same key: no other round
+    tuned.run(0, n=6, grid=(1,), warmup=False)
+    assert (len(kernel.compiled), kernel.launched[5:]) == (6, [1, 2, 4, 2])
+
+
+def test_a_variant_that_does_not_compile_is_left_out_as_before(tuner):
+    kernel = Kernel(fails=[2])
+    tuner(kernel).run(0, n=5, grid=(1,), warmup=False)
+    assert (sorted(kernel.compiled), kernel.launched) == ([1, 4], [1, 4, 4])
+
+
+def test_it_is_said_once(tuner):
+    from triton.runtime.autotuner import Autotuner
+
+    once = Autotuner._bench
+    compile_variants_together()
+    assert Autotuner._bench is once
+
+
+def test_fla_reads_what_is_chosen_unless_a_user_chose(monkeypatch):
+    for name in (CONFIG_DIR, CACHE_MODE):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    use_chosen()
+    assert (os.environ[CONFIG_DIR], os.environ[CACHE_MODE]) == (str(CHOSEN), "full")
+    for path in CHOSEN.iterdir():
+        found = json.loads(path.read_text())
+        assert path.stem == found["kernel_name"]
+        assert found["default_config"].keys() == {"kwargs", "num_warps", "num_stages", "num_ctas"}
+    monkeypatch.delenv(CONFIG_DIR)
+    monkeypatch.setenv(CACHE_MODE, "disabled")
+    use_chosen()
+    assert (os.environ.get(CONFIG_DIR), os.environ[CACHE_MODE]) == (None, "disabled")
