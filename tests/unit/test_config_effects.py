@@ -437,7 +437,7 @@ def observe(folder, tmp_path, monkeypatch, caplog, capsys):
     )
     monkeypatch.setattr(wandb, "init", record("wandb", lambda **_: FakeWandb()))
     monkeypatch.setenv("WANDB_MODE", "offline")  # else it would ask for a login
-    monkeypatch.setattr(compile_ahead, "CODE", "pass")  # tests/unit/test_compile_ahead.py
+    monkeypatch.setattr(compile_ahead, "ahead_codes", lambda _: ("pass", "pass"))  # tests/unit/test_compile_ahead.py
     recompute.compile_dynamic.cache_clear()
     compiled = partial(torch.compile, backend="eager")  # which layers are traced, without a C++ compiler's half minute
     monkeypatch.setattr(torch, "compile", record("compiled", compiled))
