@@ -309,23 +309,31 @@ def test_long_prompts_are_computed_in_parts(installed):
 
 @pytest.mark.parametrize("error", [None, RuntimeError("CUDA Error: out of memory")])
 def test_an_engine_that_sleeps_wakes_before_it_is_shut_down(error):
-    """vLLM's allocator reports CUDA errors for memory that is freed asleep. Without room to wake it is shut down all the same."""
+    """vLLM's allocator reports CUDA errors for memory that is freed asleep, and for memory that is woken awake (weights after
+    a push that failed). Without room to wake it is shut down all the same."""
     calls = []
 
-    def wake_up():
-        calls.append("wake_up")
+    def wake_up(tags):
+        calls.append(tags)
         if error is not None:
             raise error
 
     core = SimpleNamespace(shutdown=lambda: calls.append("shutdown"))
     made = vllm.VLLMEngine.__new__(vllm.VLLMEngine)
     made.sleeps, made.seconds = True, 60.0
-    made.llm = SimpleNamespace(wake_up=wake_up, llm_engine=SimpleNamespace(engine_core=core))
+    made.llm = SimpleNamespace(wake_up=wake_up, sleep=lambda level: None, llm_engine=SimpleNamespace(engine_core=core))
+    made._fall_asleep()
     made.close()
-    assert calls == ["wake_up", "shutdown"]
+    assert calls == [["kv_cache", "weights"], "shutdown"]
+    made.asleep.remove("weights")  # as ``_wake`` does
+    made.close()
+    assert calls[2:] == [["kv_cache"], "shutdown"]
+    made.asleep.clear()
+    made.close()
+    made.asleep.add("kv_cache")
     made.sleeps = False
     made.close()
-    assert calls == ["wake_up", "shutdown", "shutdown"]
+    assert calls[4:] == ["shutdown", "shutdown"]
 
 
 @pytest.mark.parametrize(("together", "requests"), [(1, [[7], [8]]), (2, [[7]])])

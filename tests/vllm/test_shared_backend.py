@@ -1,6 +1,7 @@
 """The backend of shared decoding in vLLM's own classes, on a CPU: kernels in Triton's interpreter, FlashAttention not at all."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,28 @@ def backend(monkeypatch):
     return SimpleNamespace(module=shared_backend, plain=made)
 
 
+def entry(kind, impl=None):
+    """A layer as vLLM's list has it: of these kinds all but the experts keep something of a sequence."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase  # pyright: ignore[reportMissingImports]
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner  # pyright: ignore[reportMissingImports]
+    from vllm.model_executor.layers.mamba.gdn.base import GatedDeltaNetAttention  # pyright: ignore[reportMissingImports]
+    from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2  # pyright: ignore[reportMissingImports]
+    from vllm.model_executor.layers.mamba.short_conv import ShortConv  # pyright: ignore[reportMissingImports]
+
+    bases = {
+        "attention": AttentionLayerBase, "experts": MoERunner, "mamba": MambaMixer2, "gated delta net": GatedDeltaNetAttention,
+        "short convolution": ShortConv,
+    }  # fmt: skip
+    fake: Any = type(f"Fake{bases[kind].__name__}", (bases[kind],), {})
+    fake.__abstractmethods__ = frozenset()
+    made = object.__new__(fake)
+    if isinstance(made, torch.nn.Module):
+        torch.nn.Module.__init__(made)
+    if impl is not None:
+        made.impl = impl
+    return made
+
+
 def builder(backend, **layer):
     """A builder for one layer of this kind, and the layer's own part."""
     shape = {"num_heads": HEADS, "head_size": DIM, "scale": DIM**-0.5, "num_kv_heads": KEY_HEADS, "alibi_slopes": None}
@@ -40,7 +63,7 @@ def builder(backend, **layer):
         model_config=model, cache_config=SimpleNamespace(cache_dtype="auto"),
         parallel_config=SimpleNamespace(cp_kv_cache_interleave_size=1), attention_config=None,
         compilation_config=SimpleNamespace(
-            cudagraph_mode=graphs, max_cudagraph_capture_size=0, static_forward_context={"layer": SimpleNamespace(impl=impl)}
+            cudagraph_mode=graphs, max_cudagraph_capture_size=0, static_forward_context={"layer": entry("attention", impl)}
         ),
         scheduler_config=SimpleNamespace(max_num_seqs=8), kernel_config=SimpleNamespace(enable_jit_warmup=False),
     )  # fmt: skip
@@ -91,8 +114,26 @@ def test_a_model_with_a_layer_that_cannot_is_decoded_plainly(backend, layer, rea
     made, _, config = builder(backend, **layer)
     assert reason in backend.module.why_not(config)
     assert made.layout is None and made.build(0, metadata(backend, GIVEN)).shared_layout is None
-    config.compilation_config.static_forward_context["layer"] = SimpleNamespace(impl="MambaMixer")
+    config.compilation_config.static_forward_context["layer"] = entry("attention", "FlashInferImpl")
     assert backend.module.why_not(config) == "layer is computed by str, not by FlashAttention"
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [
+        ("experts", None),
+        ("mamba", "MambaMixer2"),
+        ("gated delta net", "GatedDeltaNetAttention"),
+        ("short convolution", "ShortConv"),
+    ],
+)
+def test_experts_play_no_part_and_states_do(backend, kind, layer):
+    made, _, config = builder(backend)
+    config.compilation_config.static_forward_context["other"] = entry(kind)
+    reason = layer and f"other is computed by Fake{layer}, not by FlashAttention"
+    assert backend.module.why_not(config) == reason
+    again = type(made)(made.kv_cache_spec, [], config, torch.device("cpu"))
+    assert (again.layout is None) == (reason is not None)
 
 
 def test_vllm_finds_the_backend_by_its_path(backend):

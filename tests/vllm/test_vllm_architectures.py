@@ -135,3 +135,34 @@ def test_what_a_reload_does_not_record_is_noticed(started, monkeypatch):
     monkeypatch.setattr(loading, "COPIED", {"GptOssForCausalLM": ("w13_weight", "w13_bias", "w2_weight")})
     with pytest.raises(DeliveryError, match=r"checksums of \S+experts\.w2_bias"), engine.awake(0):
         pass
+
+
+@ON_A_CPU
+@pytest.mark.parametrize("started", ["qwen3_moe"], indirect=True)
+def test_experts_that_vllm_names_without_their_module_are_checked_one_by_one(started, monkeypatch):
+    """vLLM 0.26 reports ``experts.w13_weight`` of ``experts.routed_experts.w13_weight``."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts  # pyright: ignore[reportMissingImports]
+    from vllm.model_executor.layers.fused_moe.runner import moe_runner  # pyright: ignore[reportMissingImports]
+
+    engine, policy = started
+    reported, wrong, load_weights = set(), set(), RoutedExperts.load_weights
+
+    def as_0_26(self, weights):
+        for name in load_weights(self.routed_experts, ((n, 2 * w if n in wrong else w) for n, w in weights)):
+            reported.add(name)
+            yield name
+
+    monkeypatch.setattr(moe_runner.MoERunner, "load_weights", as_0_26)
+    with engine.awake(0):
+        asked = prompts("some words to begin with", "1+1=")
+        groups = generate(engine, asked, SamplingParams(max_completion_tokens=16), seeds(2, 3, 0))
+    assert reported == {"w13_weight", "w2_weight"}
+    samples = [sample for group in groups for sample in group.samples]
+    found = [x for sample in samples for x in sample.rollout_logprobs]
+    assert found == pytest.approx(logprobs(policy, samples), abs=tolerance(policy))
+    for name, stack in (("3.up_proj.weight", "w13"), ("0.down_proj.weight", "w2")):
+        wrong.clear()
+        wrong.add(name)
+        expected = rf"checksums of model\.layers\.0\.mlp\.experts\.routed_experts\.{stack}_weight, \S+ \(2 in all\)"
+        with pytest.raises(DeliveryError, match=expected), engine.awake(1):
+            pass

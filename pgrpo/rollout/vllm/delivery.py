@@ -45,7 +45,7 @@ class Delivery:
 
         Args:
             names: all names that must be sent.
-            written: names of the engine's parameters that it reports as written.
+            written: names of the engine's parameters that it reports as written, or those that ``in_checkpoint`` gives them.
             parameters: the engine's parameters on this rank. Empty ones cannot be read back and are not compared.
             fused: fused parameter -> its sources, as ``qkv_proj`` -> ``[q_proj, k_proj, v_proj]``.
             rename: gives keys the names that the engine has for them, before it fuses (``model.embedding`` of gpt-oss), and adds
@@ -58,7 +58,7 @@ class Delivery:
         """
         if differing := sorted(names ^ self.sent.keys()):
             raise DeliveryError(f"weight push: {_some(differing)} were not sent, or are not the policy's")
-        if missing := sorted(parameters.keys() - written):
+        if missing := sorted(name for name in parameters if not written & {name, in_checkpoint(name)}):
             raise DeliveryError(f"weight push: the engine did not load {_some(missing)}")
         sent = rename(self.sent)
         sizes = rename({name: torch.tensor(size) for name, size in self.sizes.items()})
@@ -69,9 +69,7 @@ class Delivery:
         for name, parameter in parameters.items():
             if not parameter.numel():
                 continue
-            of_experts = name.replace(
-                ".routed_experts.", "."
-            )  # a module that newer releases put around stacked experts
+            of_experts = in_checkpoint(name)
             sources = [of_experts] if of_experts in sent else experts.get(of_experts) or sources_of(name, fused)
             if any(source not in sent for source in sources):
                 raise DeliveryError(
@@ -99,6 +97,12 @@ def bit_sum(tensor: Tensor) -> Tensor:
     integer = {2: torch.int16, 4: torch.int32}[width]
     total = tensor.detach().contiguous().view(integer).sum(dtype=torch.int64)
     return total * 2**16 if width == 2 else total
+
+
+def in_checkpoint(name: str) -> str:
+    """The name of an engine's parameter without ``routed_experts``, the module that vLLM has around the stacks of a layer's experts
+    and checkpoints have not. vLLM 0.26 and 0.28 report what they wrote to these stacks by this name, 0.32 by the whole one."""
+    return name.replace(".experts.routed_experts.", ".experts.")
 
 
 def sources_of(name: str, fused: Mapping[str, Sequence[str]]) -> list[str]:

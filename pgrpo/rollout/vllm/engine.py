@@ -45,6 +45,9 @@ from pgrpo.rollout.vllm.scores import Scores, read_scores
 from pgrpo.rollout.vllm.sharing import Sharers
 from pgrpo.types import Completion, Request, Sample, SamplingParams
 
+TAGS = ("weights", "kv_cache")
+"""Parts of vLLM's memory that wake one by one, and fall asleep together."""
+
 
 class VLLMEngine:
     """A ``RolloutEngine`` on vLLM. All ranks must construct it and call its methods together.
@@ -90,6 +93,7 @@ class VLLMEngine:
         self.sleeps = self.on_gpu and sleeps is not False
         self.max_model_len = config.max_sample_tokens
         self.is_awake = False
+        self.asleep = set(TAGS)
         self.divisor = 1.0
         self.metrics: dict[str, float] = {}
         self.offload, self.images = offload or Offload(), images
@@ -233,8 +237,10 @@ class VLLMEngine:
         if self.sleeps:
             # vLLM's allocator unmaps memory when it is freed, and reports a CUDA error for memory that sleep has already unmapped.
             torch.cuda.empty_cache()
-            with suppress(EngineError):  # no room to wake: those reports do no harm
-                self._call("wake_up", self.llm.wake_up)
+            # A failed push leaves the weights awake, and it reports the same for memory that is woken again.
+            if self.asleep:
+                with suppress(EngineError):  # no room to wake: those reports do no harm
+                    self._call("wake_up", lambda: self.llm.wake_up(tags=sorted(self.asleep)))
         self._call("shutdown", self.llm.llm_engine.engine_core.shutdown)
 
     def push(self) -> None:
@@ -276,6 +282,7 @@ class VLLMEngine:
             if self.sleeps:
                 torch.cuda.empty_cache()  # the trainer's allocator gives its cached blocks back
                 self._call("wake_up", lambda: self.llm.wake_up(tags=[tag]))
+                self.asleep.discard(tag)
 
         started = self._now()
         self.sharers.together(wake)
@@ -284,6 +291,7 @@ class VLLMEngine:
     def _fall_asleep(self) -> None:
         if self.sleeps:
             self._call("sleep", lambda: self.llm.sleep(level=2))
+            self.asleep = set(TAGS)
 
     def _call(self, what: str, function: Callable[[], Any]) -> Any:
         with deadline(self.seconds, f"vLLM's {what}", DEADLINE), vllm_errors(what):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionBackend,
@@ -34,9 +35,10 @@ def register(group_size: int) -> None:
 
 
 def why_not(vllm_config: Any) -> str | None:
-    """Why a model cannot share; None if it can. One layer that cannot is enough: such models were not tried."""
-    layers = vllm_config.compilation_config.static_forward_context
-    for name, layer in layers.items():
+    """Why a model cannot share; None if it can. One layer that cannot is enough: such models were not tried. Layers are those that
+    keep something of a sequence, keys and values or a state; vLLM lists others beside them (experts), which play no part."""
+    listed = vllm_config.compilation_config.static_forward_context
+    for name, layer in ((name, layer) for name, layer in listed.items() if isinstance(layer, AttentionLayerBase)):
         if not isinstance(impl := getattr(layer, "impl", None), SharedImpl):
             return f"{name} is computed by {type(impl or layer).__name__}, not by FlashAttention"
         if reason := why_not_layer(impl):

@@ -23,6 +23,7 @@ KNOWN, RAN = ("0.26", "0.28", "0.29", "0.30", "0.31", "0.32"), ("0.26",)
 needs."""
 FLASH_ATTN, BACKEND = "v1/attention/backends/flash_attn.py", "v1/attention/backend.py"
 TOUCHED = {
+    "model_executor/layers/attention_layer_base.py": {"AttentionLayerBase": ["impl"]},
     "v1/attention/backends/registry.py": {
         "register_backend": ["backend", "class_path", "is_mamba"],
         "AttentionBackendEnum": ["FLASH_ATTN"],
@@ -52,7 +53,7 @@ TOUCHED = {
 }  # fmt: skip
 """What is subclassed, called or read, by file: parameters of functions, in order, and members of classes. Beyond names: the cache
 is [blocks, key heads, page, 2 head dim], keys before values; keys and values of a step are written before its attention; padded
-sequences have length 0; a decode step has one token a sequence."""
+sequences have length 0; a decode step has one token a sequence; layers with a cache or a state are ``AttentionLayerBase``."""
 HELPS_FROM, LEAST_PROMPT = 2.2, 512
 """Times fewer tokens, and the longest prompt, from which ``auto`` takes it."""
 
