@@ -202,6 +202,32 @@ def test_an_image_is_processed_once_a_group_and_its_tower_runs_once(awake, monke
     assert (sum(made), len(grids)) == (4, 4), "processed images and features are kept by name"
 
 
+def test_prompts_wait_for_room_for_their_images(awake, monkeypatch):
+    """With room for one image a prompt begins whole, or up to an image behind one that it brings: its group finds its keys."""
+    scheduler = awake.vllm.llm.llm_engine.engine_core.engine_core.scheduler
+    schedule, kept, begun = scheduler.schedule, scheduler.encoder_cache_manager, []
+
+    def watched(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        for new in output.scheduled_new_reqs:
+            name, left = new.req_id, len(new.prompt_token_ids) - new.num_computed_tokens
+            begun.append(output.num_scheduled_tokens[name] == left or name in output.scheduled_encoder_inputs)
+        return output
+
+    monkeypatch.setattr(scheduler, "schedule", watched)
+    monkeypatch.setattr(kept, "cache_size", 16)
+    prompts = [awake.prompts[i] for i in (0, 1, 3, 2)]
+    try:
+        awake.vllm.push()  # forgets features
+        groups = sample(awake, prompts, group_size=6, step=13)
+    finally:
+        monkeypatch.undo()
+        awake.vllm.push()
+    assert begun == [True] * 24
+    ours = logprobs(awake.policy, samples_of(groups))
+    assert reported(groups) == pytest.approx(ours, abs=tolerance(awake.policy))
+
+
 class Shows:
     """Leads, and shows a picture as the user."""
 

@@ -37,7 +37,7 @@ from pgrpo.process.deadline import deadline
 from pgrpo.rollout.base import More, OnFinished, Wait, no_more
 from pgrpo.rollout.text import Tokenizer, make_completions
 from pgrpo.rollout.vllm import start as vllm_start
-from pgrpo.rollout.vllm.images import EngineImages, as_prompt, check_expanded
+from pgrpo.rollout.vllm.images import EngineImages, as_prompt, check_expanded, wait_for_room
 from pgrpo.rollout.vllm.loading import load, shape_logits
 from pgrpo.rollout.vllm.offload import Offload
 from pgrpo.rollout.vllm.requests import DEADLINE, Asked, EngineError, Requests, vllm_errors
@@ -104,6 +104,8 @@ class VLLMEngine:
             self.llm, self.notes = vllm_start.start(config, world, memory_share, images, sleeps=self.sleeps)
             self.requests = Requests(self.llm, self.seconds, self.sharers.stop_signal)
             shape_logits(self._model(), lambda: self.divisor, banned)
+            if images is not None:
+                wait_for_room(self.llm.llm_engine.engine_core.engine_core.scheduler)
             self._fall_asleep()
         gc.collect()  # what the start left is not the engine's
         self.counted_bytes = self._allocated() - allocated

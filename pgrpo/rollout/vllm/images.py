@@ -10,6 +10,8 @@ What this file knows of vLLM's insides (0.26, 0.32):
   expanded already: it would expand them again. ``prompt_token_ids`` of an output are the expanded ones.
 - Features of images are kept in GPU memory (the encoder cache), by the images' names. ``reset_encoder_cache`` drops them; sleeping
   does so too, and clears the cache of processed images.
+- Its room is ``max_num_batched_tokens`` rows, and those of a step stay until its output is there: with asynchronous scheduling (a
+  GPU's) one step longer. ``_try_schedule_encoder_inputs`` says how many tokens of a prompt a step may compute and of which images.
 - Newer releases normalise pixels on the device unless ``mm_device_do_normalize`` is false.
 """
 
@@ -54,6 +56,25 @@ def start_arguments(images: EngineImages | None, known: Sequence[str]) -> dict[s
     if "mm_device_do_normalize" in known:
         arguments["mm_device_do_normalize"] = False
     return arguments
+
+
+def wait_for_room(scheduler: Any) -> None:
+    """Let a prompt wait while there is no room for the features of its next image.
+
+    vLLM would begin it with the text in front of that image, and so the rest of its group and all groups behind it. It looks for
+    keys that others computed only where a prompt begins: each of these completions would compute and keep its whole prompt. A
+    prompt that can go on by an image begins, and so does one that has the engine to itself: it may need more than all room.
+    """
+    plan = scheduler._try_schedule_encoder_inputs
+
+    def planned(request: Any, computed: int, tokens: int, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        found = images, taken, *_ = plan(request, computed, tokens, *args, **kwargs)
+        if images or taken == tokens or request.status.name == "RUNNING" or not scheduler.running:
+            return found
+        scheduler.encoder_cache_manager.free(request)  # its other images may have to make room for that one
+        return (images, 0, *found[2:])
+
+    scheduler._try_schedule_encoder_inputs = planned
 
 
 def as_prompt(request: Request, images: EngineImages | None) -> dict[str, Any]:
