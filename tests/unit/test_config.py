@@ -31,6 +31,7 @@ BASE: dict[str, Any] = {
     "rewards": {"functions": [{"function": "exact_match"}]},
     "train": {"steps": 10},
 }
+LOADED = load_config(BASE)
 YAML = """\
 run_dir: runs/x
 model: {path: m}
@@ -63,6 +64,13 @@ def one_line(error: ConfigError) -> str:
     """One line; several only where several keys are unknown."""
     assert len(str(error).splitlines()) == 1 or "keys are not pgrpo's:" in error.args[0]
     return str(error)
+
+
+def test_a_config_is_not_what_another_was_changed_to() -> None:
+    for changed in (load_config(BASE, ["optim.lr=0.5", "tools=[m:f]"]), load_config(BASE)):
+        changed.rewards.functions[0].args["column"] = "b"
+        changed.tools.append("g")
+        assert load_config(BASE) == LOADED
 
 
 def test_a_very_long_value_hides_neither_the_key_nor_the_fix() -> None:
@@ -237,8 +245,7 @@ def test_to_yaml_reads_back_without_its_recipe(folder: Path) -> None:
 @given(st.text(alphabet="${}\\ab:'\"\n#é", min_size=1))
 @settings(max_examples=100, deadline=None)
 def test_to_yaml_keeps_any_text(text: str) -> None:
-    loaded = load_config(BASE)
-    loaded.prompt.template = text
+    loaded = replace(LOADED, prompt=replace(LOADED.prompt, template=text))
     resolved = OmegaConf.create(to_yaml(loaded))
     assert OmegaConf.to_container(resolved, resolve=True)["prompt"]["template"] == text  # type: ignore[index]
 
