@@ -67,9 +67,9 @@ def one_line(error: ConfigError) -> str:
 
 
 def test_a_config_is_not_what_another_was_changed_to() -> None:
-    for changed in (load_config(BASE, ["optim.lr=0.5", "tools=[m:f]"]), load_config(BASE)):
+    for changed in (load_config(BASE, ["optim.lr=0.5", "rollout.stop=[a]"]), load_config(BASE)):
         changed.rewards.functions[0].args["column"] = "b"
-        changed.tools.append("g")
+        changed.rollout.stop.append("b")
         assert load_config(BASE) == LOADED
 
 

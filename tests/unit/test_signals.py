@@ -24,8 +24,8 @@ def reward(completions, **_):
     global seen
     seen += len(completions)
     marker = Path(os.environ["MARKER"])
-    # The last call of step 2: the evaluation before step 1 scores 32 x 4 sampled and 32 greedy completions, a step 32 x 4.
-    if os.environ["PHASE"] == "reward" and seen == 416 and not marker.exists():
+    # The last call of step 2: the evaluation before step 1 scores 16 x 4 sampled and 16 greedy completions, a step 16 x 4.
+    if os.environ["PHASE"] == "reward" and seen == 208 and not marker.exists():
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
         marker.write_text(f"{os.getpid()} {child.pid}")
         time.sleep(300)
@@ -72,9 +72,9 @@ def start(warm, tiny_model):
 def keys(model, run_dir):
     own = run_dir.parent / "own.py"
     own.write_text(REWARD)
-    keys = [f"model.path={model}", f"run_dir={run_dir}", "train.steps=3", "rollout.prompts_per_step=32"]
+    keys = [f"model.path={model}", f"run_dir={run_dir}", "train.steps=3", "rollout.prompts_per_step=16"]
     keys += ["rollout.group_size=4", "rollout.max_concurrent=4", "train.token_budget=30", "track.console=false"]
-    keys += ["eval.every=2", "eval.rows=32", "eval.samples=4", f"rewards.functions[0].function={own}:reward"]
+    keys += ["eval.every=2", "eval.rows=16", "eval.samples=4", f"rewards.functions[0].function={own}:reward"]
     return keys
 
 
