@@ -69,7 +69,7 @@ LOSSES = [
 @pytest.mark.parametrize(
     ("ranks", "loss"), [*((2, loss) for loss in LOSSES), *((4, loss) for loss in LOSSES[:3])], ids=str
 )
-def test_ranks(compute, ranks, loss):
+def test_an_update_on_several_ranks_equals_that_on_one(compute, ranks, loss):
     assert_same(compute(ranks, **loss), compute(**loss))
 
 

@@ -61,7 +61,7 @@ def test_the_untouched_model_in_float64(processes, models, model, ranks, size, b
 
 @pytest.mark.parametrize(("ranks", "shared"), [(2, False), (4, True)])
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "qwen3_5"])
-def test_images(processes, name, ranks, shared):
+def test_images_that_lie_on_several_ranks_are_exact_and_computed_once_each(processes, name, ranks, shared):
     """Their rows lie on several ranks, each of which computes every image once."""
     found = processes(ranks)(images_in_float64, name, ranks, shared)
     for one in found:

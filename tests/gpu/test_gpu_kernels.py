@@ -54,7 +54,7 @@ def test_attention(prefix_lens, suffix_lens, kernel, way, head_dim):
 
 
 @pytest.mark.parametrize("dim", [64, 96, 128])
-def test_merge(dim):
+def test_merged_attention_equals_that_over_all_keys(dim):
     out, out_p = (torch.randn(1000, 6, dim, device=GPU).bfloat16() for _ in range(2))
     lse, lse_p = (4 * torch.randn(6, 1500, device=GPU) for _ in range(2))
     lse, lse_p = lse[:, 500:], lse_p[:, :1000].contiguous()

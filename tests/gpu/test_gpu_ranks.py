@@ -26,7 +26,7 @@ def model(tmp_path_factory):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
 @pytest.mark.parametrize("copies", [1, 2])
 @pytest.mark.timeout(600)
-def test_ranks(on_ranks, model, copies):
+def test_an_update_on_several_gpus_equals_that_on_one(on_ranks, model, copies):
     """The weights sharded over all GPUs, and two copies of them, each on a half of the GPUs (hybrid sharding)."""
     ranks, changes = torch.cuda.device_count(), {"dtype": "bfloat16", "token_budget": 100, "compile": False}
     if ranks % copies:

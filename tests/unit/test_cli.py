@@ -210,7 +210,7 @@ def test_a_failed_run_is_1_with_one_line_unless_debugging(train) -> None:
     assert result.stderr.startswith("Traceback (most recent call last):")
 
 
-def test_signals(train) -> None:
+def test_a_signal_exits_with_130_or_143_after_cleaning_up(train) -> None:
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         body = f"""
     try:

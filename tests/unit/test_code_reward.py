@@ -78,7 +78,7 @@ STATEMENTS = [
 
 
 @pytest.mark.parametrize("isolation", ["process", "same_process"])
-def test_statements(isolation: module.Isolation):
+def test_statements_score_the_share_that_passes(isolation: module.Isolation):
     """One batch, so that cores are shared out; the order is kept and one that does not end stops no other."""
     blocks, n = [block(code) for code, _ in STATEMENTS], len(STATEMENTS)
     shares = Code()(blocks, tests=[ADD] * n, partial=True, isolation=isolation, timeout_s=2.0)
@@ -110,7 +110,7 @@ def test_tests_may_be_one_text_or_json():
         ("", 0.0),
     ],
 )
-def test_pairs(code: str, share: float):
+def test_pairs_of_input_and_output_score_the_share_that_passes(code: str, share: float):
     assert score(block(code), PAIRS, partial=True) == share
     assert score(block(code), PAIRS) == float(share == 1)
 

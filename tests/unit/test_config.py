@@ -634,7 +634,7 @@ def test_at_least(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", [key for key, (_, m) in NUMBERS.items() if m.get("above") is not None])
-def test_above(key: str) -> None:
+def test_a_number_at_its_excluded_bound_is_refused(key: str) -> None:
     above = NUMBERS[key][1]["above"]
     assert above == (1 if key == "loss.clip_dual" else 0)
     assert f"it must be above {above}" in refused(BASE, f"{key}={above}")

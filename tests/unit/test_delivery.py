@@ -67,7 +67,7 @@ def test_a_whole_push_passes_and_each_wrong_element_is_noticed(ranks, dtype):
             push(sent, engine(stale, ranks))
 
 
-def test_names():
+def test_a_tensor_that_was_not_sent_not_loaded_or_is_not_the_policys_is_named():
     sent = weights()
     parts = engine(sent, 1)
     dropped = {n: t for n, t in sent.items() if n != "a.k_proj.weight"}

@@ -224,7 +224,7 @@ def test_head_counts_completion_tokens_only_and_update_is_three_forwards() -> No
     assert flops.update_flops(dims, 10, [3, 4]) == 3 * flops.forward_flops(dims, 10, [3, 4])
 
 
-def test_ratios() -> None:
+def test_rho_and_the_ratio_of_flops_are_those_worked_out_by_hand() -> None:
     """Against rho and the ratio of FLOPs worked out for Qwen3-4B: prompt, completion, group -> both."""
     for prompt, completion, size, rho, ratio in [(8192, 1024, 4, 3.00, 2.78), (4096, 1024, 8, 3.33, 2.98)]:
         assert flops.rho(prompt, [completion] * size) == pytest.approx(rho, abs=0.005)

@@ -49,7 +49,7 @@ def test_epochs_and_seeds_differ():
 
 
 @pytest.mark.parametrize("position", [0, 3, 7, 8, 19])
-def test_resume(position: int):
+def test_a_stream_goes_on_where_it_was_saved(position: int):
     first = stream(7, seed=5)
     first.take(position)
     state = json.loads(json.dumps(first.state_dict()))

@@ -124,7 +124,7 @@ def test_format_regex_on_odd_texts():
         ("I think B's best", None),
     ],
 )
-def test_choice(completion: str, letter: str | None):
+def test_choice_reads_the_letter_that_an_answer_settles_on(completion: str, letter: str | None):
     for gold in "ABCD":
         assert choice([completion], answer=[gold]) == [float(gold == letter)]
 
@@ -143,7 +143,7 @@ def test_choice_reads_letters_and_places():
         choice([], letters="AA", answer=[])
 
 
-def test_length():
+def test_length_falls_outside_its_bounds():
     ids = [[1] * n for n in (0, 5, 10, 20, 25, 40, 100)]
     assert length(ids, max_tokens=20) == [0, 0, 0, 0, -0.25, -1, -1]
     assert length(ids, max_tokens=20, min_tokens=10) == [-1, -0.5, 0, 0, -0.25, -1, -1]

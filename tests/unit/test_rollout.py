@@ -310,7 +310,7 @@ def scripted(texts, params):
     return [g[0] for g in groups], policy
 
 
-def test_ends():
+def test_a_completion_ends_at_eos_at_a_stop_string_or_at_its_limit():
     params = SamplingParams(6, stop=("xy", "q"))
     texts = ["abc.", "dexyff", "ghijkl", "mqnnnn", "uvwzxy", "."]
     got, policy = scripted(texts, params)
