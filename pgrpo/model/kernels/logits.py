@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,10 @@ BLOCK = 4096
 KL_BLOCK = 2048
 """Of two rows at once, with five accumulators a lane."""
 WARPS = 8
+PER_ROW = "target_ids", "logprobs", "lse", "entropy", "kl", "teacher_lse", "dlogprobs", "dentropy", "dkl"
+kernel_of_rows = partial(triton.jit, do_not_specialize_on_alignment=PER_ROW)
+"""A kernel with pointers to one number a row, which begin at any row of a batch, or behind any number of rows. Triton would compile
+it again in the middle of a run, for each of them that 16 divides or does not."""
 
 
 def row_statistics(
@@ -62,7 +68,7 @@ def to_logit_gradient_(
     return logits_CV
 
 
-@triton.jit
+@kernel_of_rows
 def _statistics_kernel(
     logits, target_ids, logprobs, lse, entropy, vocabulary, scale, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -94,7 +100,7 @@ def _statistics_kernel(
         tl.store(entropy + row, row_lse - tl.sum(weighted * shrink, 0) / row_total)
 
 
-@triton.jit
+@kernel_of_rows
 def _kl_kernel(logits, teacher, kl, teacher_lse, vocabulary, scale, teacher_scale, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * vocabulary
@@ -125,7 +131,7 @@ def _kl_kernel(logits, teacher, kl, teacher_lse, vocabulary, scale, teacher_scal
     tl.store(kl + row, tl.sum(weighted * shrink, 0) / sum_x - lse_x + lse_y)  # sum p (x - y) - lse_x + lse_y
 
 
-@triton.jit
+@kernel_of_rows
 def _gradient_kernel(
     logits, target_ids, lse, dlogprobs, entropy, dentropy, teacher, teacher_lse, kl, dkl, vocabulary, scale, teacher_scale,
     ENTROPY: tl.constexpr, KL: tl.constexpr, BLOCK: tl.constexpr,
