@@ -1,10 +1,11 @@
 """Compiles for the first step in two more processes, while this one proves the model, reads its weights and imports vLLM.
 
-One does an update of a model with few layers and random weights, at the sizes of the run. What it compiles (torch.compile, Triton,
-flash-attn-4) is in the run's cache folder (``process/caches.py``) when the first update looks there. The other compiles vLLM's
-model (``rollout/vllm/ahead.py``), which vLLM loads when it starts. Both have ended before vLLM starts, which measures the GPU's
-free memory. Once for a model, its settings and a device: a file in the folder of the code tells that it was done. Whatever goes
-wrong here, the run compiles. So it does with what this leaves out: a teacher's forwards, and those of passes over a kept prefix.
+One does an update of a model with few layers and random weights, at the sizes of the run, in micro-batches that call unlike
+kernels. What it compiles (torch.compile, Triton, flash-attn-4) is in the run's cache folder (``process/caches.py``) when the first
+update looks there. The other compiles vLLM's model (``rollout/vllm/ahead.py``), which vLLM loads when it starts. Both have ended
+before vLLM starts, which measures the GPU's free memory. Once for a model, its settings and a device: a file in the folder of the
+code tells that it was done. Whatever goes wrong here, the run compiles. So it does with what this leaves out: a teacher's forwards,
+and those of passes over a kept prefix.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import os
 import pickle
 import random
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
+from itertools import product
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -27,7 +30,10 @@ from pgrpo.admission.compare import tokens_as_samples
 from pgrpo.admission.models import cache_file
 from pgrpo.admission.on_device import kernel_releases, random_model
 from pgrpo.admission.shrink import few_layers
+from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.hook import ATTENTION_NAME
+from pgrpo.attention.kernels.flash import LOOKED_UP_SEGMENTS
+from pgrpo.attention.layout import PackedLayout, unpack_calls
 from pgrpo.config import Config, ModelConfig
 from pgrpo.distributed.fsdp import no_gradient
 from pgrpo.distributed.world import World, start
@@ -36,7 +42,7 @@ from pgrpo.model.policy import load_hf_config
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.placement.awake import engine_memory
-from pgrpo.placement.choices import engine_name, is_compiled
+from pgrpo.placement.choices import attention_choice, engine_name, is_compiled
 from pgrpo.placement.layers import free_beside_policy, layer_plan
 from pgrpo.placement.sizes import gpu_memory
 from pgrpo.placement.vllm_memory import SAMPLER_BYTES, VLLM_ACTIVATIONS_GIB, vllm_gib
@@ -136,6 +142,7 @@ def done_file(config: Config, hf_config: PretrainedConfig, world: World) -> Path
         config.model,
         forwards(config),
         config.train.token_budget,
+        unlike_batches(config, dims, device).kernels,
         (sorted(set(plan.recompute)), plan.mlp_chunks),
         [os.environ.get(folder) for folder in FOLDERS if folder != "VLLM_CACHE_ROOT"],
     ]
@@ -161,7 +168,7 @@ def compile_update(config: Config, world: World) -> None:
     hf_config = load_hf_config(config.model)
     dims, few, wanted = ModelDims.from_config(hf_config), few_layers(hf_config), forwards(config)
     plan = layer_plan(config, dims, world)
-    samples = longest_samples(config, hf_config.get_text_config().vocab_size)
+    batches, vocab = unlike_batches(config, dims, world.device).batches, hf_config.get_text_config().vocab_size
     if world.device.type == "cuda":  # the policy itself must not run out of memory because of this
         free = free_beside_policy(config, dims, world) - sampler_gib(config, dims, world)
         share = free * GIB / gpu_memory(world.device)
@@ -176,30 +183,85 @@ def compile_update(config: Config, world: World) -> None:
         policy = place_policy(
             config, world, load, LayerPlan([mode] * ModelDims.from_config(few).layers, plan.mlp_chunks)
         )
-        batch = build_batch(Forest.of(samples), device=world.device, attention=policy.attention)
-        if wanted["without_gradient"]:
-            with no_gradient(policy):
-                policy(batch)
-        if wanted["without_adapters"]:
-            with no_gradient(policy), adapters_off(policy):
-                policy(batch)
-        found = policy(batch, entropy=True)
-        loss = found.logprobs.sum()
-        if wanted["entropy_gradient"]:
-            assert found.entropy is not None
-            loss = loss + found.entropy.sum()
-        loss.backward()
-        world.synchronize()
+        # The ways of recomputation call the same kernels.
+        for number, sizes in enumerate(batches if mode == modes[0] else batches[:1]):
+            forest = Forest.of(sizes.samples(vocab))
+            batch = build_batch(forest, device=world.device, attention=policy.attention)
+            if wanted["without_gradient"] and not number:
+                with no_gradient(policy):
+                    policy(batch)
+            if wanted["without_adapters"] and not number:
+                with no_gradient(policy), adapters_off(policy):
+                    policy(batch)
+            found = policy(batch, entropy=True)
+            loss = found.logprobs.sum()
+            if wanted["entropy_gradient"]:
+                assert found.entropy is not None
+                loss = loss + found.entropy.sum()
+            loss.backward()
+            world.synchronize()
 
 
-def longest_samples(config: Config, vocab: int) -> list[Sample]:
-    """A group as long as the run's may be, of random tokens, in one micro-batch."""
-    prompt, room = config.data.max_prompt_tokens, config.train.token_budget - config.data.max_prompt_tokens
-    count = max(2, min(config.rollout.group_size, room // config.max_sampled_tokens))
-    length = max(2, min(config.max_sampled_tokens, room // count))
-    rnd = random.Random(0)
-    ids = [rnd.choices(range(vocab), k=n) for n in (prompt, *[length] * count)]
-    return tokens_as_samples(ids[:1], [ids[1:]])
+class FlatBatch(NamedTuple):
+    """Sizes of a micro-batch whose groups share nothing with each other: groups, tokens of a prompt, completions of a group, tokens
+    of a completion."""
+
+    groups: int
+    prompt: int
+    completions: int
+    completion: int
+
+    def samples(self, vocab: int) -> list[Sample]:
+        """Of random tokens."""
+        rnd = random.Random(0)
+        lengths = self.prompt, *[self.completion] * self.completions
+        groups = [[rnd.choices(range(vocab), k=n) for n in lengths] for _ in range(self.groups)]
+        return tokens_as_samples([group[0] for group in groups], [group[1:] for group in groups])
+
+    def kernels(self, attention: AttentionChoice) -> set[tuple[bool, ...]]:
+        """What chooses kernels of attention on a GPU. Of each call: causal or not, a window, many segments; apart: copied keys."""
+        completions = self.groups * self.completions
+        lengths = [self.prompt] * self.groups + [self.completion] * completions
+        parents = [-1] * self.groups + [i // self.completions for i in range(completions)]
+        layout = PackedLayout(lengths, parents, choice=attention)
+        calls = [call for window in (None, *attention.windows) for call in unpack_calls(layout.passes(window).table)]
+        flash = {(bool(x.causal), bool(x.window), x.segments > LOOKED_UP_SEGMENTS) for x in calls}
+        return flash | {(True,) for x in calls if x.copied}
+
+
+class UnlikeBatches(NamedTuple):
+    """Micro-batches of a run that call unlike kernels, and these kernels."""
+
+    batches: list[FlatBatch]
+    kernels: list[tuple[bool, ...]]
+
+
+def unlike_batches(config: Config, dims: ModelDims, device: torch.device) -> UnlikeBatches:
+    """As few as call every kernel that long and short prompts call with long and short completions, in one group and in as many as
+    fit, each with few tokens, for it has less memory than the run. The longest group is the first."""
+    attention = replace(attention_choice(config, dims, device), windows=tuple({*dims.windows} - {0}))
+    most = config.rollout.prompts_per_step
+    few_first = [*(2**n for n in range(most.bit_length()) if 2**n < most), most]
+    found: list[FlatBatch] = []
+    called: set[tuple[bool, ...]] = set()
+    for sizes in ((1, 1, 1), *product(few_first, (4, 1), (4, 1))):
+        batch = flat_batch(config, *sizes)
+        kernels = batch.kernels(attention)
+        if not kernels <= called:
+            found.append(batch)
+            called |= kernels
+    return UnlikeBatches(found, sorted(called))
+
+
+def flat_batch(config: Config, groups: int, shorter_prompts: int, shorter_completions: int) -> FlatBatch:
+    """So many groups, or as many as fit one micro-batch, of prompts and completions as long as the run's may be, or so many times
+    shorter. At least two completions, however short."""
+    budget, size = config.train.token_budget, config.rollout.group_size
+    prompt = max(1, config.data.max_prompt_tokens // shorter_prompts)
+    completion = max(1, config.max_sampled_tokens // shorter_completions)
+    count = max(2, min(size, (budget - prompt) // completion))
+    length = max(2, min(completion, (budget - prompt) // count))
+    return FlatBatch(max(1, min(groups, budget // (prompt + size * length))), prompt, count, length)
 
 
 def main(cache_dir: str | None) -> None:

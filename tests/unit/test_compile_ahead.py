@@ -14,6 +14,7 @@ import torch
 
 from pgrpo import early
 from pgrpo.admission.compare import tokens_as_groups
+from pgrpo.attention.choose import AttentionChoice
 from pgrpo.config import load_config
 from pgrpo.distributed.world import World
 from pgrpo.grpo import backward
@@ -29,7 +30,7 @@ from pgrpo.process import second
 from pgrpo.process.pinned import SETTING, pin_with_threads
 from pgrpo.training import compile_ahead
 from pgrpo.training.build import Learner, initial_model
-from pgrpo.training.compile_ahead import CompileAhead, compile_update, longest_samples
+from pgrpo.training.compile_ahead import CompileAhead, compile_update, flat_batch
 from pgrpo.training.frozen import frozen_scores
 from pgrpo.training.optim import build_optimizer
 from pgrpo.training.place import place_policy
@@ -78,8 +79,12 @@ def test_the_update_of_a_run_compiles_nothing_that_was_not_compiled_ahead(
     dims = ModelDims.from_config(policy.model.config)
     reference = initial_model(policy, config, WORLD) if config.loss.kl_coef else None
     learner = Learner(config, WORLD, policy, reference, build_optimizer(policy, config.optim), dims)
-    for sizes in ((3, 4, 5), (9, 2, 7)):
-        groups = tokens_as_groups([[5] * sizes[0], [6] * 4], [[[7] * sizes[1], [8] * sizes[2]], [[9, 9], [10]]])
+    deep = tokens_as_groups([[5, 6], [5]], [[[5] * n + [7] * 16 for n in range(6)], [[5], [5, 6, 6]]])
+    many = tokens_as_groups([[5 + n % 4, 5 + n // 4] for n in range(16)], [[[5], [6 + n % 4]] for n in range(16)])
+    flat = (
+        tokens_as_groups([[5] * a, [6] * 4], [[[7] * b, [8] * c], [[9, 9], [10]]]) for a, b, c in ((3, 4, 5), (9, 2, 7))
+    )
+    for groups in (*flat, deep, many):
         for batch in micro_batches(learner, groups):
             if config.train.updates_per_step > 1:
                 with torch.no_grad():
@@ -99,13 +104,14 @@ def test_only_the_weights_are_made_on_the_device(make, monkeypatch):
 
     monkeypatch.setattr(compile_ahead, "place_policy", place)
     monkeypatch.setattr(compile_ahead, "layer_plan", lambda *_: LayerPlan(["full"], 1))
+    monkeypatch.setattr(compile_ahead, "attention_choice", lambda *_: AttentionChoice())
     with pytest.raises(KeyboardInterrupt):
         compile_update(make(), World(0, 1, torch.device("meta")))
 
 
 def test_its_batch_is_as_long_as_a_micro_batch_may_be(make):
     config = make("data.max_prompt_tokens=40", "rollout.max_completion_tokens=20", "rollout.group_size=8")
-    (first, *_), samples = longest_samples(config, 50), longest_samples(config, 50)
+    (first, *_) = samples = flat_batch(config, 1, 1, 1).samples(50)
     assert (len(first.prompt_ids), len(first.token_ids), len(samples)) == (40, 20, 4)  # 40 + 4 * 20 of 128
     assert len({tuple(sample.token_ids) for sample in samples}) == 4
 
@@ -124,6 +130,9 @@ def test_it_is_done_once(make, monkeypatch, caplog):
     for config, again in ((make(), False), (make("optim.lr=1e-6"), False), (make("loss.kl_coef=0.1"), True)):
         with begun(config, monkeypatch, "pass") as ahead:
             assert ahead.update.is_begun == again
+    monkeypatch.setattr(compile_ahead, "LOOKED_UP_SEGMENTS", 2)  # kernels of attention that the first one did not call
+    with begun(make(), monkeypatch, "pass") as ahead:
+        assert ahead.update.is_begun
 
 
 @pytest.mark.slow
@@ -346,6 +355,7 @@ def with_vllm(make, monkeypatch, tmp_path):
     """Of a host with a GPU and vLLM: configs, and whether a run of one begins a process that compiles vLLM's model."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm"))
     monkeypatch.setattr(compile_ahead.metadata, "version", lambda _: "0.26.0")
+    monkeypatch.setattr(compile_ahead, "attention_choice", lambda *_: AttentionChoice())
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     monkeypatch.setattr(compile_ahead, "ahead_codes", lambda _: ("pass", "pass"))
 

@@ -28,6 +28,11 @@ KernelName = Literal["builtin", "flash4"]
 FASTEST_FIRST: tuple[KernelName, ...] = ("flash4", "builtin")
 NATIVE_DIMS = ((192, 128),)
 """Head dims of keys and of values, unlike each other, that flash4 takes (DeepSeek's)."""
+LONG_SEGMENT = 256
+"""flash4 compiles once more where no segment has more rows than one of its tiles, at most 192 (4.0.0b36). On Hopper that changes
+nothing in the code of calls with ``cu_seqlens``, and takes seconds in the middle of a run."""
+LOOKED_UP_SEGMENTS = 256
+"""With more segments flash4 has other kernels, which look up a tile's segment in a table (``BIN_BATCH_SEARCH_THRESH``)."""
 
 
 class KernelChoice(NamedTuple):
@@ -128,9 +133,8 @@ def varlen_forward(
     q_QHD, k_SKD, v_SKD = _equally_wide(kernel, q_QHD, k_SKD, v_SKD)
     if kernel == "flash4":
         out_QHD, lse_HQ, *_ = _flash4()._flash_attn_fwd(
-            q_QHD, k_SKD, v_SKD, cu_seqlens_q=seg.cu_q, cu_seqlens_k=seg.cu_k, max_seqlen_q=seg.max_q,
-            max_seqlen_k=seg.max_k, softmax_scale=scores.scale, causal=scores.causal, softcap=scores.softcap,
-            window_size_left=_keys_before(scores), return_lse=True,
+            q_QHD, k_SKD, v_SKD, softmax_scale=scores.scale, causal=scores.causal, softcap=scores.softcap,
+            window_size_left=_keys_before(scores), return_lse=True, **_flash4_segments(seg, q_QHD.device),
         )  # fmt: skip
         return out_QHD[..., :value_dim], lse_HQ
     if scores.softcap:
@@ -157,8 +161,7 @@ def varlen_backward(
     if kernel == "flash4":
         gradients = _flash4()._flash_attn_bwd(
             q_QHD, k_SKD, v_SKD, out_QHD, dout_QHD, lse_HQ.contiguous(), softmax_scale=scores.scale, causal=scores.causal,
-            softcap=scores.softcap, window_size_left=_keys_before(scores),
-            cu_seqlens_q=seg.cu_q, cu_seqlens_k=seg.cu_k, max_seqlen_q=seg.max_q, max_seqlen_k=seg.max_k,
+            softcap=scores.softcap, window_size_left=_keys_before(scores), **_flash4_segments(seg, q_QHD.device),
         )  # fmt: skip
     else:
         # Without dropout the flash kernels draw no random numbers and ignore the two rng arguments.
@@ -170,6 +173,14 @@ def varlen_backward(
         )  # fmt: skip
     dq, dk, dv = (x[..., :width] for x, width in zip(gradients[:3], widths, strict=True))
     return dq, dk, dv
+
+
+def _flash4_segments(seg: Segments, device: torch.device) -> dict[str, Any]:
+    """The segments as arguments of flash4. On Hopper the bounds of their lengths are so large that they never choose a kernel; no
+    tensor of such a call has their size. On Blackwell short segments have kernels of their own."""
+    least = LONG_SEGMENT if torch.cuda.get_device_capability(device)[0] == 9 else 0
+    longest = {"max_seqlen_q": max(seg.max_q, least), "max_seqlen_k": max(seg.max_k, least)}
+    return {"cu_seqlens_q": seg.cu_q, "cu_seqlens_k": seg.cu_k, **longest}
 
 
 def dense_forward(q_nQHD: Tensor, k_nSKD: Tensor, v_nSKD: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
