@@ -6,6 +6,7 @@ from making import flat_layout
 
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.grouped import grouped_attention
+from pgrpo.attention.kernels import flash
 from pgrpo.attention.kernels.flash import FASTEST_FIRST, choose_kernel, why_not
 from pgrpo.attention.merge import copy_rows, merge_, sum_copies
 from pgrpo.attention.reference import reference_attention
@@ -19,6 +20,7 @@ LENGTHS = [
     ([64, 64], [[700, 3], [512, 0, 1]]),
     ([0, 0], [[500, 3], [4]]),
     ([6, 2], [[], []]),
+    ([5] * 33, [[3] * 8] * 33),  # 297 segments
 ]
 
 
@@ -51,6 +53,30 @@ def test_attention(prefix_lens, suffix_lens, kernel, way, head_dim):
         error, allowed = (a - truth).norm() / truth.norm(), 2 * (b - truth).norm() / truth.norm()
         print(f"{kernel} {way} {prefix_lens} {name}: {error:.1e}, plain bfloat16 {allowed / 2:.1e}")
         assert error <= allowed, name
+
+
+def test_flash4_compiles_once_for_segments_of_all_lengths_and_again_for_many():
+    if why := why_not("flash4", GPU, torch.bfloat16, 64):
+        pytest.skip(why)
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("on Blackwell short segments have kernels of their own")
+    flash4 = flash._flash4()
+    kernels = [flash4._flash_attn_fwd, flash4._flash_attn_bwd, flash4._bwd_preprocess, flash4._bwd_postprocess_convert]
+
+    def compiled_for(groups, prompt, completions):
+        choice = AttentionChoice("flash4", way="copied_keys")
+        layout = flat_layout([prompt] * groups, [completions] * groups, GPU, choice)
+        q, k, v, dout = (torch.randn(layout.nodes[-1].end, h, 64, device=GPU).bfloat16() for h in (6, 2, 2, 6))
+        run(lambda q, k, v: grouped_attention(q, k, v, layout, 0.125), (q, k, v), dout)
+        return [len(kernel.compile_cache.cache) for kernel in kernels]
+
+    few = compiled_for(2, 300, [200, 100])
+    assert all(few)
+    for groups, prompt, completions in ((2, 100, [90, 30]), (1, 3, [2, 1]), (64, 10, [5, 6, 7])):  # 256 segments
+        assert compiled_for(groups, prompt, completions) == few
+    many = compiled_for(65, 10, [5, 6, 7])  # 260 segments
+    assert many > few
+    assert compiled_for(70, 300, [5, 6, 200]) == many
 
 
 @pytest.mark.parametrize("dim", [64, 96, 128])

@@ -61,7 +61,7 @@ def flash4_keys(monkeypatch):
 
 
 def conversations(rnd, groups, variants):
-    """32 tokens of a system prompt, then groups of 8 episodes of up to six turns: each turn is one of so many, of 3 tokens and a
+    """119 tokens of a system prompt, then groups of 8 episodes of up to six turns: each turn is one of so many, of 3 tokens and a
     reply of 12."""
     prompts, sampled = [], []
     for group in range(groups):
