@@ -38,6 +38,7 @@ from pgrpo.config import Config, load_config
 from pgrpo.distributed.world import start
 from pgrpo.grpo import grpo_step
 from pgrpo.planning.flops import GIB, mfu
+from pgrpo.process.caches import use_caches
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.rollout.vllm.engine import VLLMEngine
 from pgrpo.rollout.vllm.images import as_prompt
@@ -148,8 +149,11 @@ def model_folder(args: argparse.Namespace) -> Path:
     return args.run_dir.with_name(args.run_dir.name + "_model")
 
 
-def clear_up(args: argparse.Namespace) -> None:
+def clear_up(args: argparse.Namespace, config: Config) -> None:
     """Remove an old run folder, and make the model's if it is not there."""
+    use_caches(
+        config.cache_dir
+    )  # before a model's file is imported, and what it imports: some look for their folders only then
     shutil.rmtree(args.run_dir, ignore_errors=True)
     if not (folder := model_folder(args)).exists():
         make_model(args.shape_of, folder, getattr(args, "layers", None))
@@ -186,7 +190,7 @@ def steps(args: argparse.Namespace, report: Callable[[list[dict[str, Any]]], Non
     plain: dict[str, list[float]] = {}
     with ExitStack() as stack:
         world = stack.enter_context(start(config.model.fsdp_size, config.model.sequence_parallel_size))
-        world.together(lambda: clear_up(args) if world.is_main else None)
+        world.together(lambda: clear_up(args, config) if world.is_main else None)
         parts, progress = stack.enter_context(build(config, world, Given([spread], data))), Progress()
         print(*parts.engine.notes, sep="\n", flush=True)
         for turn in range(args.steps + 1):

@@ -10,6 +10,7 @@ Each run is a process of its own, with random weights and the steps of full_step
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -23,6 +24,16 @@ from pgrpo.early import early_codes
 from pgrpo.process.second import importing_early
 
 PREFIX = "start_time: "
+TIMED = (
+    ("pgrpo.rollout.vllm.start", "package", "importing vLLM"),
+    ("pgrpo.training.build", "check_model", "the proof"),
+    ("pgrpo.training.build", "check_on_device", "the check on the device"),
+    ("pgrpo.training.prompts", "load_prompts", "reading prompts"),
+    ("pgrpo.training.build", "place_policy", "loading the policy"),
+    ("pgrpo.training.build", "build_engine", "building the engine"),
+    ("pgrpo.rollout.vllm.start", "start", "of that, starting vLLM"),
+)
+"""Module and function -> the name of its time."""
 STEP_PARTS = ("time/wake", "time/weight_sync", "time/offload", "time/rollout", "time/sleep", "time/update")
 
 
@@ -34,7 +45,6 @@ def run(args: argparse.Namespace, began: float) -> dict[str, float]:
     from pgrpo.distributed.world import start
     from pgrpo.grpo import grpo_step
     from pgrpo.process.second import SecondProcess
-    from pgrpo.rollout.vllm import start as vllm_start
     from pgrpo.training import build as building
     from pgrpo.training.caller import Given
     from pgrpo.training.compile_ahead import CompileAhead
@@ -42,8 +52,8 @@ def run(args: argparse.Namespace, began: float) -> dict[str, float]:
 
     parts = {"imports": time.time() - began}
 
-    def timed(module: Any, name: str, title: str) -> None:
-        function = getattr(module, name)
+    def timed(module: str, name: str, title: str) -> None:
+        function = getattr(importlib.import_module(module), name)
 
         def wrapped(*given: Any, **named: Any) -> Any:
             started = time.perf_counter()
@@ -51,13 +61,10 @@ def run(args: argparse.Namespace, began: float) -> dict[str, float]:
             parts[title] = parts.get(title, 0.0) + time.perf_counter() - started
             return result
 
-        setattr(module, name, wrapped)
+        setattr(importlib.import_module(module), name, wrapped)
 
-    timed(vllm_start, "package", "importing vLLM")
-    timed(building, "check_model", "the proof")
-    timed(building, "check_on_device", "the check on the device")
-    timed(building, "load_prompts", "reading prompts")
-    timed(building, "place_policy", "loading the policy")
+    for one in TIMED:
+        timed(*one)
     wait = SecondProcess.wait
 
     def waited(self: SecondProcess, seconds: float) -> None:
@@ -66,10 +73,8 @@ def run(args: argparse.Namespace, began: float) -> dict[str, float]:
         parts[f"waiting for the process that compiles {self.what}"] = time.perf_counter() - started
 
     SecondProcess.wait = waited
-    timed(building, "build_engine", "building the engine")
-    timed(vllm_start, "start", "of that, starting vLLM")
-    full_step.clear_up(args)
     config, rows = full_step.settings(args)
+    full_step.clear_up(args, config)
     made = time.time()  # the model's folder, which a user has already
     with (
         start() as world,
