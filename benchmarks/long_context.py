@@ -192,7 +192,7 @@ def measure(args: argparse.Namespace, config: Config, watch: Watch, paces: dict[
     with watch.part("short update", args.start_limit_s):
         update_policy(learner, Progress(), groups)
     row |= {"short_prompt": short, "short_seconds": row["parts_s"]["short update"]}
-    pace = paces.get(row["lora_rank"], row["short_seconds"] / work_of(args, short, learner))
+    pace: float = paces.get(row["lora_rank"]) or row["short_seconds"] / work_of(args, short, learner)
     expected = world.from_main(pace * work_of(args, prompt, learner))
     watch.say(f"{expected:.0f} s are expected for {prompt} tokens")
     if expected > args.limit_s:

@@ -205,7 +205,7 @@ def test_a_rollout_wakes_and_sleeps_only_an_engine_that_sleeps_and_pushes_either
     monkeypatch.setattr(engine.torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
     one: Any = engine.VLLMEngine.__new__(engine.VLLMEngine)
     one.world, one.sleeps, one.is_awake, one.seconds = World(0, 1, CPU), sleeps, False, 60.0
-    one.llm, one.offload, one.metrics = llm, Offload(), {}
+    one.llm, one.offload, one.metrics, one.asleep = llm, Offload(), {}, set(engine.TAGS)
     one.requests, one.sharers = SimpleNamespace(preemptions=0), engine.Sharers(one.world, 1)
     one.push = lambda: calls.append("push")
     with one.awake(3):

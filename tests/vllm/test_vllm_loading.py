@@ -25,7 +25,7 @@ PACKED = "model.layers.0.self_attn.qkv_proj.weight"
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the engine's contract tests load in place there")
 def test_loading_in_place_gives_the_bits_of_a_reload(tmp_path, monkeypatch):
-    from vllm.model_executor.layers import utils
+    from vllm.model_executor.layers import utils  # pyright: ignore[reportMissingImports]
 
     def not_packed(layer, remove_weight):
         layer.cpu_linear = torch.nn.functional.linear
@@ -88,8 +88,8 @@ def test_loading_in_place_gives_the_bits_of_a_reload(tmp_path, monkeypatch):
 
 def test_what_is_loaded_in_place_is_processed_on_no_gpu():
     """The methods in PLAIN do nothing after loading but on other devices."""
-    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
-    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod  # pyright: ignore[reportMissingImports]
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod  # pyright: ignore[reportMissingImports]
 
     methods = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
     assert tuple(method.__name__ for method in methods) == loading.PLAIN
