@@ -41,13 +41,17 @@ def _together(bench: Callable[..., Any]) -> Callable[..., Any]:
     raises its error where it is timed."""
 
     def first_compiled(tuner: Any, *args: Any, config: Any, **meta: Any) -> Any:
-        if getattr(tuner, "compiled_for", None) is not tuner.nargs:  # a new object in each round
-            tuner.compiled_for = tuner.nargs
+        if not isinstance(tuner.nargs, _Round):  # Triton makes a new dict in each round, and drops it at its end
+            tuner.nargs = _Round(tuner.nargs)
             _compile(tuner, args, meta)
         return bench(tuner, *args, config=config, **meta)
 
     first_compiled.alone = bench  # pyright: ignore[reportFunctionMemberAccess]
     return first_compiled
+
+
+class _Round(dict[str, Any]):
+    """Arguments of a kernel in a round whose variants are compiled. Nothing else may keep them: they are a batch's tensors."""
 
 
 def _compile(tuner: Any, args: tuple[Any, ...], meta: dict[str, Any]) -> None:

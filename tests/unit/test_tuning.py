@@ -1,11 +1,14 @@
 """Triton's autotuner compiles the variants of a kernel together, and times and keeps the same as before. Triton compiles for a GPU
 without one; what is timed here is made up."""
 
+import gc
 import json
 import os
 import threading
+import weakref
 
 import pytest
+import torch
 
 from pgrpo.process.tuning import CACHE_MODE, CHOSEN, CONFIG_DIR, compile_variants_together, use_chosen
 
@@ -82,6 +85,16 @@ def test_a_variant_that_does_not_compile_is_left_out_as_before(tuner):
     kernel = Kernel(fails=[2])
     tuner(kernel).run(0, n=5, grid=(1,), warmup=False)
     assert (sorted(kernel.compiled), kernel.launched) == ([1, 4], [1, 4, 4])
+
+
+def test_a_kernel_that_was_tuned_keeps_none_of_its_tensors(tuner):
+    """A batch's activations would stay on the GPU until the kernel is tuned again."""
+    tuned, given = tuner(Kernel()), torch.zeros(3)
+    alive = weakref.ref(given)
+    tuned.run(given, n=5, grid=(1,), warmup=False)
+    del given
+    gc.collect()
+    assert alive() is None
 
 
 def test_it_is_said_once(tuner):
