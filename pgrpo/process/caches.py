@@ -34,21 +34,25 @@ def cache_root(folder: str | None) -> Path:
 def use_caches(folder: str | None) -> None:
     """Let this process and its children keep compiled code in ``cache_root``, and on a GPU tune Triton's kernels as
     ``tuning.py`` says. Variables that are set already stay as they are, unless it was PyTorch who set them: importing torch._dynamo
-    sets inductor's to its default, a temporary folder. If the folder cannot be made, packages use their own, most of them
-    temporary."""
+    sets inductor's to its default, a temporary folder. If the folder cannot be made or written, packages use their own, most
+    of them temporary."""
     use_chosen()
     if torch.cuda.is_available():
         compile_variants_together()
-    root = cache_root(folder)
+    root, variables = cache_root(folder), dict(os.environ)
+    if variables.get("TORCHINDUCTOR_CACHE_DIR") == default_cache_dir():
+        del variables["TORCHINDUCTOR_CACHE_DIR"]
+    ours = {name: root / part for name, part in FOLDERS.items() if name not in variables}
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        for path in ours.values():
+            path.mkdir(parents=True, exist_ok=True)
+            if not os.access(path, os.W_OK | os.X_OK):
+                raise PermissionError(f"{path} cannot be written")
     except OSError as error:
-        log.warning("cache_dir: %s cannot be made (%s): the next run compiles again", root, error)
+        text = "cache_dir: %s cannot be used (%s): the next run compiles again; set cache_dir to a folder of your own"
+        log.warning(text, root, error)
         return
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") == default_cache_dir():
-        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-    for name, part in FOLDERS.items():
-        os.environ.setdefault(name, str(root / part))
+    os.environ |= {name: str(path) for name, path in ours.items()}
     os.environ.setdefault(FLASH4, "1")
     # vLLM sets the precision of float32 matrix products to the default, "highest". The keys of PyTorch's caches tell a default that
     # was set from one that was not, and processes without vLLM have the same code.

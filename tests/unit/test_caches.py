@@ -60,6 +60,24 @@ def test_a_folder_that_cannot_be_made_is_told_and_packages_use_their_own(tmp_pat
     assert not os.environ.keys() & {*FOLDERS, FLASH4}
 
 
+@pytest.mark.parametrize("part", ["inductor", "vllm"])
+def test_a_folder_that_cannot_be_written_is_told_and_packages_use_their_own(tmp_path, monkeypatch, caplog, part):
+    """Another user's, or on a disk that is mounted for reading: packages fail in such a folder when they compile."""
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / part and access(path, mode))
+    use_caches(str(tmp_path))
+    (said,) = caplog.messages
+    assert said.startswith(f"cache_dir: {tmp_path} cannot be used ({tmp_path / part} cannot be written)")
+    assert not os.environ.keys() & {*FOLDERS, FLASH4}
+
+
+def test_a_folder_that_a_user_has_set_is_not_looked_at(tmp_path, monkeypatch, caplog):
+    (tmp_path / "triton").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    use_caches(str(tmp_path))
+    assert not caplog.messages and os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+
+
 def test_what_vllm_sets_is_taken_back(tmp_path):
     use_caches(str(tmp_path))
     before = os.environ.pop("TRITON_CACHE_DIR") and dict(os.environ)
