@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, NamedTuple
 
 from pgrpo.planning.flops import ModelDims
@@ -26,23 +27,28 @@ def fewest_recomputed_layers(
 ) -> LayerPlan:
     """Implements ``activation_checkpointing: auto``: the setting with the least recomputation whose memory plan fits.
 
-    Tries ``attention`` in as few layers as possible; then ``full`` in as few as possible; then MLPs in parts, which computes no
-    more; and with them ``offload``, as far as ``host_gib`` of host memory go, which computes no more either, but moves inputs, and
-    pins memory for them in the first update. If nothing fits, the plan with the lowest peak. The first layers recompute more than
-    the last ones: the backward needs the activations of the last layers first, and frees them before all gradients exist.
+    Tries ``attention`` in as few layers as possible; then ``full`` in as few as possible; then MLPs in parts, and with them
+    ``offload`` in as few layers as possible, as far as ``host_gib`` of host memory go. Neither computes more in compiled layers,
+    but ``offload`` moves inputs, and pins memory for them in the first update. Uncompiled layers and layers with a state compute
+    parts once more, so there ``offload`` comes first. MLPs stay whole where parts spare no layer its ``offload``. If nothing fits,
+    the plan with the lowest peak. The first layers recompute more than the last ones: the backward needs the activations of the
+    last layers first, and frees them before all gradients exist.
 
     Args:
         mlp_chunks: the only number of parts that may be tried; None: any.
     """
-    parts = MLP_CHUNKS if mlp_chunks is None and dims.has_mlp else (mlp_chunks or 1,)
-    steps: list[tuple[Recompute, Recompute, int]] = [
-        ("attention", "none", mlp_chunks or 1),
-        ("full", "attention", mlp_chunks or 1),
-        *(("offload", "full", chunks) for chunks in parts),
+    whole = (mlp_chunks or 1,)
+    steps: list[tuple[Recompute, Recompute, tuple[int, ...]]] = [
+        ("attention", "none", whole),
+        ("full", "attention", whole),
     ]
+    if mlp_chunks or not dims.has_mlp or not sizes.get("compiled") or dims.state_elements:
+        steps.append(("offload", "full", whole))
+    if mlp_chunks is None and dims.has_mlp:
+        steps += [("offload", "full", (1, chunks)) for chunks in MLP_CHUNKS]
     tried: list[tuple[float, float, LayerPlan]] = []
-    for more, less, chunks in steps:
-        for count in range(dims.layers + 1):
+    for more, less, fewest_first in steps:
+        for count, chunks in product(range(dims.layers + 1), fewest_first):
             recompute: list[Recompute] = [more if layer < count else less for layer in range(dims.layers)]
             plan = memory_plan(dims, recompute=recompute, mlp_chunks=chunks, **sizes)
             if plan.host > host_gib:

@@ -486,6 +486,23 @@ def test_auto_offloads_and_cuts_mlps_where_that_is_needed() -> None:
     assert without.mlp_chunks == 1
 
 
+def test_auto_cuts_mlps_only_where_that_spares_something() -> None:
+    """Where the log-probs are the peak, parts of MLPs change nothing. Uncompiled layers and layers with a state compute parts a
+    third time (test_long_samples.py), and offload first."""
+    dims = QWEN3_4B
+    short = fewest_recomputed_layers(
+        dims, 68, host_gib=100, token_budget=16_384, compiled=True, dtype_bytes=2, logit_chunk_bytes=2**32
+    )
+    assert {*short.recompute} == {"full", "offload"} and short.mlp_chunks == 1
+    sizes = LONG | {"offload": True}
+    compiled = fewest_recomputed_layers(dims, 75, host_gib=100, **sizes)
+    assert compiled == (["full"] * 36, 4)
+    for uncut, changes in ((dims, {"compiled": False}), (replace(dims, state_elements=1), {})):
+        for host in (100, 0):
+            found = fewest_recomputed_layers(uncut, 75, host_gib=host, **sizes | changes)
+            assert ({*found.recompute}, found.mlp_chunks) == (({"full", "offload"}, 1) if host else ({"full"}, 4))
+
+
 def test_memory_plan_of_lora() -> None:
     """Two bytes a frozen weight in bfloat16; gradients, moments and the head's gradient only of what is trained."""
     dims = QWEN3_4B
