@@ -10,7 +10,7 @@
 Creates a model folder beside the run folder from config.json alone, trains on random prompts, and prints the median time of each
 part of a step, for grouped and repeated prompts in turn. A small step of each runs first, to compile, and is not counted; its
 prompts have ``--warm-up-prompt`` tokens. MFU divides by the rate of a matrix product that is timed behind each step, while vLLM
-sleeps. ``--images`` puts as many square images of noise into each prompt, of ``--image-tokens`` tokens each, in front of its
+does nothing. ``--images`` puts as many square images of noise into each prompt, of ``--image-tokens`` tokens each, in front of its
 ``--prompt`` tokens of text; no image occurs twice. It needs Pillow, and with vLLM torchvision.
 """
 

@@ -59,7 +59,7 @@ def importing_early(codes: Iterable[str]) -> Iterator[None]:
     """Start the processes of these codes before anybody knows which are needed: they import what they need, while the run does so
     too, and wait for ``SecondProcess.begin``. Those that wait are gone at the end of the block, or after ``end_early``."""
     try:
-        with suppress(OSError):  # ``begin`` says what prevents it
+        with suppress(Exception):  # ``begin`` says what prevents it
             for code in codes:
                 _early[code] = _start(code)
         yield

@@ -319,6 +319,19 @@ def test_a_process_that_began_to_import_early_is_the_one_that_works(make, monkey
     assert [process.returncode for process in begun_early] == [-9, -9] and not second._early
 
 
+@pytest.mark.parametrize(
+    ("where", "name", "value"), [(sys, "executable", None), (tempfile, "tempdir", "/no/such/folder")]
+)
+def test_what_prevents_early_imports_does_not_end_the_run(make, monkeypatch, caplog, where, name, value):
+    config = make()
+    hf_config = load_hf_config(config.model)
+    monkeypatch.setattr(where, name, value)
+    with second.importing_early(["pass"]), CompileAhead(config, WORLD) as ahead:
+        ahead.begin(hf_config)
+    (said,) = caplog.messages
+    assert said.startswith("compiling ahead did not begin (") and not second._early
+
+
 def test_what_imports_early_is_likely_to_be_needed(monkeypatch, tmp_path):
     monkeypatch.setattr(early, "GPU", tmp_path)
     codes = early.early_codes(str(tmp_path), 1)
