@@ -45,7 +45,7 @@ def fewest_recomputed_layers(
     if mlp_chunks or not dims.has_mlp or not sizes.get("compiled") or dims.state_elements:
         steps.append(("offload", "full", whole))
     if mlp_chunks is None and dims.has_mlp:
-        steps += [("offload", "full", (1, chunks)) for chunks in MLP_CHUNKS]
+        steps.extend(("offload", "full", (1, chunks)) for chunks in MLP_CHUNKS)
     tried: list[tuple[float, float, LayerPlan]] = []
     for more, less, fewest_first in steps:
         for count, chunks in product(range(dims.layers + 1), fewest_first):
