@@ -13,7 +13,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from pgrpo.admission.compare import tokens_as_samples
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.kernels import flash
-from pgrpo.attention.kernels.segments import Scores
+from pgrpo.attention.kernels.segments import Scores, Segments
 from pgrpo.attention.layout import PackedLayout, unpack_calls
 from pgrpo.config import load_config
 from pgrpo.model.policy import load_hf_config
@@ -92,6 +92,20 @@ def test_a_run_calls_no_kernel_of_flash4_that_was_not_compiled_ahead(tiny_model,
     assert max(segments) > 256 > 40 > min(segments) and len(called) == 4
     short = Forest.of(tokens_as_samples([[n] for n in range(5)], [[[n, 1], [n, 2, 2]] for n in range(5)]))
     assert called | flash4_keys(short) <= ahead
+
+
+@pytest.mark.parametrize(
+    ("major", "told"), [(9, [(256, 300), (700, 256), (256, 256)]), (10, [(5, 300), (700, 9), (5, 9)])]
+)
+def test_flash4_is_told_bounds_of_segments_that_hold(major, told, monkeypatch):
+    """Of a tile and more on Hopper; as they are on Blackwell, where short segments have kernels of their own."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (major, 0))
+    cu = torch.zeros(2, dtype=torch.int32)
+    calls = [
+        flash._flash4_segments(Segments(cu, cu, *longest), torch.device("cuda"))
+        for longest in ((5, 300), (700, 9), (5, 9))
+    ]
+    assert [(call["max_seqlen_q"], call["max_seqlen_k"]) for call in calls] == told
 
 
 def test_what_is_compiled_ahead_is_what_a_run_may_call(tiny_model, monkeypatch):
