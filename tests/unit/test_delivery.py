@@ -1,13 +1,12 @@
 """What a weight push must notice, with an engine of two ranks that fuses, splits and pads."""
 
 import re
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from pgrpo.rollout.vllm.delivery import Delivery, DeliveryError, added_up, bit_sum, sources_of
+from pgrpo.rollout.vllm.delivery import Delivery, DeliveryError, bit_sum, sources_of
 from pgrpo.rollout.vllm.loading import sinks_aside
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
@@ -38,7 +37,7 @@ def engine(given, ranks):
     ]
 
 
-def push(sent, parts, *, names=None, written=None):
+def push(sent, parts, *, names=None, written=None, **more):
     delivery = Delivery(sent.items())
     assert dict(delivery).keys() == sent.keys()
     sums = [torch.stack([bit_sum(p) for p in part.values() if p.numel()]) for part in parts]
@@ -51,6 +50,7 @@ def push(sent, parts, *, names=None, written=None):
         sum_over_ranks=lambda own: (
             torch.stack(sums).sum(0) if torch.equal(own, sums[0]) else pytest.fail("another order")
         ),
+        **more,
     )
 
 
@@ -82,6 +82,47 @@ def test_a_tensor_that_was_not_sent_not_loaded_or_is_not_the_policys_is_named():
     push(sent, [parts[0] | {"a.o_proj.weight": torch.empty(0)}])  # cannot be read back
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_weight_that_the_engine_has_no_place_for_is_named(ranks):
+    """As Qwen3 with attention_bias, whose o_proj has none in vLLM."""
+    sent = weights()
+    parts, bias = engine(sent, ranks), {"a.o_proj.bias": torch.ones(4), "a.q_proj.bias": torch.ones(8)}
+    ignored = r"no place for a\.o_proj\.bias, a\.q_proj\.bias \(2 in all\): .* Set rollout\.engine=embedded, or"
+    for rename in (lambda name: name, lambda name: None if name.endswith("bias") else name):
+        with pytest.raises(DeliveryError, match=ignored):
+            push(sent | bias, parts, names=sent | bias, rename=rename)
+    alias = {"lm_head.weight": sent["embed.weight"]}
+    with pytest.raises(DeliveryError, match=r"no place for lm_head\.weight \(1 in all\)"):
+        push(sent | alias, parts, names=sent | alias)
+
+
+def test_an_engine_may_leave_out_what_no_distribution_depends_on():
+    sent = weights()
+    parts, one = engine(sent, 1), torch.ones(2)
+    others = dict.fromkeys(("mtp.fc.weight", "model.mtp_layers.0.q.weight", "l.rotary_emb.inv_freq"), one)
+    push(sent | others, parts, names=sent | others)
+    tower = {"model.visual.blocks.0.weight": one}
+    with pytest.raises(DeliveryError, match=r"no place for model\.visual\.blocks\.0\.weight \(1 in all\)"):
+        push(sent | tower, parts, names=sent | tower, absent=["vis"])
+    push(sent | tower, parts, names=sent | tower, absent=["visual"], rename=lambda name: name.removeprefix("model."))
+    scalar, written = {"layer.scalar": one[:1]}, {*parts[0], "layer.scalar"}
+    push(sent | scalar, parts, names=sent | scalar, written=written, buffers=["layer.scalar"])
+    for told in ({"written": written}, {"buffers": ["layer.scalar"]}):
+        with pytest.raises(DeliveryError, match=r"no place for layer\.scalar \(1 in all\)"):
+            push(sent | scalar, parts, names=sent | scalar, **told)
+
+
+def test_what_an_engine_ignores_is_not_guessed_where_it_packs_weights_of_other_names():
+    """On a CPU, of a model that fuses under names that it does not tell."""
+    sent, empty = weights(), torch.empty(0)
+    bias = {"a.o_proj.bias": torch.ones(4)}
+    parts = [{name: x for name, x in engine(sent, 1)[0].items() if "qkv" not in name}]
+    push(sent, [parts[0] | {"a.c_attn.weight": empty}])
+    push(sent | bias, [parts[0] | {"a.c_attn.weight": empty}], names=sent | bias)
+    with pytest.raises(DeliveryError, match=r"no place for a\.o_proj\.bias \(1 in all\)"):
+        push(sent | bias, [parts[0] | {"a.qkv_proj.weight": empty}], names=sent | bias)
+
+
 @pytest.mark.parametrize(("up", "gate", "down"), [("up_proj", "gate_proj", "down_proj"), ("w3", "w1", "w2")])
 @pytest.mark.parametrize(
     ("around", "reported"), [("", ""), ("routed_experts.", "routed_experts."), ("routed_experts.", "")]
@@ -105,15 +146,15 @@ def test_every_expert_is_in_the_engines_stacks(up, gate, down, around, reported)
             found[f"l.{layer}.experts.{around}w2_weight"] = torch.stack(own[2::3])
         return found
 
-    def rename(values):
+    def rename(name):
         """As an engine that names fused parameters itself."""
-        return {name.replace(".q.", ".qk.").replace(".k.", ".qk."): value for name, value in values.items()}
+        return name.replace(".q.", ".qk.").replace(".k.", ".qk.")
 
     def check(sent, engine, unwritten=None):
         delivery = Delivery(sent.items())
         assert dict(delivery).keys() == sent.keys()
         written = {name.replace(around, reported) if around else name for name in engine if name != unwritten}
-        delivery.check(set(names) | sent.keys(), written, engine, {}, rename=partial(added_up, rename))
+        delivery.check(set(names) | sent.keys(), written, engine, {}, rename=rename)
 
     check(sent, stacks(sent))
     for name in stacks(sent):
@@ -136,8 +177,8 @@ def test_sinks_of_gpt_oss_go_to_the_ranks_of_their_heads_and_biases_of_experts_t
         for name, shape in {"l.sinks": (4,), "l.experts.down_proj_bias": (3, 2), "l.norm": (2,)}.items()
     }
 
-    def rename(values):
-        return {n.replace("down_proj", "w2").replace("l.sinks", "l.attn.sinks"): value for n, value in values.items()}
+    def rename(name):
+        return name.replace("down_proj", "w2").replace("l.sinks", "l.attn.sinks")
 
     class Engine(torch.nn.Module):
         """One rank's, with sinks of its heads, and vLLM's way with the bias."""
@@ -156,7 +197,7 @@ def test_sinks_of_gpt_oss_go_to_the_ranks_of_their_heads_and_biases_of_experts_t
             for name, value in weights:
                 if "bias" in name and self.rank:
                     value.zero_()
-                self.get_parameter(*rename({name: value})).data.copy_(value)
+                self.get_parameter(rename(name)).data.copy_(value)
 
     engines, deliveries = [Engine(rank) for rank in range(ranks)], [Delivery(sent.items()) for _ in range(ranks)]
     before = {name: value.clone() for name, value in sent.items()}

@@ -36,6 +36,7 @@ MODELS = {
             "original_max_position_embeddings": 64,
         },
     },
+    "qwen3": {"attention_bias": True, "tie_word_embeddings": False},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "tie_word_embeddings": False},
     "qwen3_5_text": {
         "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 64, "linear_value_head_dim": 64,
@@ -134,6 +135,18 @@ def test_what_a_reload_does_not_record_is_noticed(started, monkeypatch):
         pass
     monkeypatch.setattr(loading, "COPIED", {"GptOssForCausalLM": ("w13_weight", "w13_bias", "w2_weight")})
     with pytest.raises(DeliveryError, match=r"checksums of \S+experts\.w2_bias"), engine.awake(0):
+        pass
+
+
+@ON_A_CPU
+@pytest.mark.parametrize("started", ["qwen3"], indirect=True)
+def test_a_weight_that_vllm_ignores_is_refused_by_name(started):
+    """vLLM's Qwen3 has the biases of q, k and v, and none of the output projection."""
+    engine, policy = started
+    perturb(policy, 0.1)
+    ignored = ", ".join(rf"model\.layers\.{layer}\.self_attn\.o_proj\.bias" for layer in range(2))
+    expected = rf"^weight push: vLLM's model has no place for {ignored} \(2 in all\): it would sample"
+    with pytest.raises(DeliveryError, match=expected), engine.awake(0):
         pass
 
 

@@ -13,8 +13,13 @@ EXPERT = re.compile(
 )
 
 
+NOT_SAMPLED_WITH = re.compile(r"(.*\.)?mtp[._].*|.*(inv_freq|cos_cached|sin_cached)")
+"""Names that a policy's own code may have and engines rightly leave out: heads of multi-token prediction, and tables of rotary
+embeddings, which they compute from the config."""
+
+
 class DeliveryError(RuntimeError):
-    """After a push the engine does not have all of the policy's weights."""
+    """After a push the engine does not have all of the policy's weights, or has no place for some."""
 
 
 class Delivery:
@@ -37,52 +42,76 @@ class Delivery:
         parameters: Mapping[str, Tensor],
         fused: Mapping[str, Sequence[str]],
         *,
-        rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+        buffers: Iterable[str] = (),
+        absent: Iterable[str] = (),
+        rename: Callable[[str], str | None] = lambda name: name,
         ranks: int = 1,
         sum_over_ranks: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
         """A collective call of the ranks that share an engine.
 
+        A weight that was sent must be a source of a parameter, or have the name of a buffer that was written: what an engine has no
+        place for it may leave out without a word, and compute something else. Which weights those are cannot be told where an empty
+        parameter is made of others than its name and ``fused`` say; then the checksums of the others are all that is checked.
+
         Args:
             names: all names that must be sent.
-            written: names of the engine's parameters that it reports as written, or those that ``in_checkpoint`` gives them.
+            written: names of the engine's parameters and buffers that it reports as written, or those that ``in_checkpoint`` gives
+                them.
             parameters: the engine's parameters on this rank. Empty ones cannot be read back and are not compared.
             fused: fused parameter -> its sources, as ``qkv_proj`` -> ``[q_proj, k_proj, v_proj]``.
-            rename: gives keys the names that the engine has for them, before it fuses (``model.embedding`` of gpt-oss), and adds
-                up those of one name.
+            buffers: names of the engine's buffers. They are not compared: they may be of less precision than what was sent.
+            absent: names of the engine's modules that it did not build, as the tower of a model that it is given no images for.
+            rename: gives the name that the engine has for a weight, before it fuses (``model.embedding`` of gpt-oss); the same for
+                several that it fuses itself; None for one that it leaves out.
             ranks: number of ranks that share the engine. Each has a part of a parameter, or all of it.
             sum_over_ranks: sums an int64 tensor over these ranks.
 
         Raises:
-            DeliveryError: a name was not sent, is unknown or was not written, or a checksum differs.
+            DeliveryError: a name was not sent, is unknown, was not written or has no place, or a checksum differs.
         """
         if differing := sorted(names ^ self.sent.keys()):
             raise DeliveryError(f"weight push: {_some(differing)} were not sent, or are not the policy's")
         if missing := sorted(name for name in parameters if not written & {name, in_checkpoint(name)}):
             raise DeliveryError(f"weight push: the engine did not load {_some(missing)}")
-        sent = rename(self.sent)
-        sizes = rename({name: torch.tensor(size) for name, size in self.sizes.items()})
-        experts, place = sources_of_experts(sent), {name: i for i, name in enumerate(sent)}
+        sent: dict[str | None, list[str]] = {}  # name that the engine has for them -> weights
+        for name in self.sent:
+            sent.setdefault(rename(name), []).append(name)
+        experts, place = (
+            sources_of_experts(name for name in sent if name),
+            {name: i for i, name in enumerate(self.sent)},
+        )
+        placed = {weight for name in written.intersection(buffers) for weight in sent.get(name, ())}
         compared: list[str] = []
         found: list[Tensor] = []
         terms: list[tuple[int, int, int]] = []  # of the sums that are wanted: compared, sent, copies
+        all_are_known = True
         for name, parameter in parameters.items():
-            if not parameter.numel():
-                continue
             of_experts = in_checkpoint(name)
             sources = [of_experts] if of_experts in sent else experts.get(of_experts) or sources_of(name, fused)
-            if any(source not in sent for source in sources):
+            is_known, is_compared = all(source in sent for source in sources), parameter.numel() > 0
+            if is_compared and not is_known:
                 raise DeliveryError(
                     f"weight push: the engine's {name} is made of {sources}, which the policy does not have"
                 )
+            all_are_known &= is_known
+            weights = [weight for source in sources for weight in sent.get(source, ())]
+            placed.update(weights)
+            if not is_compared:
+                continue
             # A parameter that is whole on each rank is counted once a rank. Zero padding (of a vocabulary) adds nothing, and biases
             # of experts' down projections are zero on all ranks but the first.
-            is_whole = parameter.numel() >= sum(int(sizes[source]) for source in sources)
+            is_whole = parameter.numel() >= sum(self.sizes[weight] for weight in weights)
             copies = ranks if is_whole and not name.endswith("experts.w2_bias") else 1
-            terms += [(len(compared), place[source], copies) for source in sources]
+            terms += [(len(compared), place[weight], copies) for weight in weights]
             compared.append(name)
             found.append(bit_sum(parameter))
-        sums, own = torch.stack([*sent.values()]), torch.stack(found)
+        if all_are_known and (ignored := _without_a_place(sent, placed, absent)):
+            raise DeliveryError(
+                f"weight push: vLLM's model has no place for {_some(ignored)}: it would sample from other distributions than the "
+                "policy's. Set rollout.engine=embedded, or train a model whose config.json asks for no such weights"
+            )
+        sums, own = torch.stack([*self.sent.values()]), torch.stack(found)
         rows, columns, copies = torch.tensor(terms, device=own.device).unbind(1)  # one tensor: each copy to a GPU waits
         wanted = torch.zeros_like(own).index_add_(0, rows, copies * sums[columns])
         unequal = (sum_over_ranks(own) != wanted).tolist()
@@ -124,13 +153,15 @@ def sources_of_experts(names: Iterable[str]) -> dict[str, list[str]]:
     return found
 
 
-def added_up(rename: Callable[[dict[str, Tensor]], dict[str, Tensor]], values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``values`` under their new names; those that get the same name (parts of a fused parameter) are added up."""
-    found: dict[str, Tensor] = {}
-    for name, value in values.items():
-        for new, renamed in rename({name: value}).items():
-            found[new] = found[new] + renamed if new in found else renamed
-    return found
+def _without_a_place(sent: Mapping[str | None, list[str]], placed: set[str], absent: Iterable[str]) -> list[str]:
+    """Weights that are not ``placed``, but for those that no distribution depends on. See ``Delivery.check``."""
+    left_out = tuple(f"{module}." for module in absent)
+    return sorted(
+        weight
+        for name, weights in sent.items()
+        for weight in weights
+        if weight not in placed and not NOT_SAMPLED_WITH.fullmatch(weight) and not (name or weight).startswith(left_out)
+    )
 
 
 def _some(names: Sequence[str]) -> str:

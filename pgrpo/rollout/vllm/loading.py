@@ -3,7 +3,10 @@
 This file depends on these internals of vLLM:
 - The worker's ``reload_weights`` calls the model's ``load_weights`` once, with Hugging Face names. ``load_weights`` returns the
   names of the model's own parameters that it wrote; vLLM only warns about the others. ``packed_modules_mapping`` lists fused ones,
-  and ``hf_to_vllm_mapper``, where a model has it, renames Hugging Face names to its own.
+  and ``hf_to_vllm_mapper``, where a model has it, renames Hugging Face names to its own, or drops them (None).
+- ``load_weights`` says nothing of weights that it has no place for, if their names end in ``.bias`` (0.26, 0.32), and models skip
+  more (``skip_prefixes`` of 0.26, or their own loops over names). A module that was not built is a ``StageMissingLayer``: the
+  tower of a model that gets no images.
 - The model runners compute logits with the model's ``compute_logits``, outside CUDA graphs, for sampling and for prompt log-probs.
 - ``reload_weights`` puts the parameters on the meta device, calls ``load_weights`` with loaders (``weight_loader``) that record
   what they get, and loads a layer once it is complete (``reload.layerwise``, 0.26 to 0.32). What ``load_weights`` copies into a
@@ -26,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from pgrpo.model.head import NEVER
-from pgrpo.rollout.vllm.delivery import Delivery, added_up
+from pgrpo.rollout.vllm.delivery import Delivery
 from pgrpo.rollout.vllm.requests import EngineError
 from pgrpo.rollout.vllm.start import recording_loader
 
@@ -88,7 +91,9 @@ def load(
     load_weights, delivery = model.load_weights, Delivery(weights)
     sending = iter(delivery)
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    rename = dict if mapper is None else partial(added_up, mapper.apply_dict)
+
+    def rename(name: str) -> str | None:
+        return name if mapper is None else next(iter(mapper.apply_dict({name: None})), None)
 
     def load_and_note(weights: Iterator[tuple[str, Tensor]]) -> set[str]:
         if copied := COPIED.get(type(model).__name__):
@@ -114,6 +119,8 @@ def load(
         written,
         dict(model.named_parameters()),
         getattr(model, "packed_modules_mapping", {}),
+        buffers=[name for name, _ in model.named_buffers()],
+        absent=[name for name, module in model.named_modules() if type(module).__name__ == "StageMissingLayer"],
         rename=rename,
         ranks=ranks,
         sum_over_ranks=sum_over_ranks,
@@ -140,7 +147,7 @@ def _record_copies(model: nn.Module, names: Sequence[str]) -> None:
 def sinks_aside(
     model: nn.Module,
     weights: Iterator[tuple[str, Tensor]],
-    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    rename: Callable[[str], str | None],
     rank: int,
     written: set[str],
 ) -> Iterator[tuple[str, Tensor]]:
@@ -151,7 +158,7 @@ def sinks_aside(
     parameters: dict[str, Any] = dict(model.named_parameters())
     for name, tensor in weights:
         if name.endswith(".sinks"):
-            ((own, _),) = rename({name: tensor}).items()
+            own = rename(name) or name
             heads = parameters[own].numel()
             parameters[own].weight_loader(parameters[own], tensor.narrow(0, rank * heads, heads))
             written.add(own)

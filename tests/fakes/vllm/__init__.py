@@ -65,6 +65,12 @@ class Model:
     def modules(self):
         return self.hf.modules()
 
+    def named_modules(self):
+        return self.hf.named_modules()
+
+    def named_buffers(self):
+        return self.hf.named_buffers()
+
     def named_parameters(self):
         for name, parameter in self.hf.named_parameters():
             yield name, parameter.detach()[:0] if _kind == "stale" and name != READABLE else parameter.detach()
