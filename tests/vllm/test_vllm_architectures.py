@@ -7,6 +7,7 @@ import torch
 import transformers
 from making import generate
 from test_vllm_engine import EOS, LETTERS, logprobs, make_tokenizer, perturb, prompts, seeds, tolerance
+from test_vllm_images import make_model
 
 from pgrpo.admission.models import check_model
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
@@ -17,7 +18,9 @@ from pgrpo.rollout.vllm import loading
 from pgrpo.rollout.vllm.delivery import DeliveryError
 from pgrpo.rollout.vllm.engine import VLLMEngine
 from pgrpo.rollout.vllm.start import package, release
-from pgrpo.types import SamplingParams
+from pgrpo.training.vision import engine_images
+from pgrpo.types import Prompt, SamplingParams
+from pgrpo.vision.families import never_sampled
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 SIZES = {
@@ -148,6 +151,34 @@ def test_a_weight_that_vllm_ignores_is_refused_by_name(started):
     expected = rf"^weight push: vLLM's model has no place for {ignored} \(2 in all\): it would sample"
     with pytest.raises(DeliveryError, match=expected), engine.awake(0):
         pass
+
+
+@ON_A_CPU
+def test_a_tower_that_vllm_did_not_build_is_no_loss_to_a_run_without_images(tmp_path):
+    hf_config = make_model("qwen3_vl", tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    config = Config(
+        model=ModelConfig(path=str(tmp_path), dtype="float32"),
+        data=DataConfig(max_prompt_tokens=32),
+        rollout=RolloutConfig(max_completion_tokens=16, enforce_eager=True, max_concurrent=32),
+    )
+    policy = Policy(load_model(config.model))
+    names, banned = weight_names(policy.model), never_sampled(hf_config)
+    with start() as world:
+        engine = VLLMEngine(
+            config, world, tokenizer, [hf_config.get_text_config().eos_token_id],
+            partial(full_weights, policy.model, torch.float32), names, memory_share=0.2,
+            images=engine_images(hf_config, None, []), banned=banned,
+        )  # fmt: skip
+        try:
+            assert any("visual" in name for name in names) and not list(engine._model().visual.children())
+            with engine.awake(0):
+                groups = generate(engine, [Prompt(0, "", [5, 6, 7])], SamplingParams(16), seeds(1, 8))
+        finally:
+            engine.close()
+    samples = [sample for group in groups for sample in group.samples]
+    reported = [x for sample in samples for x in sample.rollout_logprobs]
+    assert reported == pytest.approx(logprobs(policy, samples), abs=tolerance(policy))
 
 
 @ON_A_CPU
