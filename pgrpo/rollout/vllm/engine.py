@@ -61,7 +61,7 @@ class VLLMEngine:
             A collective call.
         weight_names: all names that ``weights`` must yield.
         memory_share: fraction of the GPU's memory for weights, keys and values (vLLM's ``gpu_memory_utilization``).
-        sleeps: free that memory outside of ``awake``; a CPU's engine keeps it. None: on a GPU.
+        sleeps: free that memory outside of ``awake``; a CPU's engine keeps it.
         offload: tensors whose GPU memory vLLM may use from a push to the end of the rollout.
         images: of a model with a vision tower.
         banned: ids that are never sampled and have no probability, as in the trainer.
@@ -81,7 +81,7 @@ class VLLMEngine:
         weight_names: set[str],
         *,
         memory_share: float,
-        sleeps: bool | None = None,
+        sleeps: bool = True,
         offload: Offload | None = None,
         images: EngineImages | None = None,
         banned: Sequence[int] = (),
@@ -90,7 +90,7 @@ class VLLMEngine:
         self.weights, self.weight_names = weights, weight_names
         self.seconds, self.compares_experts = config.rollout.vllm_deadline_s, config.rollout.compare_experts
         self.on_gpu = world.device.type == "cuda"
-        self.sleeps = self.on_gpu and sleeps is not False
+        self.sleeps = self.on_gpu and sleeps
         self.max_model_len = config.max_sample_tokens
         self.is_awake = False
         self.asleep = set(TAGS)
