@@ -1,12 +1,21 @@
 """Episodes and groups for tests; what a test does not name is filled in."""
 
+from dataclasses import make_dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.layout import PackedLayout
+from pgrpo.config import Config
+from pgrpo.distributed.world import World
 from pgrpo.environments.episodes import SingleTurn
+from pgrpo.rollout.vllm import start
+from pgrpo.rollout.vllm.requests import EngineError
 from pgrpo.types import Episode, FinishReason, Group, Prompt, Sample
 
 
@@ -96,3 +105,19 @@ def save_caller(folder, hidden_size=64, head_dim=16, kv_heads=1):
         for word, following in zip(["<|im_start|>", *CALL], CALL, strict=False):
             model.lm_head.weight[vocabulary[following]] += shown[vocabulary[word]]
     model.save_pretrained(folder)
+
+
+def asked_of_vllm(monkeypatch: pytest.MonkeyPatch, config: Config, *, sleeps: bool = False) -> dict[str, Any]:
+    """The options with which this config starts vLLM, of which nothing is needed and nothing starts."""
+    asked: dict[str, Any] = {}
+
+    def llm(**options: Any) -> None:
+        asked.update(options)
+        raise RuntimeError("enough")
+
+    vllm = SimpleNamespace(LLM=llm, EngineArgs=make_dataclass("EngineArgs", []), __version__="0.32.0")
+    monkeypatch.setattr(start, "_inspect_model_here", lambda: None)
+    monkeypatch.setattr(start, "package", lambda: vllm)
+    with pytest.raises(EngineError, match="enough"):
+        start.start(config, World(0, 1, torch.device("cpu")), 0.5, sleeps=sleeps)
+    return asked

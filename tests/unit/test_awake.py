@@ -1,13 +1,14 @@
 """Where vLLM keeps its memory during updates (``rollout.sleep``), and what an engine that does not sleep does otherwise."""
 
 import json
-from dataclasses import make_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from making import asked_of_vllm
 
 from pgrpo.config import Config, ConfigError, ModelConfig, RolloutConfig, load_config
 from pgrpo.distributed.world import World
@@ -17,7 +18,7 @@ from pgrpo.placement.layers import keepable_tokens, layer_plan, update_gib
 from pgrpo.placement.sizes import SLEEPING_VLLM_GIB, USABLE_SHARE, plan_sizes
 from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.planning.memory import memory_plan
-from pgrpo.rollout.vllm import engine, loading, start
+from pgrpo.rollout.vllm import engine, loading
 from pgrpo.rollout.vllm.delivery import DeliveryError
 from pgrpo.rollout.vllm.offload import Offload
 from pgrpo.rollout.vllm.requests import EngineError
@@ -178,21 +179,8 @@ def test_the_log_says_whether_vllm_sleeps_and_why():
 
 @pytest.mark.parametrize("sleeps", [True, False])
 def test_an_engine_that_does_not_sleep_is_started_without_sleep_mode(sleeps, monkeypatch):
-    asked = {}
-
-    def llm(**options):
-        asked.update(options)
-        raise RuntimeError("enough")
-
-    monkeypatch.setattr(start, "_inspect_model_here", lambda: None)
-    monkeypatch.setattr(
-        start,
-        "package",
-        lambda: SimpleNamespace(LLM=llm, EngineArgs=make_dataclass("EngineArgs", []), __version__="0.32.0"),
-    )
     settings = Config(model=ModelConfig(path="m"), rollout=RolloutConfig(engine="vllm"))
-    with pytest.raises(EngineError, match="enough"):
-        start.start(settings, World(0, 1, CPU), 0.5, sleeps=sleeps)
+    asked = asked_of_vllm(monkeypatch, settings, sleeps=sleeps)
     assert asked["enable_sleep_mode"] is sleeps
 
 

@@ -2,7 +2,6 @@
 
 import sys
 from contextlib import contextmanager
-from dataclasses import make_dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from making import asked_of_vllm
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -182,21 +182,8 @@ def test_the_engine_gives_the_choices_of_the_rows_that_predict_completions(relea
 
 @pytest.mark.parametrize("compares", [True, False])
 def test_vllm_is_asked_for_its_choices_only_if_they_are_compared(compares, monkeypatch):
-    asked = {}
-
-    def llm(**options):
-        asked.update(options)
-        raise RuntimeError("enough")
-
-    monkeypatch.setattr(start, "_inspect_model_here", lambda: None)
-    monkeypatch.setattr(
-        start,
-        "package",
-        lambda: SimpleNamespace(LLM=llm, EngineArgs=make_dataclass("EngineArgs", []), __version__="0.32.0"),
-    )
     config = Config(model=ModelConfig(path="m"), rollout=RolloutConfig(engine="vllm", compare_experts=compares))
-    with pytest.raises(EngineError, match="enough"):
-        start.start(config, WORLD, 0.5)
+    asked = asked_of_vllm(monkeypatch, config)
     assert asked.get("enable_return_routed_experts", False) is compares
 
 

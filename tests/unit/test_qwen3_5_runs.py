@@ -11,14 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from seeing import VISION, qwen3_5_config
-from test_vision_runs import ROOT, ROWS, config_of, metrics_of, weights_of
+from test_vision_runs import ROOT, ROWS, check_two_ranks_train_as_one, config_of, metrics_of, weights_of
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, Qwen3_5ForConditionalGeneration
 
 import pgrpo
 from pgrpo.commands.check import check
 from pgrpo.commands.export import export
 from pgrpo.commands.plan import plan_text
-from pgrpo.config import ConfigError, ModelConfig, to_yaml
+from pgrpo.config import ConfigError, ModelConfig
 from pgrpo.distributed.world import World
 from pgrpo.model.policy import load_model
 from pgrpo.model.weights import full_weights, weight_names
@@ -83,15 +83,8 @@ def test_two_ranks_train_as_one(folder, published, tmp_path, warm):
         SEES, f"data.path={folder / 'own.py'}:mixed", "data.shuffle=false", "rollout.prompts_per_step=2", "optim.lr=1e-3",
         "model.train_vision=true", "loss.scale_advantages=none", "optim.eps=1e-3",
     )  # fmt: skip
-    alone = pgrpo.train(config_of(folder, tmp_path / "alone", *keys))
-    file = tmp_path / "two.yaml"
-    file.write_text(to_yaml(config_of(folder, tmp_path / "two", *keys)))
-    for rank in warm.run_on_ranks(["-m", "pgrpo", "train", "--config", file], 2):
-        assert rank.returncode == 0, rank.stderr
-    wanted, got = weights_of(alone), weights_of(tmp_path / "two")
-    assert wanted.keys() == got.keys()
-    for name, weight in wanted.items():
-        torch.testing.assert_close(got[name], weight, rtol=0, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+    one, two = (config_of(folder, tmp_path / name, *keys) for name in ("alone", "two"))
+    wanted = check_two_ranks_train_as_one(one, two, warm)
     assert any("visual" in name for name in wanted if not torch.equal(wanted[name], published[name]))
 
 

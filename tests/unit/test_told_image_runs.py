@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from seeing import VISION, picture, seeing_config, seeing_reader, seeing_tokenizer
-from test_vision_runs import metrics_of, weights_of
+from test_vision_runs import check_two_ranks_train_as_one, metrics_of, weights_of
 from transformers import AutoModelForImageTextToText
 
 import pgrpo
 from pgrpo.commands.check import check
-from pgrpo.config import Config, ConfigError, load_config, to_yaml
+from pgrpo.config import Config, ConfigError, load_config
 from pgrpo.model.policy import Policy, load_model
 from pgrpo.rollout.embedded.engine import EmbeddedEngine
 from pgrpo.types import Completion, Image, Request, SamplingParams
@@ -96,14 +96,8 @@ def test_a_resumed_run_with_told_images_is_bit_equal(folder, tmp_path):
 def test_told_images_travel_between_ranks(folder, tmp_path, warm):
     """A sample may be trained on by the rank that did not play its episode; that has its images."""
     keys = ("train.steps=1", "rollout.prompts_per_step=4", "model.train_vision=true", "train.token_budget=300")
-    alone = pgrpo.train(config_of(folder, tmp_path / "alone", *keys))
-    file = tmp_path / "two.yaml"
-    file.write_text(to_yaml(config_of(folder, tmp_path / "two", *keys)))
-    for rank in warm.run_on_ranks(["-m", "pgrpo", "train", "--config", file], 2):
-        assert rank.returncode == 0, rank.stderr
-    wanted, got = weights_of(alone), weights_of(tmp_path / "two")
-    for name, weight in wanted.items():
-        torch.testing.assert_close(got[name], weight, rtol=0, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+    one, two = (config_of(folder, tmp_path / name, *keys) for name in ("alone", "two"))
+    wanted = check_two_ranks_train_as_one(one, two, warm)
     start = dict(AutoModelForImageTextToText.from_pretrained(folder / "model").named_parameters())
     assert any("visual" in name and not torch.equal(wanted[name], start[name]) for name in wanted)
 

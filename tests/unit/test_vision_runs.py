@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image as pillow
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from warm import Warm
 
 import pgrpo
 from pgrpo import checkpoint
@@ -20,7 +21,7 @@ from pgrpo.commands.check import check
 from pgrpo.commands.export import export
 from pgrpo.commands.plan import plan_text
 from pgrpo.commands.plot import plot
-from pgrpo.config import ConfigError, load_config, to_yaml
+from pgrpo.config import Config, ConfigError, load_config, to_yaml
 from pgrpo.data import load_prompts
 from pgrpo.distributed.world import World
 from pgrpo.model.families.vision import Vision
@@ -199,6 +200,20 @@ def test_a_run_with_images_resumes_to_the_bit(folder, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def check_two_ranks_train_as_one(one: Config, two: Config, warm: Warm) -> dict[str, torch.Tensor]:
+    """Train with both configs, with the second one on two ranks: all weights are equal. Returns them."""
+    alone = pgrpo.train(one)
+    file = Path(f"{two.run_dir}.yaml")
+    file.write_text(to_yaml(two))
+    for rank in warm.run_on_ranks(["-m", "pgrpo", "train", "--config", file], 2):
+        assert rank.returncode == 0, rank.stderr
+    wanted, got = weights_of(alone), weights_of(Path(two.run_dir))
+    assert wanted.keys() == got.keys()
+    for name, weight in wanted.items():
+        torch.testing.assert_close(got[name], weight, rtol=0, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+    return wanted
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_rank_without_images_keeps_in_step(folder, tmp_path, warm, size):
     """Two ranks, of which one has prompts of text only, or the last rows of all: the same weights as one rank, with a tower that is
@@ -207,16 +222,9 @@ def test_a_rank_without_images_keeps_in_step(folder, tmp_path, warm, size):
         f"data.path={folder / 'own.py'}:mixed", "data.shuffle=false", "rollout.prompts_per_step=2", "optim.lr=1e-3",
         "model.train_vision=true", "model.train_projector=true", "loss.scale_advantages=none", "optim.eps=1e-3",
     )  # fmt: skip
-    alone = pgrpo.train(config_of(folder, tmp_path / "alone", *keys))
-    file = tmp_path / "two.yaml"
-    file.write_text(to_yaml(config_of(folder, tmp_path / "two", *keys, f"model.sequence_parallel_size={size}")))
-    for rank in warm.run_on_ranks(["-m", "pgrpo", "train", "--config", file], 2):
-        assert rank.returncode == 0, rank.stderr
-    wanted, got = weights_of(alone), weights_of(tmp_path / "two")
-    assert wanted.keys() == got.keys()
+    two = config_of(folder, tmp_path / "two", *keys, f"model.sequence_parallel_size={size}")
+    wanted = check_two_ranks_train_as_one(config_of(folder, tmp_path / "alone", *keys), two, warm)
     start = dict(loaded(folder / "model"))
-    for name, weight in wanted.items():
-        torch.testing.assert_close(got[name], weight, rtol=0, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
     moved = {name for name in wanted if not torch.equal(wanted[name], start[name])}
     assert any("visual" in name for name in moved)
 
