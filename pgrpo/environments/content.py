@@ -18,9 +18,8 @@ from pgrpo.vision.parts import Content
 
 NAMES = ("image", "base64", "data", "bytes", "image_url", "url", "path")
 """Under which a block may have its image."""
-_decoding = (
-    Lock()
-)  # episodes may be given one image, and Pillow reads its file at the first use, in no safe way for threads
+_decoding = Lock()
+"""Episodes may be given one image, and Pillow reads its file at the first use, in no safe way for threads."""
 
 
 def content_of(result: Any, limits: ImageConfig | None = None) -> Content:

@@ -11,8 +11,6 @@ from torch import Tensor
 EXPERT = re.compile(
     r"(?P<layer>.+\.experts\.)\d+\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.(?P<kind>weight|bias)"
 )
-
-
 NOT_SAMPLED_WITH = re.compile(r"(.*\.)?mtp[._].*|.*(inv_freq|cos_cached|sin_cached)")
 """Names that a policy's own code may have and engines rightly leave out: heads of multi-token prediction, and tables of rotary
 embeddings, which they compute from the config."""
@@ -77,10 +75,8 @@ class Delivery:
         sent: dict[str | None, list[str]] = {}  # name that the engine has for them -> weights
         for name in self.sent:
             sent.setdefault(rename(name), []).append(name)
-        experts, place = (
-            sources_of_experts(name for name in sent if name),
-            {name: i for i, name in enumerate(self.sent)},
-        )
+        experts = sources_of_experts(name for name in sent if name)
+        place = {name: i for i, name in enumerate(self.sent)}
         placed = {weight for name in written.intersection(buffers) for weight in sent.get(name, ())}
         compared: list[str] = []
         found: list[Tensor] = []
