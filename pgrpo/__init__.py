@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from pgrpo.config import PYTHON, Config, ConfigError, load_config, redact_error, with_rewards
-from pgrpo.early import check_early, check_start, early_codes
+from pgrpo.early import check_checkpoint, check_early, check_start, early_codes
 from pgrpo.process.second import importing_early
 from pgrpo.training.caller import Callback, Given, Run, check_callbacks
 
@@ -67,7 +67,7 @@ def train(
         callbacks: see ``Callback``.
         tools: functions that the model may call, each with type hints and a docstring, beside those of the config.
         environment: a class of environments, or a mapping of names to classes; instead of ``environment.factory``.
-        resume: a checkpoint folder, ``auto`` (the newest of this run), or ``best``.
+        resume: ``auto`` (the newest checkpoint of this run), ``best``, a checkpoint's folder, or a run's (its newest).
         overwrite: remove what an earlier run wrote into the run folder.
 
     Raises:
@@ -108,7 +108,7 @@ def evaluate(
 
     Args:
         config: as of ``train``; a run's own is its folder's ``config.yaml``.
-        checkpoint: a folder, ``auto`` (the newest of the run), or ``best``. None: the model itself.
+        checkpoint: as ``resume`` of ``train``. None: the model itself.
         rewards: as of ``train``.
         dataset: held-out rows, instead of ``data.eval_path``.
         tools, environment: as of ``train``.
@@ -120,6 +120,7 @@ def evaluate(
     dataset = dataset if dataset is None else list(dataset)  # it is read twice
     config, functions = _with_python(config, overrides, rewards, dataset, dataset, tools, environment, trains=False)
     check_early(config, data_from_python=dataset is not None)
+    check_checkpoint(config, "--checkpoint", checkpoint)
     from pgrpo.commands.evaluate import evaluate as run
 
     given = Given(functions, dataset, dataset, tools=tools, environment=environment)

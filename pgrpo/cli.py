@@ -20,7 +20,7 @@ import typer
 
 import pgrpo
 from pgrpo.config import Config, ConfigError, load_config, redact
-from pgrpo.early import check_early
+from pgrpo.early import check_checkpoint, check_early
 from pgrpo.tracking import Terminal
 
 app = typer.Typer(
@@ -40,8 +40,8 @@ RunOption = Annotated[Path | None, typer.Option(help="Run folder: its config.yam
 CheckpointOption = Annotated[
     str | None,
     typer.Option(
-        help="`auto` (the newest checkpoint of run_dir), `best` (kept by checkpoint.keep_best), or a folder. Default: the model "
-        "itself, with --run `auto`."
+        help="`auto` (the newest checkpoint of run_dir), `best` (kept by checkpoint.keep_best), or the folder of a checkpoint, or "
+        "of a run (its newest). Default: the model itself, with --run `auto`."
     ),
 ]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys that replace the file's.")]
@@ -94,7 +94,7 @@ def train(
         str | None,
         typer.Option(
             help="`auto` (the newest checkpoint of run_dir, if there is one), `best` (kept by "
-            "checkpoint.keep_best), or a folder."
+            "checkpoint.keep_best), or the folder of a checkpoint, or of a run (its newest)."
         ),
     ] = None,
     overwrite: Annotated[
@@ -136,6 +136,7 @@ def evaluate(
 ) -> None:
     """Pass@1, pass@k and mean rewards on the held-out split, sampled and greedy, with confidence intervals."""
     check_early(resolved := _load_one(overrides, config=config, run=run))
+    check_checkpoint(resolved, "--checkpoint", checkpoint)
     from pgrpo.commands.evaluate import evaluate
 
     evaluate(resolved, checkpoint or ("auto" if run else None), out)
@@ -162,6 +163,7 @@ def generate(
 ) -> None:
     """Print what a model writes: in a chat, or for the prompts of a file, with rewards beside the texts."""
     check_early(resolved := _load_one(overrides, config=config, run=run, model=model), data_from_python=True)
+    check_checkpoint(resolved, "--checkpoint", checkpoint)
     if prompts is not None and not prompts.is_file():
         raise ConfigError(f"--prompts {prompts}: there is no such file")
     if prompts is None and (out or samples > 1):

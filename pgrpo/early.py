@@ -33,18 +33,35 @@ def check_early(config: Config, *, data_from_python: bool = False) -> None:
 
 
 def check_start(config: Config, resume: str | Path | None) -> None:
-    """Raise ConfigError if the prompts do not divide over the ranks, or the checkpoint to resume from does not exist."""
+    """Raise ConfigError if the prompts do not divide over the ranks, or there is no checkpoint to resume from."""
     check_world_size(config, int(os.environ.get("WORLD_SIZE", "1")))
+    check_checkpoint(config, "--resume", resume)
+
+
+def check_checkpoint(config: Config, option: str, name: str | Path | None) -> None:
+    """Raise ConfigError if ``option`` (--resume or --checkpoint) names no checkpoint. A name is ``auto``, which is left to whoever
+    looks for it, ``best``, a checkpoint's folder, or the folder of a run or of its checkpoints. Damaged files are not noticed."""
     own = Path(config.run_dir).expanduser() / "checkpoints"
-    if resume == "best":
-        _check_best(own)
-    elif resume not in (None, "auto") and not Path(resume).is_dir():
-        folders = [folder for folder in (own, Path(resume).parent) if _steps(folder)]
-        steps = "; ".join(f"{folder} has {', '.join(_steps(folder))}" for folder in dict.fromkeys(folders))
-        raise ConfigError(
-            f"--resume {resume}: no checkpoint there; {steps or f'nor is there one in {own}'}; give the path of a step_N, auto "
-            "or best"
-        )
+    if name == "best":
+        _check_best(own, option)
+    if name in (None, "auto", "best"):
+        return
+    given = Path(name).expanduser()
+    if (given / "manifest.json").is_file() or _steps(given) or _steps(given / "checkpoints"):
+        return
+    folders = [folder for folder in (own, given.parent) if _steps(folder)]
+    steps = "; ".join(f"{folder} has {', '.join(_steps(folder))}" for folder in dict.fromkeys(folders))
+    what = "there is no such folder"
+    if given.is_file():
+        what = "a file, and a checkpoint is a folder"
+    elif (given / "config.json").is_file():
+        what = f"a model, which model.path={name} loads, and no checkpoint of a run"
+    elif given.is_dir():
+        what = "no checkpoint in that folder"
+    raise ConfigError(
+        f"{option} {name}: {what}; {steps or f'there is none in {own} either'}; give the folder of a step_N or of a run, auto "
+        "or best"
+    )
 
 
 def early_codes(cache_dir: str | None, world_size: int) -> tuple[str, ...]:
@@ -57,14 +74,14 @@ def early_codes(cache_dir: str | None, world_size: int) -> tuple[str, ...]:
 
 def _steps(folder: Path) -> list[str]:
     """Names of the checkpoints in ``folder``, oldest first."""
-    names = (path.name for path in folder.glob("step_*"))
+    names = (path.name for path in folder.glob("step_*") if path.is_dir() and not path.is_symlink())
     return sorted((name for name in names if re.fullmatch(r"step_\d+", name)), key=lambda name: int(name[5:]))
 
 
-def _check_best(folder: Path) -> None:
-    """Refuse ``--resume best`` where the newest checkpoint names no best one. A damaged one is left to whoever opens it."""
+def _check_best(folder: Path, option: str) -> None:
+    """Refuse ``best`` where the newest checkpoint names no best one. A damaged one is left to whoever opens it."""
     if not (steps := _steps(folder)):
-        raise ConfigError(f"--resume best: {folder} has no checkpoint; train without --resume first")
+        raise ConfigError(f"{option} best: {folder} has no checkpoint; correct run_dir, or leave {option} out")
     try:
         best = json.loads((folder / steps[-1] / "scalars.json").read_text(encoding="utf-8"))["best"]
         name = None if best is None else f"step_{best['step']}"
@@ -72,8 +89,8 @@ def _check_best(folder: Path) -> None:
         return
     if name is None:
         raise ConfigError(
-            f"--resume best: {folder / steps[-1]} has no best checkpoint; train with checkpoint.keep_best=eval/reward, or "
-            "resume from auto"
+            f"{option} best: {folder / steps[-1]} has no best checkpoint; train with checkpoint.keep_best=eval/reward, or "
+            f"give {option} auto"
         )
     if name not in steps:
-        raise ConfigError(f"--resume best: {folder / name} is not there; {folder} has {', '.join(steps)}")
+        raise ConfigError(f"{option} best: {folder / name} is not there; {folder} has {', '.join(steps)}")

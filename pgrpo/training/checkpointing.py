@@ -92,8 +92,8 @@ class Checkpoints:
         return self._writer is not None and self._writer.failed
 
     def restore(self, resume: str | Path | None) -> dict[str, Any] | None:
-        """Resume from a checkpoint: a path, ``auto`` (this run's newest) or ``best``. Each rank reads its shards. Returns the
-        trackers' state; None if there is nothing to resume.
+        """Resume from a checkpoint, named as for ``find``. Each rank reads its shards. Returns the trackers' state; None if there
+        is nothing to resume.
 
         Raises:
             ConfigError, CheckpointError: there is no such checkpoint, it is broken, or of another model, adapters or data.
@@ -186,22 +186,38 @@ class Checkpoints:
 
 
 def find(name: str | Path, root: Path, world: World) -> Path | None:
-    """The path of the checkpoint ``name`` (a path, ``auto`` or ``best``), verified by rank 0; None if ``root`` has none.
+    """The path of the checkpoint ``name``, verified by rank 0; None if ``root``, the run's own checkpoints, has none.
+
+    Args:
+        name: ``auto``, ``best``, a checkpoint's folder, or the folder of a run or of its checkpoints: the newest there.
 
     Raises:
         ConfigError, CheckpointError: it does not exist or is broken; ``RankFailed`` on the other ranks.
     """
 
     def verified() -> Path | None:
-        found = checkpoint.latest(root) if name in ("auto", "best") else Path(name).resolve()
-        if found and name == "best":
-            found = _best(found)
-        if found and name != "auto":
+        if name == "auto":
+            return checkpoint.latest(root)
+        if name == "best":
+            newest = checkpoint.latest(root)
+            found = newest and _best(newest)
+        elif (folder := _checkpoints_in(Path(name).expanduser().resolve())) is not None:
+            if (newest := checkpoint.latest(folder)) is None:
+                raise CheckpointError(f"{folder}: all checkpoints there are broken")
+            return newest
+        else:
+            found = Path(name).expanduser().resolve()
+        if found:
             checkpoint.open_saved(found).__exit__()
         return found
 
     # Verifying can take minutes, more than the timeout of NCCL: the other ranks wait in a gloo call.
     return world.from_main(world.together(lambda: verified() if world.is_main else None))
+
+
+def _checkpoints_in(path: Path) -> Path | None:
+    """The folder of checkpoints that a run's folder has, or that ``path`` is."""
+    return next((folder for folder in (path / "checkpoints", path) if checkpoint.list_steps(folder)), None)
 
 
 def _best(newest: Path) -> Path:

@@ -134,7 +134,15 @@ WRONG = {
     "no such recipe": ("recipe=nope", "recipe 'nope': no such file"),
     "no such checkpoint": (
         "--resume=runs/nope",
-        "--resume runs/nope: no checkpoint there; runs/x/checkpoints has step_9, step_44, step_130; give the path of a step_N",
+        "--resume runs/nope: there is no such folder; runs/x/checkpoints has step_9, step_44, step_130; give the folder of a st",
+    ),
+    "a run without a checkpoint": (
+        "--resume=runs/new",
+        "--resume runs/new: no checkpoint in that folder; runs/x/checkpoints ",
+    ),
+    "a model instead of a checkpoint": (
+        "--resume=exported",
+        "--resume exported: a model, which model.path=exported loads, and no",
     ),
     "no best checkpoint": (
         "--resume=best",
@@ -164,6 +172,9 @@ def test_wrong_input_is_refused_in_little_time_without_importing_torch(folder: P
     for step in (44, 9, 130):
         (saved := folder / "runs" / "x" / "checkpoints" / f"step_{step}").mkdir(parents=True)
         (saved / "scalars.json").write_text('{"best": null}')
+    (folder / "runs" / "new" / "checkpoints").mkdir(parents=True)
+    (folder / "exported").mkdir()
+    (folder / "exported" / "config.json").write_text("{}")
     result = fresh(folder, ALL_WRONG, json.dumps(WRONG), WORLD_SIZE="2")
     answers, heavy, seconds = json.loads(result.stdout)
     assert answers.keys() == WRONG.keys(), result.stderr
@@ -185,16 +196,20 @@ def test_resume_best_needs_a_best_checkpoint_that_is_there(tmp_path: Path) -> No
             check_start(config, resume)
         return str(caught.value)
 
-    assert refused("best") == f"--resume best: {saved} has no checkpoint; train without --resume first"
-    assert refused("nosuch").startswith(f"--resume nosuch: no checkpoint there; nor is there one in {saved}; give ")
+    assert refused("best") == f"--resume best: {saved} has no checkpoint; correct run_dir, or leave --resume out"
+    assert refused("nosuch").startswith(
+        f"--resume nosuch: there is no such folder; there is none in {saved} either; give "
+    )
     for step in (9, 10):
         (saved / f"step_{step}").mkdir(parents=True)
         (saved / f"step_{step}" / "scalars.json").write_text('{"best": {"step": 8, "value": 0.5}}')
     assert refused("best") == f"--resume best: {saved / 'step_8'} is not there; {saved} has step_9, step_10"
-    elsewhere = refused(str(saved / "step_7")).removeprefix(f"--resume {saved / 'step_7'}: no checkpoint there; ")
+    elsewhere = refused(str(saved / "step_7")).removeprefix(f"--resume {saved / 'step_7'}: there is no such folder; ")
     assert elsewhere.startswith(f"{saved} has step_9, step_10; give ")  # once
     (saved / "step_8").mkdir()
-    for resume in ("best", "auto", str(saved / "step_9"), None):
+    (saved / "step_9" / "manifest.json").write_text("{}")
+    assert ": a file, and a checkpoint is a folder; " in refused(str(saved / "step_9" / "manifest.json"))
+    for resume in ("best", "auto", str(saved / "step_9"), str(tmp_path / "run"), saved, None):
         check_start(config, resume)
     (saved / "step_10" / "scalars.json").write_text("damaged")
     check_start(config, "best")  # the one before may be whole

@@ -13,7 +13,10 @@ import torch
 
 import pgrpo
 from pgrpo import checkpoint, grpo
+from pgrpo.checkpoint import CheckpointError
+from pgrpo.distributed.world import World
 from pgrpo.rollout.embedded.engine import EmbeddedEngine
+from pgrpo.training.checkpointing import find
 from pgrpo.training.update import NonFiniteError
 
 VOLATILE = ("time/", "perf/")
@@ -279,9 +282,24 @@ def test_a_refused_resume_changes_nothing_of_the_run(tiny_model, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=r"of other model\.lora_\* keys"):
         train(tiny_model, run_dir, resume="auto", **{"model.lora_rank": 2})
     assert (run_dir / "config.yaml").read_text() == before
-    with pytest.raises(pgrpo.ConfigError, match="step_9: no checkpoint there"):
+    with pytest.raises(pgrpo.ConfigError, match="step_9: there is no such folder"):
         train(tiny_model, tmp_path / "new", resume=tmp_path / "step_9")
     train(tiny_model, tmp_path / "new", steps=1)  # nothing of the refused run is in the way
+
+
+def test_the_folder_of_a_run_or_of_its_checkpoints_stands_for_its_newest_checkpoint_that_is_whole(tiny_model, tmp_path):
+    old = train(tiny_model, tmp_path / "old", steps=3, **{"checkpoint.every": 1})
+    saved = old / "checkpoints"
+    train(tiny_model, tmp_path / "new", resume=old, steps=4)
+    rows = metrics(tmp_path / "new")
+    assert [row["step"] for row in rows] == [4]
+    (saved / "step_3" / "manifest.json").unlink()
+    for name in (old, saved, saved / "step_2"):
+        assert find(name, tmp_path / "other", World(0, 1, torch.device("cpu"))) == saved / "step_2"
+    for step in (1, 2):
+        (saved / f"step_{step}" / "scalars.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"{saved}: all checkpoints there are broken"):
+        find(old, tmp_path / "other", World(0, 1, torch.device("cpu")))
 
 
 def test_a_run_that_starts_from_anothers_checkpoint_has_its_own_wandb_run_and_best(tiny_model, tmp_path, monkeypatch):
