@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 SETTING = "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
 """Eight threads map the pages, which CUDA then registers. By default one thread of the driver maps 2 to 3 GiB a second."""
@@ -14,3 +19,37 @@ def pin_with_threads() -> None:
     given = os.environ.get(name, "")
     if "pinned_" not in given:
         os.environ[name] = f"{given},{SETTING}".strip(",")
+
+
+@contextmanager
+def pinning(size: int, what: str, key: str, instead: str) -> Iterator[None]:
+    """Around what pins host memory: a failure of CUDA, whose text names neither, is raised with the key that asked for it.
+
+    Args:
+        size: bytes of all that is pinned for that key on this rank.
+        what: is in that memory.
+        key: with its value.
+        instead: what to set where there is no more memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if type(error) not in (
+            RuntimeError,
+            torch.AcceleratorError,
+            MemoryError,
+        ):  # such as of the GPU's own memory, or NCCL's
+            raise
+        reason = str(error).strip().splitlines()[0] if str(error) else "no more memory"
+        locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+        limit = "no limit" if locked == resource.RLIM_INFINITY else f"{locked / 2**30:.2f} GiB"
+        raise RuntimeError(
+            f"{key}: this process cannot pin {size / 2**30:.2f} GiB of host memory for {what} ({reason}); {_available()}, and "
+            f"`ulimit -l` says {limit}: give the machine or container more (docker run --ulimit memlock=-1), or set {instead}"
+        ) from error
+
+
+def _available() -> str:
+    with open("/proc/meminfo") as file:
+        kib = next(int(line.split()[1]) for line in file if line.startswith("MemAvailable"))
+    return f"{kib / 2**20:.2f} GiB are free"

@@ -19,8 +19,10 @@ from pgrpo.attention.hook import current
 from pgrpo.model.families.linear import forward_of
 from pgrpo.model.recompute import is_training
 from pgrpo.planning.dims import mlp_of
+from pgrpo.process.pinned import pinning
 from pgrpo.types import Recompute
 
+KEY = "model.activation_checkpointing"
 SMALLEST_PIECE = 2**20
 """Bytes."""
 
@@ -82,7 +84,8 @@ class _Kept:
         self._device, self._stream, self._before = x.device, stream, before
         self._back: Tensor | None = None
         self._shape, self._sizes = x.shape, piece_sizes(x.numel(), x.element_size())
-        self._host = [torch.empty(size, dtype=x.dtype, pin_memory=stream is not None) for size in self._sizes]
+        with pinning(x.nbytes, "the inputs of a layer", KEY, "model.activation_checkpointing=full"):
+            self._host = [torch.empty(size, dtype=x.dtype, pin_memory=stream is not None) for size in self._sizes]
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(x.device))
         with self._copying():

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from pgrpo.process.pinned import pinning
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PIECE = 2**26
 """Elements of a moment in one copy: 256 MiB."""
@@ -61,7 +63,8 @@ class OffloadedAdamW(torch.optim.AdamW):
         on_gpu = bool(shards) and shards[0].device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(shards[0].device)  # of this thread
-        buffers = [torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu) for size in sizes]
+        with pinning(sum(sizes), "AdamW's moments", "optim.offload=cpu", "optim.offload=none"):
+            buffers = [torch.zeros(size, dtype=torch.uint8, pin_memory=on_gpu) for size in sizes]
         found: dict[Tensor, list[Tensor]] = {parameter: [] for parameter in parameters}
         each = [(parameter, shard) for parameter, shard in zip(parameters, shards, strict=True) for _ in MOMENTS]
         for (parameter, shard), (buffer, at) in zip(each, places, strict=True):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +24,7 @@ from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import ModelDims
 from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.recompute import LayerPlan
+from pgrpo.process.pinned import pinning
 from pgrpo.training.long_samples import set_up_long_samples
 
 
@@ -56,23 +59,27 @@ def place_reference(config: Config, world: World) -> Policy:
     """The initial model for the KL term: frozen, sharded like the policy, and in the compute dtype, with the same bits as float32
     weights that are cast in each forward. With ``loss.ref_offload=cpu`` it is in host memory, and a layer is on the GPU only while
     it computes."""
-    return _place_frozen(config.model, config, world, offload=config.loss.ref_offload == "cpu")
+    return _place_frozen(config.model, config, world, "loss.ref_offload", config.loss.ref_offload)
 
 
 def place_teacher(config: Config, world: World) -> Policy:
     """The model of ``loss.teacher``: frozen, sharded and offloaded as a reference is. Its log-probs are at the rollout's
     temperature, as the policy's are."""
-    return _place_frozen(teacher_model(config), config, world, offload=config.loss.teacher_offload == "cpu")
+    return _place_frozen(teacher_model(config), config, world, "loss.teacher_offload", config.loss.teacher_offload)
 
 
-def _place_frozen(which: ModelConfig, config: Config, world: World, *, offload: bool) -> Policy:
+def _place_frozen(which: ModelConfig, config: Config, world: World, key: str, home: Literal["none", "cpu"]) -> Policy:
+    """A frozen model, in the home that the config's ``key`` names."""
     model = load_model(which, compute_dtype(config))
     policys = layer_plan(config, ModelDims.from_config(load_hf_config(config.model)), world)
     plan = LayerPlan(["full"] * len(decoder_layers(model)), policys.mlp_chunks)  # there is no backward to recompute for
     frozen = wrap(model, config, world, plan).requires_grad_(False)
-    fsdp.place(
-        frozen, decoder_layers(model), world, compute_dtype(config), methods=("teacher_rows", "keep"), offload=offload
-    )
+    size = sum(parameter.nbytes for parameter in frozen.parameters()) // world.shards
+    with pinning(size, "a frozen model", f"{key}=cpu", f"{key}=none") if home == "cpu" else nullcontext():
+        fsdp.place(
+            frozen, decoder_layers(model), world, compute_dtype(config),
+            methods=("teacher_rows", "keep"), offload=home == "cpu",
+        )  # fmt: skip
     return frozen
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import re
+import resource
+
 import pytest
 import torch
 from torch import nn
 
-from pgrpo.config import OptimConfig
+from pgrpo.config import OptimConfig, load_config
 from pgrpo.distributed import fsdp
 from pgrpo.distributed.world import World, start
+from pgrpo.process.pinned import pinning
 from pgrpo.rollout.vllm import offload
 from pgrpo.rollout.vllm.offload import Offload
 from pgrpo.training.engine import resting_tensors
+from pgrpo.training.long_samples import HostInputs
+from pgrpo.training.offload import OffloadedAdamW
 from pgrpo.training.optim import build_optimizer
+from pgrpo.training.place import place_reference, place_teacher
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +110,73 @@ def test_without_room_in_host_memory_nothing_has_left(monkeypatch):
         with pytest.raises(RuntimeError, match="out of memory"), moved.away():
             pytest.fail("never here")
     assert torch.equal(tensor, torch.arange(1000.0))
+
+
+FAILURE = "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"
+
+
+def offloaded(module: nn.Module) -> OffloadedAdamW:
+    optimizer = build_optimizer(module, OptimConfig(offload="cpu"))
+    assert isinstance(optimizer, OffloadedAdamW)
+    return optimizer
+
+
+def no_pinned_memory(*_, **__):
+    raise torch.AcceleratorError(FAILURE)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("allocates", "use", "message"),
+    [
+        (
+            "zeros", lambda: offloaded(module := nn.Linear(17, 2**16)).init_state(module.weight),
+            "optim.offload=cpu: this process cannot pin 0.02 GiB of host memory for AdamW's moments (CUDA error: out of memory); ",
+        ),
+        (
+            "empty", lambda: Offload(lambda: [torch.zeros(2**22)])._leave(),
+            "rollout.offload_policy: this process cannot pin 0.02 GiB of host memory for the policy while vLLM samples (CUDA ",
+        ),
+        (
+            "empty", lambda: HostInputs().run(lambda x: x * x, torch.zeros(2**22, requires_grad=True)),
+            "model.activation_checkpointing: this process cannot pin 0.02 GiB of host memory for the inputs of a layer (CUDA error",
+        ),
+    ],
+    ids=["moments", "weights that rest", "inputs of layers"],
+)  # fmt: skip
+def test_host_memory_that_cannot_be_pinned_is_refused_with_key_size_and_fix(monkeypatch, allocates, use, message):
+    monkeypatch.setattr("pgrpo.training.long_samples.is_training", lambda layout: True)
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (2**29, 2**29))
+    original = getattr(torch, allocates)
+
+    def pinning(*sizes, pin_memory=None, **more):
+        return original(*sizes, **more) if pin_memory is None else no_pinned_memory()
+
+    monkeypatch.setattr(torch, allocates, pinning)
+    with pytest.raises(RuntimeError) as caught:
+        use()
+    said = str(caught.value)
+    assert said.startswith(message), said
+    assert re.search(
+        r"; \d+\.\d\d GiB are free, and `ulimit -l` says 0\.50 GiB: give the machine or container more \(", said
+    )
+    key = message.split(":")[0].split("=")[0]
+    assert re.search(rf", or set {key}=(none|never|full)$", said)
+
+
+@pytest.mark.parametrize("key", ["loss.ref_offload", "loss.teacher_offload"])
+def test_so_is_the_memory_of_a_frozen_model(monkeypatch, tiny_model, tmp_path, key):
+    config = load_config(
+        "quickstart", [f"model.path={tiny_model}", f"loss.teacher={tiny_model}", "loss.kl_coef=0.1", f"{key}=cpu"]
+    )
+    place = place_reference if "ref" in key else place_teacher
+    with start() as world, monkeypatch.context() as patch:
+        patch.setattr(fsdp, "place", no_pinned_memory)
+        with pytest.raises(RuntimeError, match=rf"^{key}=cpu: this process .* a frozen model .*, or set {key}=none$"):
+            place(config, world)
+
+
+def test_other_errors_than_of_pinning_stay_as_they_are():
+    for kind in (torch.OutOfMemoryError, torch.distributed.DistBackendError):
+        with pytest.raises(kind, match=r"^as it was$"), pinning(1, "a frozen model", "key", "another"):
+            raise kind("as it was")

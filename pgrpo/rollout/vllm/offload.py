@@ -6,16 +6,20 @@ It empties whole storages and fills them again, so that every view of them stays
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, UntypedStorage
 
+from pgrpo.process.pinned import pinning
+
 PIECE = 2**28
 """Bytes of one pinned buffer. PyTorch rounds each buffer up to a power of 2, so one for each tensor would waste a third."""
 LEAST = 2**20
 """Smaller storages stay: the allocator keeps small tensors together, in segments that it could not give back anyway."""
+
+KEY = "rollout.offload_policy"
 
 
 class Offload:
@@ -66,9 +70,9 @@ class Offload:
         self._away = []
         self.seconds += time.perf_counter() - started
 
-    def _copy(self, storages: Iterable[tuple[UntypedStorage, int]], *, to_host: bool) -> None:
+    def _copy(self, storages: Sequence[tuple[UntypedStorage, int]], *, to_host: bool) -> None:
         """Copy the storages to the buffers, one after the other, or back from there."""
-        at, on_gpu = 0, False
+        at, on_gpu, total = 0, False, sum(size for _, size in storages)
         for storage, size in storages:
             on_gpu = storage.device.type == "cuda"
             own = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
@@ -76,7 +80,8 @@ class Offload:
             while first < size:
                 number, start = divmod(at, PIECE)
                 if number == len(self._pieces):
-                    self._pieces.append(torch.empty(PIECE, dtype=torch.uint8, pin_memory=on_gpu))
+                    with pinning(total, "the policy while vLLM samples", KEY, "rollout.offload_policy=never"):
+                        self._pieces.append(torch.empty(PIECE, dtype=torch.uint8, pin_memory=on_gpu))
                 length = min(size - first, PIECE - start)
                 here, there = own[first : first + length], self._pieces[number][start : start + length]
                 (there if to_host else here).copy_(here if to_host else there, non_blocking=True)
