@@ -48,6 +48,7 @@ def evaluate(
         eval=replace(config.eval, every=config.eval.every or 1),
         loss=replace(config.loss, kl_coef=0.0, teacher=None),
         checkpoint=replace(config.checkpoint, keep_best=None),
+        train=replace(config.train, steps=0),  # no update needs memory
     )
     progress = Progress()
     with (

@@ -85,6 +85,7 @@ def generate(
         loss=replace(config.loss, kl_coef=0.0, function=None, teacher=None),
         eval=replace(config.eval, every=0),
         checkpoint=replace(config.checkpoint, keep_best=None),
+        train=replace(config.train, steps=0),  # no update needs memory
     )
     given = Given(rewards=[] if scored else [no_reward], dataset=rows)
     with start(config.model.fsdp_size, config.model.sequence_parallel_size) as world:

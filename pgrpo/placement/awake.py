@@ -12,7 +12,7 @@ from typing import NamedTuple
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World
 from pgrpo.placement.layers import update_gib
-from pgrpo.placement.sizes import SLEEPING_VLLM_GIB, USABLE_SHARE, gpu_memory
+from pgrpo.placement.sizes import SLEEPING_VLLM_GIB, USABLE_SHARE, gpu_memory, has_updates
 from pgrpo.placement.vllm_memory import VLLMMemory, enough_gib, memory_text, useful_gib, vllm_gib, vllm_memory
 from pgrpo.planning.flops import GIB, ModelDims
 
@@ -66,16 +66,20 @@ def _never(config: Config, dims: ModelDims, world: World) -> EngineMemory:
     if room < least:
         total = gpu_memory(world.device) / GIB
         what = "rollout.gpu_memory_utilization" if share is not None else "its weights and one group"
+        who, more = "the policy", ""
+        if has_updates(config):
+            who = "the update"
+            more = ", or lower train.token_budget, or set model.activation_checkpointing=attention or optim.offload=cpu"
         raise ConfigError(
-            f"rollout.sleep: never: of {total:.0f} GiB the update takes {update:.1f}, and CUDA, graphs and libraries "
-            f"{total - update - room:.1f}: {max(0.0, room):.1f} are left for vLLM, which needs {least:.1f} ({what}): leave it out, "
-            "or lower train.token_budget, or set model.activation_checkpointing=attention or optim.offload=cpu"
+            f"rollout.sleep: never: of {total:.0f} GiB {who} takes {update:.1f}, and CUDA, graphs and libraries "
+            f"{total - update - room:.1f}: {max(0.0, room):.1f} are left for vLLM, which needs {least:.1f} ({what}): "
+            f"leave it out{more}"
         )
     return EngineMemory(VLLMMemory(_share(min(room, most), world)), False, _fits(update))
 
 
 def _room_gib(config: Config, dims: ModelDims, world: World) -> tuple[float, float]:
-    """GiB of this GPU that are free at an update's peak, and those that it takes."""
+    """GiB of this GPU that are free at an update's peak, and those that it takes: without updates the policy by itself."""
     update = update_gib(config, dims, world)
     return USABLE_SHARE * gpu_memory(world.device) / GIB - SLEEPING_VLLM_GIB - update, update
 

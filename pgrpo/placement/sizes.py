@@ -74,7 +74,13 @@ def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.devi
         "train_vision": config.model.train_vision,
         "train_projector": config.model.train_projector,
         "recompute_vision": recomputes_tower(config, device),
+        "trains": has_updates(config),
     }
+
+
+def has_updates(config: Config) -> bool:
+    """Whether a model is placed to be trained: not to be evaluated alone, for which ``train.steps`` is 0."""
+    return config.train.steps != 0
 
 
 def most_image_tokens(config: Config, dims: ModelDims) -> int:

@@ -11,7 +11,15 @@ from typing import NamedTuple
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World
 from pgrpo.placement.choices import compute_dtype
-from pgrpo.placement.sizes import HOST_SHARE, SLEEPING_VLLM_GIB, USABLE_SHARE, gpu_memory, host_memory, plan_sizes
+from pgrpo.placement.sizes import (
+    HOST_SHARE,
+    SLEEPING_VLLM_GIB,
+    USABLE_SHARE,
+    gpu_memory,
+    has_updates,
+    host_memory,
+    plan_sizes,
+)
 from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.planning.memory import MemoryPlan, memory_plan
 from pgrpo.rollout.vllm import start as vllm_start
@@ -79,12 +87,14 @@ def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
             )
         return VLLMMemory(rollout.gpu_memory_utilization, offloaded, plan.offloaded)
     if free < (needed := vllm_gib(config, dims, rollout.group_size)):
-        away = "" if offloaded else ", rollout.offload_policy=auto"
+        fixes = ["optim.offload=cpu or model.lora_rank"] if has_updates(config) else []
+        fixes += [] if offloaded else ["rollout.offload_policy=auto"]
+        change = f"set {', '.join(fixes)}, " if fixes else ""
         raise ConfigError(
             f"rollout.gpu_memory_utilization: beside the policy's {plan.resting:.0f} GiB of {total:.0f}, and "
             f"{total - USABLE_SHARE * total + SLEEPING_VLLM_GIB:.0f} for CUDA, its graphs and libraries, "
             f"{max(0, free):.0f} are left for vLLM, which needs {needed:.0f} for its weights and one group of prompts of "
-            f"{config.data.max_prompt_tokens} tokens: set optim.offload=cpu or model.lora_rank{away}, use more GPUs "
+            f"{config.data.max_prompt_tokens} tokens: {change}use more GPUs "
             "(rollout.tensor_parallel_size), or lower rollout.max_completion_tokens"
         )
     return VLLMMemory(min(free, useful_gib(config, dims, world)) / total, offloaded, plan.offloaded)
@@ -120,7 +130,7 @@ def needed_gib(config: Config, dims: ModelDims, world: World) -> float:
 def _offload_choices(config: Config, plan: MemoryPlan) -> list[tuple[str, ...]]:
     """Parts of the memory plan that may go to host memory while vLLM samples, from none on, until one makes enough room. With
     ``auto`` no more than this host's memory has room for."""
-    moments_stay = config.optim.offload == "cpu"  # they are there already
+    moments_stay = config.optim.offload == "cpu" or not has_updates(config)  # they are there already, or nowhere
     parts = ("weights",) if moments_stay else ("weights", "moments")
     if config.rollout.offload_policy != "auto":
         return [parts if config.rollout.offload_policy == "always" else ()]

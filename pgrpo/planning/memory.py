@@ -12,6 +12,11 @@ from pgrpo.types import Recompute
 
 GIB = 2**30
 
+OF_UPDATES = (
+    "gradients", "moments", "teacher_forward", "activations", "kept", "logprobs", "layer_backward", "reductions", "adam_scratch",
+    "host",
+)  # fmt: skip
+"""What only updates need."""
 OFFLOAD_SCRATCH = 3 * 2 * 4 * 2**26
 """Bytes: three pieces of two float32 moments (``training/offload.py``, ``PIECE``) are on the GPU at once."""
 
@@ -120,6 +125,7 @@ def memory_plan(
     train_vision: bool = False,
     train_projector: bool = False,
     recompute_vision: bool = False,
+    trains: bool = True,
     offloaded: Sequence[str] = (),
 ) -> MemoryPlan:
     """Estimate the memory of a run.
@@ -145,6 +151,7 @@ def memory_plan(
         image_tokens: the most rows of images in a micro-batch.
         train_vision, train_projector: what is trained of what makes these rows. ``recompute_vision``: the backward computes layers
             of the tower again.
+        trains: whether there are updates, without which there is nothing of ``OF_UPDATES``.
         offloaded: which of ``weights`` and ``moments`` are in host memory while vLLM samples.
     """
     weights = 4 * dims.parameters / ranks
@@ -206,6 +213,8 @@ def memory_plan(
         offloaded=0,
         host=list(recompute).count("offload") * one_input * rows,
     )
+    if not trains:
+        parts = replace(parts, **dict.fromkeys(OF_UPDATES, 0))
     parts = replace(parts, offloaded=sum(getattr(parts, name) for name in offloaded))
     return MemoryPlan(*(getattr(parts, name) / GIB for name in MemoryPlan.__slots__))
 

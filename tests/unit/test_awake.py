@@ -10,6 +10,7 @@ import pytest
 import torch
 from making import asked_of_vllm
 
+from pgrpo.commands import evaluate, generate
 from pgrpo.config import Config, ConfigError, ModelConfig, RolloutConfig, load_config
 from pgrpo.distributed.world import World
 from pgrpo.placement import awake, layers, vllm_memory
@@ -155,6 +156,41 @@ def test_never_is_refused_with_the_sizes_where_it_does_not_fit(card):
         engine_memory(config("rollout.sleep=never", "rollout.gpu_memory_utilization=0.5"), SMALL, ONE)
     with pytest.raises(ConfigError, match=r"^rollout\.sleep: never: with rollout\.offload_policy=always"):
         engine_memory(config("rollout.sleep=never", "rollout.offload_policy=always"), SMALL, ONE)
+
+
+@pytest.mark.parametrize("command", [evaluate.evaluate, generate.generate])
+def test_an_evaluation_is_checked_against_the_policy_and_vllm_alone(card, monkeypatch, tmp_path, command):
+    """Nothing of an update, nor moments; a run of that config would be refused, with more than twice that memory too."""
+    asked: list[Config] = []
+    monkeypatch.setattr(evaluate, "build", lambda config, *_: asked.append(config) or 1 / 0)
+    (tmp_path / "rows.txt").write_text("one\n")
+    own = config("rollout.sleep=never", f"run_dir={tmp_path}", "data.eval_split=test")
+    with pytest.raises(ZeroDivisionError):
+        command(own, prompts=tmp_path / "rows.txt") if command is generate.generate else command(own)
+    group, policy = vllm_memory.vllm_gib(asked[0], LARGE, 8), 4 * LARGE.parameters / GIB
+    gathered = 2 * (LARGE.vocab * LARGE.hidden + 2 * LARGE.layer_matrix) / GIB
+    limit = (policy + gathered + SLEEPING_VLLM_GIB + group) / USABLE_SHARE
+    card(limit + 0.1)
+    found = engine_memory(asked[0], LARGE, ONE)
+    assert not found.sleeps and found.memory.share == pytest.approx((group + 0.1 * USABLE_SHARE) / (limit + 0.1))
+    card(limit - 0.1)
+    with pytest.raises(ConfigError) as caught:
+        engine_memory(asked[0], LARGE, ONE)
+    assert f"of {limit - 0.1:.0f} GiB the policy takes {policy + gathered:.1f}, and" in str(caught.value)
+    assert str(caught.value).endswith("(its weights and one group): leave it out")
+    card(2 * limit)
+    with pytest.raises(ConfigError, match="the update takes"):
+        engine_memory(own, LARGE, ONE)
+
+
+def test_without_updates_no_moments_leave_the_gpu_nor_does_setting_their_home_help(card):
+    evaluates = config("rollout.offload_policy=always")
+    evaluates.train.steps = 0
+    found = vllm_memory.vllm_memory(evaluates, LARGE, ONE)
+    assert found.offloaded == ("weights",) and found.offloaded_gib == pytest.approx(4 * LARGE.parameters / GIB)
+    card(13)
+    with pytest.raises(ConfigError, match=r"4096 tokens: use more GPUs \(rollout\.tensor_parallel_size\), or lower"):
+        vllm_memory.vllm_memory(evaluates, LARGE, ONE)
 
 
 def test_a_cpu_has_no_sleep():
