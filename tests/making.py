@@ -1,5 +1,6 @@
 """Episodes and groups for tests; what a test does not name is filled in."""
 
+from contextlib import nullcontext
 from dataclasses import make_dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -117,6 +118,7 @@ def asked_of_vllm(monkeypatch: pytest.MonkeyPatch, config: Config, *, sleeps: bo
 
     vllm = SimpleNamespace(LLM=llm, EngineArgs=make_dataclass("EngineArgs", []), __version__="0.32.0")
     monkeypatch.setattr(start, "_inspect_model_here", lambda: None)
+    monkeypatch.setattr(start, "own_classes", nullcontext)
     monkeypatch.setattr(start, "package", lambda: vllm)
     with pytest.raises(EngineError, match="enough"):
         start.start(config, World(0, 1, torch.device("cpu")), 0.5, sleeps=sleeps)

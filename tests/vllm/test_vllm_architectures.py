@@ -39,8 +39,10 @@ MODELS = {
             "original_max_position_embeddings": 64,
         },
     },
+    "olmo2": {"sliding_window": None, "tie_word_embeddings": False},
     "qwen3": {"attention_bias": True, "tie_word_embeddings": False},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "tie_word_embeddings": False},
+    "starcoder2": {"head_dim": None, "residual_dropout": 0.0, "embedding_dropout": 0.0, "tie_word_embeddings": True},
     "qwen3_5_text": {
         "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 64, "linear_value_head_dim": 64,
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "tie_word_embeddings": False,
@@ -105,6 +107,29 @@ def test_samples_have_the_policys_log_probs_before_and_after_a_push(started):
         assert reported == pytest.approx(before, abs=tolerance(policy))
         perturb(policy, 0.02)
         assert logprobs(policy, samples) != pytest.approx(before, abs=10 * tolerance(policy))
+
+
+@ON_A_CPU
+@pytest.mark.parametrize("started", ["olmo2", "starcoder2"], indirect=True)
+def test_a_model_that_vllm_builds_of_transformers_classes_is_not_the_policys(started):
+    engine, policy = started
+    ours, model = type(policy.model.base_model), engine._model()
+    assert type(model).__name__ == "TransformersForCausalLM" and type(model.model).__mro__[1] is ours
+    assert not [cls for cls in ours.__mro__ if cls.__module__.startswith("vllm")]
+    for step in range(2):
+        with engine.awake(step):
+            groups = generate(
+                engine, prompts("some words to begin with", "1+1="), SamplingParams(16), seeds(2, 3, step)
+            )
+            samples = [sample for group in groups for sample in group.samples]
+            assert engine.score(samples).logprobs == pytest.approx(logprobs(policy, samples), abs=tolerance(policy))
+        reported = [x for sample in samples for x in sample.rollout_logprobs]
+        before = logprobs(policy, samples)
+        assert reported == pytest.approx(before, abs=tolerance(policy))
+        perturb(policy, 0.02)
+        assert logprobs(policy, samples) != pytest.approx(before, abs=10 * tolerance(policy))
+    again = Policy(load_model(ModelConfig(path=policy.model.config.name_or_path, dtype="float32")))
+    assert logprobs(again, samples) and type(again.model.base_model) is ours
 
 
 @ON_A_CPU

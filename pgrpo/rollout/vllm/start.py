@@ -37,6 +37,7 @@ from pgrpo.process.deadline import deadline
 from pgrpo.process.rng import rng_state, set_rng_state
 from pgrpo.rollout.vllm import shared_decode
 from pgrpo.rollout.vllm.images import EngineImages, start_arguments
+from pgrpo.rollout.vllm.own_classes import own_classes
 from pgrpo.rollout.vllm.requests import DEADLINE, vllm_errors
 
 log = logging.getLogger(__name__)
@@ -144,7 +145,8 @@ def start(
         EngineError: it cannot be started as configured.
     """
     model, rollout, state = config.model, config.rollout, rng_state()
-    with keeping_caches(), deadline(rollout.vllm_deadline_s, "starting vLLM", DEADLINE), vllm_errors("start"):
+    waiting = deadline(rollout.vllm_deadline_s, "starting vLLM", DEADLINE)
+    with keeping_caches(), waiting, vllm_errors("start"), own_classes():
         backend, decoding = _shared_backend(config, world.device.type)
         _warm_up_this_model_only(world.device)
         _inspect_model_here()
