@@ -214,7 +214,9 @@ def one_way(args: argparse.Namespace) -> None:
     from vllm import LLM, SamplingParams
 
     from pgrpo.rollout.vllm import shared_backend
+    from pgrpo.rollout.vllm.start import warm_up_this_model_only
 
+    warm_up_this_model_only(torch.device("cuda"))
     if args.way == "shared":
         shared_backend.register(args.group_size)
     limit = args.prompt + args.completion + 1  # scoring them asks for one more
@@ -222,7 +224,7 @@ def one_way(args: argparse.Namespace) -> None:
     llm = LLM(
         str(args.model), dtype="bfloat16", seed=0, max_model_len=limit, max_num_seqs=args.prompts * args.group_size,
         gpu_memory_utilization=0.85, enable_prefix_caching=True, generation_config="vllm", logprobs_mode="raw_logprobs",
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=True, kernel_config={"enable_flashinfer_autotune": False},
     )  # fmt: skip
     row: dict[str, Any] = {"start_s": time.perf_counter() - started}
     rnd = random.Random(0)
@@ -246,6 +248,7 @@ def one_way(args: argparse.Namespace) -> None:
     if args.profile:
         row |= parts_of_a_step(llm, prompts, params)
     row["rollout_tokens_per_s"] = args.prompts * args.group_size * args.completion / sum(times) * 1e3
+    print(json.dumps({"way": args.way} | row), flush=True)  # what follows may take too long
     scored = [(output.prompt_token_ids, sampled) for output in outputs[: args.scored] for sampled in output.outputs[:2]]
     asked = [list(prompt) + list(sampled.token_ids) for prompt, sampled in scored]
     reported = [[entry[token].logprob for entry, token in zip(s.logprobs, s.token_ids, strict=True)] for _, s in scored]
@@ -265,7 +268,7 @@ def parts_of_a_step(llm: Any, prompts: list[list[int]], params: Any) -> dict[str
     from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
-    llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    ids = llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     for _ in range(params.max_tokens // 2):
         llm.llm_engine.step()
     torch.cuda.synchronize()
@@ -274,6 +277,7 @@ def parts_of_a_step(llm: Any, prompts: list[list[int]], params: Any) -> dict[str
         for _ in range(PROFILED):
             llm.llm_engine.step()
         wall = time.perf_counter() - started
+    llm.llm_engine.abort_request(ids, internal=True)
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
     found: dict[str, float] = {"step": 1e3 * wall / PROFILED}

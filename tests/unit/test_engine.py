@@ -143,10 +143,10 @@ def test_vllm_0_26_compiles_no_kernels_of_other_models(installed, monkeypatch):
     warm_up = SimpleNamespace(_LL_BF16_WARMUP_MODEL_SHAPES=((6144, 264),))
     monkeypatch.setitem(sys.modules, "vllm.model_executor.warmup.kernel_warmup", warm_up)
     installed.__version__ = "0.28.0"
-    vllm_start._warm_up_this_model_only(GPU)
+    vllm_start.warm_up_this_model_only(GPU)
     assert warm_up._LL_BF16_WARMUP_MODEL_SHAPES == ((6144, 264),)
     installed.__version__ = "0.26.0"
-    vllm_start._warm_up_this_model_only(GPU)
+    vllm_start.warm_up_this_model_only(GPU)
     assert warm_up._LL_BF16_WARMUP_MODEL_SHAPES == ()
 
 

@@ -307,11 +307,19 @@ def test_no_keys_and_values_outlive_a_push(engine):
 def test_a_push_that_cannot_drop_old_keys_and_values_is_an_error(engine):
     vllm, _ = engine
     pool = vllm.llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-    taken = pool.get_new_blocks(1)  # as by a request that is not finished
-    with pytest.raises(EngineError, match="weight push: keys and values of the weights before are still in use"):
+    with vllm.awake(0):
+        taken = pool.get_new_blocks(1)  # as by a request that is not finished
+        with pytest.raises(EngineError, match="weight push: keys and values of the weights before are still in use"):
+            vllm.push()
+        pool.free_blocks(taken)
         vllm.push()
-    pool.free_blocks(taken)
-    vllm.push()
+
+
+@pytest.mark.skipif(not SLEEPS or not torch.cuda.is_available(), reason="only an engine that sleeps frees its weights")
+def test_a_push_to_sleeping_weights_is_refused(engine):
+    vllm, _ = engine
+    with pytest.raises(EngineError, match="the engine's weights are asleep"):
+        vllm.push()
 
 
 def test_an_offloaded_policy_is_gone_while_the_engine_samples_and_back_after(engine, monkeypatch):

@@ -246,15 +246,17 @@ class VLLMEngine:
         self._call("shutdown", self.llm.llm_engine.engine_core.shutdown)
 
     def push(self) -> None:
-        """Copy the policy's weights into the engine. A collective call.
+        """Copy the policy's weights into the engine, whose weights must be awake. A collective call.
 
         Raises:
-            DeliveryError, EngineError: not every weight arrived on this rank.
+            DeliveryError, EngineError: not every weight arrived on this rank, or they sleep.
             RankFailed: the same on another rank.
         """
         self.sharers.together(self._push)
 
     def _push(self) -> None:
+        if self.sleeps and "weights" in self.asleep:  # to write there would be an illegal memory access
+            raise EngineError("weight push: the engine's weights are asleep: push inside awake()")
         load(
             self.llm, self._model(), self.weights(), self.weight_names, self._call,
             is_packed=not self.on_gpu, ranks=self.sharers.size, rank=self.sharers.rank,

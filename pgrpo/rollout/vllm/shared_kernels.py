@@ -81,6 +81,7 @@ def items_kernel(
     if i == 0:
         tl.store(COUNT, all_shared)
         tl.store(COUNT + 1, all_shared + tl.sum(own_items, 0))
+        tl.store(COUNT + 2, 0)
     here = at == i
     tokens, kept = tl.sum(tl.where(here, shared, 0), 0), tl.sum(tl.where(here, own, 0), 0)
     stride, own_stride = tl.sum(tl.where(here, shared_step, 0), 0), tl.sum(tl.where(here, own_step, 0), 0)
@@ -118,22 +119,25 @@ def parts_kernel(
     HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, PARTS: tl.constexpr,
     TILE: tl.constexpr, OWN_TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Persistent: a program takes every num_programs-th (item, key head), of shared tokens first, then of own ones, whose
-    tiles are as small as they can be."""
+    """Persistent: a program takes the next (item, key head) that none has taken, of shared tokens first, then of own ones, whose
+    tiles are as small as they can be. COUNT[2] counts those taken."""
     shared = tl.load(COUNT) * KEY_HEADS
     both = tl.load(COUNT + 1) * KEY_HEADS
-    for work in range(tl.program_id(0), shared, tl.num_programs(0)):
+    work = tl.atomic_add(COUNT + 2, 1)
+    while work < shared:
+        following = tl.atomic_add(COUNT + 2, 1)  # early: it takes as long as several loads
         _part(
             work, Q, K, V, TABLE, ORDER, ITEMS, PARTIAL, PARTIAL_LSE, q_stride, q_head_stride, block_stride, token_stride,
             head_stride, table_stride, scale, HEADS, KEY_HEADS, DIM, PAGE, PARTS, TILE, BLOCK,
         )  # fmt: skip
-    # The programs that got one item of shared tokens less go first.
-    turn = (tl.program_id(0) + tl.num_programs(0) - shared % tl.num_programs(0)) % tl.num_programs(0)
-    for work in range(shared + turn, both, tl.num_programs(0)):
+        work = following
+    while work < both:
+        following = tl.atomic_add(COUNT + 2, 1)
         _part(
             work, Q, K, V, TABLE, ORDER, ITEMS, PARTIAL, PARTIAL_LSE, q_stride, q_head_stride, block_stride, token_stride,
             head_stride, table_stride, scale, HEADS, KEY_HEADS, DIM, PAGE, PARTS, OWN_TILE, BLOCK,
         )  # fmt: skip
+        work = following
 
 
 @triton.jit
@@ -186,11 +190,13 @@ def _part(
 
 @triton.jit
 def merge_kernel(
-    OUT, PARTIAL, PARTIAL_LSE, PARTS_OF, out_stride, out_head_stride,
+    OUT, PARTIAL, PARTIAL_LSE, PARTS_OF, COUNT, out_stride, out_head_stride,
     HEADS: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """The parts of one sequence, at TOGETHER heads, weighted by their sums of exponentials (base 2)."""
     sequence = tl.program_id(0).to(tl.int64)
+    if (sequence == 0) & (tl.program_id(1) == 0):
+        tl.store(COUNT + 2, 0)  # for the next layer
     heads = tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)
     dims = tl.arange(0, DIM)
     highest = tl.full([TOGETHER], float("-inf"), tl.float32)

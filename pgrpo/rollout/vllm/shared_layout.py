@@ -3,8 +3,9 @@
 ``DecodeLayout.update`` runs once a step, before the layers and outside of CUDA graphs: it finds, from the block table alone, which
 sequences share their first blocks, and cuts all keys that must be read into items of about equal size. ``DecodeLayout.attend`` runs
 once a layer: one persistent kernel computes a partial attention for each item and key head, one merges the parts of each sequence
-by their log-sum-exps, in float32. Both have fixed shapes and addresses, so that a captured CUDA graph replays with whatever the
-arrays hold by then. ``update`` writes everything that ``attend`` reads: vLLM's sleep wipes these arrays.
+by their log-sum-exps, in float32. Items take unequal time however they are cut, so a program takes the next one that none has taken
+(on an H100 up to 7 % less time than by turns). Both kernels have fixed shapes and addresses, so that a captured CUDA graph replays
+with whatever the arrays hold by then. ``update`` writes everything that ``attend`` reads: vLLM's sleep wipes these arrays.
 
 N sequences of the batch (padded ones have length 0), H query heads, K key heads, D head dim.
 """
@@ -74,7 +75,8 @@ class DecodeLayout:
             return torch.empty(*shape, dtype=torch.int32, device=device)
 
         self.order, self.common, self.shared, self.members, self.parts = (integers(sequences) for _ in range(5))
-        self.items, self.count = integers(sequences * most_parts, kernels.FIELDS.value), integers(2)
+        self.items = integers(sequences * most_parts, kernels.FIELDS.value)
+        self.count = integers(3)  # items of shared tokens, all items, (item, key head)s that a program has taken
         self.partial = torch.empty(sequences, most_parts, heads, head_dim, dtype=torch.float32, device=device)
         self.partial_lse = torch.empty(sequences, most_parts, heads, dtype=torch.float32, device=device)
 
@@ -121,6 +123,6 @@ class DecodeLayout:
         )  # fmt: skip
         together = math.gcd(self.heads, 8)
         kernels.merge_kernel[(q_NHD.shape[0], self.heads // together)](
-            out_NHD, self.partial, self.partial_lse, self.parts, out_NHD.stride(0), out_NHD.stride(1),
+            out_NHD, self.partial, self.partial_lse, self.parts, self.count, out_NHD.stride(0), out_NHD.stride(1),
             HEADS=self.heads, DIM=self.head_dim, PARTS=self.most_parts, TOGETHER=together,
         )  # fmt: skip

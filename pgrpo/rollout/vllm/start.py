@@ -148,7 +148,7 @@ def start(
     waiting = deadline(rollout.vllm_deadline_s, "starting vLLM", DEADLINE)
     with keeping_caches(), waiting, vllm_errors("start"), own_classes():
         backend, decoding = _shared_backend(config, world.device.type)
-        _warm_up_this_model_only(world.device)
+        warm_up_this_model_only(world.device)
         _inspect_model_here()
         llm = package().LLM(
             model=model.path,
@@ -219,7 +219,7 @@ def _inspect_model_here() -> None:
     registry._run_in_subprocess = lambda inspect: inspect()
 
 
-def _warm_up_this_model_only(device: torch.device) -> None:
+def warm_up_this_model_only(device: torch.device) -> None:
     """vLLM 0.26 compiles 64 kernels for routers of four large models at every start, whatever the model, wherever flash-attn-4's
     compiler is installed. Later releases look at the model first."""
     if device.type == "cuda" and release(package().__version__) == "0.26":
