@@ -185,10 +185,10 @@ def _check_sizes(config: Config) -> None:
             f"set train.token_budget to at least {longest}, or lower those"
         )
     mode, chunks = config.model.activation_checkpointing, config.model.mlp_chunks or 1
-    if chunks > 1 and mode in ("none", "attention"):
+    if chunks > 1 and mode == "none":
         raise ConfigError(
-            f"model.mlp_chunks: {chunks} has no effect with model.activation_checkpointing {mode}, which keeps or recomputes the "
-            "whole MLP; set it to full, offload or auto, or leave model.mlp_chunks out"
+            f"model.mlp_chunks: {chunks} has no effect with model.activation_checkpointing {mode}, which keeps all of the MLP; "
+            "set it to attention, full, offload or auto, or leave model.mlp_chunks out"
         )
     optim, steps = config.optim, config.train.steps
     if optim.schedule != "constant" and optim.warmup_steps >= steps:

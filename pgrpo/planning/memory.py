@@ -138,7 +138,7 @@ def memory_plan(
         compiled: whether the layers are compiled; compiled layers keep less for the backward.
         ranks: devices that weights, gradients and moments are split over.
         replicas: number of such sets of devices (hybrid sharding).
-        mlp_chunks: parts of the rows in which an MLP is computed, where its layer is recomputed whole.
+        mlp_chunks: parts of the rows in which an MLP is computed, where its layer recomputes it.
         adapters: number of parameters that LoRA trains; 0 trains all of the model's.
         reference: whether there is a KL term to the initial model.
         ref_offload: whether that model is in host memory, except its gathered embedding and head.
@@ -175,7 +175,7 @@ def memory_plan(
     # Attention outputs with their float32 log-sum-exps, and the layer's input.
     kept["attention"] = one_input + dims.heads * (dims.value_dim * dtype_bytes + 4)
     recomputed = 0 if set(recompute) == {"none"} else layer
-    parts_of_rows = mlp_chunks if {*recompute} <= {"full", "offload"} else 1
+    parts_of_rows = 1 if "none" in recompute else mlp_chunks
     if parts_of_rows > 1:
         recomputed = _layer_activations(dims, dtype_bytes, compiled=compiled, together=together, mlp_chunks=mlp_chunks)
     recomputed += _beside_activations(dims, parts_of_rows, lora=bool(adapters)) * dtype_bytes

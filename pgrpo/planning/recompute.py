@@ -11,8 +11,7 @@ from pgrpo.types import Recompute
 
 
 class LayerPlan(NamedTuple):
-    """What the backward recomputes in each layer, and the parts of the rows in which MLPs of layers that it recomputes whole are
-    computed."""
+    """What the backward recomputes in each layer, and the parts of the rows in which MLPs that it recomputes are computed."""
 
     recompute: list[Recompute]
     mlp_chunks: int = 1
@@ -27,12 +26,12 @@ def fewest_recomputed_layers(
 ) -> LayerPlan:
     """Implements ``activation_checkpointing: auto``: the setting with the least recomputation whose memory plan fits.
 
-    Tries ``attention`` in as few layers as possible; then ``full`` in as few as possible; then MLPs in parts, and with them
-    ``offload`` in as few layers as possible, as far as ``host_gib`` of host memory go. Neither computes more in compiled layers,
-    but ``offload`` moves inputs, and pins memory for them in the first update. Uncompiled layers and layers with a state compute
-    parts once more, so there ``offload`` comes first. MLPs stay whole where parts spare no layer its ``offload``. If nothing fits,
-    the plan with the lowest peak. The first layers recompute more than the last ones: the backward needs the activations of the
-    last layers first, and frees them before all gradients exist.
+    Tries ``attention`` in as few layers as possible; then ``full`` in as few as possible; then MLPs in parts, with ``full`` in as
+    few layers as possible, and then ``offload``, as far as ``host_gib`` of host memory go. Neither computes more in compiled
+    layers, but ``offload`` moves inputs, and pins memory for them in the first update. Uncompiled layers and layers with a state
+    compute parts once more, so there ``offload`` comes first. MLPs stay whole where parts spare no layer its ``offload``. If
+    nothing fits, the plan with the lowest peak. The first layers recompute more than the last ones: the backward needs the
+    activations of the last layers first, and frees them before all gradients exist.
 
     Args:
         mlp_chunks: the only number of parts that may be tried; None: any.
@@ -44,6 +43,8 @@ def fewest_recomputed_layers(
     ]
     if mlp_chunks or not dims.has_mlp or not sizes.get("compiled") or dims.state_elements:
         steps.append(("offload", "full", whole))
+    else:
+        steps.append(("full", "attention", MLP_CHUNKS[:1]))
     if mlp_chunks is None and dims.has_mlp:
         steps.extend(("offload", "full", (1, chunks)) for chunks in MLP_CHUNKS)
     tried: list[tuple[float, float, LayerPlan]] = []

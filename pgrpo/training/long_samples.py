@@ -33,15 +33,15 @@ def set_up_long_samples(layers: Iterable[nn.Module], recompute: Sequence[Recompu
     Args:
         layers: decoder layers.
         recompute: one entry a layer. Inputs of layers that say ``offload`` are in host memory between forward and backward.
-        mlp_chunks: parts of the rows in which the MLPs of all layers that are recomputed whole are computed. Batches of fewer
-            than twice as many rows are computed whole.
+        mlp_chunks: parts of the rows in which the MLPs of all layers that recompute them are computed. Batches of fewer than
+            twice as many rows are computed whole.
     """
     host = HostInputs()
     for layer, mode in zip(layers, recompute, strict=True):
         if mode == "offload":
             layer.forward = partial(host.run, layer.forward)
         mlp = mlp_of(layer)
-        if mlp_chunks > 1 and mlp is not None and mode in ("full", "offload"):
+        if mlp_chunks > 1 and mlp is not None and mode != "none":
             mlp.__class__ = _in_parts(getattr(mlp, "whole", type(mlp)), mlp_chunks)
 
 
@@ -131,7 +131,7 @@ def piece_sizes(elements: int, element_bytes: int) -> list[int]:
 @cache
 def _in_parts(whole: type[nn.Module], chunks: int) -> type[nn.Module]:
     """That class of MLPs, computed in parts of the rows. Its backward computes a part again, so that the activations of one part
-    alone exist at a time. Compiled code needs no checkpoint for that: a layer that is recomputed whole recomputes each part where
+    alone exist at a time. Compiled code needs no checkpoint for that: a layer that recomputes its MLP recomputes each part where
     it is needed. This is a class, and no function of each MLP, because layers of one class share what is compiled."""
 
     def forward(mlp: nn.Module, hidden_1TE: Tensor) -> Any:

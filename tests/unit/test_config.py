@@ -670,6 +670,10 @@ def test_a_number_at_its_excluded_bound_is_refused(key: str) -> None:
             " rollout.max_completion_tokens 256); set train.token_budget to at least 1280",
         ),
         (
+            ["model.activation_checkpointing=none", "model.mlp_chunks=4"],
+            "model.mlp_chunks: 4 has no effect with model.activation_checkpointing none, which keeps all of the MLP; set it to ",
+        ),
+        (
             ["optim.schedule=cosine", "optim.warmup_steps=10"],
             "optim.warmup_steps: 10 leaves no step of 10 for the cosine",
         ),

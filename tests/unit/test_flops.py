@@ -416,7 +416,8 @@ def test_the_memory_plan_of_long_samples() -> None:
     assert full.layer_backward - parts.layer_backward == pytest.approx(
         (3 / 4 * 6 * 9728 - 2 * 2560) * 2 * tokens, rel=1e-3
     )
-    assert plan(dims, recompute="attention", mlp_chunks=4, **LONG) == plan(dims, recompute="attention", **LONG)
+    assert plan(dims, recompute="attention", mlp_chunks=4, **LONG).layer_backward == parts.layer_backward
+    assert plan(dims, recompute="none", mlp_chunks=4, **LONG) == plan(dims, recompute="none", **LONG)
 
 
 @pytest.mark.parametrize(
@@ -432,6 +433,18 @@ def test_the_backward_of_a_layer_takes_what_was_counted(adapters: int, chunks: i
         for n in (1000, 0)
     )
     assert 0.98 < (whole - nothing) * flops.GIB / 1000 / counted < 1.05
+
+
+@pytest.mark.parametrize(("chunks", "counted"), [(1, 240_000), (4, 91_000)])
+def test_the_plan_has_room_for_the_backward_of_a_layer_that_kept_its_attention(chunks: int, counted: int) -> None:
+    """Counted as above, with LoRA: less than of a layer that is recomputed whole, whose attention's outputs come to it."""
+    whole, nothing = (
+        plan(
+            QWEN3_4B, "attention", adapters=33_030_144, mlp_chunks=chunks, **{**LONG, "token_budget": n}
+        ).layer_backward
+        for n in (1000, 0)
+    )
+    assert (whole - nothing) * flops.GIB / 1000 > counted
 
 
 def test_the_plan_of_long_samples_is_what_was_measured_on_a_gpu() -> None:
@@ -467,7 +480,7 @@ def test_ranks_that_compute_a_batch_together_divide_its_rows() -> None:
 
 def test_auto_offloads_and_cuts_mlps_where_that_is_needed() -> None:
     dims = QWEN3_4B
-    sizes = LONG | {"offload": True}
+    sizes: dict[str, Any] = LONG | {"offload": True}
 
     def auto(gib: float, host: float) -> tuple[dict[str, int], int]:
         modes, chunks = fewest_recomputed_layers(dims, gib, host_gib=host, **sizes)
@@ -475,6 +488,15 @@ def test_auto_offloads_and_cuts_mlps_where_that_is_needed() -> None:
 
     assert auto(600, 100) == ({"none": 36}, 1)
     assert auto(68.9, 100) == auto(68.9, 0) == ({"full": 36}, 4)
+    # 32 heads of 128 bfloat16 and a float32 log-sum-exp: 1.08 GiB a layer. Whole MLPs leave no layer its attention.
+    of_attention = 32 * (2 * 128 + 4) * LONG["token_budget"] / flops.GIB
+    cut = plan(dims, mlp_chunks=4, **sizes).peak
+    assert auto(cut + 5.1 * of_attention, 100) == ({"full": 31, "attention": 5}, 4)
+    whole = plan(dims, **sizes).peak
+    assert (
+        auto(whole - 0.1, 0)[0]["attention"] == int((whole - 0.1 - cut) / of_attention) and auto(whole - 0.1, 0)[1] == 4
+    )
+    assert auto(whole + 0.1, 0) == ({"full": 36}, 1)
     modes, chunks = auto(60, 100)
     assert set(modes) == {"offload", "full"} and chunks == 4
     assert auto(47, 100)[1] == 4 and auto(47, 100)[0]["offload"] > 30
@@ -496,7 +518,7 @@ def test_auto_cuts_mlps_only_where_that_spares_something() -> None:
     assert {*short.recompute} == {"full", "offload"} and short.mlp_chunks == 1
     sizes = LONG | {"offload": True}
     compiled = fewest_recomputed_layers(dims, 75, host_gib=100, **sizes)
-    assert compiled == (["full"] * 36, 4)
+    assert ({*compiled.recompute}, compiled.mlp_chunks) == ({"full", "attention"}, 4)
     for uncut, changes in ((dims, {"compiled": False}), (replace(dims, state_elements=1), {})):
         for host in (100, 0):
             found = fewest_recomputed_layers(uncut, 75, host_gib=host, **sizes | changes)
