@@ -117,7 +117,7 @@ def asked_of_vllm(monkeypatch: pytest.MonkeyPatch, config: Config, *, sleeps: bo
         raise RuntimeError("enough")
 
     vllm = SimpleNamespace(LLM=llm, EngineArgs=make_dataclass("EngineArgs", []), __version__="0.32.0")
-    monkeypatch.setattr(start, "_inspect_model_here", lambda: None)
+    monkeypatch.setattr(start, "inspect_model_here", lambda: None)
     monkeypatch.setattr(start, "own_classes", nullcontext)
     monkeypatch.setattr(start, "package", lambda: vllm)
     with pytest.raises(EngineError, match="enough"):

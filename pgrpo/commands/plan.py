@@ -24,7 +24,7 @@ from pgrpo.planning.kept import kept_text, longest_kept, why_none_kept
 from pgrpo.planning.memory import memory_plan
 from pgrpo.planning.recompute import LayerPlan
 from pgrpo.process.caches import cache_root
-from pgrpo.training.engine import check_engine
+from pgrpo.training.engine import check_built, check_engine, check_pushable
 from pgrpo.types import Recompute
 
 
@@ -65,8 +65,11 @@ def plan_text(config: Config) -> str:
     if engine_name(config, planned) == "vllm":
         check_sampled_positions(config, hf_config)
     world = World(0, ranks, planned, fsdp_size=config.model.fsdp_size, sequence_parallel_size=together)
+    built = ""
     if planned.type == device.type:  # else vLLM is somewhere else
         check_engine(config, dims, world)
+        check_pushable(config, hf_config, world)
+        built = check_built(config, hf_config, world)
     offloaded, vllm = _vllm(config, dims, world)
     chosen, sizes = layer_plan(config, dims, world), plan_sizes(config, dims, world, planned)
     sizes["kept_tokens"] = kept_tokens = 0 if not_kept else keepable_tokens(config, dims, world)
@@ -92,7 +95,7 @@ def plan_text(config: Config) -> str:
         f"(train.token_budget), if every prompt and completion is as long as allowed\n"
         f"{_kept(config, dims, kept_tokens, not_kept)}"
         f"layers        {_layers(config, dims, device, chosen)}\n"
-        f"sampling      {engine_choice(config, planned).text}{elsewhere}{vllm}\n"
+        f"sampling      {engine_choice(config, planned).text}{elsewhere}{vllm}{built and f'; {built}'}\n"
         f"compiled code {cache_root(config.cache_dir)}\n"
         f"work          {flops / 1e12:,.3g} TFLOP for a step's forward and backward{_images(config, dims)}\n"
         f"memory        {memory.peak:.1f} GiB{gpu} a rank (estimate): rollout {memory.rollout:.1f}, update {memory.update:.1f}, "

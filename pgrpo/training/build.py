@@ -40,7 +40,7 @@ from pgrpo.rollout.ends import check_turn_end, end_token_ids, generation_eos
 from pgrpo.tracking.live import counting
 from pgrpo.training.caller import Given
 from pgrpo.training.compile_ahead import CompileAhead
-from pgrpo.training.engine import Canary, build_canary, build_engine, check_engine, check_pushable
+from pgrpo.training.engine import Canary, build_canary, build_engine, check_built, check_engine, check_pushable
 from pgrpo.training.evaluation import check_keep_best
 from pgrpo.training.offload import OffloadedAdamW
 from pgrpo.training.optim import build_optimizer
@@ -151,6 +151,7 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
     reader = image_reader(config, hf_config, tokenizer, world)
     check_engine(config, dims, world)
     check_pushable(config, hf_config, world)
+    built = check_built(config, hf_config, world)
     attention = attention_choice(
         config, dims, world.device
     )  # refuses a kernel that cannot run, before weights are read
@@ -209,6 +210,7 @@ def build(config: Config, world: World, given: Given = Given(), ahead: CompileAh
         states_text(policy.model, world.device, compiled=is_compiled(config, world.device)),
         experts_text(policy.model),
         untrained_text(hf_config),
+        built,
         f"kept prefixes: {kept_text(wanted, most_kept)}" if most_kept < wanted else "",
         f"kept prefixes: {none}" if (none := why_none_kept(config, dims, not_kept)) else "",
     )

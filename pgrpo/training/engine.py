@@ -34,6 +34,7 @@ from pgrpo.rollout.embedded.engine import EmbeddedEngine
 from pgrpo.rollout.vllm import canary
 from pgrpo.rollout.vllm import engine as vllm
 from pgrpo.rollout.vllm import start as vllm_start
+from pgrpo.rollout.vllm.builds import what_is_built
 from pgrpo.rollout.vllm.images import EngineImages
 from pgrpo.rollout.vllm.offload import Offload
 from pgrpo.training.offload import MOMENTS
@@ -125,6 +126,15 @@ def check_pushable(config: Config, hf_config: PretrainedConfig, world: World) ->
             f"rollout.engine={config.rollout.engine}: of this config.json vLLM builds a {theirs}, which has parts that the policy, "
             f"a {ours}, does not have; set rollout.engine=embedded, or give model.path a folder of the language model alone"
         )
+
+
+def check_built(config: Config, hf_config: PretrainedConfig, world: World) -> str:
+    """What vLLM builds of the model, in words; nothing where it does not sample.
+
+    Raises:
+        ConfigError: it does not know the model.
+    """
+    return what_is_built(config, hf_config) if engine_name(config, world.device) == "vllm" else ""
 
 
 def build_engine(

@@ -91,6 +91,13 @@ def test_a_dry_run_plans_for_ranks_that_compute_together(model, tmp_path, capsys
         plan(config(model, tmp_path, *keys))
 
 
+def test_a_dry_run_says_what_vllm_builds(model, tmp_path, capsys, monkeypatch):
+    for name, answer in (("check_engine", None), ("check_pushable", None), ("check_built", "vLLM has code for it")):
+        monkeypatch.setattr(dry_run, name, lambda *_, answer=answer: answer)
+    plan(config(model, tmp_path, "rollout.engine=vllm"))
+    assert "\nsampling      rollouts by vLLM (asked for); vLLM has code for it\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("changes", "proofs", "text"),
     [

@@ -1,5 +1,6 @@
 """vLLM samples what the trainer computes, on tiny random models with windows, sinks, experts, states; what is lost is noticed."""
 
+import re
 from functools import partial
 
 import pytest
@@ -10,11 +11,12 @@ from test_vllm_engine import EOS, LETTERS, logprobs, make_tokenizer, perturb, pr
 from test_vllm_images import make_model
 
 from pgrpo.admission.models import check_model
-from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
+from pgrpo.config import Config, ConfigError, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import start
 from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.weights import full_weights, weight_names
 from pgrpo.rollout.vllm import loading
+from pgrpo.rollout.vllm.builds import what_is_built
 from pgrpo.rollout.vllm.delivery import DeliveryError
 from pgrpo.rollout.vllm.engine import VLLMEngine
 from pgrpo.rollout.vllm.start import package, release
@@ -107,6 +109,38 @@ def test_samples_have_the_policys_log_probs_before_and_after_a_push(started):
         assert reported == pytest.approx(before, abs=tolerance(policy))
         perturb(policy, 0.02)
         assert logprobs(policy, samples) != pytest.approx(before, abs=10 * tolerance(policy))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "said"),
+    [
+        ("qwen3", "Qwen3ForCausalLM", "^vLLM has code for Qwen3ForCausalLM$"),
+        ("olmo2", "Olmo2ForCausalLM", r"^vLLM has no code for Olmo2ForCausalLM and runs transformers' own \("),
+        (
+            "jetmoe",
+            "JetMoeForCausalLM",
+            r"cannot sample from \S+: vLLM has no code for JetMoeForCausalLM and runs .*embedded",
+        ),
+        (
+            "qwen3",
+            "NoForCausalLM",
+            r"cannot sample from \S+: Model architectures \['NoForCausalLM'\] are not supported for now;",
+        ),
+    ],
+)
+def test_vllm_says_before_a_start_what_it_builds(kind, name, said, tmp_path):
+    hf_config = transformers.AutoConfig.for_model(kind, architectures=[name])
+    hf_config.save_pretrained(tmp_path)
+    config = Config(
+        model=ModelConfig(path=str(tmp_path), dtype="float32"),
+        data=DataConfig(max_prompt_tokens=32),
+        rollout=RolloutConfig(max_completion_tokens=16),
+    )
+    if "cannot" in said:
+        with pytest.raises(ConfigError, match=said):
+            what_is_built(config, hf_config)
+    else:
+        assert re.search(said, what_is_built(config, hf_config))
 
 
 @ON_A_CPU

@@ -144,26 +144,20 @@ def start(
     Raises:
         EngineError: it cannot be started as configured.
     """
-    model, rollout, state = config.model, config.rollout, rng_state()
+    rollout, state = config.rollout, rng_state()
     waiting = deadline(rollout.vllm_deadline_s, "starting vLLM", DEADLINE)
     with keeping_caches(), waiting, vllm_errors("start"), own_classes():
         backend, decoding = _shared_backend(config, world.device.type)
         warm_up_this_model_only(world.device)
-        _inspect_model_here()
+        inspect_model_here()
         llm = package().LLM(
-            model=model.path,
-            revision=model.revision,
-            trust_remote_code=model.trust_remote_code,
-            dtype=model.dtype,
+            **model_arguments(config),
             load_format="dummy",  # the first push brings them
-            seed=config.seed,
             distributed_executor_backend="external_launcher",
             tensor_parallel_size=config.tensor_parallel_size,
             disable_custom_all_reduce=True,
             compilation_config={"pass_config": {"fuse_allreduce_rms": False}, **_graph_sizes(config, world)},
             kernel_config={"enable_flashinfer_autotune": False},
-            max_model_len=config.max_sample_tokens,
-            **_positions(config),
             max_num_seqs=rollout.max_concurrent,
             **prefill(config),
             gpu_memory_utilization=memory_share,
@@ -173,7 +167,6 @@ def start(
             enable_sleep_mode=sleeps,
             **({"enable_return_routed_experts": True} if rollout.compare_experts else {}),
             logprobs_mode="raw_logprobs",
-            generation_config="vllm",  # no sampling defaults from the model's folder
             language_model_only=images is None,  # of a model with images that is trained as text
             **start_arguments(images, known := _arguments()),
             **({"gdn_prefill_backend": "triton"} if "gdn_prefill_backend" in known else {}),
@@ -187,6 +180,21 @@ def start(
             room += f"; prompts are computed in parts of {prefill(config)['max_num_batched_tokens']:,} tokens"
     set_rng_state(state)
     return Started(llm, [room, decoding, *([_images_text(llm)] if images and images.most else [])])
+
+
+def model_arguments(config: Config) -> dict[str, Any]:
+    """Which model, and how it runs."""
+    model = config.model
+    return {
+        "model": model.path,
+        "revision": model.revision,
+        "trust_remote_code": model.trust_remote_code,
+        "dtype": model.dtype,
+        "seed": config.seed,
+        "max_model_len": config.max_sample_tokens,
+        "generation_config": "vllm",  # no sampling defaults from the model's folder
+        **_positions(config),
+    }
 
 
 def _positions(config: Config) -> dict[str, Any]:
@@ -212,7 +220,7 @@ def _images_text(llm: Any) -> str:
     return f"vLLM keeps features of {rows:,} tokens of images ({mib:,.0f} MiB) while it samples"
 
 
-def _inspect_model_here() -> None:
+def inspect_model_here() -> None:
     """The first time that vLLM meets a model, it imports the model's file in another process, which takes as long as importing
     vLLM. That spares a process CUDA, which this one has, and it needs the file anyway."""
     registry: Any = importlib.import_module("vllm.model_executor.models.registry")

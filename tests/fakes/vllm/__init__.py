@@ -35,9 +35,15 @@ def _fails(*kinds: str) -> bool:
     return here and _kind in kinds and (_calls[_kind] == int(_call) if once else _calls[_kind] >= int(_call))
 
 
-@dataclass
+@dataclass(init=False)
 class EngineArgs:
     """None that only some releases have."""
+
+    def __init__(self, **_) -> None:
+        pass
+
+    def create_model_config(self):
+        return SimpleNamespace(architectures=["Qwen3ForCausalLM"], using_transformers_backend=lambda: False)
 
 
 def SamplingParams(**settings):
