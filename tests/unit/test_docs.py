@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import re
 import runpy
 import shlex
@@ -10,6 +11,8 @@ import textwrap
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 import typer.main
@@ -22,6 +25,7 @@ from pgrpo.config.functions import load_function
 from pgrpo.config.names import suggest
 from pgrpo.config.source import valid_keys
 from pgrpo.data.sources import read_rows
+from pgrpo.environments.long_form import Ended
 from pgrpo.rewards.call import BUILT_IN
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,6 +199,33 @@ def test_the_task_that_a_page_shows_loads_and_scores(
     assert messages == ["What is 3 times 4?"]
     right = load_function(config.rewards.functions[0].function, "function")
     assert right(completions=["It is 12.", "11"], answer=["12", "12"]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/tasks.md"])
+def test_the_commands_for_the_task_of_a_page_run_with_its_rows(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.search(r"```json\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    lines = [shlex.split(line, comments=True) for line in command_lines(ROOT / page) if "recipe=my_task.yaml" in line]
+    assert found
+    assert lines
+    for parts in lines:
+        config = parts[parts.index("--config") + 1]
+        given = [part for part in parts if "=" in part and not part.startswith("recipe=")]
+        assert load_config(config, given).rollout.prompts_per_step <= found[1].count("\n"), f"{page}: {parts}"
+
+
+def test_the_environment_of_the_page_about_tools_scores_an_episode_that_a_limit_ends() -> None:
+    page = (ROOT / "docs" / "tools.md").read_text(encoding="utf-8")
+    (block,) = [text for text in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "class Twice" in text]
+    space: dict[str, Any] = {}
+    exec(block, space)
+    conversation = AsyncMock()
+    conversation.generate.side_effect = Ended("length")
+    twice = space["Twice"]()
+    twice.reset(question="What is 3 times 4?", answer="12")
+    with pytest.raises(Ended):
+        asyncio.run(twice.converse(conversation))
+    assert twice.get_reward() == 0
 
 
 def test_the_python_call_of_the_page_about_tasks_is_a_valid_config() -> None:
