@@ -61,7 +61,8 @@ def train(
         config: a YAML file, the name of one that comes with pgrpo, its contents as a mapping, or a ``Config``.
         overrides: ``key=value`` strings.
         rewards: beside those of the config: functions ``f(prompts, completions, **columns) -> list[float | None]``, names such as
-            ``"math"``, or mappings such as ``{"function": "math", "weight": 2.0}``.
+            ``"math"``, or mappings such as ``{"function": "math", "weight": 2.0}``. A function has weight 1; for another one name
+            it in a mapping (``file.py:f``).
         dataset: rows (a ``datasets.Dataset`` or a list of dicts), instead of ``data.path``.
         eval_dataset: held-out rows, instead of ``data.eval_path``. ``eval.every`` says when they are used.
         callbacks: see ``Callback``.

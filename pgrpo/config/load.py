@@ -101,6 +101,13 @@ def with_rewards(config: Config, named: Sequence[str | Mapping[str, Any]], *, tr
     if not named:
         return config
     given = [{"function": reward} if isinstance(reward, str) else dict(reward) for reward in named]
+    for mapping in given:
+        if callable(function := mapping.get("function")):
+            name = getattr(function, "__name__", type(function).__name__)
+            raise ConfigError(
+                f"rewards: a mapping names its function, such as `file.py:{name}` or `module:{name}`, and runs it in a worker "
+                f"process; {name} itself goes into the list without a mapping, and has weight 1"
+            )
     source = read_mapping({"rewards": {"functions": given}})
     more: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RewardsConfig), source.values["rewards"]))
     functions = [*config.rewards.functions, *more.functions]

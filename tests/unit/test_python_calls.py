@@ -137,6 +137,8 @@ def test_what_nothing_would_call_is_refused(tiny_model, tmp_path):
         pgrpo.train(config(tiny_model, tmp_path), rewards=["mth"])
     with pytest.raises(ConfigError, match=r"wieght: no such key; did you mean rewards.functions\[i\].weight"):
         pgrpo.train(config(tiny_model, tmp_path), rewards=[{"function": "math", "wieght": 2}])
+    with pytest.raises(ConfigError, match=r"a mapping names its function, such as `file.py:rows` or .* weight 1$"):
+        pgrpo.train(config(tiny_model, tmp_path), rewards=[{"function": rows, "weight": 2}])  # pyright: ignore[reportArgumentType]
     assert not (tmp_path / "run").exists()
 
 
