@@ -148,7 +148,10 @@ def generate(
     config: AnyConfigOption = None,
     run: RunOption = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder of a model, such as an export, or a hub name; without a config.")
+        str | None,
+        typer.Option(
+            help="Folder of a model, such as an export, or a hub name, without a config: rows have a column `prompt`."
+        ),
     ] = None,
     checkpoint: CheckpointOption = None,
     prompts: Annotated[
@@ -184,7 +187,10 @@ def bench(
     overrides: Overrides = None,
     shape: Annotated[
         list[str] | None,
-        typer.Option(metavar="P,R,G[,N]", help="Prompt and completion tokens, group size, groups. May be repeated."),
+        typer.Option(
+            metavar="P,R,G[,N]",
+            help="Prompt and completion tokens, group size, groups. Default: 512,32,8. May be repeated.",
+        ),
     ] = None,
     checkpointing: Annotated[
         Literal["none", "attention", "full"],

@@ -46,7 +46,7 @@ def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.devi
     rollout = config.rollout
     samples = rollout.prompts_per_step * rollout.group_size
     return {
-        "token_budget": config.train.token_budget,
+        "token_budget": most_rows(config),
         "kept_tokens": longest_kept(config, dims),
         "dtype_bytes": compute_dtype(config).itemsize,
         "compiled": is_compiled(config, device),
@@ -81,6 +81,16 @@ def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.devi
 def has_updates(config: Config) -> bool:
     """Whether a model is placed to be trained: not to be evaluated alone, for which ``train.steps`` is 0."""
     return config.train.steps != 0
+
+
+def most_rows(config: Config) -> int:
+    """The most packed tokens of a micro-batch: the budget, or a whole step at its longest where that is less."""
+    rollout, budget = config.rollout, config.train.token_budget
+    if config.has_tools:  # an episode may have several samples
+        return budget
+    copies = 1 if config.model.attention == "grouped" else rollout.group_size
+    group = copies * config.data.max_prompt_tokens + rollout.group_size * config.max_sampled_tokens
+    return min(budget, rollout.prompts_per_step * group)
 
 
 def most_image_tokens(config: Config, dims: ModelDims) -> int:

@@ -70,7 +70,7 @@ def check_enough(prompts: Sequence[Prompt], config: Config) -> None:
     """Refuse a data set that is less than a step."""
     if len(prompts) < config.rollout.prompts_per_step:
         raise ConfigError(
-            f"rollout.prompts_per_step={config.rollout.prompts_per_step}: the data set has only {len(prompts)} prompts: "
+            f"rollout.prompts_per_step={config.rollout.prompts_per_step}: the data set has only {len(prompts)} prompt(s): "
             "set rollout.prompts_per_step to at most that, or add rows"
         )
 

@@ -45,7 +45,7 @@ def test_such_rows_are_dropped_counted_and_named(tiny_model, tmp_path, caplog):
         assert [prompt.index for prompt in built.held_out] == [0, 1, 2, *range(4, 13)]
     assert "the answers of 1 of 13 training rows (row 0: exact_match: " in caplog.text
     assert "the answers of 1 of 13 held-out rows (row 3: exact_match: " in caplog.text
-    with pytest.raises(ConfigError, match="the data set has only 4 prompts"):
+    with pytest.raises(ConfigError, match=r"the data set has only 4 prompt\(s\)"):
         parts(tiny_model, tmp_path, *keys, train=[BAD] * 9 + ROWS[:4], held_out=ROWS)
     with pytest.raises(ConfigError, match=r"cannot read the answers of 9 of 9 training rows .*; \.\.\.\)"):
         parts(tiny_model, tmp_path, *keys, train=[BAD] * 9, held_out=ROWS)

@@ -145,7 +145,7 @@ def test_no_rows_or_fewer_rows_than_one_step_needs_is_an_error(refused):
     assert refused() == f"data.path={Path.cwd() / 'rows.jsonl'} has no rows; give at least one"
     write_rows("rows.jsonl", ROWS[:3])
     assert refused() == (
-        "rollout.prompts_per_step=4: the data set has only 3 prompts: set rollout.prompts_per_step to at most that, or add rows"
+        "rollout.prompts_per_step=4: the data set has only 3 prompt(s): set rollout.prompts_per_step to at most that, or add rows"
     )
 
 

@@ -211,6 +211,22 @@ def test_a_long_group_that_fits_a_micro_batch_is_not_recomputed_for_kept_prefixe
     assert layer_plan(long, DIMS, World(0, 1, GPU)).recompute == ["offload"] * 36
 
 
+def test_the_plan_counts_no_more_rows_than_a_step_has():
+    """Eight prompts of 128 tokens, eight completions of 32 for each, counted by hand; the budget is 16,384."""
+    small = config(dtype="float32")
+    small.rollout.prompts_per_step, small.rollout.group_size = 8, 8
+    small.data.max_prompt_tokens, small.rollout.max_completion_tokens = 128, 32
+
+    def rows(chosen: Config) -> int:
+        return plan_sizes(chosen, DIMS, World(0, 1, CPU), CPU)["token_budget"]
+
+    assert rows(small) == 8 * (128 + 8 * 32)
+    assert rows(replace(small, model=replace(small.model, attention="repeated"))) == 64 * (128 + 32)
+    assert rows(replace(small, tools=["calculator.py:multiply"])) == 16_384
+    small.rollout.prompts_per_step = 64
+    assert rows(small) == 16_384
+
+
 def test_what_a_device_cannot_do_is_refused():
     with pytest.raises(ConfigError, match=r"model\.dtype=float32"):
         check_device(config(dtype="float32"), GPU)
