@@ -25,6 +25,10 @@ FOLDERS = {
 FLASH4 = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 """Without it flash-attn-4, which reads it when it is imported, compiles its kernels in every process."""
 
+TUNED = "TRITON_CACHE_AUTOTUNING"
+"""Without it Triton, which reads it when a kernel is defined, tunes kernels again in every process, but for those that ask for the
+same by themselves (fla-core's)."""
+
 
 def cache_root(folder: str | None) -> Path:
     """``folder``; without it ``pgrpo`` in the user's cache folder (``XDG_CACHE_HOME``, or ``~/.cache``)."""
@@ -53,7 +57,8 @@ def use_caches(folder: str | None) -> None:
         log.warning(text, root, error)
         return
     os.environ |= {name: str(path) for name, path in ours.items()}
-    os.environ.setdefault(FLASH4, "1")
+    for name in (FLASH4, TUNED):
+        os.environ.setdefault(name, "1")
     # vLLM sets the precision of float32 matrix products to the default, "highest". The keys of PyTorch's caches tell a default that
     # was set from one that was not, and processes without vLLM have the same code.
     if torch.backends.cuda.matmul.fp32_precision == "none":

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from pgrpo.process.caches import FLASH4, FOLDERS, cache_root, keeping_caches, use_caches
+from pgrpo.process.caches import FLASH4, FOLDERS, TUNED, cache_root, keeping_caches, use_caches
 from pgrpo.process.tuning import CACHE_MODE, CONFIG_DIR
 
 
 @pytest.fixture(autouse=True)
 def unset(monkeypatch):
-    for name in (*FOLDERS, FLASH4, CONFIG_DIR, CACHE_MODE):
+    for name in (*FOLDERS, FLASH4, TUNED, CONFIG_DIR, CACHE_MODE):
         monkeypatch.setenv(name, "")  # so that it is put back after the test
         monkeypatch.delenv(name)
 
@@ -25,14 +25,15 @@ def test_every_package_keeps_its_code_below_the_folder(tmp_path):
     found = {name: Path(os.environ[name]) for name in FOLDERS}
     assert len(set(found.values())) == 5
     assert all(path.parent == tmp_path / "new" / "caches" for path in found.values())
-    assert os.environ[FLASH4] == "1"
+    assert os.environ[FLASH4] == os.environ[TUNED] == "1"
 
 
 def test_what_a_user_has_set_stays(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
     monkeypatch.setenv(FLASH4, "0")
+    monkeypatch.setenv(TUNED, "0")
     use_caches(str(tmp_path))
-    assert (os.environ["TRITON_CACHE_DIR"], os.environ[FLASH4]) == ("/elsewhere", "0")
+    assert [os.environ[name] for name in ("TRITON_CACHE_DIR", FLASH4, TUNED)] == ["/elsewhere", "0", "0"]
 
 
 def test_the_folder_that_pytorch_sets_when_it_is_imported_gives_way(tmp_path):
@@ -57,7 +58,7 @@ def test_a_folder_that_cannot_be_made_is_told_and_packages_use_their_own(tmp_pat
     (tmp_path / "file").touch()
     use_caches(str(tmp_path / "file" / "caches"))
     assert "the next run compiles again" in caplog.text
-    assert not os.environ.keys() & {*FOLDERS, FLASH4}
+    assert not os.environ.keys() & {*FOLDERS, FLASH4, TUNED}
 
 
 @pytest.mark.parametrize("part", ["inductor", "vllm"])
@@ -68,7 +69,7 @@ def test_a_folder_that_cannot_be_written_is_told_and_packages_use_their_own(tmp_
     use_caches(str(tmp_path))
     (said,) = caplog.messages
     assert said.startswith(f"cache_dir: {tmp_path} cannot be used ({tmp_path / part} cannot be written)")
-    assert not os.environ.keys() & {*FOLDERS, FLASH4}
+    assert not os.environ.keys() & {*FOLDERS, FLASH4, TUNED}
 
 
 def test_a_folder_that_a_user_has_set_is_not_looked_at(tmp_path, monkeypatch, caplog):

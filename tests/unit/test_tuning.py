@@ -6,10 +6,12 @@ import json
 import os
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from pgrpo.process.caches import FOLDERS, TUNED, use_caches
 from pgrpo.process.tuning import CACHE_MODE, CHOSEN, CONFIG_DIR, compile_variants_together, use_chosen
 
 SLOWEST_FIRST = {1: 3.0, 2: 1.0, 4: 2.0}
@@ -119,3 +121,37 @@ def test_fla_reads_what_is_chosen_unless_a_user_chose(monkeypatch):
     monkeypatch.setenv(CACHE_MODE, "disabled")
     use_chosen()
     assert (os.environ.get(CONFIG_DIR), os.environ[CACHE_MODE]) == (None, "disabled")
+
+
+def kernel(x, n):
+    """Of two processes."""
+
+
+def test_what_one_process_has_tuned_others_that_share_the_folder_read(monkeypatch, tmp_path):
+    """Triton's own code, but for the GPU: of kernels that do not ask for it."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import autotuner
+
+    for name in (*FOLDERS, TUNED):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    target = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32))
+    monkeypatch.setattr(autotuner, "driver", SimpleNamespace(active=target))
+    configs = [autotuner.Config({}, num_warps=warps) for warps in SLOWEST_FIRST]
+
+    def process():
+        """Variants that it times, and what it launches."""
+        timed, launched = [], []
+        use_caches(str(tmp_path))
+        tuner = autotuner.Autotuner(
+            triton.jit(kernel), ["x", "n"], configs, ["n"], None, None, do_bench=lambda *_, **__: None
+        )
+        tuner._bench = lambda *_, config, **__: timed.append(config.num_warps) or [SLOWEST_FIRST[config.num_warps]] * 3
+        tuner.fn.run = lambda *_, num_warps, **__: launched.append(num_warps)
+        tuner.run(0, n=5, grid=(1,), warmup=False)
+        return timed, launched
+
+    assert process() == ([1, 2, 4], [2])
+    assert process() == ([], [2])
