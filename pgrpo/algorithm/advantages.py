@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 from pgrpo.config import LossConfig
 from pgrpo.types import Group
@@ -34,10 +35,8 @@ def compare(groups: Sequence[Group], config: LossConfig, weights: Mapping[str, f
         [math.fsum(w * a for w, a in zip(used.values(), values, strict=True)) for values in zip(*group, strict=True)]
         for group in zip(*parts, strict=True)
     ]
-    counted = [
-        value for group, values in zip(groups, sums, strict=True)
-        for reward, value in zip(group.rewards, values, strict=True) if reward is not None
-    ]  # fmt: skip
+    pairs = zip(chain.from_iterable(group.rewards for group in groups), chain.from_iterable(sums), strict=True)
+    counted = [value for reward, value in pairs if reward is not None]
     divisor = standard_deviation(counted) + EPS
     return [[value / divisor for value in values] for values in sums]
 

@@ -87,20 +87,17 @@ def policy_loss(
     advantages_BR = torch.where(mask_BR, advantages_BR, 0.0)
     distance_BR = torch.zeros_like(log_ratio_BR)
     if config.teacher is not None and config.teacher_kl == "sampled":
-        if teacher_logprobs_BR is None:
-            raise ValueError("teacher_kl=sampled needs teacher_logprobs")
-        distance_BR = torch.where(mask_BR, logprobs_BR.detach() - teacher_logprobs_BR, 0.0)
+        teacher_BR = _given(teacher_logprobs_BR, "teacher_kl=sampled", "teacher_logprobs")
+        distance_BR = torch.where(mask_BR, logprobs_BR.detach() - teacher_BR, 0.0)
         advantages_BR = advantages_BR - config.teacher_coef * distance_BR
     correction_BR, corrected_BR = torch.ones_like(log_ratio_BR), torch.zeros_like(mask_BR)
     if config.rollout_correction != "none":
-        if rollout_logprobs_BR is None:
-            raise ValueError(f"rollout_correction={config.rollout_correction} needs rollout_logprobs")
-        correction_BR, corrected_BR = rollout_correction(old_logprobs_BR, rollout_logprobs_BR, mask_BR, config)
+        rollout_BR = _given(rollout_logprobs_BR, f"rollout_correction={config.rollout_correction}", "rollout_logprobs")
+        correction_BR, corrected_BR = rollout_correction(old_logprobs_BR, rollout_BR, mask_BR, config)
     off_policy_BR = torch.zeros_like(mask_BR)
     if config.off_policy_threshold is not None:
-        if rollout_logprobs_BR is None:
-            raise ValueError(f"off_policy_threshold={config.off_policy_threshold} needs rollout_logprobs")
-        drift_B1 = sequence_drift(logprobs_BR, rollout_logprobs_BR, mask_BR)
+        threshold = f"off_policy_threshold={config.off_policy_threshold}"
+        drift_B1 = sequence_drift(logprobs_BR, _given(rollout_logprobs_BR, threshold, "rollout_logprobs"), mask_BR)
         off_policy_BR = (advantages_BR < 0) & (drift_B1 > config.off_policy_threshold)
         correction_BR = torch.where(off_policy_BR, 0.0, correction_BR)
     # Without an advantage the surrogate takes no exp of a ratio, which may overflow where the correction drops the token.
@@ -109,19 +106,15 @@ def policy_loss(
 
     kl_BR = torch.zeros_like(log_ratio_BR)
     if config.kl_coef:
-        if ref_logprobs_BR is None:
-            raise ValueError(f"kl_coef={config.kl_coef} needs ref_logprobs")
-        d_BR = torch.where(mask_BR, ref_logprobs_BR - logprobs_BR, 0.0)
+        ref_BR = _given(ref_logprobs_BR, f"kl_coef={config.kl_coef}", "ref_logprobs")
+        d_BR = torch.where(mask_BR, ref_BR - logprobs_BR, 0.0)
         kl_BR = kl_estimate(d_BR, token_log_ratio_BR, config)
         objective_BR = objective_BR - config.kl_coef * kl_BR
     if config.teacher is not None and config.teacher_kl == "full":
-        if teacher_kl_BR is None:
-            raise ValueError("teacher_kl=full needs teacher_kl")
-        distance_BR = torch.where(mask_BR, teacher_kl_BR, 0.0)
+        distance_BR = torch.where(mask_BR, _given(teacher_kl_BR, "teacher_kl=full", "teacher_kl"), 0.0)
         objective_BR = objective_BR - config.teacher_coef * distance_BR
     if config.entropy_coef:
-        if entropy_BR is None:
-            raise ValueError(f"entropy_coef={config.entropy_coef} needs entropy")
+        entropy_BR = _given(entropy_BR, f"entropy_coef={config.entropy_coef}", "entropy")
         objective_BR = objective_BR + config.entropy_coef * torch.where(mask_BR, entropy_BR, 0.0)
 
     weights_BR = token_weights(mask_BR, counts, config, max_completion_tokens).to(objective_BR.dtype)
@@ -143,6 +136,12 @@ def policy_loss(
         off_policy=off_policy_BR.sum(),
         teacher_kl=distance_BR.detach().sum(),
     )
+
+
+def _given(values_BR: Tensor | None, term: str, name: str) -> Tensor:
+    if values_BR is None:
+        raise ValueError(f"{term} needs {name}")
+    return values_BR
 
 
 def log_importance_ratio(log_ratio_BR: Tensor, mask_BR: Tensor, config: LossConfig) -> Tensor:

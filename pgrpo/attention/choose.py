@@ -78,15 +78,12 @@ class AttentionChoice:
         ]
         copies = [copy_ns * depth.copied_rows for depth in depths]
         ancestors = {d for d, depth in enumerate(depths) if depth.copied_rows}
-        if self.way == "auto":
-            copied = {d for d in ancestors if copies[d] < passes[d]}
-        else:
-            copied = ancestors if self.way == "copied_keys" else set()
+        copied = {d for d in ancestors if self.way == "copied_keys" or copies[d] < passes[d]}
 
         def ns(copied: set[int]) -> float:  # with any copy, all rows are copied once
             own = copy_ns * total if copied else 0.0
             return own + sum(copies[d] if d in copied else passes[d] for d in ancestors)
 
-        if self.way == "auto" and ns(set()) <= ns(copied):
+        if self.way == "between_depths" or (self.way == "auto" and ns(set()) <= ns(copied)):
             copied = set()
         return Chosen(frozenset(copied), ns(copied))

@@ -58,11 +58,10 @@ def sum_copies(
         order_C: [C] int32, the copies sorted by their source.
         offsets: [T + 1] int32, where each row's copies begin in ``order_C``.
     """
-    rows = len(offsets) - 1
-    return _sum_copies_plain(dk_CKD, source_C, rows), _sum_copies_plain(dv_CKD, source_C, rows)
 
+    def summed(x_CKD: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_CKD.dtype, torch.float32)
+        total_TKD = torch.zeros(len(offsets) - 1, *x_CKD.shape[1:], dtype=dtype, device=x_CKD.device)
+        return total_TKD.index_add_(0, source_C, x_CKD.to(dtype)).to(x_CKD.dtype)
 
-def _sum_copies_plain(x_CKD: Tensor, source_C: Tensor, rows: int) -> Tensor:
-    dtype = torch.promote_types(x_CKD.dtype, torch.float32)
-    total = torch.zeros(rows, *x_CKD.shape[1:], dtype=dtype, device=x_CKD.device)
-    return total.index_add_(0, source_C, x_CKD.to(dtype)).to(x_CKD.dtype)
+    return summed(dk_CKD), summed(dv_CKD)

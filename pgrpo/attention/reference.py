@@ -43,8 +43,7 @@ def reference_attention(
     """Attention output [T, H, Dv] and log-sum-exp of the scores [H, T], in the precision of the inputs. Arguments as those of
     ``grouped_attention``."""
     repeats = q_THD.shape[1] // k_TKD.shape[1]
-    k_THD = k_TKD.repeat_interleave(repeats, dim=1)
-    v_THD = v_TKD.repeat_interleave(repeats, dim=1)
+    k_THD, v_THD = (x_TKD.repeat_interleave(repeats, dim=1) for x_TKD in (k_TKD, v_TKD))
     scores_HTT = torch.einsum("thd,shd->hts", q_THD, k_THD) * scale
     if softcap:
         scores_HTT = softcap * torch.tanh(scores_HTT / softcap)

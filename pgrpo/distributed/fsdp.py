@@ -54,9 +54,8 @@ def place(
     mesh = init_device_mesh(world.device.type, tuple(sizes[name] for name in names), mesh_dim_names=names)
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     home = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if offload else OffloadPolicy()
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=home)
-    fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=home)
+    for part in (*layers, module):
+        fully_shard(part, mesh=mesh, mp_policy=precision, offload_policy=home)
     for name in methods:
         register_fsdp_forward_method(module, name)
 

@@ -52,12 +52,11 @@ class Head:
         """[C, V] logits, as the model's own forward computes them; ``parameters`` replaces the model's by name."""
         model = self.model
         ids = torch.zeros(1, len(hidden_CE), dtype=torch.long, device=hidden_CE.device)
+        inputs = {"input_ids": ids, "use_cache": False}
         output, decoder = _DecoderOutput(hidden_CE.unsqueeze(0)), model.base_model
         decoder.forward = lambda *_, **__: output  # pyright: ignore[reportAttributeAccessIssue]
         try:
-            if parameters is None:
-                return self.ban(model.forward(input_ids=ids, use_cache=False).logits.squeeze(0))
-            call = functional_call(model, parameters, (), {"input_ids": ids, "use_cache": False})
+            call = model.forward(**inputs) if parameters is None else functional_call(model, parameters, (), inputs)
             return self.ban(call.logits.squeeze(0))
         finally:
             del decoder.forward

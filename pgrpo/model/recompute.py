@@ -64,7 +64,8 @@ def _forward(layer: nn.Module, number: int, mode: Recompute, compiled: bool, *ar
         compiled = False  # compiled code cannot hand out the keys and values that a checkpoint inside it makes
     front = current.fronts[number] if current.fronts else None
     try:
-        return _runner(mode, compiled)(layer, Seen(layout, front), *args, **kwargs)
+        run = _all_but_attention if mode == "attention" else _plain if mode == "none" else _everything
+        return (compile_dynamic(run) if compiled else run)(layer, Seen(layout, front), *args, **kwargs)
     finally:
         current.layout = layout
 
@@ -78,11 +79,6 @@ def not_compiled() -> Iterator[None]:
         yield
     finally:
         current.is_eager = False
-
-
-def _runner(mode: Recompute, compiled: bool) -> Callable[..., Tensor]:
-    run = _all_but_attention if mode == "attention" else _plain if mode == "none" else _everything
-    return compile_dynamic(run) if compiled else run
 
 
 @cache

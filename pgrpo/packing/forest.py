@@ -123,8 +123,6 @@ class Sorted:
 
     def take(self, kept: np.ndarray) -> Sorted:
         """Some of the samples, by their ascending numbers in this order."""
-        if len(kept) == len(self.samples):
-            return self
         shared = np.minimum.reduceat(self.shared[: kept[-1] + 1], np.concatenate([[0], kept[:-1] + 1]))
         shared[0] = 0
         numbers = self.order[kept], self.lengths[kept], self.prompts[kept], shared
@@ -197,5 +195,4 @@ def length(sample: Sample) -> int:
 def _equal(a: np.ndarray, b: np.ndarray) -> int:
     """Number of leading elements that are equal."""
     most = min(len(a), len(b))
-    differ = np.flatnonzero(a[:most] != b[:most])
-    return int(differ[0]) if len(differ) else most
+    return int(next(iter(np.flatnonzero(a[:most] != b[:most])), most))

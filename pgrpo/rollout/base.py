@@ -60,8 +60,5 @@ def sample_seeds(*path: int | str, group_size: int) -> list[int]:
 
     A hash, not a generator with state, so that a resumed run or another number of ranks samples the same.
     """
-    seeds = []
-    for sample in range(group_size):
-        key = "/".join(map(str, (*path, sample))).encode()
-        seeds.append(int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1)
-    return seeds
+    keys = ("/".join(map(str, (*path, sample))).encode() for sample in range(group_size))
+    return [int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1 for key in keys]
