@@ -51,7 +51,7 @@ from pgrpo.placement.choices import compute_dtype
 from pgrpo.placement.layers import layer_plan
 from pgrpo.placement.sizes import plan_sizes
 from pgrpo.planning.dims import decoder_layers
-from pgrpo.planning.flops import GIB, ModelDims, adapter_parameters, mfu, peak_flops, update_flops
+from pgrpo.planning.flops import GIB, ModelDims, active_adapters, mfu, peak_flops, update_flops
 from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.memory import memory_plan
 from pgrpo.process.caches import use_caches
@@ -165,7 +165,7 @@ def groups_of(args: argparse.Namespace, prompt: int, learner: Learner) -> list[G
 
 def work_of(args: argparse.Namespace, prompt: int, learner: Learner) -> float:
     """FLOPs of an update, those of recomputation not among them."""
-    adapters = adapter_parameters(learner.config.model, learner.dims)
+    adapters = active_adapters(learner.config.model, learner.dims)
     one = update_flops(learner.dims, prompt, [args.completion] * args.group_size, adapters=adapters)
     return learner.world.dp_size * one
 

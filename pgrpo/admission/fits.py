@@ -61,23 +61,25 @@ def check_lora(config: ModelConfig, dims: ModelDims) -> None:
     """Refuse a LoRA config that cannot work, before any weight is loaded.
 
     Raises:
-        ConfigError: peft is not installed, or ``model.lora_targets`` names something that is not a linear layer of the model, as
-            stacked experts.
+        ConfigError: peft is not installed, or ``model.lora_targets`` names something that is neither a linear layer of the model
+            nor its stacked experts, or experts that another code computes.
     """
     if config.lora_rank and importlib.util.find_spec("peft") is None:
         raise ConfigError(f"model.lora_rank={config.lora_rank}: LoRA needs peft: pip install -e '.[lora]'")
+    experts = ["experts", *(f"experts.{name}" for name in dims.expert_matrices)] if dims.expert_matrices else []
     if config.lora_rank and dims.stacked and not config.lora_targets:
-        log.info("LoRA: the experts (%s) are not trained, they have no adapters", ", ".join(dims.stacked))
+        how = f"; model.lora_targets=[{','.join([*dims.linear_layers, 'experts'])}] gives them some" if experts else ""
+        log.info("LoRA: the experts (%s) are not trained, they have no adapters%s", ", ".join(dims.stacked), how)
     for name in config.lora_targets:
-        if name in dims.stacked or name == "experts":
+        if name.partition(".")[0] == "experts" and dims.stacked and not experts:
             raise ConfigError(
-                f"model.lora_targets: {name!r} is all experts of a layer in one tensor, which gets no adapters: leave it out, or "
-                "train all weights (model.lora_rank=0)"
+                f"model.lora_targets: {name!r}: experts of {config.path} get no adapters, as only the model's own code multiplies "
+                "with them: leave them out, or train all weights (model.lora_rank=0)"
             )
-        if name not in dims.linear_layers:
+        if name not in (*dims.linear_layers, *experts):
             raise ConfigError(
                 f"model.lora_targets: {name!r} is no linear layer of {config.path}; "
-                f"it may be {', '.join(dims.linear_layers)}"
+                f"it may be {', '.join([*dims.linear_layers, *experts])}"
             )
 
 

@@ -23,11 +23,11 @@ from pgrpo.admission.shrink import few_layers
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.config import ConfigError
-from pgrpo.model.families.expert_products import is_stack
 from pgrpo.model.families.linear import has_state, plain_functions
 from pgrpo.model.policy import Policy
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
+from pgrpo.planning.dims import is_stack
 from pgrpo.planning.hub import new_model
 from pgrpo.types import Sample
 from pgrpo.vision.families import attention_names

@@ -28,7 +28,7 @@ from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
 from pgrpo.placement.choices import check_device, compute_dtype, is_compiled
 from pgrpo.planning.dims import decoder_layers
-from pgrpo.planning.flops import GIB, ModelDims, adapter_parameters, flop_ratio, forward_flops, mfu, rho, update_flops
+from pgrpo.planning.flops import GIB, ModelDims, active_adapters, flop_ratio, forward_flops, mfu, rho, update_flops
 from pgrpo.planning.hub import load_hf_config
 from pgrpo.process.caches import use_caches
 from pgrpo.training.place import wrap
@@ -162,7 +162,7 @@ def time_jobs(
                 peak[method] = torch.cuda.max_memory_allocated() / GIB
     rate = max(rate, _matmul_flops(device, config))
     dims, completions = ModelDims.from_config(policy.model.config), [shape.completion] * shape.group_size
-    adapters = adapter_parameters(config.model, dims)
+    adapters = active_adapters(config.model, dims)
     forward = shape.groups * forward_flops(dims, shape.prompt, completions, adapters=adapters)
     backward_too = shape.groups * update_flops(dims, shape.prompt, completions, adapters=adapters)
     rows = []

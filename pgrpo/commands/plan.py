@@ -18,7 +18,7 @@ from pgrpo.placement.awake import engine_memory, vllm_text
 from pgrpo.placement.choices import attention_choice, engine_choice, engine_name, is_compiled, teacher_model
 from pgrpo.placement.layers import keepable_tokens, layer_plan
 from pgrpo.placement.sizes import gpu_memory, most_image_tokens, plan_sizes
-from pgrpo.planning.flops import GIB, ModelDims, adapter_parameters, flat_work, rho, update_flops
+from pgrpo.planning.flops import GIB, ModelDims, active_adapters, adapter_parameters, flat_work, rho, update_flops
 from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.kept import kept_text, longest_kept, why_none_kept
 from pgrpo.planning.memory import memory_plan
@@ -81,7 +81,7 @@ def plan_text(config: Config) -> str:
     each = f"{together} ranks" if together > 1 else "rank"
     adapters = adapter_parameters(config.model, dims)
     epochs = config.train.epochs_per_step
-    group_flops = update_flops(dims, prompt, completions, shared=shared, adapters=adapters)
+    group_flops = update_flops(dims, prompt, completions, shared=shared, adapters=active_adapters(config.model, dims))
     flops = epochs * rollout.prompts_per_step * group_flops
     trained = f", frozen; LoRA trains {adapters:,} beside them" if adapters else ""
     return (

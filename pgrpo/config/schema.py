@@ -42,12 +42,13 @@ class ModelConfig:
     samples that are too long for one GPU. It must divide the number of ranks and the model's attention heads. `token_budget` is
     that of these ranks together, and `prompts_per_step` divides over the shares of data, of which each has so many ranks."""
     lora_rank: int = number(0, least=0, most=4096)
-    """LoRA: train adapters of this rank beside the linear layers. The model's weights stay unchanged, and are held in `dtype`. 0
-    trains all weights."""
+    """LoRA: train adapters of this rank beside linear layers and experts (`lora_targets`). The model's weights stay unchanged, and
+    are held in `dtype`. 0 trains all weights."""
     lora_alpha: float = number(32.0, above=0, most=1e6)
     """An adapter's output is multiplied by `lora_alpha / lora_rank`."""
     lora_targets: list[str] = field(default_factory=list)
-    """Names of the linear layers that get adapters, such as `q_proj`. Empty: all linear layers of the decoder layers."""
+    """Names of the linear layers that get adapters, such as `q_proj`; `experts` gives each expert of a mixture some, and
+    `experts.down_proj` one of its matrices. Empty: all linear layers of the decoder layers, and no experts."""
     load_vision: bool = False
     """Load the vision tower of a model that is published with one and otherwise trained as a language model, without it (Qwen3.5):
     for prompts with images. Other models with images always have theirs."""

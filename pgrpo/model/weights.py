@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from pgrpo.model.families.expert_adapters import adapter_of
 from pgrpo.model.families.experts import to_checkpoint
 
 BASE, ADAPTER = ".base_layer.", ".lora_"
-"""Parts of the names that peft gives to the parameters of a linear layer and of its adapter."""
+"""Parts of the names of a linear layer's parameters (by peft), and of adapters'."""
 
 
 def weight_names(model: nn.Module) -> set[str]:
     """The names that ``full_weights`` yields. Of names that share a tensor (tied embeddings) only one."""
-    own = {name.replace(BASE, "."): x.shape for name, x in model.named_parameters() if ADAPTER not in name}
-    own |= {name: x.shape for name, x in _kept_buffers(model).items()}
-    convert = to_checkpoint(model)
-    return {new for name, shape in own.items() for new, _ in convert(name, torch.empty(shape, device="meta"))}
+    own = {name.replace(BASE, "."): x for name, x in model.named_parameters() if ADAPTER not in name}
+    own, convert = own | _kept_buffers(model), to_checkpoint(model)
+    return {new for name, x in own.items() for new, _ in convert(name, torch.empty(x.shape, device="meta"))}
 
 
 def _kept_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -49,23 +49,30 @@ def full_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Te
 
 def _own_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
-        if ADAPTER in name:
-            continue
-        weight = _whole(parameter, parameter.dtype if BASE in name else dtype)
-        if BASE in name and name.endswith("weight"):
-            weight = weight.float() + _adapter(model.get_submodule(name.partition(BASE)[0]))
-            weight = _round_stochastically(weight) if dtype == torch.bfloat16 else weight
-        yield name.replace(BASE, "."), weight.to(dtype)
+        if ADAPTER not in name:
+            adapted = _adapted(model, name)
+            yield name.replace(BASE, "."), _merged(parameter, adapted, dtype) if adapted else _whole(parameter, dtype)
     yield from _kept_buffers(model).items()
 
 
-def _adapter(layer: Any) -> Tensor:
-    """The matrix that a LoRA layer adds to its weight: [out, in], float32 (arXiv 2106.09685, equation 3)."""
-    delta = torch.zeros((), device=layer.weight.device)
-    for adapter, scale in layer.scaling.items():
-        a_RI, b_OR = (_whole(matrix[adapter].weight, torch.float32) for matrix in (layer.lora_A, layer.lora_B))
-        delta = delta + scale * (b_OR @ a_RI)
-    return delta
+def _adapted(model: nn.Module, name: str) -> Any:
+    """What has the adapter of a weight, and its scale, by peft's names; None without an adapter."""
+    if BASE in name and name.endswith("weight"):
+        return model.get_submodule(name.partition(BASE)[0])
+    return adapter_of(model, name)
+
+
+def _merged(parameter: Tensor, adapted: Any, dtype: torch.dtype) -> Tensor:
+    """A weight and, in float32, what its adapter adds to it (arXiv 2106.09685, equation 3). Of stacked experts one by one, which
+    takes less memory."""
+    weight = _whole(parameter, parameter.dtype)
+    a, b = (_whole(matrix["default"].weight, torch.float32) for matrix in (adapted.lora_A, adapted.lora_B))
+    if getattr(adapted, "is_turned", False):
+        a, b = b.mT, a.mT
+    stacks = (x.view(-1, *x.shape[-2:]) for x in (weight, a, b))
+    sums = (w.float() + adapted.scaling["default"] * (b_OR @ a_RI) for w, a_RI, b_OR in zip(*stacks, strict=True))
+    merged = [(_round_stochastically(x) if dtype == torch.bfloat16 else x).to(dtype) for x in sums]
+    return torch.stack(merged).view_as(weight)
 
 
 def _round_stochastically(x: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -46,6 +46,7 @@ class ModelDims:
         layer_matrix: elements of all matrices of the largest layer.
         linear_layers: (inputs, outputs) of every linear layer, by the last part of its name.
         stacked: names of parameters that have the matrices of all experts of a layer.
+        expert_matrices: (experts, inputs, outputs) of every such parameter that can get LoRA adapters, by its name.
         active: experts of a layer that compute a token; 0 without experts.
         has_mlp: whether ``mlp_of`` finds one in every layer.
         tower: of a model that sees images, the tower's sizes; its parameters are part of ``parameters``.
@@ -72,6 +73,7 @@ class ModelDims:
     layer_matrix: int
     linear_layers: Mapping[str, tuple[tuple[int, int], ...]]
     stacked: tuple[str, ...] = ()
+    expert_matrices: Mapping[str, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)
     active: int = 0
     has_mlp: bool = True
     tower: TowerDims | None = None
@@ -86,6 +88,12 @@ class ModelDims:
         if isinstance(config, Mapping):
             config = without_code(AutoConfig.for_model(**config))
         return _count(_Key(config))
+
+    def adapted(self, targets: Collection[str]) -> tuple[set[str], set[str]]:
+        """Names of the linear layers and of the stacked parameters that get LoRA adapters for ``model.lora_targets``. Stacked
+        parameters get them only if they are named: together as ``experts``, or as ``experts.NAME``."""
+        stacked = {name for name in self.expert_matrices if {"experts", f"experts.{name}"} & {*targets}}
+        return set(self.linear_layers.keys() & (targets or self.linear_layers)), stacked
 
 
 class _Key:
@@ -120,6 +128,21 @@ def mlp_of(layer: nn.Module) -> nn.Module | None:
     return next((part for name in MLP if isinstance(part := getattr(layer, name, None), nn.Module)), None)
 
 
+def is_stack(module: nn.Module) -> bool:
+    """Whether it is the stacked experts of a layer, by what transformers gives to these."""
+    return hasattr(module, "is_transposed") and hasattr(module, "num_experts")
+
+
+def normed_experts(model: nn.Module) -> bool:
+    """Whether a norm is behind each expert, which routing weights cannot pass: such experts are computed by transformers' code."""
+    return any(getattr(module, "has_post_expert_norm", False) for module in model.modules())
+
+
+def stacked_matrices(stack: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Names and values of the parameters that have the matrices of all experts of a layer."""
+    return ((name, p) for name, p in stack.named_parameters(recurse=False) if p.ndim == 3)
+
+
 @lru_cache(maxsize=64)
 def _count(key: _Key) -> ModelDims:
     config = copy.deepcopy(key.config)
@@ -136,11 +159,15 @@ def _count(key: _Key) -> ModelDims:
         kv_heads, head_dim, value_dim = heads, text.qk_nope_head_dim + text.qk_rope_head_dim, text.v_head_dim
     experts, active = first_of(text, EXPERTS), first_of(text, ACTIVE_EXPERTS)
     linear: dict[str, list[tuple[int, int]]] = {}
+    of_experts: dict[str, list[tuple[int, int, int]]] = {}
     matrices, mlp, whole, stacked = 0, 0, 0, set()
     for layer in layers:
         for name, module in layer.named_modules():
             if isinstance(module, nn.Linear):
                 linear.setdefault(name.rpartition(".")[2], []).append((module.in_features, module.out_features))
+            for of_stack, p in stacked_matrices(module) if is_stack(module) else ():
+                count, outputs, inputs = (p.mT if module.is_transposed else p).shape
+                of_experts.setdefault(of_stack, []).append((count, inputs, outputs))
         of_layer = {name: p.numel() for name, p in layer.named_parameters() if p.ndim >= 2}
         stacked |= {n.rpartition(".")[2] for n, p in layer.named_parameters() if _is_expert(n) and p.ndim == 3}
         used = {n: size * active // experts if experts and _is_expert(n) else size for n, size in of_layer.items()}
@@ -169,6 +196,7 @@ def _count(key: _Key) -> ModelDims:
         layer_matrix=whole,
         linear_layers={name: tuple(shapes) for name, shapes in linear.items()},
         stacked=tuple(sorted(stacked)),
+        expert_matrices={} if normed_experts(model) else {name: tuple(shapes) for name, shapes in of_experts.items()},
         active=active if experts else 0,
         has_mlp=all(mlp_of(layer) is not None for layer in layers),
         tower=TowerDims.of(model, family) if (family := family_of(config)) else None,

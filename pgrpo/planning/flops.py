@@ -7,7 +7,7 @@ P prompt tokens, R tokens of one completion, G completions of a prompt. *Grouped
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -32,16 +32,22 @@ PEAK_TFLOPS = {
 
 def adapter_parameters(config: ModelConfig, dims: ModelDims) -> int:
     """Parameters of a run's LoRA adapters; 0 without LoRA."""
-    return (
-        lora_parameter_count(dims, config.lora_rank, config.lora_targets or dims.linear_layers)
-        if config.lora_rank
-        else 0
-    )
+    return lora_parameter_count(dims, config.lora_rank, config.lora_targets)
 
 
-def lora_parameter_count(dims: ModelDims, rank: int, targets: Iterable[str]) -> int:
-    """Parameters of LoRA adapters beside the named linear layers: two matrices each, [rank, inputs] and [outputs, rank]."""
-    return sum(rank * sum(shape) for name in set(targets) for shape in dims.linear_layers[name])
+def active_adapters(config: ModelConfig, dims: ModelDims) -> int:
+    """Those parameters that one token is multiplied with: of adapters beside experts, those of the active ones."""
+    return lora_parameter_count(dims, config.lora_rank, config.lora_targets, experts=dims.active)
+
+
+def lora_parameter_count(dims: ModelDims, rank: int, targets: Collection[str], experts: int | None = None) -> int:
+    """Parameters of LoRA adapters for ``model.lora_targets``: two matrices each, [rank, inputs] and [outputs, rank], beside linear
+    layers and beside experts; of every layer's experts ``experts``, by default all."""
+    linear, stacked = dims.adapted(targets)
+    sizes = sum(sum(shape) for name in linear for shape in dims.linear_layers[name])
+    for name in stacked:
+        sizes += sum((count if experts is None else experts) * (i + o) for count, i, o in dims.expert_matrices[name])
+    return rank * sizes
 
 
 def flat_work(prompt: int, completions: Sequence[int], *, shared: bool = True) -> Work:
@@ -56,8 +62,8 @@ def flat_work(prompt: int, completions: Sequence[int], *, shared: bool = True) -
 def forest_forward_flops(dims: ModelDims, work: Work, *, adapters: int = 0) -> np.ndarray:
     """FLOPs of the log-probs of each run of rows; a multiplication and an addition are two FLOPs.
 
-    Counts linear layers (with ``adapters`` parameters of LoRA) and recurrences for each row, attention for each pair, and the head
-    for tokens with a log-prob only.
+    Counts linear layers (with ``adapters`` parameters of LoRA: ``active_adapters``) and recurrences for each row, attention for
+    each pair, and the head for tokens with a log-prob only.
     """
     head = 2 * dims.vocab * dims.hidden * work.scored
     return 2 * (dims.matrices + adapters) * work.rows + _attention_flops(dims, work) + head
@@ -65,8 +71,8 @@ def forest_forward_flops(dims: ModelDims, work: Work, *, adapters: int = 0) -> n
 
 def forest_update_flops(dims: ModelDims, work: Work, *, adapters: int = 0) -> np.ndarray:
     """FLOPs of the forward and backward of each run of rows: ``UPDATE_OVER_FORWARD`` times the forward's. With LoRA
-    (``adapters``: number of trained parameters) the frozen weights have no gradient, so that their backward is one product, as
-    large as the forward's."""
+    (``adapters`` as above) the frozen weights have no gradient, so that their backward is one product, as large as the
+    forward's."""
     forward = forest_forward_flops(dims, work, adapters=adapters)
     if not adapters:
         return UPDATE_OVER_FORWARD * forward

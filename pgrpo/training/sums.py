@@ -14,7 +14,7 @@ from pgrpo.algorithm.loss import LossOutput
 from pgrpo.distributed.world import World
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.packing.forest import Work
-from pgrpo.planning.flops import adapter_parameters, forest_update_flops
+from pgrpo.planning.flops import active_adapters, forest_update_flops
 from pgrpo.training.build import Learner
 from pgrpo.types import Group
 
@@ -188,4 +188,4 @@ def _token_counts(learner: Learner, batches: Iterable[GroupedBatch]) -> dict[str
 def work_flops(learner: Learner, work: Work) -> float:
     """FLOPs of a forest's forward and backward."""
     model, dims = learner.config.model, learner.dims
-    return float(forest_update_flops(dims, work, adapters=adapter_parameters(model, dims)).sum())
+    return float(forest_update_flops(dims, work, adapters=active_adapters(model, dims)).sum())

@@ -19,7 +19,7 @@ from pgrpo.model.kept import kept_prefix
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import GroupedBatch, build_batch
 from pgrpo.packing.forest import Forest
-from pgrpo.planning.flops import adapter_parameters, forest_update_flops
+from pgrpo.planning.flops import active_adapters, forest_update_flops
 from pgrpo.tracking.live import watched
 from pgrpo.training.build import Learner
 from pgrpo.training.progress import Progress
@@ -42,7 +42,7 @@ def micro_batches(learner: Learner, groups: Sequence[Group]) -> list[GroupedBatc
     def share() -> list[list[Forest]]:
         kept = [_in_the_loss(learner, group) for group in groups if has_gradient(learner, group)]
         samples = [sample for group in kept for sample in group.samples]
-        cost = partial(forest_update_flops, learner.dims, adapters=adapter_parameters(config.model, learner.dims))
+        cost = partial(forest_update_flops, learner.dims, adapters=active_adapters(config.model, learner.dims))
         return share_out(
             samples, world.dp_size, config.train.token_budget, cost, attention,
             is_shared=is_shared, most_kept=learner.most_kept,

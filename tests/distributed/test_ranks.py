@@ -144,17 +144,19 @@ def hybrid(tmp_path_factory, on_ranks):
     [
         (2, {"token_budget": 40, "activation_checkpointing": "full"}),
         (4, {}),
-        (4, {"fsdp_size": 2, "lora_rank": 2}),
+        (4, {"fsdp_size": 2, "lora_rank": 2, "lora_targets": ["in_proj_qkv", "q_proj", "down_proj", "experts"]}),
         (1, {"attention": "repeated"}),
     ],
     ids=str,
 )
 def test_a_model_with_states_and_experts(hybrid, ranks, changes):
     """In float32 the rule solves triangular systems, whose rounding depends on the lengths that are computed together."""
-    want = hybrid(**{key: changes[key] for key in changes.keys() & {"lora_rank"}})
+    want = hybrid(**{key: changes[key] for key in changes.keys() & {"lora_rank", "lora_targets"}})
     assert_same(hybrid(ranks, **changes), want, most=1e-4)
-    wanted = "lora_A" if "lora_rank" in changes else "A_log"
+    wanted = "lora_" if "lora_rank" in changes else "A_log"
     found = [name for name in want["gradients"] if wanted in name]
+    if "lora_rank" in changes:
+        assert len([name for name in found if ".experts.lora_" in name]) == 3 * 2 * 2
     assert len(found) >= 2 and all(want["gradients"][name].norm() > 0 for name in found)
 
 
@@ -168,6 +170,26 @@ def test_states_of_a_prefix_that_is_kept_for_several_passes(hybrid, ranks, chang
     got, want = hybrid(ranks, **KEPT, **changes), hybrid(beginning=KEPT["beginning"], **changes)
     assert got["kept"] > 1 and want["micro_batches"] == 1
     assert_same(got, want, most=1e-4)
+
+
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, "float32"), (4, "float32"), (2, "bfloat16")])
+def test_adapters_beside_experts_on_several_ranks(windowed, ranks, dtype):
+    """Ranks have shards of the adapters, and the reference is the policy without them."""
+    changes = {"lora_rank": 3, "lora_targets": ["experts"], "kl_coef": 0.3, "lr": 1e-3, "pushed": True}
+    got, want = windowed(ranks, dtype=dtype, activation_checkpointing="full", **changes), windowed(**changes)
+    assert want["metrics"]["kl"] > 1e-3
+    assert len(adapter_names(want)) == 2 * 2 * 2
+    for result in (got, want):
+        assert list(result["gradients"]) == result["moved"] == adapter_names(want)
+        assert all(gradient.dtype == torch.float32 and gradient.norm() > 0 for gradient in result["gradients"].values())
+    if dtype == "float32":
+        assert_same(got, want)
+    else:
+        assert 1e-4 < gradient_error(got, want) < 0.1
+    assert got["pushed"].keys() == want["pushed"].keys() and len(want["pushed"]) > 20
+    most = {"float32": 1e-6, "bfloat16": 2**-8}[dtype]
+    for name, weight in want["pushed"].items():
+        torch.testing.assert_close(got["pushed"][name], weight, atol=most, rtol=most)
 
 
 def test_a_head_that_caps_its_logits_on_two_ranks(tmp_path, on_ranks):

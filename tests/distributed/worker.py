@@ -14,6 +14,7 @@ from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import start
 from pgrpo.grpo import backward, update_policy
 from pgrpo.model.kept import kept_prefix
+from pgrpo.model.weights import full_weights
 from pgrpo.packing import balance
 from pgrpo.planning.flops import ModelDims
 from pgrpo.process.exit import run_and_leave
@@ -85,6 +86,7 @@ def configure(model, changes):
     config.optim.lr = changes.get("lr", 1e-6)
     config.model.attention = changes.get("attention", "grouped")
     config.model.lora_rank = changes.get("lora_rank", 0)
+    config.model.lora_targets = changes.get("lora_targets", [])
     return config
 
 
@@ -136,6 +138,7 @@ def one_update(world, model, changes):
     sums = {name: value.item() for name, value in total.over_ranks(world)._asdict().items()}
     gradients = {name: full_tensor(p.grad).clone() for name, p in policy.model.named_parameters() if p.grad is not None}
     optimizer.zero_grad()
+    pushed = dict(full_weights(policy.model, torch.float32)) if changes.get("pushed") else {}
     before = {name: full_tensor(p).clone() for name, p in policy.model.named_parameters()}
     metrics = update_policy(learner, Progress(), groups)
     after = {name: full_tensor(p) for name, p in policy.model.named_parameters()}
@@ -148,6 +151,7 @@ def one_update(world, model, changes):
         "moved": [name for name in before if not torch.equal(before[name], after[name])],
         "names": list(before),
         "held": sum(local(p).numel() for p in policy.parameters()),
+        "pushed": pushed,
         "held_of_teacher": sum(local(p).numel() for p in teacher.parameters()) if teacher else 0,
     }
 

@@ -12,8 +12,8 @@ from test_kept import count_kept
 from test_resume import assert_equal_checkpoints, metrics, train
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from pgrpo import checkpoint
 from pgrpo.admission.compare import reference_logprobs, tokens_as_groups
-from pgrpo.admission.fits import check_lora
 from pgrpo.admission.models import check_model
 from pgrpo.commands.export import export
 from pgrpo.config import ConfigError, ModelConfig
@@ -24,7 +24,6 @@ from pgrpo.model.weights import full_weights, weight_names
 from pgrpo.packing import balance
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
-from pgrpo.planning.flops import ModelDims
 from pgrpo.rollout.vllm.canary import CanaryError
 from pgrpo.rollout.vllm.scores import Scores
 from pgrpo.training.engine import Canary
@@ -44,14 +43,24 @@ def folder(request, tmp_path_factory):
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_a_run_is_resumed_bit_for_bit_and_its_export_is_what_a_push_carries(folder, lora_rank, tmp_path, monkeypatch):
-    """Prompts are kept for several passes, by the policy and by the reference."""
+    """Prompts are kept for several passes, by the policy and by the reference. With LoRA, mixtures have adapters beside experts."""
     monkeypatch.setattr(balance, "KEEP_NS", 0.0)
     kept = count_kept(monkeypatch)
     changes = {"steps": 2, "checkpoint.every": 1, "optim.lr": 1e-2, "model.lora_rank": lora_rank, "loss.kl_coef": 0.1}
     changes |= {"train.token_budget": 20}
+    if lora_rank and folder.name.startswith(("gpt_oss", "qwen3_moe")):
+        changes["model.lora_targets"] = "[q_proj,experts]"
     run = train(folder, tmp_path / "run", **changes)
     assert len(kept) >= 4
     said, kind = (run / "log.txt").read_text(), folder.name
+    if "model.lora_targets" in changes:
+        saved, _ = checkpoint.load(run / "checkpoints" / "step_2")
+        moved = [
+            name
+            for name, value in saved["model"].items()
+            if ".experts.lora_" in name and "lora_B" in name and value.any()
+        ]
+        assert len(moved) == 2 * 2
     assert ("layers with a state: by transformers' functions in PyTorch" in said) == kind.startswith("qwen3_5_text")
     assert ("experts, 2 for a token" in said) == kind.startswith(("gpt_oss", "qwen3_moe"))
     (run / "checkpoints" / "step_2").rename(tmp_path / "step_2")  # as if the run had stopped after step 1
@@ -158,19 +167,8 @@ def test_what_is_said_of_experts_and_of_heads_that_are_not_trained():
     assert "multi-token prediction (1 layers) are not loaded, trained or exported" in experts.untrained_text(config)
 
 
-def test_what_a_mixture_cannot_have_is_refused(tmp_path, caplog):
-    caplog.set_level("INFO")
+def test_a_load_balancing_term_is_refused():
     config = SCRIPT["make_model"](kind="qwen3_moe").config
-    dims = ModelDims.from_config(config)
-    for name in ("experts", "gate_up_proj"):
-        with pytest.raises(
-            ConfigError, match=rf"model\.lora_targets: '{name}' is all experts of a layer in one tensor"
-        ):
-            check_lora(ModelConfig(path="m", lora_rank=2, lora_targets=["q_proj", name]), dims)
-    check_lora(ModelConfig(path="m", lora_rank=2, lora_targets=["q_proj"]), dims)
-    assert not caplog.text
-    check_lora(ModelConfig(path="m", lora_rank=2), dims)
-    assert "LoRA: the experts (down_proj, gate_up_proj) are not trained" in caplog.text
     for coefficient in (
         0.001,
         0.02,

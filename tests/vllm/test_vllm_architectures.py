@@ -13,6 +13,7 @@ from test_vllm_images import make_model
 from pgrpo.admission.models import check_model
 from pgrpo.config import Config, ConfigError, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import start
+from pgrpo.model.lora import add_adapters
 from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.weights import full_weights, weight_names
 from pgrpo.rollout.vllm import loading
@@ -64,10 +65,12 @@ PUBLISHED = {"qwen3_5": "qwen3_5_text"}
 
 @pytest.fixture
 def started(request, tmp_path):
-    """An engine on a tiny random model of that type (``TYPE`` or ``TYPE in bfloat16``), asleep, and the policy."""
-    kind, _, dtype = request.param.partition(" in ")
+    """An engine on a tiny random model of that type (``TYPE``, ``TYPE in bfloat16``, ``... with adapters`` beside its experts),
+    asleep, and the policy."""
+    name, adapters, _ = request.param.partition(" with adapters")
+    kind, _, dtype = name.partition(" in ")
     dtype = dtype or "float32"
-    if request.param == "gpt_oss" and float(release(package().__version__)) < 0.32:
+    if name == "gpt_oss" and float(release(package().__version__)) < 0.32:
         pytest.skip("this release has sinks on a CPU in bfloat16 only")
     torch.manual_seed(0)
     text = SIZES | MODELS[PUBLISHED.get(kind) or kind]
@@ -80,11 +83,16 @@ def started(request, tmp_path):
     tokenizer = make_tokenizer(tmp_path)
     check_model(str(tmp_path), hf_config, max_sample=48)
     config = Config(
-        model=ModelConfig(path=str(tmp_path), dtype=dtype),
+        model=ModelConfig(
+            path=str(tmp_path), dtype=dtype, lora_rank=4 * bool(adapters), lora_targets=["q_proj", "experts"]
+        ),
         data=DataConfig(max_prompt_tokens=32),
         rollout=RolloutConfig(max_completion_tokens=16, enforce_eager=True, max_concurrent=32),
     )
-    policy = Policy(load_model(config.model))
+    model = load_model(config.model)
+    if adapters:
+        add_adapters(model, config.model, seed=0)
+    policy = Policy(model)
     weights = partial(full_weights, policy.model, getattr(torch, config.model.dtype))
     with start() as world:
         engine = VLLMEngine(config, world, tokenizer, [EOS], weights, weight_names(policy.model), memory_share=0.2)
@@ -96,7 +104,11 @@ ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="where an engine
 
 
 @ON_A_CPU
-@pytest.mark.parametrize("started", ["mistral", "gemma3_text", "gpt_oss", "qwen3_moe"], indirect=True)
+@pytest.mark.parametrize(
+    "started",
+    ["mistral", "gemma3_text", "gpt_oss", "qwen3_moe", "gpt_oss with adapters", "qwen3_moe with adapters"],
+    indirect=True,
+)
 def test_samples_have_the_policys_log_probs_before_and_after_a_push(started):
     engine, policy = started
     for step in range(2):
@@ -168,7 +180,9 @@ def test_a_model_that_vllm_builds_of_transformers_classes_is_not_the_policys(sta
 
 @ON_A_CPU
 @pytest.mark.parametrize(
-    "started", ["qwen3_5_text in bfloat16", "qwen3_5 in bfloat16", "gpt_oss in bfloat16"], indirect=True
+    "started",
+    ["qwen3_5_text in bfloat16", "qwen3_5 in bfloat16", "gpt_oss in bfloat16", "qwen3_moe in bfloat16 with adapters"],
+    indirect=True,
 )
 def test_a_push_arrives_in_bfloat16(started):
     """vLLM's Gated DeltaNet on a CPU computes in bfloat16 only."""

@@ -125,9 +125,11 @@ def tolerance(policy):
 
 
 def perturb(policy, by=0.02):
+    """What is trained."""
     with torch.no_grad():
         for p in policy.parameters():
-            p.add_(by * torch.randn_like(p))
+            if p.requires_grad:
+                p.add_(by * torch.randn_like(p))
 
 
 def test_n_samples_and_their_logprobs(awake):

@@ -22,15 +22,16 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from pgrpo.model.families.expert_adapters import ALIGNMENT, adapter_of
+from pgrpo.planning.dims import normed_experts
+
 NAME = "pgrpo"
-ALIGNMENT = 16
-"""Strides of grouped products are multiples of so many bytes."""
 
 
 def use_products(model: PreTrainedModel) -> None:
     """Let the stacked experts of a model be computed here; others stay as they are: those that transformers does not stack, and
     those with a norm behind each expert, which routing weights cannot pass."""
-    if not any(getattr(module, "has_post_expert_norm", False) for module in model.modules()):
+    if not normed_experts(model):
         ALL_EXPERTS_FUNCTIONS.register(NAME, forward)
         model.set_experts_implementation(NAME)
 
@@ -51,32 +52,45 @@ def recorded_choices() -> Iterator[list[tuple[nn.Module, Tensor]]]:
         _Recorded.choices = None
 
 
-def is_stack(module: torch.nn.Module) -> bool:
-    """Whether it is the stacked experts of a layer, by what transformers gives to these."""
-    return hasattr(module, "is_transposed") and hasattr(module, "num_experts")
-
-
 def forward(module: Any, hidden_TE: Tensor, experts_TA: Tensor, weights_TA: Tensor) -> Tensor:
     """transformers' interface for experts: [T, E] hidden states, each row's experts and their weights -> [T, E]."""
     if not torch.compiler.is_compiling() and _Recorded.choices is not None:
         _Recorded.choices.append((module, experts_TA))
     active, turned = experts_TA.shape[-1], bool(module.is_transposed)
     experts_S, order_S = experts_TA.flatten().sort(stable=True)
+    rows_S = order_S // active
     place_S = torch.empty_like(order_S).scatter(0, order_S, torch.arange(len(order_S), device=order_S.device))
     every_X = torch.arange(module.num_experts, device=order_S.device)
     ends_X = torch.searchsorted(experts_S, every_X, right=True, out_int32=True)
     name = "gate_up_proj" if module.has_gate else "up_proj"
     bias_XI = getattr(module, f"{name}_bias") if module.has_bias else None
     inner_SI = expert_inputs(
-        hidden_TE, getattr(module, name), bias_XI, order_S // active, place_S, experts_S, ends_X, active, turned
+        hidden_TE, getattr(module, name), bias_XI, rows_S, place_S, experts_S, ends_X, active, turned
     )
+    if low := _low_rank(module, name, hidden_TE, rows_S, place_S, experts_S, ends_X, active):
+        inner_SI = inner_SI + expert_inputs(*low, None, None, None, experts_S, ends_X, 1, False)
     inner_SI = module._apply_gate(inner_SI) if module.has_gate else module.act_fn(inner_SI)
     inner_SI = (inner_SI * weights_TA.flatten().index_select(0, order_S).unsqueeze(-1)).to(hidden_TE.dtype)
-    out_TE = expert_outputs(inner_SI, module.down_proj, order_S // active, place_S, ends_X, active, turned)
+    out_TE = expert_outputs(inner_SI, module.down_proj, rows_S, place_S, ends_X, active, turned)
+    if low := _low_rank(module, "down_proj", inner_SI, None, None, experts_S, ends_X, 1):
+        out_TE = out_TE + expert_outputs(*low, rows_S, place_S, ends_X, active, False)
     if not module.has_bias:
         return out_TE
     weights_TX = out_TE.new_zeros(len(out_TE), module.num_experts)
     return out_TE + weights_TX.scatter_add(1, experts_TA, weights_TA.to(out_TE.dtype)) @ module.down_proj_bias
+
+
+def _low_rank(
+    module: nn.Module, name: str, x: Tensor, rows_S: Tensor | None, place_S: Tensor | None, experts_S: Tensor,
+    ends_X: Tensor, active: int,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """[S, R] the copies of each row times the first matrices of a parameter's adapter and its scale; and its second matrices
+    [X, O, R]. None without an adapter, and while it is off."""
+    adapter = adapter_of(module, name)
+    if adapter is None or not (scale := adapter.scaling["default"]):
+        return None
+    a, b = adapter.matrices(x.dtype)
+    return scale * expert_inputs(x, a, None, rows_S, place_S, experts_S, ends_X, active, False), b
 
 
 # Custom ops, because a compiler lays out the inputs of grouped products with strides that these refuse. ``turned``: matrices are
@@ -86,23 +100,25 @@ def forward(module: Any, hidden_TE: Tensor, experts_TA: Tensor, weights_TA: Tens
 @torch.library.custom_op("pgrpo::expert_inputs", mutates_args=())
 def expert_inputs(
     x_TE: Tensor, weight: Tensor, bias_XI: Tensor | None,
-    rows_S: Tensor, place_S: Tensor, experts_S: Tensor, ends_X: Tensor, active: int, turned: bool,
+    rows_S: Tensor | None, place_S: Tensor | None, experts_S: Tensor, ends_X: Tensor, active: int, turned: bool,
 ) -> Tensor:  # fmt: skip
-    """[S, I]: the copies of each row times the matrices of their experts."""
-    out_SI = _products(x_TE.index_select(0, rows_S), weight if turned else weight.mT, ends_X)
+    """[S, I]: the copies of each row times the matrices of their experts. Without ``rows_S`` and ``place_S`` the rows are these
+    copies: [S, E]."""
+    out_SI = _products(_copies(x_TE, rows_S), weight if turned else weight.mT, ends_X)
     return out_SI if bias_XI is None else out_SI.add_(bias_XI.index_select(0, experts_S))
 
 
 @torch.library.custom_op("pgrpo::expert_inputs_backward", mutates_args=())
 def _expert_inputs_backward(
     d_SI: Tensor, x_TE: Tensor, weight: Tensor, bias_trained: bool,
-    rows_S: Tensor, place_S: Tensor, ends_X: Tensor, active: int, turned: bool, trained: bool,
+    rows_S: Tensor | None, place_S: Tensor | None, ends_X: Tensor, active: int, turned: bool, trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     d_SI = d_SI.contiguous()
-    dx_TE = _added(_products(d_SI, weight.mT if turned else weight, ends_X), place_S, active)
+    dx_TE = _products(d_SI, weight.mT if turned else weight, ends_X)
+    dx_TE = dx_TE if place_S is None else _added(dx_TE, place_S, active)
     dweight, dbias = d_SI.new_empty(0), d_SI.new_empty(0)
     if trained:
-        x_SE = x_TE.index_select(0, rows_S)
+        x_SE = _copies(x_TE, rows_S)
         dweight = _outer(x_SE, d_SI, ends_X) if turned else _outer(d_SI, x_SE, ends_X)
     if bias_trained:
         dbias = _outer(d_SI.new_ones(len(d_SI), ALIGNMENT), d_SI, ends_X)[:, 0].contiguous()
@@ -127,6 +143,10 @@ def _expert_outputs_backward(
         return dy_SI, d_TE.new_empty(0)
     y_SI = y_SI.contiguous()
     return dy_SI, _outer(y_SI, d_SE, ends_X) if turned else _outer(d_SE, y_SI, ends_X)
+
+
+def _copies(x_TN: Tensor, rows_S: Tensor | None) -> Tensor:
+    return x_TN.contiguous() if rows_S is None else x_TN.index_select(0, rows_S)
 
 
 def _added(out_SN: Tensor, place_S: Tensor, active: int) -> Tensor:
@@ -159,7 +179,7 @@ def _spans(ends_X: Tensor) -> Iterator[slice]:
 
 @expert_inputs.register_fake
 def _(x, weight, bias, rows, place, experts, ends, active, turned):
-    return x.new_empty(rows.shape[0], weight.shape[2 if turned else 1])
+    return x.new_empty(experts.shape[0], weight.shape[2 if turned else 1])
 
 
 @_expert_inputs_backward.register_fake
