@@ -203,7 +203,7 @@ def _check_prompt(config: Config) -> None:
     given = [f"prompt.{name}" for name in ("template", "messages", "messages_column") if getattr(prompt, name)]
     if len(given) != 1:
         raise ConfigError(
-            f"prompt: {' and '.join(given) or 'nothing'} is set; give exactly one of "
+            f"prompt: {' and '.join(given) or 'nothing'} {'are' if given else 'is'} set; give exactly one of "
             "prompt.template, prompt.messages, prompt.messages_column"
         )
     if prompt.template and prompt.chat_template_kwargs:

@@ -153,7 +153,8 @@ class Session:
             yield
         except Stopped as stopped:
             self._save_last_finished()
-            log.warning("stopped after step %d of %d, saved; --resume auto continues", progress.step, steps)
+            if self.parts.world.is_main:  # a signal reaches all ranks
+                log.warning("stopped after step %d of %d, saved; --resume auto continues", progress.step, steps)
             raise SystemExit(128 + stopped.signum) from None
         except Exception as error:
             self._rescue(error)
@@ -242,7 +243,8 @@ class Session:
             log.error("step %d could not be saved: %s", progress.step, another)
         else:
             steps = self.parts.config.train.steps
-            log.warning("failed after step %d of %d, saved; --resume auto continues", progress.step, steps)
+            if self.parts.world.is_main:
+                log.warning("failed after step %d of %d, saved; --resume auto continues", progress.step, steps)
 
 
 @contextmanager

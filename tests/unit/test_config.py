@@ -678,7 +678,7 @@ def test_a_number_at_its_excluded_bound_is_refused(key: str) -> None:
             "optim.warmup_steps: 10 leaves no step of 10 for the cosine",
         ),
         (["prompt.template=null"], "prompt: nothing is set; give exactly one of prompt.template, prompt.messages"),
-        (["prompt.messages_column=m"], "prompt: prompt.template and prompt.messages_column is set; give exactly one"),
+        (["prompt.messages_column=m"], "prompt: prompt.template and prompt.messages_column are set; give exactly one"),
         (["prompt.chat_template_kwargs={a: 1}"], "prompt.chat_template_kwargs: {'a': 1} has no effect"),
         (["rewards.functions=[]"], "rewards.functions: [] scores nothing; name at least one"),
         (["model.lora_alpha=8"], "model.lora_alpha: 8.0 has no effect while model.lora_rank is 0; set model.lora_rank"),
