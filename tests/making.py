@@ -118,7 +118,8 @@ def asked_of_vllm(monkeypatch: pytest.MonkeyPatch, config: Config, *, sleeps: bo
 
     vllm = SimpleNamespace(LLM=llm, EngineArgs=make_dataclass("EngineArgs", []), __version__="0.32.0")
     monkeypatch.setattr(start, "inspect_model_here", lambda: None)
-    monkeypatch.setattr(start, "own_classes", nullcontext)
+    for name in ("own_classes", "whole_files"):
+        monkeypatch.setattr(start, name, nullcontext)
     monkeypatch.setattr(start, "package", lambda: vllm)
     with pytest.raises(EngineError, match="enough"):
         start.start(config, World(0, 1, torch.device("cpu")), 0.5, sleeps=sleeps)

@@ -1,5 +1,6 @@
 """What a process compiles ahead of the run is what vLLM loads when it starts."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import transformers
 from test_vllm_engine import make_tokenizer
 
 from pgrpo.process.caches import FOLDERS
+from pgrpo.rollout.vllm.whole_files import whole_files
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 if torch.cuda.is_available():
@@ -47,6 +49,21 @@ with start() as world:
     sys.stdout.flush()
     os._exit(0)
 """
+
+
+def test_vllms_list_of_compiled_code_is_moved_in_its_place(tmp_path):
+    from vllm.compilation.backends import CompilerManager  # pyright: ignore[reportMissingImports]
+
+    manager = CompilerManager.__new__(CompilerManager)
+    manager.cache_file_path, manager.disable_cache = str(tmp_path / "vllm_compile_cache.py"), False
+    manager.is_cache_updated, manager.cache = True, {(1, 0, "inductor"): "code"}
+    moved: list[str] = []
+    with pytest.MonkeyPatch.context() as patch, whole_files():
+        replace = os.replace
+        patch.setattr(os, "replace", lambda *names: moved.extend(map(str, names)) or replace(*names))
+        manager.save_to_file()
+    assert moved[1] == manager.cache_file_path and os.listdir(tmp_path) == ["vllm_compile_cache.py"]
+    assert ast.literal_eval((tmp_path / "vllm_compile_cache.py").read_text()) == manager.cache
 
 
 def test_vllm_loads_what_was_compiled_ahead_whatever_its_memory_and_seed(tmp_path):

@@ -39,6 +39,7 @@ from pgrpo.rollout.vllm import shared_decode
 from pgrpo.rollout.vllm.images import EngineImages, start_arguments
 from pgrpo.rollout.vllm.own_classes import own_classes
 from pgrpo.rollout.vllm.requests import DEADLINE, vllm_errors
+from pgrpo.rollout.vllm.whole_files import whole_files
 
 log = logging.getLogger(__name__)
 TESTED: dict[str, tuple[str, ...]] = {
@@ -146,7 +147,7 @@ def start(
     """
     rollout, state = config.rollout, rng_state()
     waiting = deadline(rollout.vllm_deadline_s, "starting vLLM", DEADLINE)
-    with keeping_caches(), waiting, vllm_errors("start"), own_classes():
+    with keeping_caches(), waiting, vllm_errors("start"), own_classes(), whole_files():
         backend, decoding = _shared_backend(config, world.device.type)
         warm_up_this_model_only(world.device)
         inspect_model_here()
