@@ -84,7 +84,9 @@ def engine_choice(config: Config, device: torch.device) -> EngineChoice:
     if device.type != "cuda":
         return EngineChoice("embedded", "there is no GPU")
     if not vllm_start.is_installed():
-        return EngineChoice("embedded", "vLLM is not installed, which is many times faster: pip install -e '.[vllm]'")
+        return EngineChoice(
+            "embedded", "vLLM, which samples many times faster, is not installed: pip install -e '.[vllm]'"
+        )
     return EngineChoice("vllm", "it is installed")
 
 
