@@ -51,6 +51,7 @@ from pgrpo.planning.recompute import LayerPlan
 from pgrpo.process.caches import FOLDERS, use_caches
 from pgrpo.process.exit import run_and_leave
 from pgrpo.process.second import SecondProcess, ahead_codes, end_early
+from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.training.place import place_policy
 from pgrpo.types import Recompute, Sample
 from pgrpo.vision.families import family_of
@@ -101,7 +102,9 @@ class CompileAhead:
             self.sampler.begin((config, sleeps), sampler_done_file(config, hf_config, world, sleeps=sleeps))
 
     def wait(self) -> None:
-        """Wait for the end of both."""
+        """Wait for the end of both. Meanwhile this process imports what vLLM's start needs."""
+        if self.sampler.is_begun and vllm_start.is_installed():
+            vllm_start.import_engine(self.world.device)
         self.sampler.wait(SAMPLER_PATIENCE_S)
         self.update.wait(PATIENCE_S)
 

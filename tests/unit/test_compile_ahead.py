@@ -391,6 +391,14 @@ def test_vllms_model_is_compiled_once_for_what_its_code_depends_on(with_vllm):
         assert not with_vllm(*keys)
 
 
+def test_the_run_imports_what_vllm_needs_while_it_waits(with_vllm, monkeypatch):
+    imported = []
+    monkeypatch.setattr(compile_ahead.vllm_start, "is_installed", lambda: True)
+    monkeypatch.setattr(compile_ahead.vllm_start, "import_engine", imported.append)
+    assert with_vllm() and imported == [GPU.device]
+    assert not with_vllm() and imported == [GPU.device], "nobody waits"
+
+
 def test_a_run_that_started_vllm_by_itself_has_compiled_its_model(with_vllm, monkeypatch, caplog):
     monkeypatch.setattr(compile_ahead, "ahead_codes", lambda _: ("pass", "raise MemoryError('no room')"))
     assert with_vllm()

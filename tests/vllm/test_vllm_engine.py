@@ -1,6 +1,7 @@
 """The contract of the vLLM engine, against the real thing: a small Llama on the CPU, or on a GPU in bfloat16."""
 
 import copy
+import inspect
 import os
 import subprocess
 import sys
@@ -264,6 +265,22 @@ def slope(engine, policy, samples, push=True):
         engine.push()
     lengths = [len(sample.token_ids) for sample in samples]
     return canary.regress(old, logprobs(policy, samples), engine.score(samples).logprobs, lengths)
+
+
+def test_the_warm_up_samples_as_rollouts_do(engine):
+    """vLLM's own settings for it use penalties, biases, a grammar, log-probs of prompts: kernels that no rollout calls."""
+    from vllm import SamplingParams
+    from vllm.v1.worker.gpu import warmup
+
+    params = SamplingParams.for_sampler_warmup()
+    assert (params.temperature, params.top_p, params.top_k, params.logprobs) == (1.0, 1.0, 0, 0)
+    assert (params.min_p, params.repetition_penalty, params.logit_bias, params.prompt_logprobs) == (
+        0.0,
+        1.0,
+        None,
+        None,
+    )
+    assert "SamplingParams.for_sampler_warmup()" in inspect.getsource(warmup)
 
 
 @pytest.mark.faults

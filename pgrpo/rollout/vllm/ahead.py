@@ -13,6 +13,8 @@ import pickle
 import sys
 from typing import Any, NoReturn
 
+import torch
+
 from pgrpo.config import Config
 from pgrpo.distributed.world import World, start
 from pgrpo.process.caches import use_caches
@@ -57,8 +59,8 @@ def compile_model(config: Config, world: World, *, sleeps: bool) -> None:
 def main(cache_dir: str | None) -> NoReturn:
     """Of the second process, which is given the config and whether vLLM sleeps."""
     use_caches(cache_dir)
-    if vllm_start.is_installed():
-        vllm_start.package()  # takes seconds, in which the run finds out whether this process is needed
+    if vllm_start.is_installed():  # takes seconds, in which the run finds out whether this process is needed
+        vllm_start.import_engine(torch.device("cuda"))
     config: Config
     config, sleeps = pickle.load(sys.stdin.buffer)
     with start() as world:

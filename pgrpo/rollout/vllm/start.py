@@ -9,6 +9,8 @@ What this file knows of vLLM's insides, on the releases in ``TESTED``:
 - While it compiles, it sets ``TORCHINDUCTOR_CACHE_DIR`` and ``TRITON_CACHE_DIR`` for the whole process. At its start it times the
   kernels of FlashInfer where that package is installed, also for models that use none. On a Hopper GPU it would compute Gated
   DeltaNet's prefill with a kernel of FlashInfer's that a CUDA compiler must build first; its own kernels are Triton's.
+- Before it is ready it samples with ``SamplingParams.for_sampler_warmup``, settings that use every kernel of its sampler: each is
+  compiled at the first start on a machine, whatever a run will ask for (0.26 to 0.32, its second model runner).
 - ``_run_in_subprocess`` of its registry of models calls a function in another process; ``inspect_model_cls`` keeps what it returns.
 - Beside sleep mode, its own all-reduce kernels and their fusion with norms end in an illegal memory access once there are CUDA
   graphs (two H100s): ranks that share an engine sum by NCCL.
@@ -22,6 +24,7 @@ import logging
 import math
 import os
 from dataclasses import fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +74,13 @@ def package() -> Any:
     os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     return importlib.import_module("vllm")
+
+
+def import_engine(device: torch.device) -> None:
+    """Import what ``start`` needs, which takes seconds and no memory of the GPU."""
+    with vllm_errors("start"):
+        _ = package().LLM
+        importlib.import_module(f"vllm.v1.worker.{'gpu' if device.type == 'cuda' else 'cpu'}_worker")
 
 
 def release(version: str) -> str:
@@ -150,6 +160,7 @@ def start(
     with keeping_caches(), waiting, vllm_errors("start"), own_classes(), whole_files():
         backend, decoding = _shared_backend(config, world.device.type)
         warm_up_this_model_only(world.device)
+        _warm_up_this_sampling_only(config)
         inspect_model_here()
         llm = package().LLM(
             **model_arguments(config),
@@ -234,6 +245,13 @@ def warm_up_this_model_only(device: torch.device) -> None:
     if device.type == "cuda" and release(package().__version__) == "0.26":
         warm_up: Any = importlib.import_module("vllm.model_executor.warmup.kernel_warmup")
         warm_up._LL_BF16_WARMUP_MODEL_SHAPES = ()
+
+
+def _warm_up_this_sampling_only(config: Config) -> None:
+    """Let vLLM's warm-up sample as rollouts do."""
+    params: Any = package().SamplingParams
+    own = partial(params, top_p=config.rollout.top_p, top_k=config.rollout.top_k, logprobs=0, max_tokens=2)
+    params.for_sampler_warmup = own
 
 
 def _graph_sizes(config: Config, world: World) -> dict[str, list[int]]:
