@@ -172,11 +172,12 @@ def test_states_of_a_prefix_that_is_kept_for_several_passes(hybrid, ranks, chang
     assert_same(got, want, most=1e-4)
 
 
-@pytest.mark.parametrize(("ranks", "dtype"), [(2, "float32"), (4, "float32"), (2, "bfloat16")])
-def test_adapters_beside_experts_on_several_ranks(windowed, ranks, dtype):
-    """Ranks have shards of the adapters, and the reference is the policy without them."""
+@pytest.mark.parametrize(("ranks", "dtype", "together"), [(2, "float32", 2), (4, "float32", 1), (2, "bfloat16", 1)])
+def test_adapters_beside_experts_on_several_ranks(windowed, ranks, dtype, together):
+    """Ranks have shards of the adapters, and parts of a batch's rows; the reference is the policy without adapters."""
     changes = {"lora_rank": 3, "lora_targets": ["experts"], "kl_coef": 0.3, "lr": 1e-3, "pushed": True}
-    got, want = windowed(ranks, dtype=dtype, activation_checkpointing="full", **changes), windowed(**changes)
+    of_ranks = {"dtype": dtype, "activation_checkpointing": "full", "sequence_parallel_size": together}
+    got, want = windowed(ranks, **of_ranks, **changes), windowed(**changes)
     assert want["metrics"]["kl"] > 1e-3
     assert len(adapter_names(want)) == 2 * 2 * 2
     for result in (got, want):
