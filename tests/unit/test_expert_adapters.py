@@ -113,7 +113,7 @@ def test_compiled_code_follows_lengths_and_adapters_that_are_off():
     plain = copy.deepcopy(stack)
     add_expert_adapters([stack], ["down_proj"], RANK, ALPHA)
     perturb(stack)
-    compiled = torch.compile(expert_products.forward, dynamic=True, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(expert_products.forward, dynamic=True, fullgraph=True, backend="eager")
     for rows in (ROWS, 11):
         some = [x[:rows].detach() for x in random_inputs()]
         want = expert_products.forward(stack, *some)
