@@ -20,7 +20,7 @@ import typer
 
 import pgrpo
 from pgrpo.config import Config, ConfigError, load_config, redact
-from pgrpo.early import check_checkpoint, check_early
+from pgrpo.early import check_checkpoint, check_early, check_model_folder, config_of_run
 from pgrpo.tracking import Terminal
 
 app = typer.Typer(
@@ -61,9 +61,7 @@ def _load_one(overrides: list[str] | None, **sources: str | Path | None) -> Conf
     if kind == "config":
         return load_config(source, overrides or [], trains=False)
     if kind == "run":
-        file = Path(source) / "config.yaml"
-        if not file.is_file():
-            raise ConfigError(f"--run {source}: not a run folder, it has no config.yaml")
+        file = config_of_run(Path(source), "--run ")
         return load_config(file, [f"run_dir={json.dumps(source)}", *(overrides or [])], trains=False)
     # A model alone: a prompt is the user's message.
     values = {"model": {"path": source}, "prompt": {"messages": [{"role": "user", "content": "{prompt}"}]}}
@@ -107,6 +105,8 @@ def train(
     """Train. On several GPUs: torchrun --nproc-per-node 8 -m pgrpo train --config ..."""
     resolved = _load(config, overrides)
     if dry_run:
+        check_model_folder(resolved)
+        check_checkpoint(resolved, "--resume", resume)
         from pgrpo.commands.plan import plan
 
         plan(resolved)
@@ -168,9 +168,13 @@ def generate(
     check_early(resolved := _load_one(overrides, config=config, run=run, model=model), data_from_python=True)
     check_checkpoint(resolved, "--checkpoint", checkpoint)
     if prompts is not None and not prompts.is_file():
-        raise ConfigError(f"--prompts {prompts}: there is no such file")
+        what = "is a folder; give a file of rows" if prompts.is_dir() else "there is no such file; correct the path"
+        raise ConfigError(f"--prompts {prompts}: {what}")
     if prompts is None and (out or samples > 1):
         raise ConfigError("--out and --samples go with --prompts FILE; a chat has neither")
+    if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
+        what = f"there is no folder {out.parent}; make it, or give another file"
+        raise ConfigError(f"--out {out}: {'is a folder; give a file' if out.is_dir() else what}")
     from pgrpo.commands.generate import generate
 
     own = {override.partition("=")[0] for override in overrides or []}

@@ -19,17 +19,42 @@ def check_early(config: Config, *, data_from_python: bool = False) -> None:
     """Raise ConfigError if a reward, the model folder or a data file does not exist. Opens none of them."""
     for i, reward in enumerate(config.rewards.functions):
         check_name(reward.function, f"rewards.functions[{i}].function")
-    model = config.model.path
-    if model.startswith((".", "/")) and not Path(model).is_dir():
-        raise ConfigError(
-            f"model.path={model}: there is no such folder; give a folder that from_pretrained loads, or a hub name"
-        )
+    check_model_folder(config)
     for key, path in (("data.path", config.data.path), ("data.eval_path", config.data.eval_path)):
         is_file = re.search(r"\.(jsonl?|[ct]sv|parquet)(\.\w+)?$", path or "", re.IGNORECASE)
         if path and is_file and not (data_from_python and key == "data.path") and not Path(path).expanduser().is_file():
             raise ConfigError(
                 f"{key}: no file {path}; correct the path, which is relative to the YAML or the current folder"
             )
+
+
+def check_model_folder(config: Config) -> None:
+    """Raise ConfigError if ``model.path`` is the path of a folder that does not exist."""
+    model = config.model.path
+    if model.startswith((".", "/")) and not Path(model).is_dir():
+        raise ConfigError(
+            f"model.path={model}: there is no such folder; give a folder that from_pretrained loads, or a hub name"
+        )
+
+
+def config_of_run(run_dir: Path, option: str = "") -> Path:
+    """The config.yaml of a run's folder. ConfigError: there is none; ``option`` is what the user typed in front of the folder."""
+    file = run_dir / "config.yaml"
+    if file.is_file():
+        return file
+    what = "it has no config.yaml" if run_dir.is_dir() else "there is no such folder"
+    around = [folder for folder in run_dir.absolute().parents[:2] if (folder / "config.yaml").is_file()]
+    fix = f"the run that it belongs to is {around[0]}" if around else "give what was run_dir of a training"
+    raise ConfigError(f"{option}{run_dir}: not a run folder, {what}; {fix}")
+
+
+def check_folder_to_write(folder: Path, option: str = "") -> None:
+    """Raise ConfigError if a folder cannot be made, or cannot be written. ``option``: as of ``config_of_run``."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{option}{folder}: {there} is a file; give a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option}{folder}: {there} cannot be written; give another folder")
 
 
 def check_start(config: Config, resume: str | Path | None) -> None:
@@ -58,9 +83,10 @@ def check_checkpoint(config: Config, option: str, name: str | Path | None) -> No
         what = f"a model, which model.path={name} loads, and no checkpoint of a run"
     elif given.is_dir():
         what = "no checkpoint in that folder"
+    if not steps and config.run_dir != "none":  # which ``generate --model`` sets
+        steps = f"there is none in {own} either"
     raise ConfigError(
-        f"{option} {name}: {what}; {steps or f'there is none in {own} either'}; give the folder of a step_N or of a run, auto "
-        "or best"
+        f"{option} {name}: {what}; {f'{steps}; ' if steps else ''}give the folder of a step_N or of a run, auto or best"
     )
 
 

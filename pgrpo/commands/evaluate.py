@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pgrpo.config import Config, ConfigError, fit_world_size
 from pgrpo.distributed.world import World, start, world_size
+from pgrpo.early import check_folder_to_write
 from pgrpo.process.lock import agree_on_run_dir, run_folder
 from pgrpo.tracking.live import showing
 from pgrpo.training.build import Parts, build
@@ -41,6 +42,8 @@ def evaluate(
         )
     if not (config.rewards.functions or given.rewards):
         raise ConfigError("rewards.functions: [] scores nothing; add rewards.functions=[{function: exact_match}], say")
+    if out is not None:
+        check_folder_to_write(out, "--out ")
     # A run reads the held-out split only if eval.every is set. Reference, teacher and keep_best are for training only.
     config = replace(config, rollout=replace(config.rollout, prompts_per_step=1))  # training rows do not matter
     config = replace(

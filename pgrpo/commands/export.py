@@ -16,6 +16,7 @@ from pgrpo.checkpoint import PREFIX, CheckpointError, latest, load
 from pgrpo.commands.model_card import write_card
 from pgrpo.commands.source_files import copy_source_files, source_folder
 from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.early import check_folder_to_write, config_of_run
 from pgrpo.model.families.experts import untrained_text
 from pgrpo.model.families.vision import freeze
 from pgrpo.model.lora import add_adapters, merge_adapters
@@ -44,6 +45,7 @@ def export(
     run_dir, out = Path(run_dir), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not an empty folder; give another one")
+    check_folder_to_write(out)
     source = _model_config(run_dir)
     root = run_dir / "checkpoints"
     path = latest(root) if step is None else root / f"{PREFIX}{step}"
@@ -128,9 +130,7 @@ def _initial(source: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrai
 
 
 def _model_config(run_dir: Path) -> ModelConfig:
-    file = run_dir / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"{run_dir}: not a run folder, it has no config.yaml")
+    file = config_of_run(run_dir)
     # Read the section `model` only: other sections may have redacted secrets, which load_config refuses.
     section = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(file).model)
     return OmegaConf.to_object(section)  # type: ignore[return-value]

@@ -143,7 +143,10 @@ def _rows_of_lines(file: Path, prompt: PromptConfig) -> list[Row]:
         raise ConfigError(
             f"--prompts {file}: a line is text for one column, and the prompt uses {names or 'none'}; {fix}"
         )
-    return [{columns[0]: line} for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [{columns[0]: line} for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not rows:
+        raise ConfigError(f"--prompts {file}: has no line of text; write a prompt a line")
+    return rows
 
 
 def no_reward(completions: list[str]) -> list[None]:

@@ -174,6 +174,11 @@ def find_file(kind: Literal["configs", "recipes"], name: str | Path, beside: Pat
     for path in [*names, *(folder / one for folder in folders for one in names)]:
         if path.is_file():
             return path
+    if given.is_dir():
+        inside = sorted(path.name for path in given.glob("*.y*ml"))
+        raise ConfigError(
+            f"{kind[:-1]} '{name}': is a folder; give a file{f', such as {given / inside[0]}' if inside else ''}"
+        )
     known = sorted({path.stem for folder in folders if folder.is_dir() for path in folder.glob("*.y*ml")})
     near = difflib.get_close_matches(given.stem, known, n=1)
     fix = f"did you mean {near[0]}? " if near else ""

@@ -244,16 +244,28 @@ def _load_parameters(set_name: str, parameters: Mapping[str, torch.nn.Parameter]
     shapes = saved.shapes(set_name)
     if differing := sorted(parameters.keys() ^ shapes.keys()):
         raise CheckpointError(
-            f"the checkpoint is of another model, or of other model.lora_* keys: {differing[:3]} are in one of the two only"
+            f"{saved.path}: is of another model, or of other model.lora_* keys: {differing[:3]} are in one of the two only; "
+            f"{_model_of(saved)}"
         )
     for name, parameter in parameters.items():
         shard = shard_of(parameter)
         if shapes[name] != shard.shape:
             raise CheckpointError(
-                f"the checkpoint is of another model, or of another model.lora_rank: {name} is "
-                f"{list(shapes[name])} in the checkpoint, {list(shard.shape)} here"
+                f"{saved.path}: is of another model, or of another model.lora_rank: {name} is "
+                f"{list(shapes[name])} in the checkpoint, {list(shard.shape)} here; {_model_of(saved)}"
             )
         shard.tensor.copy_(saved.read(set_name, name, shard))
+
+
+def _model_of(saved: Saved) -> str:
+    """What to set, from the config that a checkpoint has in it."""
+    always, others = ("path", "lora_rank"), ("lora_targets", "load_vision", "train_vision", "train_projector")
+    try:
+        model = yaml.safe_load(saved.scalars["config"])["model"]
+        its = [f"model.{key}={json.dumps(model[key])}" for key in (*always, *others) if model[key] or key in always]
+    except (KeyError, TypeError, yaml.YAMLError):
+        its = [f"model.{key}" for key in (*always, *others)]
+    return f"set what its run had: {', '.join(its)}"
 
 
 def _trained(policy: Policy) -> dict[str, torch.nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from warm import Started
 
+from pgrpo import cli
 from pgrpo.config import ConfigError, load_config
 from pgrpo.early import check_start
 
@@ -271,3 +273,46 @@ def test_one_source_of_a_config(run, folder: Path) -> None:
     assert "--run r: not a run folder" in run("eval", "--run", "r").stderr
     assert "--prompts p.txt: there is no such file" in run("generate", "-c", "c.yaml", "--prompts", "p.txt").stderr
     assert "go with --prompts" in run("generate", "-c", "c.yaml", "--samples", "2").stderr
+
+
+@pytest.mark.faults
+def test_a_folder_or_file_of_another_kind_is_refused_with_the_right_one(folder: Path, monkeypatch, capsys) -> None:
+    """In this process, as nothing of these is loaded."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(logging, "lastResort", logging.lastResort)  # ``main`` sets it
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    (folder / "runs" / "r" / "checkpoints" / "step_1").mkdir(parents=True)
+    (folder / "runs" / "r" / "config.yaml").write_text(CONFIG)
+    (folder / "rows.txt").write_text("one\n")
+
+    def refused(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["pgrpo", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.count("\n") == 1
+        return said.removeprefix("pgrpo: ").removesuffix("\n")
+
+    assert (
+        refused("train", "--config", "runs/r")
+        == "config 'runs/r': is a folder; give a file, such as runs/r/config.yaml"
+    )
+    for inside in ("runs/r/checkpoints", "runs/r/checkpoints/step_1"):
+        belongs = f"not a run folder, it has no config.yaml; the run that it belongs to is {folder / 'runs' / 'r'}"
+        assert refused("eval", "--run", inside) == f"--run {inside}: {belongs}"
+        assert refused("export", inside, "out") == f"{inside}: {belongs}"
+    assert (
+        refused("export", "runs/r", "rows.txt/out") == f"rows.txt/out: {folder / 'rows.txt'} is a file; give a folder"
+    )
+    held_out = ("eval", "-c", "c.yaml", "data.eval_split=test", "--out", "rows.txt")
+    assert refused(*held_out) == f"--out rows.txt: {folder / 'rows.txt'} is a file; give a folder"
+    generate = ("generate", "-c", "c.yaml", "--prompts")
+    assert refused(*generate, "runs") == "--prompts runs: is a folder; give a file of rows"
+    assert refused(*generate, "rows.txt", "--out", "runs") == "--out runs: is a folder; give a file"
+    nowhere = "--out no/o.jsonl: there is no folder no; make it, or give another file"
+    assert refused(*generate, "rows.txt", "--out", "no/o.jsonl") == nowhere
+    (folder / "empty.txt").write_text("\n")
+    assert refused(*generate, "empty.txt") == "--prompts empty.txt: has no line of text; write a prompt a line"
+    for key, value in (("model.path", "./model"), ("--resume", "nosuch")):
+        dry_run = ("train", "--dry-run", "-c", "c.yaml", *([f"{key}={value}"] if "." in key else [key, value]))
+        assert "there is no such folder; " in refused(*dry_run)

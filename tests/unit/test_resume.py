@@ -204,7 +204,11 @@ def test_a_changed_config_is_printed_and_what_cannot_change_is_refused(tiny_mode
     for change, message in (
         ({"seed": 1}, "checkpoint's data has seed 0, this run's has 1"),
         ({"data.shuffle": "false"}, "checkpoint's data has shuffle True, this run's has False"),
-        ({"model.lora_rank": 2}, r"of another model, or of other model\.lora_\* keys"),
+        (
+            {"model.lora_rank": 2},
+            rf"step_4: is of another model, or of other model\.lora_\* keys: .*; set what its run had: "
+            rf'model\.path="{tiny_model}", model\.lora_rank=0$',
+        ),
     ):
         with pytest.raises((pgrpo.ConfigError, checkpoint.CheckpointError), match=message):
             train(tiny_model, tmp_path / "run", steps=5, resume="auto", **change)
