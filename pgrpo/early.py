@@ -7,6 +7,8 @@ import os
 import re
 from pathlib import Path
 
+import yaml
+
 from pgrpo.config import Config, ConfigError, check_world_size
 from pgrpo.process.second import ahead_codes
 from pgrpo.rewards.call import check_name
@@ -64,15 +66,20 @@ def check_start(config: Config, resume: str | Path | None) -> None:
 
 
 def check_checkpoint(config: Config, option: str, name: str | Path | None) -> None:
-    """Raise ConfigError if ``option`` (--resume or --checkpoint) names no checkpoint. A name is ``auto``, which is left to whoever
-    looks for it, ``best``, a checkpoint's folder, or the folder of a run or of its checkpoints. Damaged files are not noticed."""
+    """Raise ConfigError if ``option`` (--resume or --checkpoint) names no checkpoint, or one of other adapters. A name is ``auto``,
+    for which there need be none, ``best``, a checkpoint's folder, or the folder of a run or of its checkpoints. Damaged files are
+    not noticed."""
+    if name is None:
+        return
     own = Path(config.run_dir).expanduser() / "checkpoints"
     if name == "best":
         _check_best(own, option)
-    if name in (None, "auto", "best"):
-        return
-    given = Path(name).expanduser()
-    if (given / "manifest.json").is_file() or _steps(given) or _steps(given / "checkpoints"):
+    is_own = name in ("auto", "best")
+    given = own if is_own else Path(name).expanduser()
+    newest = _newest(given)
+    if newest is not None:
+        _check_adapters(config, f"{option} {name}", newest)
+    if newest is not None or is_own:
         return
     folders = [folder for folder in (own, given.parent) if _steps(folder)]
     steps = "; ".join(f"{folder} has {', '.join(_steps(folder))}" for folder in dict.fromkeys(folders))
@@ -102,6 +109,28 @@ def _steps(folder: Path) -> list[str]:
     """Names of the checkpoints in ``folder``, oldest first."""
     names = (path.name for path in folder.glob("step_*") if path.is_dir() and not path.is_symlink())
     return sorted((name for name in names if re.fullmatch(r"step_\d+", name)), key=lambda name: int(name[5:]))
+
+
+def _newest(given: Path) -> Path | None:
+    """The checkpoint that is ``given``, or the newest of the run or in the folder."""
+    if (given / "manifest.json").is_file():
+        return given
+    found = [folder / steps[-1] for folder in (given / "checkpoints", given) if (steps := _steps(folder))]
+    return found[0] if found else None
+
+
+def _check_adapters(config: Config, asked: str, checkpoint: Path) -> None:
+    """Refuse a checkpoint of adapters of another rank. What cannot be read is left to whoever opens it."""
+    try:
+        scalars = json.loads((checkpoint / "scalars.json").read_text(encoding="utf-8"))
+        rank = yaml.safe_load(scalars["config"])["model"]["lora_rank"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return
+    if rank != config.model.lora_rank:
+        raise ConfigError(
+            f"{asked}: {checkpoint} was saved with model.lora_rank={rank}, and here it is {config.model.lora_rank}; set "
+            f"model.lora_rank={rank}, or start a run from the model"
+        )
 
 
 def _check_best(folder: Path, option: str) -> None:

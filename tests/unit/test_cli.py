@@ -17,7 +17,7 @@ from warm import Started
 
 from pgrpo import cli
 from pgrpo.config import ConfigError, load_config
-from pgrpo.early import check_start
+from pgrpo.early import check_checkpoint, check_start
 
 CONFIG = """\
 run_dir: runs/x
@@ -215,6 +215,26 @@ def test_resume_best_needs_a_best_checkpoint_that_is_there(tmp_path: Path) -> No
         check_start(config, resume)
     (saved / "step_10" / "scalars.json").write_text("damaged")
     check_start(config, "best")  # the one before may be whole
+
+
+def test_adapters_of_another_rank_are_refused_by_the_checkpoint_that_is_meant(tmp_path: Path) -> None:
+    config = load_config({**yaml.safe_load(CONFIG), "run_dir": str(tmp_path / "run")})
+    for folder, rank in (("run/checkpoints/step_2", 8), ("run/checkpoints/step_10", 4), ("copy", 0)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "manifest.json").touch()
+        scalars = {"best": {"step": 2, "value": 0.5}, "config": f"model: {{lora_rank: {rank}}}"}
+        (tmp_path / folder / "scalars.json").write_text(json.dumps(scalars))
+    newest = tmp_path / "run" / "checkpoints" / "step_10"
+    for name in ("auto", "best", str(tmp_path / "run"), newest):
+        with pytest.raises(ConfigError) as caught:
+            check_checkpoint(config, "--checkpoint", name)
+        assert str(caught.value) == (
+            f"--checkpoint {name}: {newest} was saved with model.lora_rank=4, and here it is 0; set model.lora_rank=4, or start a "
+            "run from the model"
+        )
+    check_checkpoint(config, "--checkpoint", tmp_path / "copy")
+    (newest / "scalars.json").write_text("{}")
+    check_checkpoint(config, "--checkpoint", "auto")  # is looked at later
 
 
 def test_a_failed_run_is_1_with_one_line_unless_debugging(train) -> None:

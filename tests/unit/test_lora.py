@@ -255,7 +255,10 @@ def test_eval_reads_the_adapters_of_a_checkpoint_and_refuses_others(tiny, tmp_pa
     for other, message in (
         ({"model.lora_rank": 8}, r"lora_rank: .*lora_A.* is \[4, 64\] in the checkpoint, \[8, 64\] here"),
         ({"model.lora_rank": 0}, r"of other model.lora_\* keys: .* are in one of the two only"),
-        ({"model.lora_targets": "[q_proj]"}, r"of other model.lora_\* keys: .* are in one of the two only"),
+        (
+            {"model.lora_targets": "[q_proj]"},
+            rf"of other model.lora_\* keys: .* only; set what its run had: model.path=\"{tiny}\", model.lora_rank=4$",
+        ),
     ):
         with pytest.raises(CheckpointError, match=message):
             evaluate(run_config(tiny, tmp_path, **other), folder)
