@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pgrpo.rollout.vllm.delivery import Delivery, DeliveryError, bit_sum, sources_of
-from pgrpo.rollout.vllm.loading import sinks_aside
+from pgrpo.rollout.vllm.loading import reported, sinks_aside, take_halves
 
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
 
@@ -222,6 +222,61 @@ def test_sinks_of_gpt_oss_go_to_the_ranks_of_their_heads_and_biases_of_experts_t
         with pytest.raises(DeliveryError, match=rf"checksums of {name} \(1 in all\)"):
             check()
         at.copy_(whole)
+
+
+class Latent(torch.nn.Module):
+    """Latent attention as vLLM has it: a projection that two modules hold, and its halves of each head, transposed."""
+
+    def __init__(self, weight_OE, keys=3, values=2):
+        super().__init__()
+        self.core = torch.nn.Module()
+        self.core.kv_b_proj = self.kv_b_proj = torch.nn.Linear(*weight_OE.T.shape, bias=False)
+        self.kv_b_proj.weight = torch.nn.Parameter(weight_OE)
+        keys_NPL, values_NVL = weight_OE.view(-1, keys + values, weight_OE.shape[1]).split([keys, values], dim=1)
+        self.core.W_UK_T = torch.nn.Parameter(keys_NPL.contiguous())
+        self.core.W_UV = torch.nn.Parameter(values_NVL.mT.contiguous())
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_both_halves_of_a_projection_of_latent_attention_are_compared_with_it(ranks, is_packed):
+    sent = {"a.kv_b_proj.weight": torch.randn(20, 4, generator=torch.Generator().manual_seed(0))}
+
+    def arrived(change=lambda latent: None):
+        found = []
+        for rank, part in enumerate(sent["a.kv_b_proj.weight"].chunk(ranks)):
+            latent = Latent(part)
+            if is_packed:
+                latent.kv_b_proj.weight.data = torch.empty(0)
+            if rank == ranks - 1:
+                change(latent)
+            model = torch.nn.ModuleDict({"a": latent})
+            parameters = reported(model, {"a.kv_b_proj.weight"})
+            found.append((parameters, take_halves(model, parameters)))
+        delivery = Delivery(sent.items())
+        assert dict(delivery).keys() == sent.keys()
+        every = [[*parts.values(), *(x for _, x in halves.values())] for parts, halves in found]
+        total = torch.stack([torch.stack([bit_sum(x) for x in of if x.numel()]) for of in every]).sum(0)
+        delivery.check(
+            {*sent}, {*sent}, found[0][0], {}, derived=found[0][1], ranks=ranks, sum_over_ranks=lambda _: total
+        )
+        return found[0]
+
+    parameters, derived = arrived()
+    assert [*parameters] == ["a.kv_b_proj.weight"]
+    assert {name: of for name, (of, _) in derived.items()} == {"a.core.W_UK_T and W_UV": "a.kv_b_proj.weight"}
+    for half in ("W_UK_T", "W_UV"):
+        with pytest.raises(DeliveryError, match=r"checksums of a\.core\.W_UK_T and W_UV \(1 in all\)"), torch.no_grad():
+            arrived(lambda model, half=half: getattr(model.core, half)[0, 1, 0].add_(1e-3))
+
+
+def test_a_parameter_of_two_names_has_the_one_that_was_written():
+    shared = torch.nn.Linear(2, 2)
+    block = torch.nn.ModuleDict({"runner": torch.nn.ModuleDict({"shared": shared}), "shared": shared})
+    names = {"shared.weight", "shared.bias"}
+    assert reported(block, names).keys() == names
+    assert reported(block, {"runner.shared.weight"}).keys() == {"runner.shared.weight", "runner.shared.bias"}
+    assert all(parameter is getattr(shared, name.split(".")[1]) for name, parameter in reported(block, names).items())
 
 
 def test_bit_sums_are_of_bits():

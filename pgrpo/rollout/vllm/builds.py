@@ -16,7 +16,6 @@ from pgrpo.rollout.vllm.start import inspect_model_here, model_arguments, packag
 
 WRONG_BY_TRANSFORMERS = {
     "aria_text": "it does not find how many experts a token takes",
-    "biogpt": "its attention fails on the layout of these heads",
     "diffllama": "it does not see how its layers call attention",
     "jetmoe": "it gives attention heads other keys and values than transformers does",
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ class Delivery:
         parameters: Mapping[str, Tensor],
         fused: Mapping[str, Sequence[str]],
         *,
+        derived: Mapping[str, tuple[str, Tensor]] = MappingProxyType({}),
         buffers: Iterable[str] = (),
         absent: Iterable[str] = (),
         rename: Callable[[str], str | None] = lambda name: name,
@@ -58,6 +60,7 @@ class Delivery:
                 them.
             parameters: the engine's parameters on this rank. Empty ones cannot be read back and are not compared.
             fused: fused parameter -> its sources, as ``qkv_proj`` -> ``[q_proj, k_proj, v_proj]``.
+            derived: what the engine keeps of a parameter once more, in another order: a name -> the parameter's, and the elements.
             buffers: names of the engine's buffers. They are not compared: they may be of less precision than what was sent.
             absent: names of the engine's modules that it did not build, as the tower of a model that it is given no images for.
             rename: gives the name that the engine has for a weight, before it fuses (``model.embedding`` of gpt-oss); the same for
@@ -82,9 +85,10 @@ class Delivery:
         found: list[Tensor] = []
         terms: list[tuple[int, int, int]] = []  # of the sums that are wanted: compared, sent, copies
         all_are_known = True
-        for name, parameter in parameters.items():
-            of_experts = in_checkpoint(name)
-            sources = [of_experts] if of_experts in sent else experts.get(of_experts) or sources_of(name, fused)
+        own = [(name, name, parameter) for name, parameter in parameters.items()]
+        for name, of, parameter in own + [(name, *source) for name, source in derived.items()]:
+            of_experts = in_checkpoint(of)
+            sources = [of_experts] if of_experts in sent else experts.get(of_experts) or sources_of(of, fused)
             is_known, is_compared = all(source in sent for source in sources), parameter.numel() > 0
             if is_compared and not is_known:
                 raise DeliveryError(
@@ -107,10 +111,12 @@ class Delivery:
                 f"weight push: vLLM's model has no place for {_some(ignored)}: it would sample from other distributions than the "
                 "policy's. Set rollout.engine=embedded, or train a model whose config.json asks for no such weights"
             )
-        sums, own = torch.stack([*self.sent.values()]), torch.stack(found)
-        rows, columns, copies = torch.tensor(terms, device=own.device).unbind(1)  # one tensor: each copy to a GPU waits
-        wanted = torch.zeros_like(own).index_add_(0, rows, copies * sums[columns])
-        unequal = (sum_over_ranks(own) != wanted).tolist()
+        sums, arrived = torch.stack([*self.sent.values()]), torch.stack(found)
+        rows, columns, copies = torch.tensor(terms, device=arrived.device).unbind(
+            1
+        )  # one tensor: each copy to a GPU waits
+        wanted = torch.zeros_like(arrived).index_add_(0, rows, copies * sums[columns])
+        unequal = (sum_over_ranks(arrived) != wanted).tolist()
         if wrong := [name for name, differs in zip(compared, unequal, strict=True) if differs]:
             raise DeliveryError(f"weight push: checksums of {_some(wrong)} are not those of the policy")
 

@@ -15,13 +15,15 @@ This file depends on these internals of vLLM:
   writes them, ``load_weights`` alone, as at a start from a checkpoint, leaves the same bits in a quarter of that time: on a GPU in
   models whose layers have the quantization methods in ``PLAIN`` (whose ``process_weights_after_loading`` is for CPUs and XPUs), and
   of which nothing but ``Attention`` processes weights after loading.
+- Latent attention (``MLAAttention``) makes two more parameters of its ``kv_b_proj`` after loading: ``W_UK_T`` and ``W_UV``.
+- Shared experts are modules of their layer and, in models of transformers' classes, of what runs its experts.
 - On a CPU, vLLM repacks a linear layer's weight after loading, so it cannot be read back. A head tied to the embedding is repacked
   once, and a reload does not update that copy. Experts are packed in place, once: a reload leaves them as they are in a checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -114,12 +116,14 @@ def load(
         del model.load_weights
     if is_packed:
         _pack_again(model)
+    parameters = reported(model, written)
     delivery.check(
         names,
         written,
-        dict(model.named_parameters()),
+        parameters,
         getattr(model, "packed_modules_mapping", {}),
-        buffers=[name for name, _ in model.named_buffers()],
+        derived=take_halves(model, parameters),
+        buffers=[name for name, _ in model.named_buffers(remove_duplicate=False)],
         absent=[name for name, module in model.named_modules() if type(module).__name__ == "StageMissingLayer"],
         rename=rename,
         ranks=ranks,
@@ -127,6 +131,27 @@ def load(
     )
     if not llm.reset_prefix_cache():
         raise EngineError("weight push: keys and values of the weights before are still in use by unfinished requests")
+
+
+def reported(model: nn.Module, written: Set[str]) -> dict[str, Tensor]:
+    """The parameters. Of several names of one, which modules hold that vLLM put into a second place, it is one that was written."""
+    found: dict[Tensor, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in written or parameter not in found:
+            found[parameter] = name
+    return {name: parameter for parameter, name in found.items()}
+
+
+def take_halves(model: nn.Module, parameters: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """What latent attention keeps of its ``kv_b_proj`` in two halves and in other orders, out of the parameters: a name -> that of
+    the projection's weight, and all elements of both halves."""
+    names, found = {parameter: name for name, parameter in parameters.items()}, {}
+    layer: Any
+    for name, layer in model.named_modules():
+        halves = [parameters.pop(half) for half in (f"{name}.W_UK_T", f"{name}.W_UV") if half in parameters]
+        if halves:
+            found[f"{name}.W_UK_T and W_UV"] = names[layer.kv_b_proj.weight], torch.cat([x.flatten() for x in halves])
+    return found
 
 
 def _record_copies(model: nn.Module, names: Sequence[str]) -> None:
@@ -168,10 +193,17 @@ def sinks_aside(
 
 def _pack_again(model: Any) -> None:
     """What vLLM packs at its start only."""
-    embeddings = {id(layer.weight) for layer in model.modules() if type(layer).__name__ == "VocabParallelEmbedding"}
+    embeddings, heads = set(), []
     for layer in model.modules():
-        if type(layer).__name__ == "ParallelLMHead" and id(layer.weight) in embeddings:
-            layer.quant_method.process_weights_after_loading(layer)
+        names = [cls.__name__ for cls in type(layer).__mro__]  # an embedding that scales is of a class of its own
+        if "ParallelLMHead" in names:
+            heads.append(layer)
+        elif "VocabParallelEmbedding" in names:
+            embeddings.add(id(layer.weight))
+    for head in heads:
+        if id(head.weight) in embeddings:
+            head.quant_method.process_weights_after_loading(head)
+    for layer in model.modules():
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
         if kernel is not None:
             kernel.fused_experts.process_weights_after_loading(layer)

@@ -74,12 +74,14 @@ class Model:
     def named_modules(self):
         return self.hf.named_modules()
 
-    def named_buffers(self):
-        return self.hf.named_buffers()
+    def named_buffers(self, remove_duplicate=True):
+        return self.hf.named_buffers(remove_duplicate=remove_duplicate)
 
-    def named_parameters(self):
-        for name, parameter in self.hf.named_parameters():
-            yield name, parameter.detach()[:0] if _kind == "stale" and name != READABLE else parameter.detach()
+    def named_parameters(self, remove_duplicate=True):
+        shown = {}  # one object for all names of a parameter
+        for name, parameter in self.hf.named_parameters(remove_duplicate=remove_duplicate):
+            cut = parameter.detach()[:0] if _kind == "stale" and name != READABLE else parameter.detach()
+            yield name, shown.setdefault(parameter, cut)
 
     def load_weights(self, weights):
         written, own = set(), dict(self.hf.named_parameters())
