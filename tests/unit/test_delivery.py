@@ -276,6 +276,7 @@ def test_a_parameter_of_two_names_has_the_one_that_was_written():
     names = {"shared.weight", "shared.bias"}
     assert reported(block, names).keys() == names
     assert reported(block, {"runner.shared.weight"}).keys() == {"runner.shared.weight", "runner.shared.bias"}
+    assert reported(block, {"runner.shared.weight", *names}).keys() == {"runner.shared.weight", "shared.bias"}
     assert all(parameter is getattr(shared, name.split(".")[1]) for name, parameter in reported(block, names).items())
 
 

@@ -134,10 +134,10 @@ def load(
 
 
 def reported(model: nn.Module, written: Set[str]) -> dict[str, Tensor]:
-    """The parameters. Of several names of one, which modules hold that vLLM put into a second place, it is one that was written."""
+    """The parameters. Of several names of one, whose module vLLM put into a second place, it is the first that was written."""
     found: dict[Tensor, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in written or parameter not in found:
+        if found.setdefault(parameter, name) not in written and name in written:
             found[parameter] = name
     return {name: parameter for parameter, name in found.items()}
 
