@@ -5,13 +5,16 @@ import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, Llama4ForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, Gemma2Config, Llama4ForCausalLM
 
 from pgrpo.admission import models as admission
 from pgrpo.admission import proof as proving
+from pgrpo.admission.compare import untouched_model
 from pgrpo.admission.models import check_model
 from pgrpo.admission.proof import proof_samples, prove
 from pgrpo.admission.shrink import Small, shrink
@@ -94,6 +97,22 @@ def test_a_model_whose_prefixes_cannot_be_kept_is_trained_without(error, reason,
     monkeypatch.setattr(Policy, "keep", keep)
     proof = prove(AutoConfig.for_model("llama"))
     assert proof.refusal == "" and proof.not_kept == reason and len(proof.bugs) >= 3 and proof.logprob < 1e-11
+
+
+@pytest.mark.parametrize(
+    ("softcap", "has_sdpa", "wanted"), [(None, True, "sdpa"), (50.0, True, "eager"), (None, False, "eager")]
+)
+def test_the_untouched_model_computes_all_of_its_attention(softcap, has_sdpa, wanted):
+    """sdpa has no soft-capping; some releases of transformers leave it out there without a word."""
+
+    def make(attention) -> Any:
+        if attention == "sdpa" and not has_sdpa:
+            raise ValueError("no sdpa")
+        text = Gemma2Config(attn_logit_softcapping=softcap)
+        return SimpleNamespace(config=text, attention=attention)
+
+    made: Any = untouched_model(make)
+    assert made.attention == wanted
 
 
 def test_the_time_limit_ends_a_proof_also_while_a_prefix_is_kept(monkeypatch):
