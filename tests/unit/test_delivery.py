@@ -270,6 +270,21 @@ def test_both_halves_of_a_projection_of_latent_attention_are_compared_with_it(ra
             arrived(lambda model, half=half: getattr(model.core, half)[0, 1, 0].add_(1e-3))
 
 
+def test_experts_that_are_sent_as_stacks_are_compared_as_stacks():
+    """Granite's: vLLM reads them under the names that transformers has."""
+    sent = {"moe.experts.gate_up_proj": torch.randn(2, 6, 4), "moe.experts.down_proj": torch.randn(2, 4, 3)}
+    around = "moe.experts.routed_experts."
+    stacks = {
+        f"{around}w13_weight": sent["moe.experts.gate_up_proj"],
+        f"{around}w2_weight": sent["moe.experts.down_proj"],
+    }
+    push(sent, [stacks], names={*sent})
+    for name in stacks:
+        wrong = stacks | {name: stacks[name] + 1}
+        with pytest.raises(DeliveryError, match=rf"checksums of {re.escape(name)} \(1 in all\)"):
+            push(sent, [wrong], names={*sent})
+
+
 def test_a_parameter_of_two_names_has_the_one_that_was_written():
     shared = torch.nn.Linear(2, 2)
     block = torch.nn.ModuleDict({"runner": torch.nn.ModuleDict({"shared": shared}), "shared": shared})

@@ -47,6 +47,8 @@ MODELS = {
             "original_max_position_embeddings": 64,
         },
     },
+    "gemma2": {**ALTERNATING, "tie_word_embeddings": True, "query_pre_attn_scalar": 64},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False},
     "biogpt": {"scale_embedding": True, "tie_word_embeddings": True, **dict.fromkeys(DROPOUTS, 0.0)},
     "solar_open": {**ROUTED, "tie_word_embeddings": False},
     "deepseek_v3": {
@@ -65,6 +67,7 @@ MODELS = {
 }  # fmt: skip
 WITHOUT = {
     "biogpt": ("head_dim", "num_key_value_heads", "sliding_window"), "deepseek_v3": ("head_dim", "sliding_window"),
+    "granitemoe": ("head_dim", "sliding_window"),
     "olmo2": ("sliding_window",), "solar_open": ("sliding_window",), "starcoder2": ("head_dim",),
 }  # fmt: skip
 """What transformers does not read in a config of that type, and vLLM would."""
@@ -125,7 +128,16 @@ ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="where an engine
 @ON_A_CPU
 @pytest.mark.parametrize(
     "started",
-    ["mistral", "gemma3_text", "gpt_oss", "qwen3_moe", "gpt_oss with adapters", "qwen3_moe with adapters"],
+    [
+        "mistral",
+        "gemma2",
+        "granitemoe",
+        "gemma3_text",
+        "gpt_oss",
+        "qwen3_moe",
+        "gpt_oss with adapters",
+        "qwen3_moe with adapters",
+    ],
     indirect=True,
 )
 def test_samples_have_the_policys_log_probs_before_and_after_a_push(started):

@@ -12,6 +12,8 @@ from torch import Tensor
 EXPERT = re.compile(
     r"(?P<layer>.+\.experts\.)\d+\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.(?P<kind>weight|bias)"
 )
+STACK = re.compile(r"(?P<layer>.+\.experts\.)(?P<part>gate_up_proj|down_proj)")
+"""All experts of a layer, which are sent so where the checkpoint does not have them one by one (Granite's)."""
 NOT_SAMPLED_WITH = re.compile(r"(.*\.)?mtp[._].*|.*(inv_freq|cos_cached|sin_cached)")
 """Names that a policy's own code may have and engines rightly leave out: heads of multi-token prediction, and tables of rotary
 embeddings, which they compute from the config."""
@@ -152,6 +154,8 @@ def sources_of_experts(names: Iterable[str]) -> dict[str, list[str]]:
         if match := EXPERT.fullmatch(name):
             stacked = "w2" if match["part"] in ("down_proj", "w2") else "w13"
             found.setdefault(f"{match['layer']}{stacked}_{match['kind']}", []).append(name)
+        elif match := STACK.fullmatch(name):
+            found[f"{match['layer']}{'w2' if match['part'] == 'down_proj' else 'w13'}_weight"] = [name]
     return found
 
 
