@@ -70,7 +70,9 @@ def is_installed() -> bool:
 def package() -> Any:
     """vLLM; not ``import vllm``, which type checkers take for the file beside this one."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of each layer that has no weights of its own
+    # It warns of each layer that has no weights of its own.
+    level = os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("vllm").setLevel(level.upper())  # 0.32 itself sets it when an engine starts
     os.environ.setdefault("VLLM_ALLREDUCE_USE_SYMM_MEM", "0")
     os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     return importlib.import_module("vllm")
