@@ -116,7 +116,10 @@ def asked_of_vllm(monkeypatch: pytest.MonkeyPatch, config: Config, *, sleeps: bo
         asked.update(options)
         raise RuntimeError("enough")
 
-    vllm = SimpleNamespace(LLM=llm, EngineArgs=make_dataclass("EngineArgs", []), __version__="0.32.0")
+    vllm = SimpleNamespace(
+        LLM=llm, EngineArgs=make_dataclass("EngineArgs", []), SamplingParams=make_dataclass("SamplingParams", []),
+        __version__="0.32.0",
+    )  # fmt: skip
     monkeypatch.setattr(start, "inspect_model_here", lambda: None)
     for name in ("own_classes", "whole_files"):
         monkeypatch.setattr(start, name, nullcontext)
