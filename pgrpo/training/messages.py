@@ -16,6 +16,7 @@ import torch
 from pgrpo.config import REDACTED, Config, redact, to_json
 from pgrpo.placement.awake import vllm_text
 from pgrpo.placement.choices import engine_choice, engine_name
+from pgrpo.placement.sizes import most_rows
 from pgrpo.planning.flops import GIB, peak_flops
 from pgrpo.process.lock import run_folder
 from pgrpo.tracking.live import duration
@@ -81,14 +82,18 @@ def out_of_memory(error: Exception, parts: Parts, progress: Progress) -> Runtime
         return RuntimeError(
             f"out of memory in the evaluation after step {progress.step} ({reason}): {decoded}. Lower {lower}"
         )
-    longest = config.max_sample_tokens
+    rows, longest, budget = most_rows(config), config.max_sample_tokens, config.train.token_budget
+    step = "a whole step, " if rows < budget else ""
+    less = f"train.token_budget (below {rows}, at least {longest}, the longest sample)"
     heavier = {"full": "offload", "offload": ""}.get(config.model.activation_checkpointing, "full")
-    more = f", set model.activation_checkpointing={heavier}" if heavier else ""
+    fixes = [f"lower {less}"] if rows > longest else []
+    fixes += [f"set model.activation_checkpointing={heavier}"] if heavier else []
+    advice = ", ".join([*fixes, f"{'or ' if fixes else ''}lower {lower}"])
     return RuntimeError(
         f"out of memory in step {progress.step + 1} ({reason}). "
-        f"A micro-batch has up to train.token_budget={config.train.token_budget} packed tokens in {dims.layers} layers of "
+        f"A micro-batch has up to {rows} packed tokens ({step}train.token_budget={budget}) in {dims.layers} layers of "
         f"{dims.hidden}, with model.activation_checkpointing={config.model.activation_checkpointing}; {decoded}. "
-        f"Lower train.token_budget (at least {longest}, the longest sample){more}, or lower {lower}"
+        f"{advice[0].upper()}{advice[1:]}"
     )
 
 
