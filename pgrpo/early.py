@@ -76,18 +76,23 @@ def check_checkpoint(config: Config, option: str, name: str | Path | None) -> No
         _check_best(own, option)
     is_own = name in ("auto", "best")
     given = own if is_own else Path(name).expanduser()
-    newest = _newest(given)
+    newest = _newest(given) if str(name) else None
     if newest is not None:
         _check_adapters(config, f"{option} {name}", newest)
     if newest is not None or is_own:
         return
-    folders = [folder for folder in (own, given.parent) if _steps(folder)]
-    steps = "; ".join(f"{folder} has {', '.join(_steps(folder))}" for folder in dict.fromkeys(folders))
+    folders = dict.fromkeys((own, given.parent))
+    others = {f: [name for name in _steps(f) if (f / name).resolve() != given.resolve()] for f in folders}
+    steps = "; ".join(f"{folder} has {', '.join(names)}" for folder, names in others.items() if names)
     what = "there is no such folder"
-    if given.is_file():
+    if not str(name):
+        what = "an empty name"
+    elif given.is_file():
         what = "a file, and a checkpoint is a folder"
     elif (given / "config.json").is_file():
         what = f"a model, which model.path={name} loads, and no checkpoint of a run"
+    elif given.name in _steps(given.parent):
+        what = "that checkpoint is not whole, it has no manifest.json"
     elif given.is_dir():
         what = "no checkpoint in that folder"
     if not steps and config.run_dir != "none":  # which ``generate --model`` sets

@@ -262,7 +262,9 @@ def _model_of(saved: Saved) -> str:
     always, others = ("path", "lora_rank"), ("lora_targets", "load_vision", "train_vision", "train_projector")
     try:
         model = yaml.safe_load(saved.scalars["config"])["model"]
-        its = [f"model.{key}={json.dumps(model[key])}" for key in (*always, *others) if model[key] or key in always]
+        # Without spaces, so that a shell takes them.
+        values = {key: json.dumps(model[key], separators=(",", ":")) for key in (*always, *others)}
+        its = [f"model.{key}={value}" for key, value in values.items() if model[key] or key in always]
     except (KeyError, TypeError, yaml.YAMLError):
         its = [f"model.{key}" for key in (*always, *others)]
     return f"set what its run had: {', '.join(its)}"

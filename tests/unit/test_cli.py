@@ -189,7 +189,7 @@ def test_wrong_input_is_refused_in_little_time_without_importing_torch(folder: P
     assert seconds < 2 + 0.1 * len(WRONG)  # CPU time: the first takes 2 s at most, and the others share its imports
 
 
-def test_resume_best_needs_a_best_checkpoint_that_is_there(tmp_path: Path) -> None:
+def test_resume_best_needs_a_best_checkpoint_that_is_there(tmp_path: Path, monkeypatch) -> None:
     config = load_config({**yaml.safe_load(CONFIG), "run_dir": str(tmp_path / "run")})
     saved = tmp_path / "run" / "checkpoints"
 
@@ -211,6 +211,11 @@ def test_resume_best_needs_a_best_checkpoint_that_is_there(tmp_path: Path) -> No
     (saved / "step_8").mkdir()
     (saved / "step_9" / "manifest.json").write_text("{}")
     assert ": a file, and a checkpoint is a folder; " in refused(str(saved / "step_9" / "manifest.json"))
+    others = f"that checkpoint is not whole, it has no manifest.json; {saved} has step_8, step_9; give "
+    assert refused(str(saved / "step_10")).startswith(f"--resume {saved / 'step_10'}: {others}")
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "run")  # whose checkpoint an empty variable does not mean
+        assert refused("").startswith(f"--resume : an empty name; {saved} has step_8, step_9, step_10; give ")
     for resume in ("best", "auto", str(saved / "step_9"), str(tmp_path / "run"), saved, None):
         check_start(config, resume)
     (saved / "step_10" / "scalars.json").write_text("damaged")

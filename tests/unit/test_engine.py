@@ -153,6 +153,14 @@ def test_vllm_0_26_compiles_no_kernels_of_other_models(installed, monkeypatch):
     assert warm_up._LL_BF16_WARMUP_MODEL_SHAPES == ()
 
 
+def test_vllms_warm_up_cuts_distributions_as_rollouts_do(installed):
+    params: Any = type("SamplingParams", (SimpleNamespace,), {})
+    installed.SamplingParams = params
+    for top_p, top_k in ((1.0, 0), (0.9, 7)):  # of two engines in one process
+        vllm_start._warm_up_this_sampling_only(config(top_p=top_p, top_k=top_k))
+        assert params.for_sampler_warmup() == params(top_p=top_p, top_k=top_k, logprobs=0)
+
+
 def test_cuda_graphs_are_captured_up_to_twice_what_is_decoded_at_once():
     """Twice, because a step may sample and prefill; no gap between sizes is larger than a quarter."""
     for most, last in ((256, 512), (1024, 512), (100, 200), (1, 2)):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -20,7 +22,7 @@ from pgrpo.checkpoint import CheckpointError
 from pgrpo.commands.evaluate import evaluate
 from pgrpo.commands.export import export
 from pgrpo.commands.plan import plan
-from pgrpo.config import Config, ConfigError, ModelConfig, load_config
+from pgrpo.config import Config, ConfigError, ModelConfig, load_config, to_yaml
 from pgrpo.distributed.fsdp import place, reshard
 from pgrpo.distributed.world import start
 from pgrpo.grpo import grpo_step
@@ -31,7 +33,7 @@ from pgrpo.packing.forest import Forest
 from pgrpo.planning.flops import ModelDims
 from pgrpo.training.build import Parts, build
 from pgrpo.training.caller import Given
-from pgrpo.training.checkpointing import Checkpoints
+from pgrpo.training.checkpointing import Checkpoints, _model_of
 from pgrpo.training.place import place_policy
 from pgrpo.training.progress import Progress
 
@@ -269,6 +271,13 @@ def test_eval_reads_the_adapters_of_a_checkpoint_and_refuses_others(tiny, tmp_pa
     with pytest.raises(CheckpointError, match="are not in both"):
         export(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_run_had_can_be_pasted_into_a_shell(tiny, tmp_path):
+    its = run_config(tiny, tmp_path, **{"model.lora_targets": "[q_proj,v_proj]"})
+    saved: Any = SimpleNamespace(scalars={"config": to_yaml(its)})
+    keys = shlex.split(_model_of(saved).removeprefix("set what its run had: ").replace(", ", " "))
+    assert load_config("quickstart", keys).model == its.model
 
 
 def test_a_sharded_bfloat16_policy_computes_what_a_plain_bfloat16_copy_computes(tmp_path):

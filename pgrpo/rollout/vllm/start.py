@@ -250,10 +250,9 @@ def warm_up_this_model_only(device: torch.device) -> None:
 
 
 def _warm_up_this_sampling_only(config: Config) -> None:
-    """Let vLLM's warm-up sample as rollouts do."""
+    """Let vLLM's warm-up sample as rollouts do. What greedy evaluations and the canary call beside that is compiled then."""
     params: Any = package().SamplingParams
-    own = partial(params, top_p=config.rollout.top_p, top_k=config.rollout.top_k, logprobs=0, max_tokens=2)
-    params.for_sampler_warmup = own
+    params.for_sampler_warmup = partial(params, top_p=config.rollout.top_p, top_k=config.rollout.top_k, logprobs=0)
 
 
 def _graph_sizes(config: Config, world: World) -> dict[str, list[int]]:
