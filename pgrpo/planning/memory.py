@@ -179,8 +179,8 @@ def memory_plan(
     if parts_of_rows > 1:
         recomputed = _layer_activations(dims, dtype_bytes, compiled=compiled, together=together, mlp_chunks=mlp_chunks)
     recomputed += _beside_activations(dims, parts_of_rows, lora=bool(adapters)) * dtype_bytes
-    if "offload" in recompute:  # an input in use, and one on its way
-        recomputed += 2 * one_input
+    if "offload" in recompute:  # an input in use, one on its way, and one that was used and waits for its stream
+        recomputed += 3 * one_input
     if together > 1:  # queries, keys and values before and after the exchange of rows for heads
         recomputed += 2 * _projections(dims, together) * dtype_bytes
     kv_row = len(dims.windows) * dims.kv_heads * (dims.head_dim + dims.value_dim) * dtype_bytes

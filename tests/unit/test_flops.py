@@ -405,13 +405,13 @@ LONG: dict[str, Any] = {"token_budget": 131_072 + 8 * 1024, "compiled": True, "d
 
 
 def test_the_memory_plan_of_long_samples() -> None:
-    """A token's input of a layer is 2560 bfloat16, in host memory with ``offload``, but for two on their way; the compiled MLP
+    """A token's input of a layer is 2560 bfloat16, in host memory with ``offload``, but for three on their way; the compiled MLP
     keeps gate, up and their product, 9728 bfloat16 each, and its backward has their gradients."""
     dims, tokens = QWEN3_4B, LONG["token_budget"] / flops.GIB
     full, offload = (plan(dims, recompute=mode, **LONG) for mode in ("full", "offload"))
     assert (full.host, offload.activations) == (0, 0)
     assert offload.host == full.activations == pytest.approx(36 * 2 * 2560 * tokens)
-    assert offload.layer_backward - full.layer_backward == pytest.approx(2 * 2 * 2560 * tokens)
+    assert offload.layer_backward - full.layer_backward == pytest.approx(3 * 2 * 2560 * tokens)
     parts = plan(dims, mlp_chunks=4, **LONG)
     assert full.layer_backward - parts.layer_backward == pytest.approx(
         (3 / 4 * 6 * 9728 - 2 * 2560) * 2 * tokens, rel=1e-3
@@ -448,10 +448,16 @@ def test_the_plan_has_room_for_the_backward_of_a_layer_that_kept_its_attention(c
 
 
 def test_the_plan_of_long_samples_is_what_was_measured_on_a_gpu() -> None:
-    """At most 3 GiB more, and never less: LoRA on 262,144 tokens, inputs of all layers in host memory, MLPs in 4 parts."""
+    """Never less, and of adapters at most 3.5 GiB more. Gradients of all weights are counted beside activations, of which most are
+    freed before."""
     dims = QWEN3_4B
     rows = json.loads((Path(__file__).parents[2] / "benchmarks" / "h100_long_context.json").read_text())["rows"]
-    for row in (row for row in rows if row["lora_rank"] and row["ranks"] == 1):
+    assert {(row["prompt"], bool(row["lora_rank"]), row["ranks"]) for row in rows} >= {
+        (2**18, False, 1),
+        (2**17, False, 2),
+    }
+    for row in rows:
+        lora = row["lora_rank"]
         planned = memory.memory_plan(
             dims,
             token_budget=row["prompt"] + row["group_size"] * row["completion"],
@@ -459,9 +465,12 @@ def test_the_plan_of_long_samples_is_what_was_measured_on_a_gpu() -> None:
             dtype_bytes=2,
             compiled=True,
             mlp_chunks=row["mlp_chunks"],
-            adapters=flops.lora_parameter_count(dims, row["lora_rank"], dims.linear_layers),
+            ranks=row["ranks"],
+            together=row["together"],
+            offload=row["offload"] == "cpu",
+            adapters=flops.lora_parameter_count(dims, lora, dims.linear_layers),
         )
-        assert 0 <= planned.update - row["peak_gib"] < 3
+        assert 0 <= planned.update - row["peak_gib"] < (3.5 if lora else 16), row["command"]
 
 
 def test_ranks_that_compute_a_batch_together_divide_its_rows() -> None:
