@@ -19,9 +19,11 @@ from pgrpo.training.offload import MOMENTS, OffloadedAdamW
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) with weight decay for matrices only: not for norms, biases and embeddings (tied heads are
     embeddings)."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    parameters = list(named.values())
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    decays = [p.ndim >= 2 and id(p) not in embeddings for p in parameters]
+    # Biases by name too: those of stacked experts (gpt-oss) have two dimensions.
+    decays = [p.ndim >= 2 and not name.endswith("bias") and id(p) not in embeddings for name, p in named.items()]
     groups = [
         {"params": [p for p, d in zip(parameters, decays, strict=True) if d], "weight_decay": config.weight_decay},
         {"params": [p for p, d in zip(parameters, decays, strict=True) if not d], "weight_decay": 0.0},

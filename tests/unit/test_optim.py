@@ -77,6 +77,21 @@ def test_only_matrices_decay_and_no_embeddings():
     assert before["1.weight"].ndim == before["2.bias"].ndim == 1
 
 
+def test_biases_of_stacked_experts_do_not_decay():
+    """They have two dimensions, as matrices do."""
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 4}
+    config = transformers.GptOssConfig(
+        vocab_size=11, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2, **sizes
+    )
+    module = transformers.AutoModelForCausalLM.from_config(config)
+    names = {id(p): name for name, p in module.named_parameters()}
+    decays, stays = ({names[id(p)] for p in g["params"]} for g in build_optimizer(module, OptimConfig()).param_groups)
+    stem = "model.layers.0.mlp.experts."
+    assert module.get_parameter(f"{stem}down_proj_bias").ndim == 2
+    assert {f"{stem}gate_up_proj_bias", f"{stem}down_proj_bias", "model.layers.0.mlp.router.bias"} <= stays
+    assert {f"{stem}gate_up_proj", f"{stem}down_proj", "model.layers.0.mlp.router.weight"} <= decays
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_head_decays_unless_it_is_the_embedding(tied):
     settings = {
