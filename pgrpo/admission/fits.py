@@ -79,7 +79,7 @@ def check_lora(config: ModelConfig, dims: ModelDims) -> None:
         if name not in (*dims.linear_layers, *experts):
             raise ConfigError(
                 f"model.lora_targets: {name!r} is no linear layer of {config.path}; "
-                f"it may be {', '.join([*dims.linear_layers, *experts])}"
+                f"it may be {', '.join([*dims.linear_layers, *experts])}; an empty list means all linear layers"
             )
 
 

@@ -67,7 +67,7 @@ def _merged(parameter: Tensor, adapted: Any, dtype: torch.dtype) -> Tensor:
     takes less memory."""
     weight = _whole(parameter, parameter.dtype)
     a, b = (_whole(matrix["default"].weight, torch.float32) for matrix in (adapted.lora_A, adapted.lora_B))
-    if getattr(adapted, "is_turned", False):
+    if getattr(adapted, "is_transposed", False):
         a, b = b.mT, a.mT
     stacks = (x.view(-1, *x.shape[-2:]) for x in (weight, a, b))
     sums = (w.float() + adapted.scaling["default"] * (b_OR @ a_RI) for w, a_RI, b_OR in zip(*stacks, strict=True))

@@ -1,7 +1,9 @@
 """LoRA beside stacked experts, against weights to which the adapters' products were added one expert at a time."""
 
 import copy
+from contextlib import suppress
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pgrpo.admission.compare import reference_logprobs, tokens_as_samples
 from pgrpo.admission.fits import check_lora
-from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.config import Config, ConfigError, ModelConfig
 from pgrpo.model.families import expert_products
 from pgrpo.model.families.expert_adapters import adapter_of, add_expert_adapters
 from pgrpo.model.lora import adapters_off, add_adapters, merge_adapters
@@ -19,8 +21,11 @@ from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.weights import full_weights, weight_names
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
+from pgrpo.planning import dims as planning_dims
 from pgrpo.planning import flops
 from pgrpo.planning.dims import ModelDims, stacked_matrices
+from pgrpo.planning.hub import load_hf_config
+from pgrpo.training.sums import work_flops
 
 RANK, ALPHA = 3, 12.0
 KINDS = ["qwen3_moe", "mixtral", "olmoe", "gpt_oss"]
@@ -96,6 +101,23 @@ def test_lower_precision_is_no_further_off_than_summed_weights(adapted, dtype):
         assert errors[0] < 2 * errors[1] + 2e-6
 
 
+@pytest.mark.parametrize("rank", [1, RANK, 8])
+def test_low_precision_is_grouped_products_alone_at_any_rank(rank, monkeypatch):
+    """One expert at a time the host would wait for the GPU."""
+    calls = []
+    real = torch.nn.functional.grouped_mm
+    monkeypatch.setattr(
+        torch.nn.functional, "grouped_mm", lambda *args, **kwargs: calls.append(args[1].shape) or real(*args, **kwargs)
+    )
+    monkeypatch.setattr(expert_products, "_spans", lambda _: pytest.fail("a loop over experts"))
+    (stack,) = [m for m in make("qwen3_moe").modules() if hasattr(m, "_apply_gate")]
+    stack.requires_grad_(False)
+    add_expert_adapters([stack], ["gate_up_proj", "down_proj"], rank, ALPHA)
+    outputs_and_gradients(stack.bfloat16(), lambda *x: expert_products.forward(stack, *x), torch.bfloat16)
+    # Forward: one with each weight, two with each adapter. Backward: six for gradients of their inputs, four of what is trained.
+    assert len(calls) == 6 + 6 + 4
+
+
 def test_a_compiler_is_told_the_shapes_of_sorted_rows():
     checks = "test_schema", "test_autograd_registration", "test_faketensor"
     experts_S = random_inputs()[1].flatten().sort(stable=True).values
@@ -157,8 +179,9 @@ def test_log_probs_are_those_of_the_merged_model_and_of_what_an_engine_gets(kind
     assert torch.equal(policy(batch).logprobs, initial(batch).logprobs)
     perturb(model)
     wanted = policy(batch).logprobs
-    with adapters_off(policy):
+    with suppress(KeyError), adapters_off(policy):
         assert torch.equal(policy(batch).logprobs, initial(batch).logprobs)
+        raise KeyError  # they are on again after an error, too
     assert torch.equal(policy(batch).logprobs, wanted) and (wanted - initial(batch).logprobs).abs().max() > 0.1
 
     plain = AutoModelForCausalLM.from_pretrained(
@@ -185,6 +208,30 @@ def test_log_probs_are_those_of_the_merged_model_and_of_what_an_engine_gets(kind
     merge_adapters(model)
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert all(torch.allclose(p, plain.get_parameter(n), atol=1e-12) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["q_proj", "experts"])
+def test_a_push_in_bfloat16_carries_what_young_adapters_add(name, folders):
+    """Less than half a unit in the last place of most weights: to nearest, most of it would be lost."""
+    config = config_of(folders["gpt_oss"], [name])
+    model = load_model(config, torch.bfloat16)
+    before = dict(full_weights(model, torch.float32))
+    add_adapters(model, config, seed=0)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 3e-3 * torch.randn(parameter.shape, generator=generator)
+    whole, pushed = (dict(full_weights(model, dtype)) for dtype in (torch.float32, torch.bfloat16))
+    found = [n for n in whole if not torch.equal(whole[n], before[n])]
+    assert len(found) == (1 if name == "q_proj" else 2)
+    for n in found:
+        change = whole[n] - before[n]
+        carried, nearest = (
+            (((x.float() - before[n]) * change).sum() / change.square().sum()).item()
+            for x in (pushed[n], whole[n].bfloat16())
+        )
+        print(f"{n}: share of the change {carried:.2f}; to nearest {nearest:.2f}")
+        assert carried == pytest.approx(1.0, abs=0.35) and nearest < 0.5
 
 
 def test_adapters_come_from_the_seed_alone_and_are_float32_beside_bfloat16(folders):
@@ -249,7 +296,7 @@ def test_what_cannot_be_adapted_is_refused_by_name(caplog):
     for name in ("gate_up_proj", "experts.up_proj"):
         wanted = (
             rf"^model\.lora_targets: '{name}' is no linear layer of m; it may be q_proj, k_proj, v_proj, o_proj, experts, "
-            r"experts\.gate_up_proj, experts\.down_proj$"
+            r"experts\.gate_up_proj, experts\.down_proj; an empty list means all linear layers$"
         )
         with pytest.raises(ConfigError, match=wanted):
             check_lora(ModelConfig(path="m", lora_rank=2, lora_targets=["q_proj", name]), qwen)
@@ -268,3 +315,24 @@ def test_what_cannot_be_adapted_is_refused_by_name(caplog):
     assert "o_proj,experts] gives them some" in caplog.text
     check_lora(ModelConfig(path="m", lora_rank=2), llama4)
     assert caplog.text.endswith("they have no adapters\n")
+
+
+def test_experts_that_another_code_computes_get_no_adapters(monkeypatch):
+    """Those with a norm behind each expert: adapters beside them would have no effect."""
+    monkeypatch.setattr(planning_dims, "normed_experts", lambda _: True)
+    hf_config = AutoConfig.for_model("qwen3_moe", **SIZES | {"hidden_size": 48}, num_experts=EXPERTS)
+    with pytest.raises(ConfigError, match=r"'experts': experts of m get no adapters"):
+        check_lora(ModelConfig(path="m", lora_rank=2, lora_targets=["experts"]), ModelDims.from_config(hf_config))
+
+
+def test_work_counts_the_adapters_of_active_experts_alone(folders):
+    """A product in the forward, and two in the backward: of the gradient of its input, and its own."""
+    rows, active = 5 + 3 + 4, 3
+    work = flops.flat_work(5, [3, 4])
+    found = []
+    for targets in (["experts"], ["q_proj"]):
+        config = Config(model=config_of(folders["qwen3_moe"], targets))
+        learner = SimpleNamespace(config=config, dims=ModelDims.from_config(load_hf_config(config.model)))
+        found.append(work_flops(learner, work))
+    elements = RANK * active * ((32 + 48) + (24 + 32)) - RANK * (32 + 32)
+    assert found[0] - found[1] == 3 * 2 * rows * elements

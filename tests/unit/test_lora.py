@@ -160,7 +160,7 @@ def test_a_layer_that_is_not_there_and_a_missing_peft_are_refused(monkeypatch):
     config = ModelConfig(path="some/phi3", lora_rank=4, lora_targets=["o_proj", "q_proj"])
     wanted = (
         r"^model.lora_targets: 'q_proj' is no linear layer of some/phi3; it may be o_proj, qkv_proj, gate_up_proj, "
-        "down_proj$"
+        "down_proj; an empty list means all linear layers$"
     )
     with pytest.raises(ConfigError, match=wanted):
         check_lora(config, dims)

@@ -26,33 +26,36 @@ class ExpertAdapter(nn.Module):
     float32 at least.
 
     Args:
-        weight: the parameter: [X, O, I]; ``is_turned``: [X, I, O].
+        weight: the parameter: [X, O, I]; ``is_transposed``: [X, I, O].
     """
 
     lora_A: Any
     lora_B: Any
 
-    def __init__(self, weight: Tensor, rank: int, alpha: float, *, is_turned: bool) -> None:
+    def __init__(self, weight: Tensor, rank: int, alpha: float, *, is_transposed: bool) -> None:
         super().__init__()
-        count, outputs, inputs = (weight.mT if is_turned else weight).shape
-        most, dtype = inputs**-0.5, torch.promote_types(weight.dtype, torch.float32)
-        drawn = torch.empty(count, rank, inputs, device="cpu").uniform_(
-            -most, most
-        )  # the same for a model on any device
-        self.lora_A = _default(drawn.to(weight.device, dtype))
-        self.lora_B = _default(torch.zeros(count, outputs, rank, device=weight.device, dtype=dtype))
+        count, outputs, inputs = (weight.mT if is_transposed else weight).shape
+        bound, dtype = inputs**-0.5, torch.promote_types(weight.dtype, torch.float32)
+        # On the CPU, so that the values are the same on any device.
+        drawn = torch.empty(count, rank, inputs, device="cpu").uniform_(-bound, bound)
+        self.lora_A = _named_by_peft(drawn.to(weight.device, dtype))
+        self.lora_B = _named_by_peft(torch.zeros(count, outputs, rank, device=weight.device, dtype=dtype))
         self.scaling = {"default": alpha / rank}
-        self.is_turned = is_turned
+        self.is_transposed = is_transposed
 
     def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B for a computation in ``dtype``, with zeros up to a rank of which grouped products have the strides."""
+        """A and B for a computation in ``dtype``. Zeros fill them up to the next rank whose strides grouped products take; with
+        other strides these are computed one expert at a time, for which the host waits for the GPU."""
         a_XRI: Tensor = self.lora_A["default"].weight.to(dtype)
         b_XOR: Tensor = self.lora_B["default"].weight.to(dtype)
-        more = -a_XRI.shape[1] % (ALIGNMENT // dtype.itemsize)
-        return (functional.pad(a_XRI, (0, 0, 0, more)), functional.pad(b_XOR, (0, more))) if more else (a_XRI, b_XOR)
+        zeros = -a_XRI.shape[1] % (ALIGNMENT // dtype.itemsize)
+        if not zeros:
+            return a_XRI, b_XOR
+        return functional.pad(a_XRI, (0, 0, 0, zeros)), functional.pad(b_XOR, (0, zeros))
 
 
-def _default(weight: Tensor) -> nn.ModuleDict:
+def _named_by_peft(weight: Tensor) -> nn.ModuleDict:
+    """Holds a matrix as ``default.weight``, the name that peft gives to those of an adapter."""
     holder = nn.Module()
     holder.weight = nn.Parameter(weight)
     return nn.ModuleDict({"default": holder})
@@ -70,7 +73,7 @@ def add_expert_adapters(layers: Iterable[nn.Module], names: Collection[str], ran
         for name, weight in stacked_matrices(stack):
             if name in names:
                 stack.add_module(
-                    f"{PREFIX}{name}", ExpertAdapter(weight, rank, alpha, is_turned=bool(stack.is_transposed))
+                    f"{PREFIX}{name}", ExpertAdapter(weight, rank, alpha, is_transposed=bool(stack.is_transposed))
                 )
 
 
@@ -83,5 +86,5 @@ def merge_expert_adapters(model: nn.Module) -> None:
                 pairs = zip(*adapter.matrices(weight.dtype), strict=True)
                 for one, (a, b) in zip(weight, pairs, strict=True):  # one by one, which takes less memory
                     delta = adapter.scaling["default"] * (b @ a)
-                    one += delta.mT if adapter.is_turned else delta
+                    one += delta.mT if adapter.is_transposed else delta
                 delattr(stack, f"{PREFIX}{name}")
