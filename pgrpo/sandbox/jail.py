@@ -140,10 +140,12 @@ def supervise(child: int, spec: dict) -> None:
     """Wait for the program. Exit, which ends all processes of the sandbox, after ``wall`` seconds, when the trainer died, or when
     the program made more than ``files`` files (some launchers' file systems have no such limit)."""
     end = time.monotonic() + spec["wall"]
-    trainer = select.poll()
-    trainer.register(spec["ready_fd"], 0)  # polls as an error once nobody can read the pipe
 
     def look(*_: object) -> None:
+        trainer = (
+            select.poll()
+        )  # one for each call: on a busy host the next signal comes before this one's poll has returned
+        trainer.register(spec["ready_fd"], 0)  # polls as an error once nobody can read the pipe
         space = os.statvfs("/work")
         if time.monotonic() > end or trainer.poll(0):
             os._exit(124)

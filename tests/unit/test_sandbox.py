@@ -397,6 +397,18 @@ def test_the_supervisor_cannot_be_killed_to_pass_for_a_fault_of_the_sandbox(sand
     assert "limited" not in result.stdout
 
 
+def test_signals_of_the_supervisors_clock_may_come_while_it_looks(sandbox: Sandbox):
+    """On a busy host its own do; here the program sends them."""
+    program = """
+        import os, signal, time
+        supervisor, end = os.getppid(), time.monotonic() + 0.8
+        while time.monotonic() < end:
+            for _ in range(100): os.kill(supervisor, signal.SIGALRM)
+    """
+    result = run(sandbox, program)
+    assert (result.end, result.status, result.stderr) == ("exit", 0, "")
+
+
 @pytest.mark.faults
 def test_a_crash_is_a_failed_program_and_nothing_else(sandbox: Sandbox):
     assert run(sandbox, "import ctypes; ctypes.string_at(0)").status == 128 + 11
