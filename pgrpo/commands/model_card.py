@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -26,8 +27,8 @@ def write_card(run_dir: Path, step: int, out: Path, name: str) -> None:
         out: the folder.
         name: of the model.
     """
-    text = redact((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    config = yaml.safe_load(text)
+    config = _without_folders(yaml.safe_load(redact((run_dir / "config.yaml").read_text(encoding="utf-8"))))
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     base, data = config["model"]["path"], config.get("data", {}).get("path", "?")
     front: dict[str, Any] = {
         "library_name": "transformers",
@@ -66,6 +67,15 @@ def _curve(run_dir: Path, step: int, out: Path) -> list[str]:
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
     return f"{row[name]:.4g} (step {row['step']})"
+
+
+def _without_folders(value: Any) -> Any:
+    """The same config with the last part alone of every absolute path: cards are published, folders of a host and its users not."""
+    if isinstance(value, dict):
+        return {name: _without_folders(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(one) for one in value]
+    return Path(value).name if isinstance(value, str) and re.fullmatch(r"[/~]\S*/\S+", value) else value
 
 
 def _is_hub_name(path: str) -> bool:

@@ -238,16 +238,19 @@ def test_the_model_card_names_base_data_rewards_config_and_curve(tmp_path):
     config = (
         (run / "config.yaml").read_text().replace("functions:\n  - args", "functions:\n  - function: math\n    args")
     )
-    (run / "config.yaml").write_text(f"{config}data:\n  path: openai/gsm8k\n")
+    (run / "config.yaml").write_text(
+        f"{config}data:\n  path: openai/gsm8k\nprompt:\n  messages: [{{role: system, content: /no_think}}]\n"
+    )
     card = (export(run, tmp_path / "my_model") / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert (
         front["datasets"] == ["openai/gsm8k"] and front["library_name"] == "transformers" and "base_model" not in front
     )
-    for text in ("# my_model", "after step 2.", f"- Base model: `{tmp_path / 'initial'}`", "- Data: `openai/gsm8k`",
+    for text in ("# my_model", "after step 2.", "- Base model: `initial`", "- Data: `openai/gsm8k`",
                  "- Rewards: `math`", "key: (redacted)", "| reward | 0.125 (step 1) | 0.25 (step 2) |",
                  "| eval/pass@1 | 0.25 (step 0) | 0.25 (step 0) |", "![reward](curve.png)"):  # fmt: skip
         assert text in card
+    assert str(tmp_path) not in card and "content: /no_think" in card
     assert (tmp_path / "my_model" / "curve.png").read_bytes().startswith(b"\x89PNG")
     (run / "metrics.jsonl").unlink()
     out = export(run, tmp_path / "without_steps")
