@@ -4,6 +4,7 @@ import copy
 from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -332,7 +333,7 @@ def test_work_counts_the_adapters_of_active_experts_alone(folders):
     found = []
     for targets in (["experts"], ["q_proj"]):
         config = Config(model=config_of(folders["qwen3_moe"], targets))
-        learner = SimpleNamespace(config=config, dims=ModelDims.from_config(load_hf_config(config.model)))
+        learner: Any = SimpleNamespace(config=config, dims=ModelDims.from_config(load_hf_config(config.model)))
         found.append(work_flops(learner, work))
     elements = RANK * active * ((32 + 48) + (24 + 32)) - RANK * (32 + 32)
     assert found[0] - found[1] == 3 * 2 * rows * elements
