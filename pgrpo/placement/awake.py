@@ -12,7 +12,7 @@ from typing import NamedTuple
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World
 from pgrpo.placement.layers import update_gib
-from pgrpo.placement.sizes import SLEEPING_VLLM_GIB, USABLE_SHARE, gpu_memory, has_updates
+from pgrpo.placement.sizes import SLEEPING_VLLM_GIB, USABLE_SHARE, gpu_memory, has_updates, most_rows
 from pgrpo.placement.vllm_memory import VLLMMemory, enough_gib, memory_text, useful_gib, vllm_gib, vllm_memory
 from pgrpo.planning.flops import GIB, ModelDims
 
@@ -69,7 +69,8 @@ def _never(config: Config, dims: ModelDims, world: World) -> EngineMemory:
         who, more = "the policy", ""
         if has_updates(config):
             who = "the update"
-            more = ", or lower train.token_budget, or set model.activation_checkpointing=attention or optim.offload=cpu"
+            more = f", or lower train.token_budget below {most_rows(config)}, or set "
+            more += "model.activation_checkpointing=attention or optim.offload=cpu"
         raise ConfigError(
             f"rollout.sleep: never: of {total:.0f} GiB {who} takes {update:.1f}, and CUDA, graphs and libraries "
             f"{total - update - room:.1f}: {max(0.0, room):.1f} are left for vLLM, which needs {least:.1f} ({what}): "

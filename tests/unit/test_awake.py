@@ -148,9 +148,12 @@ def test_never_is_refused_with_the_sizes_where_it_does_not_fit(card):
     assert str(caught.value) == (
         f"rollout.sleep: never: of {limit - 0.1:.0f} GiB the update takes {update:.1f}, and CUDA, graphs and libraries "
         f"{(limit - 0.1) * (1 - USABLE_SHARE) + 4:.1f}: {group - 0.1 * USABLE_SHARE:.1f} are left for vLLM, which needs "
-        f"{group:.1f} (its weights and one group): leave it out, or lower train.token_budget, or set "
+        f"{group:.1f} (its weights and one group): leave it out, or lower train.token_budget below 8192, or set "
         "model.activation_checkpointing=attention or optim.offload=cpu"
     )
+    card(20)
+    with pytest.raises(ConfigError, match=rf"or lower train\.token_budget below {4096 + 8 * 256}, or set "):
+        engine_memory(config("rollout.sleep=never", completion=256, prompts=1), SMALL, ONE)
     card(80)
     with pytest.raises(ConfigError, match=r"needs 40\.\d \(rollout\.gpu_memory_utilization\)"):
         engine_memory(config("rollout.sleep=never", "rollout.gpu_memory_utilization=0.5"), SMALL, ONE)
