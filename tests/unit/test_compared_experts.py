@@ -12,17 +12,20 @@ import pytest
 import torch
 from making import asked_of_vllm
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pgrpo.admission.compare import reference_logprobs, tokens_as_groups
 from pgrpo.config import Config, ConfigError, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import World
 from pgrpo.model.families.expert_products import recorded_choices
+from pgrpo.model.lora import add_adapters
 from pgrpo.model.policy import Policy, load_model
 from pgrpo.model.recompute import set_up_layers
 from pgrpo.model.weights import full_weights
 from pgrpo.planning.dims import ModelDims, decoder_layers
 from pgrpo.rollout.vllm import start
+from pgrpo.rollout.vllm.canary import CanaryError
 from pgrpo.rollout.vllm.engine import EngineError, VLLMEngine
 from pgrpo.rollout.vllm.scores import Scores
 from pgrpo.rollout.vllm.sharing import Sharers
@@ -102,6 +105,18 @@ def looked(policy, sampler, compare_experts=True):
 @pytest.mark.parametrize("chunks", [1, 3])
 def test_a_sampler_with_the_same_weights_chooses_the_same_experts(chunks, policy, tmp_path):
     assert looked(in_parts(policy, chunks), Untouched(policy, tmp_path))["canary/expert_difference"] == 0.0
+
+
+def test_a_push_with_adapters_beside_experts_makes_the_sampler_choose_as_the_policy_does(policy, tmp_path):
+    model = policy.model
+    add_adapters(model, ModelConfig(path=str(tmp_path / "model"), lora_rank=3, lora_targets=["experts"]), seed=0)
+    initial = Untouched(policy, tmp_path)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    with pytest.raises(CanaryError, match="vLLM computes another function"):  # a push without the adapters
+        looked(policy, initial)
+    assert looked(policy, Untouched(policy, tmp_path))["canary/expert_difference"] == 0.0
 
 
 @pytest.mark.parametrize("chunks", [1, 3])
