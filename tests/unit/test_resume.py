@@ -6,6 +6,8 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +16,12 @@ import torch
 import pgrpo
 from pgrpo import checkpoint, grpo
 from pgrpo.checkpoint import CheckpointError
+from pgrpo.config import load_config
 from pgrpo.distributed.world import World
 from pgrpo.rollout.embedded.engine import EmbeddedEngine
 from pgrpo.training.checkpointing import find
+from pgrpo.training.messages import out_of_memory
+from pgrpo.training.progress import Progress
 from pgrpo.training.update import NonFiniteError
 
 VOLATILE = ("time/", "perf/")
@@ -262,6 +267,25 @@ except RuntimeError as error:
         "rollout.max_concurrent=256", ". Lower train.token_budget (below 9216, at least 12, the longest sample), set model.",
     ):  # fmt: skip
         assert part in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("budget", "recompute", "advice"),
+    [
+        (100, "auto", "Lower train.token_budget (below 100, at least 12, the longest sample), set model.activation_checkpointing="),
+        (12, "full", "Set model.activation_checkpointing=offload, or lower rollout.max_concurrent"),
+        (12, "offload", "Lower rollout.max_concurrent"),
+    ],
+)  # fmt: skip
+def test_advice_where_memory_runs_out_is_what_can_still_be_changed(tiny_model, budget, recompute, advice):
+    keys = [f"model.path={tiny_model}", f"train.token_budget={budget}", f"model.activation_checkpointing={recompute}"]
+    learner = SimpleNamespace(dims=SimpleNamespace(layers=2, hidden=64))
+    parts: Any = SimpleNamespace(
+        config=load_config("quickstart", keys), learner=learner, world=World(0, 1, torch.device("cpu"))
+    )
+    said = str(out_of_memory(MemoryError(), parts, Progress()))
+    assert f" has up to {budget} packed tokens (train.token_budget={budget}) in 2 layers" in said
+    assert said.partition(" decoded at once. ")[2].startswith(advice)
 
 
 def test_out_of_memory_in_an_evaluation_names_it_and_what_it_decodes(tiny_model, tmp_path, monkeypatch):
