@@ -26,9 +26,9 @@ def pinning(size: int, what: str, key: str, instead: str) -> Iterator[None]:
     """Around what pins host memory: a failure of CUDA, whose text names neither, is raised with the key that asked for it.
 
     Args:
-        size: bytes of all that is pinned for that key on this rank.
+        size: bytes that are pinned for ``what`` on this rank.
         what: is in that memory.
-        key: with its value.
+        key: that asked for it, with its value if the plan may not have chosen that.
         instead: what to set where there is no more memory.
     """
     try:

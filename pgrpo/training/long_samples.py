@@ -84,7 +84,7 @@ class _Kept:
         self._device, self._stream, self._before = x.device, stream, before
         self._back: Tensor | None = None
         self._shape, self._sizes = x.shape, piece_sizes(x.numel(), x.element_size())
-        with pinning(x.nbytes, "the inputs of a layer", KEY, "model.activation_checkpointing=full"):
+        with pinning(x.nbytes, "the input of one more layer", KEY, "model.activation_checkpointing=full"):
             self._host = [torch.empty(size, dtype=x.dtype, pin_memory=stream is not None) for size in self._sizes]
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(x.device))

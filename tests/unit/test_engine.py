@@ -22,7 +22,7 @@ from pgrpo.rollout.base import no_more
 from pgrpo.rollout.vllm import engine as vllm
 from pgrpo.rollout.vllm import shared_decode, sharing
 from pgrpo.rollout.vllm import start as vllm_start
-from pgrpo.rollout.vllm.requests import Requests
+from pgrpo.rollout.vllm.requests import EngineError, Requests
 from pgrpo.training import engine
 from pgrpo.types import Request, SamplingParams
 
@@ -316,6 +316,24 @@ def test_long_prompts_are_computed_in_parts(installed):
     assert vllm_start.prefill(settings) == {}
     settings.data.max_prompt_tokens = 131_072
     assert vllm_start.prefill(settings) == {"enable_chunked_prefill": True, "max_num_batched_tokens": 2048}
+
+
+def test_a_push_to_weights_that_sleep_is_refused_before_any_is_written(monkeypatch):
+    made: Any = vllm.VLLMEngine.__new__(vllm.VLLMEngine)
+    made.sleeps, made.asleep, made.images = True, {"weights"}, None
+    made.sharers = SimpleNamespace(together=lambda push: push(), size=1, rank=0, sum=None)
+    made.llm = SimpleNamespace(apply_model=lambda function: [function(None)])
+    made.weights, made.weight_names, made.on_gpu = list, set(), True
+    written: list[set[str]] = []
+    monkeypatch.setattr(vllm, "load", lambda *_, **__: written.append(set(made.asleep)))
+    with pytest.raises(EngineError, match="weight push: the engine's weights are asleep"):
+        made.push()
+    assert not written
+    made.asleep = {"kv_cache"}  # as awake() pushes
+    made.push()
+    made.asleep, made.sleeps = {"weights", "kv_cache"}, False
+    made.push()
+    assert len(written) == 2
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("CUDA Error: out of memory")])

@@ -139,7 +139,7 @@ def no_pinned_memory(*_, **__):
         ),
         (
             "empty", lambda: HostInputs().run(lambda x: x * x, torch.zeros(2**22, requires_grad=True)),
-            "model.activation_checkpointing: this process cannot pin 0.02 GiB of host memory for the inputs of a layer (CUDA error",
+            "model.activation_checkpointing: this process cannot pin 0.02 GiB of host memory for the input of one more layer (",
         ),
     ],
     ids=["moments", "weights that rest", "inputs of layers"],
