@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pgrpo.admission.compare import reference_logprobs, tokens_as_samples
 from pgrpo.admission.fits import check_lora
+from pgrpo.commands.plan import plan_text
 from pgrpo.config import Config, ConfigError, ModelConfig
 from pgrpo.model.families import expert_products
 from pgrpo.model.families.expert_adapters import adapter_of, add_expert_adapters
@@ -337,3 +338,13 @@ def test_work_counts_the_adapters_of_active_experts_alone(folders):
         found.append(work_flops(learner, work))
     elements = RANK * active * ((32 + 48) + (24 + 32)) - RANK * (32 + 32)
     assert found[0] - found[1] == 3 * 2 * rows * elements
+
+
+def test_the_plan_counts_all_adapters_but_the_work_of_active_ones(folders):
+    config = Config(model=config_of(folders["qwen3_moe"], ["experts"]))
+    sizes, one = ModelDims.from_config(load_hf_config(config.model)), RANK * ((32 + 48) + (24 + 32))
+    completions = [config.max_sampled_tokens] * config.rollout.group_size
+    group = flops.update_flops(sizes, config.data.max_prompt_tokens, completions, adapters=3 * one)
+    text = plan_text(config)
+    assert f"LoRA trains {EXPERTS * one:,} beside them" in text
+    assert f"work          {config.rollout.prompts_per_step * group / 1e12:,.3g} TFLOP" in text
