@@ -79,10 +79,10 @@ def test_only_matrices_decay_and_no_embeddings():
 
 def test_biases_of_stacked_experts_do_not_decay():
     """They have two dimensions, as matrices do."""
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 4}
     config = transformers.GptOssConfig(
-        vocab_size=11, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2, **sizes
-    )
+        vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, head_dim=4,
+        num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2,
+    )  # fmt: skip
     module = transformers.AutoModelForCausalLM.from_config(config)
     names = {id(p): name for name, p in module.named_parameters()}
     decays, stays = ({names[id(p)] for p in g["params"]} for g in build_optimizer(module, OptimConfig()).param_groups)

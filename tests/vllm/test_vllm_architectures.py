@@ -125,6 +125,15 @@ def started(request, tmp_path):
 ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="where an engine can sleep there is one in a process")
 
 
+def sampled(engine, step):
+    """Completions of two prompts, and their log-probs as vLLM gave them."""
+    with engine.awake(step):
+        asked = prompts("some words to begin with", "1+1=")
+        groups = generate(engine, asked, SamplingParams(max_completion_tokens=16), seeds(2, 3, step))
+    samples = [sample for group in groups for sample in group.samples]
+    return samples, [x for sample in samples for x in sample.rollout_logprobs]
+
+
 @ON_A_CPU
 @pytest.mark.parametrize(
     "started",
@@ -143,11 +152,7 @@ ON_A_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="where an engine
 def test_samples_have_the_policys_log_probs_before_and_after_a_push(started):
     engine, policy = started
     for step in range(2):
-        with engine.awake(step):
-            asked = prompts("some words to begin with", "1+1=")
-            groups = generate(engine, asked, SamplingParams(max_completion_tokens=16), seeds(2, 3, step))
-        samples = [sample for group in groups for sample in group.samples]
-        reported = [x for sample in samples for x in sample.rollout_logprobs]
+        samples, reported = sampled(engine, step)
         before = logprobs(policy, samples)
         assert reported == pytest.approx(before, abs=tolerance(policy))
         perturb(policy, 0.02)
@@ -198,11 +203,7 @@ def test_latent_attention_gets_both_halves_of_its_projection(started, monkeypatc
         if isinstance(layer, RotaryEmbedding):
             monkeypatch.setattr(layer, "_forward_method", layer.forward_native)
     for step in range(2):
-        with engine.awake(step):
-            asked = prompts("some words to begin with", "1+1=")
-            groups = generate(engine, asked, SamplingParams(max_completion_tokens=16), seeds(2, 3, step))
-        samples = [sample for group in groups for sample in group.samples]
-        reported = [x for sample in samples for x in sample.rollout_logprobs]
+        samples, reported = sampled(engine, step)
         assert reported == pytest.approx(logprobs(policy, samples), abs=tolerance(policy))
         perturb(policy, 0.02)
     make, sent = type(attention).process_weights_after_loading, attention.W_UV.clone()

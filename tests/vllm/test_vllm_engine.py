@@ -269,8 +269,8 @@ def slope(engine, policy, samples, push=True):
 
 def test_the_warm_up_samples_as_rollouts_do(engine):
     """vLLM's own settings for it use penalties, biases, a grammar, log-probs of prompts: kernels that no rollout calls."""
-    from vllm import SamplingParams
-    from vllm.v1.worker.gpu import warmup
+    from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+    from vllm.v1.worker.gpu import warmup  # pyright: ignore[reportMissingImports]
 
     params = SamplingParams.for_sampler_warmup()
     assert (params.temperature, params.top_p, params.top_k, params.logprobs) == (1.0, 1.0, 0, 0)
