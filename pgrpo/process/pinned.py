@@ -34,12 +34,8 @@ def pinning(size: int, what: str, key: str, instead: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if type(error) not in (
-            RuntimeError,
-            torch.AcceleratorError,
-            MemoryError,
-        ):  # such as of the GPU's own memory, or NCCL's
-            raise
+        if type(error) not in (RuntimeError, torch.AcceleratorError, MemoryError):
+            raise  # of the GPU's own memory, or NCCL's
         reason = str(error).strip().splitlines()[0] if str(error) else "no more memory"
         locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         limit = "no limit" if locked == resource.RLIM_INFINITY else f"{locked / 2**30:.2f} GiB"

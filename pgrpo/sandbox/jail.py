@@ -142,9 +142,8 @@ def supervise(child: int, spec: dict) -> None:
     end = time.monotonic() + spec["wall"]
 
     def look(*_: object) -> None:
-        trainer = (
-            select.poll()
-        )  # one for each call: on a busy host the next signal comes before this one's poll has returned
+        # One for each call: on a busy host the next signal comes before this one's poll has returned.
+        trainer = select.poll()
         trainer.register(spec["ready_fd"], 0)  # polls as an error once nobody can read the pipe
         space = os.statvfs("/work")
         if time.monotonic() > end or trainer.poll(0):

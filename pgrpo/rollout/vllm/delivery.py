@@ -114,9 +114,8 @@ class Delivery:
                 "policy's. Set rollout.engine=embedded, or train a model whose config.json asks for no such weights"
             )
         sums, arrived = torch.stack([*self.sent.values()]), torch.stack(found)
-        rows, columns, copies = torch.tensor(terms, device=arrived.device).unbind(
-            1
-        )  # one tensor: each copy to a GPU waits
+        # One tensor, because each copy to a GPU waits.
+        rows, columns, copies = torch.tensor(terms, device=arrived.device).unbind(1)
         wanted = torch.zeros_like(arrived).index_add_(0, rows, copies * sums[columns])
         unequal = (sum_over_ranks(arrived) != wanted).tolist()
         if wrong := [name for name, differs in zip(compared, unequal, strict=True) if differs]:
