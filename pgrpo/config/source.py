@@ -148,6 +148,8 @@ def _unknown_keys(values: Any, hint: Any, key: str) -> Iterator[str]:
 def _is_misspelt(name: str, value: Any, known: dict[str, Any]) -> bool:
     """Whether an unknown section is a known one with a typo in its name. verl's ``trainer`` is no ``train``, which has none of
     its keys."""
+    if not isinstance(value, dict):
+        return False
     for near in difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.75):
         section = _without_none(known[near])
         keys = hints(section) if is_dataclass(section) else value if get_origin(section) is dict else ()

@@ -369,6 +369,18 @@ def test_a_misspelt_section_is_one_fault_whatever_is_in_it(typo: str) -> None:
     )
 
 
+@pytest.mark.parametrize("value", [1, None, ""], ids=repr)
+def test_a_name_of_another_trainer_is_answered_in_every_section_whatever_its_value(value: Any) -> None:
+    names = {name.rpartition(".")[2] for name in foreign()}
+    for section in ("", "model", "data", "rollout", "loss", "optim"):
+        theirs = [name for name in names if f"{section}.{name}".lstrip(".") not in valid_keys()]
+        given = dict.fromkeys(theirs, value)
+        message = refused({**BASE, **(given if not section else {section: given})})
+        assert message.splitlines()[0] == f"{len(theirs)} keys are not pgrpo's:"
+        for name in theirs:
+            assert f"\n  {f'{section}.{name}'.lstrip('.')}: " in message
+
+
 def test_names_of_other_trainers_lead_to_keys_that_exist() -> None:
     for ours in foreign().values():
         for key in re.findall(r"[a-z_]+(?:\.[a-z_]+)+|run_dir", ours.partition(" (")[0]):
