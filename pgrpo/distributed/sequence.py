@@ -133,4 +133,4 @@ class SplitLayout:
             out_ThD = self.whole.attend(q, k, v, scale, module=module, sinks_H=sinks_H, **options)
         out = pad(out_ThD.flatten(1), (0, 0, 0, size * rows - total))
         back = self.ranks.exchange(out).unflatten(0, (size, rows))  # [S, t, heads of a rank * Dv]
-        return back.transpose(0, 1).reshape(rows, q_THD.shape[1], -1)
+        return back.transpose(0, 1).contiguous().view(rows, q_THD.shape[1], -1)

@@ -30,13 +30,18 @@ WINDOWED = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders of small models: of ``qwen3``; with one key/value head; ``gpt_oss``, with windows, sinks and experts."""
+    """Folders of small models: of ``qwen3``; with one key/value head; ``gpt_oss``, with windows, sinks and experts; ``jetmoe``,
+    whose layers take a view of what attention returns."""
     folder = tmp_path_factory.mktemp("models")
     make_model(folder / "plain")
     make_model(folder / "one_kv_head", num_key_value_heads=1)
     torch.manual_seed(0)
     config = transformers.GptOssConfig(**(SMALL | WINDOWED))
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "windowed")
+    config = transformers.JetMoeConfig(
+        **(SMALL | {"kv_channels": 16, "num_local_experts": 2, "num_experts_per_tok": 2})
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "views")
     return folder
 
 
@@ -48,6 +53,7 @@ def models(tmp_path_factory):
         ("plain", 4, 4, 90),  # two key/value heads; the first rank has no token to predict
         ("one_kv_head", 2, 2, 0),
         ("windowed", 4, 4, 7),
+        ("views", 4, 4, 0),  # one head a rank
     ],
 )
 def test_the_untouched_model_in_float64(processes, models, model, ranks, size, beginning):
