@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from pgrpo.commands.evaluate import built
-from pgrpo.config import PYTHON, Config, ConfigError, PromptConfig, redact, to_json
+from pgrpo.config import PYTHON, Config, ConfigError, PromptConfig, fit_world_size, redact, to_json
 from pgrpo.config.sampling import sampling_params
 from pgrpo.config.task import EnvironmentConfig
 from pgrpo.data import load_prompts
@@ -65,7 +65,7 @@ def generate(
     Raises:
         ConfigError: there is no such checkpoint, or the rows do not give prompts.
     """
-    rows = None
+    rows, config = None, fit_world_size(config, world_size())
     if may_lower:
         config = _within_positions(config, may_lower)
     if prompts is None:

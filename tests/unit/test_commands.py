@@ -320,7 +320,9 @@ def test_eval_takes_a_checkpoints_weights_alone(model, tmp_path):
 
 def test_check_and_eval_run_a_config_of_many_gpus_on_one_device(model, tmp_path, capsys):
     """Two copies of eight shards each, say; and what only a training's evaluations must have is not asked for."""
-    many = config(model, tmp_path, "model.dtype=bfloat16", "model.fsdp_size=8", "eval.rows=2")
+    many = config(
+        model, tmp_path, "model.dtype=bfloat16", "model.fsdp_size=8", "model.sequence_parallel_size=2", "eval.rows=2"
+    )
     metrics = evaluate(replace(many, checkpoint=replace(many.checkpoint, keep_best="eval/pass@64")))
     assert 0 <= metrics["eval/pass@1"] <= 1
     check(many)

@@ -89,6 +89,12 @@ def test_a_run_its_export_and_its_evaluation_have_one_and_the_same_model(tiny_mo
     assert f"wrote {moved}/eval/step_1/samples.jsonl and summary.json" in capsys.readouterr().out
 
 
+def test_a_config_of_many_gpus_on_one_device(tiny_model, tmp_path, rows):
+    many = [*keys(tiny_model, tmp_path), "model.dtype=bfloat16", "model.fsdp_size=8", "model.sequence_parallel_size=2"]
+    generate(load_config("quickstart", many), None, rows, out=tmp_path / "out.jsonl")
+    assert len(written(tmp_path / "out.jsonl")) == 3
+
+
 @pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_a_chat_reads_what_was_said(tiny_model, tmp_path, monkeypatch, capsys, template):
     """The prompt of each turn has all turns before it, by the chat template; without one each line is continued by itself."""
