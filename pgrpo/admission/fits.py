@@ -89,8 +89,10 @@ def check_heads(size: int, dims: ModelDims) -> None:
     Raises:
         ConfigError: with the numbers that are possible.
     """
-    if dims.heads % size:
-        valid = ", ".join(str(n) for n in range(1, dims.heads + 1) if dims.heads % n == 0)
+    all_heads = (dims.heads, *dims.other_heads)
+    if wrong := [heads for heads in all_heads if heads % size]:
+        valid = ", ".join(str(n) for n in range(1, min(all_heads) + 1) if not any(heads % n for heads in all_heads))
+        where = " of some layers" if dims.other_heads else ""
         raise ConfigError(
-            f"model.sequence_parallel_size: {size} does not divide the model's {dims.heads} attention heads; it may be {valid}"
+            f"model.sequence_parallel_size: {size} does not divide the model's {wrong[0]} attention heads{where}; it may be {valid}"
         )

@@ -50,6 +50,7 @@ class ModelDims:
         active: experts of a layer that compute a token; 0 without experts.
         has_mlp: whether ``mlp_of`` finds one in every layer.
         tower: of a model that sees images, the tower's sizes; its parameters are part of ``parameters``.
+        other_heads: numbers of query heads that some layers have in the place of ``heads``.
     """
 
     layers: int
@@ -77,6 +78,7 @@ class ModelDims:
     active: int = 0
     has_mlp: bool = True
     tower: TowerDims | None = None
+    other_heads: tuple[int, ...] = ()
 
     @classmethod
     def from_config(cls, config: PretrainedConfig | Mapping[str, Any]) -> ModelDims:
@@ -200,6 +202,7 @@ def _count(key: _Key) -> ModelDims:
         active=active if experts else 0,
         has_mlp=all(mlp_of(layer) is not None for layer in layers),
         tower=TowerDims.of(model, family) if (family := family_of(config)) else None,
+        other_heads=tuple(sorted({*(getattr(text, "num_attention_heads_per_layer", None) or ())} - {heads})),
     )
 
 

@@ -177,6 +177,15 @@ def test_heads_that_do_not_divide_are_refused():
     check_heads(3, dims)
     with pytest.raises(ConfigError, match="4 does not divide the model's 6 attention heads; it may be 1, 2, 3, 6"):
         check_heads(4, dims)
+    per_layer = {"num_key_value_heads": 2, "num_attention_heads": 4, "num_attention_heads_per_layer": [4, 6]}
+    dims = ModelDims.from_config(
+        {"model_type": "laguna"} | SMALL | per_layer | {"num_experts": 2, "num_experts_per_tok": 1}
+    )
+    check_heads(2, dims)
+    with pytest.raises(
+        ConfigError, match=r"4 does not divide the model's 6 attention heads of some layers; it may be 1, 2$"
+    ):
+        check_heads(4, dims)
 
 
 def test_rows_that_see_others_outside_of_attention_are_refused():
