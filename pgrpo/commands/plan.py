@@ -24,7 +24,7 @@ from pgrpo.planning.kept import kept_text, longest_kept, why_none_kept
 from pgrpo.planning.memory import memory_plan
 from pgrpo.planning.recompute import LayerPlan
 from pgrpo.process.caches import cache_root
-from pgrpo.training.engine import check_built, check_engine, check_pushable
+from pgrpo.training.engine import check_built, check_engine, check_pushable, check_sharers
 from pgrpo.types import Recompute
 
 
@@ -39,8 +39,8 @@ def plan(config: Config) -> None:
 
 
 def planned_ranks(config: Config) -> int:
-    """Ranks that torchrun started; without it as many as compute a micro-batch together."""
-    return world_size() if "WORLD_SIZE" in os.environ else config.model.sequence_parallel_size
+    """Ranks that torchrun started; without it as many as compute a micro-batch together, or share a vLLM engine."""
+    return world_size() if "WORLD_SIZE" in os.environ else config.tensor_parallel_size
 
 
 def plan_text(config: Config) -> str:
@@ -64,6 +64,7 @@ def plan_text(config: Config) -> str:
     planned = torch.device("cpu" if config.model.dtype == "float32" else "cuda")  # the device that the config is for
     if engine_name(config, planned) == "vllm":
         check_sampled_positions(config, hf_config)
+        check_sharers(config, dims, ranks)
     world = World(0, ranks, planned, fsdp_size=config.model.fsdp_size, sequence_parallel_size=together)
     built = ""
     if planned.type == device.type:  # else vLLM is somewhere else

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from typing import Any
 
 from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World
 from pgrpo.placement.choices import engine_name
-from pgrpo.placement.sizes import HOST_SHARE, SLEEPING_VLLM_GIB, USABLE_SHARE, gpu_memory, host_memory, plan_sizes
+from pgrpo.placement.sizes import (
+    HOST_SHARE,
+    SLEEPING_VLLM_GIB,
+    USABLE_SHARE,
+    gpu_memory,
+    host_memory,
+    host_ranks,
+    plan_sizes,
+)
 from pgrpo.placement.vllm_memory import vllm_memory
 from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.planning.kept import cuts_groups
@@ -45,7 +52,7 @@ def _host_room(config: Config, dims: ModelDims, world: World) -> float:
     if engine_name(config, world.device) == "vllm":  # pinned memory is kept
         with suppress(ConfigError):  # the engine says so itself
             own += vllm_memory(config, dims, world).offloaded_gib
-    return max(0.0, HOST_SHARE * host_memory() / GIB / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - own)
+    return max(0.0, HOST_SHARE * host_memory() / GIB / host_ranks(world) - own)
 
 
 def _capacity_gib(config: Config, world: World) -> float:

@@ -41,6 +41,11 @@ def host_memory() -> int:
     return min(limits)
 
 
+def host_ranks(world: World) -> int:
+    """Ranks that share this host's memory, by torchrun; those of a dry run are all on one host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+
+
 def plan_sizes(config: Config, dims: ModelDims, world: World, device: torch.device) -> dict[str, Any]:
     """Arguments of ``memory_plan``, except activation checkpointing."""
     rollout = config.rollout

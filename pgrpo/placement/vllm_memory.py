@@ -4,7 +4,6 @@ it need not sleep)."""
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from pgrpo.placement.sizes import (
     gpu_memory,
     has_updates,
     host_memory,
+    host_ranks,
     plan_sizes,
 )
 from pgrpo.planning.flops import GIB, ModelDims
@@ -73,7 +73,7 @@ def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
     if rollout.gpu_memory_utilization is not None:
         wanted = rollout.gpu_memory_utilization * total
     free, offloaded, plan = 0.0, (), memory_plan(dims, **sizes)
-    for offloaded in _offload_choices(config, plan):
+    for offloaded in _offload_choices(config, plan, world):
         plan = memory_plan(dims, **sizes, offloaded=offloaded)
         free = USABLE_SHARE * total - SLEEPING_VLLM_GIB - plan.resting
         if free >= wanted:
@@ -127,14 +127,14 @@ def needed_gib(config: Config, dims: ModelDims, world: World) -> float:
     return needed + rollout.max_concurrent * dims.vocab * SAMPLER_BYTES / GIB
 
 
-def _offload_choices(config: Config, plan: MemoryPlan) -> list[tuple[str, ...]]:
+def _offload_choices(config: Config, plan: MemoryPlan, world: World) -> list[tuple[str, ...]]:
     """Parts of the memory plan that may go to host memory while vLLM samples, from none on, until one makes enough room. With
     ``auto`` no more than this host's memory has room for."""
     moments_stay = config.optim.offload == "cpu" or not has_updates(config)  # they are there already, or nowhere
     parts = ("weights",) if moments_stay else ("weights", "moments")
     if config.rollout.offload_policy != "auto":
         return [parts if config.rollout.offload_policy == "always" else ()]
-    ranks, free = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), HOST_SHARE * host_memory() / GIB
+    ranks, free = host_ranks(world), HOST_SHARE * host_memory() / GIB
     taken = ranks * 2 * plan.gradients if moments_stay else 0
     choices = [parts[:count] for count in range(len(parts) + 1)]
     return [

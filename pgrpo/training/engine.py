@@ -77,19 +77,22 @@ def check_engine(config: Config, dims: ModelDims, world: World) -> None:
         raise ConfigError(
             "rollout.engine=vllm: vLLM is not installed: pip install -e '.[vllm]', or set rollout.engine=embedded"
         )
-    size, key, why = config.tensor_parallel_size, "rollout.tensor_parallel_size", ""
-    if size > rollout.tensor_parallel_size:
-        key, why = "model.sequence_parallel_size", ", as these ranks share a vLLM engine"
-    for what, count in (("ranks", world.size), ("attention heads", dims.heads), ("key/value heads", dims.kv_heads)):
-        if count % size:
-            valid = [
-                str(n) for n in range(1, world.size + 1) if not (world.size % n or dims.heads % n or dims.kv_heads % n)
-            ]
-            raise ConfigError(f"{key}: {size} does not divide {count} {what}; it may be {', '.join(valid)}{why}")
+    check_sharers(config, dims, world.size)
     if rollout.compare_experts and (lacks := _cannot_compare_experts(config, dims, world)):
         raise ConfigError(f"rollout.compare_experts: true: {lacks}; leave it out")
     vllm_start.check_version(config, world.device)
     engine_memory(config, dims, world)  # refuses what does not fit
+
+
+def check_sharers(config: Config, dims: ModelDims, ranks: int) -> None:
+    """Refuse a number of ranks that cannot share a vLLM engine, with the numbers that can (``ConfigError``)."""
+    size, key, why = config.tensor_parallel_size, "rollout.tensor_parallel_size", ""
+    if size > config.rollout.tensor_parallel_size:
+        key, why = "model.sequence_parallel_size", ", as these ranks share a vLLM engine"
+    for what, count in (("ranks", ranks), ("attention heads", dims.heads), ("key/value heads", dims.kv_heads)):
+        if count % size:
+            valid = [str(n) for n in range(1, ranks + 1) if not (ranks % n or dims.heads % n or dims.kv_heads % n)]
+            raise ConfigError(f"{key}: {size} does not divide {count} {what}; it may be {', '.join(valid)}{why}")
 
 
 def _cannot_compare_experts(config: Config, dims: ModelDims, world: World) -> str:

@@ -86,6 +86,12 @@ def test_a_dry_run_plans_for_ranks_that_compute_together(model, tmp_path, capsys
     assert "a step and 2 ranks, of at most" in shown
     assert "GiB a GPU, 2 of which share an engine; weights take 0.0, a group at its longest 0.0 of it" in shown
     assert "GiB of 79 (assumed) a rank" in shown
+    with pytest.raises(
+        ConfigError, match=r"_parallel_size: 4 does not divide 2 key/value heads; it may be 1, 2, as these"
+    ):
+        plan(config(model, tmp_path, *keys, "model.sequence_parallel_size=4"))
+    plan(config(model, tmp_path, *keys, "rollout.tensor_parallel_size=2", "model.sequence_parallel_size=1"))
+    assert "GiB a GPU, 2 of which share an engine" in capsys.readouterr().out
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"model.sequence_parallel_size: 2 does not divide the number of ranks, 3"):
         plan(config(model, tmp_path, *keys))

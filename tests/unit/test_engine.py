@@ -251,7 +251,14 @@ def test_host_memory_bounds_what_auto_moves(installed, h100, monkeypatch):
     settings.rollout.offload_policy = "always"
     assert memory.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ("weights",)
     settings.rollout.offload_policy, settings.optim.offload = "auto", "none"
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # each rank of this host takes as much
+    # Each rank of this host takes as much: of those that torchrun started here, and of all that a dry run plans.
+    h100(80, host=0.99 * 2 * WEIGHTS / memory.HOST_SHARE)
+    assert memory.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ("weights",)
+    together = World(0, 2, GPU, fsdp_size=1)
+    assert memory.vllm_memory(settings, QWEN3_4B, together).offloaded == ()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert memory.vllm_memory(settings, QWEN3_4B, together).offloaded == ("weights",)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert memory.vllm_memory(settings, QWEN3_4B, ONE).offloaded == ()
 
 

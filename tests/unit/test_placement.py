@@ -209,6 +209,11 @@ def test_a_long_group_that_fits_a_micro_batch_is_not_recomputed_for_kept_prefixe
     assert planned.update < USABLE_SHARE * PLANNED_GPU / 2**30 - SLEEPING_VLLM_GIB
     long.train.token_budget = 131_072 + 4096
     assert layer_plan(long, DIMS, World(0, 1, GPU)).recompute == ["offload"] * 36
+    # The inputs of 36 layers take 24 GiB. Four ranks, each with a batch of its own, share the host's memory.
+    four = World(0, 4, GPU, fsdp_size=1)
+    assert "offload" not in layer_plan(long, DIMS, four).recompute
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # four hosts
+    assert layer_plan(long, DIMS, four).recompute == ["offload"] * 36
 
 
 def test_the_plan_counts_no_more_rows_than_a_step_has():
