@@ -14,6 +14,7 @@ import sys
 import traceback
 from importlib import metadata
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Literal
 
 import typer
@@ -21,6 +22,7 @@ import typer
 import pgrpo
 from pgrpo.config import Config, ConfigError, load_config, redact
 from pgrpo.early import check_checkpoint, check_early, check_model_folder, config_of_run
+from pgrpo.process.signals import kill_children
 from pgrpo.tracking import Terminal
 
 app = typer.Typer(
@@ -280,8 +282,9 @@ def doctor() -> None:
 def main() -> None:
     """Run the command line. The one place that decides what a process exits with."""
     logging.lastResort = Terminal()
-    # As an exception, so that whatever is open is closed; training puts its own handler on top, which saves first.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
+        signal.signal(signal.SIGINT, _stop)
     try:
         app()  # exits by itself with 0, with 2 on a wrong command line, with 130 on Ctrl-C
     except ConfigError as error:
@@ -289,6 +292,33 @@ def main() -> None:
     except Exception as error:
         kind = "" if type(error) is RuntimeError else f"{type(error).__name__}: "
         _fail(1, f"{kind}{error}")
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """Handles signals until training puts its own handler on top, which saves first. It raises an exception, so that whatever is
+    open is closed, but not inside of the imports: there nothing is open, and libraries take the exception for a package that is
+    missing and go on without it."""
+    name = signal.Signals(signum).name
+    if _imports(frame):
+        try:
+            kill_children()
+        finally:
+            os.write(2, f"pgrpo: {name}: stopped, nothing was begun yet\n".encode())
+            os._exit(128 + signum)
+    os.write(2, f"pgrpo: {name}: stopping\n".encode())
+    if signum == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + signum)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether this file, or the function of ``pgrpo`` that it calls, is importing the rest of the package."""
+    importer = None
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            importer = frame.f_back
+        frame = frame.f_back
+    return importer is not None and importer.f_globals["__name__"] in (__name__, pgrpo.__name__)
 
 
 def _fail(code: int, message: str, *, lines: bool = False) -> None:

@@ -210,14 +210,16 @@ def dry_run(folder: Path, case: Case) -> tuple[int, str, str]:
     (folder / "config.yaml").write_bytes(case.config)
     (folder / "recipe.yaml").write_bytes(case.recipe)
     out, err = io.StringIO(), io.StringIO()
-    argv, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    argv = sys.argv
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = ["pgrpo", "train", "--config", str(folder / "config.yaml"), "--dry-run", *case.overrides]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ended:
             cli.main()
     finally:
         sys.argv = argv
-        signal.signal(signal.SIGTERM, handler)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
     return ended.value.code or 0, out.getvalue(), err.getvalue()  # pyright: ignore[reportReturnType]
 
 

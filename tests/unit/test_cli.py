@@ -262,7 +262,40 @@ def test_a_signal_exits_with_130_or_143_after_cleaning_up(train) -> None:
 """
         result = train(body)
         assert (result.returncode, result.stdout) == (code, "closed\n")
+        assert result.stderr.rstrip("\n") == f"pgrpo: {number.name}: stopping"
         assert train(f"sys.exit({code})").returncode == code  # what training does after its save
+
+
+# The real main() with an import of `pgrpo.grpo` that goes on whatever is raised inside of it, and a process that compiles ahead.
+STUBBORN_IMPORT = """\
+import importlib.abc, importlib.machinery, os, signal, sys, time
+import pgrpo
+class Stubborn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path, target=None):
+        return importlib.machinery.ModuleSpec(name, self) if name == "pgrpo.grpo" else None
+    def exec_module(self, module):
+        print(pgrpo.process.second._early["import time; time.sleep(60)"].process.pid, flush=True)
+        try:
+            os.kill(os.getpid(), int(os.environ["NUMBER"]))
+        except BaseException:
+            time.sleep(30)
+sys.modules.pop("pgrpo.grpo", None)
+sys.meta_path.insert(0, Stubborn())
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
+pgrpo.early_codes = lambda *_: ["import time; time.sleep(60)"]
+from pgrpo.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports_ends_them_at_once(run, number) -> None:
+    """transformers takes an exception inside of its imports for a package that is missing."""
+    result = run("train", "--config", "c.yaml", code=STUBBORN_IMPORT, NUMBER=str(int(number)))
+    assert result.returncode == 128 + number
+    assert result.stderr == f"pgrpo: {number.name}: stopped, nothing was begun yet\n"
+    ahead = Path(f"/proc/{int(result.stdout)}/cmdline")
+    assert not ahead.exists() or not ahead.read_bytes(), "the process that was to compile ahead"
 
 
 def test_init_copies_what_a_run_needs_and_overwrites_nothing(run, folder: Path) -> None:

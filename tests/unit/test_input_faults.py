@@ -69,7 +69,7 @@ def train(monkeypatch, capsys):
     load = AutoModelForCausalLM.from_pretrained
     watched = lambda path, **more: (read.append(path), load(path, **more))[1]  # noqa: E731
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", watched)
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*overrides):
         read.clear()
@@ -79,7 +79,8 @@ def train(monkeypatch, capsys):
         return ended.value.code, capsys.readouterr().err, bool(read)
 
     yield run
-    signal.signal(signal.SIGTERM, handler)
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture
