@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -217,15 +218,14 @@ def one_way(args: argparse.Namespace) -> None:
     from pgrpo.rollout.vllm.start import warm_up_this_model_only
 
     warm_up_this_model_only(torch.device("cuda"))
-    if args.way == "shared":
-        shared_backend.register(args.group_size)
     limit = args.prompt + args.completion + 1  # scoring them asks for one more
     started = time.perf_counter()
-    llm = LLM(
-        str(args.model), dtype="bfloat16", seed=0, max_model_len=limit, max_num_seqs=args.prompts * args.group_size,
-        gpu_memory_utilization=0.85, enable_prefix_caching=True, generation_config="vllm", logprobs_mode="raw_logprobs",
-        skip_tokenizer_init=True, kernel_config={"enable_flashinfer_autotune": False},
-    )  # fmt: skip
+    with shared_backend.registered(args.group_size) if args.way == "shared" else nullcontext():
+        llm = LLM(
+            str(args.model), dtype="bfloat16", seed=0, max_model_len=limit, max_num_seqs=args.prompts * args.group_size,
+            gpu_memory_utilization=0.85, enable_prefix_caching=True, generation_config="vllm", logprobs_mode="raw_logprobs",
+            skip_tokenizer_init=True, kernel_config={"enable_flashinfer_autotune": False},
+        )  # fmt: skip
     row: dict[str, Any] = {"start_s": time.perf_counter() - started}
     rnd = random.Random(0)
     prompts = [[rnd.randrange(1, 1000) for _ in range(args.prompt)] for _ in range(args.prompts)]

@@ -136,11 +136,21 @@ def test_experts_play_no_part_and_states_do(backend, kind, layer):
     assert (again.layout is None) == (reason is not None)
 
 
-def test_vllm_finds_the_backend_by_its_path(backend):
-    backend.module.register(4)
+def test_an_engine_that_starts_meanwhile_has_this_backend_and_others_have_vllms(backend, monkeypatch):
+    """Others of the same process, whose layers are of the same kind."""
+    import vllm.platforms as platforms  # pyright: ignore[reportMissingImports]
+    from vllm.v1.attention import selector  # pyright: ignore[reportMissingImports]
+
     flash_attn = backend.module.AttentionBackendEnum.FLASH_ATTN
-    try:
-        assert flash_attn.get_class() is backend.module.SharedBackend
-        assert flash_attn.get_class().get_name() == "FLASH_ATTN"
-    finally:
-        flash_attn.clear_override()
+    gpu = SimpleNamespace(get_attn_backend_cls=lambda *_, **__: flash_attn.get_path())
+    monkeypatch.setattr(platforms, "_current_platform", gpu)
+
+    def chosen():
+        return selector._cached_get_attn_backend(None, "layers of a kind")
+
+    own = backend.module.SharedBackend.__base__
+    assert chosen() is own
+    with backend.module.registered(4):
+        assert chosen() is backend.module.SharedBackend
+        assert chosen().get_name() == "FLASH_ATTN"
+    assert chosen() is own

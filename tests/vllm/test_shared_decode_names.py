@@ -44,6 +44,8 @@ def test_names_and_signatures_are_those_that_are_listed(file: str, name: str) ->
     tree, listed = ast.parse((source() / file).read_text()), TOUCHED[file][name]
     there = found(tree, name)
     assert there is not None, f"{file} has no {name}"
+    if listed is None:
+        return
     if name.rpartition(".")[2][0].isupper():  # a class: members that are read
         assert set(listed) <= set(there)
     else:

@@ -1,4 +1,4 @@
-"""vLLM's FlashAttention backend with a decode that reads shared keys once. vLLM loads it by the path that ``register`` gives.
+"""vLLM's FlashAttention backend with a decode that reads shared keys once. vLLM loads it by the path that ``registered`` gives.
 
 What it touches of vLLM: ``shared_decode.TOUCHED``.
 """
@@ -7,6 +7,8 @@ What it touches of vLLM: ``shared_decode.TOUCHED``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,19 +21,28 @@ from vllm.v1.attention.backends.flash_attn import (
     FlashAttentionMetadataBuilder,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import _cached_get_attn_backend
 
 from pgrpo.rollout.vllm.shared_decode import why_not_layer
 from pgrpo.rollout.vllm.shared_layout import DecodeLayout
 
 
-def register(group_size: int) -> None:
-    """Let an engine that starts from now on take this backend where it would take FLASH_ATTN.
+@contextmanager
+def registered(group_size: int) -> Iterator[None]:
+    """An engine that starts inside this block takes this backend where it would take FLASH_ATTN. Those that this process started
+    before and will start after it do not: vLLM keeps what it chose for layers of a kind, which is forgotten here.
 
     Args:
         group_size: usual members of a group; others are decoded as well.
     """
     SharedBuilder.group_size = group_size
     register_backend(AttentionBackendEnum.FLASH_ATTN, f"{__name__}.{SharedBackend.__name__}")
+    _cached_get_attn_backend.cache_clear()
+    try:
+        yield
+    finally:
+        AttentionBackendEnum.FLASH_ATTN.clear_override()
+        _cached_get_attn_backend.cache_clear()
 
 
 def why_not(vllm_config: Any) -> str | None:

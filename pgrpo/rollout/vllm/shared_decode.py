@@ -27,7 +27,9 @@ TOUCHED = {
     "v1/attention/backends/registry.py": {
         "register_backend": ["backend", "class_path", "is_mamba"],
         "AttentionBackendEnum": ["FLASH_ATTN"],
+        "AttentionBackendEnum.clear_override": ["self"],
     },
+    "v1/attention/selector.py": {"_cached_get_attn_backend": None},
     BACKEND: {
         "AttentionCGSupport": ["UNIFORM_SINGLE_TOKEN_DECODE"],
         "CommonAttentionMetadata": [
@@ -51,9 +53,10 @@ TOUCHED = {
         ],
     },
 }  # fmt: skip
-"""What is subclassed, called or read, by file: parameters of functions, in order, and members of classes. Beyond names: the cache
-is [blocks, key heads, page, 2 head dim], keys before values; keys and values of a step are written before its attention; padded
-sequences have length 0; a decode step has one token a sequence; layers with a cache or a state are ``AttentionLayerBase``."""
+"""What is subclassed, called or read, by file: parameters of functions, in order (None: any), and members of classes. Beyond
+names: the cache is [blocks, key heads, page, 2 head dim], keys before values; keys and values of a step are written before its
+attention; padded sequences have length 0; a decode step has one token a sequence; layers with a cache or a state are
+``AttentionLayerBase``."""
 HELPS_FROM, LEAST_PROMPT = 2.2, 512
 """Times fewer tokens, and the longest prompt, from which ``auto`` takes it."""
 

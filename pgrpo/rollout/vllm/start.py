@@ -23,6 +23,7 @@ import importlib.util
 import logging
 import math
 import os
+from contextlib import ExitStack
 from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple
@@ -159,8 +160,10 @@ def start(
     """
     rollout, state = config.rollout, rng_state()
     waiting = deadline(rollout.vllm_deadline_s, "starting vLLM", DEADLINE)
-    with keeping_caches(), waiting, vllm_errors("start"), own_classes(), whole_files():
+    with keeping_caches(), waiting, vllm_errors("start"), own_classes(), whole_files(), ExitStack() as starting:
         backend, decoding = _shared_backend(config, world.device.type)
+        if backend is not None:
+            starting.enter_context(backend.registered(rollout.group_size))
         warm_up_this_model_only(world.device)
         _warm_up_this_sampling_only(config)
         inspect_model_here()
@@ -299,12 +302,10 @@ def tell_room(config: Config, ranks: int, tokens: int) -> str:
 
 
 def _shared_backend(config: Config, device_type: str) -> tuple[Any, str]:
-    """``shared_backend``, registered with vLLM; None where each completion is to read its prompt for itself. And what to say."""
+    """``shared_backend``; None where each completion is to read its prompt for itself. And what to say."""
     if reason := shared_decode.not_wanted(config, device_type):
         return None, shared_decode.PLAIN.format(reason)
     if reason := shared_decode.cannot(config, device_type, package().__version__):
         shared_decode.plainly(config, reason)
         return None, shared_decode.PLAIN.format(reason)
-    backend = importlib.import_module("pgrpo.rollout.vllm.shared_backend")
-    backend.register(config.rollout.group_size)
-    return backend, "a decode step reads a group's prompt once"
+    return importlib.import_module("pgrpo.rollout.vllm.shared_backend"), "a decode step reads a group's prompt once"
