@@ -260,11 +260,15 @@ def _warm_up_this_sampling_only(config: Config) -> None:
 
 def _graph_sizes(config: Config, world: World) -> dict[str, list[int]]:
     """Batch sizes that CUDA graphs are captured for: a third of vLLM's own. Each takes time at the start, and a batch that is
-    padded by a quarter is hardly slower."""
+    padded by a quarter is hardly slower. A whole decode step is one graph only where the padded batch, too, has no more than
+    ``max_concurrent`` sequences, so this is one of the sizes."""
     if world.device.type != "cuda" or config.rollout.enforce_eager:
         return {}
-    most = min(2 * config.rollout.max_concurrent, GRAPH_SIZES[-1])
-    return {"cudagraph_capture_sizes": sorted({size for size in GRAPH_SIZES if size < most} | {most})}
+    at_once = config.rollout.max_concurrent
+    most = min(2 * at_once, GRAPH_SIZES[-1])
+    return {
+        "cudagraph_capture_sizes": sorted({size for size in GRAPH_SIZES if size < most} | {most, min(at_once, most)})
+    }
 
 
 def prefill(config: Config) -> dict[str, Any]:
