@@ -39,8 +39,10 @@ def check_rows(path: str, config: PretrainedConfig, max_sample: int, size: int) 
     try:
         difference = rows_apart(config, max_sample)
         found = f"divided rows differ by {difference:.1e}"
-    except Exception as error:  # layers that ask the layout for more
+    except Exception as error:
         difference, found = float("nan"), f"{type(error).__name__}: {error}"
+        if isinstance(error, AttributeError) and isinstance(error.obj, _Alone):  # layers that ask the layout for more
+            found = f"they ask for {error.name}"
     if not difference <= EXACT_PLAIN:
         raise ConfigError(
             f"model.sequence_parallel_size: {size} ranks cannot divide the rows of {path}: layers of this {config.model_type} "

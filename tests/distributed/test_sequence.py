@@ -14,7 +14,10 @@ from test_ranks import LOSSES, assert_same, gradient_error, make_model
 from pgrpo import checkpoint
 from pgrpo.admission.fits import check_heads
 from pgrpo.admission.rows import check_rows
+from pgrpo.admission.shrink import shrink
+from pgrpo.admission.twins import twins
 from pgrpo.config import ConfigError
+from pgrpo.model.policy import Policy
 from pgrpo.planning.dims import ModelDims
 
 SMALL = {
@@ -196,5 +199,10 @@ def test_rows_that_see_others_outside_of_attention_are_refused():
     check_rows("x", linear, 200, 1)
     with pytest.raises(
         ConfigError, match=r"sequence_parallel_size: 2 ranks cannot divide the rows of x: layers of this qwen3_next"
+    ):
+        check_rows("x", linear, 200, 2)
+    Policy(twins(shrink(linear), 0)[1])  # from now on its layers ask the layout for states
+    with pytest.raises(
+        ConfigError, match=r"cannot divide the rows of x: .* \(on a small copy: they ask for states\); set it"
     ):
         check_rows("x", linear, 200, 2)
