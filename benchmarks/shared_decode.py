@@ -46,8 +46,8 @@ CALLS = 8
 """Of a layer's attention in the CUDA graph that is timed."""
 
 
-PROFILED = 16
-"""Decode steps that are traced."""
+PROFILED, FIRST_STEPS = 16, 24
+"""Decode steps that are traced; the first steps, whose times are shown one by one."""
 PARTS = {
     "attention": r"flash|_kernel_mha|parts_kernel|merge_kernel|common_kernel|groups_kernel|items_kernel|reshape_and_cache|even",
     "matrix products": r"gemm|nvjet|cutlass|xmma|splitk|cublas",
@@ -245,8 +245,9 @@ def one_way(args: argparse.Namespace) -> None:
     llm.reset_prefix_cache()
     outputs, times = sample(prompts, params)
     row["decode_ms"] = statistics.median(times[-args.completion * 3 // 5 :])
+    row["first_steps_ms"] = [round(ms, 1) for ms in times[:FIRST_STEPS]]
     if args.profile:
-        row |= parts_of_a_step(llm, prompts, params)
+        row |= parts_of_steps(llm, prompts, params)
     row["rollout_tokens_per_s"] = args.prompts * args.group_size * args.completion / sum(times) * 1e3
     print(json.dumps({"way": args.way} | row), flush=True)  # what follows may take too long
     scored = [(output.prompt_token_ids, sampled) for output in outputs[: args.scored] for sampled in output.outputs[:2]]
@@ -262,43 +263,55 @@ def one_way(args: argparse.Namespace) -> None:
     llm.llm_engine.engine_core.shutdown()
 
 
-def parts_of_a_step(llm: Any, prompts: list[list[int]], params: Any) -> dict[str, float]:
-    """Milliseconds of a decode step at full batch, traced: the GPU's by kind of kernel, the GPU's idle ones, and those of the
-    thread that calls vLLM while it does not wait for the GPU."""
-    from torch._C._autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
+def parts_of_steps(llm: Any, prompts: list[list[int]], params: Any) -> dict[str, float]:
+    """Milliseconds of the first steps, which compute the prompts, and of a decode step at full batch, each by part."""
+    llm.reset_prefix_cache()
     ids = llm.enqueue([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-    for _ in range(params.max_tokens // 2):
+    batched = llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    first = sum(map(len, prompts)) // batched + 2
+    found = {f"prompts_{name}": first * ms for name, ms in traced(llm, first).items()}
+    for _ in range(params.max_tokens // 2 - first):
         llm.llm_engine.step()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as trace:
-        started = time.perf_counter()
-        for _ in range(PROFILED):
-            llm.llm_engine.step()
-        wall = time.perf_counter() - started
+    found |= {f"profile_{name}": ms for name, ms in traced(llm, PROFILED).items()}
     llm.llm_engine.abort_request(ids, internal=True)
     while llm.llm_engine.has_unfinished_requests():
         llm.llm_engine.step()
-    found: dict[str, float] = {"step": 1e3 * wall / PROFILED}
+    return found
+
+
+def traced(llm: Any, steps: int) -> dict[str, float]:
+    """Mean milliseconds of each of the next steps: the GPU's by kind of kernel, the GPU's idle ones, and those of the thread that
+    calls vLLM while it does not wait for the GPU. Prints the slowest kernels."""
+    from torch._C._autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        started = time.perf_counter()
+        for _ in range(steps):
+            llm.llm_engine.step()
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - started
+    found: dict[str, float] = {"step": 1e3 * wall / steps}
     kernels: dict[str, float] = {}
     spans, waiting = [], 0.0
     for event in trace.events() or ():
         if event.device_type == DeviceType.CUDA:
             kind = next((k for k, names in PARTS.items() if re.search(names, event.name, re.I)), "other kernels")
-            found[kind] = found.get(kind, 0.0) + event.time_range.elapsed_us() / 1e3 / PROFILED
-            kernels[event.name] = kernels.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e3 / PROFILED
+            found[kind] = found.get(kind, 0.0) + event.time_range.elapsed_us() / 1e3 / steps
+            kernels[event.name] = kernels.get(event.name, 0.0) + event.time_range.elapsed_us() / 1e3 / steps
             spans.append((event.time_range.start, event.time_range.end))
         elif "Synchronize" in event.name:
-            waiting += event.time_range.elapsed_us() / 1e3 / PROFILED
+            waiting += event.time_range.elapsed_us() / 1e3 / steps
     busy, until = 0.0, 0.0
     for start, end in sorted(spans):
         busy += max(0.0, end - max(start, until))
         until = max(until, end)
-    found |= {"idle": found["step"] - busy / 1e3 / PROFILED, "vLLM in Python": found["step"] - waiting}
-    for name, ms in sorted(kernels.items(), key=lambda item: -item[1])[:25]:
+    found |= {"idle": found["step"] - busy / 1e3 / steps, "vLLM in Python": found["step"] - waiting}
+    print(f"{steps} steps of {found['step']:.1f} ms:")
+    for name, ms in sorted(kernels.items(), key=lambda item: -item[1])[:20]:
         print(f"{ms:8.3f} ms  {name[:140]}", flush=True)
-    return {f"profile_{name}": ms for name, ms in found.items()}
+    return found
 
 
 def policy_logprobs(args: argparse.Namespace, asked: list[list[int]], dtype: torch.dtype) -> list[list[float]]:
@@ -348,7 +361,9 @@ def main() -> None:
     parser.add_argument(
         "--scored", type=int, default=6, help="prompts of which two completions are compared with the policy"
     )
-    parser.add_argument("--profile", action="store_true", help="``engine``: also the parts of a decode step")
+    parser.add_argument(
+        "--profile", action="store_true", help="``engine``: also the parts of the first steps and of a decode step"
+    )
     parser.add_argument("--commit", help="where there is no git")
     parser.add_argument("--json", type=Path, metavar="FILE", help="rows are added to this file")
     parser.add_argument("--way", choices=["plain", "shared"], help=argparse.SUPPRESS)
