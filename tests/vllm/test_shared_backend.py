@@ -118,6 +118,12 @@ def test_a_model_with_a_layer_that_cannot_is_decoded_plainly(backend, layer, rea
     assert backend.module.why_not(config) == "layer is computed by str, not by FlashAttention"
 
 
+def test_a_model_whose_completions_have_a_window_is_decoded_plainly(backend):
+    *_, config = builder(backend)
+    config.model_config.rswa_window = 128
+    assert "a window" in backend.module.why_not(config)
+
+
 @pytest.mark.parametrize(
     ("kind", "layer"),
     [

@@ -48,6 +48,10 @@ def registered(group_size: int) -> Iterator[None]:
 def why_not(vllm_config: Any) -> str | None:
     """Why a model cannot share; None if it can. One layer that cannot is enough: such models were not tried. Layers are those that
     keep something of a sequence, keys and values or a state; vLLM lists others beside them (experts), which play no part."""
+    if (
+        vllm_config.model_config.rswa_window is not None
+    ):  # of the batch, not of a layer: FlashAttention finds it in the metadata
+        return "completions attend to a window and the whole prompt"
     listed = vllm_config.compilation_config.static_forward_context
     for name, layer in ((name, layer) for name, layer in listed.items() if isinstance(layer, AttentionLayerBase)):
         if not isinstance(impl := getattr(layer, "impl", None), SharedImpl):
