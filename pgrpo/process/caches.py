@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +66,20 @@ def use_caches(folder: str | None) -> None:
     # was set from one that was not, and processes without vLLM have the same code.
     if torch.backends.cuda.matmul.fp32_precision == "none":
         torch.set_float32_matmul_precision("highest")
+
+
+def disk_full(error: Exception, folder: str | None) -> RuntimeError | None:
+    """An error of a package that found no room for compiled code, with the folder and its key, as packages name neither; None if
+    that is not the reason."""
+    found = re.search(rf"\[Errno ({errno.ENOSPC}|{errno.EDQUOT})\].*", str(error))
+    if found is None:
+        return None
+    root = cache_root(folder)
+    free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
+    return RuntimeError(
+        f"a disk is full ({found[0].strip()}). Compiled code is kept in {root}, where {free / 2**20:,.0f} MiB are free: make room "
+        "there, or set cache_dir to a folder on another disk"
+    )
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 log = logging.getLogger(__name__)
+ERROR = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Exit|Interrupt)\b")
+"""The beginning of the line behind a traceback."""
 BEGIN = """
 import sys
 sys.path[:] = sys.argv[2:]
@@ -81,6 +84,12 @@ def _start(code: str) -> _Started:
     return _Started(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT), output)
 
 
+def _reason(output: str) -> str:
+    """The line that names the last error, whose text may go on behind it, or the last line; empty without any."""
+    lines = output.strip().splitlines()
+    return next((line for line in reversed(lines) if ERROR.match(line)), lines[-1] if lines else "")
+
+
 class SecondProcess:
     """One process, at most. It is gone after ``end``.
 
@@ -127,8 +136,8 @@ class SecondProcess:
             return
         if code:
             output.seek(0)
-            last = output.read().decode(errors="replace").strip().splitlines()[-1:]
-            log.warning("compiling %s ahead failed (%s): %s", self.what, *last or [f"exit code {code}"], self.instead)
+            reason = _reason(output.read().decode(errors="replace")) or f"exit code {code}"
+            log.warning("compiling %s ahead failed (%s): %s", self.what, reason, self.instead)
             return
         waited = time.monotonic() - started
         log.info("compiled %s beside reading the weights; waited %.0f s for it", self.what, waited)

@@ -17,6 +17,7 @@ from pgrpo.checkpoint import CheckpointError, remove, set_aside_after, tidy
 from pgrpo.config import Config, check_world_size, to_yaml
 from pgrpo.distributed import world as distributed
 from pgrpo.distributed.world import World
+from pgrpo.process.caches import disk_full
 from pgrpo.process.lock import agree_on_run_dir, check_shared, open_run_dir, record_of, run_folder
 from pgrpo.process.rng import rng_state, set_rng_state
 from pgrpo.process.signals import stop_signals
@@ -158,7 +159,7 @@ class Session:
             raise SystemExit(128 + stopped.signum) from None
         except Exception as error:
             self._rescue(error)
-            if explained := out_of_memory(error, self.parts, progress):
+            if explained := out_of_memory(error, self.parts, progress) or _no_room(error, self.parts.config):
                 raise explained from error
             raise
 
@@ -269,6 +270,15 @@ def _built(config: Config, world: World, given: Given) -> Parts:
             return build(config, world, given, ahead)
     except Stopped as stopped:
         raise SystemExit(128 + stopped.signum) from None
+    except Exception as error:
+        if explained := _no_room(error, config):
+            raise explained from error
+        raise
+
+
+def _no_room(error: Exception, config: Config) -> RuntimeError | None:
+    """Explains an error of packages that keep compiled code; checkpoints say for themselves where there is no room."""
+    return None if isinstance(error, CheckpointError) else disk_full(error, config.cache_dir)
 
 
 @contextmanager

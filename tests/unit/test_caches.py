@@ -1,16 +1,24 @@
 """Compiled code of all kinds is kept in one folder, which nobody else moves."""
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from pgrpo.process.caches import FLASH4, FOLDERS, TUNED, cache_root, keeping_caches, use_caches
+from pgrpo.config import Config
+from pgrpo.distributed.world import World
+from pgrpo.process.caches import FLASH4, FOLDERS, TUNED, cache_root, disk_full, keeping_caches, use_caches
 from pgrpo.process.tuning import CACHE_MODE, CONFIG_DIR
+from pgrpo.training import session
+from pgrpo.training.caller import Given
+from pgrpo.training.progress import Progress
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +85,39 @@ def test_a_folder_that_a_user_has_set_is_not_looked_at(tmp_path, monkeypatch, ca
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
     use_caches(str(tmp_path))
     assert not caplog.messages and os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+
+
+def test_an_error_of_a_full_disk_names_the_folder_and_its_key(tmp_path):
+    """As torch.compile passes it on: of its text the first line is the system's, and the rest is advice for PyTorch's authors."""
+    for code in (errno.ENOSPC, errno.EDQUOT):
+        said = str(
+            disk_full(
+                RuntimeError(f"OSError: {OSError(code, os.strerror(code))}\n\nSet TORCH_LOGS"), str(tmp_path / "new")
+            )
+        )
+        assert said.startswith(
+            f"a disk is full ([Errno {code}] {os.strerror(code)}). Compiled code is kept in {tmp_path / 'new'}, "
+        )
+        assert said.endswith(" MiB are free: make room there, or set cache_dir to a folder on another disk")
+    assert disk_full(OSError(errno.EACCES, "Permission denied"), None) is None
+
+
+@pytest.mark.parametrize("when", ["it starts", "it trains"])
+def test_a_run_that_ends_by_a_full_disk_says_so(monkeypatch, when):
+    world = World(0, 1, torch.device("cpu"))
+    broken: Any = session.Session.__new__(session.Session)
+    broken.parts, broken.progress = SimpleNamespace(config=Config(), world=world), Progress()
+
+    def fails(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def trains():
+        with broken.saving_what_is_finished():
+            fails()
+
+    monkeypatch.setattr(session, "build", fails)
+    with pytest.raises(RuntimeError, match="set cache_dir"):
+        session._built(Config(), world, Given()) if when == "it starts" else trains()
 
 
 def test_what_vllm_sets_is_taken_back(tmp_path):

@@ -274,6 +274,15 @@ def test_a_failure_is_said_once_and_tried_again_in_the_next_run(make, monkeypatc
     ] * 2
 
 
+def test_of_an_error_with_several_lines_the_first_is_said(make, monkeypatch, caplog):
+    """PyTorch ends its errors of torch.compile with advice for its authors."""
+    code = "raise OSError(28, 'No space left on device\\n\\nSet TORCH_LOGS for more')"
+    with begun(make(), monkeypatch, code) as ahead:
+        ahead.wait()
+    said = "compiling the first update ahead failed (OSError: [Errno 28] No space left on device): "
+    assert caplog.messages == [said + compile_ahead.INSTEAD]
+
+
 def code(ahead):
     return ahead.update._started.process.returncode
 
