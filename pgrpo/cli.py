@@ -21,7 +21,7 @@ import typer
 
 import pgrpo
 from pgrpo.config import Config, ConfigError, load_config, redact
-from pgrpo.early import check_checkpoint, check_early, check_model_folder, config_of_run
+from pgrpo.early import check_checkpoint, check_early, check_folder_to_write, check_model_folder, config_of_run
 from pgrpo.process.signals import kill_children
 from pgrpo.tracking import Terminal
 
@@ -177,6 +177,8 @@ def generate(
     if out is not None and (out.is_dir() or not out.absolute().parent.is_dir()):
         what = f"there is no folder {out.parent}; make it, or give another file"
         raise ConfigError(f"--out {out}: {'is a folder; give a file' if out.is_dir() else what}")
+    if out is not None:
+        check_folder_to_write(out.parent, "--out ")
     from pgrpo.commands.generate import generate
 
     own = {override.partition("=")[0] for override in overrides or []}
@@ -255,6 +257,8 @@ def export(
     ] = "float32",
 ) -> None:
     """Write a checkpoint as a Hugging Face folder."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("pgrpo export writes from one process: start it without torchrun")
     from pgrpo.commands.export import export
 
     export(run_dir, out, step, dtype)

@@ -20,7 +20,7 @@ from pgrpo.early import check_folder_to_write, config_of_run
 from pgrpo.model.families.experts import untrained_text
 from pgrpo.model.families.vision import freeze
 from pgrpo.model.lora import add_adapters, merge_adapters
-from pgrpo.planning.hub import load_hf_config
+from pgrpo.planning.hub import load_hf_config, pretrained_model
 from pgrpo.vision.families import auto_class
 
 
@@ -119,14 +119,7 @@ def build_merged_model(source: ModelConfig, adapters: Mapping[str, Tensor], path
 
 
 def _initial(source: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    config = load_hf_config(source)
-    return auto_class(config).from_pretrained(
-        source.path,
-        config=config,
-        revision=source.revision,
-        trust_remote_code=source.trust_remote_code,
-        dtype=dtype,
-    )
+    return pretrained_model(load_hf_config(source), source, dtype=dtype)
 
 
 def _model_config(run_dir: Path) -> ModelConfig:

@@ -23,8 +23,8 @@ from pgrpo.model.head import Head
 from pgrpo.model.logprobs import TeacherRows, TokenLogprobs, token_logprobs
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.planning.dims import windows
-from pgrpo.planning.hub import load_hf_config
-from pgrpo.vision.families import attention_names, auto_class
+from pgrpo.planning.hub import load_hf_config, pretrained_model
+from pgrpo.vision.families import attention_names
 from pgrpo.vision.rows import ImageRows
 
 AttentionInterface.register(ATTENTION_NAME, attention_forward)
@@ -167,12 +167,5 @@ def load_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> PreTr
         ConfigError: the model cannot be loaded.
     """
     hf_config = load_hf_config(config)
-    model = auto_class(hf_config).from_pretrained(
-        config.path,
-        config=hf_config,  # without an auto_map that may not be followed
-        revision=config.revision,
-        trust_remote_code=config.trust_remote_code,
-        dtype=dtype,
-        attn_implementation=attention_names(hf_config, ATTENTION_NAME),
-    )
-    return model.train()
+    attention = attention_names(hf_config, ATTENTION_NAME)
+    return pretrained_model(hf_config, config, dtype=dtype, attn_implementation=attention).train()

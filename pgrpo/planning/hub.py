@@ -1,4 +1,4 @@
-"""Reads a model's config.json, makes models of a config, and says why a model cannot be loaded."""
+"""Reads a model's config.json and its weights, makes models of a config, and says why a model cannot be loaded."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -46,6 +47,39 @@ def without_code(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
+def pretrained_model(hf_config: PretrainedConfig, config: ModelConfig, **options: Any) -> PreTrainedModel:
+    """The model with its weights, on the CPU. ``options``: more of ``from_pretrained``.
+
+    Raises:
+        ConfigError: there are no weights, or damaged ones, or none for some of the model's tensors, to which transformers gives
+            random numbers.
+    """
+    name = f"model.path={config.path}"
+    fix = "give the folder of a complete model, as `save_pretrained` or `pgrpo export` writes it"
+    try:
+        model, info = auto_class(hf_config).from_pretrained(
+            config.path,
+            config=hf_config,  # without an auto_map that may not be followed
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{name}: cannot load its weights: {_first_line(error)}; {fix}") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ConfigError(f"{name}: its weights have other shapes than its config.json says; {fix}") from error
+    if missing := sorted(info["missing_keys"]):
+        others = sorted(info["unexpected_keys"])
+        found = f", but others, such as {others[0]}" if others else ""
+        raise ConfigError(
+            f"{name}: has no weights for {len(missing)} of the model's tensors, such as {missing[0]}{found}; {fix}"
+        )
+    return model
+
+
 def new_model(config: PretrainedConfig, attention: Any, **options: Any) -> PreTrainedModel:
     """A model with new weights, on the default device, of the class that ``from_pretrained`` loads. If the config has an
     ``auto_map``, code of the model runs: it must have been allowed, as ``load_hf_config`` sees to."""
@@ -81,5 +115,8 @@ def load_error(error: Exception) -> str:
     """Why ``from_pretrained`` failed, in one line, with the config key that changes it."""
     if "trust_remote_code" in str(error):
         return "it comes with Python code of its own; read that, and set model.trust_remote_code=true to run it"
-    reason = str(error).strip().splitlines()[0].removesuffix(".")
-    return f"{reason}; give a folder that from_pretrained loads, or a hub name"
+    return f"{_first_line(error)}; give a folder that from_pretrained loads, or a hub name"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].removesuffix(".")

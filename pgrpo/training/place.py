@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from pgrpo.config import Config, ModelConfig
+from pgrpo.config import Config, ConfigError, ModelConfig
 from pgrpo.distributed import fsdp
 from pgrpo.distributed.sequence import Ulysses
 from pgrpo.distributed.world import World
@@ -65,7 +65,10 @@ def place_reference(config: Config, world: World) -> Policy:
 def place_teacher(config: Config, world: World) -> Policy:
     """The model of ``loss.teacher``: frozen, sharded and offloaded as a reference is. Its log-probs are at the rollout's
     temperature, as the policy's are."""
-    return _place_frozen(teacher_model(config), config, world, "loss.teacher_offload", config.loss.teacher_offload)
+    try:
+        return _place_frozen(teacher_model(config), config, world, "loss.teacher_offload", config.loss.teacher_offload)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("model.path", "loss.teacher", 1)) from error
 
 
 def _place_frozen(which: ModelConfig, config: Config, world: World, key: str, home: Literal["none", "cpu"]) -> Policy:

@@ -33,6 +33,12 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         )
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.path={model.path}: cannot load a tokenizer: {load_error(error)}") from error
+    # transformers makes a tokenizer of special tokens alone for a folder of Qwen or Gemma that has no files of one.
+    if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens}:
+        raise ConfigError(
+            f"model.path={model.path}: there are no tokenizer files; copy those of the model that it comes from (tokenizer.json, "
+            "tokenizer_config.json, chat_template.jinja)"
+        )
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
         log.warning(

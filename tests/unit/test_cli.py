@@ -367,6 +367,13 @@ def test_a_folder_or_file_of_another_kind_is_refused_with_the_right_one(folder: 
     generate = ("generate", "-c", "c.yaml", "--prompts")
     assert refused(*generate, "runs") == "--prompts runs: is a folder; give a file of rows"
     assert refused(*generate, "rows.txt", "--out", "runs") == "--out runs: is a folder; give a file"
+    with monkeypatch.context() as patch:  # root may write everywhere
+        patch.setattr(os, "access", lambda path, mode: path != folder / "runs")
+        cannot = f"--out runs: {folder / 'runs'} cannot be written; give another folder"
+        assert refused(*generate, "rows.txt", "--out", "runs/o.jsonl") == cannot
+        patch.setenv("WORLD_SIZE", "2")
+        alone = "pgrpo export writes from one process: start it without torchrun"
+        assert refused("export", "runs/r", "out") == alone
     nowhere = "--out no/o.jsonl: there is no folder no; make it, or give another file"
     assert refused(*generate, "rows.txt", "--out", "no/o.jsonl") == nowhere
     (folder / "empty.txt").write_text("\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pgrpo import cli
@@ -321,6 +322,56 @@ def test_a_pinned_revision_is_loaded(refused, train, monkeypatch, folder):
     assert "its tokenizer has 16 tokens, the model only 14" in refused("model.path=own/model")
     code, printed, _ = train("model.path=own/model", "model.revision=v1")
     assert code == 0, printed
+
+
+def test_a_model_folder_without_tokenizer_files_is_refused(refused):
+    """transformers makes an empty tokenizer for it, whose prompts have no tokens."""
+    shutil.copytree("tiny", "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert refused("model.path=bare") == (
+        f"model.path={Path.cwd() / 'bare'}: there are no tokenizer files; copy those of the model that it comes from "
+        "(tokenizer.json, tokenizer_config.json, chat_template.jinja)"
+    )
+
+
+def without_a_tensor(weights):
+    return {name: x for name, x in weights.items() if name != "model.layers.1.mlp.up_proj.weight"}
+
+
+def with_a_prefix(weights):
+    return {f"_orig_mod.{name}": x for name, x in weights.items()}
+
+
+def narrower(weights):
+    return weights | {"model.norm.weight": torch.ones(8)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_a_tensor, "has no weights for 1 of the model's tensors, such as model.layers.1.mlp.up_proj.weight; "),
+        (with_a_prefix, ", but others, such as _orig_mod."),
+        (narrower, "its weights have other shapes than its config.json says; "),
+        (bytes, "cannot load its weights: Error while deserializing header: "),
+        (None, "cannot load its weights: Error no file named model.safetensors"),
+    ],
+)
+def test_a_model_folder_whose_weights_are_not_the_models_is_refused(train, change, message):
+    """transformers loads the first two with random numbers in the tensors' places."""
+    shutil.copytree("tiny", "spoilt")
+    file = Path("spoilt/model.safetensors")
+    if change is bytes:
+        file.write_bytes(file.read_bytes()[:-100])
+    elif change is None:
+        file.unlink()
+    else:
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    code, printed, _ = train("model.path=spoilt")
+    (said,) = [line for line in printed.splitlines() if line.startswith("pgrpo: ")]
+    assert code == 2
+    assert said.startswith(f"pgrpo: model.path={Path.cwd() / 'spoilt'}: ")
+    assert message in said
+    assert said.endswith("; give the folder of a complete model, as `save_pretrained` or `pgrpo export` writes it")
+    assert not Path("run/metrics.jsonl").exists()
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(refused):
