@@ -118,6 +118,14 @@ def test_a_model_with_a_layer_that_cannot_is_decoded_plainly(backend, layer, rea
     assert backend.module.why_not(config) == "layer is computed by str, not by FlashAttention"
 
 
+def test_heads_are_the_layers_own_and_the_same_in_all(backend):
+    """A config may list them by layer, and tell another number for the model."""
+    made, _, config = builder(backend, num_heads=3 * KEY_HEADS)
+    assert made.layout.heads == 3 * KEY_HEADS
+    config.compilation_config.static_forward_context["other"] = entry("attention", builder(backend)[1])
+    assert backend.module.why_not(config) == "layers have unlike heads"
+
+
 def test_a_model_whose_completions_have_a_window_is_decoded_plainly(backend):
     *_, config = builder(backend)
     config.model_config.rswa_window = 128

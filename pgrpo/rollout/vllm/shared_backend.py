@@ -52,13 +52,19 @@ def why_not(vllm_config: Any) -> str | None:
         vllm_config.model_config.rswa_window is not None
     ):  # of the batch, not of a layer: FlashAttention finds it in the metadata
         return "completions attend to a window and the whole prompt"
-    listed = vllm_config.compilation_config.static_forward_context
-    for name, layer in ((name, layer) for name, layer in listed.items() if isinstance(layer, AttentionLayerBase)):
+    shapes = set[tuple[int, int, int]]()
+    for name, layer in _layers(vllm_config).items():
         if not isinstance(impl := getattr(layer, "impl", None), SharedImpl):
             return f"{name} is computed by {type(impl or layer).__name__}, not by FlashAttention"
         if reason := why_not_layer(impl):
             return reason
-    return None
+        shapes.add((impl.num_heads, impl.num_kv_heads, impl.head_size))
+    return None if len(shapes) <= 1 else "layers have unlike heads"
+
+
+def _layers(vllm_config: Any) -> dict[str, Any]:
+    listed = vllm_config.compilation_config.static_forward_context
+    return {name: layer for name, layer in listed.items() if isinstance(layer, AttentionLayerBase)}
 
 
 class SharedImpl(FlashAttentionImpl):
@@ -103,8 +109,10 @@ class SharedBuilder(FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.layout, self.sequences = None, vllm_config.scheduler_config.max_num_seqs
         if why_not(vllm_config) is None:
+            # Heads as the layers have them: of models that list them by layer, 0.26 tells here another number.
+            impl = next(iter(_layers(vllm_config).values())).impl
             self.layout = DecodeLayout(
-                self.sequences, self.num_heads_q, self.num_heads_kv, self.headdim, self.block_size, device,
+                self.sequences, impl.num_heads, impl.num_kv_heads, impl.head_size, self.block_size, device,
                 most_parts=max(8, min(32, 4096 // self.sequences)), group_size=self.group_size,
             )  # fmt: skip
 
