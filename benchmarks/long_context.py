@@ -213,7 +213,8 @@ def measure(args: argparse.Namespace, config: Config, watch: Watch, paces: dict[
     row |= {"tokens_per_s": metrics["tokens/packed"] / seconds, "tflops_a_rank": flops / seconds / world.size / 1e12}
     row |= {"matmul_tflops": rate / 1e12, "mfu": mfu(flops / world.size, seconds, rate)}
     if world.device.type == "cuda":
-        row["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
+        peak = torch.tensor([torch.cuda.max_memory_allocated() / GIB], device=world.device)
+        row["peak_gib"] = world.max(peak).item()  # the first rank may have no logits
         if data_sheet := peak_flops(torch.cuda.get_device_name(world.device)):
             row["mfu_of_data_sheet"] = mfu(flops / world.size, seconds, data_sheet)
 

@@ -152,15 +152,17 @@ class StepClock:
             self._reset_peak()
 
     def metrics(self, updated: dict[str, float]) -> dict[str, float]:
-        """Metrics at the end of the step; ``updated`` are those of the updates."""
+        """Metrics at the end of the step; ``updated`` are those of the updates. A collective call."""
         world = self._parts.world
         world.synchronize()
         done = time.perf_counter()
         flops_per_s = updated["perf/flops"] / (done - self._sampled) / world.size
+        # Ranks that compute a batch together have unlike parts of it, some of them no logits.
+        peak = torch.tensor([self._peak_memory()], dtype=torch.float64, device=world.device)
         metrics = {
             "perf/tokens_per_s": updated["tokens/packed"] / (done - self._started),
             "perf/tflops": flops_per_s / 1e12,
-            "perf/peak_memory_gib": self._peak_memory(),
+            "perf/peak_memory_gib": world.max(peak).item(),
             "time/update": done - self._sampled - updated["time/old_logprobs"],
             "time/step": done - self._started,
         }

@@ -3,7 +3,7 @@
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from making import generate
@@ -21,6 +21,7 @@ from pgrpo.training.build import build
 from pgrpo.training.caller import Given
 from pgrpo.training.engine import Canary
 from pgrpo.training.evaluation import evaluate_held_out
+from pgrpo.training.messages import StepClock
 from pgrpo.training.update import count, micro_batches, record_old_logprobs
 from pgrpo.types import Completion, Prompt
 
@@ -82,6 +83,17 @@ def sampled_step(world, together):
     groups, all_groups, metrics = sample_groups(parts, 5)  # pyright: ignore[reportArgumentType]
     told = [[(g.prompt, [e.text for e in g.episodes]) for g in some] for some in (groups, all_groups)]
     return judge.seen, *told, metrics
+
+
+def peaks(world):
+    """The peak memory of a step that this rank logs, and its own."""
+    parts: Any = SimpleNamespace(
+        world=world, policy=SimpleNamespace(vision=None), engine=SimpleNamespace(counted_bytes=0)
+    )
+    clock, own = StepClock(parts), 1.0 + world.rank
+    clock._peak_memory = lambda: own
+    updated = {"perf/flops": 1.0, "tokens/packed": 1.0, "time/old_logprobs": 0.0}
+    return clock.metrics(updated)["perf/peak_memory_gib"], own
 
 
 def gathered(module):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from making import episode, group
-from stepping import forwards_without_a_gradient, sampled_step
+from stepping import forwards_without_a_gradient, peaks, sampled_step
 
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.config import load_config
@@ -88,6 +88,10 @@ def test_a_rank_is_sent_no_text(tiny_model):
     one, other = forest.samples
     assert (one.token_ids, one.rollout_logprobs, one.mask) == ([4, 5], [-1.0, -2.0], [True, False])
     assert (one.advantages, other.advantages) == ([0.5, 0.5], [-0.5])
+
+
+def test_the_peak_memory_of_a_step_is_that_of_the_rank_with_the_most(processes):
+    assert processes(2)(peaks) == [(2.0, 1.0), (2.0, 2.0)]
 
 
 @pytest.mark.parametrize("size", [2])
