@@ -35,11 +35,11 @@ def foreign() -> dict[str, str]:
 
 
 def absent(key: str) -> str | None:
-    """What to do instead of a key of TRL or verl that has no counterpart here; None if there is no such answer."""
+    """What to do instead of a key of another trainer that has no counterpart here; None if there is no such answer."""
     names = other_trainers()
     if any(key == name.replace("/", ".") for row in (*names["trl"], *names["verl"]) for name in row["theirs"]):
         return None
-    for row in (*names["trl_absent"], *names["verl_absent"]):
+    for row in (*names["trl_absent"], *names["verl_absent"], *names["others_absent"]):
         for name in row["theirs"]:
             if fnmatchcase(key, name) or fnmatchcase(key, f"*.{name}"):
                 return row["instead"]
@@ -60,7 +60,7 @@ def suggest(key: str, valid: Iterable[str], *, brief: bool = False) -> str:
     if ours := foreign().get(".".join(parts[-2:])):
         return f"here it is {ours}"
     if instead := absent(key):
-        return f"there is no such key here: {instead}"
+        return instead
     if (ours := ".".join(parts[-2:])) in valid and ours != key:
         return f"here it is {ours}"
     if same := [name for name in valid if name.rpartition(".")[2] == last]:

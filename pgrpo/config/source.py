@@ -99,7 +99,10 @@ def read_override(override: str) -> tuple[str, Any]:
     """Parse ``key=value``; return the key and the checked value."""
     key, equals, text = override.partition("=")
     if not equals or not text or not re.fullmatch(r"\w+((\.\w+)|(\[\d+\]))*", key):
-        raise ConfigError(f"override {override!r}: write key=value (key=null for none), such as rollout.group_size=8")
+        hydra = ", without Hydra's + or ~" if override.startswith(("+", "~")) else ""
+        raise ConfigError(
+            f"override {override!r}: write key=value (key=null for none){hydra}, such as rollout.group_size=8"
+        )
     name = f"override {override!r}"
     marks, value = parse(text, name, key)
     hint: Any = Config
@@ -158,11 +161,15 @@ def _is_misspelt(name: str, value: Any, known: dict[str, Any]) -> bool:
 
 
 def _ends(value: Any, key: str) -> Iterator[str]:
-    if isinstance(value, dict) and value and not is_foreign(key):
-        for name, item in value.items():
-            yield from _ends(item, f"{key}.{name}")
-    else:
-        yield key
+    """The keys in a section of another trainer. The section itself where it has an answer that is theirs too, or if they have
+    none."""
+    items = value.items() if isinstance(value, dict) else ()
+    inner = [end for name, item in items for end in _ends(item, f"{key}.{name}")]
+    if is_foreign(key):
+        answers = {end: suggest(end, valid_keys(), brief=True) for end in inner}
+        known = all(is_foreign(end) or answer.startswith("here it is ") for end, answer in answers.items())
+        inner = inner if known and {*answers.values()} - {suggest(key, valid_keys(), brief=True)} else []
+    yield from inner or [key]
 
 
 def check_types(value: Any, hint: Any, key: str, source: Source) -> None:
@@ -226,6 +233,9 @@ def _wrong(value: Any, expected: Any, key: str, source: Source) -> str:
         quoted = f"'{key}=\"{text}\"'" if source.name.startswith("override") else f'{key.rpartition(".")[2]}: "{text}"'
         return f"{text} reads as {value!r}, {_kind(value)}, not text; quote it: {quoted}"
     fix = f"write {KINDS[expected]}" if expected is not str else "put the text in quotes"
+    if isinstance(value, str) and (expected is list or (expected is dict and key.startswith("rewards.functions["))):
+        item = f"{{function: {text}}}" if key.startswith("rewards.functions") else text
+        fix = f"write [{item}]" if expected is list else f"write {item}"
     if expected in (int, float) and isinstance(value, str) and re.fullmatch(r"[-+\d.eE]+", value):
         fix = f"write it without quotes: {value}"
     return f"{text} is {_kind(value)}, not {KINDS[expected]}; {fix}"

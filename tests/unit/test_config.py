@@ -352,6 +352,16 @@ rewards: {functions: [{function: math, wieght: 2}]}
         f"  {config}:8: frobnicate: there is no such key, and none that is near",
         f"  {config}:9: rewards.functions[0].wieght: did you mean rewards.functions[i].weight?",
     ]
+    actor = {"fsdp_config": {"optimizer_offload": True, "fsdp_size": -1}, "clip_ratio_c": 3.0}
+    dapo = {"reward_manager": "dapo", "overlong_buffer": {"enable": True, "len": 4096}}
+    said = refused({**BASE, "actor_rollout_ref": {"actor": actor}, "reward_model": dapo}).splitlines()
+    assert said[1:4] == [
+        "  actor_rollout_ref.actor.fsdp_config.optimizer_offload: here it is optim.offload",
+        "  actor_rollout_ref.actor.fsdp_config.fsdp_size: here it is model.fsdp_size",
+        "  actor_rollout_ref.actor.clip_ratio_c: here it is loss.clip_dual",
+    ]
+    assert said[5].startswith("  reward_model.overlong_buffer: DAPO's length penalty is the reward `soft_overlong`")
+    assert len(said) == 6
     many = {f"key_{i}_{'x' * 90}": 1 for i in range(200)}  # and a long answer is not cut in the middle
     assert len(refused(many).splitlines()) == 201
 
@@ -386,6 +396,35 @@ def test_names_of_other_trainers_lead_to_keys_that_exist() -> None:
         for key in re.findall(r"[a-z_]+(?:\.[a-z_]+)+|run_dir", ours.partition(" (")[0]):
             assert key in valid_keys()
     assert not {key for key in foreign() if key in valid_keys()}
+
+
+@pytest.mark.parametrize(
+    ("key", "answer"),
+    [
+        ("max_epochs", "here it is train.epochs_per_step"),
+        ("packing_samples", "here it is train.token_budget (micro"),
+        ("remote_rm_url", "here it is rewards.functions"),
+        ("overlong_buffer_len", "here it is rewards.functions (the reward `soft_overlong`"),
+        ("zero_stage", "leave it out: every rank of `torchrun`"),
+        ("vllm_num_engines", "leave it out: every rank of `torchrun`"),
+        ("dynamic_filtering_reward_range", "groups whose rewards are all equal"),
+    ],
+)
+def test_names_of_openrlhf_are_not_taken_for_misspelt_ones_of_ours(key: str, answer: str) -> None:
+    assert refused({**BASE, key: 1}).startswith(f"{key}: no such key; {answer}")
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [
+        ("rewards.functions=math", "rewards.functions: math is text, not a list; write [{function: math}]"),
+        ("rewards.functions=[math]", "rewards.functions[0]: math is text, not a mapping; write {function: math}"),
+        ("rollout.stop=END", "rollout.stop: END is text, not a list; write [END]"),
+        ("+optim.lr=1", "write key=value (key=null for none), without Hydra's + or ~, such as rollout.group_size=8"),
+    ],
+)
+def test_the_fix_is_what_to_write(override: str, fix: str) -> None:
+    assert refused(BASE, override) == f"override '{override}': {fix}"
 
 
 def test_duplicate_key(folder: Path) -> None:
