@@ -28,6 +28,9 @@ FOLDERS = {
 FLASH4 = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
 """Without it flash-attn-4, which reads it when it is imported, compiles its kernels in every process."""
 
+NOEXEC = getattr(os, "ST_NOEXEC", 0)
+"""The flag of a file system; only Linux tells it."""
+
 TUNED = "TRITON_CACHE_AUTOTUNING"
 """Without it Triton, which reads it when a kernel is defined, tunes kernels again in every process, but for those that ask for the
 same by themselves (fla-core's)."""
@@ -41,8 +44,8 @@ def cache_root(folder: str | None) -> Path:
 def use_caches(folder: str | None) -> None:
     """Let this process and its children keep compiled code in ``cache_root``, and on a GPU tune Triton's kernels as
     ``tuning.py`` says. Variables that are set already stay as they are, unless it was PyTorch who set them: importing torch._dynamo
-    sets inductor's to its default, a temporary folder. If the folder cannot be made or written, packages use their own, most
-    of them temporary."""
+    sets inductor's to its default, a temporary folder. If the folder cannot be made or written, or no code can be loaded from it,
+    packages use their own, most of them temporary."""
     use_chosen()
     if torch.cuda.is_available():
         compile_variants_together()
@@ -55,6 +58,8 @@ def use_caches(folder: str | None) -> None:
             path.mkdir(parents=True, exist_ok=True)
             if not os.access(path, os.W_OK | os.X_OK):
                 raise PermissionError(f"{path} cannot be written")
+            if os.statvfs(path).f_flag & NOEXEC:
+                raise PermissionError(f"{path} is on a disk that is mounted noexec, from which no code can be loaded")
     except OSError as error:
         text = "cache_dir: %s cannot be used (%s): the next run compiles again; set cache_dir to a folder of your own"
         log.warning(text, root, error)

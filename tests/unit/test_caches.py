@@ -80,6 +80,16 @@ def test_a_folder_that_cannot_be_written_is_told_and_packages_use_their_own(tmp_
     assert not os.environ.keys() & {*FOLDERS, FLASH4, TUNED}
 
 
+def test_a_folder_whose_code_cannot_be_loaded_is_told_and_packages_use_their_own(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_NOSUID | os.ST_NOEXEC))
+    use_caches(str(tmp_path))
+    (said,) = caplog.messages
+    assert said.startswith(
+        f"cache_dir: {tmp_path} cannot be used ({tmp_path / 'inductor'} is on a disk that is mounted noexec"
+    )
+    assert not os.environ.keys() & {*FOLDERS, FLASH4, TUNED}
+
+
 def test_a_folder_that_a_user_has_set_is_not_looked_at(tmp_path, monkeypatch, caplog):
     (tmp_path / "triton").touch()
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
