@@ -28,6 +28,11 @@ LARGEST = 1e100
 GOLDS_AT_ONCE = 10_000
 """Rows in one call that only reads right answers; bounds the memory of the call."""
 NO_EPISODE = Episode([], "", "stop")
+OF_OTHERS = {
+    "solution_str": "verl calls `compute_score` once a sample, and here `completions` is a list of all (docs/from_verl.md)",
+    "queries": "OpenRLHF's `queries` are prompts with their completions, and here there are `prompts` and `completions`",
+}
+"""Arguments of the rewards of other trainers, and what there is here."""
 
 
 class RewardRunner:
@@ -83,9 +88,10 @@ class RewardRunner:
             there = prompt.columns.keys() | ({"messages"} if prompt.messages is not None else set())
             missing = [column for column in reward.columns if column not in there and column.split(".")[0] not in there]
             if missing:
+                theirs = "".join(f"; {OF_OTHERS[name]}" for name in missing if name in OF_OTHERS)
                 raise ConfigError(
                     f"{reward.key}: reward `{reward.name}` needs the column {', '.join(f'`{c}`' for c in missing)}; "
-                    f"the data has {', '.join(prompt.columns) or 'no columns'}"
+                    f"the data has {', '.join(prompt.columns) or 'no columns'}{theirs}"
                 )
             for column in set(reward.columns) - there:
                 try:

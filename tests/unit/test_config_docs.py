@@ -213,6 +213,19 @@ def test_the_example_of_a_guide_loads(name: str, tmp_path: Path, monkeypatch: py
     assert scores == [1.0, 0.0]
 
 
+def test_verls_dapo_recipe_in_its_guide_is_what_its_comments_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dapo_run.yaml").write_text(code_blocks("from_verl.md", "yaml")["dapo_run.yaml"])
+    config = load_config("dapo_run.yaml")
+    loss, rollout = config.loss, config.rollout
+    assert (loss.clip_low, loss.clip_high, loss.clip_dual, loss.aggregate) == (0.2, 0.28, 10.0, "token")
+    assert (loss.kl_coef, loss.entropy_coef, loss.mask_overlong) == (0.0, 0.0, False)
+    assert rollout.prompts_per_step // config.train.updates_per_step == 32
+    assert config.rewards.functions[1].args == {"max_tokens": rollout.max_completion_tokens, "cache_tokens": 4096}
+
+
 def test_a_verl_override_is_answered() -> None:
     assert suggest("actor_rollout_ref.model.path", valid_keys()) == "here it is model.path"
     assert suggest("actor_rollout_ref.actor.optim.lr", valid_keys()) == "here it is optim.lr"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import importlib
+import inspect
 import re
 import runpy
 import shlex
@@ -16,6 +18,7 @@ from unittest.mock import AsyncMock
 
 import pytest
 import typer.main
+import yaml
 from making import flat_layout
 
 from pgrpo.attention.reference import attention_mask
@@ -235,6 +238,24 @@ def test_the_python_call_of_the_page_about_tasks_is_a_valid_config() -> None:
     config = load_config(found[2], ast.literal_eval(found[1]), rewards_from_python=True, data_from_python=True)
     assert config.rewards.functions == []
     assert config.eval.every == 0
+
+
+def test_the_page_about_tasks_has_the_arguments_of_every_built_in_reward() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| .* \| (.*) \|$", (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert [name for name, _ in rows] == list(dict.fromkeys(name for name, _ in rows))
+    assert {name for name, _ in rows} == BUILT_IN.keys()
+    for reward, cell in rows:
+        module, _, name = BUILT_IN[reward].partition(":")
+        built_in = getattr(importlib.import_module(module), name)
+        call = built_in.__call__ if inspect.isclass(built_in) else built_in
+        of_call = [p for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        shown = re.findall(r"`(\w+)(?:: ([^`]*))?`( \(required\))?", cell)
+        assert [name for name, *_ in shown] == [p.name for p in of_call], reward
+        for (_, value, required), p in zip(shown, of_call, strict=True):
+            assert bool(required) == (p.default is p.empty), f"{reward}: {p.name}"
+            assert not value or yaml.safe_load(value) == p.default, f"{reward}: {p.name}"
 
 
 def test_the_pages_list_every_recipe_config_command_and_reward() -> None:

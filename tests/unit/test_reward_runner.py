@@ -613,6 +613,17 @@ def test_config_errors(config: RewardConfig, message: str):
         runner(config)
 
 
+def test_a_reward_of_another_trainer_is_told_what_there_is_here():
+    def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+        return 1.0
+
+    with (
+        runner(compute_score) as rewards,
+        pytest.raises(ConfigError, match=r"; verl calls `compute_score` once a sample"),
+    ):
+        rewards.check(groups(["a"])[0].prompt)
+
+
 @pytest.mark.parametrize(
     ("function", "column"),
     [
