@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
+from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
@@ -16,6 +18,7 @@ import pgrpo
 from pgrpo import grpo
 from pgrpo.attention.choose import UPDATE_FLOPS_PER_NS
 
+ROOT = Path(__file__).parents[2]
 G, KL_COEF, TOP_K, LR = 4, 0.3, 6, 0.02
 KEYS = [
     "train.steps=2", "rollout.prompts_per_step=4", f"rollout.group_size={G}", f"rollout.top_k={TOP_K}", "train.epochs_per_step=2",
@@ -194,3 +197,21 @@ def test_numbers_of_tokens_speed_and_time(run):
         assert min(parts) >= 0 and min(parts[0], parts[1], parts[3]) > 0
         assert 0.8 * row["time/step"] < sum(parts) <= row["time/step"]
         assert row["time/weight_sync"] == 0  # the policy itself samples
+
+
+def test_the_page_about_runs_has_every_metric(run):
+    """Those of a real run, and all names in the source that are not of a section of another page."""
+    page = (ROOT / "docs" / "checkpoints.md").read_text(encoding="utf-8")
+    table = page[page.index("## Metrics") : page.index("## Stopping")]
+    shown = set(re.findall(r"`([a-z_0-9/]+)`", table.replace("/NAME/", "/has_one/")))
+    shown |= {"step", "rewards/exact_match/mean"}
+    logged = {name for row in run[0] for name in row}
+    assert {name for name in logged if not name.startswith("eval/")} <= shown
+    source = "".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "pgrpo").rglob("*.py")))
+    sections = "resampling|sampling|tokens|time|perf|canary|clip_ratio|completions|rollout|teacher"
+    named = set(re.findall(rf'"((?:{sections})/[a-z_/]+)"', source)) - {"tokens/s", "time/"}
+    assert named - shown == set()
+    assert {name for name in shown if "/" in name} - named - logged <= {
+        "sampling/frac_truncated",
+        "sampling/frac_masked",
+    }
