@@ -12,27 +12,42 @@ from pgrpo.packing.batch import GroupedBatch
 
 
 def sees_its_neighbour(batch: GroupedBatch) -> GroupedBatch | None:
-    """Seeded bug: a child of at least two rows attends to the child before it."""
+    """Seeded bug: children of at least two rows attend to the child before them, in pairs. One pair of completions of a few sure
+    tokens might show nothing."""
     nodes = batch.layout.nodes
-    lengths, parents = [node.length for node in nodes], [node.parent for node in nodes]
-    for second in range(1, len(nodes)):
-        if parents[second] == parents[second - 1] >= 0 and lengths[second] > 1:
-            lengths[second - 1 : second + 1] = [lengths[second - 1] + lengths[second]]
-            parents = [p - (p >= second) for i, p in enumerate(parents) if i != second]
-            return replace(batch, layout=PackedLayout(lengths, parents, batch.logit_index.device))
-    return None
+    lengths: list[int] = []
+    parents: list[int] = []
+    numbers: list[int] = []  # of each node, its number when children are joined
+    for i, node in enumerate(nodes):
+        is_second = i and node.parent == nodes[i - 1].parent >= 0 and node.length > 1
+        if is_second and (i < 2 or numbers[i - 1] != numbers[i - 2]):  # in pairs
+            numbers.append(numbers[i - 1])
+            lengths[-1] += node.length
+        else:
+            numbers.append(len(lengths))
+            lengths.append(node.length)
+            parents.append(numbers[node.parent] if node.parent >= 0 else -1)
+    if len(lengths) == len(nodes):
+        return None
+    return replace(batch, layout=PackedLayout(lengths, parents, batch.logit_index.device))
 
 
 def wrong_parent(batch: GroupedBatch) -> GroupedBatch | None:
-    """Seeded bug: the last child of a node, of at least two rows, is below the node's neighbour."""
+    """Seeded bug: the last child of each node, of at least two rows, is below the node's neighbour."""
     nodes = batch.layout.nodes
     parents = [node.parent for node in nodes]
-    for parent, child in {parent: i for i, parent in enumerate(parents) if parent >= 0}.items():
-        if nodes[child].length > 1 and nodes[parent + 1].depth == nodes[parent].depth:
-            parents[child] += 1
-            layout = PackedLayout([node.length for node in nodes], parents, batch.logit_index.device)
-            return replace(batch, layout=layout)
-    return None
+    last_children = {parent: i for i, parent in enumerate(parents) if parent >= 0}
+    moved = [
+        child
+        for parent, child in last_children.items()
+        if nodes[child].length > 1 and nodes[parent + 1].depth == nodes[parent].depth
+    ]
+    if not moved:
+        return None
+    for child in moved:
+        parents[child] += 1
+    layout = PackedLayout([node.length for node in nodes], parents, batch.logit_index.device)
+    return replace(batch, layout=layout)
 
 
 def positions_go_on(batch: GroupedBatch) -> GroupedBatch:
