@@ -41,9 +41,8 @@ def models(tmp_path_factory):
     torch.manual_seed(0)
     config = transformers.GptOssConfig(**(SMALL | WINDOWED))
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "windowed")
-    config = transformers.JetMoeConfig(
-        **(SMALL | {"kv_channels": 16, "num_local_experts": 2, "num_experts_per_tok": 2})
-    )
+    views = SMALL | {"kv_channels": 16, "num_local_experts": 2, "num_experts_per_tok": 2}
+    config = transformers.AutoConfig.for_model("jetmoe", **views)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "views")
     return folder
 
