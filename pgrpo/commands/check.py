@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,6 +38,7 @@ from pgrpo.types import Group, Prompt, PromptImages, Sample
 from pgrpo.vision.families import attention_names, auto_class
 from pgrpo.vision.parts import size_text
 
+log = logging.getLogger(__name__)
 SAMPLES = 4
 COMPARED_TOKENS = 64
 """Tokens of each completion that are compared: enough to show any bug, few enough for the untouched model's full logits."""
@@ -64,6 +66,10 @@ def check(config: Config) -> None:
         _show_transitions(parts.transitions, console)
         console.print(_repeated(len(parts.stream)), end="")
         _show_samples(groups, load_tokenizer(config), console)
+        if config.rewards.functions and all(episode.reward is None for group in groups for episode in group.episodes):
+            log.warning(
+                "None of these completions has a reward: each function gave None, or failed. A step like this trains nothing"
+            )
         console.print(plan_text(config), soft_wrap=True)
         _prove(config, groups, console, parts.policy.vision)
         console.print("all checks passed")

@@ -171,6 +171,15 @@ def test_check_counts_tokens_of_prompts(model, tmp_path, capsys, overlong, count
     assert counts in capsys.readouterr().out
 
 
+def test_check_warns_where_no_completion_has_a_reward(model, tmp_path, caplog):
+    (tmp_path / "own.py").write_text("def f(completions, a, **_):\n    return [None] * len(completions)\n")
+    check(config(model, tmp_path, f"rewards.functions=[{{function: '{tmp_path}/own.py:f'}}]"))
+    assert "None of these completions has a reward" in caplog.text
+    caplog.clear()
+    check(config(model, tmp_path))
+    assert "has a reward" not in caplog.text
+
+
 def test_check_of_lora_says_what_is_trained(model, tmp_path, capsys):
     check(config(model, tmp_path, "model.lora_rank=4", "model.lora_targets=[q_proj]"))
     shown = capsys.readouterr().out
