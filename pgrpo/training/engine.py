@@ -89,9 +89,11 @@ def check_sharers(config: Config, dims: ModelDims, ranks: int) -> None:
     size, key, why = config.tensor_parallel_size, "rollout.tensor_parallel_size", ""
     if size > config.rollout.tensor_parallel_size:
         key, why = "model.sequence_parallel_size", ", as these ranks share a vLLM engine"
-    for what, count in (("ranks", ranks), ("attention heads", dims.heads), ("key/value heads", dims.kv_heads)):
+    counts = [("ranks", ranks), ("attention heads", dims.heads), ("key/value heads", dims.kv_heads)]
+    counts += [("attention heads of some layers", heads) for heads in dims.other_heads]
+    for what, count in counts:
         if count % size:
-            valid = [str(n) for n in range(1, ranks + 1) if not (ranks % n or dims.heads % n or dims.kv_heads % n)]
+            valid = [str(n) for n in range(1, ranks + 1) if not any(each % n for _, each in counts)]
             raise ConfigError(f"{key}: {size} does not divide {count} {what}; it may be {', '.join(valid)}{why}")
 
 

@@ -318,6 +318,11 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_sizes_before_the_model_i
     )
     settings.model.sequence_parallel_size = 3
     assert refusal(settings, 3, GPU).startswith("model.sequence_parallel_size: 3 does not divide 32 attention heads")
+    settings.model.sequence_parallel_size = 4
+    with pytest.raises(
+        ConfigError, match="4 does not divide 50 attention heads of some layers; it may be 1, 2, as these"
+    ):
+        engine.check_sharers(settings, replace(QWEN3_4B, other_heads=(50,)), 4)
 
 
 def test_long_prompts_are_computed_in_parts(installed):
