@@ -22,7 +22,7 @@ import typer
 import pgrpo
 from pgrpo.config import Config, ConfigError, load_config, redact
 from pgrpo.early import check_checkpoint, check_early, check_folder_to_write, check_model_folder, config_of_run
-from pgrpo.process.signals import kill_children
+from pgrpo.process.signals import kill_children, tell
 from pgrpo.tracking import Terminal
 
 app = typer.Typer(
@@ -307,9 +307,9 @@ def _stop(signum: int, frame: FrameType | None) -> None:
         try:
             kill_children()
         finally:
-            os.write(2, f"pgrpo: {name}: stopped, nothing was begun yet\n".encode())
+            tell(f"pgrpo: {name}: stopped, nothing was begun yet\n")
             os._exit(128 + signum)
-    os.write(2, f"pgrpo: {name}: stopping\n".encode())
+    tell(f"pgrpo: {name}: stopping\n")
     if signum == signal.SIGINT:
         raise KeyboardInterrupt
     sys.exit(128 + signum)

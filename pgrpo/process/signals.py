@@ -67,11 +67,15 @@ def _watch(read: int, flag: StopFlag) -> None:
                 kill_children()
             finally:  # exit even if that fails
                 if os.isatty(2):
-                    os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
+                    tell("\x1b[?25h")  # a progress bar hides the cursor
                 os._exit(128 + byte[0])
-        name = signal.Signals(byte[0]).name
-        # Not by logging: the main thread may hold its lock.
-        os.write(2, f"pgrpo: {name}: stopping, with a save; once more to stop at once\n".encode())
+        tell(f"pgrpo: {signal.Signals(byte[0]).name}: stopping, with a save; once more to stop at once\n")
+
+
+def tell(text: str) -> None:
+    """Write to stderr, not by logging, whose lock another thread may hold. Nobody may read it: the terminal is closed."""
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
 
 
 def kill_children() -> None:

@@ -163,6 +163,13 @@ def test_a_second_ctrl_c_ends_everything_at_once(start, tmp_path, first):
 
 
 @pytest.mark.parametrize("blocked", ["in its work", "elsewhere"])
+def test_signals_are_answered_without_a_terminal(warm, blocked):
+    """Whoever read stderr is gone."""
+    done = warm.run(["-c", f"import os; os.close(2)\n{TAKEN_ELSEWHERE}", blocked])
+    assert (done.returncode, done.stdout) == ((0, "Stopped 15\n") if blocked == "in its work" else (130, ""))
+
+
+@pytest.mark.parametrize("blocked", ["in its work", "elsewhere"])
 def test_a_signal_taken_by_another_thread_reaches_the_main_thread(warm, blocked):
     """As after SIGCONT. Python's own handler runs in the main thread only, which waits for a lock here, without end."""
     done = warm.run(["-c", TAKEN_ELSEWHERE, blocked])
