@@ -72,9 +72,10 @@ def parse(text: str, name: str, key: str = "") -> tuple[Marks, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = at(name, mark.line + 1) if mark else name
-        raise ConfigError(
-            f"{place}: not YAML: {getattr(error, 'problem', None) or one_line(error)}; quote text"
-        ) from error
+        problem = getattr(error, "problem", None) or one_line(error)
+        is_open = "<stream end>" in problem or "unexpected end of stream" in problem
+        fix = "indent with spaces" if "'\\t'" in problem else "close what is open" if is_open else "quote text"
+        raise ConfigError(f"{place}: not YAML: {problem}; {fix}") from error
     except ValueError as error:  # a number of thousands of digits
         raise ConfigError(f"{name}: {one_line(error)}; write a shorter number") from error
 

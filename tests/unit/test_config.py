@@ -427,6 +427,18 @@ def test_the_fix_is_what_to_write(override: str, fix: str) -> None:
     assert refused(BASE, override) == f"override '{override}': {fix}"
 
 
+@pytest.mark.parametrize(
+    ("text", "fix"),
+    [
+        ("run_dir: x\n\tseed: 1\n", "indent with spaces"),
+        ("data: {path: a\n", "close what is open"),
+        ("run_dir: a: b\n", "quote text"),
+    ],
+)
+def test_what_is_no_yaml_is_told_how_to_mend_it(folder: Path, text: str, fix: str) -> None:
+    assert refused(write(folder / "c.yaml", text)).endswith(f"; {fix}")
+
+
 def test_duplicate_key(folder: Path) -> None:
     config = write(folder / "c.yaml", YAML + "loss:\n  clip_low: 0.1\n  clip_high: 0.2\n  clip_low: 0.3\n")
     assert refused(config) == f"{config}:10: loss.clip_low: duplicate key, first on line 8; remove one of them"
