@@ -122,11 +122,16 @@ def attention_forward(
     q_THD, k_TKD, v_TKD = (x_1HTD.squeeze(0).transpose(0, 1) for x_1HTD in (query, key, value))
     options: dict[str, Any] = {"window": sliding_window, "softcap": softcap, "sinks_H": s_aux}
     if isinstance(attention_layout, PackedLayout):
-        if current.keep is not None:
-            current.keep[-1] += [k_TKD, v_TKD]
-        if current.front is not None:
-            k_TKD, v_TKD = (torch.cat(pair) for pair in zip(current.front, (k_TKD, v_TKD), strict=True))
-        out_THD = grouped_attention(q_THD, k_TKD, v_TKD, attention_layout, scale, **options)
+        out_THD = grouped_attention(q_THD, *behind_front(k_TKD, v_TKD), attention_layout, scale, **options)
     else:
         out_THD = attention_layout.attend(q_THD, k_TKD, v_TKD, scale, module=module, **options)
     return out_THD.unsqueeze(0), None
+
+
+def behind_front(k_TKD: Tensor, v_TKD: Tensor) -> tuple[Tensor, Tensor]:
+    """A layer's keys and values of a whole layout, behind those of its kept first node, if there is one."""
+    if current.keep is not None:
+        current.keep[-1] += [k_TKD, v_TKD]
+    if current.front is None:
+        return k_TKD, v_TKD
+    return torch.cat([current.front[0], k_TKD]), torch.cat([current.front[1], v_TKD])

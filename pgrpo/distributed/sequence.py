@@ -5,7 +5,8 @@ rows: there the ranks exchange rows for heads, each computes the whole layout on
 the layout, whatever the forest, knows nothing of ranks.
 
 A log-prob is computed by the rank that owns the row that predicts the token. All ranks get all values, each with a gradient through
-its own tokens alone, so that the ranks' gradients are disjoint parts whose sum is the gradient.
+its own tokens alone, so that the ranks' gradients are disjoint parts whose sum is the gradient. Of a kept prefix each rank has the
+keys and values of all rows, of its heads.
 
 S ranks, T packed rows, t rows of one rank (S * t >= T); H query heads, K key/value heads, D and Dv their dims; U tokens.
 """
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from pgrpo.attention.grouped import grouped_attention
-from pgrpo.attention.hook import AttentionLayout
+from pgrpo.attention.hook import AttentionLayout, behind_front
 from pgrpo.attention.layout import PackedLayout
 from pgrpo.distributed.world import World
 
@@ -55,11 +56,18 @@ class Ulysses:
         padding = self.size * (end - first) - total
         return {name: pad(x, (0, padding))[..., first:end] for name, x in inputs.items()}
 
-    def owned(self, rows_U: Tensor, total: int) -> tuple[Tensor, Tensor]:
-        """Which of these packed rows, of ``total``, are this rank's: their numbers in ``rows_U``, and in its own rows."""
+    def owned(self, rows_U: Tensor, total: int, front: int = 0) -> tuple[Tensor, Tensor]:
+        """Which of these packed rows, of ``total``, are this rank's: their numbers in ``rows_U``, and in its own rows. Row -1, the
+        last of ``front`` that are kept, is the rank's that computed it, and -1 there too."""
         first, end = self.bounds(total)
-        numbers = ((first <= rows_U) & (rows_U < end)).nonzero().flatten()
-        return numbers, rows_U.index_select(0, numbers) - first
+        numbers = ((first <= rows_U) & (rows_U < end) | (rows_U < 0) & self.has_last(front)).nonzero().flatten()
+        rows = rows_U.index_select(0, numbers)
+        return numbers, torch.where(rows < 0, rows, rows - first)
+
+    def has_last(self, total: int) -> bool:
+        """Whether the last of so many rows is this rank's."""
+        first, end = self.bounds(total)
+        return first < total <= end
 
     def bounds(self, total: int) -> tuple[int, int]:
         """The first of this rank's rows of ``total``, and their end, with padding."""
@@ -122,7 +130,7 @@ class SplitLayout:
         if sinks_H is not None:
             sinks_H = sinks_H.unflatten(0, (size, -1))[rank]
         if isinstance(self.whole, PackedLayout):
-            out_ThD = grouped_attention(q, k, v, self.whole, scale, sinks_H=sinks_H, **options)
+            out_ThD = grouped_attention(q, *behind_front(k, v), self.whole, scale, sinks_H=sinks_H, **options)
         else:
             out_ThD = self.whole.attend(q, k, v, scale, module=module, sinks_H=sinks_H, **options)
         out = pad(out_ThD.flatten(1), (0, 0, 0, size * rows - total))

@@ -10,15 +10,7 @@ def longest_kept(config: Config, dims: ModelDims) -> int:
     """Tokens of the longest prefix that it may make sense to keep: none if a step is one micro-batch."""
     rollout, prompt, budget = config.rollout, config.data.max_prompt_tokens, config.train.token_budget
     step = rollout.prompts_per_step * (prompt + rollout.group_size * config.max_sampled_tokens)
-    return 0 if step <= budget or config.model.attention != "grouped" or _cannot(config, dims) else min(prompt, budget)
-
-
-def _cannot(config: Config, dims: ModelDims) -> str:
-    reasons = {
-        "the model sees images": dims.tower,
-        "model.sequence_parallel_size is above 1": config.model.sequence_parallel_size > 1,
-    }
-    return next((reason for reason, holds in reasons.items() if holds), "")
+    return 0 if step <= budget or config.model.attention != "grouped" or dims.tower else min(prompt, budget)
 
 
 def cuts_groups(config: Config) -> bool:
@@ -33,7 +25,7 @@ def why_none_kept(config: Config, dims: ModelDims, not_kept: str) -> str:
     Args:
         not_kept: what the proofs of policy and teacher say (``Proof.not_kept``).
     """
-    reason = _cannot(config, dims) or not_kept
+    reason = "the model sees images" if dims.tower else not_kept
     if config.model.attention != "grouped" or not cuts_groups(config) or not reason:
         return ""
     return f"none, as {reason}: a group that train.token_budget cuts computes its prompt in each of its micro-batches"

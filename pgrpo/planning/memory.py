@@ -199,7 +199,8 @@ def memory_plan(
         else 0,
         gathered=gathered * dtype_bytes,
         activations=sum(kept[mode] for mode in recompute) * rows,
-        kept=2 * (kv_row * kept_tokens + 4 * dims.state_elements * (kept_tokens > 0)),
+        kept=2
+        * (kv_row * _copies(dims, together) / together * kept_tokens + 4 * dims.state_elements * (kept_tokens > 0)),
         logprobs=logit_chunk_bytes
         + head * (4 + dtype_bytes)
         + (teacher.hidden * dtype_bytes * rows if teacher and full_kl else 0),
@@ -256,10 +257,13 @@ def _frozen(dims: ModelDims, dtype_bytes: int, ranks: int, offload: bool, is_sha
 
 
 def _projections(dims: ModelDims, together: int) -> int:
-    """Elements of a token's queries, keys and values. Ranks that compute a batch ``together`` have copies of a key/value head that
-    several of them need."""
-    copies = together // math.gcd(dims.kv_heads, together)
-    return (dims.heads + 2 * dims.kv_heads * copies) * dims.head_dim
+    """Elements of a token's queries, keys and values."""
+    return (dims.heads + 2 * dims.kv_heads * _copies(dims, together)) * dims.head_dim
+
+
+def _copies(dims: ModelDims, together: int) -> int:
+    """Of a key/value head, which several of the ranks that compute a batch ``together`` may need."""
+    return together // math.gcd(dims.kv_heads, together)
 
 
 def _beside_activations(dims: ModelDims, mlp_chunks: int, *, lora: bool) -> int:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from seeing import CONFIGS
 from sequence_worker import compiled, images_in_float64, in_float64
-from test_ranks import LOSSES, assert_same, gradient_error, make_model
+from test_ranks import KEPT, LOSSES, assert_same, gradient_error, make_model
 
 from pgrpo import checkpoint
 from pgrpo.admission.fits import check_heads
@@ -112,6 +112,27 @@ def test_an_update_is_that_of_one_process(compute, ranks, size, changes):
     assert got["held"] == pytest.approx(want["held"] / shards, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("model", "ranks", "size", "changes"),
+    [
+        ("plain", 2, 2, {"kl_coef": 0.3, "activation_checkpointing": "attention"}),
+        ("plain", 4, 4, {"activation_checkpointing": "full"}),  # two key/value heads
+        ("plain", 4, 2, {"lora_rank": 3, "fsdp_size": 2}),  # shares of data have unequal numbers of passes
+        ("windowed", 4, 4, {"beginning": 13}),  # rows of the last rank: one, and three of padding
+    ],
+    ids=str,
+)
+def test_a_prefix_that_is_kept_for_several_passes(on_ranks, models, model, ranks, size, changes):
+    """Each rank keeps it at its heads; the last row, which predicts first tokens, is where it was computed."""
+    whole = {"beginning": KEPT["beginning"]} | changes
+    several = partial(on_ranks, models / model, ranks, sequence_parallel_size=size)
+    got, want = several(**KEPT | whole), on_ranks(models / model, **whole)
+    assert got["kept"] > 1 and want["micro_batches"] == 1
+    assert_same(got, want)
+    again = several(**KEPT | whole | {"most_kept": 0})
+    assert got["metrics"]["tokens/packed"] < again["metrics"]["tokens/packed"]
+
+
 @pytest.mark.parametrize("form", ["sampled", "full"])
 def test_a_teacher(compute, models, form):
     changes = {"teacher": str(models / "one_kv_head"), "teacher_kl": form, "token_budget": 100}
@@ -121,11 +142,12 @@ def test_a_teacher(compute, models, form):
 
 
 @pytest.mark.slow
-def test_compiled_layers(processes, models):
-    """The exchange is traced, and once for all micro-batches, whose rows differ."""
-    changes = {"sequence_parallel_size": 2, "token_budget": 60, "activation_checkpointing": "attention"}
+@pytest.mark.parametrize("more", [{"token_budget": 60}, KEPT], ids=["", "kept"])
+def test_compiled_layers(processes, models, more):
+    """The exchange is traced, and once for all micro-batches, whose rows differ; those behind a kept prefix once more."""
+    changes = {"sequence_parallel_size": 2, "activation_checkpointing": "attention"} | more
     for error, compilations in processes(2)(compiled, models / "plain", changes):
-        assert error < 2e-6 and compilations == 1
+        assert error < 2e-6 and compilations == (1 if more is not KEPT else 2)
 
 
 def test_bfloat16_is_as_far_from_float32_as_on_one_rank(compute):

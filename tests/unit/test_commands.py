@@ -109,7 +109,7 @@ def test_a_dry_run_says_what_vllm_builds(model, tmp_path, capsys, monkeypatch):
     [
         ((), {}, "up to 8 tokens that samples share are computed once for several micro-batches where that saves time"),
         (("train.token_budget=4096",), {}, None),
-        (("model.sequence_parallel_size=2",), {}, "none, as model.sequence_parallel_size is above 1: a group that"),
+        (("model.sequence_parallel_size=2",), {}, "up to 8 tokens that samples share are computed once for several"),
         ((), {"policy": "layers attend twice"}, "none, as layers attend twice: a group that train.token_budget cuts"),
         (
             ("loss.teacher=teacher",),
