@@ -60,14 +60,11 @@ class Ulysses:
         """Which of these packed rows, of ``total``, are this rank's: their numbers in ``rows_U``, and in its own rows. Row -1, the
         last of ``front`` that are kept, is the rank's that computed it, and -1 there too."""
         first, end = self.bounds(total)
-        numbers = ((first <= rows_U) & (rows_U < end) | (rows_U < 0) & self.has_last(front)).nonzero().flatten()
+        kept_first, kept_end = self.bounds(front)
+        has_last = kept_first < front <= kept_end
+        numbers = ((first <= rows_U) & (rows_U < end) | (rows_U < 0) & has_last).nonzero().flatten()
         rows = rows_U.index_select(0, numbers)
         return numbers, torch.where(rows < 0, rows, rows - first)
-
-    def has_last(self, total: int) -> bool:
-        """Whether the last of so many rows is this rank's."""
-        first, end = self.bounds(total)
-        return first < total <= end
 
     def bounds(self, total: int) -> tuple[int, int]:
         """The first of this rank's rows of ``total``, and their end, with padding."""

@@ -99,41 +99,41 @@ class Policy(nn.Module):
     def keep(self, batch: GroupedBatch) -> Tensor:
         """Compute a batch's kept rows, or its first row if it has none, into ``kept``; returns the last row's hidden state, by
         which FSDP learns of the backward."""
-        rows = last = batch.kept.front if batch.kept else 1
-        inputs = {name: x[..., :rows] for name, x in batch.inputs.items()}
-        layout: AttentionLayout = PackedLayout([rows], [-1], batch.logit_index.device, self.attention)
-        if self.ranks is not None:
-            layout = SplitLayout(layout, inputs["input_ids"], self.ranks)
-            last = rows - self.ranks.bounds(rows)[0] if self.ranks.has_last(rows) else 1  # of other ranks any row
-            inputs = self.ranks.rows(inputs)
+        rows = batch.kept.front if batch.kept else 1
+        layout = PackedLayout([rows], [-1], batch.logit_index.device, self.attention)
+        inputs, layout = self._own({name: x[..., :rows] for name, x in batch.inputs.items()}, layout)
         fronts: list[list[Tensor]] = []
         hidden_PE = self._hidden(inputs, layout, None, keep=fronts)
         if not all(0 < len(front) < 3 for front in fronts):  # keys and values; inputs of a convolution (and a state)
             raise RuntimeError("layers do not each call attention once, or have one state")
-        self.kept = Kept(hidden_PE[last - 1 : last].clone(), fronts)
+        last = rows - 1 - (self.ranks.bounds(rows)[0] if self.ranks else 0)
+        last = max(0, min(last, len(hidden_PE) - 1))  # any row of ranks that do not have it
+        self.kept = Kept(hidden_PE[last : last + 1].clone(), fronts)
         return self.kept.last_1E
 
     def _rows(self, batch: GroupedBatch) -> tuple[Tensor, Tensor | None]:
         """[U, E] hidden states of the rows that predict the distinct completion tokens; of several ranks, those of its own rows,
         and their numbers."""
-        kept = None if self.kept is None or batch.kept is None else self.kept
-        front = 0 if kept is None or batch.kept is None else batch.kept.front
-        inputs, layout = (
-            {name: x[..., front:] for name, x in batch.inputs.items()},
-            batch.kept if front else batch.layout,
-        )
-        rows_U, numbers_U, images = batch.logit_index.index_select(0, batch.distinct) - front, None, batch.images
+        kept, numbers_U, images = self.kept if batch.kept else None, None, batch.images
+        layout = (kept and batch.kept) or batch.layout
+        every = {name: x[..., layout.front :] for name, x in batch.inputs.items()}
+        rows_U = batch.logit_index.index_select(0, batch.distinct) - layout.front
         if self.ranks is not None:
-            ids_T = inputs["input_ids"]
-            numbers_U, rows_U = self.ranks.owned(rows_U, len(ids_T), front)
-            images = images and images.between(*self.ranks.bounds(len(ids_T)))
-            inputs, layout = self.ranks.rows(inputs), SplitLayout(layout, ids_T, self.ranks)
-        hidden_TE = self._hidden(inputs, layout, images, kept.fronts if kept else None)
+            total = every["input_ids"].shape[-1]
+            numbers_U, rows_U = self.ranks.owned(rows_U, total, layout.front)
+            images = images and images.between(*self.ranks.bounds(total))
+        hidden_TE = self._hidden(*self._own(every, layout), images, kept and kept.fronts)
         if kept is not None:
             hidden_TE, rows_U = torch.cat([kept.last_1E, hidden_TE]), rows_U + 1
         # The last prompt row occurs once for each completion. The backward of index_select adds up its gradients in a fixed order;
         # that of indexing does not, and would not be bit-stable.
         return hidden_TE.index_select(0, rows_U), numbers_U
+
+    def _own(self, inputs: dict[str, Tensor], layout: AttentionLayout) -> tuple[dict[str, Tensor], AttentionLayout]:
+        """This rank's rows of those that several ranks compute together, and a layout for them."""
+        if self.ranks is None:
+            return inputs, layout
+        return self.ranks.rows(inputs), SplitLayout(layout, inputs["input_ids"], self.ranks)
 
     def next_logits(
         self, inputs: Mapping[str, Tensor], layout: AttentionLayout, rows_B: Tensor, images: ImageRows | None = None
