@@ -485,6 +485,8 @@ def test_ranks_that_compute_a_batch_together_divide_its_rows() -> None:
     assert four.layer_backward - constant == pytest.approx((one.layer_backward - constant) / 4 + exchanged)
     two, sixteen = (plan(dims, together=n, recompute="none", **LONG).activations * n for n in (2, 16))
     assert sixteen - two == pytest.approx(36 * 2 * 2 * 8 * 128 * LONG["token_budget"] / flops.GIB)
+    one, four, sixteen = (plan(dims, together=n, kept_tokens=1024, **LONG).kept for n in (1, 4, 16))
+    assert one == pytest.approx(2 * 36 * 2 * 8 * 128 * 2 * 1024 / flops.GIB) and (four, sixteen) == (one / 4, one / 8)
 
 
 def test_auto_offloads_and_cuts_mlps_where_that_is_needed() -> None:
