@@ -154,10 +154,10 @@ def test_a_teacher_reads_each_prompt_once_and_a_batch_once_for_all_epochs(build,
     parts, rows = build(f"loss.teacher_kl={form}", "train.epochs_per_step=3"), []
     hidden = Policy._hidden
 
-    def counted(policy, inputs, layout, images):
+    def counted(policy, inputs, *more):
         if policy is parts.learner.teacher:
             rows.append(len(inputs["input_ids"]))
-        return hidden(policy, inputs, layout, images)
+        return hidden(policy, inputs, *more)
 
     monkeypatch.setattr(Policy, "_hidden", counted)
     update_policy(parts.learner, Progress(), make_groups())
