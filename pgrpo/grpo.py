@@ -25,14 +25,13 @@ from pgrpo.config import Config
 from pgrpo.config.sampling import sampling_params
 from pgrpo.environments.metrics import turn_metrics
 from pgrpo.environments.returns import give_returns
-from pgrpo.model.kept import kept_prefix
 from pgrpo.packing.batch import GroupedBatch
 from pgrpo.rollout.base import sample_seeds
 from pgrpo.tracking.live import watched
 from pgrpo.training import update
 from pgrpo.training.build import Learner, Parts
 from pgrpo.training.caller import Given
-from pgrpo.training.frozen import frozen_scores, record_frozen_logprobs
+from pgrpo.training.frozen import frozen_scores, kept_prefixes, record_frozen_logprobs
 from pgrpo.training.messages import StepClock, naming_the_batch
 from pgrpo.training.optim import clip_gradients, learning_rate, set_learning_rate
 from pgrpo.training.progress import Progress
@@ -167,7 +166,7 @@ def optimizer_step(learner: Learner, progress: Progress, batches: Sequence[Group
         if not progress.has_moved:  # until weights change, a stop signal may drop the step and save the one before
             world.check_stop()
         record_frozen_logprobs(learner, span)
-        with kept_prefix(learner.policy, span):  # usually of one micro-batch, which computes all of its rows
+        with kept_prefixes(learner, span):  # usually of one micro-batch, which computes all of its rows
             for batch in span:
                 sums = sums.plus(backward(learner, batch, counts))
     grad_norm = clip_gradients(learner.policy, learner.config.optim.max_grad_norm) if batches else 0.0

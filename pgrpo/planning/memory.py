@@ -36,7 +36,8 @@ class MemoryPlan:
         gathered: unsharded copies of weights in the compute dtype, while in use: the embedding and head, and two layers.
         activations: tensors that the forward of a full micro-batch keeps for the backward. With LoRA there are up to a fifth
             less, which this ignores.
-        kept: keys, values and states of a prefix that is kept for several passes (``model/kept.py``), and their gradients.
+        kept: keys, values and states of a prefix that is kept for several passes (``model/kept.py``), and their gradients. With the
+            full KL to a teacher, also the teacher's keys, values and states.
         logprobs: a chunk of logits, and the head's float32 gradient if it has one. The backward begins with them. With the full KL
             to a teacher, whose chunks of logits are half the size, also its hidden states.
         layer_backward: the rest of the backward, one layer at a time: recomputed activations, what the MLP's backward has beside
@@ -183,7 +184,6 @@ def memory_plan(
         recomputed += 3 * one_input
     if together > 1:  # queries, keys and values before and after the exchange of rows for heads
         recomputed += 2 * _projections(dims, together) * dtype_bytes
-    kv_row = len(dims.windows) * dims.kv_heads * (dims.head_dim + dims.value_dim) * dtype_bytes
     kv_rows = concurrent * completion_tokens + -(-concurrent // group_size) * prompt_tokens
     parts = MemoryPlan(
         weights=weights,
@@ -199,8 +199,8 @@ def memory_plan(
         else 0,
         gathered=gathered * dtype_bytes,
         activations=sum(kept[mode] for mode in recompute) * rows,
-        kept=2
-        * (kv_row * _copies(dims, together) / together * kept_tokens + 4 * dims.state_elements * (kept_tokens > 0)),
+        kept=2 * _kept(dims, dtype_bytes, kept_tokens, together)
+        + (_kept(teacher, dtype_bytes, kept_tokens, together) if teacher and full_kl else 0),
         logprobs=logit_chunk_bytes
         + head * (4 + dtype_bytes)
         + (teacher.hidden * dtype_bytes * rows if teacher and full_kl else 0),
@@ -208,7 +208,7 @@ def memory_plan(
         + (gradients + head + (0 if adapters else root and tower.trained)) * dtype_bytes,
         reductions=trained if replicas > 1 else 0,
         adam_scratch=OFFLOAD_SCRATCH if offload else trained if dtype_bytes == 4 else 0,
-        kv_cache=kv_row * kv_rows + 4 * dims.state_elements * concurrent,
+        kv_cache=_kv_row(dims, dtype_bytes) * kv_rows + 4 * dims.state_elements * concurrent,
         tower=tower.kept,
         tower_forward=tower.forward,
         offloaded=0,
@@ -256,13 +256,25 @@ def _frozen(dims: ModelDims, dtype_bytes: int, ranks: int, offload: bool, is_sha
     return dtype_bytes * ((_root(dims) if is_sharded else 0) + (0 if offload else dims.parameters / ranks))
 
 
+def _kv_row(dims: ModelDims, dtype_bytes: int) -> int:
+    """Bytes of a token's keys and values in all layers."""
+    return len(dims.windows) * dims.kv_heads * (dims.head_dim + dims.value_dim) * dtype_bytes
+
+
+def _kept(dims: ModelDims, dtype_bytes: int, tokens: int, together: int) -> float:
+    """Bytes of what one of ``together`` ranks keeps of a prefix: keys and values at its heads, and states."""
+    if not tokens:
+        return 0
+    return _kv_row(dims, dtype_bytes) * _copies(dims, together) / together * tokens + 4 * dims.state_elements
+
+
 def _projections(dims: ModelDims, together: int) -> int:
     """Elements of a token's queries, keys and values."""
     return (dims.heads + 2 * dims.kv_heads * _copies(dims, together)) * dims.head_dim
 
 
 def _copies(dims: ModelDims, together: int) -> int:
-    """Of a key/value head, which several of the ranks that compute a batch ``together`` may need."""
+    """How many copies there are of a key/value head, which several of the ranks that compute a batch ``together`` may need."""
     return together // math.gcd(dims.kv_heads, together)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,18 @@ class FrozenScores(NamedTuple):
     ref_logprobs_BR: Tensor | None = None
     teacher_logprobs_BR: Tensor | None = None
     teacher_rows: TeacherRows | None = None
+
+
+@contextmanager
+def kept_prefixes(learner: Learner, span: Sequence[GroupedBatch]) -> Iterator[None]:
+    """``kept_prefix`` of the policy; and of the teacher where the policy's forward reads the teacher's rows, so that ranks that
+    compute a batch together divide the rows of both models alike."""
+    with ExitStack() as stack:
+        if learner.teacher is not None and learner.config.loss.teacher_kl == "full":
+            with torch.no_grad():
+                stack.enter_context(kept_prefix(learner.teacher, span))
+        stack.enter_context(kept_prefix(learner.policy, span))
+        yield
 
 
 @contextmanager

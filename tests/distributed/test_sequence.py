@@ -117,7 +117,12 @@ def test_an_update_is_that_of_one_process(compute, ranks, size, changes):
     [
         ("plain", 2, 2, {"kl_coef": 0.3, "activation_checkpointing": "attention"}),
         ("plain", 4, 4, {"activation_checkpointing": "full"}),  # two key/value heads
-        ("plain", 4, 2, {"lora_rank": 3, "fsdp_size": 2}),  # shares of data have unequal numbers of passes
+        (
+            "plain",
+            4,
+            2,
+            {"kl_coef": 0.3, "lora_rank": 3, "fsdp_size": 2},
+        ),  # shares of data have unequal numbers of passes
         ("windowed", 4, 4, {"beginning": 13}),  # rows of the last rank: one, and three of padding
     ],
     ids=str,
@@ -139,6 +144,15 @@ def test_a_teacher(compute, models, form):
     got, want = compute(2, sequence_parallel_size=2, **changes), compute(**changes)
     assert_same(got, want)
     assert got["sums"]["teacher_kl"] > 0.1 * got["sums"]["tokens"]
+
+
+@pytest.mark.parametrize("form", ["sampled", "full"])
+def test_a_teacher_of_a_policy_that_keeps_a_prefix(compute, models, form):
+    """Teacher and policy agree on the tokens of each rank."""
+    changes = {"teacher": str(models / "one_kv_head"), "teacher_kl": form, "beginning": KEPT["beginning"]}
+    got, want = compute(2, sequence_parallel_size=2, **KEPT | changes), compute(**changes)
+    assert got["kept"] > 1
+    assert_same(got, want)
 
 
 @pytest.mark.slow

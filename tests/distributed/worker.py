@@ -13,13 +13,12 @@ from pgrpo.admission.compare import tokens_as_groups
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import start
 from pgrpo.grpo import backward, update_policy
-from pgrpo.model.kept import kept_prefix
 from pgrpo.model.weights import full_weights
 from pgrpo.packing import balance
 from pgrpo.planning.flops import ModelDims
 from pgrpo.process.exit import run_and_leave
 from pgrpo.training.build import Learner, initial_model
-from pgrpo.training.frozen import record_frozen_logprobs
+from pgrpo.training.frozen import kept_prefixes, record_frozen_logprobs
 from pgrpo.training.offload import local
 from pgrpo.training.optim import build_optimizer
 from pgrpo.training.place import place_policy, place_teacher
@@ -132,7 +131,7 @@ def one_update(world, model, changes):
     total = UpdateSums.zero(world.device)
     for span in spans(batches):
         record_frozen_logprobs(learner, span)
-        with kept_prefix(policy, span):
+        with kept_prefixes(learner, span):
             for batch in span:
                 total = total.plus(backward(learner, batch, counts))
     sums = {name: value.item() for name, value in total.over_ranks(world)._asdict().items()}

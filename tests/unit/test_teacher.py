@@ -269,6 +269,9 @@ def test_the_memory_plan_counts_the_teacher(tiny_model, teacher):
     assert offloaded.teacher == pytest.approx(2 * root / 2**30)
     full = memory_plan(small, **sizes, teacher=large, full_kl=True)
     assert full.update - with_teacher.update == pytest.approx(16384 * 4096 * 2 / 2**30)
+    # Of a kept prefix each layer has keys and values of 8 heads: the policy's with their gradients, the teacher's without.
+    kept = memory_plan(small, **sizes, teacher=large, full_kl=True, kept_tokens=1024).kept
+    assert kept == pytest.approx(1024 * (2 * 28 + 36) * 2 * 8 * 128 * 2 / 2**30)
     # Where the policy recomputes everything, the teacher's pass over a micro-batch may be the peak.
     tight = sizes | {"token_budget": 2**17, "recompute": ["full"] * 28}
     update = memory_plan(small, **tight, teacher=large)
