@@ -75,11 +75,10 @@ def use_caches(folder: str | None) -> None:
 
 def disk_full(error: Exception, folder: str | None) -> RuntimeError | None:
     """An error of a package that found no room for compiled code, with the folder and its key, as packages name neither; None if
-    that is not the reason."""
-    found = re.search(rf"\[Errno ({errno.ENOSPC}|{errno.EDQUOT})\].*", str(error))
-    if found is None:
+    that is not the reason, or if the error names a file elsewhere."""
+    found, root = re.search(rf"\[Errno ({errno.ENOSPC}|{errno.EDQUOT})\].*", str(error)), cache_root(folder)
+    if found is None or any(not Path(name).is_relative_to(root) for name in re.findall(r"'(/.*?)'", found[0])):
         return None
-    root = cache_root(folder)
     free = shutil.disk_usage(next(path for path in (root, *root.parents) if path.exists())).free
     return RuntimeError(
         f"a disk is full ({found[0].strip()}). Compiled code is kept in {root}, where {free / 2**20:,.0f} MiB are free: make room "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pgrpo.checkpoint import CheckpointError, remove, set_aside_after, tidy
-from pgrpo.config import Config, check_world_size, to_yaml
+from pgrpo.config import Config, ConfigError, check_world_size, to_yaml
 from pgrpo.distributed import world as distributed
 from pgrpo.distributed.world import World
 from pgrpo.process.caches import disk_full
@@ -277,8 +277,8 @@ def _built(config: Config, world: World, given: Given) -> Parts:
 
 
 def _no_room(error: Exception, config: Config) -> RuntimeError | None:
-    """Explains an error of packages that keep compiled code; checkpoints say for themselves where there is no room."""
-    return None if isinstance(error, CheckpointError) else disk_full(error, config.cache_dir)
+    """Explains an error of packages that keep compiled code; others of pgrpo say for themselves where there is no room."""
+    return None if isinstance(error, (CheckpointError, ConfigError)) else disk_full(error, config.cache_dir)
 
 
 @contextmanager

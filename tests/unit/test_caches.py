@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from pgrpo.config import Config
+from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World
 from pgrpo.process.caches import FLASH4, FOLDERS, TUNED, cache_root, disk_full, keeping_caches, use_caches
 from pgrpo.process.tuning import CACHE_MODE, CONFIG_DIR
@@ -110,6 +110,9 @@ def test_an_error_of_a_full_disk_names_the_folder_and_its_key(tmp_path):
         )
         assert said.endswith(" MiB are free: make room there, or set cache_dir to a folder on another disk")
     assert disk_full(OSError(errno.EACCES, "Permission denied"), None) is None
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "new" / "inductor" / "a.so"))
+    assert "set cache_dir" in str(disk_full(full, str(tmp_path / "new")))
+    assert disk_full(full, str(tmp_path / "other")) is None, "the full disk is another one, which the error names"
 
 
 @pytest.mark.parametrize("when", ["it starts", "it trains"])
@@ -128,6 +131,15 @@ def test_a_run_that_ends_by_a_full_disk_says_so(monkeypatch, when):
     monkeypatch.setattr(session, "build", fails)
     with pytest.raises(RuntimeError, match="set cache_dir"):
         session._built(Config(), world, Given()) if when == "it starts" else trains()
+
+
+def test_a_disk_that_is_too_full_for_a_models_files_is_not_that_of_compiled_code(monkeypatch):
+    def fails(*_):
+        raise ConfigError(f"model.path=x: cannot load its weights: {OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))}")
+
+    monkeypatch.setattr(session, "build", fails)
+    with pytest.raises(ConfigError, match=r"model\.path=x: cannot load its weights: \[Errno 28\]"):
+        session._built(Config(), World(0, 1, torch.device("cpu")), Given())
 
 
 def test_what_vllm_sets_is_taken_back(tmp_path):
