@@ -223,6 +223,7 @@ def test_verls_dapo_recipe_in_its_guide_is_what_its_comments_say(
     assert (loss.clip_low, loss.clip_high, loss.clip_dual, loss.aggregate) == (0.2, 0.28, 10.0, "token")
     assert (loss.kl_coef, loss.entropy_coef, loss.mask_overlong) == (0.0, 0.0, False)
     assert rollout.prompts_per_step // config.train.updates_per_step == 32
+    assert (config.eval.samples, config.eval.greedy) == (1, False)
     assert config.rewards.functions[1].args == {"max_tokens": rollout.max_completion_tokens, "cache_tokens": 4096}
 
 
