@@ -129,7 +129,8 @@ def attention_forward(
 
 
 def behind_front(k_TKD: Tensor, v_TKD: Tensor) -> tuple[Tensor, Tensor]:
-    """A layer's keys and values of a whole layout, behind those of its kept first node, if there is one."""
+    """A layer's keys and values of a whole layout, behind those of the layout's kept first node, if it has one. ``current.keep``
+    gets them where they are to be kept themselves."""
     if current.keep is not None:
         current.keep[-1] += [k_TKD, v_TKD]
     if current.front is None:
