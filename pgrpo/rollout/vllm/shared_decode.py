@@ -23,6 +23,7 @@ KNOWN, RAN = ("0.26", "0.28", "0.29", "0.30", "0.31", "0.32"), ("0.26",)
 needs."""
 FLASH_ATTN, BACKEND = "v1/attention/backends/flash_attn.py", "v1/attention/backend.py"
 TOUCHED = {
+    "config/model.py": {"ModelConfig.rswa_window": ["self"]},
     "model_executor/layers/attention_layer_base.py": {"AttentionLayerBase": ["impl"]},
     "v1/attention/backends/registry.py": {
         "register_backend": ["backend", "class_path", "is_mamba"],
