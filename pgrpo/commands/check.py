@@ -66,9 +66,10 @@ def check(config: Config) -> None:
         _show_transitions(parts.transitions, console)
         console.print(_repeated(len(parts.stream)), end="")
         _show_samples(groups, load_tokenizer(config), console)
-        if config.rewards.functions and all(episode.reward is None for group in groups for episode in group.episodes):
+        rewards = [episode.reward for group in groups for episode in group.episodes]
+        if world.is_main and config.rewards.functions and all(reward is None for reward in rewards):
             log.warning(
-                "None of these completions has a reward: each function gave None, or failed. A step like this trains nothing"
+                "None of these completions has a reward: each function gave None, or failed. Rewards like these train nothing"
             )
         console.print(plan_text(config), soft_wrap=True)
         _prove(config, groups, console, parts.policy.vision)
