@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from contextlib import suppress
 from typing import Any
 
@@ -84,9 +85,8 @@ def keepable_tokens(config: Config, dims: ModelDims, world: World) -> int:
     if world.device.type == "cpu" or not wanted:
         return wanted
     recompute, chunks = layer_plan(config, dims, world)
-    one, two = (memory_plan(dims, recompute=recompute, mlp_chunks=chunks, **sizes, kept_tokens=n) for n in (1, 2))
-    room = _capacity_gib(config, world) - one.update
-    per_token = two.kept - one.kept  # states are as large whatever the tokens
-    if room < 0:
-        return 0
-    return min(wanted, 1 + int(room / per_token)) if per_token else wanted
+
+    def update(tokens: int) -> float:
+        return memory_plan(dims, recompute=recompute, mlp_chunks=chunks, **sizes, kept_tokens=tokens).update
+
+    return bisect_right(range(1, wanted + 1), _capacity_gib(config, world), key=update)

@@ -32,7 +32,8 @@ class MemoryPlan:
             term, and 0 with LoRA, where the policy's own weights are the initial model.
         teacher: the same of the model of ``loss.teacher``, also with LoRA.
         teacher_forward: of the teacher's pass over a micro-batch before the policy's: two gathered layers, one layer's activations,
-            images, and a chunk of logits.
+            images, and a chunk of logits. With the full KL it may be between the passes of a kept prefix, whose activations, keys
+            and values are there then, as are the policy's embedding and head.
         gathered: unsharded copies of weights in the compute dtype, while in use: the embedding and head, and two layers.
         activations: tensors that the forward of a full micro-batch keeps for the backward. With LoRA there are up to a fifth
             less, which this ignores.
@@ -184,6 +185,12 @@ def memory_plan(
         recomputed += 3 * one_input
     if together > 1:  # queries, keys and values before and after the exchange of rows for heads
         recomputed += 2 * _projections(dims, together) * dtype_bytes
+    prefix = 2 * _kept(dims, dtype_bytes, kept_tokens, together)
+    beside_teacher = 0.0
+    if teacher and full_kl and kept_tokens:
+        prefix += _kept(teacher, dtype_bytes, kept_tokens, together)
+        prefix_activations = sum(kept[mode] for mode in recompute) * -(-kept_tokens // together)
+        beside_teacher = prefix + prefix_activations + root * dtype_bytes
     kv_rows = concurrent * completion_tokens + -(-concurrent // group_size) * prompt_tokens
     parts = MemoryPlan(
         weights=weights,
@@ -195,12 +202,12 @@ def memory_plan(
         + 2 * teacher.layer_matrix * dtype_bytes * is_sharded
         + sum(_tower(teacher, dtype_bytes, image_tokens, False, False, False)[2:])
         + logit_chunk_bytes
+        + beside_teacher
         if teacher
         else 0,
         gathered=gathered * dtype_bytes,
         activations=sum(kept[mode] for mode in recompute) * rows,
-        kept=2 * _kept(dims, dtype_bytes, kept_tokens, together)
-        + (_kept(teacher, dtype_bytes, kept_tokens, together) if teacher and full_kl else 0),
+        kept=prefix,
         logprobs=logit_chunk_bytes
         + head * (4 + dtype_bytes)
         + (teacher.hidden * dtype_bytes * rows if teacher and full_kl else 0),

@@ -431,11 +431,16 @@ def test_the_memory_plan_says_how_much_is_kept():
     assert kept_text(9, 0).startswith("none: the memory plan has no room")
 
 
-@pytest.mark.parametrize("states", [0, 2**24])
-def test_no_more_tokens_are_kept_than_the_memory_plan_has_room_for(states, monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "states", "teacher"),
+    [("qwen3_4b", 0, None), ("qwen3_4b", 2**24, None), ("qwen3_1.7b_vocab_49152", 0, "qwen3_4b")],
+)
+def test_no_more_tokens_are_kept_than_the_memory_plan_has_room_for(shape, states, teacher, monkeypatch):
+    """The peak with the larger teacher, of the full KL, is in its pass, beside what the policy keeps."""
     config = load_config("qwen3_0.6b.yaml")
     config.model.activation_checkpointing, config.data.max_prompt_tokens, config.train.token_budget = "full", 9000, 9600
-    shape = json.loads((ROOT / "benchmarks" / "qwen3_4b" / "config.json").read_text())
+    config.loss.teacher, config.loss.teacher_kl = teacher and str(ROOT / "benchmarks" / teacher), "full"
+    shape = json.loads((ROOT / "benchmarks" / shape / "config.json").read_text())
     dims, world = replace(ModelDims.from_config(shape), state_elements=states), World(0, 1, torch.device("cuda"))
     sizes: dict[str, Any] = plan_sizes(config, dims, world, world.device)
     sizes["recompute"] = ["full"] * dims.layers

@@ -276,6 +276,10 @@ def test_the_memory_plan_counts_the_teacher(tiny_model, teacher):
     tight = sizes | {"token_budget": 2**17, "recompute": ["full"] * 28}
     update = memory_plan(small, **tight, teacher=large)
     assert update.teacher_forward > 2**17 * 2 * (4 * 12288 + 2 * 4096) / 2**30
+    # With the full KL it comes while the policy keeps a prefix: layers' inputs, keys and values, and the gathered embedding.
+    alone, beside = (memory_plan(small, **tight, teacher=large, full_kl=True, kept_tokens=n) for n in (0, 2**16))
+    more = 2 * (2**16 * 28 * 1024 + 151936 * 1024) / 2**30 + beside.kept
+    assert beside.teacher_forward - alone.teacher_forward == pytest.approx(more)
     config = load_config("quickstart", [f"model.path={tiny_model}", "run_dir=runs/x"])
     before = plan_text(config)
     config.loss.teacher = str(teacher)
