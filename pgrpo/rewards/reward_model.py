@@ -51,7 +51,7 @@ class RewardModel:
             trust_remote_code: run Python code that comes with the model. If false, such a model is refused.
 
         Raises:
-            Unusable: the GPU has not enough memory.
+            Unusable: the GPU has not enough memory, or there are no weights for some of the classifier's tensors.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, not {batch_size}")
@@ -116,9 +116,15 @@ def _load(model: str, revision: str | None, trust: bool, device: str | None, dty
 
     if device is None:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    classifier: Any = AutoModelForSequenceClassification.from_pretrained(
-        model, revision=revision, trust_remote_code=trust, dtype=dtype
+    found: Any = AutoModelForSequenceClassification.from_pretrained(
+        model, revision=revision, trust_remote_code=trust, dtype=dtype, output_loading_info=True
     )
+    classifier, info = found
+    if missing := sorted(info["missing_keys"]):
+        raise Unusable(
+            f"{model} has no weights for {len(missing)} of a classifier's tensors, such as {missing[0]}, and transformers gives "
+            "these random numbers; set args.model to a sequence classifier that was trained as a reward model"
+        )
     return classifier.to(device).eval()
 
 

@@ -12,10 +12,18 @@ from typing import Any
 import pytest
 import torch
 from making import episode, group
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+)
 
 from pgrpo.config import ConfigError, RewardConfig
 from pgrpo.rewards import RewardError, RewardRunner
+from pgrpo.rewards.call import Unusable
 from pgrpo.rewards.reward_model import RewardModel
 from pgrpo.types import Prompt
 
@@ -105,6 +113,16 @@ def test_a_gpu_without_room_stops_the_run_and_says_what_to_do(folder: Path, monk
     ):
         runner.score([scored])
     assert len(loads) == 1
+
+
+@pytest.mark.faults
+def test_a_language_model_is_no_reward_model(folder: Path, tmp_path: Path):
+    """transformers loads it with a random head."""
+    shutil.copytree(folder, tmp_path / "lm")
+    config = AutoConfig.from_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "lm")
+    with pytest.raises(Unusable, match=r"lm has no weights for 1 of a classifier's tensors, such as score.weight, and"):
+        RewardModel()(PROMPTS, COMPLETIONS, model=str(tmp_path / "lm"), device="cpu")
 
 
 def test_weights_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
