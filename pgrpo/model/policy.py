@@ -93,7 +93,8 @@ class Policy(nn.Module):
         return found._make(x if x is None else x.index_select(0, batch.pair_index) for x in found)
 
     def teacher_rows(self, batch: GroupedBatch) -> TeacherRows:
-        """For the KL of another policy to this one, in the forward of that. With FSDP the head stays gathered until ``reshard``."""
+        """For the KL of another policy to this one, in the forward of that. With FSDP the head stays gathered until ``reshard``. Of
+        several ranks, those of its own rows: both policies must keep the batch's prefix, or neither."""
         return TeacherRows(self._rows(batch)[0], self.head, self.temperature)
 
     def keep(self, batch: GroupedBatch) -> Tensor:
