@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.config.strict_yaml import one_line
 
 TAKEN = (
     "*.json",
@@ -41,8 +42,8 @@ def source_folder(source: ModelConfig) -> Path:
     try:
         return Path(snapshot_download(source.path, revision=source.revision, allow_patterns=list(TAKEN)))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.path={source.path}: its config and tokenizer cannot be copied: {reason}") from error
+        what = f"model.path={source.path}: its config and tokenizer cannot be copied"
+        raise ConfigError(f"{what}: {one_line(error)}") from error
 
 
 def copy_source_files(folder: Path, out: Path, dtype: str, model_type: str) -> None:

@@ -105,7 +105,8 @@ def at(name: str, line: int) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return the first line of an error's message. Redact before the split, because a secret may span several lines."""
+    """Return the first line of an error's message, or its type if it has none. Redact before the split, because a secret may span
+    several lines."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
-    return (redact(str(error)).splitlines() or [type(error).__name__])[0]
+    return (redact(str(error)).strip().splitlines() or [type(error).__name__])[0]

@@ -12,6 +12,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from pgrpo.config import ConfigError, ModelConfig
+from pgrpo.config.strict_yaml import one_line
 from pgrpo.vision.families import TOWER_ON_REQUEST, WITHOUT_TOWER, auto_class
 
 
@@ -66,7 +67,7 @@ def pretrained_model(hf_config: PretrainedConfig, config: ModelConfig, **options
             **options,
         )
     except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{name}: cannot load its weights: {_first_line(error)}; {fix}") from error
+        raise ConfigError(f"{name}: cannot load its weights: {one_line(error).removesuffix('.')}; {fix}") from error
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
@@ -115,8 +116,4 @@ def load_error(error: Exception) -> str:
     """Why ``from_pretrained`` failed, in one line, with the config key that changes it."""
     if "trust_remote_code" in str(error):
         return "it comes with Python code of its own; read that, and set model.trust_remote_code=true to run it"
-    return f"{_first_line(error)}; give a folder that from_pretrained loads, or a hub name"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].removesuffix(".")
+    return f"{one_line(error).removesuffix('.')}; give a folder that from_pretrained loads, or a hub name"

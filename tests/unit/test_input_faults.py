@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pgrpo import cli
+from pgrpo.planning.hub import load_error
 
 pytestmark = pytest.mark.faults
 RECIPE = """\
@@ -404,3 +405,9 @@ def test_a_secret_is_in_no_file_log_or_message(train, folder, monkeypatch, caplo
     assert len(files) > (4 if on_error == "raise" else 8)
     for path in files:
         assert b"5ecret" not in path.read_bytes(), path
+
+
+def test_an_error_of_loading_is_its_first_line_or_its_name():
+    """Errors of networks have no text at times, and some begin with an empty line."""
+    assert load_error(OSError("\nno such file.\nmore")).startswith("no such file; give a folder")
+    assert load_error(TimeoutError()).startswith("TimeoutError; give a folder")
