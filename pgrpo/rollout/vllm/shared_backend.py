@@ -48,9 +48,8 @@ def registered(group_size: int) -> Iterator[None]:
 def why_not(vllm_config: Any) -> str | None:
     """Why a model cannot share; None if it can. One layer that cannot is enough: such models were not tried. Layers are those that
     keep something of a sequence, keys and values or a state; vLLM lists others beside them (experts), which play no part."""
-    if (
-        vllm_config.model_config.rswa_window is not None
-    ):  # of the batch, not of a layer: FlashAttention finds it in the metadata
+    # Of the batch, not of a layer: FlashAttention finds it in the metadata.
+    if vllm_config.model_config.rswa_window is not None:
         return "completions attend to a window and the whole prompt"
     shapes = set[tuple[int, int, int]]()
     for name, layer in _layers(vllm_config).items():
@@ -82,9 +81,8 @@ class SharedImpl(FlashAttentionImpl):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        layout = getattr(
-            attn_metadata, "shared_layout", None
-        )  # None: prefill, or a run without metadata that measures memory
+        # None: prefill, or a run without metadata that measures memory.
+        layout = getattr(attn_metadata, "shared_layout", None)
         if layout is None:
             return super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
@@ -99,9 +97,8 @@ class SharedImpl(FlashAttentionImpl):
 class SharedBuilder(FlashAttentionMetadataBuilder):
     """What the layers of a step need. vLLM makes it inside the pool of memory that sleep gives up and wipes."""
 
-    _cudagraph_support = (
-        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    )  # the kernels of a captured graph cannot do a prefill
+    # The kernels of a captured graph cannot do a prefill.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     supports_update_block_table = False  # another table, another layout
     group_size = 1
 
