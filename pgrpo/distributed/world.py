@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pgrpo.process.pinned import pin_with_threads
+from pgrpo.process.allocators import set_up_allocators
 from pgrpo.process.stopping import StopFlag, Stopped
 from pgrpo.process.threads import yielding_cores
 
@@ -198,7 +198,7 @@ def start(fsdp_size: int | None = None, sequence_parallel_size: int = 1) -> Iter
     rank, size = int(os.environ.get("RANK", "0")), world_size()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        pin_with_threads()
+        set_up_allocators()
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     is_ours = not dist.is_initialized()

@@ -27,7 +27,6 @@ from pgrpo.planning.flops import GIB
 from pgrpo.planning.memory import memory_plan
 from pgrpo.planning.recompute import LayerPlan
 from pgrpo.process import second
-from pgrpo.process.pinned import SETTING, pin_with_threads
 from pgrpo.training import compile_ahead
 from pgrpo.training.build import Learner, initial_model
 from pgrpo.training.compile_ahead import CompileAhead, compile_update, flat_batch
@@ -442,22 +441,3 @@ def test_what_the_policy_leaves_free(make):
     assert free_beside_policy(config, dims, WORLD) == pytest.approx(
         USABLE_SHARE * gpu_memory(WORLD.device) / GIB - used
     )
-
-
-@pytest.mark.parametrize(
-    ("name", "before", "after"),
-    [
-        ("PYTORCH_CUDA_ALLOC_CONF", None, SETTING),
-        ("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64", f"max_split_size_mb:64,{SETTING}"),
-        ("PYTORCH_ALLOC_CONF", "max_split_size_mb:64", f"max_split_size_mb:64,{SETTING}"),
-        ("PYTORCH_CUDA_ALLOC_CONF", "pinned_num_register_threads:2", "pinned_num_register_threads:2"),
-    ],
-)
-def test_pinned_memory_is_mapped_by_threads_unless_the_user_says_how(monkeypatch, name, before, after):
-    for other in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        monkeypatch.setenv(other, "")  # so that it is put back after the test
-        monkeypatch.delenv(other)
-    if before:
-        os.environ[name] = before
-    pin_with_threads()
-    assert os.environ.get(name) == after

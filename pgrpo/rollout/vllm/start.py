@@ -36,6 +36,7 @@ from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World
 from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.rope import fixed_ropes
+from pgrpo.process.allocators import fixed_segments
 from pgrpo.process.caches import keeping_caches
 from pgrpo.process.deadline import deadline
 from pgrpo.process.rng import rng_state, set_rng_state
@@ -160,7 +161,9 @@ def start(
     """
     rollout, state = config.rollout, rng_state()
     waiting = deadline(rollout.vllm_deadline_s, "starting vLLM", DEADLINE)
-    with keeping_caches(), waiting, vllm_errors("start"), own_classes(), whole_files(), ExitStack() as starting:
+    with (
+        keeping_caches(), fixed_segments(), waiting, vllm_errors("start"), own_classes(), whole_files(), ExitStack() as starting,
+    ):  # fmt: skip
         backend, decoding = _shared_backend(config, world.device.type)
         if backend is not None:
             starting.enter_context(backend.registered(rollout.group_size))
