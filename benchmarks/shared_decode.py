@@ -49,7 +49,7 @@ CALLS = 8
 PROFILED, FIRST_STEPS = 16, 24
 """Decode steps that are traced; the first steps, whose times are shown one by one."""
 PARTS = {
-    "attention": r"flash|_kernel_mha|parts_kernel|merge_kernel|common_kernel|groups_kernel|items_kernel|reshape_and_cache|even",
+    "attention": r"flash|_kernel_mha|parts_kernel|merge_kernel|common_kernel|groups_kernel|steps_kernel|reshape_and_cache|even",
     "matrix products": r"gemm|nvjet|cutlass|xmma|splitk|cublas",
     "sampling": r"sort|topk|softmax|argmax|exponential|distribution|gather|scatter|cumsum|scan|logprob|rank|reduce_kernel",
     "copies": r"memcpy|memset",
@@ -166,10 +166,11 @@ def kernel_row(groups: int, size: int, prompt: int, own: int, page: int = 16) ->
         merge_(out[n:], lse[:, n:], out[:n], lse[:, :n])
         return out[n:]
 
-    layout, out = DecodeLayout(n, HEADS, KEY_HEADS, DIM, page, q.device, group_size=size), torch.empty_like(q)
+    longest, out = int(given.lengths.max()), torch.empty_like(q)
+    layout = DecodeLayout(n, HEADS, KEY_HEADS, DIM, page, q.device, longest, group_size=size)
 
     def shared() -> Tensor:
-        layout.attend(q, keys, values, given.table, out, scale)
+        layout.attend(q, keys, values, out, scale)
         return out
 
     layout.update(*given)

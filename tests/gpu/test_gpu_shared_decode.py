@@ -44,11 +44,11 @@ def test_a_captured_graph_computes_whatever_batch_is_in_place(heads, dtype, layo
     q, keys, values = tensors(heads, dtype, layout)
     width = max(given.table.shape[1] for given in BATCHES.values())
     query_heads, key_heads, dim = heads
-    made, out = DecodeLayout(N, query_heads, key_heads, dim, 16, q.device), torch.empty_like(q)
+    made, out = DecodeLayout(N, query_heads, key_heads, dim, 16, q.device, 16 * width), torch.empty_like(q)
     place = on_gpu(BATCHES["equal groups"], width)
 
     def attend():
-        made.attend(q, keys, values, place.table, out, dim**-0.5)
+        made.attend(q, keys, values, out, dim**-0.5)
 
     made.update(*place)
     attend()

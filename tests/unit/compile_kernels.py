@@ -14,12 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "pgrpo" / "rollout" / "vllm")
 import shared_kernels  # pyright: ignore[reportMissingImports]
 
 SIZES = {
-    "HEADS": 32, "KEY_HEADS": 8, "DIM": 128, "PAGE": 16, "PARTS": 16, "TILE": 64, "OWN_TILE": 16, "BLOCK": 64, "MOST": 16,
-    "HALF": 8, "WIDTH": 256, "TOGETHER": 8,
+    "HEADS": 32, "KEY_HEADS": 8, "DIM": 128, "PAGE": 16, "TILE": 64, "OWN_TILE": 16, "BLOCK": 64, "MOST": 16, "WIDTH": 256,
+    "TOGETHER": 8,
 }  # fmt: skip
 TYPES = (
     dict.fromkeys(("Q", "K", "V", "OUT"), "*bf16")
-    | dict.fromkeys(("PARTIAL", "PARTIAL_LSE"), "*fp32")
+    | dict.fromkeys(("SHARED_OUT", "SHARED_LSE", "OWN_OUT", "OWN_LSE"), "*fp32")
     | {"scale": "fp32"}
 )
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -46,10 +46,10 @@ def usage(kernel, folder: Path, tile: int = 64, **options: int) -> dict[str, int
 
 folder = Path(sys.argv[1])
 simple = {
-    name: usage(getattr(shared_kernels, f"{name}_kernel"), folder) for name in ("common", "groups", "items", "merge")
+    name: usage(getattr(shared_kernels, f"{name}_kernel"), folder) for name in ("common", "groups", "steps", "merge")
 }
 parts = {
-    f"parts {tile}": usage(shared_kernels.parts_kernel, folder, tile, num_warps=4, num_stages=5)
+    f"parts {tile}": usage(shared_kernels.parts_kernel, folder, tile, num_warps=4, num_stages=3)
     for tile in (16, 32, 64)
 }
 print(json.dumps(simple | parts))

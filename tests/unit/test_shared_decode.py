@@ -27,8 +27,8 @@ CPU = torch.device("cpu")
 
 def layout(sequences: int, heads: int = 4, key_heads: int = 2, **sizes: int) -> DecodeLayout:
     """Small sizes, and arrays as vLLM's sleep leaves them: full of anything."""
-    small = {"most_parts": 8, "item_tokens": 8, "shared_tokens": 2 * PAGE, "tile": 16}
-    made = DecodeLayout(sequences, heads, key_heads, 16, PAGE, CPU, **small | sizes)
+    small = {"share_tokens": 16, "shared_tokens": 2 * PAGE, "tile": 16}
+    made = DecodeLayout(sequences, heads, key_heads, 16, PAGE, CPU, 256, **small | sizes)
     for value in vars(made).values():
         if isinstance(value, Tensor):
             value.fill_(float("nan") if value.is_floating_point() else -77)
@@ -45,16 +45,17 @@ def attend(
     out = torch.full_like(q, float("nan"))
     if updates:
         made.update(*given)
-    made.attend(q, keys, values, given.table, out, 16**-0.5)
+    made.attend(q, keys, values, out, 16**-0.5)
     return out.double(), exact(q, keys, values, given, list(range(n)))
 
 
-def items(made: DecodeLayout) -> Tensor:
-    return made.items[: int(made.count[1])]
+def steps(made: DecodeLayout) -> tuple[Tensor, Tensor]:
+    """Those of shared tokens, and those of own ones: sequence, tokens from there on in the stretch, run, steps left in the run."""
+    return made.steps[0, : int(made.shares[0])], made.steps[1, : int(made.shares[2])]
 
 
 def tokens_read(made: DecodeLayout) -> int:
-    return int((items(made)[:, 3] - items(made)[:, 2]).sum())
+    return sum(int(part[:, 1].clamp(max=made.block).sum()) for part in steps(made))
 
 
 CASES = {
@@ -76,17 +77,20 @@ def test_attention_is_that_of_each_sequence_alone(name: str) -> None:
     made = layout(len(CASES[name].lengths) + 2)
     out, truth = attend(made, CASES[name])
     torch.testing.assert_close(out, truth, atol=1e-5, rtol=0)
-    assert int(made.parts[: len(truth)].max()) <= made.most_parts
-    assert (items(made)[:, 2] < items(made)[:, 3]).all(), "no item is empty"
+    for part, share in zip(steps(made), made.shares[1::2].tolist(), strict=True):
+        assert (part[:, 1] > 0).all(), "no step is empty"
+        ends = (part[:, 3] == 1).nonzero().flatten()
+        assert len(part) <= made.splits * share and len(set(part[ends, 2].tolist())) == len(ends), (
+            "a run has a place of its own"
+        )
 
 
 def test_each_layer_of_a_step_is_computed() -> None:
-    """One update serves all layers, and a step that was broken off leaves nothing behind."""
+    """One update serves all layers."""
     torch.manual_seed(0)
     given = batch([(41, [3, 9, 1]), (30, [5, 5])], PAGE)
     made = layout(5)
     for updates in (True, False, False, True):
-        made.count[2] += 0 if not updates else 7  # as of a kernel that was not followed by a merge
         out, truth = attend(made, given, updates=updates)
         torch.testing.assert_close(out, truth, atol=1e-5, rtol=0)
 
@@ -165,12 +169,12 @@ def test_a_short_sequence_goes_last_whatever_is_behind_its_last_block() -> None:
     assert (made.order.tolist(), made.members.tolist()) == ([0, 2, 1], [2, 0, 1])
 
 
-@pytest.mark.parametrize(("tokens", "lengths"), [(16, [16]), (20, [12, 8]), (28, [16, 12])])
-def test_items_are_about_as_long_as_the_least(tokens: int, lengths: list[int]) -> None:
-    """12 tokens, also where there are more programs than that leaves items for: tokens are cut into the nearest number of items."""
-    made = layout(1, item_tokens=12)
-    made.update(*batch([(tokens - 1, [1])], PAGE))
-    assert (items(made)[:, 3] - items(made)[:, 2]).tolist() == lengths
+@pytest.mark.parametrize(("own", "share", "runs"), [(15, 2, 1), (31, 2, 1), (200, 5, 3), (240, 6, 3)])
+def test_all_programs_have_equal_shares_unless_there_is_little_to_read(own: int, share: int, runs: int) -> None:
+    """16 tokens a step, 3 programs a key head, 2 steps at least."""
+    made = layout(1, share_tokens=32)
+    made.update(*batch([(1, [own])], PAGE))
+    assert made.shares.tolist() == [0, 2, -(-(own + 1) // 16), share] and made.runs[0, 4] == runs
 
 
 def test_another_batch_in_the_same_arrays() -> None:
@@ -191,14 +195,6 @@ def test_in_half_precision_the_outputs_rounding_is_the_only_error() -> None:
     torch.manual_seed(0)
     out, truth = attend(layout(4), batch([(121, [30] * 4)], PAGE), torch.float16)
     assert (out - truth).norm() < 1.02 * (truth.half().double() - truth).norm()
-
-
-def test_long_sequences_are_cut_into_equal_items_and_short_ones_are_not() -> None:
-    made = layout(8)
-    made.update(*batch([(961, [40] * 8)], PAGE))
-    assert (items(made)[:2, 3] - items(made)[:2, 2]).tolist() == [480] * 2
-    made.update(*batch([(12, [1, 2])] * 4, PAGE))
-    assert len(items(made)) == 4 + 8
 
 
 def test_the_kernels_compile_for_an_h100(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def builder(backend, **layer):
     impl = backend.module.SharedImpl(**shape | {"sliding_window": None, "kv_cache_dtype": "auto"} | layer)
     model = SimpleNamespace(
         get_num_attention_heads=lambda _: HEADS, get_num_kv_heads=lambda _: KEY_HEADS, get_head_size=lambda: DIM,
-        rswa_window=None, is_mm_prefix_lm=False,
+        rswa_window=None, is_mm_prefix_lm=False, max_model_len=256,
     )  # fmt: skip
     graphs = SimpleNamespace(has_full_cudagraphs=lambda: False)
     config = SimpleNamespace(

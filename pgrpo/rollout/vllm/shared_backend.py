@@ -90,7 +90,7 @@ class SharedImpl(FlashAttentionImpl):
         n = attn_metadata.num_actual_tokens
         keys, values = kv_cache.transpose(1, 2).split(self.head_size, dim=-1)
         out = output.view(-1, self.num_heads, self.head_size)[:n]
-        layout.attend(query[:n], keys, values, attn_metadata.block_table, out, self.scale)
+        layout.attend(query[:n], keys, values, out, self.scale)
         return output
 
 
@@ -110,7 +110,7 @@ class SharedBuilder(FlashAttentionMetadataBuilder):
             impl = next(iter(_layers(vllm_config).values())).impl
             self.layout = DecodeLayout(
                 self.sequences, impl.num_heads, impl.num_kv_heads, impl.head_size, self.block_size, device,
-                most_parts=max(8, min(32, 4096 // self.sequences)), group_size=self.group_size,
+                vllm_config.model_config.max_model_len, group_size=self.group_size,
             )  # fmt: skip
 
     def build(

@@ -7,8 +7,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FIELDS = tl.constexpr(5)
-"""Numbers of an item: place of its first sequence, sequences, first token, the token behind its last, part."""
+FIELDS = tl.constexpr(4)
+"""Numbers of a step (BLOCK tokens at most): its sequence, the tokens of its stretch from it on, its run, and the steps of its run
+from it on. The sequence is a row, but for shared tokens the place of the group's first sequence."""
 
 
 @triton.jit
@@ -57,159 +58,241 @@ def groups_kernel(
     tl.store(MEMBERS + i, tl.where(i == lead, size, 0))
 
 
-@triton.jit(do_not_specialize=["n", "item_tokens", "slots"])
-def items_kernel(
-    ORDER, LENGTHS, SHARED, MEMBERS, PARTS, ITEMS, COUNT, n, item_tokens, slots,
-    PAGE: tl.constexpr, HALF: tl.constexpr, WIDTH: tl.constexpr,
+@triton.jit(do_not_specialize=["n", "splits", "least", "most"])
+def steps_kernel(
+    TABLE, ORDER, LENGTHS, SHARED, MEMBERS, STEPS, PAGES, SHARES, RUNS, n, splits, least, most, table_stride,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """The items of the i-th sequence, first those of all shared tokens (most work), then those of all own tokens.
+    """The steps of the i-th sequence in order: those of its group's shared tokens, if it leads the group, and those of its own.
 
-    All tokens are spread over ``slots`` items of about equal length, HALF of them a sequence at most.
+    All steps of shared tokens are cut into ``splits`` equal shares, and so are those of own tokens. A run is what one share has of
+    the steps of a group or sequence. SHARES: shared steps, those of a share, and the same of own steps. RUNS: of a row its first
+    shared run, the number of these, its place in its group, its first own run, the number of these.
     """
     i = tl.program_id(0)
     at = tl.arange(0, WIDTH)
+    row = tl.load(ORDER + i)
     length = tl.load(LENGTHS + tl.load(ORDER + at, mask=at < n, other=0), mask=at < n, other=0)
     shared = tl.load(SHARED + at, mask=at < n, other=0)
     members = tl.load(MEMBERS + at, mask=at < n, other=0)
     own = tl.maximum(length - shared, 0)
     led = tl.where(members > 0, shared, 0)
-    step = tl.maximum(tl.cdiv(tl.cdiv(tl.sum(led + own, 0), slots), PAGE) * PAGE, item_tokens)
-    shared_step = even(shared, step, PAGE, HALF)
-    own_step = even(own, step, PAGE, HALF)
-    shared_items, own_items = tl.cdiv(led, shared_step), tl.cdiv(own, own_step)
-    all_shared = tl.sum(shared_items, 0)
+    led_steps, own_steps = tl.cdiv(led, BLOCK), tl.cdiv(own, BLOCK)
+    led_share = tl.maximum(tl.cdiv(tl.sum(led_steps, 0), splits), least)
+    own_share = tl.maximum(tl.cdiv(tl.sum(own_steps, 0), splits), least)
     if i == 0:
-        tl.store(COUNT, all_shared)
-        tl.store(COUNT + 1, all_shared + tl.sum(own_items, 0))
-        tl.store(COUNT + 2, 0)
-    here = at == i
-    tokens, kept = tl.sum(tl.where(here, shared, 0), 0), tl.sum(tl.where(here, own, 0), 0)
-    stride, own_stride = tl.sum(tl.where(here, shared_step, 0), 0), tl.sum(tl.where(here, own_step, 0), 0)
-    before = tl.cdiv(tokens, stride)
-    item = ITEMS + tl.sum(tl.where(at < i, shared_items, 0), 0) * FIELDS
-    for part in range(tl.sum(tl.where(here, shared_items, 0), 0)):
-        tl.store(item, i)
-        tl.store(item + 1, tl.sum(tl.where(here, members, 0), 0))
-        tl.store(item + 2, part * stride)
-        tl.store(item + 3, tl.minimum((part + 1) * stride, tokens))
-        tl.store(item + 4, part)
-        item += FIELDS
-    item = ITEMS + (all_shared + tl.sum(tl.where(at < i, own_items, 0), 0)) * FIELDS
-    for part in range(tl.cdiv(kept, own_stride)):
-        tl.store(item, i)
-        tl.store(item + 1, 1)
-        tl.store(item + 2, tokens + part * own_stride)
-        tl.store(item + 3, tokens + tl.minimum((part + 1) * own_stride, kept))
-        tl.store(item + 4, before + part)
-        item += FIELDS
-    tl.store(PARTS + tl.load(ORDER + i), before + tl.cdiv(kept, own_stride))
+        tl.store(SHARES, tl.sum(led_steps, 0))
+        tl.store(SHARES + 1, led_share)
+        tl.store(SHARES + 2, tl.sum(own_steps, 0))
+        tl.store(SHARES + 3, own_share)
+    lead = tl.max(tl.where((members > 0) & (at <= i), at, 0), 0)  # groups have two members, so half of it numbers them
+    table = TABLE + row.to(tl.int64) * table_stride
+    tokens = tl.sum(tl.where(at == lead, led, 0), 0)
+    first = tl.sum(tl.where(at < lead, led_steps, 0), 0)
+    if i == lead:
+        _write_steps(table, STEPS, PAGES, lead, 0, tokens, first, led_share, lead // 2, PAGE, BLOCK, TOGETHER)
+    _write_runs(RUNS + row * 5, lead // 2, first, tl.cdiv(tokens, BLOCK), led_share)
+    tl.store(RUNS + row * 5 + 2, i - lead)
+    before, tokens = tl.sum(tl.where(at == i, shared, 0), 0), tl.sum(tl.where(at == i, own, 0), 0)
+    first = tl.sum(tl.where(at < i, own_steps, 0), 0)
+    _write_steps(
+        table, STEPS + most * FIELDS, PAGES + most * (BLOCK // PAGE), row, before, tokens, first, own_share, i,
+        PAGE, BLOCK, TOGETHER,
+    )  # fmt: skip
+    _write_runs(RUNS + row * 5 + 3, i, first, tl.cdiv(tokens, BLOCK), own_share)
 
 
 @triton.jit
-def even(tokens, step, PAGE: tl.constexpr, HALF: tl.constexpr):
-    """Whole pages of each of the equal items that tokens are cut into: as many as make them about ``step`` long, HALF at most."""
-    items = tl.minimum(tl.maximum((tokens + step // 2) // step, 1), HALF)
-    return tl.maximum(tl.cdiv(tl.cdiv(tokens, items), PAGE), 1) * PAGE
+def _write_steps(
+    table, STEPS, PAGES, sequence, before, tokens, first, share, place,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Steps of a stretch of tokens behind ``before`` others (whole pages), of which the first is step ``first``."""
+    steps = tl.cdiv(tokens, BLOCK)
+    for j in range(0, steps, TOGETHER):
+        step = j + tl.arange(0, TOGETHER)
+        there = step < steps
+        to = STEPS + (first + step) * FIELDS
+        tl.store(to, sequence, mask=there)
+        tl.store(to + 1, tokens - step * BLOCK, mask=there)
+        tl.store(to + 2, place + (first + step) // share, mask=there)
+        tl.store(to + 3, tl.minimum(steps - step, share - (first + step) % share), mask=there)
+        for page in tl.static_range(BLOCK // PAGE):
+            number = tl.minimum(step * (BLOCK // PAGE) + page, (tokens - 1) // PAGE)  # behind the last, the last again
+            block = tl.load(table + before // PAGE + number, mask=there, other=0)
+            tl.store(PAGES + (first + step) * (BLOCK // PAGE) + page, block, mask=there)
 
 
 @triton.jit
+def _write_runs(to, place, first, steps, share):
+    tl.store(to, place + first // share)
+    tl.store(to + 1, tl.where(steps > 0, (first + steps - 1) // share - first // share + 1, 0))
+
+
+@triton.jit(do_not_specialize=["most"])
 def parts_kernel(
-    Q, K, V, TABLE, ORDER, ITEMS, COUNT, PARTIAL, PARTIAL_LSE, q_stride, q_head_stride, block_stride, token_stride,
-    head_stride, table_stride, scale,
-    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, PARTS: tl.constexpr,
+    Q, K, V, ORDER, MEMBERS, STEPS, PAGES, SHARES, SHARED_OUT, SHARED_LSE, OWN_OUT, OWN_LSE, most,
+    q_stride, q_head_stride, block_stride, token_stride, head_stride, scale,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
     TILE: tl.constexpr, OWN_TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Persistent: a program takes the next (item, key head) that none has taken, of shared tokens first, then of own ones, whose
-    tiles are as small as they can be. COUNT[2] counts those taken."""
-    shared = tl.load(COUNT) * KEY_HEADS
-    both = tl.load(COUNT + 1) * KEY_HEADS
-    work = tl.atomic_add(COUNT + 2, 1)
-    while work < shared:
-        following = tl.atomic_add(COUNT + 2, 1)  # early: it takes as long as several loads
-        _part(
-            work, Q, K, V, TABLE, ORDER, ITEMS, PARTIAL, PARTIAL_LSE, q_stride, q_head_stride, block_stride, token_stride,
-            head_stride, table_stride, scale, HEADS, KEY_HEADS, DIM, PAGE, PARTS, TILE, BLOCK,
+    """One share of shared steps and one of own steps, at one key head. Its loads of keys and values never wait for a run to end."""
+    head = tl.program_id(0) % KEY_HEADS
+    split = tl.program_id(0) // KEY_HEADS
+    step, until = _share(SHARES, split)
+    while step < until:
+        step = _shared_run(
+            step, head, Q, K, V, ORDER, MEMBERS, STEPS, PAGES, SHARED_OUT, SHARED_LSE, q_stride, q_head_stride,
+            block_stride, token_stride, head_stride, scale, HEADS, KEY_HEADS, DIM, PAGE, TILE, BLOCK,
         )  # fmt: skip
-        work = following
-    while work < both:
-        following = tl.atomic_add(COUNT + 2, 1)
-        _part(
-            work, Q, K, V, TABLE, ORDER, ITEMS, PARTIAL, PARTIAL_LSE, q_stride, q_head_stride, block_stride, token_stride,
-            head_stride, table_stride, scale, HEADS, KEY_HEADS, DIM, PAGE, PARTS, OWN_TILE, BLOCK,
-        )  # fmt: skip
-        work = following
+    step, until = _share(SHARES + 2, split)
+    _own_runs(
+        step, until, head, Q, K, V, STEPS + most * FIELDS, PAGES + most * (BLOCK // PAGE), OWN_OUT, OWN_LSE,
+        q_stride, q_head_stride, block_stride, token_stride, head_stride, scale,
+        HEADS, KEY_HEADS, DIM, PAGE, OWN_TILE, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
-def _part(
-    work, Q, K, V, TABLE, ORDER, ITEMS, PARTIAL, PARTIAL_LSE, q_stride, q_head_stride, block_stride, token_stride,
-    head_stride, table_stride, scale,
-    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, PARTS: tl.constexpr,
+def _share(SHARES, split):
+    """Its first step, and the one behind its last. Programs above those that there are steps for get none."""
+    steps, share = tl.load(SHARES), tl.load(SHARES + 1)
+    return tl.minimum(split * share, steps), tl.minimum((split + 1) * share, steps)
+
+
+@triton.jit
+def _shared_run(
+    step, head, Q, K, V, ORDER, MEMBERS, STEPS, PAGES, OUT, LSE, q_stride, q_head_stride,
+    block_stride, token_stride, head_stride, scale,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
     TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Attention of an item's sequences, at one key head's query heads, over the item's tokens."""
+    """The run that begins with ``step``: a group's sequences at one key head's query heads. Returns the step behind it."""
     RATIO: tl.constexpr = HEADS // KEY_HEADS
-    head = work % KEY_HEADS
-    item = ITEMS + work // KEY_HEADS * FIELDS
-    lead, members, part = tl.load(item), tl.load(item + 1), tl.load(item + 4)
-    begin, end = tl.load(item + 2), tl.load(item + 3)
-    rows = tl.arange(0, TILE)
-    dims = tl.arange(0, DIM)
-    ours = rows // RATIO < members
+    lead, run = tl.load(STEPS + step * FIELDS), tl.load(STEPS + step * FIELDS + 2)
+    until = step + tl.load(STEPS + step * FIELDS + 3)
+    rows, dims = tl.arange(0, TILE), tl.arange(0, DIM)
+    ours = rows // RATIO < tl.load(MEMBERS + lead)
     sequence = tl.load(ORDER + lead + rows // RATIO, mask=ours, other=0).to(tl.int64)
     heads = head * RATIO + rows % RATIO
     q = tl.load(
         Q + sequence[:, None] * q_stride + heads[:, None] * q_head_stride + dims[None, :], mask=ours[:, None], other=0.0
     )
     highest = tl.full([TILE], float("-inf"), tl.float32)
-    total = tl.zeros([TILE], tl.float32)
+    totals = tl.zeros([TILE, BLOCK], tl.float32)
     out = tl.zeros([TILE, DIM], tl.float32)
-    table = TABLE + tl.load(ORDER + lead).to(tl.int64) * table_stride
-    for j in range(begin, end, BLOCK):
-        token = j + tl.arange(0, BLOCK)
-        there = token < end
-        block = tl.load(table + token // PAGE, mask=there, other=0).to(tl.int64)
-        at = block * block_stride + (token % PAGE) * token_stride + head * head_stride
-        k = tl.load(K + at[None, :] + dims[:, None], mask=there[None, :], other=0.0)
-        logits = tl.where(there[None, :], tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
-        higher = tl.maximum(highest, tl.max(logits, 1))
-        weights = tl.exp2(logits - higher[:, None])
-        shrink = tl.exp2(highest - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        v = tl.load(V + at[:, None] + dims[None, :], mask=there[:, None], other=0.0)
-        # Weights as the sum of two numbers of the cache's precision: their rounding would be most of this kernel's error.
-        rounded = weights.to(v.dtype)
-        rest = (weights - rounded.to(tl.float32)).to(v.dtype)
-        out = tl.dot(rounded, v, out * shrink[:, None], input_precision="ieee")
-        out = tl.dot(rest, v, out, input_precision="ieee")
-        highest = higher
-    to = (sequence * PARTS + part) * HEADS + heads
-    tl.store(PARTIAL + to[:, None] * DIM + dims[None, :], out / total[:, None], mask=ours[:, None])
-    tl.store(PARTIAL_LSE + to, highest + tl.log2(total), mask=ours)
+    pages = _pages(PAGES, step, PAGE, BLOCK)
+    for at in range(step, until):
+        cached = _cached(pages, head, block_stride, token_stride, head_stride, PAGE, BLOCK)
+        pages = _pages(PAGES, at + 1, PAGE, BLOCK)
+        left = tl.load(STEPS + at * FIELDS + 1)
+        highest, totals, out = _step(q, K, V, cached, left, highest, totals, out, scale, DIM, BLOCK)
+    total = tl.sum(totals, 1)
+    to = (run * KEY_HEADS + head).to(tl.int64) * TILE + rows
+    tl.store(OUT + to[:, None] * DIM + dims[None, :], out / total[:, None], mask=ours[:, None])
+    tl.store(LSE + to, highest + tl.log2(total), mask=ours)
+    return until
+
+
+@triton.jit
+def _own_runs(
+    step, until, head, Q, K, V, STEPS, PAGES, OUT, LSE, q_stride, q_head_stride,
+    block_stride, token_stride, head_stride, scale,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Runs of own tokens, one after the other in one loop: most are short, and a loop for each would begin without keys."""
+    RATIO: tl.constexpr = HEADS // KEY_HEADS
+    rows, dims = tl.arange(0, TILE), tl.arange(0, DIM)
+    ours = rows < RATIO
+    heads = head * RATIO + rows
+    highest = tl.full([TILE], float("-inf"), tl.float32)
+    totals = tl.zeros([TILE, BLOCK], tl.float32)
+    out = tl.zeros([TILE, DIM], tl.float32)
+    pages = _pages(PAGES, step, PAGE, BLOCK)
+    row = tl.load(STEPS + step * FIELDS).to(tl.int64)
+    for at in range(step, until):
+        cached = _cached(pages, head, block_stride, token_stride, head_stride, PAGE, BLOCK)
+        q = tl.load(Q + row * q_stride + heads[:, None] * q_head_stride + dims[None, :], mask=ours[:, None], other=0.0)
+        pages = _pages(PAGES, at + 1, PAGE, BLOCK)
+        row = tl.load(STEPS + (at + 1) * FIELDS).to(tl.int64)
+        left, rest = tl.load(STEPS + at * FIELDS + 1), tl.load(STEPS + at * FIELDS + 3)
+        highest, totals, out = _step(q, K, V, cached, left, highest, totals, out, scale, DIM, BLOCK)
+        if rest == 1:
+            total = tl.sum(totals, 1)
+            to = tl.load(STEPS + at * FIELDS + 2).to(tl.int64) * HEADS + heads
+            tl.store(OUT + to[:, None] * DIM + dims[None, :], out / total[:, None], mask=ours[:, None])
+            tl.store(LSE + to, highest + tl.log2(total), mask=ours)
+        highest = tl.where(rest == 1, float("-inf"), highest)  # which drops what was added up
+
+
+@triton.jit
+def _step(q, K, V, cached, left, highest, totals, out, scale, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Attention of q over BLOCK tokens, of which ``left`` count, added to that over those before."""
+    dims = tl.arange(0, DIM)
+    there = tl.arange(0, BLOCK) < left
+    k = tl.load(K + cached[None, :] + dims[:, None])  # of tokens that do not count anything
+    logits = tl.where(there[None, :], tl.dot(q, k, input_precision="ieee") * scale, float("-inf"))
+    higher = tl.maximum(highest, tl.max(logits, 1))
+    weights = tl.exp2(logits - higher[:, None])
+    shrink = tl.exp2(highest - higher)
+    v = tl.load(V + cached[:, None] + dims[None, :], mask=there[:, None], other=0.0)  # 0 times anything may be NaN
+    # Weights as the sum of two numbers of the cache's precision: their rounding would be most of this kernel's error.
+    rounded = weights.to(v.dtype)
+    rest = (weights - rounded.to(tl.float32)).to(v.dtype)
+    out = tl.dot(rounded, v, out * shrink[:, None], input_precision="ieee")
+    out = tl.dot(rest, v, out, input_precision="ieee")
+    return higher, totals * shrink[:, None] + weights, out
+
+
+@triton.jit
+def _pages(PAGES, step, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Blocks of the cache that a step reads, each a scalar: a vector would be laid out anew for keys and for values."""
+    found = ()
+    for page in tl.static_range(BLOCK // PAGE):
+        found = found + (tl.load(PAGES + step * (BLOCK // PAGE) + page).to(tl.int64),)  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _cached(pages, head, block_stride, token_stride, head_stride, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Where in the cache a step's keys (and values) of one key head are: [BLOCK]."""
+    token = tl.arange(0, BLOCK)
+    block = tl.zeros([BLOCK], tl.int64)
+    for page in tl.static_range(BLOCK // PAGE):
+        block = tl.where(token // PAGE == page, pages[page], block)
+    return block * block_stride + token % PAGE * token_stride + head * head_stride
 
 
 @triton.jit
 def merge_kernel(
-    OUT, PARTIAL, PARTIAL_LSE, PARTS_OF, COUNT, out_stride, out_head_stride,
-    HEADS: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr, TOGETHER: tl.constexpr,
+    OUT, SHARED_OUT, SHARED_LSE, OWN_OUT, OWN_LSE, RUNS, out_stride, out_head_stride,
+    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """The parts of one sequence, at TOGETHER heads, weighted by their sums of exponentials (base 2)."""
+    """The runs of one sequence, at TOGETHER heads, weighted by their sums of exponentials (base 2)."""
+    RATIO: tl.constexpr = HEADS // KEY_HEADS
     sequence = tl.program_id(0).to(tl.int64)
-    if (sequence == 0) & (tl.program_id(1) == 0):
-        tl.store(COUNT + 2, 0)  # for the next layer
     heads = tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)
-    dims = tl.arange(0, DIM)
+    runs = RUNS + sequence * 5
+    shared, member = tl.load(runs).to(tl.int64), tl.load(runs + 2)
     highest = tl.full([TOGETHER], float("-inf"), tl.float32)
     total = tl.zeros([TOGETHER], tl.float32)
     out = tl.zeros([TOGETHER, DIM], tl.float32)
-    for part in range(tl.load(PARTS_OF + sequence)):
-        at = (sequence * PARTS + part) * HEADS + heads
-        lse = tl.load(PARTIAL_LSE + at)
-        higher = tl.maximum(highest, lse)
-        shrink, weight = tl.exp2(highest - higher), tl.exp2(lse - higher)
-        out = out * shrink[:, None] + tl.load(PARTIAL + at[:, None] * DIM + dims[None, :]) * weight[:, None]
-        total = total * shrink + weight
-        highest = higher
+    for run in range(tl.load(runs + 1)):
+        at = ((shared + run) * KEY_HEADS + heads // RATIO) * TILE + member * RATIO + heads % RATIO
+        highest, total, out = _merged(SHARED_OUT, SHARED_LSE, at, highest, total, out, DIM)
+    own = tl.load(runs + 3).to(tl.int64)
+    for run in range(tl.load(runs + 4)):
+        highest, total, out = _merged(OWN_OUT, OWN_LSE, (own + run) * HEADS + heads, highest, total, out, DIM)
     total = tl.where(total == 0.0, 1.0, total)
-    to = OUT + sequence * out_stride + heads[:, None] * out_head_stride + dims[None, :]
+    to = OUT + sequence * out_stride + heads[:, None] * out_head_stride + tl.arange(0, DIM)[None, :]
     tl.store(to, (out / total[:, None]).to(OUT.dtype.element_ty))
+
+
+@triton.jit
+def _merged(PARTIAL, LSE, at, highest, total, out, DIM: tl.constexpr):
+    lse = tl.load(LSE + at)
+    higher = tl.maximum(highest, lse)
+    shrink, weight = tl.exp2(highest - higher), tl.exp2(lse - higher)
+    partial = tl.load(PARTIAL + at[:, None] * DIM + tl.arange(0, DIM)[None, :])
+    return higher, total * shrink + weight, out * shrink[:, None] + partial * weight[:, None]
