@@ -201,7 +201,7 @@ def bench(
         ),
     ] = None,
     checkpointing: Annotated[
-        Literal["none", "attention", "full"],
+        Literal["none", "matmuls", "attention", "full"],
         typer.Option(help="What the backward of each layer recomputes."),
     ] = "none",
     random_weights: Annotated[

@@ -14,9 +14,11 @@ FinishReason = Literal["stop", "length", "turns", "tool_calls", "timeout", "envi
 a failure of a tool or environment, which is not the model's fault; a call that is none."""
 LIMITS: tuple[FinishReason, ...] = ("length", "turns", "tool_calls", "timeout")
 """Ends that a limit forced: what ``loss.mask_overlong`` leaves out."""
-Recompute = Literal["none", "attention", "full", "offload"]
-"""What the backward recomputes in a layer: nothing, all but attention, or everything, from an input that is on the GPU or waits in
-host memory."""
+Recompute = Literal["none", "matmuls", "attention", "full", "offload"]
+"""What the backward recomputes in a layer: nothing, all but attention and matrix products, all but attention, or everything, from
+an input that is on the GPU or waits in host memory."""
+KEEPS_MLP: frozenset[Recompute] = frozenset({"none", "matmuls"})
+"""Those that keep what an MLP is differentiated with."""
 Messages = list[dict[str, Any]]
 
 

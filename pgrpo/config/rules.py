@@ -12,6 +12,7 @@ from pgrpo.config.fields import PYTHON, ConfigError
 from pgrpo.config.functions import is_function
 from pgrpo.config.schema import Config, LossConfig
 from pgrpo.config.secrets import REDACTED
+from pgrpo.types import KEEPS_MLP
 
 NEEDS = {
     "model.lora_alpha": ("model.lora_rank", 0),
@@ -185,10 +186,15 @@ def _check_sizes(config: Config) -> None:
             f"set train.token_budget to at least {longest}, or lower those"
         )
     mode, chunks = config.model.activation_checkpointing, config.model.mlp_chunks or 1
-    if chunks > 1 and mode == "none":
+    if chunks > 1 and mode in KEEPS_MLP:
         raise ConfigError(
             f"model.mlp_chunks: {chunks} has no effect with model.activation_checkpointing {mode}, which keeps all of the MLP; "
             "set it to attention, full, offload or auto, or leave model.mlp_chunks out"
+        )
+    if mode == "matmuls" and config.model.lora_rank:
+        raise ConfigError(
+            f"model.activation_checkpointing: matmuls keeps the products of a matrix and of its adapter (model.lora_rank "
+            f"{config.model.lora_rank}), which is more than none keeps; set it to auto, none, attention, full or offload"
         )
     optim, steps = config.optim, config.train.steps
     if optim.schedule != "constant" and optim.warmup_steps >= steps:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx.experimental._config
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from pgrpo.attention.hook import AttentionLayout, Front, current
 from pgrpo.attention.layout import PackedLayout
@@ -19,8 +19,6 @@ from pgrpo.distributed.sequence import SplitLayout
 from pgrpo.model.families.linear import compile_parts
 from pgrpo.model.families.vision import WholeImages
 from pgrpo.types import Recompute
-
-TrainingLayout = PackedLayout | SplitLayout
 
 
 class Seen(NamedTuple):
@@ -33,7 +31,7 @@ class Seen(NamedTuple):
 
 def is_training(layout: object) -> bool:
     """Whether it is of a packed batch, and not of a rollout."""
-    return isinstance(layout.layout if isinstance(layout, WholeImages) else layout, TrainingLayout)
+    return isinstance(layout.layout if isinstance(layout, WholeImages) else layout, PackedLayout | SplitLayout)
 
 
 def set_up_layers(layers: Iterable[nn.Module], recompute: Sequence[Recompute], *, compiled: bool) -> None:
@@ -49,7 +47,7 @@ def set_up_layers(layers: Iterable[nn.Module], recompute: Sequence[Recompute], *
     """
     for number, (layer, mode) in enumerate(zip(layers, recompute, strict=True)):
         stateful = compile_parts(layer, compile_dynamic if compiled else None)
-        mode = "full" if stateful and mode == "attention" else mode  # there is no attention to save
+        mode = "full" if stateful and mode in ("attention", "matmuls") else mode  # neither can be saved
         layer.forward = partial(_forward, layer, number, mode, compiled and not stateful)  # pyright: ignore
 
 
@@ -64,7 +62,7 @@ def _forward(layer: nn.Module, number: int, mode: Recompute, compiled: bool, *ar
         compiled = False  # compiled code cannot hand out the keys and values that a checkpoint inside it makes
     front = current.fronts[number] if current.fronts else None
     try:
-        run = _all_but_attention if mode == "attention" else _plain if mode == "none" else _everything
+        run = RUNS.get(mode, _everything)
         return (compile_dynamic(run) if compiled else run)(layer, Seen(layout, front), *args, **kwargs)
     finally:
         current.layout = layout
@@ -107,14 +105,16 @@ def _plain(layer: nn.Module, seen: Seen, *args: Any, **kwargs: Any) -> Tensor:
 logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
 
 
+def _all_but_matmuls(layer: nn.Module, seen: Seen, *args: Any, **kwargs: Any) -> Tensor:
+    return _attending(seen, partial(RECOMPUTED, context_fn=SAVE_MATMULS), layer, seen, *args, **kwargs)
+
+
 def _all_but_attention(layer: nn.Module, seen: Seen, *args: Any, **kwargs: Any) -> Tensor:
-    run = partial(checkpoint, _again, use_reentrant=False, context_fn=SAVE_ATTENTION)
-    return _attending(seen, run, layer, seen, *args, **kwargs)
+    return _attending(seen, partial(RECOMPUTED, context_fn=SAVE_ATTENTION), layer, seen, *args, **kwargs)
 
 
 def _everything(layer: nn.Module, seen: Seen, *args: Any, **kwargs: Any) -> Tensor:
-    run = partial(checkpoint, _again, use_reentrant=False)
-    return _attending(seen, run, layer, seen, *args, **kwargs)
+    return _attending(seen, RECOMPUTED, layer, seen, *args, **kwargs)
 
 
 def _attending(seen: Seen, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -134,11 +134,11 @@ def _again(layer: nn.Module, seen: Seen, *args: Any, **kwargs: Any) -> Tensor:
     return _plain(layer, seen, *args, **kwargs)
 
 
-def _save_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    is_attention = op is torch.ops.pgrpo.grouped_attention.default
-    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-SAVE_ATTENTION: Any = partial(create_selective_checkpoint_contexts, _save_attention)
-# AOTAutograd stores compiled graphs on disk only if it knows that the function above decides as it did.
-SAVE_ATTENTION.cache_hash = "pgrpo saves attention"
+RECOMPUTED = partial(checkpoint, _again, use_reentrant=False)
+RUNS: dict[Recompute, Any] = {"none": _plain, "matmuls": _all_but_matmuls, "attention": _all_but_attention}
+aten, ATTENTION = torch.ops.aten, [torch.ops.pgrpo.grouped_attention.default]
+MATMULS = [op.default for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._grouped_mm)]
+SAVE_ATTENTION: Any = partial(create_selective_checkpoint_contexts, ATTENTION)
+SAVE_MATMULS: Any = partial(create_selective_checkpoint_contexts, ATTENTION + MATMULS)
+# AOTAutograd stores compiled graphs on disk only if it knows that these decide as they did.
+SAVE_ATTENTION.cache_hash, SAVE_MATMULS.cache_hash = "pgrpo saves attention", "pgrpo saves attention and matmuls"

@@ -36,7 +36,7 @@ def layer_plan(config: Config, dims: ModelDims, world: World) -> LayerPlan:
     sizes = plan_sizes(config, dims, world, world.device)
     room = {"host_gib": _host_room(config, dims, world), "mlp_chunks": chunks}
     plan = fewest_recomputed_layers(dims, _capacity_gib(config, world), **room, **sizes)
-    if not cuts_groups(config) and not {*plan.recompute} <= {"none", "attention"}:
+    if not cuts_groups(config) and {*plan.recompute} & {"full", "offload"}:
         # Only what several groups share could be kept. Keys and values of whole prompts may not cost attention's outputs.
         sizes["kept_tokens"] = 0
         plan = fewest_recomputed_layers(dims, _capacity_gib(config, world), **room, **sizes)

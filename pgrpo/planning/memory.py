@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pgrpo.planning.flops import ModelDims
-from pgrpo.types import Recompute
+from pgrpo.types import KEEPS_MLP, Recompute
 
 GIB = 2**30
 
@@ -176,8 +176,9 @@ def memory_plan(
     kept: dict[Recompute, int] = {"none": layer, "full": one_input, "offload": 0}
     # Attention outputs with their float32 log-sum-exps, and the layer's input.
     kept["attention"] = one_input + dims.heads * (dims.value_dim * dtype_bytes + 4)
-    recomputed = 0 if set(recompute) == {"none"} else layer
-    parts_of_rows = 1 if "none" in recompute else mlp_chunks
+    kept["matmuls"] = kept["attention"] + _products(dims) * dtype_bytes
+    recomputed = max(layer - kept[mode] if mode in KEEPS_MLP else layer for mode in recompute)
+    parts_of_rows = 1 if KEEPS_MLP & set(recompute) else mlp_chunks
     if parts_of_rows > 1:
         recomputed = _layer_activations(dims, dtype_bytes, compiled=compiled, together=together, mlp_chunks=mlp_chunks)
     recomputed += _beside_activations(dims, parts_of_rows, lora=bool(adapters)) * dtype_bytes
@@ -273,6 +274,11 @@ def _kept(dims: ModelDims, dtype_bytes: int, tokens: int, together: int) -> floa
     if not tokens:
         return 0
     return _kv_row(dims, dtype_bytes) * _copies(dims, together) / together * tokens + 4 * dims.state_elements
+
+
+def _products(dims: ModelDims) -> int:
+    """Elements of a token's matrix products: queries, keys, values, gate, up, and what the residual stream or a norm adds up."""
+    return _projections(dims, 1) + 2 * dims.intermediate + dims.norms * dims.hidden
 
 
 def _projections(dims: ModelDims, together: int) -> int:

@@ -26,8 +26,9 @@ def fewest_recomputed_layers(
 ) -> LayerPlan:
     """Implements ``activation_checkpointing: auto``: the setting with the least recomputation whose memory plan fits.
 
-    Tries ``attention`` in as few layers as possible; then ``full`` in as few as possible; then MLPs in parts, with ``full`` in as
-    few layers as possible, and then ``offload``, as far as ``host_gib`` of host memory go. Neither computes more in compiled
+    Tries ``none`` and ``matmuls`` in all layers (the second takes so little time that a mixture would not pay for compiling
+    both); then ``attention`` in as few layers as possible; then ``full`` in as few as possible; then MLPs in parts, with ``full``
+    in as few layers as possible, and then ``offload``, as far as ``host_gib`` of host memory go. Neither computes more in compiled
     layers, but ``offload`` moves inputs, and pins memory for them in the first update. Uncompiled layers and layers with a state
     compute parts once more, so there ``offload`` comes first. MLPs stay whole where parts spare no layer its ``offload``. If
     nothing fits, the plan with the lowest peak. The first layers recompute more than the last ones: the backward needs the
@@ -37,10 +38,14 @@ def fewest_recomputed_layers(
         mlp_chunks: the only number of parts that may be tried; None: any.
     """
     whole = (mlp_chunks or 1,)
+    # With adapters a product is the sum of two, both of which ``matmuls`` keeps, and nothing keeps those of layers with a state.
+    keeps_products = sizes.get("compiled") and not sizes.get("adapters") and not dims.state_elements
     steps: list[tuple[Recompute, Recompute, tuple[int, ...]]] = [
         ("attention", "none", whole),
         ("full", "attention", whole),
     ]
+    if keeps_products:
+        steps[:1] = [("matmuls", "none", whole), ("attention", "matmuls", whole)]
     if mlp_chunks or not dims.has_mlp or not sizes.get("compiled") or dims.state_elements:
         steps.append(("offload", "full", whole))
     else:
@@ -49,7 +54,8 @@ def fewest_recomputed_layers(
         steps.extend(("offload", "full", (1, chunks)) for chunks in MLP_CHUNKS)
     tried: list[tuple[float, float, LayerPlan]] = []
     for more, less, fewest_first in steps:
-        for count, chunks in product(range(dims.layers + 1), fewest_first):
+        counts = (0, dims.layers) if more == "matmuls" else range(dims.layers + 1)
+        for count, chunks in product(counts, fewest_first):
             recompute: list[Recompute] = [more if layer < count else less for layer in range(dims.layers)]
             plan = memory_plan(dims, recompute=recompute, mlp_chunks=chunks, **sizes)
             if plan.host > host_gib:

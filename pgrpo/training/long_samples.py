@@ -20,7 +20,7 @@ from pgrpo.model.families.linear import forward_of
 from pgrpo.model.recompute import is_training
 from pgrpo.planning.dims import mlp_of
 from pgrpo.process.pinned import pinning
-from pgrpo.types import Recompute
+from pgrpo.types import KEEPS_MLP, Recompute
 
 KEY = "model.activation_checkpointing"
 SMALLEST_PIECE = 2**20
@@ -41,7 +41,7 @@ def set_up_long_samples(layers: Iterable[nn.Module], recompute: Sequence[Recompu
         if mode == "offload":
             layer.forward = partial(host.run, layer.forward)
         mlp = mlp_of(layer)
-        if mlp_chunks > 1 and mlp is not None and mode != "none":
+        if mlp_chunks > 1 and mlp is not None and mode not in KEEPS_MLP:
             mlp.__class__ = _in_parts(getattr(mlp, "whole", type(mlp)), mlp_chunks)
 
 

@@ -399,6 +399,12 @@ def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
         assert peak(recompute) <= capacity < peak(fewer)
     assert fewest_recomputed_layers(dims, 1000.0, **sizes) == (["none"] * 36, 1)
     assert fewest_recomputed_layers(dims, 10.0, **sizes) == (["full"] * 36, 16)  # nothing fits
+    # Compiled layers keep their matrix products before they recompute these; all of them, or none.
+    sizes |= {"token_budget": 12288, "compiled": True}
+    assert fewest_recomputed_layers(dims, 68.0, **sizes) == (["matmuls"] * 36, 1)
+    some = fewest_recomputed_layers(dims, 60.0, **sizes).recompute
+    assert some == ["attention"] * some.count("attention") + ["matmuls"] * some.count("matmuls")
+    assert set(fewest_recomputed_layers(dims, 50.0, **sizes | {"adapters": 10**7}).recompute) == {"attention", "none"}
 
 
 LONG: dict[str, Any] = {"token_budget": 131_072 + 8 * 1024, "compiled": True, "dtype_bytes": 2}

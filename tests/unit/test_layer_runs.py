@@ -15,6 +15,8 @@ from pgrpo.model.lora import adapters_off, add_adapters
 from pgrpo.model.policy import ATTENTION_NAME, Policy
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest
+from pgrpo.planning.flops import GIB, ModelDims
+from pgrpo.planning.memory import memory_plan
 
 LAYERS = 3
 
@@ -66,7 +68,7 @@ def kernel_calls(monkeypatch):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize(("recompute", "forwards"), [("none", 1), ("attention", 1), ("full", 2)])
+@pytest.mark.parametrize(("recompute", "forwards"), [("none", 1), ("matmuls", 1), ("attention", 1), ("full", 2)])
 def test_checkpointing_changes_no_bit_and_attention_is_recomputed_only_under_full(
     recompute, forwards, lora, kernel_calls
 ):
@@ -95,17 +97,37 @@ def test_checkpointing_keeps_less(recompute):
     assert (total / tokens < 8 * LAYERS * 32 * 4) == (recompute == "attention")
 
 
+def test_compiled_layers_keep_what_the_memory_plan_says(monkeypatch):
+    torch._dynamo.reset()
+    layers.compile_dynamic.cache_clear()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
+    policy, batch, held = make_policy("matmuls", compiled=True), random_batch(random.Random(0)), {}
+
+    def pack(tensor):
+        if batch.packed_tokens in tensor.shape:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        policy(batch)
+    dims = ModelDims.from_config(policy.model.config)
+    modes: list[layers.Recompute] = ["matmuls" for _ in range(LAYERS)]
+    planned = memory_plan(dims, recompute=modes, token_budget=1, dtype_bytes=8, compiled=True)
+    assert 0.9 < sum(held.values()) / batch.packed_tokens / (planned.activations * GIB) < 1.02
+
+
 def compilations():
     """How many compiled versions there are of each function that runs a layer."""
     entries = torch._dynamo.eval_frame._debug_get_cache_entry_list
     counts = {
-        run: len(entries(getattr(layers, run).__code__)) for run in ("_plain", "_all_but_attention", "_everything")
+        run: len(entries(getattr(layers, run).__code__))
+        for run in ("_plain", "_all_but_matmuls", "_all_but_attention", "_everything")
     }
     return {run: count for run, count in counts.items() if count}
 
 
-CASES = [("none", False), ("none", True), ("attention", True)]
-SLOW = [("none", True, "aot_eager"), *((*case, "inductor") for case in CASES)]
+CASES = [("none", False), ("none", True), ("attention", True), ("matmuls", False)]
+SLOW = [("none", True, "aot_eager"), ("matmuls", False, "aot_eager"), *((*case, "inductor") for case in CASES)]
 
 
 @pytest.mark.timeout(900)  # inductor compiles C++, for half a minute
@@ -140,7 +162,11 @@ def test_compiled_layers_are_exact_and_compiled_once_for_each_gradient_mode(reco
     compare(random_batch(rnd))
     # With a gradient and without; layers that keep attention run as plain ones where there is no gradient. With LoRA the first
     # layer's input has no gradient, and in the initial model the scale of the adapters is another number.
-    counts = {"none": {"_plain": 2 + 2 * lora}, "attention": {"_plain": 1 + lora, "_all_but_attention": 1 + lora}}
+    counts = {
+        "none": {"_plain": 2 + 2 * lora},
+        "matmuls": {"_plain": 1, "_all_but_matmuls": 1},
+        "attention": {"_plain": 1 + lora, "_all_but_attention": 1 + lora},
+    }
     assert compilations() == counts[recompute]
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for _ in range(20):
@@ -168,7 +194,8 @@ def test_no_number_is_an_input_of_compiled_layers(monkeypatch):
 def test_what_is_saved_has_a_name_that_compiled_code_is_kept_under():
     from torch._functorch._aot_autograd.autograd_cache import _get_context_fn_cache_hash
 
-    assert _get_context_fn_cache_hash(layers.SAVE_ATTENTION)
+    names = {_get_context_fn_cache_hash(save) for save in (layers.SAVE_ATTENTION, layers.SAVE_MATMULS)}
+    assert len(names) == 2 and all(names)
 
 
 def test_not_compiled_runs_forwards_without_gradients_as_they_are(monkeypatch):
