@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx.experimental._config
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from pgrpo.attention.hook import AttentionLayout, Front, current
 from pgrpo.attention.layout import PackedLayout
@@ -129,16 +129,20 @@ def _attending(seen: Seen, run: Callable[..., Any], *args: Any, **kwargs: Any) -
 def _again(layer: nn.Module, seen: Seen, *args: Any, **kwargs: Any) -> Tensor:
     """The part of a layer that a checkpoint runs, and runs again in the backward. Compiled code has no side effects in here, and
     needs none: its backward does not run Python again."""
-    if torch.compiler.is_compiling():
-        return type(layer).forward(layer, *args, **kwargs)
-    return _plain(layer, seen, *args, **kwargs)
+    forward = partial(type(layer).forward, layer)
+    return forward(*args, **kwargs) if torch.compiler.is_compiling() else _attending(seen, forward, *args, **kwargs)
+
+
+def _save(names: Container[str], _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if str(op) in names else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 RECOMPUTED = partial(checkpoint, _again, use_reentrant=False)
 RUNS: dict[Recompute, Any] = {"none": _plain, "matmuls": _all_but_matmuls, "attention": _all_but_attention}
-aten, ATTENTION = torch.ops.aten, [torch.ops.pgrpo.grouped_attention.default]
-MATMULS = [op.default for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten._grouped_mm)]
-SAVE_ATTENTION: Any = partial(create_selective_checkpoint_contexts, ATTENTION)
-SAVE_MATMULS: Any = partial(create_selective_checkpoint_contexts, ATTENTION + MATMULS)
+# By name, as PyTorch 2.11 keeps no compiled graph on disk whose checkpoint has operators as arguments.
+ATTENTION = ("pgrpo.grouped_attention.default",)
+MATMULS = tuple(f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm"))
+SAVE_ATTENTION: Any = partial(create_selective_checkpoint_contexts, partial(_save, ATTENTION))
+SAVE_MATMULS: Any = partial(create_selective_checkpoint_contexts, partial(_save, ATTENTION + MATMULS))
 # AOTAutograd stores compiled graphs on disk only if it knows that these decide as they did.
 SAVE_ATTENTION.cache_hash, SAVE_MATMULS.cache_hash = "pgrpo saves attention", "pgrpo saves attention and matmuls"

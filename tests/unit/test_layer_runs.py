@@ -1,5 +1,6 @@
 """Compiled and checkpointed layers give the gradients of plain ones, and recompute only what they say."""
 
+import pickle
 import random
 from functools import partial
 
@@ -196,6 +197,9 @@ def test_what_is_saved_has_a_name_that_compiled_code_is_kept_under():
 
     names = {_get_context_fn_cache_hash(save) for save in (layers.SAVE_ATTENTION, layers.SAVE_MATMULS)}
     assert len(names) == 2 and all(names)
+    for save in (layers.SAVE_ATTENTION, layers.SAVE_MATMULS):  # PyTorch 2.11 pickles it, and cannot pickle operators
+        (kept,) = save.args[0].args
+        assert {type(op) for op in kept} == {str} and pickle.loads(pickle.dumps(save)).args[0].args == (kept,)
 
 
 def test_not_compiled_runs_forwards_without_gradients_as_they_are(monkeypatch):
