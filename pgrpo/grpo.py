@@ -23,6 +23,7 @@ from pgrpo.algorithm.loss import Counts
 from pgrpo.algorithm.metrics import group_metrics
 from pgrpo.config import Config
 from pgrpo.config.sampling import sampling_params
+from pgrpo.distributed.fsdp import reduce_gradients
 from pgrpo.environments.metrics import turn_metrics
 from pgrpo.environments.returns import give_returns
 from pgrpo.packing.batch import GroupedBatch
@@ -162,10 +163,12 @@ def update_policy(learner: Learner, progress: Progress, groups: Sequence[Group])
 def optimizer_step(learner: Learner, progress: Progress, batches: Sequence[GroupedBatch], counts: Counts) -> Outcome:
     """One optimizer step on the summed gradients of all micro-batches; skipped if there are none or a number is not finite."""
     world, sums = learner.world, UpdateSums.zero(learner.world.device)
-    for span in watched("update", update.spans(batches), "micro-batches"):
+    spans = update.spans(batches)
+    for span in watched("update", spans, "micro-batches"):
         if not progress.has_moved:  # until weights change, a stop signal may drop the step and save the one before
             world.check_stop()
         record_frozen_logprobs(learner, span)
+        reduce_gradients(learner.policy, world, now=span is spans[-1])
         with kept_prefixes(learner, span):  # usually of one micro-batch, which computes all of its rows
             for batch in span:
                 sums = sums.plus(backward(learner, batch, counts))

@@ -71,17 +71,19 @@ def no_gradient(root: nn.Module) -> Iterator[None]:
             reshard(root)
 
 
-@contextmanager
-def expect_backwards(root: nn.Module) -> Iterator[None]:
-    """The backwards inside this block are not the last: FSDP2 keeps the order of earlier forwards, by which it prefetches."""
-    sharded = root if isinstance(root, FSDPModule) else None
-    if sharded:
-        sharded.set_is_last_backward(False)
-    try:
-        yield
-    finally:
-        if sharded:
-            sharded.set_is_last_backward(True)
+def expect_backwards(root: nn.Module, *, more: bool) -> None:
+    """Whether backwards from now on are followed by another of the same forwards. Then FSDP2 keeps the order of these, by which it
+    prefetches."""
+    if isinstance(root, FSDPModule):
+        root.set_is_last_backward(not more)
+
+
+def reduce_gradients(root: nn.Module, world: World, *, now: bool) -> None:
+    """Whether backwards from now on end with the reduction over ranks. A rank that has whole gradients anyway (one GPU, or replicas
+    that are not sharded) adds up those of all micro-batches before: to be reduced they are copied three times in float32, and sent
+    to other replicas. Other ranks keep no more than their shard of them."""
+    if isinstance(root, FSDPModule) and world.shards == 1:
+        root.set_requires_gradient_sync(now)
 
 
 def reshard(root: nn.Module) -> None:

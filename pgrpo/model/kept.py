@@ -36,8 +36,9 @@ def kept_prefix(policy: Policy, span: Sequence[GroupedBatch]) -> Iterator[None]:
     others = iter(leaves[1:])
     policy.kept = Kept(leaves[0], [tuple(islice(others, len(front))) for front in policy.kept.fronts])
     try:
-        with expect_backwards(policy):
-            yield
+        expect_backwards(policy, more=True)
+        yield
+        expect_backwards(policy, more=False)
         pairs = [(root, leaf.grad) for root, leaf in zip(roots, leaves, strict=True) if root.requires_grad]
         if pairs:  # one call, so that layers are recomputed once
             torch.autograd.backward(

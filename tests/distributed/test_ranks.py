@@ -303,6 +303,19 @@ def test_bfloat16_on_one_rank_keeps_float32_masters(compute):
     assert 1e-4 < gradient_error(got, want) < 0.1
 
 
+@pytest.mark.parametrize(("ranks", "fsdp_size", "whole"), [(1, None, True), (2, 1, True), (2, None, False)])
+def test_whole_gradients_are_reduced_once_for_all_micro_batches(compute, ranks, fsdp_size, whole):
+    """Each parameter's; a rank with a shard reduces those of each micro-batch. On one rank, which adds up the same numbers in the
+    same order, no bit changes."""
+    once = compute(ranks, dtype="bfloat16", token_budget=40, fsdp_size=fsdp_size)
+    each = compute(ranks, dtype="bfloat16", token_budget=40, fsdp_size=fsdp_size, reduce_each=True)
+    assert once["micro_batches"] > 2
+    assert once["reductions"] == len(once["gradients"]) * (1 if whole else once["micro_batches"])
+    assert each["reductions"] == len(once["gradients"]) * once["micro_batches"]
+    assert gradient_error(once, each) <= (0 if ranks == 1 else 1e-6)
+    assert once["metrics"]["grad_norm"] == pytest.approx(each["metrics"]["grad_norm"], rel=1e-6)
+
+
 def adapter_names(result):
     return [name for name in result["names"] if ".lora_" in name]
 

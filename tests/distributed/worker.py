@@ -8,9 +8,11 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from tensors import copy_full, full_tensor
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from pgrpo.admission.compare import tokens_as_groups
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
+from pgrpo.distributed.fsdp import reduce_gradients
 from pgrpo.distributed.world import start
 from pgrpo.grpo import backward, update_policy
 from pgrpo.model.weights import full_weights
@@ -129,11 +131,16 @@ def one_update(world, model, changes):
     if changes.get("off_policy"):
         go_off_policy(policy, batches)
     total = UpdateSums.zero(world.device)
-    for span in spans(batches):
+    each, reduce = spans(batches), _fsdp_param_group.foreach_reduce
+    reductions = []
+    _fsdp_param_group.foreach_reduce = lambda *given: reductions.append(len(given[0])) or reduce(*given)
+    for span in each:
         record_frozen_logprobs(learner, span)
+        reduce_gradients(policy, world, now=changes.get("reduce_each", False) or span is each[-1])
         with kept_prefixes(learner, span):
             for batch in span:
                 total = total.plus(backward(learner, batch, counts))
+    _fsdp_param_group.foreach_reduce = reduce
     sums = {name: value.item() for name, value in total.over_ranks(world)._asdict().items()}
     gradients = {name: full_tensor(p.grad).clone() for name, p in policy.model.named_parameters() if p.grad is not None}
     optimizer.zero_grad()
@@ -145,6 +152,7 @@ def one_update(world, model, changes):
         "sums": sums,
         "gradients": gradients,
         "micro_batches": len(batches),
+        "reductions": sum(reductions),
         "kept": sum(batch.kept is not None for batch in batches),
         "metrics": metrics,
         "moved": [name for name in before if not torch.equal(before[name], after[name])],
