@@ -38,9 +38,14 @@ def layout(sequences: int, heads: int = 4, key_heads: int = 2, **sizes: int) -> 
 def attend(
     made: DecodeLayout, given: Batch, dtype: torch.dtype = torch.float32, *, updates: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """What the kernels compute, and plain attention in float64: [N, heads, dim]. Not ``updates``: of a further layer."""
+    """What the kernels compute, and plain attention in float64: [N, heads, dim]. Not ``updates``: of a further layer. Tokens of the
+    cache that no sequence counts are NaN."""
     n, blocks = len(given.lengths), int(given.table.max()) + 1
-    keys, values = torch.randn(blocks, made.key_heads, PAGE, 32).to(dtype).transpose(1, 2).split(16, dim=-1)
+    cache = torch.full((blocks, PAGE, made.key_heads, 32), float("nan"))
+    for row, length in zip(given.table.long(), given.lengths.tolist(), strict=True):
+        at = torch.arange(length)
+        cache[row[at // PAGE], at % PAGE] = torch.randn(length, made.key_heads, 32)
+    keys, values = cache.to(dtype).split(16, dim=-1)
     q = torch.randn(n, made.heads, 16).to(dtype)
     out = torch.full_like(q, float("nan"))
     if updates:
@@ -175,6 +180,43 @@ def test_all_programs_have_equal_shares_unless_there_is_little_to_read(own: int,
     made = layout(1, share_tokens=32)
     made.update(*batch([(1, [own])], PAGE))
     assert made.shares.tolist() == [0, 2, -(-(own + 1) // 16), share] and made.runs[0, 4] == runs
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["keys", "values"])
+def test_what_is_no_number_stays_in_its_sequence(part: int) -> None:
+    """One program reads them one after the other. The last token of the third is NaN in the cache."""
+    torch.manual_seed(0)
+    given = batch([(41, [3, 9]), (50, [4, 3])], PAGE)
+    made = layout(4, share_tokens=1000)
+    cache, q = torch.randn(int(given.table.max()) + 1, PAGE, 2, 2, 16), torch.randn(4, 4, 16)
+    last = int(given.lengths[2]) - 1
+    cache[given.table[2, last // PAGE], last % PAGE, :, part] = float("nan")
+    out = torch.zeros_like(q)
+    made.update(*given)
+    made.attend(q, cache[:, :, :, 0], cache[:, :, :, 1], out, 0.25)
+    assert made.shares[3] > made.shares[2] and made.order[3] != 2, "others follow it in its share"
+    nan = out.isnan().flatten(1)
+    assert nan.any(1).tolist() == nan.all(1).tolist() == [False, False, True, False]
+
+
+def test_the_arrays_hold_the_longest_of_all_sequences_and_one_step_more() -> None:
+    """With nothing in common. A program loads the numbers of the step behind its last one."""
+    made = DecodeLayout(3, 4, 2, 16, PAGE, CPU, 37)
+    made.update(torch.arange(30).view(3, 10).int(), torch.full((3,), 37).int())
+    assert made.shares[2] == 3 * 3 and made.steps.shape[1] == made.pages.shape[1] == 3 * 3 + 1
+
+
+def test_a_cache_may_have_more_elements_than_an_int32_counts() -> None:
+    """2**31 and more of float16, of which three pieces of memory are touched."""
+    torch.manual_seed(0)
+    stride, given = 2**20, Batch(torch.tensor([[0, 1, 2048]]).int(), torch.tensor([11]).int())
+    cache = torch.empty(2049 * stride, dtype=torch.float16).as_strided((2049, PAGE, 2, 32), (stride, 64, 32, 1))
+    cache[[0, 1, 2048]] = torch.randn(3, PAGE, 2, 32).half()
+    keys, values = cache.split(16, dim=-1)
+    made, q, out = layout(1), torch.randn(1, 4, 16).half(), torch.empty(1, 4, 16).half()
+    made.update(*given)
+    made.attend(q, keys, values, out, 0.25)
+    torch.testing.assert_close(out.double(), exact(q, keys, values, given, [0]), atol=2e-3, rtol=0)
 
 
 def test_another_batch_in_the_same_arrays() -> None:

@@ -223,7 +223,9 @@ def _own_runs(
             to = tl.load(STEPS + at * FIELDS + 2).to(tl.int64) * HEADS + heads
             tl.store(OUT + to[:, None] * DIM + dims[None, :], out / total[:, None], mask=ours[:, None])
             tl.store(LSE + to, highest + tl.log2(total), mask=ours)
-        highest = tl.where(rest == 1, float("-inf"), highest)  # which drops what was added up
+        # The next run begins with nothing. -inf alone would drop finite sums, but pass one sequence's NaN on to the next.
+        highest = tl.where(rest == 1, float("-inf"), highest)
+        totals, out = tl.where(rest == 1, 0.0, totals), tl.where(rest == 1, 0.0, out)
 
 
 @triton.jit
