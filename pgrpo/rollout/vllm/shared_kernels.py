@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 FIELDS = tl.constexpr(4)
-"""Numbers of a step (BLOCK tokens at most): its sequence, the tokens of its stretch from it on, its run, and the steps of its run
-from it on. The sequence is a row, but for shared tokens the place of the group's first sequence."""
+"""Numbers of a step (BLOCK tokens at most): its sequence, the tokens of its stretch from it on, where its run's partial sums begin,
+and the steps of its run from it on. The sequence is a row, but for shared tokens the place of the group's first sequence."""
 
 
 @triton.jit
@@ -61,13 +61,16 @@ def groups_kernel(
 @triton.jit(do_not_specialize=["n", "splits", "least", "most"])
 def steps_kernel(
     TABLE, ORDER, LENGTHS, SHARED, MEMBERS, STEPS, PAGES, SHARES, RUNS, n, splits, least, most, table_stride,
-    PAGE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """The steps of the i-th sequence in order: those of its group's shared tokens, if it leads the group, and those of its own.
 
     All steps of shared tokens are cut into ``splits`` equal shares, and so are those of own tokens. A run is what one share has of
-    the steps of a group or sequence. SHARES: shared steps, those of a share, and the same of own steps. RUNS: of a row its first
-    shared run, the number of these, its place in its group, its first own run, the number of these.
+    the steps of a group or sequence. SHARES: shared steps, those of a share, and the same of own steps.
+
+    A run's partial sums are a row for each of its sequences. In the s-th share, the i-th sequence in order has row i + MOST s of
+    shared runs (no group is larger, so no two runs meet), and i + s of own ones. RUNS: of a sequence the row of its first shared
+    run, the number of these, and the same of its own runs.
     """
     i = tl.program_id(0)
     at = tl.arange(0, WIDTH)
@@ -85,26 +88,25 @@ def steps_kernel(
         tl.store(SHARES + 1, led_share)
         tl.store(SHARES + 2, tl.sum(own_steps, 0))
         tl.store(SHARES + 3, own_share)
-    lead = tl.max(tl.where((members > 0) & (at <= i), at, 0), 0)  # groups have two members, so half of it numbers them
+    lead = tl.max(tl.where((members > 0) & (at <= i), at, 0), 0)
     table = TABLE + row.to(tl.int64) * table_stride
     tokens = tl.sum(tl.where(at == lead, led, 0), 0)
     first = tl.sum(tl.where(at < lead, led_steps, 0), 0)
     if i == lead:
-        _write_steps(table, STEPS, PAGES, lead, 0, tokens, first, led_share, lead // 2, PAGE, BLOCK, TOGETHER)
-    _write_runs(RUNS + row * 5, lead // 2, first, tl.cdiv(tokens, BLOCK), led_share)
-    tl.store(RUNS + row * 5 + 2, i - lead)
+        _write_steps(table, STEPS, PAGES, lead, 0, tokens, first, led_share, lead, MOST, PAGE, BLOCK, TOGETHER)
+    _write_runs(RUNS + row * 4, i, MOST, first, tl.cdiv(tokens, BLOCK), led_share)
     before, tokens = tl.sum(tl.where(at == i, shared, 0), 0), tl.sum(tl.where(at == i, own, 0), 0)
     first = tl.sum(tl.where(at < i, own_steps, 0), 0)
     _write_steps(
-        table, STEPS + most * FIELDS, PAGES + most * (BLOCK // PAGE), row, before, tokens, first, own_share, i,
+        table, STEPS + most * FIELDS, PAGES + most * (BLOCK // PAGE), row, before, tokens, first, own_share, i, 1,
         PAGE, BLOCK, TOGETHER,
     )  # fmt: skip
-    _write_runs(RUNS + row * 5 + 3, i, first, tl.cdiv(tokens, BLOCK), own_share)
+    _write_runs(RUNS + row * 4 + 2, i, 1, first, tl.cdiv(tokens, BLOCK), own_share)
 
 
 @triton.jit
 def _write_steps(
-    table, STEPS, PAGES, sequence, before, tokens, first, share, place,
+    table, STEPS, PAGES, sequence, before, tokens, first, share, place, apart,
     PAGE: tl.constexpr, BLOCK: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """Steps of a stretch of tokens behind ``before`` others (whole pages), of which the first is step ``first``."""
@@ -115,7 +117,7 @@ def _write_steps(
         to = STEPS + (first + step) * FIELDS
         tl.store(to, sequence, mask=there)
         tl.store(to + 1, tokens - step * BLOCK, mask=there)
-        tl.store(to + 2, place + (first + step) // share, mask=there)
+        tl.store(to + 2, place + apart * ((first + step) // share), mask=there)
         tl.store(to + 3, tl.minimum(steps - step, share - (first + step) % share), mask=there)
         for page in tl.static_range(BLOCK // PAGE):
             number = tl.minimum(step * (BLOCK // PAGE) + page, (tokens - 1) // PAGE)  # behind the last, the last again
@@ -124,8 +126,8 @@ def _write_steps(
 
 
 @triton.jit
-def _write_runs(to, place, first, steps, share):
-    tl.store(to, place + first // share)
+def _write_runs(to, place, apart, first, steps, share):
+    tl.store(to, place + apart * (first // share))
     tl.store(to + 1, tl.where(steps > 0, (first + steps - 1) // share - first // share + 1, 0))
 
 
@@ -188,7 +190,7 @@ def _shared_run(
         left = tl.load(STEPS + at * FIELDS + 1)
         highest, totals, out = _step(q, K, V, cached, left, highest, totals, out, scale, DIM, BLOCK)
     total = tl.sum(totals, 1)
-    to = (run * KEY_HEADS + head).to(tl.int64) * TILE + rows
+    to = (run + rows // RATIO).to(tl.int64) * HEADS + heads
     tl.store(OUT + to[:, None] * DIM + dims[None, :], out / total[:, None], mask=ours[:, None])
     tl.store(LSE + to, highest + tl.log2(total), mask=ours)
     return until
@@ -269,22 +271,20 @@ def _cached(pages, head, block_stride, token_stride, head_stride, PAGE: tl.const
 @triton.jit
 def merge_kernel(
     OUT, SHARED_OUT, SHARED_LSE, OWN_OUT, OWN_LSE, RUNS, out_stride, out_head_stride,
-    HEADS: tl.constexpr, KEY_HEADS: tl.constexpr, DIM: tl.constexpr, TILE: tl.constexpr, TOGETHER: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, MOST: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """The runs of one sequence, at TOGETHER heads, weighted by their sums of exponentials (base 2)."""
-    RATIO: tl.constexpr = HEADS // KEY_HEADS
     sequence = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * TOGETHER + tl.arange(0, TOGETHER)
-    runs = RUNS + sequence * 5
-    shared, member = tl.load(runs).to(tl.int64), tl.load(runs + 2)
+    runs = RUNS + sequence * 4
+    shared, own = tl.load(runs).to(tl.int64), tl.load(runs + 2).to(tl.int64)
     highest = tl.full([TOGETHER], float("-inf"), tl.float32)
     total = tl.zeros([TOGETHER], tl.float32)
     out = tl.zeros([TOGETHER, DIM], tl.float32)
     for run in range(tl.load(runs + 1)):
-        at = ((shared + run) * KEY_HEADS + heads // RATIO) * TILE + member * RATIO + heads % RATIO
+        at = (shared + run * MOST) * HEADS + heads
         highest, total, out = _merged(SHARED_OUT, SHARED_LSE, at, highest, total, out, DIM)
-    own = tl.load(runs + 3).to(tl.int64)
-    for run in range(tl.load(runs + 4)):
+    for run in range(tl.load(runs + 3)):
         highest, total, out = _merged(OWN_OUT, OWN_LSE, (own + run) * HEADS + heads, highest, total, out, DIM)
     total = tl.where(total == 0.0, 1.0, total)
     to = OUT + sequence * out_stride + heads[:, None] * out_head_stride + tl.arange(0, DIM)[None, :]

@@ -24,7 +24,7 @@ from pgrpo.rollout.vllm import shared_kernels as kernels
 SHARED_TOKENS = 256
 """Sequences share what they have in common from this many tokens on; less saves nothing."""
 TILE = 64
-"""The most rows (sequences times query heads a key head) that one item of shared keys serves. Larger groups are cut."""
+"""The most rows (sequences times query heads a key head) that shared keys serve at once. Larger groups are cut."""
 SHARE_TOKENS = 256
 """The least tokens of a program's share: less costs more in partial sums than further programs gain."""
 
@@ -60,6 +60,7 @@ class DecodeLayout:
         self.heads, self.key_heads, self.head_dim, self.page = heads, key_heads, head_dim, page
         rows = triton.next_power_of_2((group_size or tile) * (heads // key_heads))
         self.tile = max(16, min(tile, rows))  # 16 is the least of a matrix product
+        self.most_members = self.tile // (heads // key_heads)
         self.shared_blocks = max(1, shared_tokens // page)
         self.width = triton.next_power_of_2(sequences)
         on_gpu = device.type == "cuda"
@@ -76,11 +77,11 @@ class DecodeLayout:
         self.order, self.common, self.shared, self.members = (array(sequences) for _ in range(4))
         self.steps = array(2, self.most, kernels.FIELDS.value)  # of shared tokens, and of own ones
         self.pages = array(2, self.most, self.block // page)
-        self.shares, self.runs = array(4), array(sequences, 5)
+        self.shares, self.runs = array(4), array(sequences, 4)
         self.partials = []  # of shared runs and of own ones, and the logarithms of their sums
-        for runs, rows in ((sequences // 2, key_heads * self.tile), (sequences, heads)):
-            for shape in ((rows, head_dim), (rows,)):
-                self.partials.append(array(runs + self.splits, *shape, dtype=torch.float32))
+        for each in (self.most_members, 1):
+            for shape in ((heads, head_dim), (heads,)):
+                self.partials.append(array(sequences + each * (self.splits - 1), *shape, dtype=torch.float32))
 
     def update(self, block_table: Tensor, lengths_N: Tensor) -> None:
         """The layout of the next step.
@@ -100,12 +101,12 @@ class DecodeLayout:
         kernels.common_kernel[(n,)](block_table, *arrays, block_table.stride(0), PAGE=self.page, WIDTH=self.width)
         kernels.groups_kernel[(n,)](
             *arrays, self.shared, self.members, n, self.shared_blocks,
-            PAGE=self.page, MOST=self.tile // (self.heads // self.key_heads), WIDTH=self.width,
+            PAGE=self.page, MOST=self.most_members, WIDTH=self.width,
         )  # fmt: skip
         kernels.steps_kernel[(n,)](
             block_table, self.order, lengths_N, self.shared, self.members, self.steps, self.pages, self.shares, self.runs,
             n, self.splits, self.least, self.most, block_table.stride(0),
-            PAGE=self.page, BLOCK=self.block, WIDTH=self.width, TOGETHER=64,
+            PAGE=self.page, BLOCK=self.block, MOST=self.most_members, WIDTH=self.width, TOGETHER=64,
         )  # fmt: skip
 
     def attend(self, q_NHD: Tensor, keys: Tensor, values: Tensor, out_NHD: Tensor, scale: float) -> None:
@@ -124,5 +125,5 @@ class DecodeLayout:
         together = math.gcd(self.heads, 8)
         kernels.merge_kernel[(q_NHD.shape[0], self.heads // together)](
             out_NHD, *self.partials, self.runs, out_NHD.stride(0), out_NHD.stride(1),
-            HEADS=self.heads, KEY_HEADS=self.key_heads, DIM=self.head_dim, TILE=self.tile, TOGETHER=together,
+            HEADS=self.heads, DIM=self.head_dim, MOST=self.most_members, TOGETHER=together,
         )  # fmt: skip
