@@ -15,8 +15,6 @@ from pgrpo.attention.grouped import grouped_attention
 from pgrpo.attention.layout import PackedLayout
 
 ATTENTION_NAME = "pgrpo"
-KeysAndValues = tuple[Tensor, Tensor]
-"""[P, K, D] and [P, K, Dv]."""
 Front = Sequence[Tensor]
 """What a layer's rows read of a kept first node: its keys and values, or where a layer has a state instead, the inputs that a short
 convolution reaches back to, and the state behind the node's last row."""

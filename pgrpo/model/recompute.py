@@ -142,7 +142,9 @@ RUNS: dict[Recompute, Any] = {"none": _plain, "matmuls": _all_but_matmuls, "atte
 # By name, as PyTorch 2.11 keeps no compiled graph on disk whose checkpoint has operators as arguments.
 ATTENTION = ("pgrpo.grouped_attention.default",)
 MATMULS = tuple(f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm"))
+# Products of experts are in the order that the first choice of experts gave, so that is kept too.
+EXPERTS = ("pgrpo.expert_inputs.default", "pgrpo.expert_outputs.default", "aten.sort.stable")
 SAVE_ATTENTION: Any = partial(create_selective_checkpoint_contexts, partial(_save, ATTENTION))
-SAVE_MATMULS: Any = partial(create_selective_checkpoint_contexts, partial(_save, ATTENTION + MATMULS))
+SAVE_MATMULS: Any = partial(create_selective_checkpoint_contexts, partial(_save, ATTENTION + MATMULS + EXPERTS))
 # AOTAutograd stores compiled graphs on disk only if it knows that these decide as they did.
-SAVE_ATTENTION.cache_hash, SAVE_MATMULS.cache_hash = "pgrpo saves attention", "pgrpo saves attention and matmuls"
+SAVE_ATTENTION.cache_hash, SAVE_MATMULS.cache_hash = str(ATTENTION), str(ATTENTION + MATMULS + EXPERTS)

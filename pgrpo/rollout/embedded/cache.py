@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pgrpo.attention.hook import KeysAndValues
 from pgrpo.attention.kernels.flash import dense_forward, varlen_forward
 from pgrpo.attention.kernels.segments import Scores, Segments
 from pgrpo.attention.layout import PackedLayout, cumulative
@@ -24,10 +23,10 @@ from pgrpo.attention.merge import add_sinks_, merge_
 
 
 class Front(NamedTuple):
-    """The first ``rows`` tokens of a prompt: layer -> K, V [rows, K, D]."""
+    """The first ``rows`` tokens of a prompt: layer -> K [rows, K, D], V [rows, K, Dv]."""
 
     rows: int
-    layers: dict[int, KeysAndValues]
+    layers: dict[int, tuple[Tensor, Tensor]]
 
 
 NOTHING = Front(0, {})
@@ -124,7 +123,7 @@ class DecodeCache:
     def front(self, row: int, count: int) -> Front:
         """A copy of a row's prompt and of the first ``count`` tokens behind it."""
         start, end = self._cu_prefix[self._group_of_row[row] :][:2].tolist()
-        layers: dict[int, KeysAndValues] = {}
+        layers: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, prefix in self._prefixes.items():
             own = [x[row, :count] for x in self._suffixes[layer]] if count else [x[:0] for x in prefix]
             k, v = (torch.cat([x[start:end], y]) for x, y in zip(prefix, own, strict=True))
