@@ -41,6 +41,7 @@ class ModelDims:
         intermediate: width of the MLP that a token passes, as that of a gated MLP of the same number of elements; of a mixture,
             that of the experts that are active together.
         norms: norms of the hidden width in one layer. ``head_norms``: q and k are normalised by head.
+        normed: how many of the outputs of attention and of the MLP a norm of the same layer reads, alone or added to its input.
         parameters: all of the model's; a head tied to the embedding is counted once.
         matrices: elements of all matrices of the layers that one token is multiplied with (of a mixture, the active experts).
         layer_matrix: elements of all matrices of the largest layer.
@@ -66,6 +67,7 @@ class ModelDims:
     softcapped: bool
     intermediate: int
     norms: int
+    normed: int
     head_norms: bool
     vocab: int
     tied: bool
@@ -175,8 +177,9 @@ def _count(key: _Key) -> ModelDims:
         used = {n: size * active // experts if experts and _is_expert(n) else size for n, size in of_layer.items()}
         matrices, whole = matrices + sum(used.values()), max(whole, sum(of_layer.values()))
         mlp = max(mlp, sum(size for name, size in used.items() if "att" not in name))
-    norms = [m for m in layers[0].modules() if "Norm" in type(m).__name__]
-    sizes = [p.numel() for norm in norms for name, p in norm.named_parameters() if name == "weight"]
+    norms = [(name, m) for name, m in layers[0].named_modules() if "Norm" in type(m).__name__]
+    sizes = [(of, p.numel()) for of, norm in norms for name, p in norm.named_parameters() if name == "weight"]
+    wide = [of for of, size in sizes if size == hidden]
     return ModelDims(
         layers=len(layers),
         hidden=hidden,
@@ -188,8 +191,10 @@ def _count(key: _Key) -> ModelDims:
         **_states(text),
         softcapped=bool(getattr(text, "attn_logit_softcapping", None)),
         intermediate=mlp // (3 * hidden),
-        norms=sizes.count(hidden),
-        head_norms=head_dim in sizes,
+        norms=len(wide),
+        # Two where both are normalised themselves: there are more than two norms, or two that come behind.
+        normed=2 if len(wide) > 2 or sum("post" in of for of in wide) > 1 else 1,
+        head_norms=any(size == head_dim for _, size in sizes),
         vocab=text.vocab_size,
         tied=model.get_output_embeddings() is not None
         and model.get_output_embeddings().weight is model.get_input_embeddings().weight,  # pyright: ignore

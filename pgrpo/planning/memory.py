@@ -178,7 +178,7 @@ def memory_plan(
     kept: dict[Recompute, int] = {"none": layer, "full": one_input, "offload": 0}
     # Attention outputs with their float32 log-sum-exps, and the layer's input.
     kept["attention"] = one_input + dims.heads * (dims.value_dim * dtype_bytes + 4)
-    kept["matmuls"] = kept["attention"] + _products(dims) * dtype_bytes
+    kept["matmuls"] = kept["attention"] + _products(dims, compiled=compiled) * dtype_bytes
     recomputed = max(layer - kept[mode] if mode in KEEPS_MLP else layer for mode in recompute)
     parts_of_rows = 1 if KEEPS_MLP & set(recompute) else mlp_chunks
     if parts_of_rows > 1:
@@ -278,9 +278,10 @@ def _kept(dims: ModelDims, dtype_bytes: int, tokens: int, together: int) -> floa
     return _kv_row(dims, dtype_bytes) * _copies(dims, together) / together * tokens + 4 * dims.state_elements
 
 
-def _products(dims: ModelDims) -> int:
-    """Elements of a token's matrix products: queries, keys, values, gate, up, and what the residual stream or a norm adds up."""
-    return _projections(dims, 1) + 2 * dims.intermediate + dims.norms * dims.hidden
+def _products(dims: ModelDims, *, compiled: bool) -> int:
+    """Elements of a token's matrix products: queries, keys, values, gate, up, and the outputs of attention and MLP. Compiled layers
+    keep those of the outputs that a norm reads; others are only added up."""
+    return _projections(dims, 1) + 2 * dims.intermediate + (dims.normed if compiled else 2) * dims.hidden
 
 
 def _projections(dims: ModelDims, together: int) -> int:

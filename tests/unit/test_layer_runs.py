@@ -2,11 +2,14 @@
 
 import pickle
 import random
+import re
+from collections import Counter
 from functools import partial
 
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgrpo.admission.compare import tokens_as_samples
 from pgrpo.attention.layout import unpack_calls
@@ -98,23 +101,77 @@ def test_checkpointing_keeps_less(recompute):
     assert (total / tokens < 8 * LAYERS * 32 * 4) == (recompute == "attention")
 
 
-def test_compiled_layers_keep_what_the_memory_plan_says(monkeypatch):
+SIZES = {
+    "vocab_size": 61, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def policy_of(kind, recompute, *, compiled=False, dtype=torch.float64):
+    """Of two layers."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **SIZES, num_hidden_layers=2)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME).to(dtype).train()
+    layers.set_up_layers(model.model.layers, [recompute] * 2, compiled=compiled)
+    return Policy(model)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "glm4", "qwen3_moe"])
+def test_compiled_layers_keep_what_the_memory_plan_says(kind, monkeypatch):
+    """With a norm in front of attention and MLP, with one behind both too, and of a mixture: bytes that the second layer keeps
+    which the first one does not keep already, as it does positions."""
     torch._dynamo.reset()
     layers.compile_dynamic.cache_clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
-    policy, batch, held = make_policy("matmuls", compiled=True), random_batch(random.Random(0)), {}
+    policy = policy_of(kind, "matmuls", compiled=True, dtype=torch.bfloat16)
+    batch, held = random_batch(random.Random(0)), [{}, {}]
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
 
-    def pack(tensor):
-        if batch.packed_tokens in tensor.shape:
-            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+    def recorded(forward, found, *args, **kwargs):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: found.append(x) or x, lambda x: x):
+            return forward(*args, **kwargs)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        policy(batch)
+    for layer, found in zip(policy.model.model.layers, saved := ([], []), strict=True):
+        layer.forward = partial(recorded, layer.forward, found)
+    policy(batch)
+    for found, tensors in zip(held, saved, strict=True):
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+        found |= {at: size for at, size in storages.items() if at not in weights}
+    kept = sum(size for at, size in held[1].items() if at not in held[0])
     dims = ModelDims.from_config(policy.model.config)
-    modes: list[layers.Recompute] = ["matmuls" for _ in range(LAYERS)]
-    planned = memory_plan(dims, recompute=modes, token_budget=1, dtype_bytes=8, compiled=True)
-    assert 0.9 < sum(held.values()) / batch.packed_tokens / (planned.activations * GIB) < 1.02
+    modes: list[layers.Recompute] = ["matmuls", "matmuls"]
+    planned = memory_plan(dims, recompute=modes, token_budget=1, dtype_bytes=2, compiled=True).activations * GIB / 2
+    assert 0.98 < kept / batch.packed_tokens / planned < 1.08
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt_oss", "qwen3_moe"])
+def test_matmuls_computes_no_product_again(kind):
+    """Nor the order of the copies of rows for experts, as products would be of rows in another order where a router's scores are
+    as good as equal."""
+    batch, found = random_batch(random.Random(0)), []
+    for recompute in ("none", "matmuls"):
+        policy = policy_of(kind, recompute)
+        logprobs = policy(batch).logprobs
+        with Operators() as run:
+            logprobs.square().sum().backward()
+        found.append((run.names, [p.grad for p in policy.parameters()]))
+    (none, wanted), (names, gradients) = found
+    assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
+    again = names - none
+    assert sum(none.values()) > 50 and again["aten.silu.default"] + again["aten.sigmoid.default"] >= 2
+    assert not [name for name in again if re.search(r"mm|expert|attention|sort\.", name)]
+
+
+class Operators(TorchDispatchMode):
+    """How often each was called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[str(func)] += 1
+        return func(*args, **kwargs or {})
 
 
 def compilations():
