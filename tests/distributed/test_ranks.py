@@ -279,7 +279,7 @@ def test_two_ranks_with_small_micro_batches(compute):
     assert_same(compute(2, token_budget=40), compute(aggregate="token"))
 
 
-@pytest.mark.parametrize("again", ["attention", "full"])
+@pytest.mark.parametrize("again", ["matmuls", "attention", "full"])
 def test_two_ranks_that_compute_activations_again(compute, again):
     assert_same(compute(2, activation_checkpointing=again), compute(aggregate="token"))
 
@@ -312,6 +312,7 @@ def test_whole_gradients_are_reduced_once_for_all_micro_batches(compute, ranks, 
     assert once["micro_batches"] > 2
     assert once["reductions"] == len(once["gradients"]) * (1 if whole else once["micro_batches"])
     assert each["reductions"] == len(once["gradients"]) * once["micro_batches"]
+    assert once["reductions_of_step"] == once["reductions"]
     assert gradient_error(once, each) <= (0 if ranks == 1 else 1e-6)
     assert once["metrics"]["grad_norm"] == pytest.approx(each["metrics"]["grad_norm"], rel=1e-6)
 

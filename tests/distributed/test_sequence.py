@@ -94,7 +94,7 @@ FULL = {"kl_coef": 0.3, "entropy_coef": 0.1, "aggregate": "sample"}
     [
         (2, 2, FULL | {"token_budget": 40}),
         (4, 4, LOSSES[3]),
-        (4, 2, LOSSES[4] | {"token_budget": 60, "activation_checkpointing": "attention"}),
+        (4, 2, LOSSES[4] | {"token_budget": 60, "activation_checkpointing": "matmuls"}),
         (4, 2, {"fsdp_size": 2, "activation_checkpointing": "full"}),
         (2, 2, {"lora_rank": 3, "kl_coef": 0.3, "lr": 1e-3}),
         (2, 2, {"beginning": 90, "attention": "repeated"}),

@@ -3,7 +3,9 @@ arguments: model, output, JSON of changes."""
 
 import json
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -97,6 +99,16 @@ def together(world, size):
     return replace(world, sequence_parallel_size=size, sequence_group=group)
 
 
+@contextmanager
+def reduced_parameters():
+    """How many parameters each reduction of FSDP2 inside this block has."""
+    found, reduce = [], _fsdp_param_group.foreach_reduce
+    with patch.object(
+        _fsdp_param_group, "foreach_reduce", lambda *given: found.append(len(given[0])) or reduce(*given)
+    ):
+        yield found
+
+
 def one_update(world, model, changes):
     """Sums and gradients of one update, and the metrics of another with its step. Groups are on rank 0 alone."""
     config = configure(model, changes)
@@ -131,28 +143,28 @@ def one_update(world, model, changes):
     if changes.get("off_policy"):
         go_off_policy(policy, batches)
     total = UpdateSums.zero(world.device)
-    each, reduce = spans(batches), _fsdp_param_group.foreach_reduce
-    reductions = []
-    _fsdp_param_group.foreach_reduce = lambda *given: reductions.append(len(given[0])) or reduce(*given)
-    for span in each:
-        record_frozen_logprobs(learner, span)
-        reduce_gradients(policy, world, now=changes.get("reduce_each", False) or span is each[-1])
-        with kept_prefixes(learner, span):
-            for batch in span:
-                total = total.plus(backward(learner, batch, counts))
-    _fsdp_param_group.foreach_reduce = reduce
+    each = spans(batches)
+    with reduced_parameters() as reductions:
+        for span in each:
+            record_frozen_logprobs(learner, span)
+            reduce_gradients(policy, world, now=changes.get("reduce_each", False) or span is each[-1])
+            with kept_prefixes(learner, span):
+                for batch in span:
+                    total = total.plus(backward(learner, batch, counts))
     sums = {name: value.item() for name, value in total.over_ranks(world)._asdict().items()}
     gradients = {name: full_tensor(p.grad).clone() for name, p in policy.model.named_parameters() if p.grad is not None}
     optimizer.zero_grad()
     pushed = dict(full_weights(policy.model, torch.float32)) if changes.get("pushed") else {}
     before = {name: full_tensor(p).clone() for name, p in policy.model.named_parameters()}
-    metrics = update_policy(learner, Progress(), groups)
+    with reduced_parameters() as reductions_of_step:
+        metrics = update_policy(learner, Progress(), groups)
     after = {name: full_tensor(p) for name, p in policy.model.named_parameters()}
     return {
         "sums": sums,
         "gradients": gradients,
         "micro_batches": len(batches),
         "reductions": sum(reductions),
+        "reductions_of_step": sum(reductions_of_step),
         "kept": sum(batch.kept is not None for batch in batches),
         "metrics": metrics,
         "moved": [name for name in before if not torch.equal(before[name], after[name])],
