@@ -49,7 +49,7 @@ CALLS = 8
 PROFILED, FIRST_STEPS = 16, 24
 """Decode steps that are traced; the first steps, whose times are shown one by one."""
 PARTS = {
-    "attention": r"flash|_kernel_mha|parts_kernel|merge_kernel|common_kernel|groups_kernel|steps_kernel|reshape_and_cache|even",
+    "attention": r"flash|_kernel_mha|parts_kernel|merge_kernel|(ranks|common|groups|steps)_kernel|reshape_and_cache|even",
     "matrix products": r"gemm|nvjet|cutlass|xmma|splitk|cublas",
     "sampling": r"sort|topk|softmax|argmax|exponential|distribution|gather|scatter|cumsum|scan|logprob|rank|reduce_kernel",
     "copies": r"memcpy|memset",

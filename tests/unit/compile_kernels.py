@@ -15,7 +15,7 @@ import shared_kernels  # pyright: ignore[reportMissingImports]
 
 SIZES = {
     "HEADS": 32, "KEY_HEADS": 8, "DIM": 128, "PAGE": 16, "TILE": 64, "OWN_TILE": 16, "BLOCK": 64, "MOST": 16, "WIDTH": 256,
-    "TOGETHER": 8,
+    "TOGETHER": 8, "BITS": 13,
 }  # fmt: skip
 TYPES = (
     dict.fromkeys(("Q", "K", "V", "OUT"), "*bf16")
@@ -46,7 +46,8 @@ def usage(kernel, folder: Path, tile: int = 64, **options: int) -> dict[str, int
 
 folder = Path(sys.argv[1])
 simple = {
-    name: usage(getattr(shared_kernels, f"{name}_kernel"), folder) for name in ("common", "groups", "steps", "merge")
+    name: usage(getattr(shared_kernels, f"{name}_kernel"), folder)
+    for name in ("ranks", "common", "groups", "steps", "merge")
 }
 parts = {
     f"parts {tile}": usage(shared_kernels.parts_kernel, folder, tile, num_warps=4, num_stages=3)

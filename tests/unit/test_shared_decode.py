@@ -121,7 +121,7 @@ def test_random_batches(seed: int) -> None:
     torch.testing.assert_close(out, truth, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("system", "mixed"), [(0, False), (0, True), (4, True), (16, False), (36, False)])
+@pytest.mark.parametrize(("system", "mixed"), [(0, False), (0, True), (4, True), (36, False), (36, True), (80, True)])
 def test_a_groups_prompt_is_read_once_also_behind_a_shared_system_prompt(system: int, mixed: bool) -> None:
     """4 groups of 4, prompts of 40 blocks: 4 x 160 tokens, and what each member has of its own."""
     given = batch([(161, [3, 9, 1, 2])] * 4, PAGE, system=system, mixed=mixed)
@@ -169,12 +169,25 @@ def test_the_block_that_is_being_written_is_never_shared() -> None:
     assert made.shared.tolist() == [2 * PAGE] * 2
 
 
-def test_a_short_sequence_goes_last_whatever_is_behind_its_last_block() -> None:
-    """There it has a block's number that its two neighbours share."""
-    table = torch.tensor([[0, 1, 2, 5], [7, 1, 2, 5], [0, 1, 2, 6]]).int()
-    made = layout(3)
-    made.update(table, torch.tensor([14, 3, 14]).int())
-    assert (made.order.tolist(), made.members.tolist()) == ([0, 2, 1], [2, 0, 1])
+def test_rows_are_sorted_by_their_full_blocks() -> None:
+    """Whatever stands behind them. One that ends comes behind those that go on, and a padded one last."""
+    table = torch.tensor([[4, 1, 2, 5], [4, 1, 2, 5], [0, 3, 2, 6], [9, 1, 2, 5], [4, 0, 8, 7], [4, 1, 3, 5]]).int()
+    made = layout(6)
+    made.update(table, torch.tensor([16, 12, 16, 0, 16, 16]).int())
+    assert made.order.tolist() == [2, 4, 0, 5, 1, 3] and made.common.tolist() == [0, 0, 1, 2, 2, 0]
+
+
+def test_blocks_that_vllm_computed_twice_cost_time_only() -> None:
+    """0 and 7 hold the same tokens, 15 and 9 too, so rows share the blocks behind them."""
+    torch.manual_seed(0)
+    stretch = list(range(10, 18))
+    rows = [
+        [first, *stretch[:5], other, *stretch[6:], 20 + i]
+        for i, (first, other) in enumerate([(0, 15), (7, 15), (0, 9), (7, 9)] * 2)
+    ]
+    out, truth = attend(made := layout(8), Batch(torch.tensor(rows).int(), torch.full((8,), 10 * PAGE - 1).int()))
+    assert sorted(made.order.tolist()) == list(range(8))
+    torch.testing.assert_close(out, truth, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("own", "share", "runs"), [(15, 2, 1), (31, 2, 1), (200, 5, 3), (240, 6, 3)])
@@ -258,7 +271,7 @@ def test_the_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     usage = json.loads(done.stdout)
     assert {name: found["stack"] for name, found in usage.items()} == dict.fromkeys(usage, 0)
     parts = [usage[f"parts {tile}"]["shared"] for tile in (16, 32, 64)]
-    assert len(usage) == 7 and min(parts) > 0 and max(parts) <= 227 * 1024 // 2
+    assert len(usage) == 8 and min(parts) > 0 and max(parts) <= 227 * 1024 // 2
 
 
 def config(mode: str = "auto", group_size: int = 8, prompt: int = 4096, completion: int = 1024) -> Config:

@@ -12,6 +12,30 @@ FIELDS = tl.constexpr(4)
 and the steps of its run from it on. The sequence is a row, but for shared tokens the place of the group's first sequence."""
 
 
+@triton.jit(do_not_specialize=["n"])
+def ranks_kernel(TABLE, LENGTHS, RANKS, n, table_stride, PAGE: tl.constexpr, BITS: tl.constexpr, WIDTH: tl.constexpr):
+    """RANKS: of the i-th row the number of rows whose full blocks come before its own in lexicographic order, so that sorting by it
+    makes those with a common beginning neighbours. One that ends comes behind those that go on; padded ones are last.
+
+    A block of vLLM's prefix cache stands for all tokens up to its end, so a bisection finds how many two rows share. (They share
+    fewer than it finds where vLLM computed a block twice. Then neighbours may be missed, and ranks may be equal.)
+    """
+    i = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, WIDTH)
+    ours = tl.maximum(tl.load(LENGTHS + i) - 1, 0) // PAGE
+    theirs = tl.maximum(tl.load(LENGTHS + at, mask=at < n, other=0) - 1, 0) // PAGE
+    table, tables = TABLE + i * table_stride, TABLE + at.to(tl.int64) * table_stride
+    common = tl.zeros([WIDTH], tl.int32)
+    for bit in range(BITS):
+        more = common + (1 << (BITS - 1 - bit))
+        both = more <= tl.minimum(ours, theirs)
+        equal = tl.load(table + more - 1, mask=both, other=0) == tl.load(tables + more - 1, mask=both, other=0)
+        common = tl.where(both & equal, more, common)
+    our_next = tl.load(table + common, mask=common < ours, other=0x7FFFFFFF)
+    their_next = tl.load(tables + common, mask=common < theirs, other=0x7FFFFFFF)
+    tl.store(RANKS + i, tl.sum((their_next < our_next).to(tl.int32), 0))
+
+
 @triton.jit
 def common_kernel(TABLE, ORDER, LENGTHS, COMMON, table_stride, PAGE: tl.constexpr, WIDTH: tl.constexpr):
     """COMMON[i]: full blocks that the i-th sequence in order shares with the one before; never the block being written."""

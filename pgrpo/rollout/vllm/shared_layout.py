@@ -74,7 +74,7 @@ class DecodeLayout:
         def array(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.empty(*shape, dtype=dtype, device=device)
 
-        self.order, self.common, self.shared, self.members = (array(sequences) for _ in range(4))
+        self.ranks, self.order, self.common, self.shared, self.members = (array(sequences) for _ in range(5))
         self.steps = array(2, self.most, kernels.FIELDS.value)  # of shared tokens, and of own ones
         self.pages = array(2, self.most, self.block // page)
         self.shares, self.runs = array(4), array(sequences, 4)
@@ -91,14 +91,16 @@ class DecodeLayout:
             lengths_N: int32, tokens of each sequence in the cache, the one that is decoded included.
         """
         n = lengths_N.shape[0]
-        # The block that ends the shortest shared stretch is the same in all who share it, and in nobody else: sorted by it,
-        # siblings are neighbours however vLLM ordered them. Padded and short sequences go last.
-        column = min(self.shared_blocks, block_table.shape[1]) - 1
-        long_enough = lengths_N > self.shared_blocks * self.page
-        key = torch.where(long_enough, block_table[:n, column], torch.iinfo(torch.int32).max)
-        self.order[:n] = key.sort(stable=True).indices
+        kernels.ranks_kernel[(n,)](
+            block_table, lengths_N, self.ranks, n, block_table.stride(0),
+            PAGE=self.page, BITS=(block_table.shape[1] - 1).bit_length(), WIDTH=self.width,
+        )  # fmt: skip
+        self.order[:n] = self.ranks[:n].sort(stable=True).indices
         arrays = (self.order, lengths_N, self.common)
-        kernels.common_kernel[(n,)](block_table, *arrays, block_table.stride(0), PAGE=self.page, WIDTH=self.width)
+        # One program reads two whole rows of the table, so it takes many blocks at a time also where there are few sequences.
+        kernels.common_kernel[(n,)](
+            block_table, *arrays, block_table.stride(0), PAGE=self.page, WIDTH=max(256, self.width)
+        )
         kernels.groups_kernel[(n,)](
             *arrays, self.shared, self.members, n, self.shared_blocks,
             PAGE=self.page, MOST=self.most_members, WIDTH=self.width,
