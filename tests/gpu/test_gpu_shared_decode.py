@@ -19,6 +19,16 @@ BATCHES = {
 }
 
 
+def test_completions_of_a_prompt_are_found_in_any_order():
+    """10 groups of 6, shuffled, behind a system prompt."""
+    groups = [(1500 + 10 * i, [20 * i + 1] * 6) for i in range(10)]
+    given = on_gpu(batch(groups, 16, system=512, pad=4, mixed=True), 128)
+    made = DecodeLayout(N, 32, 8, 128, 16, given.table.device, 16 * 128)
+    made.update(*given)
+    assert made.members[made.members > 0].tolist() == [6] * 10 + [1] * 4
+    assert set(made.shared.tolist()) == {0} | {(1499 + 10 * i) // 16 * 16 for i in range(10)}
+
+
 def on_gpu(given: Batch, width: int) -> Batch:
     table = torch.zeros(N, width, dtype=torch.int32)
     table[:, : given.table.shape[1]] = given.table
