@@ -88,7 +88,7 @@ def test_attention_is_that_of_each_sequence_alone(name: str) -> None:
         ends = part[part[:, 3] == 1].tolist()
         sizes = [1 if kind else int(made.members[first]) for first, *_ in ends]
         rows = [run + i for (_, _, run, _), size in zip(ends, sizes, strict=True) for i in range(size)]
-        assert len(set(rows)) == len(rows) and max(rows, default=0) < len(made.partials[2 * kind]), (
+        assert len(set(rows)) == len(rows) and max(rows, default=0) < len((made.shared_out, made.own_out)[kind]), (
             "a sequence has a row of its own in each of its runs"
         )
 
@@ -225,7 +225,7 @@ def test_the_arrays_hold_the_longest_of_all_sequences_and_one_step_more() -> Non
     made = DecodeLayout(3, 4, 2, 16, PAGE, CPU, 37, tile=16)
     made.update(torch.arange(30).view(3, 10).int(), torch.full((3,), 37).int())
     assert made.shares[2] == 3 * 3 and made.steps.shape[1] == made.pages.shape[1] == 3 * 3 + 1
-    assert [array.shape for array in made.partials] == [(3 + 8 * 2, 4, 16), (3 + 8 * 2, 4), (3 + 2, 4, 16), (3 + 2, 4)]
+    assert (made.shared_out.shape, made.own_out.shape) == ((3 + 8 * 2, 4, 16), (3 + 2, 4, 16))
 
 
 def test_a_cache_may_have_more_elements_than_an_int32_counts() -> None:

@@ -78,10 +78,12 @@ class DecodeLayout:
         self.steps = array(2, self.most, kernels.FIELDS.value)  # of shared tokens, and of own ones
         self.pages = array(2, self.most, self.block // page)
         self.shares, self.runs = array(4), array(sequences, 4)
-        self.partials = []  # of shared runs and of own ones, and the logarithms of their sums
-        for each in (self.most_members, 1):
-            for shape in ((heads, head_dim), (heads,)):
-                self.partials.append(array(sequences + each * (self.splits - 1), *shape, dtype=torch.float32))
+        # Partial sums of shared and of own runs, and the logarithms of their sums of exponentials.
+        shared_rows, own_rows = (sequences + each * (self.splits - 1) for each in (self.most_members, 1))
+        self.shared_out, self.own_out = (
+            array(n, heads, head_dim, dtype=torch.float32) for n in (shared_rows, own_rows)
+        )
+        self.shared_lse, self.own_lse = (array(n, heads, dtype=torch.float32) for n in (shared_rows, own_rows))
 
     def update(self, block_table: Tensor, lengths_N: Tensor) -> None:
         """The layout of the next step.
@@ -119,13 +121,14 @@ class DecodeLayout:
         """
         ratio = self.heads // self.key_heads
         kernels.parts_kernel[(self.splits * self.key_heads,)](
-            q_NHD, keys, values, self.order, self.members, self.steps, self.pages, self.shares, *self.partials, self.most,
+            q_NHD, keys, values, self.order, self.members, self.steps, self.pages, self.shares,
+            self.shared_out, self.shared_lse, self.own_out, self.own_lse, self.most,
             q_NHD.stride(0), q_NHD.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), scale * math.log2(math.e),
             HEADS=self.heads, KEY_HEADS=self.key_heads, DIM=self.head_dim, PAGE=self.page,
             TILE=self.tile, OWN_TILE=max(16, triton.next_power_of_2(ratio)), BLOCK=self.block, **self.options,
         )  # fmt: skip
         together = math.gcd(self.heads, 8)
         kernels.merge_kernel[(q_NHD.shape[0], self.heads // together)](
-            out_NHD, *self.partials, self.runs, out_NHD.stride(0), out_NHD.stride(1),
+            out_NHD, self.shared_out, self.shared_lse, self.own_out, self.own_lse, self.runs, out_NHD.stride(0), out_NHD.stride(1),
             HEADS=self.heads, DIM=self.head_dim, MOST=self.most_members, TOGETHER=together,
         )  # fmt: skip
