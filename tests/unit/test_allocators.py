@@ -7,6 +7,7 @@ import torch
 from making import asked_of_vllm
 
 from pgrpo.config import Config, ModelConfig, RolloutConfig
+from pgrpo.distributed import world
 from pgrpo.process.allocators import PINNED, fixed_segments, set_up_allocators
 from pgrpo.rollout.vllm import start
 
@@ -41,6 +42,13 @@ def test_segments_grow_but_for_vllms_start_and_other_settings_stay(told, name, b
     with pytest.raises(ValueError, match="it failed"), fixed_segments():
         raise ValueError("it failed")
     assert told == [f"{after},expandable_segments:{on}" for on in (True, False, True)]
+
+
+def test_a_run_sets_them_up_before_it_uses_a_gpu(told, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "set_device", told.append)
+    with world.start() as found:
+        pass
+    assert told == [f"{PINNED},expandable_segments:True", found.device]
 
 
 def test_an_engine_is_built_of_fixed_segments(told, monkeypatch):

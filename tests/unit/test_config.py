@@ -737,6 +737,10 @@ def test_a_number_at_its_excluded_bound_is_refused(key: str) -> None:
             "model.mlp_chunks: 4 has no effect with model.activation_checkpointing none, which keeps all of the MLP; set it to ",
         ),
         (
+            ["model.activation_checkpointing=matmuls", "model.mlp_chunks=2"],
+            "model.mlp_chunks: 2 has no effect with model.activation_checkpointing matmuls, which keeps all of the MLP; set it to ",
+        ),
+        (
             ["model.activation_checkpointing=matmuls", "model.lora_rank=8"],
             "model.activation_checkpointing: matmuls keeps the products of a matrix and of its adapter (model.lora_rank 8), which",
         ),

@@ -334,6 +334,23 @@ def test_memory_plan_of_checkpointing_and_offload() -> None:
     of_mlp = 3 * 2 * 9728 / flops.GIB  # gradients of gate, up and their product
     assert attention.layer_backward == pytest.approx(whole_layer + of_mlp + gradients)
     assert plan(dims, recompute="none").layer_backward == pytest.approx(of_mlp + gradients)
+    # With their products, a compiled layer keeps q, k and v (48 heads), gate and up, and attention's output with its projection;
+    # the backward has the rest of one layer beside these.
+    compiled = {mode: plan(dims, recompute=mode, compiled=True) for mode in ("none", "matmuls", "attention")}
+    products = 36 * 2 * (48 * 128 + 2 * 9728 + 2560) / flops.GIB
+    assert compiled["matmuls"].activations == pytest.approx(attention.activations + products)
+    both = plan(
+        dims, recompute="matmuls"
+    ).activations  # uncompiled layers keep the MLP's output too, which nothing needs
+    assert both == pytest.approx(compiled["matmuls"].activations + 36 * 2 * 2560 / flops.GIB)
+    rest = (compiled["none"].activations - compiled["matmuls"].activations) / 36
+    assert compiled["matmuls"].layer_backward == pytest.approx(rest + of_mlp + gradients)
+    some: list[Recompute] = ["attention"] * 35 + ["matmuls"]  # whose MLP is whole: parts of others lower no peak
+    whole, in_parts = (
+        memory.memory_plan(dims, token_budget=9, dtype_bytes=2, compiled=True, recompute=some, mlp_chunks=n)
+        for n in (1, 4)
+    )
+    assert whole == in_parts and whole.layer_backward > compiled["matmuls"].layer_backward
     parts: list[tuple[int, Recompute]] = [(5, "full"), (10, "attention"), (21, "none")]
     layers: list[Recompute] = [mode for count, mode in parts for _ in range(count)]
     mixed = memory.memory_plan(dims, token_budget=1, dtype_bytes=2, recompute=layers).activations
@@ -404,7 +421,8 @@ def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
     assert fewest_recomputed_layers(dims, 68.0, **sizes) == (["matmuls"] * 36, 1)
     some = fewest_recomputed_layers(dims, 60.0, **sizes).recompute
     assert some == ["attention"] * some.count("attention") + ["matmuls"] * some.count("matmuls")
-    assert set(fewest_recomputed_layers(dims, 50.0, **sizes | {"adapters": 10**7}).recompute) == {"attention", "none"}
+    for uses, changes in ((dims, {"adapters": 10**7}), (replace(dims, state_elements=1), {})):  # none of these
+        assert set(fewest_recomputed_layers(uses, 50.0, **sizes | changes).recompute) == {"attention", "none"}
 
 
 LONG: dict[str, Any] = {"token_budget": 131_072 + 8 * 1024, "compiled": True, "dtype_bytes": 2}

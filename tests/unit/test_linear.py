@@ -3,9 +3,10 @@ the plumbing of the GPU's kernels, and where a machine is refused."""
 
 import inspect
 import sys
+from functools import partial
 from itertools import pairwise
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -119,17 +120,19 @@ def test_a_forest_without_its_parents_states_is_noticed(bug, twins, monkeypatch)
     assert found.logprob > 1e-2
 
 
-@pytest.mark.parametrize("mode", ["attention", "full"])
+@pytest.mark.parametrize("mode", ["matmuls", "attention", "full"])
 def test_layers_that_compute_activations_again_give_the_same_bits(mode, twins):
     policy, layers = Policy(twins[1]), decoder_layers(twins[1])
     batch = build_batch(Forest.of(random_samples(5)), attention=policy.attention)
     wanted = gradients(policy(batch).logprobs, policy)
     set_up_layers(layers, [mode] * 3, compiled=False)
+    modes = [cast(partial, layer.forward).args[2] for layer in layers]
     try:
         got = gradients(policy(batch).logprobs, policy)
     finally:
         for layer in layers:
             del layer.forward
+    assert {*modes} == {mode, "full"}  # of those with a state nothing inside is kept
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 

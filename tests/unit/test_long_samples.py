@@ -124,6 +124,12 @@ def test_an_mlp_in_parts(recompute, backend, lora, monkeypatch):
     layers.compile_dynamic.cache_clear()
 
 
+def test_only_mlps_that_are_recomputed_are_in_parts():
+    layers = long_policy("none").model.model.layers
+    set_up_long_samples(layers, ["none", "matmuls", "attention"], 4)
+    assert [hasattr(layer.mlp, "whole") for layer in layers] == [False, False, True]
+
+
 def test_a_mixture_of_experts_in_parts():
     """Its block returns what the router says of each row too."""
     torch.manual_seed(0)
