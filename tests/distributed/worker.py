@@ -102,7 +102,7 @@ def together(world, size):
 @contextmanager
 def reduced_parameters():
     """How many parameters each reduction of FSDP2 inside this block has."""
-    found, reduce = [], _fsdp_param_group.foreach_reduce
+    found, reduce = [], _fsdp_param_group.foreach_reduce  # pyright: ignore[reportPrivateImportUsage]
     with patch.object(
         _fsdp_param_group, "foreach_reduce", lambda *given: found.append(len(given[0])) or reduce(*given)
     ):
