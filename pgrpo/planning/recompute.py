@@ -26,12 +26,11 @@ def fewest_recomputed_layers(
 ) -> LayerPlan:
     """Implements ``activation_checkpointing: auto``: the setting with the least recomputation whose memory plan fits.
 
-    Tries ``none`` and ``matmuls`` in all layers (the second takes so little time that a mixture would not pay for compiling
-    both); then ``attention`` in as few layers as possible; then ``full`` in as few as possible; then MLPs in parts, with ``full``
-    in as few layers as possible, and then ``offload``, as far as ``host_gib`` of host memory go. Neither computes more in compiled
-    layers, but ``offload`` moves inputs, and pins memory for them in the first update. Uncompiled layers and layers with a state
-    compute parts once more, so there ``offload`` comes first. MLPs stay whole where parts spare no layer its ``offload``. If
-    nothing fits, the plan with the lowest peak. The first layers recompute more than the last ones: the backward needs the
+    Tries ``matmuls`` in as few layers as possible; then ``attention`` in as few as possible, and ``full``; then MLPs in parts, with
+    ``full`` in as few layers as possible, and then ``offload``, as far as ``host_gib`` of host memory go. Neither computes more in
+    compiled layers, but ``offload`` moves inputs, and pins memory for them in the first update. Uncompiled layers and layers with
+    a state compute parts once more, so there ``offload`` comes first. MLPs stay whole where parts spare no layer its ``offload``.
+    If nothing fits, the plan with the lowest peak. The first layers recompute more than the last ones: the backward needs the
     activations of the last layers first, and frees them before all gradients exist.
 
     Args:
@@ -54,8 +53,7 @@ def fewest_recomputed_layers(
         steps.extend(("offload", "full", (1, chunks)) for chunks in MLP_CHUNKS)
     tried: list[tuple[float, float, LayerPlan]] = []
     for more, less, fewest_first in steps:
-        counts = (0, dims.layers) if more == "matmuls" else range(dims.layers + 1)
-        for count, chunks in product(counts, fewest_first):
+        for count, chunks in product(range(dims.layers + 1), fewest_first):
             recompute: list[Recompute] = [more if layer < count else less for layer in range(dims.layers)]
             plan = memory_plan(dims, recompute=recompute, mlp_chunks=chunks, **sizes)
             if plan.host > host_gib:

@@ -416,9 +416,10 @@ def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
         assert peak(recompute) <= capacity < peak(fewer)
     assert fewest_recomputed_layers(dims, 1000.0, **sizes) == (["none"] * 36, 1)
     assert fewest_recomputed_layers(dims, 10.0, **sizes) == (["full"] * 36, 16)  # nothing fits
-    # Compiled layers keep their matrix products before they recompute these; all of them, or none.
+    # Compiled layers keep their matrix products before they recompute these.
     sizes |= {"token_budget": 12288, "compiled": True}
-    assert fewest_recomputed_layers(dims, 68.0, **sizes) == (["matmuls"] * 36, 1)
+    most = fewest_recomputed_layers(dims, 68.0, **sizes).recompute
+    assert most == ["matmuls"] * most.count("matmuls") + ["none"] * most.count("none") and 0 < most.count("none") < 36
     some = fewest_recomputed_layers(dims, 60.0, **sizes).recompute
     assert some == ["attention"] * some.count("attention") + ["matmuls"] * some.count("matmuls")
     for uses, changes in ((dims, {"adapters": 10**7}), (replace(dims, state_elements=1), {})):  # none of these
