@@ -1,6 +1,6 @@
 """Triton kernels of ``shared_layout.py``. Place i is in ``ORDER``, the batch's rows ordered so that sharing ones are neighbours."""
 
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
