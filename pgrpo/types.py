@@ -17,6 +17,8 @@ LIMITS: tuple[FinishReason, ...] = ("length", "turns", "tool_calls", "timeout")
 Recompute = Literal["none", "matmuls", "attention", "full", "offload"]
 """What the backward recomputes in a layer: nothing, all but attention and matrix products, all but attention, or everything, from
 an input that is on the GPU or waits in host memory."""
+KEEPS_MLP: frozenset[Recompute] = frozenset({"none", "matmuls"})
+"""Those that keep what an MLP is differentiated with."""
 Messages = list[dict[str, Any]]
 
 

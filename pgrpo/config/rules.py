@@ -12,6 +12,7 @@ from pgrpo.config.fields import PYTHON, ConfigError
 from pgrpo.config.functions import is_function
 from pgrpo.config.schema import Config, LossConfig
 from pgrpo.config.secrets import REDACTED
+from pgrpo.types import KEEPS_MLP
 
 NEEDS = {
     "model.lora_alpha": ("model.lora_rank", 0),
@@ -185,7 +186,7 @@ def _check_sizes(config: Config) -> None:
             f"set train.token_budget to at least {longest}, or lower those"
         )
     mode, chunks = config.model.activation_checkpointing, config.model.mlp_chunks or 1
-    if chunks > 1 and mode in ("none", "matmuls"):
+    if chunks > 1 and mode in KEEPS_MLP:
         raise ConfigError(
             f"model.mlp_chunks: {chunks} has no effect with model.activation_checkpointing {mode}, which keeps all of the MLP; "
             "set it to attention, full, offload or auto, or leave model.mlp_chunks out"

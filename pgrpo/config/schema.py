@@ -34,8 +34,8 @@ class ModelConfig:
     CPU.
     Layers of a vision tower that is trained are recomputed whole, except with `none`, and with `auto` on a CPU."""
     mlp_chunks: int | None = number(None, least=1, most=256)
-    """Compute an MLP that is recomputed (not with `none`) in so many parts of its rows, so that the activations of one part alone
-    exist at a time. None: 1, or with `auto` what the memory plan requires."""
+    """Compute an MLP that is recomputed (not with `none` and `matmuls`) in so many parts of its rows, so that the activations of
+    one part alone exist at a time. None: 1, or with `auto` what the memory plan requires."""
     fsdp_size: int | None = number(None, least=1, most=65536)
     """Number of neighbouring ranks that one replica of the weights is sharded over (hybrid sharding); gradients are averaged over
     the replicas. On several nodes, set it to the GPUs of one node. None: all ranks."""

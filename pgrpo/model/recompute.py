@@ -47,7 +47,7 @@ def set_up_layers(layers: Iterable[nn.Module], recompute: Sequence[Recompute], *
     """
     for number, (layer, mode) in enumerate(zip(layers, recompute, strict=True)):
         stateful = compile_parts(layer, compile_dynamic if compiled else None)
-        mode = "full" if stateful and mode in ("attention", "matmuls") else mode  # neither can be saved
+        mode = "full" if stateful and mode in ("attention", "matmuls") else mode  # neither can be kept in these layers
         layer.forward = partial(_forward, layer, number, mode, compiled and not stateful)  # pyright: ignore
 
 

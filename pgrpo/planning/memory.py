@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pgrpo.planning.flops import ModelDims
-from pgrpo.types import Recompute
+from pgrpo.types import KEEPS_MLP, Recompute
 
 GIB = 2**30
-KEEPS_MLP: frozenset[Recompute] = frozenset({"none", "matmuls"})
-"""Those that keep what an MLP is differentiated with."""
 
 OF_UPDATES = (
     "gradients", "moments", "teacher_forward", "activations", "kept", "logprobs", "layer_backward", "reductions", "adam_scratch",

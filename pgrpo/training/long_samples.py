@@ -19,9 +19,8 @@ from pgrpo.attention.hook import current
 from pgrpo.model.families.linear import forward_of
 from pgrpo.model.recompute import is_training
 from pgrpo.planning.dims import mlp_of
-from pgrpo.planning.memory import KEEPS_MLP
 from pgrpo.process.pinned import pinning
-from pgrpo.types import Recompute
+from pgrpo.types import KEEPS_MLP, Recompute
 
 KEY = "model.activation_checkpointing"
 SMALLEST_PIECE = 2**20
