@@ -121,7 +121,9 @@ def test_random_batches(seed: int) -> None:
     torch.testing.assert_close(out, truth, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("system", "mixed"), [(0, False), (0, True), (4, True), (36, False), (36, True), (80, True)])
+@pytest.mark.parametrize(
+    ("system", "mixed"), [(0, False), (0, True), (4, True), (16, False), (36, False), (36, True), (80, True)]
+)
 def test_a_groups_prompt_is_read_once_also_behind_a_shared_system_prompt(system: int, mixed: bool) -> None:
     """4 groups of 4, prompts of 40 blocks: 4 x 160 tokens, and what each member has of its own."""
     given = batch([(161, [3, 9, 1, 2])] * 4, PAGE, system=system, mixed=mixed)
@@ -167,6 +169,14 @@ def test_the_block_that_is_being_written_is_never_shared() -> None:
     made = layout(2, shared_tokens=PAGE)
     made.update(torch.arange(3).repeat(2, 1).int(), torch.full((2,), 3 * PAGE).int())
     assert made.shared.tolist() == [2 * PAGE] * 2
+
+
+def test_a_short_sequence_goes_last_whatever_is_behind_its_last_block() -> None:
+    """There it has a block's number that its two neighbours share."""
+    table = torch.tensor([[0, 1, 2, 5], [7, 1, 2, 5], [0, 1, 2, 6]]).int()
+    made = layout(3)
+    made.update(table, torch.tensor([14, 3, 14]).int())
+    assert (made.order.tolist(), made.members.tolist()) == ([0, 2, 1], [2, 0, 1])
 
 
 def test_rows_are_sorted_by_their_full_blocks() -> None:
