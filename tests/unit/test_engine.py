@@ -20,6 +20,7 @@ from pgrpo.placement import vllm_memory as memory
 from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.rollout.base import no_more
 from pgrpo.rollout.vllm import engine as vllm
+from pgrpo.rollout.vllm import requests as requests_module
 from pgrpo.rollout.vllm import shared_decode, sharing
 from pgrpo.rollout.vllm import start as vllm_start
 from pgrpo.rollout.vllm.requests import EngineError, Requests
@@ -297,6 +298,49 @@ def test_preemptions_are_counted():
     requests = Requests(SimpleNamespace(llm_engine=SimpleNamespace(engine_core=core)), 60.0, lambda step: 0)
     assert [scheduler.schedule(False).preempted_req_ids for _ in range(4)] == [None, set(), {"3", "4"}, {"3"}]
     assert requests.preemptions == 3
+
+
+def test_vllm_hashes_prompts_while_it_computes_those_before(monkeypatch):
+    """Before a step it gets as many as fill a portion of tokens, counted once a completion; those of ``more`` come behind all."""
+    monkeypatch.setattr(requests_module, "PORTION", 40)
+    waiting, told, done = [], [], []
+
+    class Scripted:
+        request_counter = SimpleNamespace(counter=7)
+        engine_core = SimpleNamespace(engine_core=SimpleNamespace(scheduler=SimpleNamespace(schedule=None)))
+
+        def enqueue(self, prompts, settings, use_tqdm):
+            names = [str(self.request_counter.counter + i) for i in range(len(prompts))]
+            self.request_counter.counter += len(prompts)
+            waiting.extend(zip(names, prompts, strict=True))
+            told.append([len(prompt["prompt_token_ids"]) for prompt in prompts])
+            return names
+
+        def has_unfinished_requests(self):
+            return bool(waiting)
+
+        def step(self):
+            told.append("step")
+            name, prompt = waiting.pop()
+            return [SimpleNamespace(request_id=name, finished=True, prompt_token_ids=prompt["prompt_token_ids"])]
+
+    scripted = Scripted()
+    last = [[({"prompt_token_ids": [0] * 3}, SimpleNamespace(n=2))]]
+    asked = [({"prompt_token_ids": [0] * size}, SimpleNamespace(n=2)) for size in (15, 10, 30, 1, 2)]
+    Requests(
+        SimpleNamespace(
+            llm_engine=scripted, **{name: getattr(scripted, name) for name in ("enqueue", "request_counter")}
+        ),
+        60.0,
+        lambda step: 0,
+    ).run(
+        asked,
+        0,
+        lambda position, output: done.append((position, len(output.prompt_token_ids))),
+        lambda wait: last.pop() if last else [],
+    )
+    assert told == [[15], [10], "step", [30], "step", [1], [2], [3], *["step"] * 4]
+    assert sorted(done) == list(enumerate((15, 10, 30, 1, 2, 3)))
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_its_sizes_before_the_model_is_loaded(installed, h100):
