@@ -44,6 +44,7 @@ def run(args: argparse.Namespace, began: float) -> dict[str, float]:
 
     from pgrpo.distributed.world import start
     from pgrpo.grpo import grpo_step
+    from pgrpo.planning.flops import mfu
     from pgrpo.process.second import SecondProcess
     from pgrpo.training import build as building
     from pgrpo.training.caller import Given
@@ -93,6 +94,9 @@ def run(args: argparse.Namespace, began: float) -> dict[str, float]:
         parts |= {f"first step, {name}": first[name] - later.get(name, 0.0) for name in STEP_PARTS if name in first}
         parts |= {f"a later step, {name}": later[name] for name in (*STEP_PARTS, *full_step.OTHERS) if name in later}
         parts["a later step"] = later["step"]
+        rate = full_step.matmul_flops(world.device, config)
+        parts["matmul_tflops"] = rate / 1e12
+        parts["a later step, mfu_update"] = mfu(later["perf/flops"], later["time/update"], rate)
         parts["start"] = parts["imports"] + parts["build"] + first["step"] - later["step"]
         if world.device.type == "cuda":
             parts["pinning host memory"] = torch.cuda.memory.host_memory_stats()["host_alloc_time.total"] / 1e6
