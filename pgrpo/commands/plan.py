@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -71,10 +72,11 @@ def plan_text(config: Config) -> str:
         check_engine(config, dims, world)
         check_pushable(config, hf_config, world)
         built = check_built(config, hf_config, world)
-    offloaded, vllm = _vllm(config, dims, world)
+    offloaded_gib, vllm = _vllm(config, dims, world)
     chosen, sizes = layer_plan(config, dims, world), plan_sizes(config, dims, world, planned)
     sizes["kept_tokens"] = kept_tokens = 0 if not_kept else keepable_tokens(config, dims, world)
-    memory = memory_plan(dims, recompute=chosen.recompute, mlp_chunks=chosen.mlp_chunks, **sizes, offloaded=offloaded)
+    memory = memory_plan(dims, recompute=chosen.recompute, mlp_chunks=chosen.mlp_chunks, **sizes)
+    memory = replace(memory, offloaded=offloaded_gib)
     elsewhere = "" if planned.type == device.type else f", on a {planned.type} device"
     gpu = f" of {gpu_memory(planned) / GIB:.0f}{' (assumed)' if elsewhere else ''}" if planned.type == "cuda" else ""
     host = f"; {memory.host:.1f} of host memory for inputs of layers" if memory.host else ""
@@ -104,16 +106,16 @@ def plan_text(config: Config) -> str:
     )
 
 
-def _vllm(config: Config, dims: ModelDims, world: World) -> tuple[tuple[str, ...], str]:
-    """Parts of the policy that are in host memory while vLLM samples, and its memory in words. Only a GPU that is here refuses."""
+def _vllm(config: Config, dims: ModelDims, world: World) -> tuple[float, str]:
+    """GiB of the policy that are in host memory while vLLM samples, and its memory in words. Only a GPU that is here refuses."""
     if world.device.type == "cpu" or engine_name(config, world.device) != "vllm":
-        return (), ""
+        return 0.0, ""
     try:
-        return engine_memory(config, dims, world).memory.offloaded, f" with {vllm_text(config, dims, world)}"
+        return engine_memory(config, dims, world).memory.offloaded_gib, f" with {vllm_text(config, dims, world)}"
     except ConfigError as error:
         if torch.cuda.is_available():
             raise
-        return (), f"; such a GPU would refuse: {error}"
+        return 0.0, f"; such a GPU would refuse: {error}"
 
 
 def _teachers_not_kept(config: Config) -> str:

@@ -26,6 +26,11 @@ from pgrpo.rollout.vllm import start as vllm_start
 
 VLLM_ACTIVATIONS_GIB = 2.0
 """GPU memory within vLLM's share that is neither weights nor cache: activations of its largest prefill."""
+VLLM_BUFFERS_GIB = 1.5
+"""GPU memory within vLLM's share beside weights, cache and the activations of ``just_enough_gib``: libraries, its own buffers, and
+its estimate of its CUDA graphs, which some of its model runners take from there."""
+PREFILL_ROWS = 16_384
+"""The most tokens that vLLM computes at once by default; on GPUs below 70 GiB it is half."""
 VLLM_BLOCK_TOKENS = 16
 UNCOUNTED_GIB, SLACK = 8.0, 1.25
 """Added to what vLLM's weights and cache can use, and by which that is multiplied before: activations, what is rounded up."""
@@ -41,16 +46,19 @@ class VLLMMemory(NamedTuple):
     Attributes:
         share: of the GPU's memory, for weights, keys and values (vLLM's ``gpu_memory_utilization``).
         offloaded: parts of the memory plan that are in host memory while vLLM samples: ``weights``, ``moments``.
-        offloaded_gib: their size.
+        offloaded_gib: how much of them is.
+        staying_gib: how much of them stays.
     """
 
     share: float
     offloaded: tuple[str, ...] = ()
     offloaded_gib: float = 0.0
+    staying_gib: float = 0.0
 
     @property
     def text(self) -> str:
-        away = f", which gets the policy's {' and '.join(self.offloaded)} out of its way ({self.offloaded_gib:.1f} GiB)"
+        of = f" of {self.offloaded_gib + self.staying_gib:.1f}" if self.staying_gib else ""
+        away = f", which gets the policy's {' and '.join(self.offloaded)} out of its way ({self.offloaded_gib:.1f}{of} GiB)"
         return f"gpu_memory_utilization {self.share:.2f}{away if self.offloaded else ''}"
 
 
@@ -58,7 +66,7 @@ def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
     """What vLLM gets of this GPU if it sleeps during updates: ``rollout.gpu_memory_utilization``; unless it is set, what the policy
     leaves free between updates, from the memory plan, but no more than it can use. With ``rollout.offload_policy=auto`` as little
     of the policy moves to host memory meanwhile as makes room for all completions that are sampled at once, at their longest; if
-    there is never room, all that can.
+    there is never room, all that can. Of the last part that moves, what ``just_enough_gib`` does not need stays.
 
     Raises:
         ConfigError: the engine's weights and one group do not fit into it.
@@ -78,6 +86,11 @@ def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
         free = USABLE_SHARE * total - SLEEPING_VLLM_GIB - plan.resting
         if free >= wanted:
             break
+    enough = wanted
+    if rollout.gpu_memory_utilization is None:
+        enough = max(wanted, just_enough_gib(config, dims, world))
+    stays = min(max(0.0, free - enough), plan.offloaded) if rollout.offload_policy == "auto" else 0.0
+    moves = offloaded, plan.offloaded - stays, stays
     if rollout.gpu_memory_utilization is not None:
         if wanted < (least := vllm_gib(config, dims, 1)):
             raise ConfigError(
@@ -85,7 +98,7 @@ def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
                 f"needs {least:.1f} for its weights and one sample of {config.max_sample_tokens} tokens: raise it, or share an "
                 "engine between more GPUs (rollout.tensor_parallel_size)"
             )
-        return VLLMMemory(rollout.gpu_memory_utilization, offloaded, plan.offloaded)
+        return VLLMMemory(rollout.gpu_memory_utilization, *moves)
     if free < (needed := vllm_gib(config, dims, rollout.group_size)):
         fixes = ["optim.offload=cpu or model.lora_rank"] if has_updates(config) else []
         fixes += [] if offloaded else ["rollout.offload_policy=auto"]
@@ -97,7 +110,7 @@ def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
             f"{config.data.max_prompt_tokens} tokens: {change}use more GPUs "
             "(rollout.tensor_parallel_size), or lower rollout.max_completion_tokens"
         )
-    return VLLMMemory(min(free, useful_gib(config, dims, world)) / total, offloaded, plan.offloaded)
+    return VLLMMemory(min(free - stays, useful_gib(config, dims, world)) / total, *moves)
 
 
 def useful_gib(config: Config, dims: ModelDims, world: World) -> float:
@@ -125,6 +138,22 @@ def needed_gib(config: Config, dims: ModelDims, world: World) -> float:
         vllm_gib(own, dims, min(samples, rollout.max_concurrent)),
     )
     return needed + rollout.max_concurrent * dims.vocab * SAMPLER_BYTES / GIB
+
+
+def just_enough_gib(config: Config, dims: ModelDims, world: World) -> float:
+    """GiB of a GPU that leave the policy as much as they can, and in which vLLM never has to preempt either: its activations are
+    estimated. Qwen3-4B's and all buffers took 1.4 GiB of an H100 (vLLM 0.26, 256 sequences), for which this has 3.5. Infinite where
+    more may be needed: where completions wait for others, and so those of more groups are sampled at once; for layers with unlike
+    windows, which vLLM's cache pads; for ranks that share an engine, whose buffers were not measured. And without updates, as
+    there are few copies then."""
+    rollout = config.rollout
+    waits = math.ceil(rollout.prompts_per_step / world.size) * rollout.group_size > rollout.max_concurrent
+    if waits or len({*dims.windows}) > 1 or config.tensor_parallel_size > 1 or not has_updates(config):
+        return math.inf
+    rows = vllm_start.prefill(config).get("max_num_batched_tokens", PREFILL_ROWS)
+    # Beside each other in an MLP: gate and up, their product, the residual stream, what goes in and comes out, of each expert.
+    row = 3 * dims.intermediate + (4 + dims.active) * dims.hidden + (dims.heads + 2 * dims.kv_heads) * dims.head_dim
+    return needed_gib(config, dims, world) + rows * row * compute_dtype(config).itemsize / GIB + VLLM_BUFFERS_GIB
 
 
 def _offload_choices(config: Config, plan: MemoryPlan, world: World) -> list[tuple[str, ...]]:

@@ -28,7 +28,7 @@ from pgrpo.packing.forest import Forest
 from pgrpo.placement.awake import engine_memory
 from pgrpo.placement.choices import compute_dtype, engine_choice, engine_name
 from pgrpo.planning.dims import decoder_layers
-from pgrpo.planning.flops import ModelDims
+from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.rollout.base import RolloutEngine
 from pgrpo.rollout.embedded.engine import EmbeddedEngine
 from pgrpo.rollout.vllm import canary
@@ -175,7 +175,7 @@ def build_engine(
         weight_names(policy.model),
         memory_share=memory.share,
         sleeps=sleeps,
-        offload=Offload(lambda: resting_tensors(policy, optimizer, memory.offloaded)),
+        offload=Offload(lambda: resting_tensors(policy, optimizer, memory.offloaded), memory.staying_gib * GIB),
         images=images,
         banned=never_sampled(policy.model.config),
     )

@@ -10,7 +10,7 @@ import pytest
 import torch
 from making import asked_of_vllm
 
-from pgrpo.commands import evaluate, generate
+from pgrpo.commands import evaluate, generate, plan
 from pgrpo.config import Config, ConfigError, ModelConfig, RolloutConfig, load_config
 from pgrpo.distributed.world import World
 from pgrpo.placement import awake, layers, vllm_memory
@@ -109,6 +109,16 @@ def test_the_full_fine_tune_of_a_large_model_sleeps_as_without_this_choice():
     assert found.memory.offloaded == ("weights",) and found.why == "it samples in memory of the policy's"
 
 
+def test_a_dry_run_plans_the_rollout_with_what_stays_of_the_weights(monkeypatch):
+    monkeypatch.setattr(plan, "gpu_memory", lambda _: 80 * GIB)
+    keys = f"model.path={BENCHMARKS / 'qwen3_4b'}", "optim.offload=cpu"
+    settings = config(*keys, completion=1024, prompts=32, budget=12_288)
+    memory = engine_memory(settings, LARGE, ONE).memory
+    assert 0 < memory.staying_gib < memory.offloaded_gib
+    gathered = 2 * (LARGE.vocab * LARGE.hidden + 2 * LARGE.layer_matrix) / GIB
+    assert f" a rank (estimate): rollout {memory.staying_gib + gathered:.1f}, update" in plan.plan_text(settings)
+
+
 def test_where_it_sleeps_whatever_the_room(card):
     card(400)
     assert not engine_memory(config(), SMALL, ONE).sleeps
@@ -123,7 +133,7 @@ def test_where_it_sleeps_whatever_the_room(card):
     with_tools = replace(config(), tools=["tools.py:look"])  # pyright: ignore[reportArgumentType]
     assert "there is no bound" in engine_memory(with_tools, SMALL, ONE).why
     with_tools.rollout.gpu_memory_utilization = 0.25  # is a bound
-    assert engine_memory(with_tools, SMALL, ONE)[:2] == ((pytest.approx(0.25), (), 0.0), False)
+    assert engine_memory(with_tools, SMALL, ONE)[:2] == ((pytest.approx(0.25), (), 0.0, 0.0), False)
 
 
 def test_a_share_that_was_asked_for_is_neither_raised_nor_lowered(card):

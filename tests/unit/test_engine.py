@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from pgrpo.config import Config, ConfigError, DataConfig, ModelConfig, RolloutConfig
 from pgrpo.distributed.world import World
 from pgrpo.placement import vllm_memory as memory
+from pgrpo.placement.awake import EngineMemory
 from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.rollout.base import no_more
 from pgrpo.rollout.vllm import engine as vllm
@@ -112,6 +113,10 @@ def h100(monkeypatch):
 WEIGHTS = 4 * QWEN3_4B.parameters / GIB  # 15
 USABLE = 80 * memory.USABLE_SHARE - memory.SLEEPING_VLLM_GIB
 ONE = World(0, 1, GPU)
+TOKEN = 144 * 2**10 / GIB  # in vLLM's cache
+KEYS = (32 * 4096 + 256 * (1024 + 16)) * TOKEN
+PREFILL = 16_384 * 2 * (3 * 9728 + 4 * 2560 + (32 + 2 * 8) * 128) / GIB
+ENOUGH = WEIGHTS / 2 + KEYS + PREFILL + memory.VLLM_BUFFERS_GIB + 256 * 151_936 * memory.SAMPLER_BYTES / GIB
 
 
 def test_the_table_of_releases_is_what_the_code_takes():
@@ -181,7 +186,7 @@ def test_memory_share(installed, h100):
     assert share == pytest.approx((USABLE - WEIGHTS) / 80) and 0.65 < share < 0.7
     stays.optim.offload = "none"
     assert memory.vllm_memory(stays, QWEN3_4B, ONE).share == pytest.approx((USABLE - 3 * WEIGHTS) / 80)
-    assert memory.vllm_memory(config(gpu_memory_utilization=0.3), QWEN3_4B, ONE) == (0.3, (), 0.0)
+    assert memory.vllm_memory(config(gpu_memory_utilization=0.3), QWEN3_4B, ONE) == (0.3, (), 0.0, 0.0)
     h100(24)
     with pytest.raises(
         ConfigError,
@@ -202,18 +207,73 @@ def test_no_more_of_the_policy_makes_room_than_a_step_s_completions_need(install
         return memory.vllm_memory(settings, QWEN3_4B, ONE)
 
     assert chosen("cpu").offloaded == ("weights",)
-    assert chosen("cpu").share == pytest.approx(USABLE / 80)
-    assert chosen("cpu").offloaded_gib == pytest.approx(WEIGHTS)
+    assert chosen("cpu").share == pytest.approx(ENOUGH / 80)
+    assert chosen("cpu").staying_gib == pytest.approx(USABLE - ENOUGH)
+    assert chosen("cpu").offloaded_gib == pytest.approx(WEIGHTS - (USABLE - ENOUGH))
     assert chosen("cpu", prompts_per_step=16).offloaded == ()  # 35 GiB fit beside the weights
     assert chosen("cpu", max_concurrent=128).offloaded == ()
-    assert chosen("none", prompts_per_step=16) == (pytest.approx((USABLE - 2 * WEIGHTS) / 80), ("weights",), WEIGHTS)
+    half = chosen("none", prompts_per_step=16)
+    assert half.offloaded == ("weights",) and half.share == pytest.approx((ENOUGH - KEYS / 2) / 80)
+    assert half.staying_gib == pytest.approx(USABLE - 2 * WEIGHTS - half.share * 80)
     assert chosen("none").offloaded == ("weights", "moments")
+    assert chosen("none").staying_gib == pytest.approx(USABLE - ENOUGH)
+    assert chosen("none").offloaded_gib == pytest.approx(3 * WEIGHTS - (USABLE - ENOUGH))
     assert chosen("none", max_concurrent=1024, prompts_per_step=128).offloaded == ("weights", "moments")  # never enough
-    assert chosen("none", prompts_per_step=1, offload_policy="always").offloaded == ("weights", "moments")
-    assert chosen("cpu", prompts_per_step=1, offload_policy="always").offloaded == ("weights",)
+    assert chosen("none", max_concurrent=1024, prompts_per_step=128).staying_gib == 0
+    always = chosen("none", prompts_per_step=1, offload_policy="always")
+    assert always[1:] == (("weights", "moments"), pytest.approx(3 * WEIGHTS), 0)
+    assert chosen("cpu", prompts_per_step=1, offload_policy="always")[1:] == (("weights",), pytest.approx(WEIGHTS), 0)
     assert chosen("cpu", gpu_memory_utilization=0.6).offloaded == ()
-    assert chosen("cpu", gpu_memory_utilization=0.8) == (0.8, ("weights",), pytest.approx(WEIGHTS))
-    assert "weights out of its way (15.0 GiB)" in chosen("cpu").text
+    asked, stays = chosen("cpu", gpu_memory_utilization=0.8), USABLE - 0.8 * 80  # exactly that share is free
+    assert asked == (0.8, ("weights",), pytest.approx(WEIGHTS - stays), pytest.approx(stays))
+    assert "weights out of its way (9.4 of 15.0 GiB)" in asked.text
+    assert "weights out of its way (15.0 GiB)" in chosen("cpu", offload_policy="always").text
+
+
+def test_a_part_moves_whole_where_it_is_not_known_how_much_is_enough(installed, h100):
+    """As much is free for vLLM's cache as can be, which a dry run's rollout has too."""
+
+    def chosen(dims: ModelDims = QWEN3_4B, world: World = ONE, evaluated: int = 0, **rollout):
+        settings = config(**rollout)
+        settings.eval.every, settings.eval.rows = 1 if evaluated else 0, evaluated
+        return memory.vllm_memory(settings, dims, world)
+
+    whole = (pytest.approx(USABLE / 80), ("weights",), pytest.approx(WEIGHTS), 0)
+    assert chosen() != whole
+    assert chosen(max_concurrent=255) == whole  # one waits
+    assert chosen(world=World(0, 2, GPU, fsdp_size=1), prompts_per_step=64, max_concurrent=256).staying_gib > 0
+    assert chosen(world=World(0, 2, GPU, fsdp_size=1), prompts_per_step=66, max_concurrent=256) == whole
+    assert chosen(replace(QWEN3_4B, windows=(0,) * 35 + (8192,))) == whole
+    assert chosen(replace(QWEN3_4B, state_elements=1)).staying_gib == 0
+    shared = chosen(
+        world=World(0, 2, GPU, fsdp_size=1), tensor_parallel_size=2, prompts_per_step=72, max_concurrent=576
+    )
+    assert shared.offloaded == ("weights",) and shared.staying_gib == 0
+    # Those of an evaluation have no prompt in common: 78 of them take a little more than 32 groups, 100 more than there is.
+    assert chosen(evaluated=77) == chosen()
+    assert chosen(evaluated=78).staying_gib == pytest.approx(chosen().staying_gib - (78 * 5136 - 397_312) * TOKEN)
+    assert chosen(evaluated=100) == whole
+    alone = config()
+    alone.train.steps = 0
+    assert memory.vllm_memory(alone, QWEN3_4B, ONE) == whole
+
+
+def test_the_engine_moves_what_the_plan_says_and_keeps_the_rest(monkeypatch):
+    model = AutoModelForCausalLM.from_config(Qwen3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=2**14, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=16,
+    ))  # fmt: skip
+    policy, built = SimpleNamespace(model=model, parameters=model.parameters), {}
+    found = EngineMemory(memory.VLLMMemory(0.5, ("weights",), 1.0, 7 * 2**20 / GIB), True, "")
+    monkeypatch.setattr(engine, "engine_memory", lambda *_: found)
+    monkeypatch.setattr(engine, "engine_name", lambda *_: "vllm")
+    monkeypatch.setattr(vllm, "VLLMEngine", lambda *_, **keys: built.update(keys))
+    engine.build_engine(config(), ONE, policy, SimpleNamespace(state={}), None, [])  # pyright: ignore[reportArgumentType]
+    sizes = [parameter.nbytes for parameter in model.parameters() if parameter.nbytes > 2**20]
+    assert sizes == [2 * 2**20] * 6 and built["memory_share"] == 0.5  # two layers' MLPs
+    with built["offload"].away():
+        gone = [not p.untyped_storage().nbytes() for p in model.parameters() if p.numel() == 2**19]
+    assert gone == [True, True, True, False, False, False]
 
 
 def test_vllm_gets_no_more_memory_than_a_step_or_an_evaluation_can_fill(installed, h100):

@@ -73,6 +73,21 @@ def test_weights_and_moments_come_back_and_training_goes_on_as_without(dtype, pa
         assert all(map(torch.equal, values(module, optimizer), values(other, other_optimizer)))
 
 
+@pytest.mark.parametrize(
+    ("staying", "gone"), [(0, 5), (439, 5), (440, 4), (839, 4), (840, 3), (1239, 3), (1240, 1), (2839, 1), (2840, 0)]
+)
+def test_what_may_stay_stays_whole_and_the_first_tensors_leave(staying, gone):
+    """Bytes: 1,600, 400, 400 and 400, and one of 40 between them that is too small to leave."""
+    sizes = 400, 10, 100, 100, 100
+    tensors = [torch.arange(float(size)) for size in sizes]
+    moved = Offload(lambda: tensors, staying)
+    for _ in range(2):
+        with moved.away():
+            empty = [tensor.untyped_storage().nbytes() == 0 for tensor in tensors]
+        assert empty == [size != 10 and i < gone for i, size in enumerate(sizes)]
+        assert all(torch.equal(tensor, torch.arange(float(size))) for tensor, size in zip(tensors, sizes, strict=True))
+
+
 def test_views_of_one_storage_are_moved_once_and_stay_views():
     whole = torch.arange(400.0)
     views, expected = [whole[:300].view(30, 10), whole[100:]], whole.clone()

@@ -27,20 +27,22 @@ class Offload:
 
     Args:
         tensors: gives the tensors to move, each time that they leave.
+        staying: bytes of them that may stay. They leave in the order of ``tensors``, in which they were allocated: what stays in
+            between would hold parts of the allocator's segments.
 
     Attributes:
         seconds: of the last two moves.
     """
 
-    def __init__(self, tensors: Callable[[], Iterable[Tensor]] = tuple) -> None:
-        self.tensors = tensors
+    def __init__(self, tensors: Callable[[], Iterable[Tensor]] = tuple, staying: float = 0.0) -> None:
+        self.tensors, self.staying = tensors, staying
         self.seconds = 0.0
         self._pieces: list[Tensor] = []
         self._away: list[tuple[UntypedStorage, int]] = []
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """Inside this block the tensors' storages are empty, and their GPU memory is free."""
+        """Inside this block the storages of the tensors that left are empty, and their GPU memory is free."""
         self._leave()
         try:
             yield
@@ -53,7 +55,11 @@ class Offload:
     def _leave(self) -> None:
         started = time.perf_counter()
         storages = {storage.data_ptr(): storage for tensor in self.tensors() if (storage := tensor.untyped_storage())}
-        leaving = [(storage, storage.nbytes()) for storage in storages.values() if storage.nbytes() >= LEAST]
+        left, leaving = sum(storage.nbytes() for storage in storages.values()), []
+        for storage in storages.values():
+            if left > self.staying and (size := storage.nbytes()) >= LEAST:
+                leaving.append((storage, size))
+                left -= size
         self._copy(leaving, to_host=True)
         for storage, _ in leaving:
             storage.resize_(0)
