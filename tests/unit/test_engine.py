@@ -258,6 +258,26 @@ def test_a_part_moves_whole_where_it_is_not_known_how_much_is_enough(installed, 
     assert memory.vllm_memory(alone, QWEN3_4B, ONE) == whole
 
 
+def test_just_enough_counts_the_rows_of_a_prefill_by_their_width_and_the_experts_that_compute_them(installed, h100):
+    def activations(settings: Config, dims: ModelDims = QWEN3_4B) -> float:
+        needed = memory.needed_gib(settings, dims, ONE)
+        return memory.just_enough_gib(settings, dims, ONE) - needed - memory.VLLM_BUFFERS_GIB
+
+    settings = config()
+    assert activations(settings) == pytest.approx(PREFILL)
+    assert activations(settings, replace(QWEN3_4B, active=8)) == pytest.approx(PREFILL + 16_384 * 8 * 2560 * 2 / GIB)
+    settings.model.dtype = "float32"
+    assert activations(settings) == pytest.approx(2 * PREFILL)
+    long = config(prompts_per_step=2, max_concurrent=16)
+    long.data.max_prompt_tokens = 20_000  # is computed in parts of 2,048 tokens
+    assert activations(long) == pytest.approx(PREFILL / 8)
+    # Of one that is less than what makes a part move nothing stays where there never is room.
+    wanted = memory.vllm_gib(long, QWEN3_4B, 16) + memory.VLLM_ACTIVATIONS_GIB
+    assert memory.just_enough_gib(long, QWEN3_4B, ONE) < wanted - 0.1
+    h100((wanted - 0.1 + memory.SLEEPING_VLLM_GIB) / memory.USABLE_SHARE)
+    assert memory.vllm_memory(long, QWEN3_4B, ONE)[1:] == (("weights",), pytest.approx(WEIGHTS), 0)
+
+
 def test_the_engine_moves_what_the_plan_says_and_keeps_the_rest(monkeypatch):
     model = AutoModelForCausalLM.from_config(Qwen3Config(
         vocab_size=64, hidden_size=32, intermediate_size=2**14, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
