@@ -102,8 +102,8 @@ class RolloutConfig:
     offload_policy: Literal["auto", "always", "never"] = "auto"
     """Keep the policy's weights, and AdamW's moments unless `optim.offload` does, in pinned host memory while vLLM samples, which
     gives their GPU memory to its cache; they are copied out and back once a step. `auto` moves as little as makes room for all
-    completions that are sampled at once, at their longest, and nothing where they fit anyway; `docs/rollouts.md` says where it moves
-    weights or moments in part."""
+    completions that are sampled at once, at their longest, and nothing where they fit anyway; `docs/rollouts.md` says where part
+    of weights or moments stays."""
     sleep: Literal["auto", "always", "never"] = "auto"
     """Whether vLLM frees its GPU memory during updates. `auto`: it stays awake where weights, cache and update fit beside each
     other with nothing more recomputed and nothing of the policy moved to host memory, and sleeps elsewhere; the log says which,
