@@ -241,17 +241,20 @@ def test_a_rollout_wakes_and_sleeps_only_an_engine_that_sleeps_and_pushes_either
     )
     monkeypatch.setattr(engine.torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
     one: Any = engine.VLLMEngine.__new__(engine.VLLMEngine)
-    one.world, one.sleeps, one.is_awake, one.seconds = World(0, 1, CPU), sleeps, False, 60.0
-    one.llm, one.offload, one.metrics, one.asleep = llm, Offload(), {}, set(engine.TAGS)
+    one.world, one.sleeps, one.is_awake, one.seconds, one.on_gpu = World(0, 1, CPU), sleeps, False, 60.0, False
+    weight = torch.zeros(2**18)
+    one.llm, one.offload, one.metrics, one.asleep = llm, Offload(lambda: [weight]), {}, set(engine.TAGS)
     one.requests, one.sharers = SimpleNamespace(preemptions=0), engine.Sharers(one.world, 1)
-    one.push = lambda: calls.append("push")
+    one.push = lambda: calls.append(
+        f"push {weight.untyped_storage().nbytes()} beside {len(one.offload._pieces)} copies"
+    )
     with one.awake(3):
-        assert one.is_awake
+        assert one.is_awake and not weight.untyped_storage().nbytes()
         calls.append("sample")
     around = (
         (["empty_cache", "wake weights"], ["empty_cache", "wake kv_cache"], ["sleep 2"]) if sleeps else ([], [], [])
     )
-    assert calls == [*around[0], "push", *around[1], "sample", *around[2]]
+    assert calls == [*around[0], f"push {2**20} beside 1 copies", *around[1], "sample", *around[2]]
     assert not one.is_awake and {"time/wake", "time/weight_sync", "time/sleep"} <= one.metrics.keys()
 
 

@@ -88,6 +88,30 @@ def test_what_may_stay_stays_whole_and_the_first_tensors_leave(staying, gone):
         assert all(torch.equal(tensor, torch.arange(float(size))) for tensor, size in zip(tensors, sizes, strict=True))
 
 
+def test_what_is_done_meanwhile_sees_tensors_that_are_being_copied_and_does_not_count(monkeypatch):
+    clock, tensor = [0.0], torch.arange(100.0)
+    monkeypatch.setattr(offload.time, "perf_counter", lambda: clock[0])
+    moved = Offload(lambda: [tensor])
+    copy, seen = moved._copy, []
+    monkeypatch.setattr(moved, "_copy", lambda *a, **k: (copy(*a, **k), clock.append(clock.pop() + 1.0)))
+
+    def meanwhile() -> None:
+        clock[0] += 10.0
+        seen.append((tensor.clone(), moved._pieces[0][:400].clone().view(torch.float32)))
+
+    with moved.away(meanwhile):
+        assert tensor.untyped_storage().nbytes() == 0
+    (both,) = seen
+    assert all(torch.equal(values, torch.arange(100.0)) for values in both) and moved.seconds == 2.0
+
+    def fails() -> None:
+        raise ValueError("the push failed")
+
+    with pytest.raises(ValueError, match="the push failed"), moved.away(fails):
+        pytest.fail("never here")
+    assert torch.equal(tensor, torch.arange(100.0))
+
+
 def test_views_of_one_storage_are_moved_once_and_stay_views():
     whole = torch.arange(400.0)
     views, expected = [whole[:300].view(30, 10), whole[100:]], whole.clone()

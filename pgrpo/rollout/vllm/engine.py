@@ -115,10 +115,15 @@ class VLLMEngine:
         """Wake the engine and push the policy's current weights: inside this block ``sample`` and ``score`` use them."""
         self.weights_version = version
         waking, preemptions = self._wake("weights"), self.requests.preemptions
-        started = self._now()
-        self.push()
-        self.metrics["time/weight_sync"] = self._now() - started
-        with self.offload.away():
+
+        def push() -> None:
+            started = time.perf_counter()
+            self.push()
+            if self.on_gpu:  # not for the policy's copy to the host, which is on another stream
+                torch.cuda.current_stream(self.world.device).synchronize()
+            self.metrics["time/weight_sync"] = time.perf_counter() - started
+
+        with self.offload.away(meanwhile=push):
             self.metrics["time/wake"] = waking + self._wake("kv_cache")
             self.is_awake = True
             try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -31,7 +31,7 @@ class Offload:
             between would hold parts of the allocator's segments.
 
     Attributes:
-        seconds: of the last two moves.
+        seconds: of the last two moves, without what was done meanwhile.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]] = tuple, staying: float = 0.0) -> None:
@@ -41,9 +41,10 @@ class Offload:
         self._away: list[tuple[UntypedStorage, int]] = []
 
     @contextmanager
-    def away(self) -> Iterator[None]:
-        """Inside this block the storages of the tensors that left are empty, and their GPU memory is free."""
-        self._leave()
+    def away(self, meanwhile: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Inside this block the storages of the tensors that left are empty, and their GPU memory is free. ``meanwhile``: what may
+        read them, while a GPU copies them on a stream of its own; if it fails, nothing has left."""
+        self._leave(meanwhile)
         try:
             yield
         except BaseException:
@@ -52,7 +53,7 @@ class Offload:
             raise
         self._return()
 
-    def _leave(self) -> None:
+    def _leave(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         started = time.perf_counter()
         storages = {storage.data_ptr(): storage for tensor in self.tensors() if (storage := tensor.untyped_storage())}
         left, leaving = sum(storage.nbytes() for storage in storages.values()), []
@@ -60,25 +61,34 @@ class Offload:
             if left > self.staying and (size := storage.nbytes()) >= LEAST:
                 leaving.append((storage, size))
                 left -= size
-        self._copy(leaving, to_host=True)
+        on_gpu = any(storage.device.type == "cuda" for storage, _ in leaving)
+        with torch.cuda.stream(_behind_this_stream()) if on_gpu else nullcontext():
+            self._copy(leaving, to_host=True)
+        begun = time.perf_counter()
+        meanwhile()
+        resumed = time.perf_counter()
+        if on_gpu:
+            torch.cuda.synchronize()
         for storage, _ in leaving:
             storage.resize_(0)
         self._away = leaving
-        if any(storage.device.type == "cuda" for storage, _ in leaving):
+        if on_gpu:
             torch.cuda.empty_cache()
-        self.seconds = time.perf_counter() - started
+        self.seconds = time.perf_counter() - resumed + begun - started
 
     def _return(self) -> None:
         started = time.perf_counter()
         for storage, size in self._away:
             storage.resize_(size)
         self._copy(self._away, to_host=False)
+        if any(storage.device.type == "cuda" for storage, _ in self._away):
+            torch.cuda.synchronize()
         self._away = []
         self.seconds += time.perf_counter() - started
 
     def _copy(self, storages: Sequence[tuple[UntypedStorage, int]], *, to_host: bool) -> None:
-        """Copy the storages to the buffers, one after the other, or back from there."""
-        at, on_gpu, total = 0, False, sum(size for _, size in storages)
+        """Copy the storages to the buffers, one after the other, or back from there. A GPU has not finished when this returns."""
+        at, total = 0, sum(size for _, size in storages)
         for storage, size in storages:
             on_gpu = storage.device.type == "cuda"
             own = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
@@ -92,5 +102,10 @@ class Offload:
                 here, there = own[first : first + length], self._pieces[number][start : start + length]
                 (there if to_host else here).copy_(here if to_host else there, non_blocking=True)
                 first, at = first + length, at + length
-        if on_gpu:
-            torch.cuda.synchronize()
+
+
+def _behind_this_stream() -> torch.cuda.Stream:
+    """A new stream that begins when the current one has done what it has."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    return stream
