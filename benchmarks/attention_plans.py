@@ -13,11 +13,12 @@ import json
 import statistics
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 
-from pgrpo.attention.choose import AttentionChoice, Way
+from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.grouped import grouped_attention
 from pgrpo.attention.kernels.flash import choose_kernel
 from pgrpo.attention.layout import PackedLayout
@@ -60,7 +61,7 @@ def main() -> None:
             [prompt] * groups + [completion] * size * groups,
             [-1] * groups + [i // size for i in range(size * groups)],
         )
-        plans: tuple[Way, ...] = ("between_depths", "copied_keys")
+        plans: tuple[Literal["between_depths", "copied_keys"], ...] = ("between_depths", "copied_keys")
         two_calls, concat = (
             milliseconds(PackedLayout(*forest, "cuda", AttentionChoice(kernel, way=plan)), args) for plan in plans
         )

@@ -51,8 +51,7 @@ def rewards_differ(group: Group, config: LossConfig, weights: Mapping[str, float
 
 def _part(group: Group, name: str) -> list[float | None]:
     """One function's rewards; None for episodes that take no part."""
-    pairs = zip(group.rewards, group.reward_part(name), strict=True)
-    return [None if total is None else value for total, value in pairs]
+    return [None if episode.reward is None else episode.reward_parts[name] for episode in group.episodes]
 
 
 def step_advantages(rewards: Sequence[Rewards], config: LossConfig) -> list[list[float]]:

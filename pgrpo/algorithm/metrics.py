@@ -24,8 +24,7 @@ def group_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "completions/clipped_ratio": _mean([episode.finish_reason == "length" for episode in episodes]),
     }
     for name in episodes[0].reward_parts:
-        values = [v for g in groups for v in g.reward_part(name) if v is not None]
-        metrics[f"rewards/{name}/mean"] = _mean(values)
+        metrics[f"rewards/{name}/mean"] = _mean([v for g in groups for v in g.reward_part(name) if v is not None])
     return metrics
 
 

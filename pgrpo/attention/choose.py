@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Way = Literal["between_depths", "copied_keys"]
-
 PASS_NS_PER_MIB = 7700.0
 COPY_NS_PER_MIB = 4760.0
 """Time that each way adds to forward and backward of one layer, for each MiB (bf16) of a pass's queries or of copied keys and

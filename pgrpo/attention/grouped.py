@@ -146,8 +146,7 @@ def _setup_context(ctx, inputs, output) -> None:
 def _backward(ctx, dout: Tensor, dlse: Tensor):
     tensors = ctx.saved_tensors  # once: with recomputation, reading them recomputes them
     dq, dk, dv, dsinks = _grouped_attention_backward(dout, *tensors, ctx.scale, ctx.softcap, ctx.kernel)
-    has_sinks = tensors[3] is not None
-    return dq, dk, dv, dsinks if has_sinks else None, *[None] * 8
+    return dq, dk, dv, None if tensors[3] is None else dsinks, *[None] * 8
 
 
 _grouped_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -4,7 +4,7 @@ exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -25,8 +25,7 @@ class AttendingLayout(Protocol):
     (``distributed.sequence.SplitLayout``), or a rollout, which keeps keys, values and states between calls
     (``rollout.embedded.cache.DecodeCache``)."""
 
-    @property
-    def attend(self) -> Callable[..., Tensor]:
+    def attend(self, *args: Any, **kwargs: Any) -> Tensor:
         """As ``grouped_attention``, with the calling module instead of a layout: ``attend(q, k, v, scale, module=attention,
         window=None, softcap=None, sinks_H=None)``."""
         ...

@@ -84,8 +84,8 @@ class PackedLayout:
             if window is None or window >= self.max_sample:
                 self._passes[window] = self._passes[None]
             else:
-                every_depth = range(len(self.nodes))
-                self._passes[window] = Passes.of(self.nodes, every_depth, self.device, self.front, window)
+                # Copies of all depths: there are no more depths than nodes.
+                self._passes[window] = Passes.of(self.nodes, range(len(self.nodes)), self.device, self.front, window)
         return self._passes[window]
 
 

@@ -41,17 +41,12 @@ class TeacherRows(NamedTuple):
     Attributes:
         hidden_LE: [L, E'] its hidden states.
         head: of the teacher. Its weights must be gathered until the backward is done.
-        temperature: its logits are divided by it.
+        scale: factor of ``logits``: the model's own logit scaling over its temperature.
     """
 
     hidden_LE: Tensor
     head: Head
-    temperature: float
-
-    @property
-    def scale(self) -> float:
-        """Factor of ``logits``."""
-        return (self.head.scale or 1.0) / self.temperature
+    scale: float
 
     def logits(self, rows: slice, vocabulary: int) -> Tensor:
         """[C, V] logits of the first ``vocabulary`` ids: a teacher may have more, which no token has."""
@@ -132,9 +127,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             entropies = None if dentropy_L is None else (entropy_L[rows], dentropy_L[rows])
             kls = None
             if dkl_L is not None:
-                logits, factor = ctx.teacher.logits(rows, graph_CV.shape[1]), ctx.teacher.scale
-                kls = KlGradient(logits, factor, teacher_lse_L[rows], kl_L[rows], dkl_L[rows])
-                del logits
+                of_rows = teacher_lse_L[rows], kl_L[rows], dkl_L[rows]
+                kls = KlGradient(ctx.teacher.logits(rows, graph_CV.shape[1]), ctx.teacher.scale, *of_rows)
             dlogits_CV = to_logit_gradient_(
                 graph_CV.detach(), target_ids_L[rows], lse_L[rows], dlogprobs_L[rows], ctx.scale, entropies, kls
             )

@@ -95,7 +95,7 @@ class Policy(nn.Module):
     def teacher_rows(self, batch: GroupedBatch) -> TeacherRows:
         """For the KL of another policy to this one, in the forward of that. With FSDP the head stays gathered until ``reshard``. Of
         several ranks, those of its own rows: both policies must keep the batch's prefix, or neither."""
-        return TeacherRows(self._rows(batch)[0], self.head, self.temperature)
+        return TeacherRows(self._rows(batch)[0], self.head, (self.head.scale or 1.0) / self.temperature)
 
     def keep(self, batch: GroupedBatch) -> Tensor:
         """Compute a batch's kept rows, or its first row if it has none, into ``kept``; returns the last row's hidden state, by

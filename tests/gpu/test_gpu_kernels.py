@@ -154,7 +154,7 @@ def test_logprobs(vocabulary, scale, monkeypatch):
         return (logp.exp() * (logp - logq)).sum(-1)
 
     def our_kl(hidden, weight):
-        rows = TeacherRows(teacher.hidden, teacher, 1.0 / scale)  # pyright: ignore[reportArgumentType]
+        rows = TeacherRows(teacher.hidden, teacher, scale)  # pyright: ignore[reportArgumentType]
         return token_logprobs(hidden, weight, targets, scale, teacher=rows).kl
 
     exact = run(kl_of, [hidden.double(), weight.double()], dlogprobs.double())

@@ -271,7 +271,7 @@ def test_trl_reverse_kl_over_the_vocabulary() -> None:
         wanted = (loss.detach(), *torch.autograd.grad(loss, leaves))
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         head = SimpleNamespace(weight=teacher_weight, scale=1.0)
-        teacher = TeacherRows(teacher_hidden, head, temperature)  # pyright: ignore[reportArgumentType]
+        teacher = TeacherRows(teacher_hidden, head, 1 / temperature)  # pyright: ignore[reportArgumentType]
         got = token_logprobs(*leaves, torch.zeros(rows, dtype=torch.long), 1 / temperature, teacher=teacher)  # pyright: ignore
         assert got.kl is not None
         loss = got.kl[mask].mean()

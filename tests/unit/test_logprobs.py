@@ -180,7 +180,7 @@ class PlainHead:
 def teacher_of(head, rows=L, temperature=1.5):
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(rows, head.weight.shape[1], generator=generator, dtype=torch.float64)
-    return TeacherRows(hidden.to(head.weight.dtype), head, temperature)  # pyright: ignore[reportArgumentType]
+    return TeacherRows(hidden.to(head.weight.dtype), head, (head.scale or 1.0) / temperature)  # pyright: ignore[reportArgumentType]
 
 
 def wide_head(extra=0, **kind):
