@@ -143,11 +143,10 @@ def learner_of(args: argparse.Namespace, config: Config, world: World) -> Learne
     model = random_model(replace(config, model=replace(config.model, dtype=masters)), made_on)
     if config.model.lora_rank:
         add_adapters(model, config.model, config.seed)
-    policy = wrap(model, config, world)
-    place(policy, decoder_layers(model), world, compute_dtype(config))
-    return Learner(
-        config, world, policy, None, build_optimizer(policy, config.optim), ModelDims.from_config(model.config)
-    )
+    policy, dims = wrap(model, config, world), ModelDims.from_config(model.config)
+    stay_gathered = layer_plan(config, dims, world).stay_gathered
+    place(policy, decoder_layers(model), world, compute_dtype(config), stay_gathered=stay_gathered)
+    return Learner(config, world, policy, None, build_optimizer(policy, config.optim), dims)
 
 
 def groups_of(args: argparse.Namespace, prompt: int, learner: Learner) -> list[Group]:
@@ -176,11 +175,10 @@ def measure(args: argparse.Namespace, config: Config, watch: Watch, paces: dict[
     with watch.part("model", args.start_limit_s):
         learner = learner_of(args, config, world)
     dims, layers = learner.dims, layer_plan(config, learner.dims, world)
-    plan = memory_plan(
-        dims, recompute=layers.recompute, mlp_chunks=layers.mlp_chunks, **plan_sizes(config, dims, world, world.device)
-    )
+    plan = memory_plan(dims, **layers._asdict(), **plan_sizes(config, dims, world, world.device))
     row["layers"] = {mode: layers.recompute.count(mode) for mode in layers.recompute}
-    row |= {"mlp_chunks": layers.mlp_chunks, "planned_gib": plan.update, "planned_host_gib": plan.host}
+    row |= {"mlp_chunks": layers.mlp_chunks, "stay_gathered": layers.stay_gathered}
+    row |= {"planned_gib": plan.update, "planned_host_gib": plan.host}
     watch.say(f"plan: {row['layers']}, MLPs in {layers.mlp_chunks} parts, {plan.update:.1f} GiB")
     if args.gradients:
         write_gradients(args, learner, groups_of(args, prompt, learner), watch)

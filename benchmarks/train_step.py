@@ -50,9 +50,9 @@ def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str,
     model = random_model(config, world.device)
     config.model.dtype = dtype
     policy = wrap(model, config, world)
-    place(policy, decoder_layers(model), world, compute_dtype(config))
     dims = ModelDims.from_config(model.config)
-    recompute = layer_plan(config, dims, world).recompute
+    plan = layer_plan(config, dims, world)
+    place(policy, decoder_layers(model), world, compute_dtype(config), stay_gathered=plan.stay_gathered)
     optimizer = build_optimizer(policy, config.optim)
     learner, progress = Learner(config, world, policy, None, optimizer, dims), Progress()
     groups = tokens_as_groups(*random_tokens(shape, model.config.vocab_size))
@@ -71,7 +71,8 @@ def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str,
         "fsdp_size": config.model.fsdp_size,
         "offload": config.optim.offload,
         "checkpointing": config.model.activation_checkpointing,
-        "layers": {mode: recompute.count(mode) for mode in recompute},
+        "layers": {mode: plan.recompute.count(mode) for mode in plan.recompute},
+        "stay_gathered": plan.stay_gathered,
         "seconds": median,
         "tokens_per_s": metrics["tokens/packed"] / median,
         "samples_per_s": shape.groups * shape.group_size / median,

@@ -23,7 +23,7 @@ from pgrpo.algorithm.loss import Counts
 from pgrpo.algorithm.metrics import group_metrics
 from pgrpo.config import Config
 from pgrpo.config.sampling import sampling_params
-from pgrpo.distributed.fsdp import reduce_gradients
+from pgrpo.distributed.fsdp import expect_micro_batches
 from pgrpo.environments.metrics import turn_metrics
 from pgrpo.environments.returns import give_returns
 from pgrpo.packing.batch import GroupedBatch
@@ -168,7 +168,7 @@ def optimizer_step(learner: Learner, progress: Progress, batches: Sequence[Group
         if not progress.has_moved:  # until weights change, a stop signal may drop the step and save the one before
             world.check_stop()
         record_frozen_logprobs(learner, span)
-        reduce_gradients(learner.policy, world, now=span is spans[-1])
+        expect_micro_batches(learner.policy, world, more=span is not spans[-1])
         with kept_prefixes(learner, span):  # usually of one micro-batch, which computes all of its rows
             for batch in span:
                 sums = sums.plus(backward(learner, batch, counts))

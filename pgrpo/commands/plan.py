@@ -75,13 +75,14 @@ def plan_text(config: Config) -> str:
     offloaded_gib, vllm = _vllm(config, dims, world)
     chosen, sizes = layer_plan(config, dims, world), plan_sizes(config, dims, world, planned)
     sizes["kept_tokens"] = kept_tokens = 0 if not_kept else keepable_tokens(config, dims, world)
-    memory = memory_plan(dims, recompute=chosen.recompute, mlp_chunks=chosen.mlp_chunks, **sizes)
-    memory = replace(memory, offloaded=offloaded_gib)
+    memory = replace(memory_plan(dims, **chosen._asdict(), **sizes), offloaded=offloaded_gib)
     elsewhere = "" if planned.type == device.type else f", on a {planned.type} device"
     gpu = f" of {gpu_memory(planned) / GIB:.0f}{' (assumed)' if elsewhere else ''}" if planned.type == "cuda" else ""
     host = f"; {memory.host:.1f} of host memory for inputs of layers" if memory.host else ""
     shares = f", {together} of which compute a micro-batch together" if together > 1 else ""
     each = f"{together} ranks" if together > 1 else "rank"
+    # A module that FSDP2 does not shard has nothing to gather.
+    stay = f"; {chosen.stay_gathered} of {dims.layers} stay gathered during an update" if memory.gathered else ""
     adapters = adapter_parameters(config.model, dims)
     epochs = config.train.epochs_per_step
     group_flops = update_flops(dims, prompt, completions, shared=shared, adapters=active_adapters(config.model, dims))
@@ -97,7 +98,7 @@ def plan_text(config: Config) -> str:
         f"micro-batches {math.ceil(packed * together / ranks / budget)} a step and {each}, of at most {budget:,} tokens "
         f"(train.token_budget), if every prompt and completion is as long as allowed\n"
         f"{_kept(config, dims, kept_tokens, not_kept)}"
-        f"layers        {_layers(config, dims, device, chosen)}\n"
+        f"layers        {_layers(config, dims, device, chosen)}{stay}\n"
         f"sampling      {engine_choice(config, planned).text}{elsewhere}{vllm}{built and f'; {built}'}\n"
         f"compiled code {cache_root(config.cache_dir)}\n"
         f"work          {flops / 1e12:,.3g} TFLOP for a step's forward and backward{_images(config, dims)}\n"

@@ -30,8 +30,8 @@ class ModelConfig:
     """What the backward recomputes: `none` nothing; `matmuls` everything except attention and matrix products; `attention`
     everything except attention; `full` whole layers; `offload` whole layers, whose inputs wait for it in host memory. `auto` takes
     `matmuls` in as few layers as the memory plan requires (of compiled layers without LoRA and without a state); where all are not
-    enough, `attention` in as few as possible, then whole layers, then MLPs in parts, then offloads as few as possible; nothing on a
-    CPU.
+    enough, weights of layers no longer stay gathered during an update; then `attention` in as few as possible, then whole layers,
+    then MLPs in parts, then offloads as few as possible; nothing on a CPU.
     Layers of a vision tower that is trained are recomputed whole, except with `none`, and with `auto` on a CPU."""
     mlp_chunks: int | None = number(None, least=1, most=256)
     """Compute an MLP that is recomputed (not with `none` and `matmuls`) in so many parts of its rows, so that the activations of

@@ -1,7 +1,7 @@
 """Decides whether vLLM keeps its GPU memory during updates (``rollout.sleep``), which saves the time to wake and to fall asleep.
 
 The update comes first: layers recompute what they would beside a sleeping vLLM, and prefixes are kept as there. vLLM stays awake
-where it fits beside that.
+where it fits beside that, and layers stay gathered in what memory is left.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pgrpo.config import Config, ConfigError
 from pgrpo.distributed.world import World
 from pgrpo.placement.layers import update_gib
 from pgrpo.placement.sizes import SLEEPING_VLLM_GIB, USABLE_SHARE, gpu_memory, has_updates, most_rows
-from pgrpo.placement.vllm_memory import VLLMMemory, enough_gib, memory_text, useful_gib, vllm_gib, vllm_memory
+from pgrpo.placement.vllm_memory import VLLMMemory, awake_bounds, memory_text, useful_gib, vllm_gib, vllm_memory
 from pgrpo.planning.flops import GIB, ModelDims
 
 
@@ -44,7 +44,7 @@ def engine_memory(config: Config, dims: ModelDims, world: World) -> EngineMemory
         return EngineMemory(asleep, True, "rollout.sleep=always")
     if asleep.offloaded:
         return EngineMemory(asleep, True, "it samples in memory of the policy's")
-    least, most = _bounds(config, dims, world)
+    least, most = awake_bounds(config, dims, world)
     if math.isinf(least):
         return EngineMemory(asleep, True, "with tools, images or states there is no bound to what its cache can use")
     room, update = _room_gib(config, dims, world)
@@ -62,7 +62,7 @@ def _never(config: Config, dims: ModelDims, world: World) -> EngineMemory:
     least, most = vllm_gib(config, dims, config.rollout.group_size), useful_gib(config, dims, world)
     if (share := config.rollout.gpu_memory_utilization) is not None:
         vllm_memory(config, dims, world)  # refuses a share that is too small
-        least, most = _bounds(config, dims, world)
+        least, most = awake_bounds(config, dims, world)
     if room < least:
         total = gpu_memory(world.device) / GIB
         what = "rollout.gpu_memory_utilization" if share is not None else "its weights and one group"
@@ -83,14 +83,6 @@ def _room_gib(config: Config, dims: ModelDims, world: World) -> tuple[float, flo
     """GiB of this GPU that are free at an update's peak, and those that it takes: without updates the policy by itself."""
     update = update_gib(config, dims, world)
     return USABLE_SHARE * gpu_memory(world.device) / GIB - SLEEPING_VLLM_GIB - update, update
-
-
-def _bounds(config: Config, dims: ModelDims, world: World) -> tuple[float, float]:
-    """GiB that an awake vLLM needs to sample as fast as one that sleeps, and the most that are of use to it. Neither more nor less
-    than ``rollout.gpu_memory_utilization`` asks for."""
-    if (share := config.rollout.gpu_memory_utilization) is not None:
-        return (asked := share * gpu_memory(world.device) / GIB), asked
-    return enough_gib(config, dims, world), useful_gib(config, dims, world)
 
 
 def _share(gib: float, world: World) -> float:

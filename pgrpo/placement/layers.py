@@ -1,7 +1,9 @@
-"""Chooses what the backward recomputes in each layer, and how much of a prefix may be kept, so that an update fits the device."""
+"""Chooses what the backward recomputes in each layer, how many layers stay gathered, and how much of a prefix may be kept, so that
+an update fits the device."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from contextlib import suppress
 from typing import Any
@@ -18,29 +20,52 @@ from pgrpo.placement.sizes import (
     host_ranks,
     plan_sizes,
 )
-from pgrpo.placement.vllm_memory import vllm_memory
+from pgrpo.placement.vllm_memory import awake_bounds, vllm_memory
 from pgrpo.planning.flops import GIB, ModelDims
 from pgrpo.planning.kept import cuts_groups
 from pgrpo.planning.memory import memory_plan
-from pgrpo.planning.recompute import LayerPlan, fewest_recomputed_layers
+from pgrpo.planning.recompute import LayerPlan, fewest_recomputed_layers, most_gathered
 from pgrpo.types import Recompute
 
 
 def layer_plan(config: Config, dims: ModelDims, world: World) -> LayerPlan:
-    """What the backward recomputes in each layer, and the parts in which MLPs are computed."""
+    """How layers run in an update: on a GPU as its memory allows; on a CPU all stay gathered, and ``auto`` recomputes nothing."""
     mode, chunks = config.model.activation_checkpointing, config.model.mlp_chunks
-    if mode != "auto":
-        return LayerPlan([mode] * dims.layers, chunks or 1)
     if world.device.type == "cpu":
-        return LayerPlan(["none"] * dims.layers, chunks or 1)
+        return LayerPlan(["none" if mode == "auto" else mode] * dims.layers, chunks or 1, dims.layers)
     sizes = plan_sizes(config, dims, world, world.device)
+    if mode != "auto":
+        return _with_gathered(config, dims, world, LayerPlan([mode] * dims.layers, chunks or 1))
     room = {"host_gib": _host_room(config, dims, world), "mlp_chunks": chunks}
     plan = fewest_recomputed_layers(dims, _capacity_gib(config, world), **room, **sizes)
-    if not cuts_groups(config) and {*plan.recompute} & {"full", "offload"}:
-        # Only what several groups share could be kept. Keys and values of whole prompts may not cost attention's outputs.
-        sizes["kept_tokens"] = 0
-        plan = fewest_recomputed_layers(dims, _capacity_gib(config, world), **room, **sizes)
-    return plan
+    if cuts_groups(config) or not {*plan.recompute} & {"full", "offload"}:
+        return _with_gathered(config, dims, world, plan)
+    # Only what several groups share could be kept. Keys and values of whole prompts may not cost attention's outputs; they take
+    # what memory is left.
+    sizes["kept_tokens"] = 0
+    return fewest_recomputed_layers(dims, _capacity_gib(config, world), **room, **sizes)._replace(stay_gathered=0)
+
+
+def _with_gathered(config: Config, dims: ModelDims, world: World, plan: LayerPlan) -> LayerPlan:
+    """The plan with as many layers staying gathered as memory is left for, beside a vLLM that is awake if it fits beside the plan
+    without them: to sleep and to wake takes longer than to gather."""
+    capacity, sizes = _capacity_gib(config, world), plan_sizes(config, dims, world, world.device)
+    plan, awake = plan._replace(stay_gathered=0), _awake_gib(config, dims, world)
+    if config.rollout.sleep == "never" or memory_plan(dims, **plan._asdict(), **sizes).peak + awake <= capacity:
+        capacity -= awake
+    return most_gathered(dims, capacity, plan, **sizes)
+
+
+def _awake_gib(config: Config, dims: ModelDims, world: World) -> float:
+    """GiB that vLLM takes where it stays awake during updates (``awake.py``), infinite if it cannot; 0 for another engine."""
+    if engine_name(config, world.device) != "vllm":
+        return 0.0
+    with suppress(ConfigError):  # the engine says so itself
+        if config.rollout.sleep == "never" or (
+            config.rollout.sleep == "auto" and not vllm_memory(config, dims, world).offloaded
+        ):
+            return awake_bounds(config, dims, world)[0]
+    return math.inf
 
 
 def _host_room(config: Config, dims: ModelDims, world: World) -> float:
@@ -66,8 +91,7 @@ def update_gib(config: Config, dims: ModelDims, world: World) -> float:
     """GiB of this GPU that the policy takes at its peak: of a full micro-batch's backward, or of the optimizer step."""
     sizes = plan_sizes(config, dims, world, world.device)
     sizes["kept_tokens"] = keepable_tokens(config, dims, world)
-    recompute, chunks = layer_plan(config, dims, world)
-    return memory_plan(dims, recompute=recompute, mlp_chunks=chunks, **sizes).peak
+    return memory_plan(dims, **layer_plan(config, dims, world)._asdict(), **sizes).peak
 
 
 def free_beside_policy(config: Config, dims: ModelDims, world: World) -> float:
@@ -84,9 +108,9 @@ def keepable_tokens(config: Config, dims: ModelDims, world: World) -> int:
     wanted = sizes.pop("kept_tokens")
     if world.device.type == "cpu" or not wanted:
         return wanted
-    recompute, chunks = layer_plan(config, dims, world)
+    plan = layer_plan(config, dims, world)._asdict()
 
     def update(tokens: int) -> float:
-        return memory_plan(dims, recompute=recompute, mlp_chunks=chunks, **sizes, kept_tokens=tokens).update
+        return memory_plan(dims, **plan, **sizes, kept_tokens=tokens).update
 
     return bisect_right(range(1, wanted + 1), _capacity_gib(config, world), key=update)

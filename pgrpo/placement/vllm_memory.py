@@ -124,6 +124,14 @@ def enough_gib(config: Config, dims: ModelDims, world: World) -> float:
     return SLACK * needed_gib(config, dims, world) + VLLM_ACTIVATIONS_GIB
 
 
+def awake_bounds(config: Config, dims: ModelDims, world: World) -> tuple[float, float]:
+    """GiB that an awake vLLM needs to sample as fast as one that sleeps, and the most that are of use to it. Neither more nor less
+    than ``rollout.gpu_memory_utilization`` asks for."""
+    if (share := config.rollout.gpu_memory_utilization) is not None:
+        return (asked := share * gpu_memory(world.device) / GIB), asked
+    return enough_gib(config, dims, world), useful_gib(config, dims, world)
+
+
 def needed_gib(config: Config, dims: ModelDims, world: World) -> float:
     """GiB of vLLM's weights, of its sampler, and of a step's samples at their longest, or those of an evaluation, in which every
     completion may have a prompt of its own. No bound for episodes, whose histories stay in the cache between turns and may branch,

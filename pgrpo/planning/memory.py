@@ -35,6 +35,8 @@ class MemoryPlan:
             images, and a chunk of logits. With the full KL it may be between the passes of a kept prefix, whose activations, keys
             and values are there then, as are the policy's embedding and head.
         gathered: unsharded copies of weights in the compute dtype, while in use: the embedding and head, and two layers.
+        stay_gathered: the same of other layers, which stay gathered from an update's first forward to its last backward, and during
+            a rollout of the embedded engine.
         activations: tensors that the forward of a full micro-batch keeps for the backward. With LoRA there are up to a fifth
             less, which this ignores.
         kept: keys, values and states of a prefix that is kept for several passes (``model/kept.py``), and their gradients. With the
@@ -61,6 +63,7 @@ class MemoryPlan:
     teacher: float
     teacher_forward: float
     gathered: float
+    stay_gathered: float
     activations: float
     kept: float
     logprobs: float
@@ -80,11 +83,12 @@ class MemoryPlan:
 
     @property
     def rollout(self) -> float:
-        return self.resting + self.gathered + self.kv_cache + (self.tower_forward if self.kv_cache else 0)
+        own_forwards = self.kv_cache + self.stay_gathered + self.tower_forward if self.kv_cache else 0
+        return self.resting + self.gathered + own_forwards
 
     @property
     def update(self) -> float:
-        held = self.weights + self.gradients + self.moments + self.reference + self.teacher
+        held = self.weights + self.gradients + self.moments + self.reference + self.teacher + self.stay_gathered
         begin = self.activations + self.kept + max(self.logprobs, self.layer_backward)
         # Features are there from the tower's forward to its backward, which is the last one.
         own = self.gathered + self.tower + max(begin, self.reductions + self.layer_backward, self.tower_forward)
@@ -111,6 +115,7 @@ def memory_plan(
     replicas: int = 1,
     together: int = 1,
     mlp_chunks: int = 1,
+    stay_gathered: int = 0,
     adapters: int = 0,
     reference: bool = False,
     ref_offload: bool = False,
@@ -141,6 +146,7 @@ def memory_plan(
         ranks: devices that weights, gradients and moments are split over.
         replicas: number of such sets of devices (hybrid sharding).
         mlp_chunks: parts of the rows in which an MLP is computed, where its layer recomputes it.
+        stay_gathered: number of layers that FSDP gathers once an update (``distributed/fsdp.py``).
         adapters: number of parameters that LoRA trains; 0 trains all of the model's.
         reference: whether there is a KL term to the initial model.
         ref_offload: whether that model is in host memory, except its gathered embedding and head.
@@ -164,11 +170,13 @@ def memory_plan(
     is_sharded = ranks > 1 or dtype_bytes != 4
     root = _root(dims) if is_sharded else 0
     two_layers, head = root and 2 * dims.layer_matrix, embedding
-    gathered, gradients = root + two_layers, two_layers
+    gradients = two_layers
     if adapters:
         weights, trained = (dtype_bytes * dims.parameters + 4 * adapters) / ranks, 4 * adapters / ranks
         head, gradients = 0, root and 2 * adapters // dims.layers
-        gathered += gradients
+        two_layers += gradients
+    # Two layers that do not stay are in use beside those that do; if all stay, they are two of these.
+    staying = min(stay_gathered, max(0, dims.layers - 2)) if trains or concurrent else 0
     rows = -(-token_budget // together)
     layer = _layer_activations(dims, dtype_bytes, compiled=compiled, together=together)
     one_input = dims.hidden * dtype_bytes
@@ -206,7 +214,8 @@ def memory_plan(
         + beside_teacher
         if teacher
         else 0,
-        gathered=gathered * dtype_bytes,
+        gathered=(root + two_layers) * dtype_bytes,
+        stay_gathered=staying * two_layers * dtype_bytes / 2,
         activations=sum(kept[mode] for mode in recompute) * rows,
         kept=prefix,
         logprobs=logit_chunk_bytes

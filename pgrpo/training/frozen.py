@@ -64,8 +64,10 @@ def record_frozen_logprobs(learner: Learner, span: Sequence[GroupedBatch]) -> No
     keeps the prefix: with LoRA the reference is the same module."""
     reference, teacher = learner.reference, learner.teacher
     if reference is not None and span[0].ref_logprobs is None:
-        off = adapters_off(reference) if reference is learner.policy else nullcontext()
-        with no_gradient(reference), off, kept_prefix(reference, span):
+        # The policy's own weights stay gathered: its pass follows.
+        own = reference is learner.policy
+        without, off = (torch.no_grad(), adapters_off(reference)) if own else (no_gradient(reference), nullcontext())
+        with without, off, kept_prefix(reference, span):
             for batch in span:
                 batch.ref_logprobs = batch.unpack(reference(batch).logprobs)
     if teacher is not None and learner.config.loss.teacher_kl != "full" and span[0].teacher_logprobs is None:

@@ -50,8 +50,11 @@ def place_policy(
     else:
         model = load(config.model, torch.float32)  # master weights
         freeze(model, tower=not config.model.train_vision, projector=not config.model.train_projector)
-    policy = wrap(model, config, world, plan)
-    fsdp.place(policy, decoder_layers(model), world, compute_dtype(config), methods=("next_logits", "keep"))
+    policy, dims = wrap(model, config, world, plan), ModelDims.from_config(model.config)
+    fsdp.place(
+        policy, decoder_layers(model), world, compute_dtype(config),
+        methods=("next_logits", "keep"), stay_gathered=(plan or layer_plan(config, dims, world)).stay_gathered,
+    )  # fmt: skip
     return policy
 
 
@@ -98,5 +101,5 @@ def wrap(model: PreTrainedModel, config: Config, world: World, plan: LayerPlan |
     set_up_layers(layers, plan.recompute, compiled=compiled)
     if policy.vision and is_trained and recomputes_tower(config, world.device):
         policy.vision.recompute()
-    set_up_long_samples(layers, *plan)
+    set_up_long_samples(layers, plan.recompute, plan.mlp_chunks)
     return policy

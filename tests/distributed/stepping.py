@@ -1,6 +1,6 @@
 """Run by every rank: a step's sampling with an engine and a judge that are written here, and forwards without a gradient."""
 
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig, load_config
 from pgrpo.config.sampling import sampling_params
-from pgrpo.distributed.fsdp import reshard
+from pgrpo.distributed.fsdp import place, reshard
 from pgrpo.environments.episodes import SingleTurn
 from pgrpo.grpo import backward, sample_groups
 from pgrpo.model.weights import full_weights
@@ -98,6 +98,20 @@ def peaks(world):
 
 def gathered(module):
     return [name for name, p in module.named_parameters() if not isinstance(p, DTensor)]
+
+
+def gathered_after_a_failed_forward(world, stay_gathered):
+    """Parameters that ``reshard`` leaves gathered where a layer's forward raised."""
+    layers = [torch.nn.Linear(4, 4) for _ in range(5)]
+    model = torch.nn.Sequential(*layers)
+    place(model, layers[1:4], world, torch.bfloat16, stay_gathered=stay_gathered)
+    model(torch.ones(2, 4)).sum().backward()
+    layers[2].register_forward_hook(lambda *_: 1 / 0, prepend=True)
+    with suppress(ZeroDivisionError):
+        model(torch.ones(2, 4))
+    failed = gathered(model)
+    reshard(model)
+    return failed, gathered(model)
 
 
 def ones(completions, **_):

@@ -317,6 +317,41 @@ def test_whole_gradients_are_reduced_once_for_all_micro_batches(compute, ranks, 
     assert once["metrics"]["grad_norm"] == pytest.approx(each["metrics"]["grad_norm"], rel=1e-6)
 
 
+LORA = {"lora_rank": 3, "kl_coef": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (1, {"dtype": "bfloat16"}),
+        (1, {"dtype": "bfloat16"} | LORA),
+        (2, {}),
+        (2, LORA),
+        (4, {"fsdp_size": 2, "token_budget": 40}),
+    ],
+    ids=str,
+)
+def test_layers_that_stay_gathered_are_gathered_once_an_update(compute, ranks, changes):
+    """The other layers for each forward and backward of a micro-batch, with LoRA also for its pass without adapters, which is the
+    reference. No bit of the update depends on it, and behind it no layer is gathered."""
+    several = {"token_budget": 60, "lr": 1e-3} | changes
+    every, first, none = (compute(ranks, stay_gathered=count, **several) for count in (2, 1, 0))
+    for other in (every, first):
+        assert other["sums"] == none["sums"]
+        for what in ("gradients", "after"):
+            assert none[what] and other[what].keys() == none[what].keys()
+            assert all(torch.equal(other[what][name], x) for name, x in none[what].items())
+    assert none["moved"] and none["micro_batches"] > 1
+    times, layers = (
+        (3 if "lora_rank" in changes else 2) * none["micro_batches"],
+        ("model.model.layers.0", "model.model.layers.1"),
+    )
+    assert every["gathers_of_step"] == {"": 1} | dict.fromkeys(layers, 1)
+    assert first["gathers_of_step"] == {"": 1, layers[0]: 1, layers[1]: times}
+    assert none["gathers_of_step"] == {"": 1} | dict.fromkeys(layers, times)
+    assert every["gathered"] == first["gathered"] == none["gathered"] == []
+
+
 def adapter_names(result):
     return [name for name in result["names"] if ".lora_" in name]
 

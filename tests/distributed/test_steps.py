@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from making import episode, group
-from stepping import forwards_without_a_gradient, peaks, sampled_step
+from stepping import forwards_without_a_gradient, gathered_after_a_failed_forward, peaks, sampled_step
 
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.config import load_config
@@ -101,3 +101,11 @@ def test_weights_are_shards_after_every_forward_without_a_gradient(processes, si
         assert len(found.pop("a bare forward")) > 1
         assert not any(found.values()) and len(found) == 7
         assert same_numbers
+
+
+@pytest.mark.parametrize("stay_gathered", [0, 3])
+def test_a_failed_forward_leaves_no_weights_gathered_behind_reshard(processes, stay_gathered):
+    """A rescued checkpoint has the shards. The root's weights, and those of the layer that failed or of all that ran."""
+    ((failed, left),) = processes(1)(gathered_after_a_failed_forward, stay_gathered)
+    assert {name.partition(".")[0] for name in failed} == ({"0", "1", "2", "4"} if stay_gathered else {"0", "2", "4"})
+    assert left == []

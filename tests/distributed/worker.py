@@ -3,6 +3,7 @@ arguments: model, output, JSON of changes."""
 
 import json
 import sys
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from unittest.mock import patch
@@ -11,15 +12,18 @@ import torch
 import torch.distributed as dist
 from tensors import copy_full, full_tensor
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+from torch.distributed.tensor import DTensor
 
 from pgrpo.admission.compare import tokens_as_groups
 from pgrpo.config import Config, DataConfig, ModelConfig, RolloutConfig
-from pgrpo.distributed.fsdp import reduce_gradients
+from pgrpo.distributed.fsdp import expect_micro_batches
 from pgrpo.distributed.world import start
 from pgrpo.grpo import backward, update_policy
 from pgrpo.model.weights import full_weights
 from pgrpo.packing import balance
+from pgrpo.placement.layers import layer_plan
 from pgrpo.planning.flops import ModelDims
+from pgrpo.planning.hub import load_hf_config
 from pgrpo.process.exit import run_and_leave
 from pgrpo.training.build import Learner, initial_model
 from pgrpo.training.frozen import kept_prefixes, record_frozen_logprobs
@@ -109,11 +113,27 @@ def reduced_parameters():
         yield found
 
 
+@contextmanager
+def gathers(policy):
+    """How often FSDP2 gathers each part of the policy inside this block, by name."""
+    group = _fsdp_param_group.FSDPParamGroup  # pyright: ignore[reportPrivateImportUsage]
+    names, found, gather = {module: name for name, module in policy.named_modules()}, Counter(), group._to_unsharded
+
+    def counted(part):
+        found.update({names[part.modules[0]]: 1} if part.modules[0] in names else {})
+        gather(part)
+
+    with patch.object(group, "_to_unsharded", counted):
+        yield found
+
+
 def one_update(world, model, changes):
     """Sums and gradients of one update, and the metrics of another with its step. Groups are on rank 0 alone."""
     config = configure(model, changes)
     world = together(replace(world, fsdp_size=config.model.fsdp_size), config.model.sequence_parallel_size)
-    policy = place_policy(config, world)
+    plan = layer_plan(config, ModelDims.from_config(load_hf_config(config.model)), world)
+    plan = plan._replace(stay_gathered=changes.get("stay_gathered", plan.stay_gathered))
+    policy = place_policy(config, world, plan=plan)
     reference = None
     if config.model.lora_rank:  # new adapters change nothing; these do
         generator = torch.Generator().manual_seed(1)
@@ -147,7 +167,7 @@ def one_update(world, model, changes):
     with reduced_parameters() as reductions:
         for span in each:
             record_frozen_logprobs(learner, span)
-            reduce_gradients(policy, world, now=changes.get("reduce_each", False) or span is each[-1])
+            expect_micro_batches(policy, world, more=span is not each[-1] and not changes.get("reduce_each"))
             with kept_prefixes(learner, span):
                 for batch in span:
                     total = total.plus(backward(learner, batch, counts))
@@ -156,15 +176,19 @@ def one_update(world, model, changes):
     optimizer.zero_grad()
     pushed = dict(full_weights(policy.model, torch.float32)) if changes.get("pushed") else {}
     before = {name: full_tensor(p).clone() for name, p in policy.model.named_parameters()}
-    with reduced_parameters() as reductions_of_step:
+    with reduced_parameters() as reductions_of_step, gathers(policy) as gathers_of_step:
         metrics = update_policy(learner, Progress(), groups)
-    after = {name: full_tensor(p) for name, p in policy.model.named_parameters()}
+    gathered = [name for name, p in policy.named_parameters() if not isinstance(p, DTensor)]
+    after = {name: full_tensor(p).clone() for name, p in policy.model.named_parameters()}
     return {
         "sums": sums,
         "gradients": gradients,
         "micro_batches": len(batches),
         "reductions": sum(reductions),
         "reductions_of_step": sum(reductions_of_step),
+        "gathers_of_step": dict(gathers_of_step),
+        "gathered": gathered,
+        "after": after,
         "kept": sum(batch.kept is not None for batch in batches),
         "metrics": metrics,
         "moved": [name for name in before if not torch.equal(before[name], after[name])],

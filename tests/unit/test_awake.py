@@ -45,6 +45,12 @@ def config(*overrides: str, completion=512, prompts=4, budget=8192) -> Config:
     ])  # fmt: skip
 
 
+def bare_update(settings: Config) -> float:
+    """GiB of an update that recomputes nothing, and in which no layer stays gathered."""
+    nothing: list[Recompute] = ["none"] * SMALL.layers
+    return memory_plan(SMALL, recompute=nothing, **plan_sizes(settings, SMALL, ONE, GPU)).peak
+
+
 @pytest.fixture(autouse=True)
 def card(monkeypatch):
     """A GPU of 80 GiB beside 128 of host memory; returns what sets its size."""
@@ -60,29 +66,38 @@ def card(monkeypatch):
 
 
 def test_vllm_stays_awake_where_update_cache_and_graphs_fit_and_sleeps_one_gib_below(card):
-    """Of a fixed plan: the update's peak by ``memory_plan``, vLLM's memory, graphs, and what is never planned."""
+    """Of a fixed plan: the update's peak by ``memory_plan``, vLLM's memory, graphs, and what is never planned. Layers stay gathered
+    in the memory that is left then: beside a vLLM that sleeps more of them."""
     settings = config("model.activation_checkpointing=none")
-    nothing: list[Recompute] = ["none"] * SMALL.layers
-    plan = memory_plan(SMALL, recompute=nothing, **plan_sizes(settings, SMALL, ONE, GPU))
-    assert plan.peak == plan.update == pytest.approx(update_gib(settings, SMALL, ONE))
+    update = bare_update(settings)
     keys = 28 * 8 * 2 * 128 * 2 * (4 * 4096 + 32 * (512 + 16)) / GIB
     logits = settings.rollout.max_concurrent * 49_152 * vllm_memory.SAMPLER_BYTES / GIB
     needed = 2 * SMALL.parameters / GIB + keys + logits
     least, most = 1.25 * needed + 2, 1.25 * needed + 8
-    limit = (plan.update + SLEEPING_VLLM_GIB + least) / USABLE_SHARE
+    limit = (update + SLEEPING_VLLM_GIB + least) / USABLE_SHARE
     for total, sleeps in ((limit + 0.1, False), (limit - 0.1, True)):
         card(total)
         found = engine_memory(settings, SMALL, ONE)
         assert found.sleeps is sleeps
         if sleeps:
             assert found.memory == vllm_memory.vllm_memory(settings, SMALL, ONE)
-            assert f"its {least:.1f} GiB and the update's {plan.update:.1f} do not fit side by side" in found.why
+            taken = update_gib(settings, SMALL, ONE)
+            assert f"its {least:.1f} GiB and the update's {taken:.1f} do not fit side by side" in found.why
+            assert layer_plan(settings, SMALL, ONE).stay_gathered == SMALL.layers
         else:
             assert (
                 found.memory.share * total == pytest.approx(least + 0.1 * USABLE_SHARE) and not found.memory.offloaded
             )
+            assert layer_plan(settings, SMALL, ONE).stay_gathered == 0
+    card(limit + 1)  # as many as fit into that, of 50,331,648 elements
+    layer = 2 * 50_331_648 / GIB
+    count = int(USABLE_SHARE / layer)
+    assert SMALL.layer_matrix == 50_331_648 and layer_plan(settings, SMALL, ONE).stay_gathered == count
+    assert update_gib(settings, SMALL, ONE) == pytest.approx(update + count * layer)
+    assert not engine_memory(settings, SMALL, ONE).sleeps
     card(limit + 50)
     assert engine_memory(settings, SMALL, ONE).memory.share * (limit + 50) == pytest.approx(most)
+    assert layer_plan(settings, SMALL, ONE).stay_gathered == SMALL.layers
 
 
 @pytest.mark.parametrize("shape", [SMALL, LARGE])
@@ -92,7 +107,7 @@ def test_staying_awake_costs_an_update_nothing(card, shape):
     asleep, settings = (config(f"rollout.sleep={mode}", "optim.offload=cpu") for mode in ("always", "auto"))
     for total in (40, 60, 80, 180):
         card(total)
-        plans = [(layer_plan(c, shape, ONE), keepable_tokens(c, shape, ONE)) for c in (asleep, settings)]
+        plans = [(layer_plan(c, shape, ONE)[:2], keepable_tokens(c, shape, ONE)) for c in (asleep, settings)]
         assert plans[0] == plans[1]
         found = engine_memory(settings, shape, ONE)
         seen.add(found.sleeps)
@@ -137,7 +152,7 @@ def test_where_it_sleeps_whatever_the_room(card):
 
 
 def test_a_share_that_was_asked_for_is_neither_raised_nor_lowered(card):
-    update = update_gib(config(), SMALL, ONE)
+    update = bare_update(config())
     fits = (USABLE_SHARE * 80 - SLEEPING_VLLM_GIB - update) / 80
     for share, sleeps in ((fits - 0.01, False), (fits + 0.01, True)):
         found = engine_memory(config(f"rollout.gpu_memory_utilization={share}"), SMALL, ONE)
@@ -147,7 +162,7 @@ def test_a_share_that_was_asked_for_is_neither_raised_nor_lowered(card):
 def test_never_is_refused_with_the_sizes_where_it_does_not_fit(card):
     never = config("rollout.sleep=never")
     assert engine_memory(never, SMALL, ONE) == engine_memory(config(), SMALL, ONE)
-    update, group = update_gib(never, SMALL, ONE), vllm_memory.vllm_gib(never, SMALL, 8)
+    update, group = bare_update(never), vllm_memory.vllm_gib(never, SMALL, 8)
     limit = (update + SLEEPING_VLLM_GIB + group) / USABLE_SHARE
     fixed = config("rollout.sleep=never", "model.activation_checkpointing=none")
     card(limit + 0.1)  # a group at a time

@@ -86,6 +86,10 @@ def test_a_dry_run_plans_for_ranks_that_compute_together(model, tmp_path, capsys
     assert "a step and 2 ranks, of at most" in shown
     assert "GiB a GPU, 2 of which share an engine; weights take 0.0, a group at its longest 0.0 of it" in shown
     assert "GiB of 79 (assumed) a rank" in shown
+    assert "activation checkpointing: none; 2 of 2 stay gathered during an update\n" in shown
+    plan(config(model, tmp_path, "model.dtype=float32"))  # on one rank, where FSDP2 shards nothing
+    shown = capsys.readouterr().out
+    assert "activation checkpointing: none\n" in shown
     with pytest.raises(
         ConfigError, match=r"_parallel_size: 4 does not divide 2 key/value heads; it may be 1, 2, as these"
     ):

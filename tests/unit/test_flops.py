@@ -17,7 +17,7 @@ from pgrpo.config import ModelConfig
 from pgrpo.model.lora import add_adapters
 from pgrpo.planning import flops, memory
 from pgrpo.planning.flops import ModelDims
-from pgrpo.planning.recompute import fewest_recomputed_layers
+from pgrpo.planning.recompute import LayerPlan, fewest_recomputed_layers, most_gathered
 from pgrpo.types import Recompute
 
 ROOT = Path(__file__).parents[2]
@@ -322,6 +322,46 @@ def test_memory_plan() -> None:
     assert plan(dims, dtype_bytes=4).gathered == 0
 
 
+def test_memory_plan_of_layers_that_stay_gathered() -> None:
+    """Qwen3-4B's layer has 100,925,440 elements of matrices, in bfloat16. Two more are in use where one does not stay; where all
+    do, these are among them. An update has them, and a rollout of the embedded engine."""
+    dims = QWEN3_4B
+    layer = 2 * (2560 * 128 * (32 + 8 + 8) + 32 * 128 * 2560 + 3 * 2560 * 9728) / flops.GIB
+    assert layer == 2 * 100_925_440 / flops.GIB
+    none = plan(dims)
+    for count, more in ((0, 0), (1, 1), (2, 2), (19, 19), (34, 34), (35, 34), (36, 34)):
+        some = plan(dims, stay_gathered=count)
+        assert some.stay_gathered == pytest.approx(more * layer)
+        assert some.update - none.update == pytest.approx(some.stay_gathered)
+        assert (some.optimizer_step, some.rollout) == (none.optimizer_step, none.rollout)
+    every: dict[str, Any] = {"stay_gathered": 36}
+    assert plan(dims, dtype_bytes=4, **every) == plan(dims, dtype_bytes=4)  # FSDP2 shards nothing
+    assert plan(dims, dtype_bytes=4, ranks=2, **every).stay_gathered == pytest.approx(2 * 34 * layer)
+    lora = plan(dims, adapters=36 * 10**6, **every)
+    assert lora.stay_gathered == pytest.approx(34 * (layer + 2 * 10**6 / flops.GIB))
+    sampled: dict[str, Any] = {"concurrent": 8, "group_size": 8, "prompt_tokens": 512, "completion_tokens": 1024}
+    assert plan(dims, **sampled, **every).rollout - plan(dims, **sampled).rollout == pytest.approx(34 * layer)
+    assert plan(dims, trains=False, **every) == plan(dims, trains=False)  # an evaluation with vLLM
+    assert plan(dims, trains=False, **sampled, **every).rollout == pytest.approx(
+        plan(dims, trains=False, **sampled).rollout + 34 * layer
+    )
+
+
+def test_as_many_layers_stay_gathered_as_fit() -> None:
+    dims, sizes = QWEN3_4B, {"token_budget": 12288, "dtype_bytes": 2, "compiled": True}
+    given = LayerPlan(["full"] * 36, 4)
+    peaks = [memory.memory_plan(dims, **given._replace(stay_gathered=n)._asdict(), **sizes).peak for n in (0, 7, 36)]
+    for capacity, count in (
+        (999.0, 36),
+        (peaks[2], 36),
+        (peaks[1] + 0.01, 7),
+        (peaks[1] - 0.01, 6),
+        (peaks[0], 0),
+        (1.0, 0),
+    ):
+        assert most_gathered(dims, capacity, given, **sizes) == given._replace(stay_gathered=count)
+
+
 def test_memory_plan_of_checkpointing_and_offload() -> None:
     dims = QWEN3_4B
     attention = plan(dims, recompute="attention")
@@ -389,6 +429,7 @@ def test_the_plan_of_an_update_is_what_was_measured_on_a_gpu(file: str, row: int
         dims,
         token_budget=4096 + 8 * 1024,
         recompute=[mode for mode, count in measured["layers"].items() for _ in range(count)],
+        stay_gathered=measured.get("stay_gathered", 0),
         dtype_bytes=2,
         compiled=True,
         ranks=measured.get("fsdp_size") or measured["ranks"],
@@ -403,8 +444,8 @@ def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
     dims = QWEN3_4B
     sizes: dict[str, Any] = {"token_budget": 16384, "dtype_bytes": 2, "offload": True}
 
-    def peak(recompute: Sequence[Recompute]) -> float:
-        return memory.memory_plan(dims, recompute=recompute, **sizes).peak
+    def peak(recompute: Sequence[Recompute], stay_gathered: int = 0) -> float:
+        return memory.memory_plan(dims, recompute=recompute, stay_gathered=stay_gathered, **sizes).peak
 
     cases: list[tuple[Recompute, Recompute, float]] = [("attention", "none", 73.0), ("full", "attention", 40.0)]
     for more, less, capacity in cases:
@@ -414,14 +455,25 @@ def test_auto_checkpoints_as_few_layers_as_make_the_plan_fit() -> None:
         assert recompute == sorted(recompute, key=[more, less].index)
         fewer: list[Recompute] = [*recompute[1:], less]
         assert peak(recompute) <= capacity < peak(fewer)
-    assert fewest_recomputed_layers(dims, 1000.0, **sizes) == (["none"] * 36, 1)
-    assert fewest_recomputed_layers(dims, 10.0, **sizes) == (["full"] * 36, 16)  # nothing fits
-    # Compiled layers keep their matrix products before they recompute these.
+    nothing: list[Recompute] = ["none"] * 36
+    assert fewest_recomputed_layers(dims, peak(nothing, 36) + 0.1, **sizes) == (nothing, 1, 36)
+    # No products are computed again so that a layer stays gathered.
+    assert fewest_recomputed_layers(dims, peak(nothing, 36) - 0.1, **sizes) == (nothing, 1, 0)
+    assert fewest_recomputed_layers(dims, 10.0, **sizes) == (["full"] * 36, 16, 0)  # nothing fits
+    # Compiled layers keep their matrix products before they recompute these. What lies between is recomputed in as few as possible
+    # while all stay gathered, and in all of them before one does not.
     sizes |= {"token_budget": 12288, "compiled": True}
-    most = fewest_recomputed_layers(dims, 68.0, **sizes).recompute
-    assert most == ["matmuls"] * most.count("matmuls") + ["none"] * most.count("none") and 0 < most.count("none") < 36
-    some = fewest_recomputed_layers(dims, 60.0, **sizes).recompute
-    assert some == ["attention"] * some.count("attention") + ["matmuls"] * some.count("matmuls")
+    products: list[Recompute] = ["matmuls"] * 36
+    all_gathered, none_gathered = (peak(products, count) for count in (36, 0))
+    most = fewest_recomputed_layers(dims, all_gathered + 2, **sizes)
+    count = most.recompute.count("matmuls")
+    assert most == (["matmuls"] * count + ["none"] * (36 - count), 1, 36) and 0 < count < 36
+    assert peak(most.recompute, 36) <= all_gathered + 2 < peak([*most.recompute[1:], "none"], 36)
+    assert fewest_recomputed_layers(dims, all_gathered + 0.01, **sizes) == (products, 1, 36)
+    for capacity in (all_gathered - 0.01, none_gathered + 0.01):
+        assert fewest_recomputed_layers(dims, capacity, **sizes) == (products, 1, 0)
+    some = fewest_recomputed_layers(dims, none_gathered - 0.01, **sizes)
+    assert some == (["attention"] + ["matmuls"] * 35, 1, 0)
     for uses, changes in ((dims, {"adapters": 10**7}), (replace(dims, state_elements=1), {})):  # none of these
         assert set(fewest_recomputed_layers(uses, 50.0, **sizes | changes).recompute) == {"attention", "none"}
 
@@ -487,6 +539,7 @@ def test_the_plan_of_long_samples_is_what_was_measured_on_a_gpu() -> None:
             dims,
             token_budget=row["prompt"] + row["group_size"] * row["completion"],
             recompute=[mode for mode, count in row["layers"].items() for _ in range(count)],
+            stay_gathered=row.get("stay_gathered", 0),
             dtype_bytes=2,
             compiled=True,
             mlp_chunks=row["mlp_chunks"],
@@ -519,7 +572,7 @@ def test_auto_offloads_and_cuts_mlps_where_that_is_needed() -> None:
     sizes: dict[str, Any] = LONG | {"offload": True}
 
     def auto(gib: float, host: float) -> tuple[dict[str, int], int]:
-        modes, chunks = fewest_recomputed_layers(dims, gib, host_gib=host, **sizes)
+        modes, chunks, _ = fewest_recomputed_layers(dims, gib, host_gib=host, **sizes)
         return {mode: modes.count(mode) for mode in modes}, chunks
 
     assert auto(600, 100) == ({"none": 36}, 1)
@@ -539,7 +592,7 @@ def test_auto_offloads_and_cuts_mlps_where_that_is_needed() -> None:
     assert auto(43, 100)[1] == 16
     assert auto(60, 0.5 * 36 * 2 * 2560 * LONG["token_budget"] / flops.GIB)[0].get("offload", 0) <= 18
     fixed = fewest_recomputed_layers(dims, 68, host_gib=0, mlp_chunks=1, **sizes)
-    assert fixed == (["full"] * 36, 1)
+    assert fixed == (["full"] * 36, 1, 0)
     without = fewest_recomputed_layers(replace(dims, has_mlp=False), 10, host_gib=100, **sizes)
     assert without.mlp_chunks == 1
 

@@ -47,7 +47,7 @@ def test_a_cpu_runs_the_builtin_kernel_plainly():
     assert is_compiled(config(), GPU)
     assert is_compiled(config(compile=True), CPU)
     assert not is_compiled(config(compile=False), GPU)
-    assert layer_plan(config(), DIMS, World(0, 1, CPU)).recompute == ["none"] * 36
+    assert layer_plan(config(), DIMS, World(0, 1, CPU)) == (["none"] * 36, 1, 36)
 
 
 def test_a_named_kernel_that_cannot_run_is_an_error_that_says_why():
@@ -186,7 +186,27 @@ def test_auto_checkpointing_on_a_gpu_spares_the_last_layers(monkeypatch):
     assert 0 < count < 36
     assert modes == ["attention"] * count + ["matmuls"] * (36 - count)
     chosen.model.activation_checkpointing = "full"
-    assert layer_plan(chosen, DIMS, World(0, 1, GPU)).recompute == ["full"] * 36
+    assert layer_plan(chosen, DIMS, World(0, 1, GPU)) == (["full"] * 36, 1, 36)
+
+
+@pytest.mark.parametrize("mode", ["auto", "matmuls"])
+def test_layers_stay_gathered_in_the_memory_that_is_left(monkeypatch, mode):
+    """The full fine-tuning of Qwen3-4B on a GPU of 80 GB beside a sleeping vLLM, whose layers keep their products."""
+    for module in (layers, vllm_memory):
+        monkeypatch.setattr(module, "host_memory", lambda: 128 * 2**30)
+    chosen = config(activation_checkpointing=mode)
+    chosen.rollout.engine, chosen.rollout.prompts_per_step, chosen.rollout.group_size = "vllm", 32, 8
+    chosen.data.max_prompt_tokens, chosen.rollout.max_completion_tokens = 4096, 1024
+    chosen.optim.offload, chosen.train.token_budget = "cpu", 12_288
+    plan = layer_plan(chosen, DIMS, World(0, 1, GPU))
+    assert plan.recompute == ["matmuls"] * 36 and 0 < plan.stay_gathered < 36
+    sizes = plan_sizes(chosen, DIMS, World(0, 1, GPU), GPU)
+    capacity = USABLE_SHARE * PLANNED_GPU / 2**30 - SLEEPING_VLLM_GIB
+    peaks = [
+        memory_plan(DIMS, **plan._replace(stay_gathered=plan.stay_gathered + more)._asdict(), **sizes).peak
+        for more in (0, 1)
+    ]
+    assert peaks[0] <= capacity < peaks[1]
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 64])
@@ -200,12 +220,12 @@ def test_a_long_group_that_fits_a_micro_batch_is_not_recomputed_for_kept_prefixe
     long.data.max_prompt_tokens, long.rollout.max_completion_tokens = 131_072, 1024
     long.optim.offload, long.train.token_budget = "cpu", 131_072 + 8192
     plan = layer_plan(long, DIMS, World(0, 1, GPU))
-    assert plan == (["full"] * 36, 4)
+    assert plan == (["full"] * 36, 4, 0)
     sizes = plan_sizes(long, DIMS, World(0, 1, GPU), GPU)
     kept = layers.keepable_tokens(long, DIMS, World(0, 1, GPU))
     assert sizes["kept_tokens"] == (131_072 if prompts > 1 else 0) and kept < 10_000
     sizes["kept_tokens"] = kept
-    planned = memory_plan(DIMS, recompute=plan.recompute, mlp_chunks=plan.mlp_chunks, **sizes)
+    planned = memory_plan(DIMS, **plan._asdict(), **sizes)
     assert planned.update < USABLE_SHARE * PLANNED_GPU / 2**30 - SLEEPING_VLLM_GIB
     long.train.token_budget = 131_072 + 4096
     assert layer_plan(long, DIMS, World(0, 1, GPU)).recompute == ["offload"] * 36
