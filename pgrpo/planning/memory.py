@@ -32,8 +32,9 @@ class MemoryPlan:
             term, and 0 with LoRA, where the policy's own weights are the initial model.
         teacher: the same of the model of ``loss.teacher``, also with LoRA.
         teacher_forward: of the teacher's pass over a micro-batch before the policy's: two gathered layers, one layer's activations,
-            images, and a chunk of logits. With the full KL it may be between the passes of a kept prefix, whose activations, keys
-            and values are there then, as are the policy's embedding and head.
+            images, and a chunk of logits; and of what the policy's micro-batch before left gathered, what ``stay_gathered`` does
+            not count: embedding and head, and the last two layers if all stay. With the full KL it may be between the passes of
+            a kept prefix, whose activations, keys and values are there then.
         gathered: unsharded copies of weights in the compute dtype, while in use: the embedding and head, and two layers.
         stay_gathered: the same of other layers, which stay gathered from an update's first forward to its last backward, and during
             a rollout of the embedded engine.
@@ -195,11 +196,11 @@ def memory_plan(
     if together > 1:  # queries, keys and values before and after the exchange of rows for heads
         recomputed += 2 * _projections(dims, together) * dtype_bytes
     prefix = 2 * _kept(dims, dtype_bytes, kept_tokens, together)
-    beside_teacher = 0.0
+    beside_teacher = (root + (stay_gathered - staying) * two_layers / 2) * dtype_bytes
     if teacher and full_kl and kept_tokens:
         prefix += _kept(teacher, dtype_bytes, kept_tokens, together)
         prefix_activations = sum(kept[mode] for mode in recompute) * -(-kept_tokens // together)
-        beside_teacher = prefix + prefix_activations + root * dtype_bytes
+        beside_teacher += prefix + prefix_activations
     kv_rows = concurrent * completion_tokens + -(-concurrent // group_size) * prompt_tokens
     parts = MemoryPlan(
         weights=weights,

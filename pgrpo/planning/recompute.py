@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ def fewest_recomputed_layers(
 ) -> LayerPlan:
     """Implements ``activation_checkpointing: auto``: the first setting that fits by its memory plan, of these, the fastest first.
 
-    1. All layers stay gathered, with ``matmuls`` in as few as possible.
+    1. All layers stay gathered, or as many as a rollout has room for, with ``matmuls`` in as few as possible.
     2. None stays gathered, until ``most_gathered`` fills memory that is left: ``matmuls`` in all, and then ``attention`` in as few
        as possible, and ``full``.
     3. MLPs in parts, with ``full`` in as few layers as possible, and then ``offload``, as far as ``host_gib`` of host memory go.
@@ -67,7 +68,14 @@ def fewest_recomputed_layers(
     if mlp_chunks is None and dims.has_mlp:
         steps.extend(("offload", "full", (1, chunks)) for chunks in MLP_CHUNKS)
     tried: list[tuple[float, float, LayerPlan]] = []
-    every = [(least, "none", whole, dims.layers), *((*step, 0) for step in steps)]
+
+    def rollout(count: int) -> float:
+        nothing: list[Recompute] = ["none"] * dims.layers
+        return memory_plan(dims, recompute=nothing, stay_gathered=count, **sizes).rollout
+
+    # Recomputation makes no room in a rollout of the embedded engine.
+    most = bisect_right(range(1, dims.layers + 1), capacity_gib, key=rollout)
+    every = [(least, "none", whole, most), *((*step, 0) for step in steps)]
     for more, less, fewest_first, stay_gathered in every:
         for count, chunks in product(range(dims.layers + 1), fewest_first):
             recompute: list[Recompute] = [more if layer < count else less for layer in range(dims.layers)]

@@ -51,9 +51,12 @@ def place_policy(
         model = load(config.model, torch.float32)  # master weights
         freeze(model, tower=not config.model.train_vision, projector=not config.model.train_projector)
     policy, dims = wrap(model, config, world, plan), ModelDims.from_config(model.config)
+    stay_gathered = (plan or layer_plan(config, dims, world)).stay_gathered
+    # Gathering is a collective call, and GPUs of several hosts may differ in memory: the fewest of any rank.
+    stay_gathered = -int(world.max(torch.tensor(-stay_gathered, device=world.device)).item())
     fsdp.place(
         policy, decoder_layers(model), world, compute_dtype(config),
-        methods=("next_logits", "keep"), stay_gathered=(plan or layer_plan(config, dims, world)).stay_gathered,
+        methods=("next_logits", "keep"), stay_gathered=stay_gathered,
     )  # fmt: skip
     return policy
 

@@ -4,6 +4,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from making import generate
@@ -15,8 +16,11 @@ from pgrpo.distributed.fsdp import place, reshard
 from pgrpo.environments.episodes import SingleTurn
 from pgrpo.grpo import backward, sample_groups
 from pgrpo.model.weights import full_weights
+from pgrpo.planning.dims import decoder_layers
+from pgrpo.planning.recompute import LayerPlan
 from pgrpo.rewards.runner import RewardReport
 from pgrpo.rollout.base import sample_seeds
+from pgrpo.training import place as training_place
 from pgrpo.training.build import build
 from pgrpo.training.caller import Given
 from pgrpo.training.engine import Canary
@@ -112,6 +116,14 @@ def gathered_after_a_failed_forward(world, stay_gathered):
     failed = gathered(model)
     reshard(model)
     return failed, gathered(model)
+
+
+def staying_of_unlike_gpus(world, model):
+    """Which layers stay gathered where the ranks' own plans differ."""
+    config = load_config("quickstart", [f"model.path={model}"])
+    with patch.object(training_place, "layer_plan", lambda *_: LayerPlan(["none"] * 2, 1, 2 - world.rank)):
+        policy = training_place.place_policy(config, world)
+    return [layer.stays_gathered for layer in decoder_layers(policy.model)]
 
 
 def ones(completions, **_):

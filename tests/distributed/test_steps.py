@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 import torch
 from making import episode, group
-from stepping import forwards_without_a_gradient, gathered_after_a_failed_forward, peaks, sampled_step
+from stepping import (
+    forwards_without_a_gradient,
+    gathered_after_a_failed_forward,
+    peaks,
+    sampled_step,
+    staying_of_unlike_gpus,
+)
 
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.config import load_config
@@ -109,3 +115,8 @@ def test_a_failed_forward_leaves_no_weights_gathered_behind_reshard(processes, s
     ((failed, left),) = processes(1)(gathered_after_a_failed_forward, stay_gathered)
     assert {name.partition(".")[0] for name in failed} == ({"0", "1", "2", "4"} if stay_gathered else {"0", "2", "4"})
     assert left == []
+
+
+def test_on_all_ranks_the_same_layers_stay_gathered(processes, tiny_model):
+    """Gathering is collective; of two GPUs of unlike memory the smaller one has room for a layer less."""
+    assert processes(2)(staying_of_unlike_gpus, tiny_model) == [[True, False]] * 2

@@ -362,6 +362,18 @@ def test_as_many_layers_stay_gathered_as_fit() -> None:
         assert most_gathered(dims, capacity, given, **sizes) == given._replace(stay_gathered=count)
 
 
+def test_no_layer_recomputes_for_a_rollout_that_is_short_of_memory() -> None:
+    """Of the embedded engine, whose peak is above an update's. As many layers stay gathered as it has room for."""
+    dims, nothing = QWEN3_4B, ["none"] * 36
+    sizes: dict[str, Any] = {"token_budget": 1024, "dtype_bytes": 2, "compiled": True, "offload": True}
+    sizes |= {"concurrent": 256, "group_size": 8, "prompt_tokens": 512, "completion_tokens": 1024}
+    for count, more in ((0, 0.0), (7, 0.0), (36, 9.0)):
+        some = plan(dims, recompute="none", stay_gathered=count, **sizes)
+        assert some.peak == some.rollout > some.update
+        found = fewest_recomputed_layers(dims, some.rollout + more + 0.01, **sizes)
+        assert found == (nothing, 1, count)
+
+
 def test_memory_plan_of_checkpointing_and_offload() -> None:
     dims = QWEN3_4B
     attention = plan(dims, recompute="attention")

@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,9 +277,16 @@ def test_the_memory_plan_counts_the_teacher(tiny_model, teacher):
     tight = sizes | {"token_budget": 2**17, "recompute": ["full"] * 28}
     update = memory_plan(small, **tight, teacher=large)
     assert update.teacher_forward > 2**17 * 2 * (4 * 12288 + 2 * 4096) / 2**30
-    # With the full KL it comes while the policy keeps a prefix: layers' inputs, keys and values, and the gathered embedding.
+    # Beside it is what the policy's last micro-batch left gathered: embedding and head, and layers that stay.
+    untied = memory_plan(replace(small, tied=False), **tight, teacher=large)
+    assert untied.teacher_forward - update.teacher_forward == pytest.approx(2 * 151936 * 1024 / 2**30)
+    layer = 2 * (1024 * 128 * (16 + 8 + 8) + 16 * 128 * 1024 + 3 * 1024 * 3072) / 2**30
+    for number in (1, 26, 27, 28):
+        staying = memory_plan(small, **tight, teacher=large, stay_gathered=number)
+        assert staying.update - update.update == pytest.approx(number * layer)
+    # With the full KL it comes while the policy keeps a prefix: layers' inputs, keys and values.
     alone, beside = (memory_plan(small, **tight, teacher=large, full_kl=True, kept_tokens=n) for n in (0, 2**16))
-    more = 2 * (2**16 * 28 * 1024 + 151936 * 1024) / 2**30 + beside.kept
+    more = 2 * 2**16 * 28 * 1024 / 2**30 + beside.kept
     assert beside.teacher_forward - alone.teacher_forward == pytest.approx(more)
     config = load_config("quickstart", [f"model.path={tiny_model}", "run_dir=runs/x"])
     before = plan_text(config)
