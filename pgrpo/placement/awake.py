@@ -49,6 +49,7 @@ def engine_memory(config: Config, dims: ModelDims, world: World) -> EngineMemory
         return EngineMemory(asleep, True, "with tools, images or states there is no bound to what its cache can use")
     room, update = _room_gib(config, dims, world)
     if room < least:
+        update = update_gib(config, dims, world, stay=False)  # no layer stays gathered at vLLM's cost
         return EngineMemory(asleep, True, f"its {least:.1f} GiB and the update's {update:.1f} do not fit side by side")
     return EngineMemory(VLLMMemory(_share(min(room, most), world)), False, _fits(update))
 

@@ -87,11 +87,12 @@ def _capacity_gib(config: Config, world: World) -> float:
     return capacity - (SLEEPING_VLLM_GIB if engine_name(config, world.device) == "vllm" else 0)
 
 
-def update_gib(config: Config, dims: ModelDims, world: World) -> float:
-    """GiB of this GPU that the policy takes at its peak: of a full micro-batch's backward, or of the optimizer step."""
-    sizes = plan_sizes(config, dims, world, world.device)
+def update_gib(config: Config, dims: ModelDims, world: World, *, stay: bool = True) -> float:
+    """GiB of this GPU that the policy takes at its peak: of a full micro-batch's backward, or of the optimizer step. ``stay``:
+    whether the plan's layers stay gathered."""
+    sizes, plan = plan_sizes(config, dims, world, world.device), layer_plan(config, dims, world)
     sizes["kept_tokens"] = keepable_tokens(config, dims, world)
-    return memory_plan(dims, **layer_plan(config, dims, world)._asdict(), **sizes).peak
+    return memory_plan(dims, **(plan if stay else plan._replace(stay_gathered=0))._asdict(), **sizes).peak
 
 
 def free_beside_policy(config: Config, dims: ModelDims, world: World) -> float:

@@ -81,14 +81,18 @@ def test_vllm_stays_awake_where_update_cache_and_graphs_fit_and_sleeps_one_gib_b
         assert found.sleeps is sleeps
         if sleeps:
             assert found.memory == vllm_memory.vllm_memory(settings, SMALL, ONE)
-            taken = update_gib(settings, SMALL, ONE)
-            assert f"its {least:.1f} GiB and the update's {taken:.1f} do not fit side by side" in found.why
+            # Layers stay gathered because of that, and not the other way round.
+            assert f"its {least:.1f} GiB and the update's {update:.1f} do not fit side by side" in found.why
             assert layer_plan(settings, SMALL, ONE).stay_gathered == SMALL.layers
+            assert update_gib(settings, SMALL, ONE) > update + 1
         else:
             assert (
                 found.memory.share * total == pytest.approx(least + 0.1 * USABLE_SHARE) and not found.memory.offloaded
             )
             assert layer_plan(settings, SMALL, ONE).stay_gathered == 0
+            for told in ("sleep", "offload_policy"):  # it sleeps whatever the room
+                sleeping = config("model.activation_checkpointing=none", f"rollout.{told}=always")
+                assert layer_plan(sleeping, SMALL, ONE).stay_gathered == SMALL.layers
     card(limit + 1)  # as many as fit into that, of 50,331,648 elements
     layer = 2 * 50_331_648 / GIB
     count = int(USABLE_SHARE / layer)
