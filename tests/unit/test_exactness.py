@@ -151,11 +151,13 @@ def test_a_head_of_any_kind_gives_the_log_probs_of_the_models_own_forward(
     got = difference(policy, build_batch(Forest.of(samples())), *wanted(untouched, temperature))
     assert got.logprob <= 1e-5
     assert got.gradient <= 1e-5
-    entropy = policy(build_batch(Forest.of(samples())), entropy=True).entropy
+    batch = build_batch(Forest.of(samples()))
+    entropy, as_teacher = policy(batch, entropy=True).entropy, policy.teacher_rows(batch)
     first = samples()[1]
     ids = torch.tensor([first.prompt_ids + first.token_ids])
     logits = untouched(input_ids=ids).logits[0, len(first.prompt_ids) - 1 : -1] / temperature
     assert (entropy[3:8] - torch.distributions.Categorical(logits=logits).entropy()).abs().max() < 1e-5
+    assert (as_teacher.scale * as_teacher.logits(slice(None), 61)[batch.pair_index[3:8]] - logits).abs().max() < 1e-5
     inputs = {"input_ids": ids[0], "position_ids": torch.arange(ids.shape[1])}
     layout = build_batch(Forest.of(tokens_as_samples([ids[0].tolist()], [[[]]]))).layout
     rows = policy.next_logits(inputs, layout, torch.tensor([3, 1]))
