@@ -182,8 +182,10 @@ def _offload_choices(config: Config, plan: MemoryPlan, world: World) -> list[tup
 def vllm_gib(config: Config, dims: ModelDims, samples: int) -> float:
     """GiB that one GPU holds of vLLM's weights, and of keys and values of so many completions at their longest."""
     rollout, width = config.rollout, compute_dtype(config).itemsize
-    groups, block = math.ceil(samples / rollout.group_size), VLLM_BLOCK_TOKENS  # a completion's last block is not full
-    rows = groups * config.data.max_prompt_tokens + samples * (config.max_sampled_tokens + block)
+    groups, block = math.ceil(samples / rollout.group_size), VLLM_BLOCK_TOKENS
+    # A completion's last block is not full, and its first one has the prompt's last tokens, which are not shared.
+    own = math.ceil(config.max_sampled_tokens / block) * block + block
+    rows = groups * config.data.max_prompt_tokens + samples * own
     row = len(dims.windows) * dims.kv_heads * (dims.head_dim + dims.value_dim)
     return width * (dims.parameters + row * rows + dims.state_elements * samples) / config.tensor_parallel_size / GIB
 

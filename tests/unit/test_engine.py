@@ -278,6 +278,17 @@ def test_just_enough_counts_the_rows_of_a_prefill_by_their_width_and_the_experts
     assert memory.vllm_memory(long, QWEN3_4B, ONE)[1:] == (("weights",), pytest.approx(WEIGHTS), 0)
 
 
+@pytest.mark.parametrize("completion", [1, 16, 17, 40, 48])
+def test_a_group_s_keys_have_room_in_whole_blocks_whatever_its_lengths(completion):
+    """vLLM shares a prompt's full blocks, without that of its last token, which each completion computes again."""
+    settings, block = config(group_size=8), 16
+    settings.data.max_prompt_tokens, settings.rollout.max_completion_tokens = 100, completion
+    shared = [(prompt - 1) // block for prompt in range(1, 101)]
+    held = [whole + 8 * (math.ceil((prompt + completion) / block) - whole) for prompt, whole in enumerate(shared, 1)]
+    counted = (memory.vllm_gib(settings, QWEN3_4B, 8) - memory.vllm_gib(settings, QWEN3_4B, 0)) / TOKEN
+    assert max(held) * block <= round(counted) < (max(held) + 8) * block
+
+
 def test_the_engine_moves_what_the_plan_says_and_keeps_the_rest(monkeypatch):
     model = AutoModelForCausalLM.from_config(Qwen3Config(
         vocab_size=64, hidden_size=32, intermediate_size=2**14, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
