@@ -37,6 +37,7 @@ def test_a_start_is_timed_with_empty_and_with_full_caches(tmp_path):
     for row in (cold, warm):
         assert row["start"] > row["imports"] + row["build"] - 0.1 > 1
         assert row["a later step, tokens/packed"] == 2 * (32 + 2 * 8)
+        assert row["matmul_tflops"] > 0 and 0 <= row["a later step, mfu_update"] < 1
     assert warm["the proof"] < cold["the proof"] / 4  # its verdict is kept
 
 

@@ -392,7 +392,8 @@ def test_preemptions_are_counted():
 
 
 def test_vllm_hashes_prompts_while_it_computes_those_before(monkeypatch):
-    """Before a step it gets as many as fill a portion of tokens, counted once a completion; those of ``more`` come behind all."""
+    """Before a step it gets as many as fill a portion of tokens, counted once a completion; those of ``more``, and one that
+    it aborted, come behind all, and each output is that of its prompt."""
     monkeypatch.setattr(requests_module, "PORTION", 40)
     waiting, told, done = [], [], []
 
@@ -413,7 +414,9 @@ def test_vllm_hashes_prompts_while_it_computes_those_before(monkeypatch):
         def step(self):
             told.append("step")
             name, prompt = waiting.pop()
-            return [SimpleNamespace(request_id=name, finished=True, prompt_token_ids=prompt["prompt_token_ids"])]
+            samples = [SimpleNamespace(finish_reason="abort" if told.count("step") == 1 else "stop")]
+            ids = prompt["prompt_token_ids"]
+            return [SimpleNamespace(request_id=name, finished=True, prompt_token_ids=ids, outputs=samples)]
 
     scripted = Scripted()
     last = [[({"prompt_token_ids": [0] * 3}, SimpleNamespace(n=2))]]
@@ -424,13 +427,13 @@ def test_vllm_hashes_prompts_while_it_computes_those_before(monkeypatch):
         ),
         60.0,
         lambda step: 0,
-    ).run(
+    ).run_all(
         asked,
         0,
         lambda position, output: done.append((position, len(output.prompt_token_ids))),
         lambda wait: last.pop() if last else [],
     )
-    assert told == [[15], [10], "step", [30], "step", [1], [2], [3], *["step"] * 4]
+    assert told == [[15], [10], "step", [30], "step", [1], [2], [10], [3], *["step"] * 5]
     assert sorted(done) == list(enumerate((15, 10, 30, 1, 2, 3)))
 
 
