@@ -30,7 +30,7 @@ VLLM_BUFFERS_GIB = 1.5
 """GPU memory within vLLM's share beside weights, cache and the activations of ``just_enough_gib``: libraries, its own buffers, and
 its estimate of its CUDA graphs, which some of its model runners take from there."""
 PREFILL_ROWS = 16_384
-"""The most tokens that vLLM computes at once by default; on GPUs below 70 GiB it is half."""
+"""The most tokens that vLLM computes at once by default; on A100s, and on GPUs below 70 GiB, it is half."""
 VLLM_BLOCK_TOKENS = 16
 UNCOUNTED_GIB, SLACK = 8.0, 1.25
 """Added to what vLLM's weights and cache can use, and by which that is multiplied before: activations, what is rounded up."""
