@@ -100,14 +100,14 @@ def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
             )
         return VLLMMemory(rollout.gpu_memory_utilization, *moves)
     if free < (needed := vllm_gib(config, dims, rollout.group_size)):
-        fixes = ["optim.offload=cpu or model.lora_rank"] if has_updates(config) else []
-        fixes += [] if offloaded else ["rollout.offload_policy=auto"]
-        change = f"set {', '.join(fixes)}, " if fixes else ""
+        host = ""
+        if rollout.offload_policy == "auto" and not offloaded:
+            host = f" (host memory of {host_memory() / GIB:.0f} GiB has no room for them)"
         raise ConfigError(
-            f"rollout.gpu_memory_utilization: beside the policy's {plan.resting:.0f} GiB of {total:.0f}, and "
+            f"rollout.gpu_memory_utilization: beside the policy's {plan.resting:.0f} GiB of {total:.0f}{host}, and "
             f"{total - USABLE_SHARE * total + SLEEPING_VLLM_GIB:.0f} for CUDA, its graphs and libraries, "
             f"{max(0, free):.0f} are left for vLLM, which needs {needed:.0f} for its weights and one group of prompts of "
-            f"{config.data.max_prompt_tokens} tokens: {change}use more GPUs "
+            f"{config.data.max_prompt_tokens} tokens: {_less_of_the_policy(config)}use more GPUs "
             "(rollout.tensor_parallel_size), or lower rollout.max_completion_tokens"
         )
     return VLLMMemory(min(free - stays, useful_gib(config, dims, world)) / total, *moves)
@@ -162,6 +162,18 @@ def just_enough_gib(config: Config, dims: ModelDims, world: World) -> float:
     # Beside each other in an MLP: gate and up, their product, the residual stream, what goes in and comes out, of each expert.
     row = 3 * dims.intermediate + (4 + dims.active) * dims.hidden + (dims.heads + 2 * dims.kv_heads) * dims.head_dim
     return needed_gib(config, dims, world) + rows * row * compute_dtype(config).itemsize / GIB + VLLM_BUFFERS_GIB
+
+
+def _less_of_the_policy(config: Config) -> str:
+    """Keys that leave less of the policy on the GPU, of those that are not set already."""
+    fixes = []
+    if has_updates(config) and config.optim.offload != "cpu":
+        fixes.append("optim.offload=cpu")
+    if has_updates(config) and not config.model.lora_rank:
+        fixes.append("model.lora_rank")
+    if config.rollout.offload_policy == "never":
+        fixes.append("rollout.offload_policy=auto")
+    return f"set {' or '.join(fixes)}, " if fixes else ""
 
 
 def _offload_choices(config: Config, plan: MemoryPlan, world: World) -> list[tuple[str, ...]]:

@@ -191,9 +191,20 @@ def test_memory_share(installed, h100):
     with pytest.raises(
         ConfigError,
         match=r"beside the policy's 15 GiB of 24, and 6 for CUDA, its graphs and libraries, 3 are left for vLLM, which needs 9 .*: "
-        r"set optim.offload=cpu or model.lora_rank, rollout.offload_policy=auto, use more",
+        r"set model.lora_rank or rollout.offload_policy=auto, use more",
     ):
         memory.vllm_memory(stays := config(offload_policy="never"), QWEN3_4B, ONE)
+    stays.optim.offload, stays.model.lora_rank = "none", 8
+    with pytest.raises(ConfigError, match=r"tokens: set optim.offload=cpu or rollout.offload_policy=auto, use more"):
+        memory.vllm_memory(stays, replace(QWEN3_4B, parameters=3 * QWEN3_4B.parameters), ONE)
+    stays = config()
+    h100(24, 40)  # 80 % of 40 hold the moments alone
+    with pytest.raises(
+        ConfigError,
+        match=r"the policy's 15 GiB of 24 \(host memory of 40 GiB has no room for them\), .* tokens: set model.lora_rank, use more",
+    ):
+        memory.vllm_memory(stays, QWEN3_4B, ONE)
+    h100(24)
     stays.rollout.offload_policy = "auto"
     assert memory.vllm_memory(stays, QWEN3_4B, ONE).share == pytest.approx(memory.USABLE_SHARE - 4 / 24)
 
