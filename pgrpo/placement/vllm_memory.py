@@ -78,17 +78,16 @@ def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
     sizes = plan_sizes(config, dims, world, world.device)
     sizes["recompute"] = ["none"] * dims.layers  # which matters for updates only
     wanted = vllm_gib(config, dims, vllm_start.completions_at_once(config, world.size)) + VLLM_ACTIVATIONS_GIB
+    enough = max(wanted, just_enough_gib(config, dims, world))
     if rollout.gpu_memory_utilization is not None:
-        wanted = rollout.gpu_memory_utilization * total
+        wanted = enough = rollout.gpu_memory_utilization * total
     free, offloaded, plan = 0.0, (), memory_plan(dims, **sizes)
-    for offloaded in _offload_choices(config, plan, world):
+    choices = _offload_choices(config, plan, world)
+    for offloaded in choices:
         plan = memory_plan(dims, **sizes, offloaded=offloaded)
         free = USABLE_SHARE * total - SLEEPING_VLLM_GIB - plan.resting
         if free >= wanted:
             break
-    enough = wanted
-    if rollout.gpu_memory_utilization is None:
-        enough = max(wanted, just_enough_gib(config, dims, world))
     stays = min(max(0.0, free - enough), plan.offloaded) if rollout.offload_policy == "auto" else 0.0
     moves = offloaded, plan.offloaded - stays, stays
     if rollout.gpu_memory_utilization is not None:
@@ -101,7 +100,7 @@ def vllm_memory(config: Config, dims: ModelDims, world: World) -> VLLMMemory:
         return VLLMMemory(rollout.gpu_memory_utilization, *moves)
     if free < (needed := vllm_gib(config, dims, rollout.group_size)):
         host = ""
-        if rollout.offload_policy == "auto" and not offloaded:
+        if rollout.offload_policy == "auto" and choices == [()]:
             host = f" (host memory of {host_memory() / GIB:.0f} GiB has no room for them)"
         raise ConfigError(
             f"rollout.gpu_memory_utilization: beside the policy's {plan.resting:.0f} GiB of {total:.0f}{host}, and "

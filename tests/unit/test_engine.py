@@ -204,6 +204,11 @@ def test_memory_share(installed, h100):
         match=r"the policy's 15 GiB of 24 \(host memory of 40 GiB has no room for them\), .* tokens: set model.lora_rank, use more",
     ):
         memory.vllm_memory(stays, QWEN3_4B, ONE)
+    h100(36)  # one completion of a long group fits, so that nothing moves; the group does not
+    long = config(max_concurrent=1)
+    long.rollout.max_completion_tokens = 16_384
+    with pytest.raises(ConfigError, match=r"beside the policy's 15 GiB of 36, and 7 for CUDA"):
+        memory.vllm_memory(long, QWEN3_4B, ONE)
     h100(24)
     stays.rollout.offload_policy = "auto"
     assert memory.vllm_memory(stays, QWEN3_4B, ONE).share == pytest.approx(memory.USABLE_SHARE - 4 / 24)
