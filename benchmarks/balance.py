@@ -30,6 +30,7 @@ from pgrpo.distributed.world import World
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import build_batch
 from pgrpo.packing.forest import Forest, Work
+from pgrpo.placement.choices import compute_dtype
 from pgrpo.planning.flops import ModelDims, forest_update_flops
 from pgrpo.training.place import wrap
 from pgrpo.types import Sample
@@ -59,7 +60,7 @@ def seconds_on_gpu(args: argparse.Namespace) -> Callable[[Forest], float]:
     config = load_config("qwen3_4b.yaml", keys)
     world = World(0, 1, torch.device("cuda", 0))
     torch.manual_seed(0)
-    policy = wrap(random_model(config, world.device), config, world)
+    policy = wrap(random_model(config.model, compute_dtype(config), world.device), config, world)
 
     def seconds(forest: Forest) -> float:
         taken = 0.0

@@ -51,6 +51,7 @@ from pgrpo.model.policy import Policy
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import GroupedBatch, build_batch
 from pgrpo.packing.forest import Work
+from pgrpo.placement.choices import compute_dtype
 from pgrpo.planning.flops import GIB, ModelDims, forest_update_flops
 from pgrpo.training.place import wrap
 from pgrpo.training.update import spans
@@ -268,7 +269,7 @@ def main() -> None:
             config = load_config("qwen3_4b.yaml", [*keys, "model.activation_checkpointing=attention"])
             world = World(0, 1, torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
             torch.manual_seed(0)
-            policy = policy or wrap(random_model(config, world.device), config, world)
+            policy = policy or wrap(random_model(config.model, compute_dtype(config), world.device), config, world)
             rows.append(measure(case, policy, config, args))
         if args.json:
             device = torch.cuda.get_device_name() if on_gpu else platform.processor() or "CPU"

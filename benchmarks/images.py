@@ -38,6 +38,7 @@ from pgrpo.model.policy import Policy
 from pgrpo.packing.balance import share_out
 from pgrpo.packing.batch import GroupedBatch, build_batch
 from pgrpo.packing.forest import Work
+from pgrpo.placement.choices import compute_dtype
 from pgrpo.planning.flops import GIB, UPDATE_OVER_FORWARD, ModelDims, forest_update_flops
 from pgrpo.training.place import wrap
 from pgrpo.types import Image, PromptImages, Sample
@@ -191,7 +192,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         parser.error("FLOPs are counted of a whole tower that is frozen or trained, and without adapters")
     world = World(0, 1, torch.device("cuda", 0) if on_gpu else torch.device("cpu"))
     torch.manual_seed(0)
-    model = random_model(config, world.device)
+    model = random_model(config.model, compute_dtype(config), world.device)
     freeze(model, tower=not config.model.train_vision, projector=not config.model.train_projector)
     policy = wrap(model, config, world)
     if policy.vision is None or not policy.vision.family.positions_3d:

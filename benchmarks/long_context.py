@@ -29,7 +29,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +44,17 @@ from pgrpo.admission.compare import tokens_as_groups
 from pgrpo.commands.bench import _matmul_flops, random_model, random_tokens
 from pgrpo.commands.bench_report import Shape
 from pgrpo.config import Config, load_config
-from pgrpo.distributed.fsdp import place
 from pgrpo.distributed.world import World, start
 from pgrpo.grpo import backward, update_policy
-from pgrpo.model.lora import add_adapters
-from pgrpo.placement.choices import compute_dtype
 from pgrpo.placement.layers import layer_plan
 from pgrpo.placement.sizes import plan_sizes
-from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import GIB, ModelDims, active_adapters, mfu, peak_flops, update_flops
 from pgrpo.planning.hub import load_hf_config
 from pgrpo.planning.memory import memory_plan
 from pgrpo.process.caches import use_caches
 from pgrpo.training.build import Learner
 from pgrpo.training.optim import build_optimizer
-from pgrpo.training.place import wrap
+from pgrpo.training.place import place_policy
 from pgrpo.training.progress import Progress
 from pgrpo.training.update import count, micro_batches
 from pgrpo.types import Group
@@ -137,15 +134,10 @@ def few_layers(args: argparse.Namespace, config: Config, folder: str) -> None:
 
 def learner_of(args: argparse.Namespace, config: Config, world: World) -> Learner:
     torch.manual_seed(0)  # the same weights on every rank
-    masters = config.model.dtype if config.model.lora_rank else "float32"
     # Random numbers of a GPU are not those of a CPU, and gradients are compared with a CPU's.
     made_on = torch.device("cpu") if args.gradients else world.device
-    model = random_model(replace(config, model=replace(config.model, dtype=masters)), made_on)
-    if config.model.lora_rank:
-        add_adapters(model, config.model, config.seed)
-    policy, dims = wrap(model, config, world), ModelDims.from_config(model.config)
-    stay_gathered = layer_plan(config, dims, world).stay_gathered
-    place(policy, decoder_layers(model), world, compute_dtype(config), stay_gathered=stay_gathered)
+    policy = place_policy(config, world, partial(random_model, device=made_on))
+    dims = ModelDims.from_config(policy.model.config)
     return Learner(config, world, policy, None, build_optimizer(policy, config.optim), dims)
 
 

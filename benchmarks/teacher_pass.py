@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from pgrpo.planning.flops import GIB, forward_flops
 from pgrpo.planning.recompute import LayerPlan
 from pgrpo.training.build import Learner
 from pgrpo.training.optim import build_optimizer
-from pgrpo.training.place import wrap
+from pgrpo.training.place import place_policy, wrap
 from pgrpo.training.progress import Progress
 from pgrpo.training.update import micro_batches
 
@@ -47,11 +48,10 @@ SMALL = {"student": (256, 4), "teacher": (512, 8)}
 
 def placed(config: Config, world: World, *, frozen: bool) -> Policy:
     """A model of random weights: frozen in the compute dtype, or trained in float32."""
-    dtype = config.model.dtype if frozen else "float32"
-    model = random_model(replace(config, model=replace(config.model, dtype=dtype)), world.device)
-    plan = LayerPlan(["full"] * len(decoder_layers(model))) if frozen else None
-    policy = wrap(model, config, world, plan)
-    policy.requires_grad_(not frozen)
+    if not frozen:
+        return place_policy(config, world, partial(random_model, device=world.device))
+    model = random_model(config.model, compute_dtype(config), world.device)
+    policy = wrap(model, config, world, LayerPlan(["full"] * len(decoder_layers(model)))).requires_grad_(False)
     place(policy, decoder_layers(model), world, compute_dtype(config), methods=("teacher_rows",))
     return policy
 

@@ -16,6 +16,7 @@ import gc
 import json
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,14 @@ from pgrpo.admission.compare import tokens_as_groups
 from pgrpo.commands.bench import random_model, random_tokens
 from pgrpo.commands.bench_report import Shape
 from pgrpo.config import Config, load_config
-from pgrpo.distributed.fsdp import place
 from pgrpo.distributed.world import World, start
 from pgrpo.grpo import update_policy
-from pgrpo.placement.choices import compute_dtype
 from pgrpo.placement.layers import layer_plan
-from pgrpo.planning.dims import decoder_layers
 from pgrpo.planning.flops import GIB, ModelDims, forward_flops
 from pgrpo.process.caches import use_caches
 from pgrpo.training.build import Learner
 from pgrpo.training.optim import build_optimizer
-from pgrpo.training.place import wrap
+from pgrpo.training.place import place_policy
 from pgrpo.training.progress import Progress
 
 
@@ -46,16 +44,12 @@ def measure(config: Config, shape: Shape, steps: int, world: World) -> dict[str,
     config.rollout.group_size, config.rollout.prompts_per_step = shape.group_size, shape.groups
     config.rollout.max_completion_tokens, config.data.max_prompt_tokens = shape.completion, shape.prompt
     config.train.token_budget = shape.prompt + shape.group_size * shape.completion
-    dtype, config.model.dtype = config.model.dtype, "float32"
-    model = random_model(config, world.device)
-    config.model.dtype = dtype
-    policy = wrap(model, config, world)
-    dims = ModelDims.from_config(model.config)
+    policy = place_policy(config, world, partial(random_model, device=world.device))
+    dims = ModelDims.from_config(policy.model.config)
     plan = layer_plan(config, dims, world)
-    place(policy, decoder_layers(model), world, compute_dtype(config), stay_gathered=plan.stay_gathered)
     optimizer = build_optimizer(policy, config.optim)
     learner, progress = Learner(config, world, policy, None, optimizer, dims), Progress()
-    groups = tokens_as_groups(*random_tokens(shape, model.config.vocab_size))
+    groups = tokens_as_groups(*random_tokens(shape, policy.model.config.vocab_size))
     seconds = []
     for step in range(steps + 1):
         if step == 1 and world.device.type == "cuda":

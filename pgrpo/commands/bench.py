@@ -19,7 +19,7 @@ from pgrpo.admission.models import check_model
 from pgrpo.attention.choose import AttentionChoice
 from pgrpo.attention.hook import ATTENTION_NAME
 from pgrpo.commands.bench_report import Row, Shape, print_rows
-from pgrpo.config import Config, ConfigError, fit_world_size
+from pgrpo.config import Config, ConfigError, ModelConfig, fit_world_size
 from pgrpo.distributed.world import World, start
 from pgrpo.model.lora import add_adapters
 from pgrpo.model.policy import Policy, load_model
@@ -200,7 +200,9 @@ def load(config: Config, max_sample: int, world: World, random_weights: bool) ->
     check_linear(config.model.path, hf_config, world.device)
     check_model(config.model.path, hf_config, max_sample)
     check_lora(config.model, ModelDims.from_config(hf_config))
-    model = random_model(config, world.device) if random_weights else load_model(config.model)
+    model = (
+        random_model(config.model, compute_dtype(config), world.device) if random_weights else load_model(config.model)
+    )
     if config.model.lora_rank:
         add_adapters(model, config.model, config.seed)
     policy = wrap(model, config, world).to(world.device)
@@ -209,14 +211,14 @@ def load(config: Config, max_sample: int, world: World, random_weights: bool) ->
     return policy
 
 
-def random_model(config: Config, device: torch.device) -> PreTrainedModel:
-    """A model with the shape of ``model.path`` and random weights, created on the device in the compute dtype."""
-    hf_config = load_hf_config(config.model)
+def random_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model with the shape of ``model.path`` and random weights, created on the device."""
+    hf_config = load_hf_config(config)
     with device:
         model = auto_class(hf_config).from_config(
             hf_config,
-            trust_remote_code=config.model.trust_remote_code,
-            dtype=compute_dtype(config),
+            trust_remote_code=config.trust_remote_code,
+            dtype=dtype,
             attn_implementation=attention_names(hf_config, ATTENTION_NAME),
         )
     return model.train()
